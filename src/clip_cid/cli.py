@@ -1,0 +1,229 @@
+"""The command line: read the recipe, call the pipeline, print. No logic of its own, and no torch at import."""
+
+import dataclasses
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import Positional
+
+from clip_cid import log, pipeline
+from clip_cid.errors import ClipCidError, ConfigError, RunError
+from clip_cid.recipe import Recipe, commented_recipe, parse_recipe, read_recipe
+from clip_cid.run_folder import RunFolder, atomic_file, disk_full
+
+_ABOUT = """Distil a huge CLIP into a small one on your own image-text data.
+
+pairs -> embed -> balance -> cluster -> distill -> evaluate -> draw -> report. `clip-cid run RUN --recipe FILE` does all
+of it and repeats nothing that is up to date; each stage is also a command of its own. Start with `clip-cid init`
+(a recipe with every setting explained) or `clip-cid sample` (pairs to play with). Add --debug to see the traceback of
+an error. Exit code 0 is success, 1 bad data or state, 2 a bad setting."""
+
+_STAGE_HELP = {
+    "embed": "Compute the teacher's image and text embeddings once and store them.",
+    "balance": "Keep one image of each set of near-duplicates (image semantic balance, paper 3.1).",
+    "cluster": "Spherical k-means over the kept images (paper 3.2, Eq. 1).",
+    "distill": "Train the student from the stored embeddings; leaves a folder open_clip loads.",
+    "evaluate": "Zero-shot, linear probe and retrieval of the student and the models beside it.",
+    "draw": "The figures, from the files of the run.",
+    "report": "One self-contained HTML page about the run.",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Common:
+    """What every command that runs a stage takes."""
+
+    run: Positional[Path]
+    """The run folder, made when it does not exist."""
+    recipe: Path | None = None
+    """A recipe file; without it the one stored in the run folder, else the defaults."""
+    force: bool = False
+    """Run even what is up to date."""
+    embeddings: Path | None = None
+    """Use this embedding store (ours, or a clip-retrieval folder) instead of running embed."""
+    kept: Path | None = None
+    """Use this .npy of kept rows instead of running balance."""
+    clusters: Path | None = None
+    """Use this folder with centers.npy and labels.npy instead of running cluster."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    log.setup()
+    try:
+        commands = _commands(_recipe_for(arguments))
+        return tyro.extras.subcommand_cli_from_dict(
+            commands, prog="clip-cid", description=_ABOUT, args=arguments, sort_subcommands=False
+        )
+    except ClipCidError as error:
+        return _fail(f"{error.problem}\n{error.fix}", error.exit_code, debug)
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        return _fail(f"the disk is full ({error}).\nFree some room and run the same command again.", 1, debug)
+    except KeyboardInterrupt:
+        return _fail("stopped.\nRun the same command again to go on; finished work is kept.", 130, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"clip-cid: {message}\n")
+    return code
+
+
+def _recipe_for(arguments: Sequence[str]) -> Recipe:
+    """The recipe that gives the flags their defaults, so it is read before they are parsed."""
+    for index, argument in enumerate(arguments):
+        if argument == "--recipe" and index + 1 < len(arguments):
+            return read_recipe(Path(arguments[index + 1]))
+        if argument.startswith("--recipe="):
+            return read_recipe(Path(argument.removeprefix("--recipe=")))
+    if any(argument in ("-h", "--help") for argument in arguments):
+        return Recipe()
+    stored = [Path(argument) / pipeline.RECIPE_FILE for argument in arguments[1:]]
+    return next((read_recipe(path) for path in stored if path.is_file()), Recipe())
+
+
+def _commands(recipe: Recipe) -> dict[str, Callable[..., int]]:
+    commands = {"run": _stage_command(None, tuple(Recipe.model_fields), recipe)}
+    for stage in pipeline.STAGES:
+        commands[stage.name] = _stage_command(stage.name, (*stage.sections, "machine"), recipe)
+    return commands | {
+        "status": _status_command(recipe),
+        "verify": verify,
+        "export": export,
+        "init": init,
+        "sample": sample,
+    }
+
+
+def _stage_command(stage: str | None, sections: Sequence[str], recipe: Recipe) -> Callable[..., int]:
+    """A function with the common arguments and a flag for each setting of `sections`, for tyro to read."""
+
+    def command(common: _Common, **changed: Any) -> int:
+        values = {**{name: getattr(recipe, name) for name in Recipe.model_fields}, **changed}
+        settings = {name: section.model_dump() for name, section in values.items()}
+        for section, existing in (
+            ("embed", common.embeddings),
+            ("balance", common.kept),
+            ("cluster", common.clusters),
+        ):
+            if existing is not None:
+                settings[section]["existing"] = existing
+        pipeline.run(RunFolder(common.run), parse_recipe(settings, where="settings"), only=stage, force=common.force)
+        return 0
+
+    parameters = [
+        inspect.Parameter(
+            "common", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[_Common, tyro.conf.arg(name="")]
+        )
+    ]
+    for name in sections:
+        section = getattr(recipe, name)
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=section, annotation=type(section))
+        )
+    return _described(command, parameters, _STAGE_HELP[stage] if stage else "Run every stage that is missing or stale.")
+
+
+def _described(command: Callable[..., int], parameters: list[inspect.Parameter], text: str) -> Callable[..., int]:
+    """Give `command` the signature and help text that tyro shows."""
+    command.__signature__ = inspect.Signature(parameters, return_annotation=int)  # pyright: ignore[reportFunctionMemberAccess]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = text
+    return command
+
+
+def _status_command(stored: Recipe) -> Callable[..., int]:
+    def status(run: Positional[Path], recipe: Path | None = None) -> int:
+        """Where each stage of a run stands, and why.
+
+        Args:
+            run: The run folder.
+            recipe: Compare with this recipe instead of the one stored in the run.
+        """
+        folder = _existing(run)
+        rows: list[list[str]] = []
+        for state in pipeline.states(folder, stored):
+            record = state.record
+            when = f"{record.started}, {log.duration(record.seconds)}" if record else ""
+            reason = f"{state.reason}; can go on where it stopped" if state.resumes else state.reason
+            rows.append([state.stage.name, state.status, reason, when, pipeline.headline(record)])
+        log.table(["stage", "status", "reason", "made", "result"], rows, title=str(folder.path))
+        return 0
+
+    return status
+
+
+def verify(run: Positional[Path]) -> int:
+    """Read every byte of the run's results and compare it with what was written.
+
+    Args:
+        run: The run folder.
+    """
+    problems = pipeline.verify(_existing(run))
+    if problems:
+        raise RunError(
+            f"{run}: {len(problems)} files are not as they were written: {'; '.join(problems[:5])}",
+            fix=f"Make the stage named first again: `clip-cid {problems[0].partition(':')[0]} {run} --force`.",
+        )
+    return 0
+
+
+def export(run: Positional[Path], out: Positional[Path]) -> int:
+    """Copy the trained student to a folder that open_clip, CLIP_benchmark and the Hugging Face Hub load.
+
+    Args:
+        run: The run folder; its distill stage must have finished.
+        out: The folder to make.
+    """
+    from clip_cid.models.export import copy_student, usage
+
+    copy_student(_existing(run).stage("distill") / "student", out)
+    log.say(usage(out))
+    return 0
+
+
+def init(file: Positional[Path]) -> int:
+    """Write a recipe with every setting, its default and its explanation.
+
+    Args:
+        file: The recipe to write; it must not exist yet.
+    """
+    if file.exists():
+        raise ConfigError(f"{file}: exists already.", fix="Give another name, or delete it first.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as temporary:
+        temporary.write_text(commented_recipe(), encoding="utf-8")
+    log.say(f"Wrote {file}; set pairs.source in it, then: clip-cid run runs/{file.stem} --recipe {file}")
+    return 0
+
+
+def sample(out: Positional[Path], pairs: int = 6000, seed: int = 0) -> int:
+    """Write the embedded sample: captioned scenes with planted duplicates, and labelled sets to evaluate on.
+
+    Args:
+        out: The folder to make.
+        pairs: Training pairs.
+        seed: Seed of the scenes.
+    """
+    from clip_cid.data.sample import write_sample
+
+    summary = write_sample(out, pairs=pairs, seed=seed)
+    log.say(f"{out}: {summary}")
+    return 0
+
+
+def _existing(run: Path) -> RunFolder:
+    if not run.is_dir():
+        raise RunError(f"{run}: no such run folder.", fix=f"`clip-cid run {run} --recipe FILE` makes one.")
+    return RunFolder(run)

@@ -1,0 +1,33 @@
+"""The errors a user can mend. The command line prints these in two lines; anything else keeps its traceback."""
+
+
+class ClipCidError(Exception):
+    """A problem the user can fix: what is wrong and where, in numbers; then what to do."""
+
+    exit_code = 1
+
+    def __init__(self, problem: str, *, fix: str) -> None:
+        super().__init__(f"{problem}\n{fix}")
+        self.problem = problem
+        self.fix = fix
+
+
+class ConfigError(ClipCidError):
+    """A setting is misspelt, out of its limits, or at odds with another."""
+
+    exit_code = 2
+
+
+class DataError(ClipCidError):
+    """An input is missing, broken, or does not belong to the others."""
+
+
+class RunError(ClipCidError):
+    """A run folder is in use, incomplete, or changed by someone else."""
+
+
+class MissingExtraError(ClipCidError):
+    """An optional part is not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} needs an optional part.", fix=f'pip install "clip-cid[{extra}]"')

@@ -1,0 +1,121 @@
+"""What the program says: progress bars on a terminal, plain lines elsewhere, and the same words in `run.log`."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+_console = Console(stderr=True, soft_wrap=True)
+_logger = logging.getLogger("clip_cid")
+_logger.setLevel(logging.INFO)
+_PLAIN_SECONDS = 10.0  # how often a bar that nobody watches becomes a line
+
+
+def setup() -> None:
+    """Send messages to the terminal; call once, from the command line only, so that a library user's logging is left alone."""
+    if _logger.handlers:
+        return
+    _logger.propagate = False
+    if _console.is_terminal:
+        _logger.addHandler(RichHandler(console=_console, show_time=False, show_level=False, show_path=False))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        _logger.addHandler(handler)
+
+
+@contextlib.contextmanager
+def to_file(path: Path) -> Iterator[None]:
+    """Also write every message, with its time, to `path`."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        _logger.removeHandler(handler)
+        handler.close()
+
+
+def info(message: str) -> None:
+    _logger.info(message)
+
+
+def warn(message: str) -> None:
+    _logger.warning("warning: %s", message)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
+    """Print an answer the user asked for (to standard output, so that it can be piped)."""
+    out = Console(soft_wrap=True)
+    grid = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    out.print(grid)
+
+
+def say(text: str) -> None:
+    """Print a line of an answer to standard output, as it is."""
+    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `8.2s`, `3m12s`, `2h05m`."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+class Bar:
+    """A running count of finished units; `advance` is all a stage calls."""
+
+    def __init__(self, what: str, total: int, unit: str, start: int, progress: Progress | None) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._done = self._start = start
+        self._began = self._spoke = time.monotonic()
+        self._progress = progress
+        self._task = progress.add_task(what, total=total, completed=start, rate="") if progress else None
+
+    def advance(self, count: int = 1, *, note: str = "") -> None:
+        """Count `count` more units as done; `note` is shown behind the rate (a loss, say)."""
+        self._done += count
+        now = time.monotonic()
+        rate = (self._done - self._start) / max(now - self._began, 1e-9)
+        text = f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2f} {self._unit}/s"
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=self._done, rate=f"{text} {note}".rstrip())
+        elif now - self._spoke >= _PLAIN_SECONDS:
+            self._spoke = now
+            remaining = duration((self._total - self._done) / max(rate, 1e-9))
+            _logger.info(
+                "%s  %s/%s  %s  %s left  %s",
+                *(self._what, f"{self._done:,}", f"{self._total:,}", text, remaining, note),
+            )
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int, *, unit: str = "images", start: int = 0) -> Iterator[Bar]:
+    """Show how far a long piece of work is, how fast it goes and how long it will take; `start` units were done before."""
+    if not _console.is_terminal or not _logger.handlers:
+        yield Bar(what, total, unit, start, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_console) as live:
+        yield Bar(what, total, unit, start, live)

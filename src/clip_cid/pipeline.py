@@ -1,0 +1,330 @@
+"""The order of the stages; what is stale and why; running what must run.
+
+Nothing here imports torch: a stage's module is imported only when the stage runs, so `status` and a finished run are quick.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import threadpoolctl
+
+from clip_cid import log
+from clip_cid.errors import ConfigError, RunError
+from clip_cid.recipe import Recipe, dump_recipe
+from clip_cid.run_folder import RunFolder, StageRecord, atomic_file, disk_full, now
+
+RECIPE_FILE = "recipe.yaml"
+_PACKAGES = ("clip-cid", "torch", "open_clip_torch", "faiss-cpu", "numpy", "scipy", "scikit-learn", "pillow", "pyarrow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A step of the pipeline: its name is its command, its module, its recipe section and its folder."""
+
+    name: str
+    needs: tuple[str, ...]
+    sections: tuple[str, ...]
+    """The recipe sections its result depends on."""
+    version: int = 1
+    """Raised when the same inputs would give other files."""
+    resumable: bool = False
+
+
+STAGES = (
+    Stage("embed", needs=(), sections=("pairs", "embed"), resumable=True),
+    Stage("balance", needs=("embed",), sections=("balance",)),
+    Stage("cluster", needs=("embed", "balance"), sections=("cluster",)),
+    Stage("distill", needs=("embed", "balance", "cluster"), sections=("pairs", "distill"), resumable=True),
+    Stage("evaluate", needs=("distill",), sections=("pairs", "evaluate")),
+    Stage("draw", needs=("embed", "balance", "cluster", "distill", "evaluate"), sections=("draw",)),
+    Stage("report", needs=("embed", "balance", "cluster", "distill", "evaluate", "draw"), sections=("pairs", "report")),
+)
+_BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where a stage of a run stands."""
+
+    stage: Stage
+    status: str
+    """done, stale, missing, or off (the recipe does not use it)."""
+    reason: str
+    record: StageRecord | None
+    resumes: bool = False
+    """A killed attempt has left work to go on from."""
+
+
+def active_stages(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages a recipe uses, in order: plain CLIP training has no embed, balance or cluster."""
+    used = {
+        "embed": recipe.has_teacher,
+        "balance": recipe.has_teacher and recipe.balance.enabled,
+        "cluster": recipe.has_teacher and recipe.uses_clusters,
+        "evaluate": bool(recipe.evaluate.sets or recipe.evaluate.retrieval),
+    }
+    return tuple(stage for stage in STAGES if used.get(stage.name, True))
+
+
+def states(folder: RunFolder, recipe: Recipe) -> list[State]:
+    """Each stage's state under this recipe, with the reason in words."""
+    active = active_stages(recipe)
+    found: list[State] = []
+    again: dict[str, str] = {}  # stages that will run -> why, for those behind them
+    for stage in STAGES:
+        if stage not in active:
+            found.append(State(stage, "off", "not used by this recipe", None))
+            continue
+        key, record = _key(stage, recipe, folder, active), folder.record(stage.name)
+        reason = _reason(stage, recipe, folder, record, again, active)
+        resumes = stage.resumable and key is not None and folder.resumes(stage.name, key)
+        if record is None:
+            found.append(State(stage, "missing", "has not run yet", None, resumes))
+        elif reason:
+            found.append(State(stage, "stale", reason, record, resumes))
+        else:
+            found.append(State(stage, "done", "", record))
+            continue
+        again[stage.name] = f"{stage.name} runs again" if record else f"{stage.name} has not run yet"
+    return found
+
+
+def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bool = False) -> None:
+    """Run what is missing or stale, in order, saying why; stages that are up to date are left alone.
+
+    Args:
+        folder: The run folder; created when it does not exist.
+        recipe: The settings; stored beside the results.
+        only: Run this one stage only; what it needs must be done.
+        force: Run even what is up to date.
+
+    Raises:
+        ClipCidError: As the stages raise it; results of other stages stay whole.
+    """
+    with folder.lock(), log.to_file(folder.path / "run.log"):
+        active = active_stages(recipe)
+        todo = active if only is None else _with_imports(_BY_NAME[only], recipe, active)
+        if only is not None:
+            _check_only(folder, recipe, _BY_NAME[only], todo, active)
+        with atomic_file(folder.path / RECIPE_FILE) as temporary:
+            temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+        for stage in todo:
+            state = next(state for state in states(folder, recipe) if state.stage is stage)
+            if state.status == "done" and not (force and only in (None, stage.name)):
+                log.info(f"{stage.name:<9} up to date   {headline(state.record)}")
+                continue
+            why = "forced" if state.status == "done" else f"{state.status}: {state.reason}"
+            log.info(f"{stage.name:<9} {why}; {'going on where it stopped' if state.resumes else 'running'}")
+            _run_stage(stage, folder, recipe, active)
+
+
+def verify(folder: RunFolder) -> list[str]:
+    """Read every byte of every finished stage and compare it with its record; returns what differs."""
+    found: list[str] = []
+    done = [stage.name for stage in STAGES if folder.has(stage.name)]
+    if not done:
+        raise RunError(
+            f"{folder.path}: no finished stage here.", fix=f"Run `clip-cid run {folder.path} --recipe FILE`."
+        )
+    for name in done:
+        problems = folder.changed_files(name, digests=True)
+        found += [f"{name}: {problem}" for problem in problems]
+        record = folder.record(name)
+        count = len(record.files) if record else 0
+        log.info(f"{name:<9} {count} files {'as they were written' if not problems else 'CHANGED'}")
+    return found
+
+
+def headline(record: StageRecord | None) -> str:
+    """The one number of a stage that people ask for."""
+    if record is None:
+        return ""
+    summary, took = record.summary, log.duration(record.seconds)
+    lines = {
+        "embed": lambda: f"{summary['ok']:,} of {summary['images']:,} images embedded in {summary['dim']} dimensions",
+        "balance": lambda: (
+            f"{summary['ok']:,} images -> {summary['kept']:,} kept ({100 * summary['removed_share']:.1f} % removed)"
+        ),
+        "cluster": lambda: f"{summary['images']:,} images in {summary['centers']:,} clusters",
+        "distill": lambda: f"{summary['steps']:,} steps, {summary['pairs_seen']:,} pairs seen",
+        "evaluate": lambda: str(summary.get("headline", "")),
+        "draw": lambda: f"{len(summary.get('figures', []))} figures",
+        "report": lambda: str(summary.get("page", "report.html")),
+    }
+    return f"{lines[record.stage]()} in {took}"
+
+
+def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, active: tuple[Stage, ...]) -> None:
+    key, inputs = _key(stage, recipe, folder, active), _inputs(stage, recipe, folder, active)
+    assert key is not None, "the stages before it have run"
+    out = folder.begin(stage.name, key, resumable=stage.resumable)
+    started, clock = now(), time.monotonic()
+    try:
+        module = importlib.import_module(f"clip_cid.stages.{stage.name}")
+        with threadpoolctl.threadpool_limits(recipe.machine.threads or None):
+            summary: dict[str, Any] = module.run(folder, out, recipe)
+        record = StageRecord(
+            stage=stage.name,
+            key=key,
+            version=stage.version,
+            settings=_settings(stage, recipe),
+            inputs=inputs,
+            summary=summary,
+            versions=_versions(),
+            device=_device(recipe),
+            started=started,
+            seconds=round(time.monotonic() - clock, 3),
+        )
+        log.info(f"{stage.name:<9} {headline(folder.publish(record))}")
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        raise RunError(
+            f"{folder.path}: the disk is full; {stage.name} could not write its results.",
+            fix=f"Free some room and run the same command again; earlier results are whole. ({error})",
+        ) from error
+
+
+def _with_imports(stage: Stage, recipe: Recipe, active: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """A stage asked for alone, after those it needs that only take over files made elsewhere."""
+    taken_over = {used for used in active if getattr(getattr(recipe, used.name), "existing", None) is not None}
+    return tuple(used for used in active if used is stage or (used.name in stage.needs and used in taken_over))
+
+
+def _check_only(
+    folder: RunFolder, recipe: Recipe, stage: Stage, todo: tuple[Stage, ...], active: tuple[Stage, ...]
+) -> None:
+    """One stage alone must be one the recipe uses, and what it needs must be done and current."""
+    if stage not in active:
+        raise ConfigError(
+            f"{stage.name}: this recipe does not use the stage.",
+            fix="embed.teacher, balance.enabled, distill.weights and evaluate.sets decide which stages there are.",
+        )
+    for state in states(folder, recipe):
+        if state.stage.name in stage.needs and state.stage not in todo and state.status not in ("done", "off"):
+            raise RunError(
+                f"{folder.path}: {stage.name} needs {state.stage.name}, which is {state.status} ({state.reason}).",
+                fix=f"Run `clip-cid {state.stage.name} {folder.path}` first, or `clip-cid run {folder.path}` for all.",
+            )
+
+
+def _settings(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    values = recipe.model_dump(mode="json")
+    return {section: values[section] for section in stage.sections}
+
+
+def _inputs(stage: Stage, recipe: Recipe, folder: RunFolder, active: tuple[Stage, ...]) -> dict[str, str]:
+    """What the stage reads -> a digest of it: the keys of the stages before it, and of the files from elsewhere."""
+    names = {used.name for used in active}
+    inputs: dict[str, str] = {}
+    for need in stage.needs:
+        record = folder.record(need) if need in names else None
+        if record is not None:
+            inputs[need] = record.key
+    return {**inputs, **_outside(stage, recipe)}
+
+
+def _outside(stage: Stage, recipe: Recipe) -> dict[str, str]:
+    """Files made elsewhere that the stage reads, each with a cheap digest (names and sizes for large data)."""
+    found: dict[str, str] = {}
+    if stage.name in ("embed", "distill") and recipe.pairs.source:
+        from clip_cid.data.pairs import fingerprint
+
+        found["pairs"] = _digest(fingerprint(recipe.pairs))
+    files: list[Path | None] = {
+        "embed": [recipe.embed.existing, _weights_file(recipe.embed.teacher)],
+        "balance": [recipe.balance.existing],
+        "cluster": [recipe.cluster.existing],
+        "distill": [Path(recipe.distill.student), Path(recipe.distill.pretrained or "")],
+        "evaluate": [_weights_file(reference) for reference in recipe.evaluate.compare.values()],
+    }.get(stage.name, [])
+    return found | {str(path): _listing(path) for path in files if path is not None and path.name and path.exists()}
+
+
+def _weights_file(reference: str) -> Path | None:
+    """The weights file behind a `run:` or `local-dir:` reference; None for a model from elsewhere."""
+    kind, _, path = reference.partition(":")
+    folders = {"run": Path(path) / "distill" / "student", "local-dir": Path(path)}
+    return folders[kind] / "open_clip_model.safetensors" if kind in folders else None
+
+
+def _listing(path: Path) -> str:
+    """A digest of the names, sizes and times of a file or of all files of a folder."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return _digest([(str(file), (status := file.stat()).st_size, status.st_mtime_ns) for file in files])
+
+
+def _digest(value: Any) -> str:
+    """SHA-256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _key(stage: Stage, recipe: Recipe, folder: RunFolder, active: tuple[Stage, ...]) -> str | None:
+    """What the stage's results depend on, as a digest; None while a stage it needs has not run."""
+    names = {used.name for used in active}
+    if any(need in names and not folder.has(need) for need in stage.needs):
+        return None
+    parts = [_settings(stage, recipe), _inputs(stage, recipe, folder, active), stage.version]
+    return _digest(parts)
+
+
+def _reason(
+    stage: Stage,
+    recipe: Recipe,
+    folder: RunFolder,
+    record: StageRecord | None,
+    again: dict[str, str],
+    active: tuple[Stage, ...],
+) -> str:
+    """Why a finished stage is not current, in words; empty when it is."""
+    if record is None:
+        return ""
+    if changes := _differences(record.settings, _settings(stage, recipe)):
+        return "; ".join(changes)
+    if record.version != stage.version:
+        return f"made by an older version of {stage.name}"
+    for need in stage.needs:
+        if need in again:
+            return again[need]
+    current = _inputs(stage, recipe, folder, active)
+    for name in sorted(current.keys() | record.inputs.keys()):
+        if current.get(name) != record.inputs.get(name):
+            return f"{name} was run again" if name in _BY_NAME else f"{name} changed on disk"
+    return "; ".join(folder.changed_files(stage.name, digests=False))
+
+
+def _differences(before: Any, after: Any, name: str = "") -> list[str]:
+    """Settings that differ, as `balance.threshold 0.07 -> 0.06`."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        found: list[str] = []
+        for part in sorted(before.keys() | after.keys()):
+            found += _differences(before.get(part), after.get(part), f"{name}.{part}" if name else str(part))
+        return found
+    return [] if before == after else [f"{name} {_short(before)} -> {_short(after)}"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _device(recipe: Recipe) -> str:
+    from clip_cid.models.device import resolve_device
+
+    return str(resolve_device(recipe.machine.device))

@@ -1,0 +1,378 @@
+"""Every setting of every stage on one page, with its limits and the paper's default.
+
+A recipe is a YAML file of these sections; flags of the same dotted names override it. Settings that change how fast a
+result is made, but not the result, live in `machine` and never make a stage stale.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from clip_cid.errors import ConfigError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Metric = Literal["cosine", "squared_euclidean", "euclidean"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class Config(BaseModel):
+    """A section: frozen, and an unknown name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class PairsConfig(Config):
+    """Where the image-text pairs are (METHOD: pairs)."""
+
+    source: tuple[str, ...] = ()
+    """WebDataset tars (brace ranges and wildcards allowed), one CSV/TSV/Parquet table, or one folder of images with .txt files."""
+    image_column: str = "image"
+    """Table only: the column with the image paths, relative to the table."""
+    caption_column: str = "caption"
+    """Table only: the column with the caption, or with a list of captions."""
+    key_column: str | None = None
+    """Table only: the column with a unique key; the image path when absent."""
+    captions_field: str = "captions"
+    """Tars only: the json field with several captions of one image; the .txt alone is used where it is absent."""
+    keep_fields: tuple[str, ...] = ()
+    """Json fields or table columns to carry into the embedding store's metadata, such as a known duplicate group."""
+    max_bad_share: Share = 0.01
+    """Stop when more than this share of the pairs is broken (unreadable image, empty caption, duplicate key)."""
+    max_pixels: PositiveInt = 89_478_485
+    """An image that claims more pixels than this is refused as a decompression bomb."""
+
+
+class EmbedConfig(Config):
+    """Teacher embeddings, computed once and stored (paper sections 3.1 to 3.3)."""
+
+    teacher: str = "ViT-bigG-14"
+    """An open_clip model name, `hf-hub:org/name`, `local-dir:path`, a finished run folder as `run:path`, or `none` to train without a teacher."""
+    pretrained: str | None = "laion2b_s39b_b160k"
+    """The open_clip weights tag; ignored for hf-hub:, local-dir: and run:."""
+    precision: Precision = "auto"
+    """Arithmetic of the teacher: auto is bf16 on CUDA and fp32 elsewhere. Embeddings are always stored as float16."""
+    existing: Path | None = None
+    """Use this embedding store (ours, or a clip-retrieval folder) instead of computing one; `--embeddings` on the command line."""
+
+
+class BalanceConfig(Config):
+    """Image semantic balance: keep one image of each set of near-duplicates (paper section 3.1)."""
+
+    enabled: bool = True
+    """Off keeps every pair, for comparisons."""
+    metric: Metric = "cosine"
+    """The scale `threshold` is on: 1 - cos, squared Euclidean, or Euclidean distance of unit vectors (docs/decisions.md, D2)."""
+    threshold: PositiveFloat = 0.07
+    """Images at this distance or nearer join one set."""
+    truth_field: str | None = None
+    """A kept json field that names the true duplicate group: precision and recall of the sets are then reported."""
+    existing: Path | None = None
+    """Use this .npy of kept rows instead of balancing; `--kept` on the command line."""
+
+
+class ClusterConfig(Config):
+    """Spherical k-means over the kept teacher image embeddings (paper section 3.2, Eq. 1)."""
+
+    num_centers: PositiveInt = 1_000_000
+    """K, the number of clusters."""
+    iterations: PositiveInt = 20
+    """Rounds of assignment and update."""
+    max_points_per_center: PositiveInt = 256
+    """Train on at most this many images per center, drawn at random; all images are assigned at the end."""
+    seed: NonNegativeInt = 0
+    """Seed of the sample and of the first centers."""
+    existing: Path | None = None
+    """Use this folder with centers.npy and labels.npy instead of clustering; `--clusters` on the command line."""
+
+
+class LossWeights(Config):
+    """How the named losses are weighed; 0 switches one off (paper Table 5)."""
+
+    clip: NonNegativeFloat = 1.0
+    """Weight of `L_clip`."""
+    cluster_cls: NonNegativeFloat = 1.0
+    """Weight of `L_cls`, the cluster classification."""
+    cluster_kl: NonNegativeFloat = 1.0
+    """Weight of `L_kl`, the alignment of the cluster distributions."""
+    instance: NonNegativeFloat = 0.5
+    """Weight of `L_instance` (the paper's beta)."""
+
+
+PRESETS: dict[str, dict[str, float]] = {
+    "paper-r1": {"clip": 1.0, "cluster_cls": 0.999, "cluster_kl": 0.001, "instance": 0.5},
+    "paper-r2": {"clip": 1.0, "cluster_cls": 0.001, "cluster_kl": 0.999, "instance": 0.5},
+    "clip-only": {"clip": 1.0, "cluster_cls": 0.0, "cluster_kl": 0.0, "instance": 0.0},
+}
+
+
+class DistillConfig(Config):
+    """Train the student: CLIP loss, cluster-level and instance-level distillation (paper sections 3.2 and 3.3)."""
+
+    student: str = "ViT-B-32"
+    """An open_clip model name, one of clip_cid's tiny ones (`cid-tiny`, ...), or the path of a model config in JSON."""
+    pretrained: str | None = None
+    """Start from these weights: an open_clip tag, or the path of an exported student."""
+    alignment: Literal["native", "linear"] = "native"
+    """How the student meets the teacher's space: its own projection takes the teacher's width, or an extra linear map per modality is learned."""
+    epochs: PositiveInt = 32
+    """Passes over the kept pairs."""
+    steps: PositiveInt | None = None
+    """Train for this many steps instead, whatever the number of pairs: for comparisons at equal steps."""
+    batch_size: PositiveInt = 32_768
+    """Pairs per step."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate (cosine decay after a linear warm-up)."""
+    warmup_steps: NonNegativeInt = 2_000
+    """Steps of the linear warm-up."""
+    weight_decay: NonNegativeFloat = 0.2
+    """Not applied to biases, norms, scales and other vectors."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    """AdamW."""
+    eps: PositiveFloat = 1e-6
+    """AdamW."""
+    grad_clip_norm: PositiveFloat | None = 1.0
+    """Gradients longer than this are shortened to it."""
+    weights: LossWeights = LossWeights()
+    """Weights of the losses, or in a recipe the name of a preset: paper-r1, paper-r2, clip-only."""
+    head_scale: PositiveFloat = 16.0
+    """sigma: cosine against the centers times this are the cluster logits."""
+    head_lr: NonNegativeFloat = 0.0
+    """Learning rate of the cluster head; 0 keeps it frozen at the centers."""
+    sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of the centers that take part in a step: those of the batch, and random negatives."""
+    logq: Literal["none", "kl", "both"] = "kl"
+    """Which of the two cluster losses corrects for the sampling of negatives (docs/decisions.md, D6)."""
+    temperature: PositiveFloat = 1.0
+    """tau: softens both distributions of `L_kl`."""
+    crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Random crops keep at least this share of the image; mild, because the stored embedding saw the whole image."""
+    precision: Precision = "auto"
+    """Arithmetic of the student: auto is bf16 on CUDA and fp32 elsewhere."""
+    log_every: PositiveInt = 10
+    """Steps between two lines of metrics.jsonl."""
+    seed: NonNegativeInt = 0
+    """Seed of weights, order, crops, captions and negatives."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_by_name(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        settings = cast(dict[str, Any], values)
+        name = settings.get("weights")
+        if not isinstance(name, str):
+            return settings
+        if name not in PRESETS:
+            raise ValueError(f"weights: no preset named {name!r}; there are {', '.join(PRESETS)}")
+        return {**settings, "weights": PRESETS[name]}
+
+
+class EvaluateConfig(Config):
+    """Zero-shot and linear probe by CLIP's protocol."""
+
+    sets: dict[str, str] = {}
+    """Name -> folder of a labelled set (CLIP_benchmark's WebDataset layout, or train/ and test/ folders of one folder a class); `builtin:digits` is scikit-learn's."""
+    retrieval: dict[str, tuple[str, ...]] = {}
+    """Name -> pairs (as in pairs.source) on which image-text retrieval is measured."""
+    zero_shot: bool = True
+    """Classify by the nearest prompt."""
+    linear_probe: bool = True
+    """Logistic regression on frozen features."""
+    features: Literal["before_projection", "after_projection"] = "before_projection"
+    """What the probe sees: CLIP's protocol uses the image tower's output before its projection."""
+    compare: dict[str, str] = {}
+    """Name -> model evaluated beside the student: `run:path`, `local-dir:path`, `hf-hub:org/name`, or `name/tag` of open_clip."""
+    seed: NonNegativeInt = 0
+    """Seed of hold-outs and intervals."""
+
+
+class DrawConfig(Config):
+    """The figures of the paper, from the files of the run."""
+
+    gallery_sets: PositiveInt = 24
+    """How many removed sets the galleries show."""
+    seed: NonNegativeInt = 0
+    """Seed of what is shown."""
+
+
+class ReportConfig(Config):
+    """One self-contained HTML page."""
+
+    title: str = "clip-cid report"
+    """Headline of the page."""
+    images: bool = True
+    """Off leaves every picture of the data out: numbers only, for sharing."""
+    thumbnail_px: Annotated[int, Field(ge=16, le=512)] = 96
+    """Long side of a thumbnail."""
+
+
+class MachineConfig(Config):
+    """How the work is done; never what comes out, so nothing here makes a stage stale."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps; auto takes CUDA where there is one."""
+    threads: NonNegativeInt = 0
+    """CPU threads of the arithmetic; 0 is one for each core."""
+    workers: NonNegativeInt = 2
+    """Processes that decode images; 0 decodes in the main process."""
+    embed_batch: PositiveInt = 256
+    """Images the teacher sees at once."""
+    distance_block: PositiveInt = 4096
+    """Rows of a block of the distance matrix."""
+    checkpoint_minutes: PositiveFloat = 10.0
+    """Minutes between two checkpoints of the training."""
+    cache_dir: Path | None = None
+    """Where shards from URLs are kept; ~/.cache/clip_cid when absent."""
+
+
+class Recipe(Config):
+    """The whole page."""
+
+    pairs: PairsConfig = PairsConfig()
+    embed: EmbedConfig = EmbedConfig()
+    balance: BalanceConfig = BalanceConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    distill: DistillConfig = DistillConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    draw: DrawConfig = DrawConfig()
+    report: ReportConfig = ReportConfig()
+    machine: MachineConfig = MachineConfig()
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.embed.teacher != "none" or self.embed.existing is not None
+
+    @property
+    def uses_clusters(self) -> bool:
+        return self.distill.weights.cluster_cls > 0 or self.distill.weights.cluster_kl > 0
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Recipe":
+        weights = self.distill.weights
+        if not self.has_teacher and (self.uses_clusters or weights.instance > 0):
+            raise ValueError(
+                "embed.teacher: none, but distill.weights asks for distillation; set distill.weights: clip-only"
+            )
+        if not any(weights.model_dump().values()):
+            raise ValueError("distill.weights: all are 0, so there is nothing to learn")
+        if self.balance.truth_field is not None and self.balance.truth_field not in self.pairs.keep_fields:
+            raise ValueError(
+                f"balance.truth_field: {self.balance.truth_field!r} is not among pairs.keep_fields, so it is not stored"
+            )
+        return self
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML silently keeps the last of two equal keys; this refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [str(key.value) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file, its defaults filled in.
+
+    Raises:
+        ConfigError: The file is missing or not YAML, or settings are misspelt or out of limits; all are named at once.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: cannot read this recipe ({error}).", fix="`clip-cid init FILE` writes one to start from."
+        ) from error
+    try:
+        values = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path}: not valid YAML: {' '.join(str(error).split())}", fix="Mend the line it names."
+        ) from error
+    return parse_recipe({} if values is None else values, where=str(path))
+
+
+def parse_recipe(values: Any, *, where: str) -> Recipe:
+    """Check plain values (from YAML, JSON or flags) against the page; `where` names their origin in the error."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = [_describe(problem) for problem in error.errors()]
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise ConfigError(
+            f"{where}: {count}\n" + "\n".join(f"  {problem}" for problem in problems),
+            fix="`clip-cid init FILE` writes a recipe with every setting explained.",
+        ) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The full recipe as YAML; reading it gives an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def commented_recipe() -> str:
+    """A recipe with every setting at its default and its explanation above it, for `clip-cid init`."""
+    lines = ["# A clip-cid recipe: every setting with its default. Delete what you do not change.", ""]
+    for section, field in Recipe.model_fields.items():
+        model = field.default
+        lines += [f"# {(type(model).__doc__ or '').strip()}", f"{section}:"]
+        lines += _commented_section(model, indent="  ")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _commented_section(model: Config, *, indent: str) -> list[str]:
+    lines: list[str] = []
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if field.description:
+            lines.append(f"{indent}# {field.description}")
+        if isinstance(value, Config):
+            lines += [f"{indent}{name}:", *_commented_section(value, indent=indent + "  ")]
+        else:
+            plain = model.model_dump(mode="json")[name]
+            text = yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+            lines.append(f"{indent}{name}: {text}")
+    return lines
+
+
+def _describe(problem: Any) -> str:
+    """One of pydantic's problems in our words; a misspelt name gets the nearest right one."""
+    location = tuple(str(part) for part in problem["loc"])
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _names_at(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        return f"{name}: no such setting; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return message
+    return f"{name or 'recipe'}: {message[:1].lower()}{message[1:]}, got {problem['input']!r}"
+
+
+def _names_at(location: tuple[str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,251 @@
+"""The run folder: stage folders that exist only when they are whole, and the record of how each came to be.
+
+A stage fills `balance.part/`; its record is written into that folder as `manifest.json`, and one rename makes results and
+record appear together as `balance/`. A process killed at any instant leaves either the old results or the new ones.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from clip_cid.errors import RunError
+
+MANIFEST = "manifest.json"
+_PART, _OLD, _KEY = ".part", ".old", "stage-key"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of a finished stage, as it was written."""
+
+    bytes: int
+    mtime_ns: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """How a stage's results came to be."""
+
+    stage: str
+    key: str
+    version: int
+    settings: dict[str, Any]
+    """The recipe sections the result depends on."""
+    inputs: dict[str, str]
+    """Stage or source -> its key when it was read."""
+    summary: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    started: str
+    seconds: float
+    files: dict[str, FileRecord] = field(default_factory=dict[str, FileRecord])
+
+
+class RunFolder:
+    """One run: `embed/`, `balance/`, ... each whole or absent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def has(self, stage: str) -> bool:
+        return (self.path / stage / MANIFEST).is_file()
+
+    def stage(self, stage: str) -> Path:
+        """The folder of a finished stage.
+
+        Raises:
+            RunError: The stage has not finished here.
+        """
+        if not self.has(stage):
+            raise RunError(
+                f"{self.path}: the {stage} stage has not finished here.",
+                fix=f"Run `clip-cid {stage} {self.path}` first.",
+            )
+        return self.path / stage
+
+    def record(self, stage: str) -> StageRecord | None:
+        """How a finished stage came to be; None when it has not finished."""
+        if not self.has(stage):
+            return None
+        path = self.path / stage / MANIFEST
+        values = read_json(path)
+        try:
+            files = {name: FileRecord(**entry) for name, entry in values.pop("files").items()}
+            return StageRecord(**values, files=files)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{path}: not a stage record of this version ({error}).",
+                fix=f"Run `clip-cid {stage} {self.path} --force` to make the stage again.",
+            ) from error
+
+    @contextlib.contextmanager
+    def lock(self) -> Generator[None]:
+        """Hold the folder against other processes; freed by the system when this one dies.
+
+        Raises:
+            RunError: Another process works here, or the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: cannot be used as a run folder ({error.strerror}).",
+                fix="Give a folder you can write to.",
+            ) from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
+                raise RunError(
+                    f"{self.path}: another process works in this run folder ({holder}).",
+                    fix="Wait for it to end, or give another folder.",
+                ) from error
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()} since {now()}".encode(), 0)
+            self._mend()
+            yield
+        finally:
+            os.close(handle)
+
+    def begin(self, stage: str, key: str, *, resumable: bool) -> Path:
+        """The stage's work folder: empty, or (resumable) as an earlier attempt with the same key left it."""
+        part = self.path / f"{stage}{_PART}"
+        mark = part / _KEY
+        if part.exists() and not (resumable and mark.is_file() and mark.read_text() == key):
+            shutil.rmtree(part)
+        if not part.exists():
+            part.mkdir()
+            mark.write_text(key)
+        return part
+
+    def resumes(self, stage: str, key: str) -> bool:
+        """Whether a killed attempt with the same key has left work to go on from."""
+        mark = self.path / f"{stage}{_PART}" / _KEY
+        return mark.is_file() and mark.read_text() == key
+
+    def publish(self, record: StageRecord) -> StageRecord:
+        """Make the stage's work folder its result, with digests of every file; returns the completed record."""
+        part = self.path / f"{record.stage}{_PART}"
+        names = sorted(path for path in part.rglob("*") if path.is_file() and path.name != _KEY)
+        complete = replace(record, files={str(path.relative_to(part)): file_record(path) for path in names})
+        write_json(part / MANIFEST, asdict(complete))  # from here on a killed publish is finished by the next process
+        self._swap(record.stage)
+        return complete
+
+    def changed_files(self, stage: str, *, digests: bool) -> list[str]:
+        """What differs from the record: by size and time, or (digests) by reading every byte."""
+        record = self.record(stage)
+        if record is None:
+            return []
+        found: list[str] = []
+        for name, expected in record.files.items():
+            path = self.path / stage / name
+            if not path.is_file():
+                found.append(f"{name} is missing")
+            elif (status := path.stat()).st_size != expected.bytes:
+                found.append(f"{name} has {status.st_size:,} bytes, not {expected.bytes:,}")
+            elif digests and sha256_file(path) != expected.sha256:
+                found.append(f"{name} has other contents")
+            elif not digests and status.st_mtime_ns != expected.mtime_ns and sha256_file(path) != expected.sha256:
+                found.append(f"{name} changed on disk")
+        return found
+
+    def _swap(self, stage: str) -> None:
+        """Put a complete work folder in the place of the stage's old results."""
+        part, final, old = (self.path / f"{stage}{suffix}" for suffix in (_PART, "", _OLD))
+        (part / _KEY).unlink(missing_ok=True)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(part, final)
+        _sync_folder(self.path)
+        if old.exists():
+            shutil.rmtree(old)
+
+    def _mend(self) -> None:
+        """Finish or undo the renames that a kill interrupted."""
+        for part in sorted(self.path.glob(f"*{_PART}")):
+            if (part / MANIFEST).is_file():
+                self._swap(part.name.removesuffix(_PART))
+        for old in sorted(self.path.glob(f"*{_OLD}")):
+            final = self.path / old.name.removesuffix(_OLD)
+            if final.exists():
+                shutil.rmtree(old)
+            else:
+                os.replace(old, final)
+
+
+def now() -> str:
+    """The time as manifests keep it: UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Generator[Path]:
+    """A temporary path beside `path` that takes its place, on disk for good, when the block ends well."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that is there whole or not at all; NaN and infinity are refused, since JSON has none."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        RunError: The file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path}: cannot be read ({error}).", fix="Run the stage that wrote it again, with --force."
+        ) from error
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def file_record(path: Path) -> FileRecord:
+    status = path.stat()
+    return FileRecord(bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=sha256_file(path))
+
+
+def disk_full(error: OSError) -> bool:
+    """Whether a write failed for want of room, not for another reason."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename in `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,219 @@
+"""The pipeline's decisions, with stages that only write a file: what runs, in which order, and the reason given."""
+
+import errno
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from clip_cid import pipeline
+from clip_cid.errors import ConfigError, RunError
+from clip_cid.recipe import Recipe, parse_recipe
+from clip_cid.run_folder import RunFolder
+
+SUMMARIES: dict[str, dict[str, Any]] = {
+    "embed": {"ok": 4, "images": 4, "dim": 2},
+    "balance": {"ok": 4, "kept": 3, "removed_share": 0.25},
+    "cluster": {"images": 3, "centers": 2},
+    "distill": {"steps": 1, "pairs_seen": 3},
+    "evaluate": {},
+    "draw": {},
+    "report": {},
+}
+ALL = [stage.name for stage in pipeline.STAGES]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the stages that ran, in order."""
+    names: list[str] = []
+
+    def fake_stage(module: str) -> SimpleNamespace:
+        name = module.rpartition(".")[2]
+
+        def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
+            names.append(name)
+            (out / "result.txt").write_text(name)
+            return SUMMARIES[name]
+
+        return SimpleNamespace(run=run)
+
+    monkeypatch.setattr(pipeline, "importlib", SimpleNamespace(import_module=fake_stage))
+    return names
+
+
+def recipe(**sections: Any) -> Recipe:
+    values: dict[str, Any] = {"embed": {"teacher": "ViT-B-32"}, "evaluate": {"sets": {"digits": "builtin:digits"}}}
+    return parse_recipe({**values, **sections}, where="test")
+
+
+def reasons(folder: RunFolder, settings: Recipe) -> dict[str, str]:
+    return {state.stage.name: state.reason for state in pipeline.states(folder, settings) if state.status == "stale"}
+
+
+def test_all_stages_run_in_order_and_a_second_run_does_nothing(tmp_path: Path, ran: list[str]):
+    folder = RunFolder(tmp_path)
+    pipeline.run(folder, recipe())
+    assert ran == ALL
+    pipeline.run(folder, recipe())
+    assert ran == ALL
+
+
+def test_a_changed_setting_makes_its_stage_and_those_behind_it_stale_with_the_reason(tmp_path: Path, ran: list[str]):
+    folder = RunFolder(tmp_path)
+    pipeline.run(folder, recipe())
+    changed = recipe(balance={"threshold": 0.06})
+    found = reasons(folder, changed)
+    assert found["balance"] == "balance.threshold 0.07 -> 0.06"
+    assert found["cluster"] == "balance runs again"
+    assert list(found) == ["balance", "cluster", "distill", "evaluate", "draw", "report"]
+    ran.clear()
+    pipeline.run(folder, changed)
+    assert ran == list(found)
+
+
+def test_the_same_number_written_differently_is_not_a_change(tmp_path: Path, ran: list[str]):
+    folder = RunFolder(tmp_path)
+    pipeline.run(folder, recipe(balance={"threshold": 0.07}))
+    assert reasons(folder, recipe(balance={"threshold": "7e-2"})) == {}
+
+
+def test_machine_settings_make_nothing_stale(tmp_path: Path, ran: list[str]):
+    folder = RunFolder(tmp_path)
+    pipeline.run(folder, recipe())
+    other = {"workers": 7, "threads": 3, "embed_batch": 5, "distance_block": 11, "checkpoint_minutes": 1}
+    assert reasons(folder, recipe(machine=other)) == {}
+
+
+def test_a_stage_run_again_elsewhere_is_the_reason_for_the_next(tmp_path: Path, ran: list[str]):
+    folder = RunFolder(tmp_path)
+    pipeline.run(folder, recipe())
+    pipeline.run(folder, recipe(cluster={"num_centers": 5}), only="cluster")
+    found = reasons(folder, recipe(cluster={"num_centers": 5}))
+    assert found["distill"] == "cluster was run again"
+    assert "embed" not in found
+
+
+def test_a_result_changed_on_disk_is_named(tmp_path: Path, ran: list[str]):
+    folder = RunFolder(tmp_path)
+    pipeline.run(folder, recipe())
+    (tmp_path / "cluster" / "result.txt").write_text("other contents")
+    assert reasons(folder, recipe())["cluster"] == "result.txt has 14 bytes, not 7"
+
+
+def test_plain_clip_training_has_no_embed_balance_or_cluster(tmp_path: Path, ran: list[str]):
+    plain = recipe(embed={"teacher": "none"}, distill={"weights": "clip-only"})
+    pipeline.run(RunFolder(tmp_path), plain)
+    assert ran == ["distill", "evaluate", "draw", "report"]
+
+
+def test_without_balance_or_cluster_weights_those_stages_are_off(tmp_path: Path, ran: list[str]):
+    settings = recipe(balance={"enabled": False}, distill={"weights": {"cluster_cls": 0, "cluster_kl": 0}})
+    pipeline.run(RunFolder(tmp_path), settings)
+    assert ran == ["embed", "distill", "evaluate", "draw", "report"]
+
+
+def test_one_stage_alone_needs_those_before_it(tmp_path: Path, ran: list[str]):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(RunError, match=f"clip-cid embed {tmp_path}"):
+        pipeline.run(folder, recipe(), only="balance")
+    pipeline.run(folder, recipe(), only="embed")
+    pipeline.run(folder, recipe(), only="balance")
+    assert ran == ["embed", "balance"]
+
+
+def test_one_stage_alone_takes_over_given_data_first(tmp_path: Path, ran: list[str]):
+    given = tmp_path / "store"
+    given.mkdir()
+    settings = recipe(embed={"existing": str(given)})
+    pipeline.run(RunFolder(tmp_path / "run"), settings, only="balance")
+    assert ran == ["embed", "balance"]
+
+
+def test_given_data_that_changes_makes_its_stage_stale(tmp_path: Path, ran: list[str]):
+    kept = tmp_path / "kept.npy"
+    kept.write_bytes(b"first")
+    folder, settings = RunFolder(tmp_path / "run"), recipe(balance={"existing": str(kept)})
+    pipeline.run(folder, settings)
+    kept.write_bytes(b"second")
+    assert reasons(folder, settings)["balance"] == f"{kept} changed on disk"
+
+
+def test_a_teacher_trained_anew_makes_the_embeddings_stale(tmp_path: Path, ran: list[str]):
+    weights = tmp_path / "teacher" / "distill" / "student" / "open_clip_model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"one")
+    folder, settings = RunFolder(tmp_path / "run"), recipe(embed={"teacher": f"run:{tmp_path / 'teacher'}"})
+    pipeline.run(folder, settings)
+    weights.write_bytes(b"other")
+    assert reasons(folder, settings)["embed"] == f"{weights} changed on disk"
+
+
+def test_an_unused_stage_asked_for_is_a_config_error(tmp_path: Path, ran: list[str]):
+    with pytest.raises(ConfigError, match="does not use the stage"):
+        pipeline.run(RunFolder(tmp_path), recipe(balance={"enabled": False}), only="balance")
+
+
+def test_force_runs_what_is_up_to_date(tmp_path: Path, ran: list[str]):
+    folder = RunFolder(tmp_path)
+    pipeline.run(folder, recipe())
+    ran.clear()
+    pipeline.run(folder, recipe(), only="cluster", force=True)
+    assert ran == ["cluster"]
+
+
+def test_a_failing_stage_leaves_the_earlier_results_whole(tmp_path: Path, ran: list[str], monkeypatch):
+    folder = RunFolder(tmp_path)
+    pipeline.run(folder, recipe())
+
+    def fail(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
+        (out / "half.txt").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "importlib", SimpleNamespace(import_module=lambda module: SimpleNamespace(run=fail)))
+    with pytest.raises(RunError, match=r"disk is full; balance could not write"):
+        pipeline.run(folder, recipe(balance={"threshold": 0.01}))
+    assert (folder.stage("balance") / "result.txt").read_text() == "balance"
+    assert not (folder.stage("balance") / "half.txt").exists()
+
+
+def test_the_recipe_stored_with_the_run_runs_it_again(tmp_path: Path, ran: list[str]):
+    from clip_cid.recipe import read_recipe
+
+    pipeline.run(RunFolder(tmp_path), recipe(cluster={"num_centers": 9}))
+    assert read_recipe(tmp_path / "recipe.yaml") == recipe(cluster={"num_centers": 9})
+
+
+def test_verify_reads_every_file(tmp_path: Path, ran: list[str]):
+    folder = RunFolder(tmp_path)
+    pipeline.run(folder, recipe())
+    assert pipeline.verify(folder) == []
+    (tmp_path / "draw" / "result.txt").unlink()
+    assert pipeline.verify(folder) == ["draw: result.txt is missing"]
+
+
+def test_what_ran_and_why_is_in_the_log_file(tmp_path: Path, ran: list[str]):
+    folder = RunFolder(tmp_path)
+    pipeline.run(folder, recipe())
+    pipeline.run(folder, recipe(balance={"threshold": 0.06}))
+    text = (tmp_path / "run.log").read_text()
+    assert "stale: balance.threshold 0.07 -> 0.06" in text
+    assert "4 images -> 3 kept (25.0 % removed)" in text
+
+
+def test_a_stage_reads_no_section_it_is_not_keyed_by():
+    """A setting that a stage reads but that is not in its key would change results without making them stale."""
+    import re
+
+    for stage in pipeline.STAGES:
+        source = (Path(pipeline.__file__).parent / "stages" / f"{stage.name}.py").read_text()
+        used = set(re.findall(r"\brecipe\.(\w+)", source)) - {"machine"}
+        known = {name for other in pipeline.STAGES for name in other.sections}
+        behind = {name for need in stage.needs for name in (*_sections_behind(need), need)}
+        assert used & known <= {*stage.sections, *behind}, stage.name
+
+
+def _sections_behind(name: str) -> set[str]:
+    stage = next(stage for stage in pipeline.STAGES if stage.name == name)
+    return {*stage.sections, *(section for need in stage.needs for section in _sections_behind(need))}

@@ -1,0 +1,97 @@
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clip_cid.errors import ConfigError
+from clip_cid.recipe import PRESETS, Recipe, commented_recipe, dump_recipe, parse_recipe, read_recipe
+
+
+def problems(values: object) -> str:
+    with pytest.raises(ConfigError) as error:
+        parse_recipe(values, where="r.yaml")
+    return error.value.problem
+
+
+def test_the_written_recipe_with_its_comments_is_the_default_recipe():
+    assert parse_recipe(yaml.safe_load(commented_recipe()), where="init") == Recipe()
+
+
+def test_every_setting_has_an_explanation_in_the_written_recipe():
+    lines = commented_recipe().splitlines()
+    for above, line in itertools.pairwise(lines):
+        if ":" in line and not line.lstrip().startswith("#"):
+            assert above.lstrip().startswith("#") or above.endswith(":"), line
+
+
+def test_a_dumped_recipe_reads_back_equal():
+    recipe = parse_recipe({"balance": {"threshold": 0.05}, "pairs": {"source": ["a.tar"]}}, where="x")
+    assert parse_recipe(yaml.safe_load(dump_recipe(recipe)), where="x") == recipe
+
+
+def test_a_misspelt_name_gets_the_right_one():
+    assert "balance.treshold: no such setting; did you mean threshold?" in problems({"balance": {"treshold": 0.1}})
+    assert "distill.weights.cluster_k: no such setting; did you mean cluster_kl?" in problems(
+        {"distill": {"weights": {"cluster_k": 1}}}
+    )
+    assert "balanc: no such setting; did you mean balance?" in problems({"balanc": {}})
+
+
+def test_all_problems_are_named_at_once_with_the_file():
+    text = problems({"balance": {"threshold": 0}, "cluster": {"num_centers": -3}, "distill": {"lr": "fast"}})
+    assert text.startswith("r.yaml: 3 problems")
+    assert "balance.threshold: input should be greater than 0, got 0" in text
+    assert "cluster.num_centers" in text
+    assert "got 'fast'" in text
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers():
+    assert parse_recipe(yaml.safe_load("distill: {lr: 1e-3}"), where="x").distill.lr == 0.001
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_preset_stands_for_its_weights(name: str):
+    weights = parse_recipe({"distill": {"weights": name}}, where="x").distill.weights
+    assert weights.model_dump() == PRESETS[name]
+
+
+def test_an_unknown_preset_is_named_with_those_there_are():
+    assert "paper-r1, paper-r2, clip-only" in problems({"distill": {"weights": "paper"}})
+
+
+def test_distillation_without_a_teacher_is_refused():
+    assert "distill.weights: clip-only" in problems({"embed": {"teacher": "none"}})
+
+
+def test_a_truth_field_that_is_not_stored_is_refused():
+    assert "pairs.keep_fields" in problems({"balance": {"truth_field": "dup"}})
+
+
+def test_a_key_given_twice_is_refused_though_yaml_would_keep_the_last(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text("balance:\n  threshold: 0.1\n  threshold: 0.2\n")
+    with pytest.raises(ConfigError, match="'threshold' is given twice"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("text", ["balance: [", "a: b: c"])
+def test_broken_yaml_is_a_config_error_with_the_file(tmp_path: Path, text: str):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"r\.yaml: not valid YAML"):
+        read_recipe(path)
+
+
+def test_a_missing_recipe_points_to_init(tmp_path: Path):
+    with pytest.raises(ConfigError, match="clip-cid init"):
+        read_recipe(tmp_path / "no.yaml")
+
+
+def test_a_recipe_that_is_not_a_mapping_is_refused():
+    assert "valid dictionary" in problems(["balance"])
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_that_ship_are_valid(path: Path):
+    assert read_recipe(path).pairs.source

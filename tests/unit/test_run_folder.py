@@ -1,0 +1,196 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clip_cid.errors import RunError
+from clip_cid.run_folder import RunFolder, StageRecord, atomic_file, read_json, write_json
+
+
+def record(stage: str = "balance", key: str = "k1") -> StageRecord:
+    return StageRecord(
+        stage=stage,
+        key=key,
+        version=1,
+        settings={"balance": {"threshold": 0.07}},
+        inputs={},
+        summary={"kept": 3},
+        versions={},
+        device="cpu",
+        started="2026-01-01T00:00:00+00:00",
+        seconds=1.0,
+    )
+
+
+def publish(folder: RunFolder, text: str, key: str = "k1") -> None:
+    part = folder.begin("balance", key, resumable=False)
+    (part / "kept.txt").write_text(text)
+    folder.publish(record(key=key))
+
+
+def test_a_stage_is_absent_until_it_is_published(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    part = folder.begin("balance", "k1", resumable=False)
+    (part / "kept.txt").write_text("1")
+    assert not folder.has("balance")
+    with pytest.raises(RunError, match="clip-cid balance"):
+        folder.stage("balance")
+    folder.publish(record())
+    assert (folder.stage("balance") / "kept.txt").read_text() == "1"
+    assert not part.exists()
+
+
+def test_the_record_comes_back_with_the_digest_of_every_file(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    publish(folder, "abc")
+    found = folder.record("balance")
+    assert found is not None
+    assert found.summary == {"kept": 3}
+    assert list(found.files) == ["kept.txt"]
+    # SHA-256 of "abc", from the standard (FIPS 180-2, appendix B.1)
+    assert found.files["kept.txt"].sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_publishing_again_replaces_the_old_results(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    publish(folder, "old")
+    publish(folder, "new", key="k2")
+    assert (folder.stage("balance") / "kept.txt").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["balance"]
+
+
+class Killed(BaseException):
+    """Stands for the process dying at that call."""
+
+
+@pytest.mark.parametrize("dies_at", range(6))
+def test_killed_at_any_rename_of_publish_the_old_or_the_new_results_are_there(
+    tmp_path: Path, dies_at: int, monkeypatch: pytest.MonkeyPatch
+):
+    folder = RunFolder(tmp_path)
+    publish(folder, "old")
+    part = folder.begin("balance", "k2", resumable=False)
+    (part / "kept.txt").write_text("new")
+    calls = 0
+    replace = os.replace
+
+    def dying_replace(source: os.PathLike[str], target: os.PathLike[str]) -> None:
+        nonlocal calls
+        if calls == dies_at:
+            raise Killed
+        calls += 1
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying_replace)
+        try:
+            folder.publish(record(key="k2"))
+            died = False
+        except Killed:
+            died = True
+    assert died == (dies_at < 3)  # manifest, old away, new in place
+    with folder.lock():
+        found = folder.record("balance")
+        assert found is not None
+        text = (folder.stage("balance") / "kept.txt").read_text()
+        assert (found.key, text) in (("k1", "old"), ("k2", "new"))
+        assert (text == "new") == (dies_at > 0)
+        assert not list(tmp_path.glob("*.old"))
+
+
+def test_a_resumable_stage_finds_its_work_again_only_under_the_same_key(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    part = folder.begin("embed", "k1", resumable=True)
+    (part / "shard").write_text("done")
+    assert folder.resumes("embed", "k1")
+    assert (folder.begin("embed", "k1", resumable=True) / "shard").exists()
+    assert not (folder.begin("embed", "k2", resumable=True) / "shard").exists()
+
+
+def test_a_stage_that_cannot_resume_starts_empty(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    (folder.begin("balance", "k1", resumable=False) / "half").write_text("")
+    assert not (folder.begin("balance", "k1", resumable=False) / "half").exists()
+
+
+def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path: Path):
+    program = f"""
+from pathlib import Path
+from clip_cid.errors import RunError
+from clip_cid.run_folder import RunFolder
+try:
+    with RunFolder(Path({str(tmp_path)!r})).lock():
+        print("entered")
+except RunError as error:
+    print(error.problem)
+"""
+    with RunFolder(tmp_path).lock():
+        during = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    after = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert f"another process works in this run folder (pid {os.getpid()} on " in during
+    assert after.strip() == "entered"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.unlink(), "kept.txt is missing"),
+        (lambda path: path.write_text("longer"), "kept.txt has 6 bytes, not 3"),
+        (lambda path: path.write_text("abd"), "kept.txt changed on disk"),
+    ],
+)
+def test_a_changed_file_is_named(tmp_path: Path, spoil, says: str):
+    folder = RunFolder(tmp_path)
+    publish(folder, "abc")
+    assert folder.changed_files("balance", digests=False) == []
+    spoil(tmp_path / "balance" / "kept.txt")
+    assert folder.changed_files("balance", digests=False) == [says]
+
+
+def test_digests_catch_a_change_that_kept_size_and_time(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    publish(folder, "abc")
+    path = tmp_path / "balance" / "kept.txt"
+    times = path.stat()
+    path.write_text("abd")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert folder.changed_files("balance", digests=False) == []
+    assert folder.changed_files("balance", digests=True) == ["kept.txt has other contents"]
+
+
+def test_touching_a_file_does_not_count_as_a_change(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    publish(folder, "abc")
+    (tmp_path / "balance" / "kept.txt").touch()
+    assert folder.changed_files("balance", digests=False) == []
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+
+    def fail_half_way() -> None:
+        with atomic_file(path) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
+    assert read_json(path) == {"x": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_json_refuses_nan(tmp_path: Path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+
+
+def test_a_record_of_another_shape_is_a_clear_error(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    publish(folder, "abc")
+    (tmp_path / "balance" / "manifest.json").write_text(json.dumps({"stage": "balance", "files": {}}))
+    with pytest.raises(RunError, match="--force"):
+        folder.record("balance")

@@ -1,7 +1,6 @@
 """The command line: read the recipe, call the pipeline, print. No logic of its own, and no torch at import."""
 
 import dataclasses
-import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from tyro.conf import Positional
 
 from clip_cid import log, pipeline
 from clip_cid.errors import ClipCidError, ConfigError, RunError
-from clip_cid.recipe import Recipe, commented_recipe, parse_recipe, read_recipe
+from clip_cid.recipe import Config, Recipe, commented_recipe, parse_recipe, read_recipe
 from clip_cid.run_folder import RunFolder, atomic_file, disk_full
 
 _ABOUT = """Distil a huge CLIP into a small one on your own image-text data.
@@ -24,6 +23,7 @@ of it and repeats nothing that is up to date; each stage is also a command of it
 an error. Exit code 0 is success, 1 bad data or state, 2 a bad setting."""
 
 _STAGE_HELP = {
+    "run": "Run every stage that is missing or stale, in order, and say why.",
     "embed": "Compute the teacher's image and text embeddings once and store them.",
     "balance": "Keep one image of each set of near-duplicates (image semantic balance, paper 3.1).",
     "cluster": "Spherical k-means over the kept images (paper 3.2, Eq. 1).",
@@ -34,22 +34,19 @@ _STAGE_HELP = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Common:
-    """What every command that runs a stage takes."""
-
-    run: Positional[Path]
-    """The run folder, made when it does not exist."""
-    recipe: Path | None = None
-    """A recipe file; without it the one stored in the run folder, else the defaults."""
-    force: bool = False
-    """Run even what is up to date."""
-    embeddings: Path | None = None
-    """Use this embedding store (ours, or a clip-retrieval folder) instead of running embed."""
-    kept: Path | None = None
-    """Use this .npy of kept rows instead of running balance."""
-    clusters: Path | None = None
-    """Use this folder with centers.npy and labels.npy instead of running cluster."""
+_FOLDER = "The run folder, made when it does not exist."
+_COMMON: tuple[tuple[str, Any, str], ...] = (
+    ("recipe", Path | None, "A recipe file; without it the one stored in the run folder, else the defaults."),
+    ("force", bool, "Run even what is up to date."),
+    (
+        "embeddings",
+        Path | None,
+        "Use this embedding store (ours, or a clip-retrieval folder) instead of running embed.",
+    ),
+    ("kept", Path | None, "Use this .npy of kept rows instead of running balance."),
+    ("clusters", Path | None, "Use this folder with centers.npy and labels.npy instead of running cluster."),
+)
+_TAKEN_OVER = {"embeddings": "embed", "kept": "balance", "clusters": "cluster"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setup()
     try:
         commands = _commands(_recipe_for(arguments))
-        return tyro.extras.subcommand_cli_from_dict(
+        done = tyro.extras.subcommand_cli_from_dict(
             commands, prog="clip-cid", description=_ABOUT, args=arguments, sort_subcommands=False
         )
+        return done if isinstance(done, int) else done.start()
     except ClipCidError as error:
         return _fail(f"{error.problem}\n{error.fix}", error.exit_code, debug)
     except OSError as error:
@@ -93,12 +91,12 @@ def _recipe_for(arguments: Sequence[str]) -> Recipe:
     return next((read_recipe(path) for path in stored if path.is_file()), Recipe())
 
 
-def _commands(recipe: Recipe) -> dict[str, Callable[..., int]]:
+def _commands(recipe: Recipe) -> dict[str, Callable[..., Any]]:
     commands = {"run": _stage_command(None, tuple(Recipe.model_fields), recipe)}
     for stage in pipeline.STAGES:
         commands[stage.name] = _stage_command(stage.name, (*stage.sections, "machine"), recipe)
     return commands | {
-        "status": _status_command(recipe),
+        "status": status,
         "verify": verify,
         "export": export,
         "init": init,
@@ -106,62 +104,59 @@ def _commands(recipe: Recipe) -> dict[str, Callable[..., int]]:
     }
 
 
-def _stage_command(stage: str | None, sections: Sequence[str], recipe: Recipe) -> Callable[..., int]:
-    """A function with the common arguments and a flag for each setting of `sections`, for tyro to read."""
+def _stage_command(stage: str | None, sections: Sequence[str], recipe: Recipe) -> Callable[..., Any]:
+    """A command with the common flags and one for each setting of `sections`, as a class that tyro reads."""
+    fields: list[Any] = [("run", Annotated[Positional[Path], tyro.conf.arg(help=_FOLDER)])]
+    for name, kind, text in _COMMON:
+        value = False if kind is bool else None
+        fields.append((name, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=value)))
+    fields += [(name, *_flags(getattr(recipe, name))) for name in sections]
 
-    def command(common: _Common, **changed: Any) -> int:
-        values = {**{name: getattr(recipe, name) for name in Recipe.model_fields}, **changed}
-        settings = {name: section.model_dump() for name, section in values.items()}
-        for section, existing in (
-            ("embed", common.embeddings),
-            ("balance", common.kept),
-            ("cluster", common.clusters),
-        ):
-            if existing is not None:
+    def start(flags: Any) -> int:
+        settings = recipe.model_dump() | {name: dataclasses.asdict(getattr(flags, name)) for name in sections}
+        for name, section in _TAKEN_OVER.items():
+            if (existing := getattr(flags, name)) is not None:
                 settings[section]["existing"] = existing
-        pipeline.run(RunFolder(common.run), parse_recipe(settings, where="settings"), only=stage, force=common.force)
+        checked = parse_recipe(settings, where="settings")
+        pipeline.run(RunFolder(flags.run), checked, only=stage, force=flags.force)
         return 0
 
-    parameters = [
-        inspect.Parameter(
-            "common", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[_Common, tyro.conf.arg(name="")]
-        )
-    ]
-    for name in sections:
-        section = getattr(recipe, name)
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=section, annotation=type(section))
-        )
-    return _described(command, parameters, _STAGE_HELP[stage] if stage else "Run every stage that is missing or stale.")
-
-
-def _described(command: Callable[..., int], parameters: list[inspect.Parameter], text: str) -> Callable[..., int]:
-    """Give `command` the signature and help text that tyro shows."""
-    command.__signature__ = inspect.Signature(parameters, return_annotation=int)  # pyright: ignore[reportFunctionMemberAccess]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__doc__ = text
+    command = dataclasses.make_dataclass(stage or "run", fields, namespace={"start": start})
+    command.__doc__ = _STAGE_HELP[stage or "run"]
     return command
 
 
-def _status_command(stored: Recipe) -> Callable[..., int]:
-    def status(run: Positional[Path], recipe: Path | None = None) -> int:
-        """Where each stage of a run stands, and why.
+def _flags(section: Config) -> tuple[Any, Any]:
+    """A section as a plain class without limits, so that our own words say what is wrong with a value; and its default."""
+    fields: list[tuple[str, Any, Any]] = []
+    for name, setting in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Config):
+            fields.append((name, *_flags(value)))
+        else:
+            kind = Annotated[setting.annotation, tyro.conf.arg(help=setting.description)]
+            fields.append((name, kind, dataclasses.field(default_factory=lambda value=value: value)))
+    flags = dataclasses.make_dataclass(type(section).__name__, fields)
+    flags.__doc__ = type(section).__doc__
+    return flags, dataclasses.field(default_factory=flags)
 
-        Args:
-            run: The run folder.
-            recipe: Compare with this recipe instead of the one stored in the run.
-        """
-        folder = _existing(run)
-        rows: list[list[str]] = []
-        for state in pipeline.states(folder, stored):
-            record = state.record
-            when = f"{record.started}, {log.duration(record.seconds)}" if record else ""
-            reason = f"{state.reason}; can go on where it stopped" if state.resumes else state.reason
-            rows.append([state.stage.name, state.status, reason, when, pipeline.headline(record)])
-        log.table(["stage", "status", "reason", "made", "result"], rows, title=str(folder.path))
-        return 0
 
-    return status
+def status(run: Positional[Path], recipe: Path | None = None) -> int:
+    """Where each stage of a run stands, and why.
+
+    Args:
+        run: The run folder.
+        recipe: Compare with this recipe instead of the one stored in the run.
+    """
+    folder = _existing(run)
+    rows: list[list[str]] = []
+    for state in pipeline.states(folder, read_recipe(recipe or run / pipeline.RECIPE_FILE)):
+        record = state.record
+        made = f"{record.started}, {log.duration(record.seconds)}" if record else ""
+        reason = f"{state.reason}; can go on where it stopped" if state.resumes else state.reason
+        rows.append([state.stage.name, state.status, reason, made, pipeline.headline(record)])
+    log.table(["stage", "status", "reason", "made", "result"], rows, title=str(folder.path))
+    return 0
 
 
 def verify(run: Positional[Path]) -> int:

@@ -1,0 +1,144 @@
+"""The command line as a user meets it: exit codes, two-line errors, help that is quick."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clip_cid import cli, pipeline
+
+
+def clip_cid(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "clip_cid", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_help_names_every_command_and_imports_neither_torch_nor_open_clip():
+    program = (
+        "import sys; from clip_cid.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: code = end.code\n"
+        "print(code, *(name for name in ('torch', 'open_clip', 'faiss', 'matplotlib') if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0"
+    for command in ["run", *(stage.name for stage in pipeline.STAGES), "status", "verify", "export", "init", "sample"]:
+        assert f"• {command} " in done.stdout
+
+
+def test_help_is_quick():
+    def seconds(*command: str) -> float:
+        started = time.monotonic()
+        subprocess.run([sys.executable, *command], capture_output=True, check=True)
+        return time.monotonic() - started
+
+    # The best of three: a loaded machine must not fail this, an eager import of torch (seconds) must.
+    assert min(seconds("-m", "clip_cid", "run", "--help") for _ in range(3)) < 1.5
+
+
+def test_a_misspelt_recipe_setting_is_exit_2_in_two_lines_and_makes_no_folder(tmp_path: Path):
+    (tmp_path / "r.yaml").write_text("balance: {treshold: 0.1}")
+    done = clip_cid("run", "out", "--recipe", "r.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "did you mean threshold?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_adds_the_traceback(tmp_path: Path):
+    done = clip_cid("run", "out", "--recipe", "no.yaml", "--debug", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--balance.treshold", "0.1"],
+        ["--balance.threshold", "0"],
+        ["--balance.threshold", "-1"],
+        ["--balance.metric", "cos"],
+        ["--distill.sample-rate", "1.5"],
+    ],
+)
+def test_a_bad_flag_is_exit_2_and_makes_no_folder(tmp_path: Path, flags: list[str]):
+    done = clip_cid("run", "out", *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    name = flags[0].removeprefix("--")
+    assert name in done.stderr or name.replace("-", "_") in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_at_odds_with_each_other_are_exit_2(tmp_path: Path):
+    done = clip_cid("run", "out", "--embed.teacher", "none", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "set distill.weights: clip-only" in done.stderr
+
+
+def test_a_run_without_pairs_says_so(tmp_path: Path):
+    done = clip_cid("run", "out", cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert "pairs.source" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 4
+
+
+def test_init_writes_a_recipe_that_runs_are_made_from_and_never_overwrites(tmp_path: Path):
+    assert clip_cid("init", "mine.yaml", cwd=tmp_path).returncode == 0
+    before = (tmp_path / "mine.yaml").read_text()
+    again = clip_cid("init", "mine.yaml", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+    assert (tmp_path / "mine.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("command", ["status", "verify"])
+def test_a_run_folder_that_does_not_exist_is_exit_1(tmp_path: Path, command: str):
+    done = clip_cid(command, "no", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "no: no such run folder." in done.stderr
+    assert "clip-cid run" in done.stderr
+
+
+def test_an_unknown_command_is_exit_2():
+    assert clip_cid("distil").returncode == 2
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def fail(*arguments: object, **settings: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["run", str(tmp_path)])
+
+
+def test_ctrl_c_is_exit_130_with_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    def stop(*arguments: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run", stop)
+    assert cli.main(["run", str(tmp_path)]) == 130
+    assert "Run the same command again to go on" in capsys.readouterr().err
+
+
+def test_a_flag_overrides_the_recipe_and_the_recipe_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    seen = {}
+    monkeypatch.setattr(pipeline, "run", lambda folder, recipe, **rest: seen.update(recipe=recipe, **rest))
+    (tmp_path / "r.yaml").write_text("balance: {threshold: 0.05}\ncluster: {num_centers: 7, seed: 3}")
+    arguments = ["run", str(tmp_path / "out"), "--recipe", str(tmp_path / "r.yaml"), "--cluster.num-centers", "9"]
+    assert cli.main(arguments) == 0
+    assert (seen["recipe"].balance.threshold, seen["recipe"].cluster.num_centers) == (0.05, 9)
+    assert seen["recipe"].cluster.seed == 3
+    assert seen["recipe"].distill.beta2 == 0.98
+
+
+def test_a_stage_command_keeps_the_other_sections_of_the_stored_recipe(monkeypatch, tmp_path: Path):
+    seen = {}
+    monkeypatch.setattr(pipeline, "run", lambda folder, recipe, **rest: seen.update(recipe=recipe, **rest))
+    (tmp_path / "recipe.yaml").write_text("distill: {student: ViT-B-16}")
+    assert cli.main(["balance", str(tmp_path), "--balance.threshold", "0.1", "--embeddings", "store"]) == 0
+    assert seen["only"] == "balance"
+    assert seen["recipe"].distill.student == "ViT-B-16"
+    assert seen["recipe"].embed.existing == Path("store")

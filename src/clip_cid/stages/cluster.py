@@ -8,8 +8,8 @@ import numpy as np
 from clip_cid import log
 from clip_cid.data.embeddings import EmbeddingStore
 from clip_cid.errors import ConfigError, DataError
-from clip_cid.method.clustering import spherical_kmeans
-from clip_cid.recipe import Recipe
+from clip_cid.method.clustering import Clusters, spherical_kmeans
+from clip_cid.recipe import ClusterConfig, Recipe
 from clip_cid.run_folder import RunFolder
 
 _NORM_TOLERANCE = 1e-3
@@ -29,15 +29,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
                 f"cluster.num_centers: {settings.num_centers:,} centers for {len(kept):,} kept images.",
                 fix=f"Set cluster.num_centers to {max(1, len(kept) // 20):,} or so (20 images a cluster).",
             )
-        with log.progress("cluster", settings.iterations, unit="rounds") as bar:
-            clusters = spherical_kmeans(
-                store.images.select(kept),
-                num_centers=settings.num_centers,
-                iterations=settings.iterations,
-                seed=settings.seed,
-                max_points_per_center=settings.max_points_per_center,
-                on_iteration=lambda _: bar.advance(),
-            )
+        clusters = _cluster(store, kept, settings)
         centers, labels = clusters.centers, clusters.labels
         extra = {"objective": clusters.objective, "history": clusters.history}
     np.save(out / "centers.npy", centers)
@@ -49,6 +41,21 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
             f"{len(kept):,} images are few for cluster.num_centers: {len(centers):,}"
         )
     return summary
+
+
+def _cluster(store: EmbeddingStore, kept: np.ndarray, settings: ClusterConfig) -> Clusters:
+    with log.progress("cluster", settings.iterations, unit="rounds") as bar:
+        try:
+            return spherical_kmeans(
+                store.images.select(kept),
+                num_centers=settings.num_centers,
+                iterations=settings.iterations,
+                seed=settings.seed,
+                max_points_per_center=settings.max_points_per_center,
+                on_iteration=lambda _: bar.advance(),
+            )
+        except ValueError as error:
+            raise DataError(f"{store.path}: {error}", fix="Run the embed stage again, with --force.") from error
 
 
 def size_summary(labels: np.ndarray, num_centers: int) -> dict[str, Any]:

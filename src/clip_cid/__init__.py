@@ -1,0 +1,36 @@
+"""CLIP-CID: distill a huge CLIP into a small one on your own image-text data.
+
+The public names are loaded when they are first used, so that importing the package does not import torch or FAISS.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clip_cid.data.embeddings import EmbeddingStore
+    from clip_cid.method.clustering import Clusters, spherical_kmeans
+    from clip_cid.method.semantic_balance import Balance, balance
+
+    __version__: str
+
+__all__ = ["Balance", "Clusters", "EmbeddingStore", "__version__", "balance", "spherical_kmeans"]
+
+_HOME = {
+    "Balance": "clip_cid.method.semantic_balance",
+    "Clusters": "clip_cid.method.clustering",
+    "EmbeddingStore": "clip_cid.data.embeddings",
+    "balance": "clip_cid.method.semantic_balance",
+    "spherical_kmeans": "clip_cid.method.clustering",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("clip-cid")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,118 @@
+"""Slow, obvious versions of the method in float64, to check the fast ones against. They share no code with them."""
+
+import math
+
+import numpy as np
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    rows = np.asarray(rows, dtype=np.float64)
+    return rows / np.sqrt((rows**2).sum(axis=1, keepdims=True))
+
+
+def distance(a: np.ndarray, b: np.ndarray, metric: str) -> float:
+    """Of two unit vectors, summed without rounding."""
+    squared = math.fsum((float(x) - float(y)) ** 2 for x, y in zip(a, b, strict=True))
+    return {"cosine": squared / 2, "squared_euclidean": squared, "euclidean": math.sqrt(squared)}[metric]
+
+
+def connected_sets(size: int, edges: list[tuple[int, int]]) -> list[list[int]]:
+    """Breadth first, from every number not yet reached."""
+    neighbours: dict[int, list[int]] = {node: [] for node in range(size)}
+    for a, b in edges:
+        neighbours[a].append(b)
+        neighbours[b].append(a)
+    sets, reached = [], set()
+    for start in range(size):
+        if start in reached:
+            continue
+        reached.add(start)
+        queue = [start]
+        for node in queue:
+            for other in neighbours[node]:
+                if other not in reached:
+                    reached.add(other)
+                    queue.append(other)
+        sets.append(sorted(queue))
+    return sets
+
+
+def balance(
+    embeddings: np.ndarray, threshold: float, metric: str, texts: np.ndarray | None = None
+) -> tuple[list[int], list[int]]:
+    """The rows kept, and for each row its place among them."""
+    rows = unit(embeddings)
+    edges = [
+        (i, j)
+        for i in range(len(rows))
+        for j in range(i + 1, len(rows))
+        if distance(rows[i], rows[j], metric) <= threshold
+    ]
+    sets = connected_sets(len(rows), edges)
+    keepers = [_keeper(members, rows, None if texts is None else unit(texts)) for members in sets]
+    kept = sorted(keepers)
+    set_of = [0] * len(rows)
+    for members, keeper in zip(sets, keepers, strict=True):
+        for row in members:
+            set_of[row] = kept.index(keeper)
+    return kept, set_of
+
+
+def _keeper(members: list[int], rows: np.ndarray, texts: np.ndarray | None) -> int:
+    centroid = rows[members].mean(axis=0)
+    distances = {row: float(np.sqrt(((rows[row] - centroid) ** 2).sum())) for row in members}
+    tied = [row for row in members if distances[row] <= min(distances.values()) + 1e-9]
+    if texts is not None:
+        cosines = {row: float((rows[row] * texts[row]).sum()) for row in tied}
+        tied = [row for row in tied if cosines[row] >= max(cosines.values()) - 1e-9]
+    return min(tied)
+
+
+def nearest(embeddings: np.ndarray, centers: np.ndarray) -> list[int]:
+    """The center of the greatest cosine, the lowest of those equal within 1e-9."""
+    labels = []
+    for row in unit(embeddings):
+        cosines = [float((row * center).sum()) for center in unit(centers)]
+        labels.append(next(j for j, cosine in enumerate(cosines) if cosine >= max(cosines) - 1e-9))
+    return labels
+
+
+def kmeans_objective(embeddings: np.ndarray, centers: np.ndarray, labels: np.ndarray) -> float:
+    return float(((unit(embeddings) - unit(centers)[labels]) ** 2).sum(axis=1).mean())
+
+
+def spherical_kmeans(embeddings: np.ndarray, centers: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lloyd's rounds from given centers; a center without rows stays."""
+    rows, centers = unit(embeddings), unit(centers)
+    for _ in range(iterations):
+        labels = (rows @ centers.T).argmax(axis=1)
+        for j in range(len(centers)):
+            if (labels == j).any():
+                centers[j] = unit(rows[labels == j].sum(axis=0)[None])[0]
+    return centers, (rows @ centers.T).argmax(axis=1)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Each row by itself, summed without rounding."""
+    out = np.empty_like(logits, dtype=np.float64)
+    for row, values in enumerate(np.asarray(logits, dtype=np.float64)):
+        top = float(values.max())
+        out[row] = values - top - math.log(math.fsum(math.exp(float(value) - top) for value in values))
+    return out
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    return -float(np.mean([row[label] for row, label in zip(log_softmax(logits), labels, strict=True)]))
+
+
+def contrastive(a: np.ndarray, b: np.ndarray, scale: float) -> float:
+    logits = scale * (np.asarray(a, dtype=np.float64) @ np.asarray(b, dtype=np.float64).T)
+    own = np.arange(len(a))
+    return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+
+
+def kl(teacher_logits: np.ndarray, student_logits: np.ndarray, temperature: float) -> float:
+    """KL(teacher || student), the mean over rows; the sums are exact."""
+    p = log_softmax(np.asarray(teacher_logits, dtype=np.float64) / temperature)
+    q = log_softmax(np.asarray(student_logits, dtype=np.float64) / temperature)
+    return float(np.mean([math.fsum(np.exp(a) * (a - b)) for a, b in zip(p, q, strict=True)]))

@@ -1,0 +1,113 @@
+"""Laws of the image semantic balance, over rows that hypothesis chooses (small whole numbers, so that equal rows abound)."""
+
+import numpy as np
+import oracles
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from clip_cid.method.semantic_balance import agreement, balance, threshold_on
+
+METRICS = ["cosine", "squared_euclidean", "euclidean"]
+
+
+@st.composite
+def points(draw, max_rows: int = 14):
+    dim = draw(st.integers(1, 4))
+    row = st.lists(st.integers(-3, 3), min_size=dim, max_size=dim).filter(any)
+    return oracles.unit(np.array(draw(st.lists(row, min_size=1, max_size=max_rows)), dtype=np.float64))
+
+
+@st.composite
+def points_and_threshold(draw):
+    """A cosine threshold a hair beside the distance of two of the rows, or anywhere."""
+    rows = draw(points())
+    threshold = draw(st.floats(1e-4, 1.9))
+    if draw(st.booleans()):
+        i, j = draw(st.integers(0, len(rows) - 1)), draw(st.integers(0, len(rows) - 1))
+        threshold = oracles.distance(rows[i], rows[j], "cosine") * draw(st.sampled_from([1 - 1e-9, 1 + 1e-9]))
+    assume(1e-6 < threshold < 1.999)
+    assume(all(abs(oracles.distance(a, b, "cosine") - threshold) > 1e-12 for a in rows for b in rows))
+    return rows, threshold
+
+
+@given(points_and_threshold(), st.sampled_from(METRICS), st.booleans())
+def test_the_fast_balance_is_the_slow_one(data, metric, with_texts):
+    rows, threshold = data
+    texts = rows[::-1].copy() if with_texts else None
+    on_metric = threshold_on("cosine", threshold, metric)
+    found = balance(rows, threshold=on_metric, metric=metric, text_embeddings=texts)
+    kept, set_of = oracles.balance(rows, on_metric, metric, texts)
+    assert (found.kept.tolist(), found.set_of.tolist()) == (kept, set_of)
+
+
+@given(points_and_threshold(), st.integers(1, 15), st.sampled_from([np.float16, np.float32, np.float64]))
+def test_the_result_does_not_depend_on_the_block_size(data, block_rows, dtype):
+    rows, threshold = data
+    whole = balance(rows.astype(dtype), threshold=threshold)
+    blocks = balance(rows.astype(dtype), threshold=threshold, block_rows=block_rows)
+    assert whole.kept.tolist() == blocks.kept.tolist()
+    assert whole.set_of.tolist() == blocks.set_of.tolist()
+
+
+@given(points(), st.floats(0.001, 1.9))
+def test_balancing_twice_removes_nothing_more(rows, threshold):
+    kept = rows[balance(rows, threshold=threshold).kept]
+    assert len(balance(kept, threshold=threshold).kept) == len(kept)
+
+
+@given(points(), st.floats(0.001, 1.9), st.floats(0.001, 1.9))
+def test_a_larger_threshold_never_keeps_more(rows, one, other):
+    fewer = balance(rows, threshold=max(one, other))
+    more = balance(rows, threshold=min(one, other))
+    assert len(fewer.kept) <= len(more.kept)
+    assert all(len(set(fewer.set_of[more.set_of == number])) == 1 for number in range(len(more.kept)))
+
+
+@given(points(), st.floats(0.001, 1.9))
+def test_the_kept_row_is_of_its_set_and_none_is_nearer_the_centroid(rows, threshold):
+    found = balance(rows, threshold=threshold)
+    assert (np.diff(found.kept) > 0).all()
+    for number, row in enumerate(found.kept):
+        assert found.set_of[row] == number
+        members = rows[found.set_of == number]
+        distances = np.linalg.norm(members - members.mean(axis=0), axis=1)
+        assert np.linalg.norm(rows[row] - members.mean(axis=0)) <= distances.min() + 1e-9
+
+
+@given(points_and_threshold())
+def test_each_removed_image_reaches_the_kept_one_by_hops_within_the_threshold(data):
+    rows, threshold = data
+    found = balance(rows, threshold=threshold)
+    near = np.array([[oracles.distance(a, b, "cosine") <= threshold for b in rows] for a in rows])
+    for row in range(len(rows)):
+        reached = {int(found.kept[found.set_of[row]])}
+        while len(more := reached | {int(j) for i in reached for j in np.flatnonzero(near[i])}) > len(reached):
+            reached = more
+        assert row in reached
+
+
+@given(points(), st.floats(0.001, 1.9), st.randoms(use_true_random=False))
+def test_sets_do_not_depend_on_the_order_of_rows(rows, threshold, random):
+    order = np.array(random.sample(range(len(rows)), len(rows)))
+    first, second = balance(rows, threshold=threshold), balance(rows[order], threshold=threshold)
+    both = agreement(first.set_of[order], second.set_of)
+    assert (both.precision, both.recall, len(first.kept)) == (1, 1, len(second.kept))
+
+
+@given(st.lists(st.tuples(st.integers(-1, 4), st.integers(0, 4)), max_size=25))
+def test_agreement_is_what_listing_all_pairs_gives(rows):
+    set_of, truth = (
+        (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True)) if rows else (np.zeros(0, int),) * 2
+    )
+    used = [pair for pair in rows if pair[0] != -1]
+    pairs = [(a, b) for i, a in enumerate(used) for b in used[i + 1 :]]
+    found = agreement(set_of, truth)
+    assert found.set_pairs == sum(a[0] == b[0] for a, b in pairs)
+    assert found.true_pairs == sum(a[1] == b[1] for a, b in pairs)
+    assert found.shared_pairs == sum(a == b for a, b in pairs)
+
+
+@given(st.sampled_from(METRICS), st.sampled_from(METRICS), st.floats(1e-6, 1.99))
+def test_a_threshold_returns_from_any_scale(one, other, threshold):
+    there = threshold_on(one, threshold, other)
+    assert abs(threshold_on(other, there, one) - threshold) <= 1e-12 * threshold

@@ -1,0 +1,282 @@
+"""Train the student: CLIP loss, cluster-level and instance-level distillation (paper sections 3.2 and 3.3)."""
+
+import hashlib
+import json
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from clip_cid import log
+from clip_cid.data.embeddings import EmbeddingStore, join
+from clip_cid.data.pairs import BadSample, Pairs, open_pairs
+from clip_cid.errors import ConfigError, DataError
+from clip_cid.method.objective import Objective
+from clip_cid.models.device import resolve_device
+from clip_cid.models.export import export_student, usage
+from clip_cid.models.student import Clip, build_student, train_transform
+from clip_cid.recipe import DistillConfig, Recipe
+from clip_cid.run_folder import RunFolder, read_json, write_json
+from clip_cid.training.batches import Batches, PairDataset, TrainingPairs
+from clip_cid.training.loop import CHECKPOINTS, Distillation, Plan, Trainer
+
+_DONE = "summary.json"
+_COMPARED_CAPTIONS = 100
+_KEYS_AT_ONCE = 100_000
+
+
+def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
+    """Train on the kept pairs and export; writes `student/`, `metrics.jsonl`, `skipped.jsonl` and `summary.json`."""
+    settings, machine = recipe.distill, recipe.machine
+    if (out / _DONE).is_file():
+        return _finish(folder, out)
+    device = resolve_device(machine.device)
+    if machine.threads:
+        torch.set_num_threads(machine.threads)
+    pairs = open_pairs(recipe.pairs, index=folder.path / "index", cache_dir=machine.cache_dir)
+    store = EmbeddingStore.open(folder.stage("embed")) if recipe.has_teacher else None
+    training = plain_pairs(pairs) if store is None else distilled_pairs(folder, recipe, pairs, store)
+    centers = read_centers(folder, store) if store is not None and recipe.uses_clusters else None
+    steps = count_steps(settings, len(training))
+    clip = make_student(settings, store)
+    model = Distillation(clip.model, make_objective(settings, clip, store, centers))
+    if centers is not None and training.labels is not None:
+        _tell_negatives(settings, training.labels, len(centers))
+    dataset = PairDataset(
+        training,
+        transform=train_transform(clip, crop_scale=settings.crop_scale),
+        tokenizer=clip.tokenizer,
+        max_pixels=recipe.pairs.max_pixels,
+        seed=settings.seed,
+    )
+    batches = Batches(
+        training,
+        dataset,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        workers=machine.workers,
+        pin=device.type == "cuda",
+    )
+    plan = Plan(steps, _key(settings, training, store), machine.checkpoint_minutes, recipe.pairs.max_bad_share)
+    summary = Trainer(model, batches, settings, plan, out=out, device=device).run()
+    clip.model.eval()
+    teacher = store.info.teacher if store is not None else None
+    export_student(
+        clip,
+        out / "student",
+        head_state={name: value for name, value in model.objective.named_parameters() if value.requires_grad},
+        provenance=_provenance(recipe, steps, summary["pairs_seen"], teacher),
+    )
+    write_json(out / _DONE, {**summary, "parameters": count_parameters(clip.model), "device": str(device)})
+    return _finish(folder, out)
+
+
+def _finish(folder: RunFolder, out: Path) -> dict[str, Any]:
+    """The export is there: only now may the checkpoints go, so that no kill can lose the training."""
+    if (out / CHECKPOINTS).exists():
+        shutil.rmtree(out / CHECKPOINTS)
+    log.info(usage(folder.path / "distill" / "student"))
+    return read_json(out / _DONE)
+
+
+def plain_pairs(pairs: Pairs) -> TrainingPairs:
+    """All pairs, for plain CLIP training without a teacher."""
+    rows = np.setdiff1d(np.arange(len(pairs)), np.fromiter(pairs.known_bad, dtype=np.int64))
+    return TrainingPairs(pairs, rows, left_out=dict(pairs.known_bad))
+
+
+def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: EmbeddingStore) -> TrainingPairs:
+    """The kept pairs, joined by key with what the teacher and the clustering say about them; checked before any step.
+
+    Raises:
+        DataError: The pairs, the embeddings, the kept rows and the labels do not belong together.
+    """
+    weights = recipe.distill.weights
+    kept = read_kept(folder, store) if recipe.balance.enabled else np.flatnonzero(store.ok)
+    place = np.full(store.rows + 1, -1, dtype=np.int64)  # the last entry answers for -1, a pair the store does not have
+    place[kept] = np.arange(len(kept))
+    found = rows_in_store(pairs, store)
+    places = place[found]
+    places[np.fromiter(pairs.known_bad, dtype=np.int64)] = -1
+    rows = np.flatnonzero(places >= 0)
+    if len(rows) < len(kept):
+        log.warn(
+            f"{len(kept) - len(rows):,} of {len(kept):,} kept images are not among the pairs; trained without them"
+        )
+    labels = read_labels(folder, len(kept))[places[rows]] if recipe.uses_clusters else None
+    if not (weights.cluster_kl or weights.instance):
+        return TrainingPairs(pairs, rows, labels=labels)
+    num_captions = store.num_captions[found[rows]] if weights.instance else None
+    if weights.instance:
+        _compare_captions(pairs, rows, store, found[rows])
+    return TrainingPairs(pairs, rows, labels, store, found[rows], num_captions)
+
+
+def rows_in_store(pairs: Pairs, store: EmbeddingStore) -> Int[np.ndarray, " pairs"]:
+    """The row of the store for each pair; -1 where it has none.
+
+    Raises:
+        DataError: The keys do not match.
+    """
+    starts = range(0, len(pairs), _KEYS_AT_ONCE)
+    blocks = ((start, min(start + _KEYS_AT_ONCE, len(pairs))) for start in starts)
+    # A store of these very pairs has their order, so a join, which holds all keys in memory, is for other stores only.
+    if len(pairs) == store.rows and all(pairs.keys(*block) == store.keys[slice(*block)] for block in blocks):
+        return np.arange(len(pairs))
+    return join(pairs.keys(0, len(pairs)), store)
+
+
+def read_kept(folder: RunFolder, store: EmbeddingStore) -> Int[np.ndarray, " kept"]:
+    """Rows of the store that balance kept.
+
+    Raises:
+        DataError: They are not rows of this store that have embeddings.
+    """
+    path = folder.stage("balance") / "kept.npy"
+    kept = np.load(path, allow_pickle=False)
+    if kept.ndim != 1 or kept.dtype != np.int64 or not len(kept) or kept[0] < 0 or kept[-1] >= store.rows:
+        raise DataError(f"{path}: not rows of a store of {store.rows:,}.", fix="Run the balance stage again.")
+    if (np.diff(kept) <= 0).any() or not store.ok[kept].all():
+        raise DataError(f"{path}: not ascending rows that have embeddings.", fix="Run the balance stage again.")
+    return kept
+
+
+def read_labels(folder: RunFolder, num_kept: int) -> Int[np.ndarray, " kept"]:
+    """The cluster of each kept image.
+
+    Raises:
+        DataError: There is not one label for each.
+    """
+    path = folder.stage("cluster") / "labels.npy"
+    labels = np.load(path, allow_pickle=False)
+    if labels.shape != (num_kept,):
+        raise DataError(
+            f"{path}: {labels.size:,} labels, but {num_kept:,} images were kept.", fix="Run the cluster stage again."
+        )
+    return labels
+
+
+def read_centers(folder: RunFolder, store: EmbeddingStore) -> Float[np.ndarray, "centers dim"]:
+    """The cluster centers, in the teacher's space.
+
+    Raises:
+        DataError: They are of another width, or the labels name others.
+    """
+    path = folder.stage("cluster") / "centers.npy"
+    centers = np.load(path, allow_pickle=False)
+    again = "Run the cluster stage again, on these embeddings."
+    if centers.ndim != 2 or centers.shape[1] != store.dim:
+        raise DataError(f"{path}: shape {centers.shape}, but embeddings of width {store.dim}.", fix=again)
+    if not (np.abs(np.linalg.norm(centers, axis=1) - 1) <= 1e-2).all():  # also false for NaN
+        raise DataError(f"{path}: not all centers are unit vectors.", fix=again)
+    labels = np.load(path.with_name("labels.npy"), allow_pickle=False)
+    if len(labels) and not (labels.min() >= 0 and labels.max() < len(centers)):
+        raise DataError(f"{path}: {len(centers):,} centers, but labels up to {labels.max():,}.", fix=again)
+    return centers.astype(np.float32)
+
+
+def count_steps(settings: DistillConfig, num_pairs: int) -> int:
+    """How many full batches the epochs hold together; what is left at the end of one opens the next.
+
+    Raises:
+        ConfigError: There are not enough pairs for one batch.
+    """
+    if settings.batch_size > num_pairs:
+        raise ConfigError(
+            f"distill.batch_size: {settings.batch_size:,}, but there are {num_pairs:,} pairs to train on.",
+            fix=f"Set distill.batch_size to at most {num_pairs:,}, or give more pairs.",
+        )
+    return settings.steps or settings.epochs * num_pairs // settings.batch_size
+
+
+def make_student(settings: DistillConfig, store: EmbeddingStore | None) -> Clip:
+    """The student, on the CPU; as wide as the teacher when it is to meet it without a map."""
+    width = store.dim if store is not None and settings.alignment == "native" else None
+    return build_student(settings.student, embed_dim=width, pretrained=settings.pretrained, seed=settings.seed)
+
+
+def make_objective(
+    settings: DistillConfig,
+    clip: Clip,
+    store: EmbeddingStore | None,
+    centers: Float[np.ndarray, "centers dim"] | None,
+) -> Objective:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)  # for the maps of `alignment: linear`
+        return Objective(
+            weights=settings.weights.model_dump(),
+            student_dim=clip.dim,
+            teacher_dim=store.dim if store is not None else None,
+            alignment=settings.alignment,
+            centers=torch.from_numpy(centers) if centers is not None else None,
+            head_scale=settings.head_scale,
+            train_head=settings.head_lr > 0,
+            sample_rate=settings.sample_rate,
+            logq=settings.logq,
+            temperature=settings.temperature,
+        )
+
+
+def distinct_labels(labels: Int[np.ndarray, " rows"], batch_size: int) -> float:
+    """How many different clusters a random batch has on average."""
+    shares = np.bincount(labels) / len(labels)
+    return float((1 - (1 - shares) ** batch_size).sum())
+
+
+def count_parameters(student: torch.nn.Module) -> dict[str, int]:
+    """Numbers in the image tower, and in everything else, which is the text's."""
+    image = sum(value.numel() for name, value in student.named_parameters() if name.startswith("visual."))
+    return {"image": image, "text": sum(value.numel() for value in student.parameters()) - image}
+
+
+def _tell_negatives(settings: DistillConfig, labels: Int[np.ndarray, " rows"], num_centers: int) -> None:
+    """Say once when the centers of the batch fill the sample, so that no random negatives take part."""
+    quota, own = round(settings.sample_rate * num_centers), distinct_labels(labels, settings.batch_size)
+    if quota <= own:
+        log.info(
+            f"distill.sample_rate {settings.sample_rate:g} is {quota:,} of {num_centers:,} centers a step, but a batch of "
+            f"{settings.batch_size:,} holds {own:,.0f} of them by itself: its own centers are the only negatives"
+        )
+
+
+def _compare_captions(
+    pairs: Pairs, rows: Int[np.ndarray, " rows"], store: EmbeddingStore, store_rows: Int[np.ndarray, " rows"]
+) -> None:
+    """Look into some pairs: their captions must be the ones the teacher has read."""
+    for index in np.unique(np.linspace(0, len(rows) - 1, min(_COMPARED_CAPTIONS, len(rows))).astype(np.int64)):
+        try:
+            ours = pairs.read(int(rows[index])).captions
+        except BadSample:
+            continue  # met again in training, where it is counted
+        embedded = store.captions(int(store_rows[index]))[: int(store.num_captions[store_rows[index]])]
+        theirs = tuple(caption.strip() for caption in embedded)
+        if ours[: len(theirs)] != theirs:
+            raise DataError(
+                f"{pairs.key(int(rows[index]))!r} has the caption {ours[0]!r}, but its embedding is of {theirs[0]!r}.",
+                fix="The captions changed after they were embedded; run the embed stage on these pairs.",
+            )
+
+
+def _key(settings: DistillConfig, training: TrainingPairs, store: EmbeddingStore | None) -> str:
+    """Digest of everything that decides the result."""
+    digest = hashlib.sha256(json.dumps(settings.model_dump(mode="json"), sort_keys=True).encode())
+    for rows in (training.rows, training.labels, training.store_rows):
+        digest.update(b"none" if rows is None else rows.tobytes())
+    digest.update(json.dumps(store.info.teacher if store is not None else None, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _provenance(recipe: Recipe, steps: int, pairs_seen: int, teacher: dict[str, Any] | None) -> dict[str, Any]:
+    """How the student came to be, for its folder."""
+    packages = ("clip-cid", "torch", "open_clip_torch")
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude={"machine"}),
+        "steps": steps,
+        "pairs_seen": pairs_seen,
+        "teacher": teacher,
+        "versions": {package: metadata.version(package) for package in packages},
+    }

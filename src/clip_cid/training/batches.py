@@ -1,0 +1,310 @@
+"""The batches of a run: which pairs, in which order, with which crop and caption - all a function of the seed.
+
+Batch number `step` is the same whoever decodes it and wherever the run was interrupted: the order is a seeded
+permutation per epoch, and the crop and the caption of a pair are drawn from a hash of (seed, epoch, row).
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import signal
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clip_cid.data.embeddings import EmbeddingStore
+from clip_cid.data.images import decode_image
+from clip_cid.data.pairs import BadSample, Pairs
+from clip_cid.errors import DataError
+
+_TRIES = 100  # this many broken images in a row are not bad luck but a missing disk
+_NORM_TOLERANCE = 0.01  # float16 rounds a unit vector by about 0.0005
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a batch finds a pair: the epoch, and the index among the training rows."""
+
+    epoch: int
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A pair as the student sees it in one epoch."""
+
+    image: Tensor
+    text: Tensor
+    index: int
+    """The pair it is, as an index among the training rows."""
+    caption: int
+    """Which of the pair's captions it is."""
+    bad: list[tuple[int, str]]
+    """Rows that could not be used in its place, with the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A `DataError` on its way from a worker to the trainer: as an exception it would arrive as another one."""
+
+    problem: str
+    fix: str
+
+
+class Items(NamedTuple):
+    """The items of a batch, stacked; tensors, so that they travel between processes in shared memory."""
+
+    images: Tensor
+    texts: Tensor
+    indices: Tensor
+    captions: Tensor
+    bad: list[tuple[int, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPairs:
+    """What to train on: rows of the pairs and, beside them, what the teacher and the clustering say about each."""
+
+    pairs: Pairs
+    rows: Int[np.ndarray, " rows"]
+    """Rows of `pairs`."""
+    labels: Int[np.ndarray, " rows"] | None = None
+    """The cluster of each; None when no part of the loss asks for it. Likewise for what follows."""
+    store: EmbeddingStore | None = None
+    """The teacher's embeddings."""
+    store_rows: Int[np.ndarray, " rows"] | None = None
+    """Where the store has each of `rows`."""
+    num_captions: Int[np.ndarray, " rows"] | None = None
+    """How many captions of each the teacher has read: one of these is chosen."""
+    left_out: dict[int, str] = dataclasses.field(default_factory=dict[int, str])
+    """Rows that are not among `rows` because they are known to be broken, and that no earlier stage has listed."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one step sees."""
+
+    rows: Int[np.ndarray, " batch"]
+    """Rows of the pairs, for whoever has to look into a sick batch."""
+    bad: list[tuple[int, str]]
+    """Rows that could not be read, with the reason; the next readable row stands in."""
+    images: Float[Tensor, "batch channels height width"]
+    texts: Int[Tensor, "batch context"]
+    teacher_image: Float[Tensor, "batch dim"] | None = None
+    teacher_text: Float[Tensor, "batch dim"] | None = None
+    labels: Int[Tensor, " batch"] | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+def epoch_orders(
+    num_rows: int, batch_size: int, *, seed: int, first_epoch: int = 0
+) -> Iterator[tuple[int, Int[np.ndarray, " rows"]]]:
+    """Each epoch with the order of its rows: a seeded permutation, in which no batch holds a row twice.
+
+    A batch that crosses the border of two epochs begins with the last rows of the one before. Where the new
+    permutation would repeat one of these within that batch, it changes place with a row a little further on: two
+    copies of one pair are not negatives of each other.
+    """
+    # An exchange reaches at most two batches into an epoch, so from three on it never touches the epoch's last rows,
+    # and the epoch before the first is enough to start from.
+    start = max(first_epoch - 1, 0) if num_rows >= 3 * batch_size else 0
+    last = np.empty(0, dtype=np.int64)
+    for epoch in itertools.count(start):
+        order = np.arange(num_rows, dtype=np.int32 if num_rows < 2**31 else np.int64)
+        np.random.default_rng((seed, epoch)).shuffle(order)
+        carried = epoch * num_rows % batch_size
+        if carried and len(last):
+            room = batch_size - carried
+            repeated = np.flatnonzero(np.isin(order[:room], last[-carried:]))
+            fresh = room + np.flatnonzero(~np.isin(order[room : room + batch_size], last[-carried:]))[: len(repeated)]
+            order[repeated], order[fresh] = order[fresh], order[repeated]
+        last = order[-batch_size:].copy()
+        if epoch >= first_epoch:
+            yield epoch, order
+
+
+def batch_places(num_rows: int, batch_size: int, *, seed: int, first_step: int = 0) -> Iterator[list[Place]]:
+    """The places of each batch from `first_step` on, without end.
+
+    Epochs follow each other without a gap: the rows left at the end of one open the first batch of the next, so after
+    `step` steps exactly `step * batch_size` pairs were seen and each epoch holds every row once.
+
+    Raises:
+        ValueError: A batch is empty or larger than an epoch.
+    """
+    if not 0 < batch_size <= num_rows:
+        raise ValueError(f"batch_size: must be in [1, {num_rows}] (the rows), got {batch_size}")
+    first_epoch, at = divmod(first_step * batch_size, num_rows)
+    orders = epoch_orders(num_rows, batch_size, seed=seed, first_epoch=first_epoch)
+    epoch, order = next(orders)
+    while True:
+        places = [Place(epoch, int(index)) for index in order[at : at + batch_size]]
+        at += batch_size
+        if at >= num_rows:
+            at -= num_rows
+            epoch, order = next(orders)
+            places += [Place(epoch, int(index)) for index in order[:at]]
+        yield places
+
+
+class PairDataset(Dataset[Item | Failure]):
+    """A pair at a place: decoded, cropped and tokenized, the same in any process."""
+
+    def __init__(
+        self,
+        training: TrainingPairs,
+        *,
+        transform: Callable[[Image.Image], Tensor],
+        tokenizer: Callable[[list[str]], Tensor],
+        max_pixels: int,
+        seed: int,
+    ) -> None:
+        self._pairs, self._rows, self._num_captions = training.pairs, training.rows, training.num_captions
+        self._transform, self._tokenizer = transform, tokenizer
+        self._max_pixels, self._seed = max_pixels, seed
+
+    def __getitem__(self, place: Place) -> Item | Failure:
+        """The pair at a place or, where it cannot be read, the next one that can."""
+        bad: list[tuple[int, str]] = []
+        for index in range(place.index, place.index + min(_TRIES, len(self._rows))):
+            index %= len(self._rows)
+            try:
+                return self._read(index, place.epoch, bad)
+            except BadSample as error:
+                bad.append((int(self._rows[index]), error.reason))
+            except DataError as error:
+                return Failure(error.problem, error.fix)
+        row, reason = bad[-1]
+        return Failure(
+            f"{len(bad):,} pairs in succession cannot be read; the last is row {row:,}: {reason}.",
+            "Check that the disk with the images is still there.",
+        )
+
+    def _read(self, index: int, epoch: int, bad: list[tuple[int, str]]) -> Item:
+        row = int(self._rows[index])
+        pair = self._pairs.read(row)
+        picture = decode_image(pair.image, max_pixels=self._max_pixels)
+        crop, draw = _seeds(self._seed, epoch, row)
+        choices = len(pair.captions) if self._num_captions is None else int(self._num_captions[index])
+        caption = draw % min(choices, len(pair.captions))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(crop)
+            image = self._transform(picture)
+        return Item(image, self._tokenizer([pair.captions[caption]])[0], index, caption, bad)
+
+
+class Batches:
+    """The batches of a run, from any step on, with what the teacher says about each pair."""
+
+    def __init__(
+        self, training: TrainingPairs, dataset: PairDataset, *, batch_size: int, seed: int, workers: int, pin: bool
+    ) -> None:
+        self.training = training
+        self.batch_size = batch_size
+        self._dataset, self._seed, self._workers, self._pin = dataset, seed, workers, pin
+
+    def between(self, first_step: int, steps: int) -> Iterator[Batch]:
+        """The batches of the steps `first_step`, ..., `steps - 1`.
+
+        Raises:
+            DataError: The pairs cannot be read any more, or a teacher vector is not of unit length.
+        """
+        places = batch_places(len(self.training), self.batch_size, seed=self._seed, first_step=first_step)
+        loader = DataLoader(
+            self._dataset,
+            batch_sampler=_Sampler(places, steps - first_step),
+            num_workers=self._workers,
+            collate_fn=stack,
+            pin_memory=self._pin,
+            worker_init_fn=_quiet_worker,
+        )
+        for items in loader:
+            yield self._complete(items)
+
+    def _complete(self, items: Items | Failure) -> Batch:
+        """Add what the teacher and the clustering say about each pair."""
+        if isinstance(items, Failure):
+            raise DataError(items.problem, fix=items.fix)
+        training, index = self.training, items.indices.numpy()
+        batch = Batch(training.rows[index], items.bad, items.images, items.texts)
+        if training.labels is not None:
+            batch = dataclasses.replace(batch, labels=torch.from_numpy(training.labels[index].astype(np.int64)))
+        if training.store is not None and training.store_rows is not None:
+            rows = training.store_rows[index]
+            batch = dataclasses.replace(batch, teacher_image=_unit(training.store.images[rows], rows, "image"))
+            if training.num_captions is not None:
+                texts = training.store.text_for(rows, items.captions.numpy())
+                batch = dataclasses.replace(batch, teacher_text=_unit(texts, rows, "text"))
+        return batch
+
+
+class _Sampler:
+    """The places of the next `count` batches, as a DataLoader wants them."""
+
+    def __init__(self, places: Iterator[list[Place]], count: int) -> None:
+        self._places, self._count = places, count
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        return itertools.islice(self._places, self._count)
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def stack(items: list[Item | Failure]) -> Items | Failure:
+    """The items of a batch as one, or the first of its failures."""
+    found: list[Item] = []
+    for item in items:
+        if isinstance(item, Failure):
+            return item
+        found.append(item)
+    return Items(
+        images=torch.stack([item.image for item in found]),
+        texts=torch.stack([item.text for item in found]),
+        indices=torch.tensor([item.index for item in found]),
+        captions=torch.tensor([item.caption for item in found]),
+        bad=[bad for item in found for bad in item.bad],
+    )
+
+
+def _seeds(seed: int, epoch: int, row: int) -> tuple[int, int]:
+    """Two independent 32-bit numbers (for the crop, for the caption) that depend on nothing else."""
+    digest = hashlib.blake2b(f"{seed} {epoch} {row}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4]), int.from_bytes(digest[4:])
+
+
+def _quiet_worker(_: int) -> None:
+    """Leave Ctrl-C and a polite kill, which reach every process of the group, to the trainer: it ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _unit(
+    vectors: Float[np.ndarray, "batch dim"], rows: Int[np.ndarray, " batch"], what: str
+) -> Float[Tensor, "batch dim"]:
+    """Stored float16 rows as float32 of length 1; a length too far from 1 is not rounding but a wrong vector."""
+    single = vectors.astype(np.float32)
+    norms = np.linalg.norm(single, axis=1, keepdims=True)
+    wrong = np.flatnonzero(~(np.abs(norms[:, 0] - 1) <= _NORM_TOLERANCE))
+    if len(wrong):
+        raise DataError(
+            f"The teacher's {what} embedding of row {rows[wrong[0]]:,} has length {norms[wrong[0], 0]:.4g}, not 1.",
+            fix="The embedding store is damaged; run `clip-cid verify`, then the embed stage again.",
+        )
+    return torch.from_numpy(single / norms)

@@ -1,0 +1,110 @@
+"""Everything needed to go on exactly: after a kill at any instant the run ends with the weights it would have had.
+
+What a step draws at random (order, crops, captions, negatives, dropout) is a function of the seed and the step's
+number, so a checkpoint holds no generator's state and none can be forgotten.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_cid import log
+from clip_cid.errors import RunError
+from clip_cid.run_folder import atomic_file
+
+_FORMAT = 1
+_KEPT = 2  # the newest, and one more should the newest be torn
+
+
+class LineFile:
+    """A file of JSON lines that a resumed run goes on with, as if it had never been interrupted."""
+
+    def __init__(self, path: Path, *, size: int = 0) -> None:
+        """Cut `path` to `size` bytes: lines behind a checkpoint belong to steps that will be done again.
+
+        Raises:
+            RunError: The file is shorter than the checkpoint saw it.
+        """
+        self.path = path
+        actual = path.stat().st_size if path.exists() else 0
+        if actual < size:
+            raise RunError(
+                f"{path}: {actual:,} bytes, but the checkpoint was made when it had {size:,}.",
+                fix=f"Something cut this file; delete {path.parent} to train from the start.",
+            )
+        with open(path, "ab") as handle:
+            handle.truncate(size)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line with a single write, so that a kill of the process cannot tear it."""
+        with open(self.path, "ab") as handle:
+            handle.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+    def sync(self) -> int:
+        """Bring the lines to the disk for good; returns the size in bytes."""
+        with open(self.path, "ab") as handle:
+            os.fsync(handle.fileno())
+            return handle.tell()
+
+
+def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write `step-000400.pt`, whole or not at all, and drop all but the newest two.
+
+    Args:
+        folder: Where checkpoints lie; made when it does not exist.
+        step: How many steps are done.
+        state: Tensors, numbers, strings and lists and dicts of these, so that it can be read without unpickling code.
+    """
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step-{step:06d}.pt"
+    with atomic_file(path) as temporary:
+        torch.save({**state, "format": _FORMAT, "step": step}, temporary)
+    for _, old in list(_newest_first(folder))[_KEPT:]:
+        old.unlink()
+    return path
+
+
+def load_newest(folder: Path, *, key: str) -> dict[str, Any] | None:
+    """The state of the newest whole checkpoint, on the CPU; None when there is none. Torn ones are named and removed.
+
+    Raises:
+        RunError: The checkpoint was made with other settings or other data (`key` differs), or by another version.
+    """
+    for left_by_a_kill in folder.glob(".step-*"):
+        left_by_a_kill.unlink()
+    for _, path in _newest_first(folder):
+        if problem := _damage(path):
+            log.warn(f"{path.name} is damaged ({problem}); going on from the checkpoint before it")
+            path.unlink()
+            continue
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if state.get("format") != _FORMAT or state.get("key") != key:
+            raise RunError(
+                f"{path}: made with other settings, other data or another version of clip-cid.",
+                fix=f"Delete {folder.parent} to train from the start, or go back to what it was made with.",
+            )
+        return state
+    return None
+
+
+def _newest_first(folder: Path) -> Iterator[tuple[int, Path]]:
+    paths = {int(path.stem.removeprefix("step-")): path for path in folder.glob("step-*.pt")}
+    yield from sorted(paths.items(), reverse=True)
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with the bytes of a checkpoint; empty when nothing is. PyTorch itself does not compare checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.testzip()
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        return str(error)
+    return f"wrong checksum of {member}" if member else ""

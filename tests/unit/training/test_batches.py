@@ -1,0 +1,163 @@
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_training import BATCH, make_batches, make_dataset, make_pairs, tokenize, training_pairs
+
+from clip_cid.errors import DataError
+from clip_cid.training.batches import Batch, Failure, Item, Place, TrainingPairs, batch_places, epoch_orders
+
+sizes = st.integers(1, 12).flatmap(lambda batch: st.tuples(st.integers(batch, 60), st.just(batch)))
+
+
+def first_batches(num_rows: int, batch_size: int, count: int, *, seed: int, first_step: int = 0) -> list[list[Place]]:
+    places = batch_places(num_rows, batch_size, seed=seed, first_step=first_step)
+    return list(itertools.islice(places, count))
+
+
+@given(sizes, st.integers(0, 5))
+def test_each_epoch_holds_every_row_once_and_no_batch_a_row_twice(size: tuple[int, int], seed: int):
+    num_rows, batch_size = size
+    batches = first_batches(num_rows, batch_size, 5 * num_rows // batch_size + 1, seed=seed)
+    assert all(len({place.index for place in batch}) == batch_size for batch in batches)
+    flat = [place for batch in batches for place in batch]
+    for epoch in range(5):
+        assert sorted(place.index for place in flat if place.epoch == epoch) == list(range(num_rows))
+    assert [place.epoch for place in flat] == sorted(place.epoch for place in flat)
+
+
+@given(sizes, st.integers(0, 40))
+def test_a_run_that_starts_later_sees_the_same_batches(size: tuple[int, int], first_step: int):
+    whole = first_batches(*size, first_step + 6, seed=3)
+    assert first_batches(*size, 6, seed=3, first_step=first_step) == whole[first_step:]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = {tuple(order) for seed in (0, 1) for _, order in itertools.islice(epoch_orders(30, 7, seed=seed), 3)}
+    assert len(orders) == 6
+
+
+def test_a_batch_larger_than_an_epoch_is_refused():
+    with pytest.raises(ValueError, match=r"batch_size: must be in \[1, 7\] \(the rows\), got 8"):
+        next(batch_places(7, 8, seed=0))
+
+
+def assert_equal(ours: Batch, theirs: Batch) -> None:
+    for field in dataclasses.fields(Batch):
+        left, right = getattr(ours, field.name), getattr(theirs, field.name)
+        if isinstance(left, torch.Tensor):
+            assert torch.equal(left, right), field.name
+        else:
+            assert np.array_equal(left, right), field.name
+
+
+def test_workers_and_the_state_of_torch_change_no_batch(tmp_path: Path):
+    training = training_pairs(tmp_path)
+    alone = list(make_batches(training).between(0, 6))
+    torch.manual_seed(12345)
+    helped = list(make_batches(training, workers=2).between(0, 6))
+    assert len(alone) == len(helped) == 6
+    for ours, theirs in zip(alone, helped, strict=True):
+        assert_equal(ours, theirs)
+
+
+def test_a_batch_joins_what_the_teacher_and_the_clusters_say_of_its_rows(tmp_path: Path):
+    training = training_pairs(tmp_path)
+    store = training.store
+    assert store is not None
+    chosen: set[int] = set()
+    for batch in make_batches(training).between(0, 6):
+        images = store.images[batch.rows].astype(np.float32)
+        assert batch.teacher_image is not None
+        assert batch.teacher_text is not None
+        assert torch.allclose(batch.teacher_image, torch.from_numpy(images), atol=1e-3)
+        assert torch.allclose(batch.teacher_image.norm(dim=1), torch.ones(BATCH))
+        assert training.labels is not None
+        assert batch.labels is not None
+        assert batch.labels.tolist() == training.labels[batch.rows].tolist()
+        for place, row in enumerate(batch.rows):  # the text the student reads is the one the teacher has read
+            captions = training.pairs.read(int(row)).captions
+            (caption,) = [at for at in (0, 1) if torch.equal(tokenize([captions[at]])[0], batch.texts[place])]
+            text = torch.from_numpy(store.text_for(np.array([row]), caption).astype(np.float32))[0]
+            assert torch.allclose(batch.teacher_text[place], text, atol=1e-3)
+            chosen.add(caption)
+    assert chosen == {0, 1}
+
+
+def test_a_pair_is_cropped_and_captioned_anew_in_each_epoch_and_always_alike_in_one(tmp_path: Path):
+    dataset = make_dataset(training_pairs(tmp_path))
+    items = [dataset[Place(epoch, 5)] for epoch in (0, 0, 1)]
+    images = [item.image for item in items if isinstance(item, Item)]
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+    captions = {item.caption for epoch in range(20) if isinstance(item := dataset[Place(epoch, 5)], Item)}
+    assert captions == {0, 1}
+
+
+def test_drawing_a_pair_leaves_the_state_of_torch_alone(tmp_path: Path):
+    dataset = make_dataset(training_pairs(tmp_path))
+    before = torch.get_rng_state()
+    assert isinstance(dataset[Place(0, 0)], Item)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_captions_the_teacher_has_not_read_are_not_chosen(tmp_path: Path):
+    training = training_pairs(tmp_path)
+    limited = dataclasses.replace(training, num_captions=np.ones(len(training), dtype=np.int64))
+    dataset = make_dataset(limited)
+    assert {item.caption for epoch in range(20) if isinstance(item := dataset[Place(epoch, 5)], Item)} == {0}
+
+
+def break_images(folder: Path, *numbers: int) -> None:
+    for number in numbers:
+        (folder / "pairs" / f"{number:03d}.png").write_bytes(b"not a picture")
+
+
+def test_the_next_readable_pair_stands_in_for_a_broken_one_with_its_own_teacher_vectors(tmp_path: Path):
+    training = training_pairs(tmp_path)
+    break_images(tmp_path, 19, 20)
+    item = make_dataset(training)[Place(2, 19)]
+    assert isinstance(item, Item)
+    assert item.index == 0  # behind the last pair comes the first
+    assert [row for row, _ in item.bad] == [19, 20]
+    assert all("image" in reason for _, reason in item.bad)
+    stand_in = make_dataset(training)[Place(2, 0)]
+    assert isinstance(stand_in, Item)
+    assert torch.equal(item.image, stand_in.image)
+    for batch in make_batches(training).between(0, 3):
+        assert not {19, 20} & set(batch.rows.tolist())
+        assert training.store is not None
+        expected = torch.from_numpy(training.store.images[batch.rows].astype(np.float32))
+        assert batch.teacher_image is not None
+        assert torch.allclose(batch.teacher_image, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_vanished_disk_ends_the_run_with_words_even_from_a_worker(tmp_path: Path, workers: int):
+    training = training_pairs(tmp_path)
+    break_images(tmp_path, *range(21))
+    assert isinstance(make_dataset(training)[Place(0, 0)], Failure)
+    with pytest.raises(DataError, match="21 pairs in succession cannot be read"):
+        next(make_batches(training, workers=workers).between(0, 1))
+
+
+def test_plain_pairs_need_no_teacher(tmp_path: Path):
+    training = TrainingPairs(make_pairs(tmp_path / "pairs"), np.arange(3, 19))
+    batch = next(make_batches(training).between(0, 1))
+    assert set(batch.rows.tolist()) <= set(range(3, 19))
+    assert (batch.labels, batch.teacher_image, batch.teacher_text) == (None, None, None)
+
+
+def test_a_teacher_vector_of_another_length_is_named(tmp_path: Path):
+    training = training_pairs(tmp_path)
+    path = tmp_path / "store" / "img_emb" / "img_emb_0000.npy"
+    vectors = np.load(path)
+    vectors[7] = 0
+    np.save(path, vectors)
+    with pytest.raises(DataError, match="image embedding of row 7 has length 0, not 1"):
+        list(make_batches(training).between(0, 3))

@@ -1,0 +1,100 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_cid.errors import RunError
+from clip_cid.training import checkpoint
+from clip_cid.training.checkpoint import LineFile
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_only_the_newest_two_are_kept(tmp_path: Path):
+    folder = tmp_path / "checkpoints"
+    for step in (1, 5, 1_000_000):
+        checkpoint.save(folder, step, {"key": "a", "weight": torch.full((2,), float(step))})
+    assert names(folder) == ["step-000005.pt", "step-1000000.pt"]
+    state = checkpoint.load_newest(folder, key="a")
+    assert state is not None
+    assert state["step"] == 1_000_000
+    assert torch.equal(state["weight"], torch.full((2,), 1e6))
+
+
+def test_no_checkpoint_means_from_the_start(tmp_path: Path):
+    assert checkpoint.load_newest(tmp_path / "checkpoints", key="a") is None
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip(content: bytes) -> bytes:
+    """One bit of a tensor; PyTorch would load this without a word."""
+    at = content.index(torch.arange(1000.0).numpy().tobytes()[400:440])
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lambda _: b""], ids=["cut", "one bit", "empty"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage
+):
+    checkpoint.save(tmp_path, 1, {"key": "a", "weight": torch.arange(1000.0)})
+    newest = checkpoint.save(tmp_path, 2, {"key": "a", "weight": torch.arange(1000.0)})
+    newest.write_bytes(damage(newest.read_bytes()))
+    state = checkpoint.load_newest(tmp_path, key="a")
+    assert state is not None
+    assert state["step"] == 1
+    assert "step-000002.pt is damaged" in caplog.text
+    assert names(tmp_path) == ["step-000001.pt"]
+
+
+def test_what_a_killed_write_left_is_cleared_away(tmp_path: Path):
+    checkpoint.save(tmp_path, 1, {"key": "a"})
+    (tmp_path / ".step-000002.pt.tmp-77").write_bytes(b"half")
+    assert checkpoint.load_newest(tmp_path, key="a") is not None
+    assert names(tmp_path) == ["step-000001.pt"]
+
+
+def test_a_checkpoint_of_other_work_is_refused_and_left_alone(tmp_path: Path):
+    checkpoint.save(tmp_path / "checkpoints", 7, {"key": "a"})
+    with pytest.raises(RunError, match="made with other settings") as error:
+        checkpoint.load_newest(tmp_path / "checkpoints", key="b")
+    assert f"Delete {tmp_path}" in error.value.fix
+    assert names(tmp_path / "checkpoints") == ["step-000007.pt"]
+
+
+def test_a_failed_write_leaves_the_checkpoints_before_it(tmp_path: Path):
+    checkpoint.save(tmp_path, 1, {"key": "a"})
+    with pytest.raises(Exception, match="pickle"):
+        checkpoint.save(tmp_path, 2, {"key": "a", "not plain": lambda: None})
+    assert names(tmp_path) == ["step-000001.pt"]
+
+
+def test_lines_behind_the_checkpoint_are_dropped_and_the_file_goes_on(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    lines = LineFile(path)
+    lines.append({"step": 1})
+    size = lines.sync()
+    lines.append({"step": 2})
+    with path.open("ab") as handle:
+        handle.write(b'{"torn')
+    again = LineFile(path, size=size)
+    assert again.sync() == size
+    again.append({"step": 2, "text": "größer"})
+    assert again.read() == [{"step": 1}, {"step": 2, "text": "größer"}]
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_fresh_start_forgets_the_lines_of_an_attempt_without_checkpoint(tmp_path: Path):
+    LineFile(tmp_path / "metrics.jsonl").append({"step": 1})
+    assert LineFile(tmp_path / "metrics.jsonl").read() == []
+
+
+def test_a_file_shorter_than_the_checkpoint_saw_it_is_an_error(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"{}\n")
+    with pytest.raises(RunError, match="3 bytes, but the checkpoint was made when it had 10"):
+        LineFile(tmp_path / "metrics.jsonl", size=10)

@@ -1,0 +1,326 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_training
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+from tiny_training import (
+    BATCH,
+    CENTERS,
+    make_batches,
+    make_settings,
+    make_student,
+    make_trainer,
+    training_pairs,
+    unit_rows,
+)
+from torch import Tensor
+
+from clip_cid.errors import DataError, RunError
+from clip_cid.training.batches import Batch
+from clip_cid.training.loop import Measured, Trainer, resolve_precision
+
+STEPS = 10
+
+
+class Killed(BaseException):
+    """Ends a run without giving it a chance to save, as SIGKILL does."""
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights_of(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    different = [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
+    assert not different
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in ("pairs_per_s", "data_wait_share")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> Trainer:
+    trainer = make_trainer(folder, folder / "whole", steps=STEPS)
+    trainer.run()
+    return trainer
+
+
+def before_step(trainer: Trainer, step: int, action: Callable[[], object]) -> Trainer:
+    """The trainer, but `action` happens when `step` steps are done and the batch of the next has come."""
+    train_step = trainer._train_step
+
+    def acting(batch: Batch) -> Measured:
+        if trainer.step == step:
+            action()
+        return train_step(batch)
+
+    trainer._train_step = acting
+    return trainer
+
+
+def kill_before(trainer: Trainer, step: int) -> None:
+    def die() -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        before_step(trainer, step, die).run()
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(folder: Path, uninterrupted: Trainer):
+    again = make_trainer(folder, folder / "again", steps=STEPS)
+    torch.manual_seed(99)  # what other code draws must not matter
+    again.run()
+    assert_equal(weights_of(again), weights_of(uninterrupted))
+    other = make_trainer(folder, folder / "other", steps=STEPS, settings=make_settings(seed=1))
+    other.run()
+    assert not torch.equal(
+        weights_of(other)["objective.head.weight"], weights_of(uninterrupted)["objective.head.weight"]
+    )
+
+
+@pytest.mark.parametrize("kills", [(1,), (4,), (9,), (3, 5, 6)])
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    folder: Path, tmp_path: Path, uninterrupted: Trainer, kills: tuple[int, ...]
+):
+    for step in kills:
+        kill_before(make_trainer(folder, tmp_path, steps=STEPS, minutes=1e-9), step)
+    resumed = make_trainer(folder, tmp_path, steps=STEPS)
+    resumed.run()
+    assert_equal(weights_of(resumed), weights_of(uninterrupted))
+    assert resumed.optimizer.param_groups[0]["lr"] == uninterrupted.optimizer.param_groups[0]["lr"]
+    ours, theirs = (read_lines(path / "metrics.jsonl") for path in (tmp_path, folder / "whole"))
+    assert without_times(ours) == without_times(theirs)
+
+
+def test_steps_behind_the_last_checkpoint_are_done_again_and_written_once(
+    folder: Path, tmp_path: Path, uninterrupted: Trainer
+):
+    kill_before(make_trainer(folder, tmp_path, steps=STEPS, minutes=1e-9), 4)
+    kill_before(make_trainer(folder, tmp_path, steps=STEPS), 8)  # no checkpoint falls due here
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [3, 6]
+    resumed = make_trainer(folder, tmp_path, steps=STEPS)
+    resumed.run()
+    assert_equal(weights_of(resumed), weights_of(uninterrupted))
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [3, 6, 9, 10]
+
+
+def test_a_process_killed_by_the_system_goes_on_exactly(folder: Path, tmp_path: Path, uninterrupted: Trainer):
+    """SIGKILL to a real process with workers, at whatever step it had reached."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # more steps than it is given time for: the schedule must be that of the run it is compared with
+    command = [sys.executable, tiny_training.__file__, str(folder), str(tmp_path), "4000"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "checkpoints").glob("step-*5.pt")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read() if process.stderr else b""
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    reached = max(int(path.stem[5:]) for path in (tmp_path / "checkpoints").glob("step-*.pt"))
+    resumed = make_trainer(folder, tmp_path, steps=4000)
+    straight = make_trainer(folder, tmp_path / "straight", steps=4000)
+    for trainer in (resumed, straight):
+        trainer.batches.between = stop_after(trainer, reached + 3)
+        trainer.run()
+    assert resumed.step == straight.step == reached + 3
+    assert_equal(weights_of(resumed), weights_of(straight))
+
+
+def stop_after(trainer: Trainer, step: int) -> Any:
+    between = trainer.batches.between
+    return lambda first, steps: between(first, min(step, steps))
+
+
+def oracle_loss(parts: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    return torch.stack([weights[name] * value for name, value in parts.items()]).sum()
+
+
+def oracle_parts(
+    model: Any, batch: Batch, centers: Tensor, instance_scale: Tensor, weights: dict[str, float]
+) -> dict[str, Tensor]:
+    """The losses as METHOD writes them, with other people's functions."""
+    image, text, scale = model(batch.images, batch.texts)
+    parts = {"clip": ClipLoss()(image, text, scale)}
+    if weights["instance"]:
+        crossed = [(batch.teacher_image, text), (batch.teacher_text, image)]
+        parts["instance"] = sum(ClipLoss()(teacher, ours, instance_scale.exp()) for teacher, ours in crossed)
+    if weights["cluster_cls"]:
+        assert batch.labels is not None
+        assert batch.teacher_image is not None
+        student, teacher = 16 * image @ centers.T, 16 * batch.teacher_image @ centers.T
+        parts["cluster_cls"] = F.cross_entropy(student, batch.labels)
+        parts["cluster_kl"] = F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+    return parts
+
+
+@pytest.mark.parametrize("weights", ["clip-only", "paper-r1"])
+def test_twenty_steps_are_those_of_a_plain_loop_written_by_hand(folder: Path, tmp_path: Path, weights: str):
+    settings = make_settings(weights=weights, head_lr=0, sample_rate=1.0, log_every=1, warmup_steps=5)
+    trainer = make_trainer(folder, tmp_path, settings=settings, steps=20, patch_dropout=0.0)
+    trainer.run()
+    model, instance_scale = make_student(), torch.nn.Parameter(torch.tensor(1 / 0.07).log())
+    centers = torch.from_numpy(unit_rows(CENTERS, seed=5))
+    plain = {name for name, value in model.named_parameters() if value.ndim < 2 or "positional" in name}
+    groups = [
+        {"params": [value for name, value in model.named_parameters() if name not in plain], "weight_decay": 0.2},
+        {"params": [value for name, value in model.named_parameters() if name in plain] + [instance_scale]},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0, foreach=False)
+    expected: list[float] = []
+    for step, batch in enumerate(make_batches(training_pairs(folder)).between(0, 20)):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * ((step + 1) / 5 if step < 5 else (1 + math.cos(math.pi * (step - 5) / 15)) / 2)
+        by_name = settings.weights.model_dump()
+        loss = oracle_loss(oracle_parts(model, batch, centers, instance_scale, by_name), by_name)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*model.parameters(), instance_scale], 1.0)
+        optimizer.step()
+        model.logit_scale.data.clamp_(0, math.log(100))
+        instance_scale.data.clamp_(0, math.log(100))
+        expected.append(loss.item())
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-4)
+    for name, value in model.state_dict().items():
+        assert torch.allclose(trainer.model.student.state_dict()[name], value, atol=2e-5), name
+
+
+def test_the_loss_goes_down_and_every_part_has_its_line(folder: Path, tmp_path: Path):
+    settings = make_settings(log_every=7, lr=3e-3)
+    summary = make_trainer(folder, tmp_path, settings=settings, steps=60).run()
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
+    for part in ("loss/clip", "loss/cluster_cls", "loss/cluster_kl", "loss/instance"):
+        assert lines[-1][part] < lines[0][part]
+    for line in lines:
+        parts = {name: line[f"loss/{name}"] for name in settings.weights.model_dump()}
+        assert line["loss"] == pytest.approx(
+            parts["clip"] + parts["cluster_cls"] + parts["cluster_kl"] + parts["instance"] / 2
+        )
+        assert line["pairs_seen"] == line["step"] * BATCH
+        assert line["epoch"] == pytest.approx(line["pairs_seen"] / 21)
+        assert 0 <= line["data_wait_share"] <= 1
+        assert line["negatives"] > 0
+    assert (summary["steps"], summary["pairs"], summary["pairs_seen"]) == (60, 21, 480)
+    assert summary["loss"] == lines[-1]["loss"]
+    assert summary["pairs_per_s"] == pytest.approx(480 / summary["seconds"], rel=0.2)
+
+
+def test_the_logit_scale_stays_within_its_limits(folder: Path, tmp_path: Path):
+    trainer = make_trainer(folder, tmp_path, steps=3)
+    with torch.no_grad():
+        trainer.model.student.logit_scale.fill_(9.0)
+    trainer.run()
+    assert 4.5 < trainer.model.student.logit_scale.item() <= math.log(100)
+
+
+def test_a_loss_that_is_no_number_stops_at_once_and_leaves_what_is_needed_to_look_into_it(folder: Path, tmp_path: Path):
+    trainer = make_trainer(folder, tmp_path, steps=STEPS, minutes=1e-9)
+    projection = trainer.model.student.text_projection.data
+    before_step(trainer, 4, lambda: projection[0].fill_(math.nan))
+    with pytest.raises(RunError, match=r"Step 5: the loss is nan \(clip nan, cluster_cls \d.*learning rate"):
+        trainer.run()
+    (batch,) = list(make_batches(training_pairs(folder)).between(4, 5))
+    found = json.loads((tmp_path / "nonfinite-step-5.json").read_text())
+    assert (found["step"], found["what"], found["parts"]["clip"]) == (5, "loss", "nan")
+    assert [pair["row"] for pair in found["pairs"]] == batch.rows.tolist()
+    assert found["pairs"][0]["key"] == trainer.batches.training.pairs.key(int(batch.rows[0]))
+    assert sorted(path.stem for path in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_reaches_the_weights(folder: Path, tmp_path: Path):
+    trainer = make_trainer(folder, tmp_path, steps=STEPS)
+    trainer.model.student.ln_final.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = weights_of(trainer)
+    with pytest.raises(RunError, match="Step 1: the gradient is "):
+        trainer.run()
+    assert_equal(weights_of(trainer), before)
+    assert json.loads((tmp_path / "nonfinite-step-1.json").read_text())["what"] == "gradient"
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, RunError), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_polite_kill_finishes_the_step_and_saves_it(
+    folder: Path,
+    tmp_path: Path,
+    uninterrupted: Trainer,
+    number: signal.Signals,
+    error: type[BaseException],
+):
+    before = signal.getsignal(number)
+    trainer = make_trainer(folder, tmp_path, steps=STEPS, workers=1)
+    before_step(trainer, 4, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(error) as caught:
+        trainer.run()
+    assert signal.getsignal(number) is before
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000005.pt"]
+    if isinstance(caught.value, RunError):
+        assert "Stopped by SIGTERM after step 5, which is saved" in str(caught.value)
+    resumed = make_trainer(folder, tmp_path, steps=STEPS)
+    resumed.run()
+    assert_equal(weights_of(resumed), weights_of(uninterrupted))
+
+
+def test_a_broken_picture_is_listed_once_and_too_many_stop_the_run(tmp_path: Path):
+    training = training_pairs(tmp_path)
+    (tmp_path / "pairs" / "007.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    kill_before(make_trainer(tmp_path, out, training=training, steps=STEPS, minutes=1e-9, max_bad_share=0.05), 7)
+    summary = make_trainer(tmp_path, out, training=training, steps=STEPS, max_bad_share=0.05).run()
+    (line,) = read_lines(out / "skipped.jsonl")  # met in four epochs, before and after the kill
+    assert (line["row"], line["key"]) == (7, training.pairs.key(7))
+    assert "image" in line["reason"]
+    assert line["shard"] == training.pairs.shards[0].name
+    assert summary["unreadable_pairs"] == 1
+    with pytest.raises(DataError, match="1 of 21 pairs cannot be read"):
+        make_trainer(tmp_path, tmp_path / "strict", training=training, steps=STEPS, max_bad_share=0.04).run()
+
+
+def test_a_frozen_head_has_no_place_in_the_checkpoint(folder: Path, tmp_path: Path):
+    settings = make_settings(head_lr=0)
+    trainer = make_trainer(folder, tmp_path, settings=settings, steps=STEPS)
+    trainer.run()
+    state = torch.load(tmp_path / "checkpoints" / "step-000010.pt", weights_only=True)
+    assert "objective.head.weight" not in state["model"]
+    again = make_trainer(folder, tmp_path, settings=settings, steps=STEPS)
+    assert again.run()["loss"] == trainer.last_line["loss"]  # nothing is left to do
+    assert_equal(weights_of(again), weights_of(trainer))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_nearly_as_single_does(
+    folder: Path, tmp_path: Path, uninterrupted: Trainer, precision: str
+):
+    trainer = make_trainer(folder, tmp_path, settings=make_settings(precision=precision), steps=STEPS)
+    summary = trainer.run()
+    assert summary["precision"] == {"bf16": "bfloat16", "fp16": "float16"}[precision]
+    assert summary["loss"] == pytest.approx(uninterrupted.last_line["loss"], rel=0.05)
+    assert all(value.dtype == torch.float32 for value in trainer.model.parameters())
+
+
+def test_auto_precision_is_half_on_cuda_only():
+    assert resolve_precision("auto", torch.device("cpu")) == torch.float32
+    assert resolve_precision("auto", torch.device("cuda")) == torch.bfloat16
+    assert np.isclose(torch.finfo(resolve_precision("bf16", torch.device("cpu"))).eps, 2**-7)

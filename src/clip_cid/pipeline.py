@@ -62,14 +62,8 @@ class State:
 
 
 def active_stages(recipe: Recipe) -> tuple[Stage, ...]:
-    """The stages a recipe uses, in order: plain CLIP training has no embed, balance or cluster."""
-    used = {
-        "embed": recipe.has_teacher,
-        "balance": recipe.has_teacher and recipe.balance.enabled,
-        "cluster": recipe.has_teacher and recipe.uses_clusters,
-        "evaluate": bool(recipe.evaluate.sets or recipe.evaluate.retrieval),
-    }
-    return tuple(stage for stage in STAGES if used.get(stage.name, True))
+    """The stages a recipe uses, in order."""
+    return tuple(stage for stage in STAGES if recipe.uses(stage.name))
 
 
 def states(folder: RunFolder, recipe: Recipe) -> list[State]:

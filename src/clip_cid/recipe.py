@@ -261,6 +261,16 @@ class Recipe(Config):
     def uses_clusters(self) -> bool:
         return self.distill.weights.cluster_cls > 0 or self.distill.weights.cluster_kl > 0
 
+    def uses(self, stage: str) -> bool:
+        """Whether this recipe has the stage: plain CLIP training, for one, has no embed, balance or cluster."""
+        used = {
+            "embed": self.has_teacher,
+            "balance": self.has_teacher and self.balance.enabled,
+            "cluster": self.has_teacher and self.uses_clusters,
+            "evaluate": bool(self.evaluate.sets or self.evaluate.retrieval),
+        }
+        return used.get(stage, True)
+
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
         weights = self.distill.weights

@@ -1,0 +1,230 @@
+"""The files of an embedding store: clip-retrieval's layout, and a manifest that says what they were made from.
+
+    store.json                            teacher, pairs, width, shards with their digests; written last
+    img_emb/img_emb_0000.npy              (rows, dim) unit image embeddings; a shard for each shard of the pairs
+    text_emb/text_emb_0000.npy            (rows, dim) unit embeddings of each first caption
+    more_text_emb/more_text_emb_0000.npy  those of the second, third, ... captions in row order; only where there are any
+    metadata/metadata_0000.parquet        key, caption, captions, ok, width, height and the kept fields
+    skipped.jsonl                         the rows that are not ok, with the reason
+
+A row that could not be embedded stays in its place, all zeros and not ok, so a row number means the same everywhere.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Float
+
+from clip_cid.errors import DataError
+from clip_cid.run_folder import atomic_file, sha256_file, write_json
+
+STORE_FILE, SKIPPED_FILE, PROGRESS_FILE = "store.json", "skipped.jsonl", "store.part.jsonl"
+FOLDERS = {"image": "img_emb", "text": "text_emb", "more_text": "more_text_emb", "metadata": "metadata"}
+COLUMNS = ("key", "caption", "captions", "ok", "width", "height")
+AGAIN = "Run the embed stage again, with --force."
+_FORMAT, _VERSION = "clip-cid embedding store", 1
+_NORM_TOLERANCE = 1e-2  # float16 rounds the length of a unit vector by 1e-3 at most
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreFile:
+    """A file of a shard."""
+
+    path: str
+    """Relative to the store."""
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreShard:
+    """The rows of one shard of the pairs."""
+
+    name: str
+    rows: int
+    ok: int
+    """Rows that have an image and a text embedding."""
+    more: int
+    """Embeddings of captions behind the first."""
+    files: dict[str, StoreFile]
+    """By kind: image, text, metadata and, where there are any, more_text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreInfo:
+    """What a store was made from."""
+
+    teacher: dict[str, Any]
+    """As `Teacher.identity`: reference, weights_sha256, model_cfg, preprocessing, precision."""
+    pairs: str | None
+    """Digest of the pairs' fingerprint; None for a store made elsewhere."""
+    dim: int
+    dtype: str
+    fields: tuple[str, ...]
+    """The kept fields in the metadata."""
+    key_column: str
+    captions_column: str
+    """Column with the list of captions, or with the only one."""
+    root: str | None
+    """Where the files are, for a store that only refers to another one."""
+    shards: tuple[StoreShard, ...]
+
+
+def write_info(path: Path, info: StoreInfo) -> None:
+    """Declare the store at `path` finished."""
+    rows = sum(shard.rows for shard in info.shards)
+    head = {"format": _FORMAT, "version": _VERSION, "finished": True, "rows": rows, "normalized": True}
+    write_json(path / STORE_FILE, {**head, **dataclasses.asdict(info)})
+
+
+def read_info(path: Path) -> StoreInfo:
+    """The manifest of a finished store.
+
+    Raises:
+        DataError: There is none, it is unfinished, or it is not one of this version.
+    """
+    file = path / STORE_FILE
+    if not file.is_file():
+        if (path / PROGRESS_FILE).is_file():
+            raise DataError(
+                f"{path}: this embedding store is unfinished.", fix="Run the embed stage that makes it to its end."
+            )
+        raise DataError(f"{path}: no {STORE_FILE} here, so this is not an embedding store.", fix=AGAIN)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if (values["format"], values["version"], values["finished"]) != (_FORMAT, _VERSION, True):
+            raise ValueError(f"format {values['format']!r}, version {values['version']}")
+        names = [field.name for field in dataclasses.fields(StoreInfo)]
+        shards = tuple(shard_from_json(shard) for shard in values["shards"])
+        info = StoreInfo(
+            **{name: values[name] for name in names} | {"shards": shards, "fields": tuple(values["fields"])}
+        )
+        if values["rows"] != sum(shard.rows for shard in shards):
+            raise ValueError(f"{values['rows']:,} rows, but {sum(shard.rows for shard in shards):,} in its shards")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file}: not a manifest of this version ({error}).", fix=AGAIN) from error
+    return info
+
+
+def shard_from_json(values: dict[str, Any]) -> StoreShard:
+    return StoreShard(**{**values, "files": {kind: StoreFile(**file) for kind, file in values["files"].items()}})
+
+
+def record_file(root: Path, path: str) -> StoreFile:
+    return StoreFile(path=path, bytes=(root / path).stat().st_size, sha256=sha256_file(root / path))
+
+
+def write_array(path: Path, array: Float[np.ndarray, "rows dim"]) -> None:
+    """As numpy.save, but a full disk is reported as one (numpy loses the reason)."""
+    with atomic_file(path) as temporary, temporary.open("wb") as handle:
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(handle, header)
+        handle.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    with atomic_file(path) as temporary, temporary.open("wb") as handle:
+        pq.write_table(table, handle)
+
+
+def array_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of a .npy file, after checking that the file is as long as they say.
+
+    Raises:
+        DataError: The file is missing, not a plain .npy, or cut short.
+    """
+    try:
+        with path.open("rb") as handle:
+            shape, fortran, dtype = _read_header(handle)
+            offset = handle.tell()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing.", fix=AGAIN) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a .npy array ({error}).", fix=AGAIN) from error
+    size, expected = path.stat().st_size, offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if size != expected:
+        raise DataError(f"{path}: {size:,} bytes, but {shape} {dtype} needs {expected:,}; it is cut short.", fix=AGAIN)
+    if fortran or dtype.hasobject:
+        raise DataError(f"{path}: rows are not stored one after the other as plain numbers.", fix=AGAIN)
+    return shape, dtype
+
+
+def check_shard(root: Path, shard: StoreShard, *, dim: int, dtype: str) -> None:
+    """Every file is there, of the recorded size, and of the right shape; contents are not read."""
+    for kind, file in shard.files.items():
+        path = root / file.path
+        rows = shard.more if kind == "more_text" else shard.rows
+        if kind == "metadata":
+            found = table_rows(path)
+        else:
+            shape, kept_as = array_header(path)
+            if len(shape) != 2 or shape[1] != dim or kept_as != np.dtype(dtype):
+                raise DataError(f"{path}: {shape} {kept_as}, but the store has width {dim} in {dtype}.", fix=AGAIN)
+            found = shape[0]
+        if found != rows:
+            raise DataError(f"{path}: {found:,} rows, but {rows:,} were written for shard {shard.name}.", fix=AGAIN)
+        if path.stat().st_size != file.bytes:
+            raise DataError(
+                f"{path}: {path.stat().st_size:,} bytes, not the {file.bytes:,} that were written.", fix=AGAIN
+            )
+
+
+def table_rows(path: Path) -> int:
+    try:
+        return pq.read_metadata(path).num_rows
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing.", fix=AGAIN) from error
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a whole Parquet file ({error}).", fix=AGAIN) from error
+
+
+def read_column(path: Path, name: str) -> pa.Array:
+    """One column of a shard's metadata.
+
+    Raises:
+        DataError: The file cannot be read, or has no such column.
+    """
+    try:
+        with pq.ParquetFile(path) as table:
+            if name not in table.schema_arrow.names:
+                raise DataError(
+                    f"{path}: no column {name!r}; there are {', '.join(table.schema_arrow.names)}.",
+                    fix="Name it in pairs.keep_fields and run the embed stage again, or use a store that has it.",
+                )
+            column = table.read(columns=[name]).column(name)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read ({error}).", fix=AGAIN) from error
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], type=column.type)
+
+
+def check_unit(
+    vectors: Float[np.ndarray, "rows dim"], ok: Bool[np.ndarray, " rows"], *, where: str, first_row: int
+) -> None:
+    """Every ok row is finite and of length 1 within what float16 can keep.
+
+    Raises:
+        DataError: With the first row that is not.
+    """
+    norms = np.sqrt(np.einsum("rd,rd->r", vectors, vectors, dtype=np.float32))
+    wrong = np.flatnonzero(ok & ~(np.abs(norms - 1) <= _NORM_TOLERANCE))  # NaN compares false, so it is wrong too
+    if len(wrong):
+        row = int(wrong[0])
+        raise DataError(
+            f"{where}: row {first_row + row:,} has length {norms[row]:.4g}, not 1 "
+            f"({len(wrong):,} such rows among {len(vectors):,}).",
+            fix="The embeddings must be finite and normalized; make them again, or mend them where they come from.",
+        )
+
+
+def _read_header(handle: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(handle)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(handle)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(handle)
+    raise ValueError(f"version {version} of the format")

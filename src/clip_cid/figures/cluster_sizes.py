@@ -1,0 +1,73 @@
+"""Fig. 2d: sizes of the clusters before and after balance."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from matplotlib.ticker import LogLocator, NullLocator
+
+from clip_cid.figures import style
+
+_MAX_POINTS = 400  # a million ranks look the same on paper as these, and weigh 25 MB more
+
+
+def gini(sizes: Int[np.ndarray, " clusters"]) -> float:
+    """How unequal the clusters are: 0 when all are equally large, near 1 when one holds everything."""
+    if not sizes.sum():
+        raise ValueError("sizes: all clusters are empty")
+    ordered = np.sort(sizes).astype(np.float64)
+    ranks = np.arange(1, len(ordered) + 1)
+    return float((2 * ranks - len(ordered) - 1) @ ordered / (len(ordered) * ordered.sum()))
+
+
+def top_share(sizes: Int[np.ndarray, " clusters"], share: float = 0.01) -> float:
+    """The part of all images that is in the largest `share` of the clusters (at least one cluster)."""
+    count = max(1, round(len(sizes) * share))
+    return float(np.sort(sizes)[::-1][:count].sum() / sizes.sum())
+
+
+def describe(sizes: Int[np.ndarray, " clusters"]) -> dict[str, float]:
+    """The numbers people ask of a size distribution."""
+    return {
+        "images": int(sizes.sum()),
+        "gini": gini(sizes),
+        "top_1_percent_share": top_share(sizes),
+        "largest": int(sizes.max()),
+        "median": float(np.median(sizes)),
+        "empty": int((sizes == 0).sum()),
+    }
+
+
+def ranks_to_draw(clusters: int) -> Int[np.ndarray, " points"]:
+    """Ranks from 1 to `clusters`: all of them, or some 400 evenly spaced on the logarithmic axis."""
+    if clusters <= _MAX_POINTS:
+        return np.arange(1, clusters + 1)
+    return np.unique(np.geomspace(1, clusters, _MAX_POINTS).round().astype(np.int64))
+
+
+def draw(sizes: Mapping[str, Int[np.ndarray, " clusters"]], out: Path) -> dict[str, dict[str, float]]:
+    """Write `cluster_sizes.svg` and `.csv`: size by rank on the same centers, for each named set of images."""
+    ranks = ranks_to_draw(len(next(iter(sizes.values()))))
+    curves = {name: np.sort(values)[::-1][ranks - 1] for name, values in sizes.items()}
+    style.write_csv(out / "cluster_sizes.csv", {"rank": ranks.tolist(), **{n: c.tolist() for n, c in curves.items()}})
+    colors = (style.MUTED, style.BLUE)
+    with style.new_figure(3.4) as figure:
+        axes = figure.add_subplot()
+        axes.set(xscale="log", yscale="log", xlabel="cluster, largest first", ylabel="images in it")
+        for (name, curve), color in zip(curves.items(), colors, strict=False):
+            filled = curve > 0  # an empty cluster has no place on a logarithmic axis; its count is in the numbers
+            marker = "." if filled.sum() <= 40 else None
+            axes.plot(ranks[filled], curve[filled], color=color, label=name, marker=marker)
+        for axis, most in ((axes.xaxis, ranks[-1]), (axes.yaxis, max(curve.max() for curve in curves.values()))):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 200 else (1,)))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter(style.plain_ticks())
+        axes.legend(loc="lower left")
+        style.save_svg(figure, out / "cluster_sizes.svg")
+    return {name: describe(values) for name, values in sizes.items()}
+
+
+def count(labels: Int[np.ndarray, " images"], clusters: int) -> Int[np.ndarray, " clusters"]:
+    """How many images each cluster holds, empty clusters included."""
+    return np.bincount(labels, minlength=clusters)

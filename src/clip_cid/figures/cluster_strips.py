@@ -1,0 +1,71 @@
+"""A few clusters to look at: each as its images nearest the center."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from clip_cid.figures import style
+
+Stratum = Literal["largest", "median", "smallest"]
+STRATA: tuple[Stratum, ...] = ("largest", "median", "smallest")
+_EACH, _IMAGES, _BLOCK_ROWS = 3, 10, 65_536
+
+
+@dataclass(frozen=True)
+class ClusterStrip:
+    """One cluster: its images nearest the center, and their cosines with it."""
+
+    stratum: Stratum
+    cluster: int
+    size: int
+    rows: Int[np.ndarray, " shown"]
+    cosines: Float[np.ndarray, " shown"]
+
+
+def choose(
+    embeddings: Any,
+    kept: Int[np.ndarray, " kept"],
+    labels: Int[np.ndarray, " kept"],
+    centers: Float[np.ndarray, "clusters dim"],
+) -> list[ClusterStrip]:
+    """Three of the largest, three of median size and three of the smallest clusters; empty ones have nothing to show."""
+    sizes = np.bincount(labels, minlength=len(centers))
+    order = np.argsort(-sizes, kind="stable")
+    order = order[sizes[order] > 0]
+    middle = max(_EACH, (len(order) - _EACH) // 2)
+    spans = (order[:_EACH], order[middle : middle + _EACH], order[max(middle + _EACH, len(order) - _EACH) :])
+    return [
+        _strip(stratum, int(cluster), embeddings, kept[labels == cluster], centers[cluster])
+        for stratum, clusters in zip(STRATA, spans, strict=True)
+        for cluster in clusters
+    ]
+
+
+def write_table(strips: Sequence[ClusterStrip], keys: dict[int, str], captions: dict[int, str], path: Path) -> None:
+    """One line an image, nearest the center first."""
+    lines = [
+        (strip.stratum, strip.cluster, strip.size, place, row, cosine, keys[row], captions[row])
+        for strip in strips
+        for place, (row, cosine) in enumerate(zip(strip.rows.tolist(), strip.cosines.tolist(), strict=True))
+    ]
+    names = ("stratum", "cluster", "size", "place", "row", "cosine", "key", "caption")
+    style.write_csv(path, {name: [line[index] for line in lines] for index, name in enumerate(names)})
+
+
+def _strip(
+    stratum: Stratum,
+    cluster: int,
+    embeddings: Any,
+    rows: Int[np.ndarray, " members"],
+    center: Float[np.ndarray, " dim"],
+) -> ClusterStrip:
+    cosines = np.empty(len(rows))
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        vectors = embeddings[rows[start : start + _BLOCK_ROWS]].astype(np.float64)
+        cosines[start : start + len(vectors)] = vectors @ center / np.linalg.norm(vectors, axis=1)
+    nearest = np.argsort(-cosines, kind="stable")[:_IMAGES]
+    return ClusterStrip(stratum, cluster, size=len(rows), rows=rows[nearest], cosines=cosines[nearest])

@@ -1,0 +1,47 @@
+"""How far the removed images are from the one kept for them."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.ticker import MaxNLocator
+
+from clip_cid.figures import style
+
+_BINS = 60
+
+
+def draw(distances: Float[np.ndarray, " removed"], *, threshold: float, metric: str, out: Path) -> dict[str, float]:
+    """Write `distances.svg` and `.csv`: a histogram beside the threshold.
+
+    A bar right of the threshold is a removed image that reached its set through others, in hops each within it.
+    """
+    limit = max(float(distances.max()), threshold) * 1.05
+    counts, edges = np.histogram(distances, np.linspace(0, limit, _BINS + 1))
+    columns = {"from": edges[:-1].tolist(), "to": edges[1:].tolist(), "removed": counts.tolist()}
+    style.write_csv(out / "distances.csv", columns)
+    with style.new_figure(3.2) as figure:
+        axes = figure.add_subplot()
+        axes.stairs(counts, edges, color=style.BLUE, fill=True, alpha=0.85)
+        axes.axvline(threshold, color=style.VERMILLION, linewidth=1.2)
+        axes.annotate(
+            f"threshold {threshold:g}",
+            *((threshold, 1.0), (-4, -3)),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            color=style.VERMILLION,
+        )
+        axes.set(
+            xlabel=f"{metric.replace('_', ' ')} distance to the kept image", ylabel="removed images", xlim=(0, limit)
+        )
+        axes.yaxis.set_major_formatter(style.plain_ticks())
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axes.grid(axis="x", visible=False)
+        style.save_svg(figure, out / "distances.svg")
+    return {
+        "median": float(np.median(distances)),
+        "largest": float(distances.max()),
+        "beyond_threshold_share": float((distances > threshold).mean()),
+    }

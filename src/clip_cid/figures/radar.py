@@ -1,0 +1,62 @@
+"""Fig. 1: all sets at a glance, each axis on its own range."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from clip_cid.figures import scores as tables
+from clip_cid.figures import style
+from clip_cid.figures.scores import Score, ScoreRow
+
+MIN_SETS = 3
+_NARROWEST = 0.02  # an axis spans two points at least, or noise would look like a victory
+
+
+def axis_ranges(values: Float[np.ndarray, "models sets"]) -> Float[np.ndarray, "2 sets"]:
+    """Where each axis begins and ends: the models' range, with room on the inside, so that differences can be seen."""
+    low, high = values.min(axis=0), values.max(axis=0)
+    span = np.maximum(high - low, _NARROWEST)
+    return np.stack([low - span, high + 0.15 * span])
+
+
+def common_rows(scores: Sequence[Score]) -> list[ScoreRow]:
+    """The sets of one task where every model has a score."""
+    models = tables.model_order(scores)
+    return [row for row in tables.score_rows(scores) if all(model in row.by_model for model in models)]
+
+
+def draw(scores: Sequence[Score], out: Path) -> dict[str, list[float]]:
+    """Write `radar.svg` and `.csv` of the sets of one task where every model has a score; numbers at the tips are the student's."""
+    models = tables.model_order(scores)
+    rows = common_rows(scores)
+    values = np.array([[row.by_model[model].score for row in rows] for model in models])
+    ranges = axis_ranges(values)
+    columns = {"set": [row.set for row in rows], "axis_from": ranges[0].tolist(), "axis_to": ranges[1].tolist()}
+    style.write_csv(out / "radar.csv", columns | dict(zip(models, values.tolist(), strict=True)))
+    angles = np.linspace(0, 2 * np.pi, len(rows), endpoint=False)
+    around = np.append(angles, angles[0])
+    with style.new_figure(4.4) as figure:
+        axes = figure.add_subplot(projection="polar")
+        axes.set(theta_offset=np.pi / 2, theta_direction=-1, ylim=(0, 1), yticks=[0.25, 0.5, 0.75, 1.0], yticklabels=[])
+        for model, curve in reversed(list(zip(models, (values - ranges[0]) / (ranges[1] - ranges[0]), strict=True))):
+            color = style.model_colors(models)[model]
+            axes.plot(around, np.append(curve, curve[0]), color=color, label=model, marker="o", markersize=3)
+        student = models.index(tables.STUDENT) if tables.STUDENT in models else 0
+        axes.set_xticks(angles, [])
+        for row, value, angle in zip(rows, values[student], angles, strict=True):
+            across = _side(-np.sin(angle), "left", "right")
+            upright = _side(-np.cos(angle), "bottom", "top")
+            axes.text(angle, 1.06, f"{row.set}\n{100 * value:.1f}", ha=across, va=upright)
+        axes.spines["polar"].set_visible(False)
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles[::-1], labels[::-1], loc="outside upper left", handlelength=1.2)
+        style.save_svg(figure, out / "radar.svg")
+    return dict(zip(models, values.tolist(), strict=True))
+
+
+def _side(direction: float, before: Any, behind: Any) -> Any:
+    """Which side of a label touches the circle, so that the two never overlap."""
+    return "center" if abs(direction) < 0.3 else behind if direction > 0 else before

@@ -1,0 +1,193 @@
+"""Scores of the student beside other models: read, put into a table, drawn with their intervals."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+
+from clip_cid.errors import DataError
+from clip_cid.figures import style
+
+STUDENT, TEACHER, BASELINE = "student", "teacher", "baseline"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of results.jsonl; scores, intervals and chance are shares of 1."""
+
+    model: str
+    set: str
+    task: str
+    metric: str
+    score: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    classes: int | None = None
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """All models on one set, task and metric."""
+
+    task: str
+    set: str
+    metric: str
+    by_model: dict[str, Score]
+
+    def delta(self, other: str) -> float | None:
+        """Student minus `other`; None where one of them has no score."""
+        if STUDENT not in self.by_model or other not in self.by_model:
+            return None
+        return self.by_model[STUDENT].score - self.by_model[other].score
+
+    def clear(self, other: str) -> bool:
+        """Whether the two intervals are apart, so that the sign of the delta is not in doubt."""
+        a, b = self.by_model[STUDENT], self.by_model[other]
+        if a.low is None or a.high is None or b.low is None or b.high is None:
+            return False
+        return a.low > b.high or b.low > a.high
+
+
+def read_scores(path: Path) -> list[Score]:
+    """The lines of a results.jsonl.
+
+    Raises:
+        DataError: A line is not a result, or its score is not between 0 and 1.
+    """
+    scores = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            score = Score(**{name: line[name] for name in Score.__dataclass_fields__ if name in line})
+            if not all(0 <= v <= 1 for v in (score.score, score.low, score.high, score.chance) if v is not None):
+                raise ValueError(f"score {score.score}, interval {score.low} to {score.high}, chance {score.chance}")
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{path}, line {number}: not a result with shares of 1 ({error}).",
+                fix=f"Run `clip-cid evaluate {path.parent.parent} --force` to make the stage again.",
+            ) from error
+        scores.append(score)
+    return scores
+
+
+def model_order(scores: Sequence[Score]) -> list[str]:
+    """The student first, the teacher last, the others between them as they come."""
+    names = list(dict.fromkeys(score.model for score in scores))
+    place = {STUDENT: 0, TEACHER: 2}
+    return sorted(names, key=lambda name: place.get(name, 1))
+
+
+def reference_model(models: Sequence[str]) -> str | None:
+    """Whom the student is measured against: the model named `baseline`, else the first that is not the teacher."""
+    others = [model for model in models if model not in {STUDENT, TEACHER}]
+    return BASELINE if BASELINE in others else next(iter(others), None)
+
+
+def score_rows(scores: Sequence[Score]) -> list[ScoreRow]:
+    """One row for each task, set and metric, in the order of the results."""
+    rows: dict[tuple[str, str, str], ScoreRow] = {}
+    for score in scores:
+        key = (score.task, score.set, score.metric)
+        rows.setdefault(key, ScoreRow(*key, by_model={})).by_model[score.model] = score
+    return list(rows.values())
+
+
+def write_table(scores: Sequence[Score], path: Path) -> None:
+    """Every number of the results as one CSV, a model's score and interval in three columns."""
+    rows, models = score_rows(scores), model_order(scores)
+    columns: dict[str, list[object]] = {
+        name: [getattr(row, name) for row in rows] for name in ("task", "set", "metric")
+    }
+    for fact in ("n", "classes", "chance"):
+        columns[fact] = [getattr(next(iter(row.by_model.values())), fact) for row in rows]
+    for model in models:
+        cells = [row.by_model.get(model) for row in rows]
+        columns |= {
+            model: [cell.score if cell else None for cell in cells],
+            f"{model}_low": [cell.low if cell else None for cell in cells],
+            f"{model}_high": [cell.high if cell else None for cell in cells],
+        }
+    reference = reference_model(models)
+    if reference is not None:
+        columns[f"delta_to_{reference}"] = [row.delta(reference) for row in rows]
+    style.write_csv(path, columns)
+
+
+def draw(scores: Sequence[Score], task: str, out: Path) -> dict[str, float]:
+    """Write `scores_TASK.svg` and `.csv` of one task: bars with intervals, and the student's lead over the baseline."""
+    rows, models = score_rows(scores), model_order(scores)
+    reference = reference_model(models)
+    write_table(scores, out / f"scores_{task}.csv")
+    places = np.arange(len(rows), dtype=np.float64)[::-1]
+    names = [row.set if task != "retrieval" else f"{row.set}\n{row.metric.replace('_', ' ')}" for row in rows]
+    with style.new_figure(0.9 + len(rows) * (0.16 + 0.14 * len(models))) as figure:
+        both = reference is not None
+        panels = figure.subplots(1, 2 if both else 1, squeeze=False, sharey=True, width_ratios=[2.2, 1][: 1 + both])[0]
+        _bars(panels[0], rows, models, places)
+        panels[0].set_yticks(places, names, color=style.INK)
+        panels[0].set_ylim(-0.6, len(rows) - 0.4)
+        if reference is not None:
+            _deltas(panels[1], rows, reference, places)
+        colors = style.model_colors(models)
+        handles = [Patch(color=colors[model], label=model) for model in models]
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(models), handlelength=0.8, handleheight=0.8)
+        style.save_svg(figure, out / f"scores_{task}.svg")
+    return {model: mean for model in models if (mean := mean_score(rows, model)) is not None}
+
+
+def mean_score(rows: Sequence[ScoreRow], model: str) -> float | None:
+    """Mean over the sets, only where the model has all of them: means over unlike sets would mislead."""
+    values = [row.by_model[model].score for row in rows if model in row.by_model]
+    return math.fsum(values) / len(values) if values and len(values) == len(rows) else None
+
+
+def _bars(axes: Axes, rows: Sequence[ScoreRow], models: Sequence[str], places: np.ndarray) -> None:
+    height = 0.8 / len(models)
+    colors = style.model_colors(models)
+    for index, model in enumerate(models):
+        present = [
+            (row.by_model[model], place) for row, place in zip(rows, places, strict=True) if model in row.by_model
+        ]
+        offsets = [place + 0.4 - height * (index + 0.5) for _, place in present]
+        values = [100 * score.score for score, _ in present]
+        axes.barh(offsets, values, height=height * 0.86, color=colors[model])
+        for (score, _), offset in zip(present, offsets, strict=True):
+            if score.low is not None and score.high is not None:
+                axes.plot([100 * score.low, 100 * score.high], [offset, offset], color=style.INK, linewidth=0.8)
+    for row, place in zip(rows, places, strict=True):
+        chance = next(iter(row.by_model.values())).chance
+        if chance is not None:
+            axes.plot([100 * chance] * 2, [place - 0.44, place + 0.44], color=style.INK, linewidth=0.9, linestyle=":")
+    axes.set_xlabel("score, %")
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+
+
+def _deltas(axes: Axes, rows: Sequence[ScoreRow], reference: str, places: np.ndarray) -> None:
+    present = [(d, row, p) for row, p in zip(rows, places, strict=True) if (d := row.delta(reference)) is not None]
+    largest = max((100 * abs(delta) for delta, _, _ in present), default=1.0) or 1.0
+    for delta, row, place in present:
+        color = style.GREEN if delta > 0 else style.VERMILLION
+        axes.barh(place, 100 * delta, height=0.36, color=color, alpha=1.0 if row.clear(reference) else 0.45)
+        side = "left" if delta >= 0 else "right"
+        axes.annotate(
+            style.signed_points(delta),
+            *((100 * delta, place), (3 if delta >= 0 else -3, 0)),
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            fontsize=8,
+        )
+    axes.axvline(0, color=style.INK, linewidth=0.8)
+    axes.set_xlim(-1.7 * largest, 1.7 * largest)
+    axes.set_xlabel(f"vs {reference}, points")
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)

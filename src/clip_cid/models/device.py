@@ -1,0 +1,50 @@
+"""Which processor does the work."""
+
+import functools
+
+import torch
+
+from clip_cid import log
+from clip_cid.errors import ConfigError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a recipe names; `auto` is CUDA where there is one and the CPU elsewhere.
+
+    Raises:
+        ConfigError: The name is not a device, or this machine does not have it.
+    """
+    if name == "auto":
+        return torch.device(_automatic())
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"machine.device: {name!r} is not a device.", fix=_FIX) from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ConfigError(
+                f"machine.device: {name} was asked for, but PyTorch {torch.__version__} sees {count} CUDA devices here.",
+                fix="Set machine.device: cpu, or install a PyTorch built for CUDA and check `nvidia-smi`.",
+            )
+        return device
+    if device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError("machine.device: mps was asked for, but this machine has none.", fix=_FIX)
+        return device
+    raise ConfigError(f"machine.device: {name!r} is not supported.", fix=_FIX)
+
+
+_FIX = "Set machine.device to auto, cpu, cuda, cuda:1 or mps."
+
+
+@functools.cache
+def _automatic() -> str:
+    """Choose once, and say so once."""
+    if torch.cuda.is_available():
+        log.info(f"device auto: cuda ({torch.cuda.get_device_name()})")
+        return "cuda"
+    log.info("device auto: cpu (PyTorch sees no CUDA device)")
+    return "cpu"

@@ -1,0 +1,121 @@
+"""The teacher: a frozen CLIP whose unit embeddings are computed once."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from clip_cid.errors import ConfigError, DataError
+from clip_cid.models.student import Clip, load_clip
+from clip_cid.recipe import EmbedConfig, Precision
+
+_SCHEMES = ("run:", "local-dir:", "hf-hub:")
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Both towers of a CLIP, giving unit vectors in float32 whatever the precision of the arithmetic."""
+
+    clip: Clip
+    dim: int
+    identity: dict[str, Any]
+    """reference, weights_sha256, model_cfg, preprocessing, precision: what decides the numbers of an embedding."""
+
+    def encode_images(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """`v_t` of METHOD: unit image embeddings, on the teacher's device.
+
+        Raises:
+            DataError: An embedding is not finite, or zero.
+        """
+        model: Any = self.clip.model
+        with self._arithmetic():
+            features = model.encode_image(images.to(self.clip.device, non_blocking=True))
+        return self._unit(features, "image")
+
+    def encode_texts(self, captions: list[str]) -> Float[Tensor, "batch dim"]:
+        """`u_t` of METHOD: unit text embeddings, on the teacher's device.
+
+        Raises:
+            DataError: An embedding is not finite, or zero.
+        """
+        model: Any = self.clip.model
+        with self._arithmetic():
+            features = model.encode_text(self.clip.tokenizer(captions).to(self.clip.device, non_blocking=True))
+        return self._unit(features, "text")
+
+    @contextlib.contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        dtype = _DTYPES.get(self.identity["precision"])
+        with torch.inference_mode(), torch.autocast(self.clip.device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+
+    def _unit(self, features: Tensor, kind: str) -> Tensor:
+        features = features.float()
+        norms = features.norm(dim=-1)
+        bad = int((~(torch.isfinite(norms) & (norms > 0))).sum())
+        if bad:
+            raise DataError(
+                f"{self.identity['reference']}: {bad} of {len(features)} {kind} embeddings are zero or not finite.",
+                fix=f"Set embed.precision: fp32 (it was {self.identity['precision']}), or use another teacher.",
+            )
+        return F.normalize(features, dim=-1)
+
+
+def load_teacher(embed: EmbedConfig, *, device: str) -> Teacher:
+    """The teacher a recipe names, with its weights.
+
+    Raises:
+        ConfigError: No such model, or no weights named for an open_clip architecture.
+        DataError: The weights could not be loaded.
+    """
+    reference = teacher_reference(embed)
+    clip = load_clip(reference, device=device)
+    clip.model.requires_grad_(False)
+    identity = {
+        "reference": reference,
+        "weights_sha256": weights_sha256(clip.model),
+        "model_cfg": clip.model_cfg,
+        "preprocessing": clip.preprocess_cfg,
+        "precision": _precision(embed.precision, clip.device),
+    }
+    return Teacher(clip=clip, dim=clip.dim, identity=identity)
+
+
+def teacher_reference(embed: EmbedConfig) -> str:
+    """What `load_clip` is asked for: `embed.pretrained` belongs to plain open_clip names only."""
+    if embed.teacher == "none":
+        raise ConfigError(
+            "embed.teacher: none, so there is nothing to embed with.",
+            fix="Name a teacher, give embed.existing, or train without: distill.weights: clip-only.",
+        )
+    if embed.teacher.startswith(_SCHEMES):
+        return embed.teacher
+    if embed.pretrained is None:
+        raise ConfigError(
+            f"embed.teacher: {embed.teacher} is an architecture without weights.",
+            fix="Set embed.pretrained to one of its tags in open_clip, or give local-dir:, hf-hub: or run:.",
+        )
+    return f"{embed.teacher}/{embed.pretrained}"
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of all weights: equal models, equal digest, wherever they live."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return precision

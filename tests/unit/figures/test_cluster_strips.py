@@ -1,0 +1,38 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clip_cid.figures import cluster_strips
+
+
+@given(st.lists(st.integers(0, 14), min_size=1, max_size=60))
+def test_no_cluster_is_shown_twice_and_none_is_empty(labels: list[int]) -> None:
+    random = np.random.default_rng(0)
+    kept = np.sort(random.choice(100, size=len(labels), replace=False))
+    embeddings = random.standard_normal((100, 4))
+    centers = random.standard_normal((15, 4))
+    strips = cluster_strips.choose(embeddings, kept, np.array(labels), centers)
+    assert len({strip.cluster for strip in strips}) == len(strips)
+    assert len(strips) == min(9, len(set(labels)))
+    for strip in strips:
+        assert strip.size == labels.count(strip.cluster)
+        assert set(strip.rows.tolist()) <= set(kept[np.array(labels) == strip.cluster].tolist())
+        assert (np.diff(strip.cosines) <= 0).all()
+
+
+def test_the_images_nearest_the_center_are_shown() -> None:
+    angles = np.deg2rad(np.arange(0, 60, 4))
+    embeddings = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    (strip,) = cluster_strips.choose(embeddings, np.arange(15), np.zeros(15, dtype=np.int32), np.array([[1.0, 0.0]]))
+    assert strip.rows.tolist() == list(range(10))
+    assert strip.cosines == pytest.approx(np.cos(angles[:10]))
+
+
+def test_largest_and_smallest_are_what_they_say() -> None:
+    counts = [5, 1, 9, 2, 8, 3, 7, 4, 6, 10]
+    labels = np.repeat(np.arange(10), counts)
+    ones = np.ones((len(labels), 2))
+    strips = cluster_strips.choose(ones, np.arange(len(labels)), labels, np.ones((10, 2)))
+    sizes = {stratum: [s.size for s in strips if s.stratum == stratum] for stratum in cluster_strips.STRATA}
+    assert sizes == {"largest": [10, 9, 8], "median": [7, 6, 5], "smallest": [3, 2, 1]}

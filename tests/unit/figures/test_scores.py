@@ -1,0 +1,112 @@
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clip_cid.errors import DataError
+from clip_cid.figures import scores
+from clip_cid.figures.scores import Score
+
+
+def one(model: str, name: str, score: float, *, half: float | None = None, task: str = "zero_shot") -> Score:
+    low, high = (None, None) if half is None else (score - half, score + half)
+    return Score(model, name, task, "top1", score, low, high, n=100, classes=4, chance=0.25)
+
+
+FOUND = [
+    one("teacher", "a", 0.75, half=0.01),
+    one("baseline", "a", 0.5, half=0.2),
+    one("student", "a", 0.625, half=0.01),
+    one("student", "b", 0.5),
+    one("teacher", "b", 0.5),
+]
+
+
+def test_the_student_comes_first_and_the_teacher_last() -> None:
+    assert scores.model_order(FOUND) == ["student", "baseline", "teacher"]
+
+
+@pytest.mark.parametrize(
+    ("models", "reference"),
+    [
+        (["student", "other", "baseline", "teacher"], "baseline"),
+        (["student", "other", "teacher"], "other"),
+        (["student", "teacher"], None),
+        (["student"], None),
+    ],
+)
+def test_whom_the_student_is_measured_against(models: list[str], reference: str | None) -> None:
+    assert scores.reference_model(models) == reference
+
+
+def test_deltas_are_student_minus_other_and_clear_only_when_intervals_are_apart() -> None:
+    a, b = scores.score_rows(FOUND)
+    assert a.delta("teacher") == -0.125
+    assert a.clear("teacher")
+    assert a.delta("baseline") == 0.125
+    assert not a.clear("baseline")
+    assert b.delta("baseline") is None
+    assert not b.clear("teacher")  # without intervals nothing is clear
+
+
+def test_a_mean_needs_every_set() -> None:
+    rows = scores.score_rows(FOUND)
+    assert scores.mean_score(rows, "student") == 0.5625
+    assert scores.mean_score(rows, "baseline") is None
+    assert scores.mean_score([], "student") is None
+
+
+def test_results_are_read_and_what_is_not_needed_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    line = {
+        "model": "student",
+        "set": "a",
+        "task": "zero_shot",
+        "metric": "top1",
+        "score": 0.5,
+        "C": 3,
+        "bad_images": [],
+    }
+    path.write_text(json.dumps(line) + "\n")
+    assert scores.read_scores(path) == [Score("student", "a", "zero_shot", "top1", 0.5)]
+
+
+@pytest.mark.parametrize(
+    "change", [{"score": 50.0}, {"score": float("nan")}, {"low": -0.1}, {"score": "high"}, {"score": None}]
+)
+def test_a_score_that_is_no_share_of_one_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "results.jsonl"
+    good = {"model": "student", "set": "a", "task": "zero_shot", "metric": "top1", "score": 0.5}
+    path.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
+    with pytest.raises(DataError, match=r"results\.jsonl, line 2"):
+        scores.read_scores(path)
+
+
+def test_a_result_without_a_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"set": "a", "task": "zero_shot", "metric": "top1", "score": 0.5}\n')
+    with pytest.raises(DataError, match="line 1"):
+        scores.read_scores(path)
+
+
+def test_the_csv_is_the_table_with_empty_cells_where_nothing_is_known(tmp_path: Path) -> None:
+    scores.draw(FOUND, "zero_shot", tmp_path)
+    with open(tmp_path / "scores_zero_shot.csv", newline="") as handle:
+        a, b = csv.DictReader(handle)
+    assert (float(a["student"]), float(a["student_low"]), float(a["delta_to_baseline"])) == (0.625, 0.615, 0.125)
+    assert (b["baseline"], b["delta_to_baseline"], b["student_low"]) == ("", "", "")
+
+
+def test_names_from_data_are_text_in_the_figure(tmp_path: Path) -> None:
+    scores.draw([one("student", "<b>$x^2$</b>", 0.5), one("$m$", "<b>$x^2$</b>", 0.4)], "zero_shot", tmp_path)
+    drawing = (tmp_path / "scores_zero_shot.svg").read_text()
+    assert "&lt;b&gt;$x^2$&lt;/b&gt;" in drawing
+    assert "<b>" not in drawing
+    assert ">$m$<" in drawing
+
+
+def test_a_delta_of_zero_can_be_drawn(tmp_path: Path) -> None:
+    summary = scores.draw([one("student", "a", 0.5), one("baseline", "a", 0.5)], "zero_shot", tmp_path)
+    assert summary == {"student": 0.5, "baseline": 0.5}

@@ -1,0 +1,192 @@
+"""A finished run made in a second: real files of every stage, invented numbers, known duplicates."""
+
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from clip_cid.data.embedding_writer import ShardRows, StoreWriter
+from clip_cid.data.pairs import open_pairs
+from clip_cid.method.clustering import spherical_kmeans
+from clip_cid.method.semantic_balance import balance
+from clip_cid.recipe import Recipe, parse_recipe
+from clip_cid.run_folder import RunFolder, StageRecord
+
+GROUPS, COPIES, LONE, DIM = 4, 3, 8, 16
+ROWS = GROUPS * COPIES + LONE
+BAD = ROWS - 1
+HOSTILE = "<script>alert(1)</script> \"quoted\" & 'single'"
+LAYER = "visual.transformer.resblocks.1.mlp.c_proj.weight"
+
+
+def make_recipe(base: Path, **changed: dict[str, Any]) -> Recipe:
+    values: dict[str, Any] = {
+        "pairs": {"source": [str(base / "pairs")]},
+        "embed": {"teacher": "run:somewhere/the-teacher"},
+        "balance": {"threshold": 0.05},
+        "cluster": {"num_centers": 4},
+        "distill": {"student": "cid-tiny", "weights": "paper-r1"},
+        "evaluate": {
+            "sets": {"one": "x", "two": "x", "<b>three</b>": "x"},
+            "compare": {"baseline": "local-dir:baseline", "teacher": "run:t"},
+        },
+        "draw": {"gallery_sets": 6},
+    }
+    return parse_recipe(
+        {section: {**values.get(section, {}), **changed.get(section, {})} for section in {*values, *changed}},
+        where="test",
+    )
+
+
+PLAIN: dict[str, dict[str, Any]] = {
+    "embed": {"teacher": "none"},
+    "distill": {"weights": "clip-only"},
+    "evaluate": {"compare": {}},
+}
+
+
+def make_run(base: Path, recipe: Recipe) -> RunFolder:
+    """Pairs in `base/pairs`, and a run in `base/run` with every stage before `draw` that the recipe uses."""
+    _make_pairs(base / "pairs")
+    folder = RunFolder(base / "run")
+    folder.path.mkdir()
+    if recipe.has_teacher:
+        embeddings = _embeddings()
+        _embed(folder, recipe, embeddings)
+        good = np.arange(ROWS - 1)
+        result = balance(embeddings[good], threshold=recipe.balance.threshold)
+        kept = result.kept if recipe.balance.enabled else good
+        if recipe.balance.enabled:
+            _balance(folder, result.kept, np.append(result.set_of, -1))
+        clusters = spherical_kmeans(embeddings[kept], num_centers=recipe.cluster.num_centers)
+        part = folder.begin("cluster", "key", resumable=False)
+        np.save(part / "centers.npy", clusters.centers)
+        np.save(part / "labels.npy", clusters.labels)
+        publish(folder, "cluster", {"images": len(kept), "centers": len(clusters.centers), "empty": 0})
+    _distill(folder, recipe)
+    if recipe.evaluate.sets:
+        _evaluate(folder, recipe)
+    return folder
+
+
+def publish(folder: RunFolder, stage: str, summary: dict[str, Any]) -> None:
+    """Record what lies in `stage.part/` as the stage's result."""
+    folder.publish(
+        StageRecord(
+            stage=stage,
+            key=f"key-of-{stage}",
+            version=1,
+            settings={},
+            inputs={},
+            summary=summary,
+            versions={"numpy": "9.9.9"},
+            device="cpu",
+            started="2026-01-02T03:04:05+00:00",
+            seconds=61.5,
+        )
+    )
+
+
+def fake_clip(reference: str) -> Any:
+    """Stands for a loaded model: weights only, other ones for each reference."""
+    generator = torch.Generator().manual_seed(len(reference))
+    state = {LAYER: torch.randn(8, 8, generator=generator)}
+    return types.SimpleNamespace(model=types.SimpleNamespace(state_dict=lambda: state))
+
+
+def _make_pairs(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for row in range(ROWS):
+        pixels = random.integers(0, 255, (4, 6, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((24, 16)).save(folder / f"{row:03d}.png")
+        caption = f"{HOSTILE} {row}" if row < GROUPS * COPIES else f"picture {row}"
+        (folder / f"{row:03d}.txt").write_text(caption, encoding="utf-8")
+
+
+def _embeddings() -> np.ndarray:
+    """Groups of near-duplicates first, then rows on their own, the last of them broken."""
+    random = np.random.default_rng(1)
+    centers = random.standard_normal((GROUPS + LONE, DIM))
+    rows = np.concatenate([np.repeat(centers[:GROUPS], COPIES, axis=0), centers[GROUPS:]])
+    rows[: GROUPS * COPIES] += 0.15 * random.standard_normal((GROUPS * COPIES, DIM))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rows[BAD] = 0
+    return rows.astype(np.float16)
+
+
+def _embed(folder: RunFolder, recipe: Recipe, embeddings: np.ndarray) -> None:
+    part = folder.begin("embed", "key", resumable=False)
+    pairs = open_pairs(recipe.pairs, index=folder.path / "index")
+    writer = StoreWriter(part, teacher={}, pairs=None, dim=DIM, fields=(), num_shards=1)
+    writer.add(
+        ShardRows(
+            name="pairs",
+            images=embeddings,
+            texts=embeddings,
+            more_texts=embeddings[:0],
+            ok=np.arange(ROWS) != BAD,
+            keys=pairs.keys(0, ROWS),
+            captions=[pairs.read(row).captions for row in range(ROWS)],
+            sizes=[(24, 16)] * ROWS,
+            fields={},
+            skipped=[
+                {
+                    "row": BAD,
+                    "key": pairs.key(BAD),
+                    "shard": "pairs",
+                    "reason": "image <i>cannot</i> be decoded (OSError: 3)",
+                }
+            ],
+        )
+    )
+    writer.finish()
+    publish(folder, "embed", {"images": ROWS, "ok": ROWS - 1, "dim": DIM})
+
+
+def _balance(folder: RunFolder, kept: np.ndarray, set_of: np.ndarray) -> None:
+    part = folder.begin("balance", "key", resumable=False)
+    np.save(part / "kept.npy", kept)
+    np.save(part / "set_of.npy", set_of)
+    sizes = np.bincount(set_of[set_of >= 0])
+    summary = {
+        "images": ROWS,
+        "ok": ROWS - 1,
+        "kept": len(kept),
+        "removed": ROWS - 1 - len(kept),
+        "removed_share": 1 - len(kept) / (ROWS - 1),
+        "sets_with_duplicates": int((sizes > 1).sum()),
+        "largest_set": int(sizes.max()),
+        "threshold": {"cosine": 0.05, "squared_euclidean": 0.1, "euclidean": 0.1**0.5},
+        "truth": {"field": "dup", "precision": 0.9375, "recall": 0.8125},
+    }
+    publish(folder, "balance", summary)
+
+
+def _distill(folder: RunFolder, recipe: Recipe) -> None:
+    part = folder.begin("distill", "key", resumable=False)
+    names = [name for name, weight in recipe.distill.weights.model_dump().items() if weight]
+    with open(part / "metrics.jsonl", "w", encoding="utf-8") as handle:
+        for step in range(10, 310, 10):
+            parts = {f"loss/{name}": 2.0 + 1 / step for name in names}
+            line = {"step": step, "pairs_seen": 4 * step, "loss": sum(parts.values()), **parts, "lr": 0.1}
+            handle.write(json.dumps(line) + "\n")
+    publish(folder, "distill", {"steps": 300, "pairs": 14, "pairs_seen": 1200})
+
+
+def _evaluate(folder: RunFolder, recipe: Recipe) -> None:
+    part = folder.begin("evaluate", "key", resumable=False)
+    with open(part / "results.jsonl", "w", encoding="utf-8") as handle:
+        for place, model in enumerate(("student", *recipe.evaluate.compare)):
+            for task in ("zero_shot", "linear_probe"):
+                for index, name in enumerate(recipe.evaluate.sets):
+                    score = 0.3 + 0.1 * index + 0.07 * place
+                    line = {"model": model, "set": name, "task": task, "metric": "top1", "score": score}
+                    line |= {"low": score - 0.02, "high": score + 0.02, "n": 1234, "classes": 10, "chance": 0.1}
+                    handle.write(json.dumps(line) + "\n")
+    summary = {"mean_of": {"zero_shot": "3/4", "linear_probe": "3/4"}, "missing": {"lost": "lost: no such <folder>"}}
+    publish(folder, "evaluate", summary)

@@ -1,0 +1,150 @@
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fabricated_run import BAD, COPIES, GROUPS, PLAIN, ROWS, fake_clip, make_recipe, make_run
+from PIL import Image
+
+from clip_cid.recipe import Recipe
+from clip_cid.run_folder import RunFolder
+from clip_cid.stages import draw
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_real_models() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "load_clip", fake_clip)
+        yield
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A run, what was drawn of it, and where."""
+
+    folder: RunFolder
+    recipe: Recipe
+    out: Path
+    summary: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    base = tmp_path_factory.mktemp("full")
+    recipe = make_recipe(base)
+    return redrawn(make_run(base, recipe), recipe, base / "draw")
+
+
+def redrawn(folder: RunFolder, recipe: Recipe, out: Path) -> Drawn:
+    out.mkdir()
+    return Drawn(folder, recipe, out, draw.run(folder, out, recipe))
+
+
+def only(patch: pytest.MonkeyPatch, *names: str) -> None:
+    """Draw these figures and no other, for speed."""
+    patch.setattr(draw, "_FIGURES", {name: draw._FIGURES[name] for name in names})
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_a_full_run_has_every_figure_with_its_csv(full: Drawn) -> None:
+    out, summary = full.out, full.summary
+    assert set(summary["left_out"]) == {"scores_retrieval"}
+    curves = {"cluster_sizes", "distances", "losses", "scores_zero_shot", "scores_linear_probe", "radar", "weights"}
+    assert {path.stem for path in out.glob("*.svg")} == curves
+    assert {path.stem for path in out.glob("*.csv")} == curves | {"removed_sets", "clusters"}
+    assert {path.stem for path in out.glob("*.png")} == {"duplicates", "clusters"}
+    assert json.dumps(summary, allow_nan=False)
+
+
+def test_before_balance_counts_all_good_rows_and_after_only_the_kept(full: Drawn) -> None:
+    kept = np.load(full.folder.stage("balance") / "kept.npy")
+    sizes = full.summary["figures"]["cluster_sizes"]
+    assert sizes["before balance"]["images"] == ROWS - 1
+    assert sizes["after balance"]["images"] == len(kept) == ROWS - 1 - GROUPS * (COPIES - 1)
+
+
+def test_the_sets_shown_are_the_planted_duplicates(full: Drawn) -> None:
+    shown: dict[str, set[int]] = {}
+    for line in lines(full.out / "removed_sets.csv"):
+        shown.setdefault(line["set"], set()).add(int(line["row"]))
+    planted = [set(range(start, start + COPIES)) for start in range(0, GROUPS * COPIES, COPIES)]
+    assert sorted(map(sorted, shown.values())) == sorted(map(sorted, planted))
+
+
+def test_the_same_files_give_the_same_bytes(full: Drawn, tmp_path: Path) -> None:
+    again = redrawn(full.folder, full.recipe, tmp_path / "again")
+    assert again.summary == full.summary
+    for path in full.out.iterdir():
+        assert (again.out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_plain_run_leaves_out_what_needs_a_teacher_and_says_why(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, **PLAIN)
+    plain = redrawn(make_run(tmp_path, recipe), recipe, tmp_path / "out")
+    assert set(plain.summary["figures"]) == {"losses", "scores_zero_shot", "scores_linear_probe", "weights"}
+    assert plain.summary["left_out"]["duplicates"] == "this recipe does not balance"
+    assert plain.summary["left_out"]["cluster_sizes"] == "this recipe does not cluster"
+    assert plain.summary["left_out"]["radar"] == "there is one model only"
+    assert not list(plain.out.glob("*.png"))
+
+
+def test_results_of_a_stage_the_recipe_no_longer_has_are_not_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch, "cluster_sizes", "distances")
+    folder = make_run(tmp_path, make_recipe(tmp_path))
+    np.save(folder.path / "cluster" / "labels.npy", np.zeros(ROWS - 1, dtype=np.int32))
+    now = redrawn(folder, make_recipe(tmp_path, balance={"enabled": False}), tmp_path / "out")
+    assert now.summary["left_out"]["distances"] == "this recipe does not balance"
+    assert now.summary["figures"]["cluster_sizes"]["all pairs"]["images"] == ROWS - 1
+
+
+def test_without_pairs_the_tables_are_there_and_the_pictures_are_left_out(
+    full: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch, "duplicates", "clusters")
+    gone = redrawn(full.folder, make_recipe(tmp_path, pairs={"source": [str(tmp_path / "gone")]}), tmp_path / "out")
+    assert gone.summary["left_out"]["duplicates"].startswith("the pairs cannot be read")
+    assert {path.name for path in gone.out.iterdir()} == {"removed_sets.csv", "clusters.csv"}
+
+
+def test_kept_rows_made_elsewhere_have_no_sets_to_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "cluster_sizes", "distances", "duplicates")
+    recipe = make_recipe(tmp_path)
+    folder = make_run(tmp_path, recipe)
+    kept = np.load(folder.stage("balance") / "kept.npy")
+    set_of = np.full(ROWS, -1)
+    set_of[kept] = np.arange(len(kept))
+    np.save(folder.stage("balance") / "set_of.npy", set_of)
+    summary = redrawn(folder, recipe, tmp_path / "out").summary
+    assert summary["left_out"]["duplicates"] == "no image is known to be removed for another"
+    assert summary["figures"]["cluster_sizes"]["before balance"]["images"] == ROWS - 1
+
+
+def test_a_student_without_that_layer_has_no_weight_figure(
+    full: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch, "weights")
+    empty = fake_clip("x")
+    empty.model.state_dict = dict
+    monkeypatch.setattr(draw, "load_clip", lambda reference: empty)
+    assert "mlp.c_proj" in redrawn(full.folder, full.recipe, tmp_path / "out").summary["left_out"]["weights"]
+
+
+def test_the_contact_sheet_has_a_line_for_each_set(full: Drawn) -> None:
+    assert full.summary["figures"]["duplicates"] == {"strips": GROUPS, "missing_pictures": 0}
+    with Image.open(full.out / "duplicates.png") as sheet:
+        assert sheet.height > GROUPS * 96
+
+
+def test_a_bad_row_is_in_no_figure(full: Drawn) -> None:
+    rows = {int(line["row"]) for name in ("removed_sets", "clusters") for line in lines(full.out / f"{name}.csv")}
+    assert BAD not in rows

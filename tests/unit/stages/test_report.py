@@ -1,0 +1,308 @@
+import csv
+import html.parser
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fabricated_run import COPIES, GROUPS, HOSTILE, PLAIN, ROWS, fake_clip, make_recipe, make_run, publish
+from PIL import Image
+
+from clip_cid.errors import RunError
+from clip_cid.recipe import Recipe, dump_recipe
+from clip_cid.run_folder import RunFolder
+from clip_cid.stages import draw, report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Page(html.parser.HTMLParser):
+    """Everything a test asks of a page: elements with their attributes, and the visible text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            while self.open.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "script"} & set(self.open):
+            self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).replace("\N{NO-BREAK SPACE}", " ").split())
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Recipe]:
+    """A run of everything, drawn; its report is still to be written."""
+    return drawn(tmp_path_factory.mktemp("full"))
+
+
+def drawn(base: Path, **changed: dict[str, Any]) -> tuple[RunFolder, Recipe]:
+    recipe = make_recipe(base, **changed)
+    folder = make_run(base, recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "load_clip", fake_clip)
+        summary = draw.run(folder, folder.begin("draw", "key", resumable=False), recipe)
+    publish(folder, "draw", summary)
+    return folder, recipe
+
+
+def write(folder: RunFolder, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
+    out = folder.begin("report", "key", resumable=False)
+    return out, report.run(folder, out, recipe)
+
+
+def read(out: Path) -> Page:
+    return Page((out / "report.html").read_text(encoding="utf-8"))
+
+
+def test_nothing_on_the_page_is_fetched_and_nothing_runs(full: tuple[RunFolder, Recipe]) -> None:
+    out, _ = write(*full)
+    text = (out / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "xlink:href", "srcset", "data", "poster", "action"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:", "#")), (tag, name, value)
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+    assert not page.all("script")
+    assert "@import" not in text
+    assert all(address.startswith("#") for address in re.findall(r"url\(['\"]?([^)]*)", text))
+    assert not re.findall(r"https?://", text)
+
+
+def test_every_address_inside_the_page_leads_somewhere(full: tuple[RunFolder, Recipe]) -> None:
+    out, _ = write(*full)
+    text = (out / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(names) == len(set(names))
+    wanted = {
+        value[1:] for _, a in page.elements for n in ("href", "xlink:href") if (value := a.get(n) or "").startswith("#")
+    }
+    assert wanted | set(re.findall(r"url\(#([^)]*)\)", text)) <= set(names)
+
+
+def test_every_picture_says_what_it_shows(full: tuple[RunFolder, Recipe]) -> None:
+    out, _ = write(*full)
+    page = read(out)
+    assert len(page.all("img")) >= GROUPS * COPIES
+    assert all(attributes.get("alt") for attributes in page.all("img"))
+    assert all(a.get("aria-label") for a in page.all("svg"))
+
+
+def test_captions_are_text_and_never_markup(full: tuple[RunFolder, Recipe]) -> None:
+    out, _ = write(*full)
+    text = (out / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert "<script" not in text
+    assert "<i>" not in text.replace("<i></i>", "")
+    assert "<b>three" not in text
+    assert f"{HOSTILE} 0" in [attributes["alt"] for attributes in page.all("img")]
+    assert f"{HOSTILE} 0" in [attributes.get("title") for attributes in page.all("figure")]
+    assert "image <i>cannot</i> be decoded" in page.text
+    assert "lost: no such <folder>" in page.text
+    assert "<b>three</b>" in page.text
+
+
+def test_the_numbers_are_those_of_the_summaries(full: tuple[RunFolder, Recipe]) -> None:
+    folder, recipe = full
+    out, _ = write(folder, recipe)
+    text = read(out).text
+    record = folder.record("balance")
+    assert record is not None
+    balance = record.summary
+    assert f"pairs in {balance['images']} 1 skipped" in text
+    assert f"removed {balance['removed']} {100 * balance['removed_share']:.1f} % of the usable ones" in text
+    assert f"sets of duplicates {balance['sets_with_duplicates']} the largest has {balance['largest_set']}" in text
+    assert "threshold, cosine 0.05 = 0.1 squared euclidean, 0.3162 euclidean" in text
+    assert "true pairs among those joined 93.8 %" in text
+    assert "true pairs found 81.2 %" in text
+    assert "teacher the-teacher 16 dimensions" in text
+    assert "300 steps, 1,200 pairs seen" in text
+    assert "wall time 6m09s" in text  # six stages of 61.5 seconds
+    drawing = folder.record("draw")
+    assert drawing is not None
+    before, after = drawing.summary["figures"]["cluster_sizes"].values()
+    assert f"Gini coefficient {before['gini']:.3f} {after['gini']:.3f}" in text
+    assert "mean of 3/4" in text
+    assert "numpy 9.9.9" in text
+
+
+def test_the_bar_is_to_scale(full: tuple[RunFolder, Recipe]) -> None:
+    folder, recipe = full
+    out, _ = write(folder, recipe)
+    widths = re.findall(r'<span class="(\w+)" style="width: ([\d.]+)%"', (out / "report.html").read_text())
+    kept = len(np.load(folder.stage("balance") / "kept.npy"))
+    expected = {"kept": kept, "removed": ROWS - 1 - kept, "skipped": 1}
+    assert {name: float(width) for name, width in widths} == pytest.approx(
+        {name: 100 * count / ROWS for name, count in expected.items()}, abs=1e-3
+    )
+
+
+def test_scores_deltas_and_chance_are_in_the_table(full: tuple[RunFolder, Recipe]) -> None:
+    out, _ = write(*full)
+    text = read(out).text
+    assert "set metric images classes chance student baseline teacher vs baseline vs teacher" in text
+    plain = text.replace("\N{EN DASH}", "to").replace("\N{MINUS SIGN}", "-")
+    assert "one top-1 1,234 10 10.0 30.0 28.0 to 32.0 37.0 35.0 to 39.0 44.0 42.0 to 46.0 -7.0 -14.0" in plain
+    with open(out / "tables" / "scores.csv", newline="") as handle:
+        first = next(csv.DictReader(handle))
+    assert (float(first["student"]), float(first["delta_to_baseline"])) == (0.3, pytest.approx(-0.07))
+
+
+def test_settings_are_all_there_and_so_are_the_commands(full: tuple[RunFolder, Recipe]) -> None:
+    folder, recipe = full
+    out, _ = write(folder, recipe)
+    page = read(out)
+    assert dump_recipe(recipe) in page.words
+    assert f"clip-cid verify {folder.path}" in page.text
+
+
+def test_equal_runs_give_equal_bytes(full: tuple[RunFolder, Recipe]) -> None:
+    first = (write(*full)[0] / "report.html").read_bytes()
+    assert first == (write(*full)[0] / "report.html").read_bytes()
+
+
+def test_every_csv_of_a_figure_is_a_table_of_the_report(full: tuple[RunFolder, Recipe]) -> None:
+    folder, recipe = full
+    out, _ = write(folder, recipe)
+    for path in folder.stage("draw").glob("*.csv"):
+        assert (out / "tables" / path.name).read_bytes() == path.read_bytes()
+    assert {"scores", "skipped", "stages"} < {path.stem for path in (out / "tables").iterdir()}
+
+
+def test_with_images_off_no_picture_caption_or_key_is_left(full: tuple[RunFolder, Recipe]) -> None:
+    folder, _ = full
+    out, summary = write(folder, make_recipe(folder.path.parent, report={"images": False}))
+    page = read(out)
+    assert page.all("img") == []
+    assert "alert(1)" not in page.text
+    assert "picture 1" not in page.text
+    assert "report.images is off" in page.text
+    assert summary["picture_bytes"] == 0
+    assert all("alert(1)" not in path.read_text() for path in (out / "tables").iterdir())
+
+
+def test_pairs_that_are_gone_leave_a_page_that_says_so(full: tuple[RunFolder, Recipe]) -> None:
+    folder, _ = full
+    out, _ = write(folder, make_recipe(folder.path.parent, pairs={"source": [str(folder.path / "gone")]}))
+    page = read(out)
+    assert page.all("img") == []
+    assert "No pictures on this page: the pairs cannot be read" in page.text
+    assert "sets of duplicates 4" in page.text
+
+
+def test_pictures_stop_at_the_budget_and_are_counted(
+    full: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = write(*full)[1]["picture_bytes"]
+    monkeypatch.setattr(report, "_THUMBNAIL_BUDGET", everything // 2)
+    out, summary = write(*full)
+    assert 0 < summary["picture_bytes"] <= everything // 2
+    assert "pictures were left out to keep the page small" in read(out).text
+
+
+def test_a_picture_lost_since_is_an_empty_place_and_counted(tmp_path: Path) -> None:
+    folder, recipe = drawn(tmp_path)
+    (tmp_path / "pairs" / "001.png").write_bytes(b"no longer an image")
+    out, _ = write(folder, recipe)
+    text = read(out).text
+    assert "no picture" in text
+    assert "1 pictures could not be read" in text
+
+
+def test_a_plain_run_has_a_page_without_the_missing_parts(tmp_path: Path) -> None:
+    folder, recipe = drawn(tmp_path, **PLAIN)
+    out, _ = write(folder, recipe)
+    page = read(out)
+    sections = [attributes.get("id") for attributes in page.all("section")]
+    assert sections == ["pairs", "training", "scores", "skipped", "provenance"]
+    assert "pairs in 14 plain CLIP training" in page.text
+    assert "vs " not in page.text
+    assert "distances: this recipe does not balance" in page.text
+
+
+def test_kept_rows_made_elsewhere_are_named(full: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, recipe = full
+    record = folder.record("balance")
+    assert record is not None
+    summary = {name: value for name, value in record.summary.items() if name not in ("threshold", "truth")}
+    elsewhere = replace(record, summary=summary | {"from": "kept&.npy"})
+    records = {name: folder.record(name) for name in ("embed", "cluster", "distill", "evaluate", "draw")}
+    monkeypatch.setattr(RunFolder, "record", lambda _, stage: {**records, "balance": elsewhere}[stage])
+    out, _ = write(folder, recipe)
+    text = read(out).text
+    assert "The kept rows were made elsewhere, in kept&.npy" in text
+    assert "threshold none" in text
+    assert "(precision)" not in text
+
+
+def test_a_run_that_evaluates_nothing_has_a_page(tmp_path: Path) -> None:
+    folder, recipe = drawn(tmp_path, evaluate={"sets": {}, "compare": {}})
+    out, _ = write(folder, recipe)
+    assert "scores" not in [attributes.get("id") for attributes in read(out).all("section")]
+
+
+def test_a_large_set_is_folded_and_the_rest_counted(full: tuple[RunFolder, Recipe]) -> None:
+    folder, recipe = full
+    table = folder.stage("draw") / "removed_sets.csv"
+    kept = table.read_bytes()
+    with open(table, newline="") as handle:
+        rows = list(csv.DictReader(handle))[:COPIES]
+    many = [{**rows[min(place, COPIES - 1)], "size": "100", "place": str(place)} for place in range(20)]
+    try:
+        with open(table, "w", newline="") as handle:
+            writer = csv.DictWriter(handle, many[0].keys())
+            writer.writeheader()
+            writer.writerows(many)
+        out, _ = write(folder, recipe)
+    finally:
+        table.write_bytes(kept)
+    text = read(out).text
+    assert "100 images , widest pair" in text
+    assert "80 not shown" in text
+    assert "8 more" in text
+
+
+def test_a_run_that_was_not_drawn_is_named_with_the_command_to_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="the draw stage has not finished") as error:
+        report.run(RunFolder(tmp_path), tmp_path, Recipe())
+    assert f"clip-cid draw {tmp_path}" in str(error.value)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium to open the page in")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_opens_the_page_without_complaint(full: tuple[RunFolder, Recipe], tmp_path: Path, width: int) -> None:
+    out, _ = write(*full)
+    assert CHROMIUM is not None
+    quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    command = [CHROMIUM, "--headless", "--no-sandbox", *quiet.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--window-size={width},1500", "--enable-logging=stderr", f"--screenshot={tmp_path / 'page.png'}"]
+    done = subprocess.run([*command, (out / "report.html").as_uri()], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr
+    with Image.open(tmp_path / "page.png") as shot:
+        colors = shot.convert("RGB").getcolors(maxcolors=1 << 24)
+    assert colors is not None
+    assert len(colors) > 100

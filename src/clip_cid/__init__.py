@@ -8,18 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clip_cid.data.embeddings import EmbeddingStore
+    from clip_cid.evaluation.linear_probe import ProbeResult, linear_probe
     from clip_cid.method.clustering import Clusters, spherical_kmeans
     from clip_cid.method.semantic_balance import Balance, balance
 
     __version__: str
 
-__all__ = ["Balance", "Clusters", "EmbeddingStore", "__version__", "balance", "spherical_kmeans"]
+__all__ = [
+    "Balance",
+    "Clusters",
+    "EmbeddingStore",
+    "ProbeResult",
+    "__version__",
+    "balance",
+    "linear_probe",
+    "spherical_kmeans",
+]
 
 _HOME = {
     "Balance": "clip_cid.method.semantic_balance",
     "Clusters": "clip_cid.method.clustering",
     "EmbeddingStore": "clip_cid.data.embeddings",
+    "ProbeResult": "clip_cid.evaluation.linear_probe",
     "balance": "clip_cid.method.semantic_balance",
+    "linear_probe": "clip_cid.evaluation.linear_probe",
     "spherical_kmeans": "clip_cid.method.clustering",
 }
 

@@ -14,6 +14,7 @@ from rich.table import Table
 _console = Console(stderr=True, soft_wrap=True)
 _logger = logging.getLogger("clip_cid")
 _logger.setLevel(logging.INFO)
+_FILE_WIDTH = 500  # a table that goes into a file or a pipe is as wide as it needs to be
 _PLAIN_SECONDS = 10.0  # how often a bar that nobody watches becomes a line
 
 
@@ -25,9 +26,14 @@ def setup() -> None:
     if _console.is_terminal:
         _logger.addHandler(RichHandler(console=_console, show_time=False, show_level=False, show_path=False))
     else:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        _logger.addHandler(handler)
+        _logger.addHandler(_Lines())
+
+
+class _Lines(logging.Handler):
+    """Plain lines to whatever standard error is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -53,7 +59,9 @@ def warn(message: str) -> None:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
     """Print an answer the user asked for (to standard output, so that it can be piped)."""
-    out = Console(soft_wrap=True)
+    out = Console()
+    if not out.is_terminal:
+        out = Console(width=_FILE_WIDTH)
     grid = Table(title=title, title_justify="left", header_style="bold")
     for column in columns:
         grid.add_column(column, overflow="fold")

@@ -3,6 +3,7 @@
 Nothing here imports torch: a stage's module is imported only when the stage runs, so `status` and a finished run are quick.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -15,8 +16,8 @@ from typing import Any
 import threadpoolctl
 
 from clip_cid import log
-from clip_cid.errors import ConfigError, RunError
-from clip_cid.recipe import Recipe, dump_recipe
+from clip_cid.errors import ConfigError, DataError, RunError
+from clip_cid.recipe import PairsConfig, Recipe, dump_recipe
 from clip_cid.run_folder import RunFolder, StageRecord, atomic_file, disk_full, now
 
 RECIPE_FILE = "recipe.yaml"
@@ -228,9 +229,7 @@ def _outside(stage: Stage, recipe: Recipe) -> dict[str, str]:
     """Files made elsewhere that the stage reads, each with a cheap digest (names and sizes for large data)."""
     found: dict[str, str] = {}
     if stage.name in ("embed", "distill") and recipe.pairs.source:
-        from clip_cid.data.pairs import fingerprint
-
-        found["pairs"] = _digest(fingerprint(recipe.pairs))
+        found["pairs"] = _pairs_digest(recipe.pairs)
     files: list[Path | None] = {
         "embed": [recipe.embed.existing, _weights_file(recipe.embed.teacher)],
         "balance": [recipe.balance.existing],
@@ -238,7 +237,18 @@ def _outside(stage: Stage, recipe: Recipe) -> dict[str, str]:
         "distill": [Path(recipe.distill.student), Path(recipe.distill.pretrained or "")],
         "evaluate": [_weights_file(reference) for reference in recipe.evaluate.compare.values()],
     }.get(stage.name, [])
+    if stage.name == "evaluate":
+        found |= {name: _shallow_listing(Path(where)) for name, where in recipe.evaluate.sets.items()}
+        for name, source in recipe.evaluate.retrieval.items():
+            with contextlib.suppress(DataError):  # the stage says what is missing
+                found[name] = _pairs_digest(recipe.pairs.model_copy(update={"source": source}))
     return found | {str(path): _listing(path) for path in files if path is not None and path.name and path.exists()}
+
+
+def _pairs_digest(pairs: PairsConfig) -> str:
+    from clip_cid.data.pairs import fingerprint
+
+    return _digest(fingerprint(pairs))
 
 
 def _weights_file(reference: str) -> Path | None:
@@ -252,6 +262,12 @@ def _listing(path: Path) -> str:
     """A digest of the names, sizes and times of a file or of all files of a folder."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return _digest([(str(file), (status := file.stat()).st_size, status.st_mtime_ns) for file in files])
+
+
+def _shallow_listing(path: Path) -> str:
+    """A digest of an evaluation set without a look at each of a million images: shards, splits and class folders."""
+    entries = sorted([*path.glob("*"), *path.glob("*/*")])
+    return _digest([(str(entry), (status := entry.stat()).st_size, status.st_mtime_ns) for entry in entries])
 
 
 def _digest(value: Any) -> str:

@@ -150,6 +150,16 @@ def test_a_teacher_trained_anew_makes_the_embeddings_stale(tmp_path: Path, ran: 
     assert reasons(folder, settings)["embed"] == f"{weights} changed on disk"
 
 
+def test_an_evaluation_set_that_changes_makes_its_scores_stale(tmp_path: Path, ran: list[str]):
+    folder, shard = RunFolder(tmp_path / "run"), tmp_path / "set" / "test" / "0.tar"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"one")
+    settings = recipe(evaluate={"sets": {"mine": str(tmp_path / "set")}})
+    pipeline.run(folder, settings)
+    shard.write_bytes(b"other")
+    assert reasons(folder, settings)["evaluate"] == "mine changed on disk"
+
+
 def test_an_unused_stage_asked_for_is_a_config_error(tmp_path: Path, ran: list[str]):
     with pytest.raises(ConfigError, match="does not use the stage"):
         pipeline.run(RunFolder(tmp_path), recipe(balance={"enabled": False}), only="balance")

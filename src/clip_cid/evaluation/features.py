@@ -1,0 +1,241 @@
+"""Frozen features of a model: one pass over each split gives them before and after the projection, kept for every later use."""
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.lib.format import open_memmap
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clip_cid import log
+from clip_cid.data.pairs import BadSample
+from clip_cid.errors import DataError
+from clip_cid.evaluation.towers import after_only, both_features
+from clip_cid.models.student import Clip
+from clip_cid.run_folder import atomic_file, read_json, write_json
+
+MAX_BAD_SHARE = 0.01
+"""A split with more undecodable images than this is not evaluated: scores would be of other data."""
+
+
+_Batch = tuple[list[int], Tensor, dict[int, str]]
+"""Rows, their pixels, and the rows that cannot be decoded with the reason."""
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Images in a fixed order, such as `data.evaluation_sets.LabelledImages`."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, row: int) -> str: ...
+
+    def load(self, row: int) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Features of the images of a split that could be decoded, in float32 and not normalized."""
+
+    rows: Int[np.ndarray, " images"]
+    """Which rows of the source they belong to."""
+    before: Float[np.ndarray, "images width"] | None
+    """Before the projection; None where it was not asked for."""
+    after: Float[np.ndarray, "images dim"]
+    bad: tuple[str, ...]
+    """The images left out, with the reason."""
+
+
+class Encoder:
+    """A model whose features are computed once and then read from `cache`.
+
+    An entry is keyed by the model's weights and configuration, its preprocessing, and the names, sizes and times of the
+    files behind the images.
+    """
+
+    def __init__(
+        self, name: str, clip: Clip, cache: Path, *, device: torch.device, batch_size: int, workers: int
+    ) -> None:
+        self.name, self.clip, self.device, self.batch_size = name, clip, device, batch_size
+        self.digest = weights_digest(clip)
+        self._cache, self._workers = cache, workers
+        self._used: set[str] = set()
+
+    @property
+    def used(self) -> frozenset[str]:
+        """Cache entries asked for so far."""
+        return frozenset(self._used)
+
+    def images(self, source: ImageSource, *, before: bool) -> ImageFeatures:
+        """Features of every image of a source; `before` asks for those before the projection too.
+
+        Raises:
+            ConfigError: `before`, and the model's tower has no projection that is known here.
+            DataError: More than 1 % of the images cannot be decoded, or the model gives NaN or a zero vector.
+        """
+        entry = self._entry(source.title, {"images": source.fingerprint, "preprocess": self.clip.preprocess_cfg})
+        wanted = ("before", "after") if before else ("after",)
+        if not all((entry / f"{kind}.npy").is_file() for kind in wanted) or not (entry / "rows.json").is_file():
+            self._compute(source, entry, before=before)
+        bad = {int(row): reason for row, reason in read_json(entry / "rows.json")["bad"].items()}
+        arrays = {kind: np.load(entry / f"{kind}.npy", mmap_mode="r") for kind in wanted}
+        rows = np.setdiff1d(np.arange(len(source)), np.array(sorted(bad), dtype=np.int64))
+        if bad:
+            arrays = {kind: array[rows] for kind, array in arrays.items()}
+        named = tuple(f"{source.name(row)}: {bad[row]}" for row in sorted(bad))
+        return ImageFeatures(rows, arrays.get("before"), arrays["after"], named)
+
+    def texts(self, title: str, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
+        """Unit embeddings of texts, in float32.
+
+        Raises:
+            DataError: The model gives NaN for a text.
+        """
+        entry = self._entry(title, {"texts": list(texts)})
+        path = entry / "texts.npy"
+        if not path.is_file():
+            entry.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as temporary, open(temporary, "wb") as handle:
+                np.save(handle, self._encode(title, texts))
+        return np.load(path)
+
+    def _encode(self, title: str, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
+        found: list[np.ndarray] = []
+        model: Any = self.clip.model
+        with log.progress(f"texts {self.name} {title}", len(texts), unit="texts") as bar, torch.inference_mode():
+            for start in range(0, len(texts), self.batch_size):
+                batch = list(texts[start : start + self.batch_size])
+                vectors = model.encode_text(self.clip.tokenizer(batch).to(self.device), normalize=True)
+                found.append(vectors.float().cpu().numpy())
+                bar.advance(len(batch))
+        vectors = np.concatenate(found)
+        wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(wrong):
+            raise DataError(
+                f"{self.name}: {len(wrong):,} of {len(texts):,} texts embed as NaN, the first {texts[wrong[0]]!r}.",
+                fix="The model is broken: look at its training, or load other weights.",
+            )
+        return vectors
+
+    def _entry(self, title: str, parts: dict[str, Any]) -> Path:
+        parts = {**parts, "weights": self.digest, "model": self.clip.model_cfg, "title": title}
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        name = f"{re.sub(r'[^A-Za-z0-9]+', '-', title)}-{key}"
+        self._used.add(name)
+        return self._cache / name
+
+    def _compute(self, source: ImageSource, entry: Path, *, before: bool) -> None:
+        entry.mkdir(parents=True, exist_ok=True)
+        bad: dict[int, str] = {}
+        limit = MAX_BAD_SHARE * len(source)
+        with contextlib.ExitStack() as stack:
+            kinds = ("before", "after") if before else ("after",)
+            paths = {kind: stack.enter_context(atomic_file(entry / f"{kind}.npy")) for kind in kinds}
+            taps = stack.enter_context(both_features(self.clip)) if before else after_only(self.clip)
+            bar = stack.enter_context(log.progress(f"features {self.name} {source.title}", len(source)))
+            stack.enter_context(torch.inference_mode())
+            arrays: dict[str, np.memmap] = {}
+            for rows, pixels, broken in self._batches(source):
+                bad.update(broken)
+                if len(bad) > limit:
+                    raise _too_many_bad(source, bad)
+                if len(rows):
+                    found: dict[str, Tensor] = dict(zip(("before", "after"), taps(pixels.to(self.device)), strict=True))
+                    for kind, path in paths.items():
+                        values = found[kind].float().cpu().numpy()
+                        if kind not in arrays:
+                            arrays[kind] = open_memmap(path, "w+", np.float32, (len(source), values.shape[1]))
+                            arrays[kind][:] = np.nan  # what is read by mistake cannot pass for a feature
+                        _check_finite(self.name, source, rows, values)
+                        arrays[kind][rows] = values
+                bar.advance(len(rows) + len(broken))
+            for array in arrays.values():
+                array.flush()
+        write_json(entry / "rows.json", {"title": source.title, "model": self.name, "bad": bad})
+
+    def _batches(self, source: ImageSource) -> Iterator[_Batch]:
+        few = len(source) <= self.batch_size
+        loader = DataLoader(
+            _Decoded(source, self.clip.preprocess),
+            batch_size=self.batch_size,
+            num_workers=0 if few else self._workers,
+            collate_fn=_stack,
+        )
+        return iter(loader)
+
+
+def prune(cache: Path, used: frozenset[str]) -> int:
+    """Delete cached features that this evaluation had no use for (an older student's); returns how many entries."""
+    stale = [entry for entry in cache.iterdir() if entry.name not in used] if cache.is_dir() else []
+    for entry in stale:
+        shutil.rmtree(entry)
+    return len(stale)
+
+
+def weights_digest(clip: Clip) -> str:
+    """SHA-256 over names, types, shapes and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(clip.model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class _Decoded(Dataset[tuple[int, Tensor | str]]):
+    """Rows ready for the model, or the reason why one cannot be."""
+
+    def __init__(self, source: ImageSource, preprocess: Callable[[Image.Image], Tensor]) -> None:
+        self.source, self.preprocess = source, preprocess
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> tuple[int, Tensor | str]:
+        try:
+            return row, self.preprocess(self.source.load(row))
+        except BadSample as error:
+            return row, str(error)
+
+
+def _stack(samples: list[tuple[int, Tensor | str]]) -> _Batch:
+    good = [(row, value) for row, value in samples if isinstance(value, Tensor)]
+    bad = {row: value for row, value in samples if isinstance(value, str)}
+    pixels = torch.stack([value for _, value in good]) if good else torch.empty(0)
+    return [row for row, _ in good], pixels, bad
+
+
+def _too_many_bad(source: ImageSource, bad: dict[int, str]) -> DataError:
+    first = ", ".join(f"{source.name(row)} ({reason})" for row, reason in list(bad.items())[:3])
+    return DataError(
+        f"{source.title}: {len(bad):,} images so far cannot be decoded, more than "
+        f"{100 * MAX_BAD_SHARE:g} % of {len(source):,}: {first}.",
+        fix="Copy the set again from where it came from.",
+    )
+
+
+def _check_finite(model: str, source: ImageSource, rows: list[int], values: np.ndarray) -> None:
+    norms = np.linalg.norm(values, axis=1)
+    wrong = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
+    if len(wrong):
+        raise DataError(
+            f"{model}: {len(wrong)} of {len(rows)} images have features that are NaN, infinite or all zero, "
+            f"the first {source.name(rows[wrong[0]])}.",
+            fix="The model is broken: look at its training, or load other weights.",
+        )

@@ -1,0 +1,217 @@
+"""CLIP's linear probe (its appendix A.3): logistic regression on frozen features, C found by a search of 15 fits."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+
+from clip_cid.data.evaluation_sets import MetricName
+from clip_cid.evaluation.metrics import accuracy, per_class
+
+GRID = 10.0 ** np.linspace(-6, 6, 97)
+"""The values of C: 1e-6 to 1e6, eight a decade."""
+
+_FIRST_STEP = 16  # grid points between the first seven values: two decades
+_HELD_OUT = 0.1
+_MAX_ITERATIONS = 1_000
+_WORTH_THREADS = 2e8  # multiplications of one pass over the features: some 20 ms on one core
+
+
+class _Part(NamedTuple):
+    x: Float[np.ndarray, "images dim"]
+    """Features, in float32."""
+    y: Int[np.ndarray, " images"]
+    """Class numbers."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """A linear probe's score and how it came about."""
+
+    score: float
+    """On the test images, in `metric`."""
+    metric: MetricName
+    C: float
+    """The inverse regularization that did best on the validation images."""
+    curve: tuple[tuple[float, float], ...]
+    """Every C tried with its validation score, by C."""
+    validation: str
+    """`given`, or how many images were held out of the training images with which seed."""
+    top1: float
+    mean_per_class: float
+    per_class: Float[np.ndarray, " classes"]
+    """Share of right answers by class number; NaN for a class without a test image."""
+    correct: Bool[np.ndarray, " images"]
+    unconverged: tuple[float, ...]
+    """The values of C whose fit stopped before it converged (1,000 rounds, or float32's precision)."""
+    final_converged: bool
+    n_train: int
+    """Images of the final fit, validation included."""
+
+    @property
+    def fits(self) -> int:
+        """Fits of the search; the final one comes on top."""
+        return len(self.curve)
+
+
+def linear_probe(
+    train_x: Float[np.ndarray, "train dim"],
+    train_y: Int[np.ndarray, " train_labels"],
+    test_x: Float[np.ndarray, "test test_dim"],
+    test_y: Int[np.ndarray, " test_labels"],
+    *,
+    metric: MetricName = "top1",
+    val: tuple[Float[np.ndarray, "val val_dim"], Int[np.ndarray, " val_labels"]] | None = None,
+    seed: int = 0,
+    threads: int = 1,
+) -> ProbeResult:
+    """Fit a linear classifier on frozen features and score it once on the test images.
+
+    C is chosen on `val`, or on a tenth of the training images held out by class; of equal scores the smaller C (more
+    regularization) wins; the final fit sees training and validation images. Features are used as they are: CLIP's
+    protocol does not normalize them. Class numbers may have gaps, but every class of the test images must be trained.
+
+    Args:
+        train_x: Features of the training images; fitted in float32.
+        train_y: Their class numbers.
+        test_x: Features of the test images.
+        test_y: Their class numbers.
+        metric: What selects C, and what `score` is.
+        val: Features and class numbers to choose C on.
+        seed: Of the hold-out.
+        threads: Threads of the matrix products at most; a small set gets one, since waiting for others costs it more.
+
+    Raises:
+        ValueError: Lengths or widths differ, a feature is not finite, training knows fewer than two classes, the test
+            images have a class that training has not, or nothing can be held out.
+    """
+    train = _checked(train_x, train_y, name="train")
+    test = _checked(test_x, test_y, name="test", train=train)
+    if val is None:
+        (fit, choose), whole = _hold_out(train, seed), train
+        validation = f"{len(choose.y):,} of {len(train.y):,} held out, seed {seed}"
+    else:
+        fit, choose = train, _checked(*val, name="val", train=train)
+        whole = _Part(np.concatenate([fit.x, choose.x]), np.concatenate([fit.y, choose.y]))
+        validation = "given"
+    products = train.x.size * len(np.unique(train.y))
+    with threadpool_limits(limits=threads if products >= _WORTH_THREADS else 1):
+        scores, unconverged = _scores_by_index(fit, choose, metric)
+        best = _best(scores)
+        model, converged = _fit(whole, index=best)
+        correct = _correct(model, test)
+    return ProbeResult(
+        score=accuracy(correct, test.y, metric=metric),
+        metric=metric,
+        C=float(GRID[best]),
+        curve=tuple((float(GRID[index]), scores[index]) for index in sorted(scores)),
+        validation=validation,
+        top1=accuracy(correct, test.y, metric="top1"),
+        mean_per_class=accuracy(correct, test.y, metric="mean_per_class"),
+        per_class=per_class(correct, test.y, num_classes=int(whole.y.max()) + 1),
+        correct=correct,
+        unconverged=tuple(float(GRID[index]) for index in sorted(unconverged)),
+        final_converged=converged,
+        n_train=len(whole.y),
+    )
+
+
+def search(validate: Callable[[int], float]) -> dict[int, float]:
+    """CLIP's parametric binary search: seven values two decades apart, then the neighbors of the best at 8, 4, 2, 1 points.
+
+    Returns:
+        Score by grid index: 15 of the 97, fewer where the best lies at an end of the grid.
+    """
+    scores = {index: validate(index) for index in range(0, len(GRID), _FIRST_STEP)}
+    step = _FIRST_STEP // 2
+    while step >= 1:
+        best = _best(scores)
+        for index in (best - step, best + step):
+            if 0 <= index < len(GRID):
+                scores[index] = validate(index)
+        step //= 2
+    return scores
+
+
+def tolerance(images: int) -> float:
+    """The gradient at which the solver stops, for a training set of this size.
+
+    Since scikit-learn 1.4 the solver's objective is a mean over images, no longer a sum, so its default of 1e-4 stops it
+    that many times earlier than when CLIP used it; dividing undoes that (docs/decisions.md).
+    """
+    return 1e-4 / images
+
+
+def _best(scores: dict[int, float]) -> int:
+    """The index with the highest score; of equal ones the smallest C."""
+    return min(scores, key=lambda index: (-scores[index], index))
+
+
+def _scores_by_index(fit: _Part, choose: _Part, metric: MetricName) -> tuple[dict[int, float], list[int]]:
+    """Validation scores by grid index, and the indices whose fit did not converge."""
+    unconverged: list[int] = []
+
+    def validate(index: int) -> float:
+        model, converged = _fit(fit, index=index)
+        if not converged:
+            unconverged.append(index)
+        return accuracy(_correct(model, choose), choose.y, metric=metric)
+
+    return search(validate), unconverged
+
+
+def _fit(part: _Part, *, index: int) -> tuple[LogisticRegression, bool]:
+    """One fit, and whether it converged; any other warning stays a warning."""
+    model = LogisticRegression(C=float(GRID[index]), max_iter=_MAX_ITERATIONS, tol=tolerance(len(part.y)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        model.fit(part.x, part.y)
+    stopped = [warning for warning in caught if issubclass(warning.category, ConvergenceWarning)]
+    for warning in caught:
+        if warning not in stopped:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return model, not stopped
+
+
+def _correct(model: LogisticRegression, part: _Part) -> Bool[np.ndarray, " images"]:
+    return np.equal(model.predict(part.x), part.y)
+
+
+def _hold_out(train: _Part, seed: int) -> tuple[_Part, _Part]:
+    """What to fit on and what to choose C on: a tenth of each class, at least one; a class of one image is not split."""
+    random = np.random.default_rng(seed)
+    held = np.zeros(len(train.y), dtype=bool)
+    for label in np.unique(train.y):
+        rows = random.permutation(np.flatnonzero(train.y == label))
+        if len(rows) > 1:
+            held[rows[: max(1, round(_HELD_OUT * len(rows)))]] = True
+    if not held.any():
+        raise ValueError(f"train_y must have a class with two images to hold one out, got {len(held)} of one image")
+    return _Part(train.x[~held], train.y[~held]), _Part(train.x[held], train.y[held])
+
+
+def _checked(
+    x: Float[np.ndarray, "images dim"], y: Int[np.ndarray, " labels"], *, name: str, train: _Part | None = None
+) -> _Part:
+    """The features in float32, if they and the class numbers make sense, also beside the training images."""
+    if len(x) != len(y) or len(y) == 0:
+        raise ValueError(f"{name}_x and {name}_y must have one row an image, got {len(x)} and {len(y)}")
+    finite = np.isfinite(x).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"{name}_x must be finite, row {np.flatnonzero(~finite)[0]} is not")
+    if y.min() < 0:
+        raise ValueError(f"{name}_y must not be negative, got {y.min()}")
+    if train is None and len(np.unique(y)) < 2:
+        raise ValueError(f"{name}_y must have at least 2 classes, got only class {y[0]}")
+    if train is not None and x.shape[1] != train.x.shape[1]:
+        raise ValueError(f"{name}_x has width {x.shape[1]}, but train_x has width {train.x.shape[1]}")
+    unknown = np.setdiff1d(y, train.y) if train is not None else []
+    if len(unknown):
+        raise ValueError(f"{name}_y has {len(unknown)} classes that train_y has not, the first {unknown[0]}")
+    return _Part(np.asarray(x, dtype=np.float32), y)

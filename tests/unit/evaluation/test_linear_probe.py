@@ -1,0 +1,238 @@
+"""CLIP's linear probe: the search, the tolerance, the choice of C, and what is refused."""
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from scipy.special import log_softmax
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from clip_cid.evaluation import linear_probe as module
+from clip_cid.evaluation.linear_probe import GRID, ProbeResult, linear_probe, search, tolerance
+
+
+def blobs(images: int, *, dim: int = 24, classes: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Features as a network gives them: few strong directions, many weak ones, length 10."""
+    random = np.random.default_rng(seed)
+    scale = np.arange(1, dim + 1) ** -0.7
+    centers = np.random.default_rng(99).normal(size=(classes, dim)) * scale * 0.5
+    labels = np.arange(images) % classes
+    features = centers[labels] + random.normal(size=(images, dim)) * scale
+    return (10 * features / np.linalg.norm(features, axis=1).mean()).astype(np.float32), labels
+
+
+@given(st.integers(0, 96))
+def test_the_search_finds_the_peak_of_a_curve_with_one(peak: int) -> None:
+    scores = search(lambda index: -abs(index - peak))
+    assert max(scores, key=lambda index: scores[index]) == peak
+    assert {0, 16, 32, 48, 64, 80, 96} <= scores.keys()
+    assert len(scores) == 15 if 9 <= peak <= 88 else len(scores) <= 15  # beyond an end there is nothing to try
+
+
+def test_the_search_halves_its_step_around_the_best_so_far() -> None:
+    tried: list[int] = []
+
+    def validate(index: int) -> float:
+        tried.append(index)
+        return -abs(index - 41)
+
+    search(validate)
+    assert tried == [*(0, 16, 32, 48, 64, 80, 96), *(40, 56), *(36, 44), *(38, 42), *(39, 41)]
+
+
+def test_the_grid_is_eight_values_a_decade() -> None:
+    assert (len(GRID), GRID[0], GRID[-1]) == (97, 1e-6, 1e6)
+    np.testing.assert_allclose(GRID[8:] / GRID[:-8], 10)
+
+
+def test_fifteen_fits_find_the_c_of_all_ninety_seven() -> None:
+    """Accuracy is bumpy, so this need not hold everywhere; on a hundred digits it does."""
+    pixels, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    pixels, labels = pixels[order].astype(np.float32), labels[order]
+    (x, val_x), (y, val_y) = np.split(pixels, [100]), np.split(labels, [100])
+    result = linear_probe(x, y, val_x, val_y, val=(val_x, val_y))
+    models = [LogisticRegression(C=C, tol=1e-4 / 100, max_iter=1000).fit(x, y) for C in GRID]
+    scores = [model.score(val_x, val_y) for model in models]
+    assert result.fits == 15
+    assert GRID[int(np.argmax(scores))] == result.C
+    assert dict(result.curve)[result.C] == pytest.approx(max(scores))
+
+
+def clip_era_solution(x: np.ndarray, y: np.ndarray, C: float) -> Callable[[np.ndarray], np.ndarray]:
+    """scikit-learn's solver as it was when CLIP used it: the *sum* of the losses, stopped at a gradient of 1e-4."""
+    classes, dim = int(y.max()) + 1, x.shape[1]
+    truth = np.eye(classes)[y]
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights, bias = flat[:-classes].reshape(classes, dim), flat[-classes:]
+        logs = log_softmax(x @ weights.T + bias, axis=1)
+        error = np.exp(logs) - truth
+        gradient = np.concatenate([(error.T @ x + weights / C).ravel(), error.sum(axis=0)])
+        return float(-logs[truth == 1].sum() + (weights**2).sum() / (2 * C)), gradient
+
+    options = {"maxiter": 1000, "gtol": 1e-4, "ftol": 64 * np.finfo(float).eps}
+    found = minimize(objective, np.zeros(classes * (dim + 1)), jac=True, method="L-BFGS-B", options=options).x
+    return lambda test: (test @ found[:-classes].reshape(classes, dim).T + found[-classes:]).argmax(axis=1)
+
+
+def test_the_tolerance_gives_the_classifier_of_clips_time_and_the_default_does_not() -> None:
+    (x, y), (test_x, _) = (blobs(count, dim=64, classes=10, seed=count) for count in (600, 2000))
+    C = 1000.0
+    expected = clip_era_solution(x.astype(np.float64), y, C)(test_x)
+    agreement = {
+        tol: np.mean(LogisticRegression(C=C, max_iter=1000, tol=tol).fit(x, y).predict(test_x) == expected)
+        for tol in (1e-4, tolerance(len(y)))
+    }
+    assert agreement[tolerance(len(y))] > 0.99
+    assert agreement[1e-4] < 0.95
+
+
+def test_the_probe_fits_with_that_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[float, int, np.dtype]] = []
+    fit = LogisticRegression.fit
+
+    def spy(self: LogisticRegression, x: np.ndarray, y: np.ndarray) -> LogisticRegression:
+        seen.append((self.tol, len(y), x.dtype))
+        return fit(self, x, y)
+
+    monkeypatch.setattr(LogisticRegression, "fit", spy)
+    x, y = blobs(60, dim=4)
+    linear_probe(x.astype(np.float64), y, x.astype(np.float64), y)
+    assert [entry for entry in seen if entry != (1e-4 / 54, 54, np.float32)] == [(1e-4 / 60, 60, np.float32)]
+
+
+def test_features_are_not_normalized() -> None:
+    """Features ten times as long need a C a hundred times smaller, and then the same classifier comes out."""
+    (x, y), (val_x, val_y) = blobs(120), blobs(300, seed=1)
+    short, long = (
+        linear_probe(f * x, y, f * val_x, val_y, val=(f * val_x, val_y)) for f in (np.float32(1), np.float32(10))
+    )
+    np.testing.assert_allclose(short.C / long.C, 100)
+    assert short.score == pytest.approx(long.score, abs=0.01)
+
+
+def test_of_equal_scores_the_smaller_c_wins() -> None:
+    x = np.array([[-1.0], [-1.1], [1.0], [1.1]] * 5)
+    y = np.array([0, 0, 1, 1] * 5)
+    result = linear_probe(x, y, x, y)
+    assert result.score == 1
+    best = [C for C, score in result.curve if score == 1]
+    assert best[0] == result.C
+    assert best == sorted(best)
+
+
+def test_the_final_fit_sees_training_and_validation_images() -> None:
+    """Validation images that contradict the training images change what the final classifier says."""
+    x, y = np.array([[-1.0], [1.0]] * 10), np.array([0, 1] * 10)
+    given = linear_probe(x, y, x, y, val=(np.repeat(x, 9, axis=0), np.repeat(1 - y, 9)))
+    assert (given.validation, given.n_train) == ("given", 20 + 180)
+    assert given.score == 0
+    held = linear_probe(x, y, x, y, seed=5)
+    assert (held.validation, held.n_train) == ("2 of 20 held out, seed 5", 20)
+    assert held.score == 1
+
+
+def test_the_metric_chooses_c() -> None:
+    """A rare class hardly counts in top-1 but fully in the mean per class, so it asks for less regularization."""
+    x, y = blobs(600, classes=3)
+    keep = (y != 2) | (np.arange(600) % 20 == 2)
+    val_x, val_y = blobs(900, classes=3, seed=1)
+    chosen = {
+        metric: linear_probe(x[keep], y[keep], val_x, val_y, metric=metric, val=(val_x, val_y))
+        for metric in ("top1", "mean_per_class")
+    }
+    for metric, result in chosen.items():
+        assert result.metric == metric
+        assert result.score == (result.top1 if metric == "top1" else result.mean_per_class)
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=60), st.integers(0, 50))
+def test_the_hold_out_is_a_tenth_of_each_class(labels: list[int], seed: int) -> None:
+    y = np.array(labels)
+    counts = np.bincount(y)
+    part = module._Part(np.arange(len(y), dtype=np.float32)[:, None], y)
+    if counts.max() < 2:
+        with pytest.raises(ValueError, match="class with two images"):
+            module._hold_out(part, seed)
+        return
+    fit, val = module._hold_out(part, seed)
+    assert sorted([*fit.x[:, 0], *val.x[:, 0]]) == list(range(len(y)))
+    assert set(fit.y) == set(y)  # no class is held out whole
+    for label, count in enumerate(counts):
+        expected = 0 if count < 2 else max(1, round(count / 10))
+        assert (val.y == label).sum() == expected
+    again, _ = module._hold_out(part, seed)
+    np.testing.assert_array_equal(again.x, fit.x)
+
+
+def test_equal_inputs_give_equal_results() -> None:
+    x, y = blobs(90, dim=8)
+    first, second = (linear_probe(x, y, x, y, seed=3) for _ in range(2))
+    assert (first.score, first.C, first.curve) == (second.score, second.C, second.curve)
+
+
+def test_class_numbers_may_have_gaps() -> None:
+    x, y = blobs(120, dim=8, classes=3)
+    result, spread = linear_probe(x, y, x, y), linear_probe(x, 5 * y, x, 5 * y)
+    assert (result.score, result.C) == (spread.score, spread.C)
+    assert np.flatnonzero(~np.isnan(spread.per_class)).tolist() == [0, 5, 10]
+
+
+def test_fits_that_stop_early_are_reported_and_not_shouted(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = blobs(60, dim=6)
+    easy = linear_probe(x, y, x, y)
+    monkeypatch.setattr(module, "_MAX_ITERATIONS", 2)
+    stopped = linear_probe(x, y, x, y)
+    assert easy.final_converged
+    assert not stopped.final_converged
+    assert len(stopped.unconverged) > len(easy.unconverged)
+
+
+def test_other_warnings_of_a_fit_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = LogisticRegression.fit
+
+    def complain(self: LogisticRegression, x: np.ndarray, y: np.ndarray) -> LogisticRegression:
+        warnings.warn("something else", UserWarning, stacklevel=1)
+        return fit(self, x, y)
+
+    monkeypatch.setattr(LogisticRegression, "fit", complain)
+    x, y = blobs(60, dim=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with pytest.warns(UserWarning, match="something else"):
+            linear_probe(x, y, x, y)
+
+
+GOOD_X, GOOD_Y = blobs(12, dim=3, classes=2)
+
+
+def probe(**changes: object) -> ProbeResult:
+    inputs = {"train_x": GOOD_X, "train_y": GOOD_Y, "test_x": GOOD_X, "test_y": GOOD_Y, **changes}
+    return linear_probe(**inputs)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"train_y": GOOD_Y[:-1]}, "train_x and train_y must have one row an image, got 12 and 11"),
+        ({"test_y": GOOD_Y[:-1]}, "test_x and test_y must have one row an image, got 12 and 11"),
+        ({"test_x": GOOD_X[:0], "test_y": GOOD_Y[:0]}, "got 0 and 0"),
+        ({"train_x": np.where(np.arange(12)[:, None] == 7, np.nan, GOOD_X)}, "train_x must be finite, row 7 is not"),
+        ({"test_x": np.where(np.arange(12)[:, None] == 2, np.inf, GOOD_X)}, "test_x must be finite, row 2 is not"),
+        ({"train_y": np.zeros(12, int)}, "train_y must have at least 2 classes, got only class 0"),
+        ({"test_y": GOOD_Y + 1}, "test_y has 1 classes that train_y has not, the first 2"),
+        ({"val": (GOOD_X, GOOD_Y + 5)}, "val_y has 2 classes that train_y has not, the first 5"),
+        ({"test_x": GOOD_X[:, :2]}, "test_x has width 2, but train_x has width 3"),
+        ({"train_y": GOOD_Y - 1}, "train_y must not be negative, got -1"),
+        ({"train_x": GOOD_X[:2], "train_y": GOOD_Y[:2]}, "class with two images to hold one out, got 2 of one image"),
+    ],
+)
+def test_inputs_that_make_no_sense_are_refused(changes: dict[str, object], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        probe(**changes)

@@ -117,6 +117,8 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
             why = "forced" if state.status == "done" else f"{state.status}: {state.reason}"
             log.info(f"{stage.name:<9} {why}; {'going on where it stopped' if state.resumes else 'running'}")
             _run_stage(stage, folder, recipe, active)
+        if only is None:
+            _say_outcome(folder, recipe)
 
 
 def verify(folder: RunFolder) -> list[str]:
@@ -153,6 +155,24 @@ def headline(record: StageRecord | None) -> str:
         "report": lambda: str(summary.get("page", "report.html")),
     }
     return f"{lines[record.stage]()} in {took}"
+
+
+def _say_outcome(folder: RunFolder, recipe: Recipe) -> None:
+    """What a whole run came to: the removed share against the known truth, and the models' mean scores."""
+    records = {stage.name: folder.record(stage.name) for stage in active_stages(recipe)}
+    if (balance := records.get("balance")) is not None and (truth := balance.summary.get("truth")) is not None:
+        log.say(
+            f"Removed {balance.summary['removed_share']:.1%} of the images; {truth['redundant_share']:.1%} are redundant by"
+            f" {truth['field']!r} (pairs in one set: precision {truth['precision']:.3f}, recall {truth['recall']:.3f})."
+        )
+    if (evaluate := records.get("evaluate")) is not None:
+        tasks = list(evaluate.summary["mean_of"])
+        rows: list[list[str]] = []
+        for model, scores in evaluate.summary["models"].items():
+            means = (scores.get(f"{task}_mean", scores.get(task)) for task in tasks)
+            rows.append([model, *("-" if mean is None else f"{mean:.1%}" for mean in means)])
+        names = (f"{task.replace('_', ' ')} (mean of {evaluate.summary['mean_of'][task]})" for task in tasks)
+        log.table(["model", *names], rows)
 
 
 def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, active: tuple[Stage, ...]) -> None:

@@ -17,7 +17,10 @@ SUMMARIES: dict[str, dict[str, Any]] = {
     "balance": {"ok": 4, "kept": 3, "removed_share": 0.25},
     "cluster": {"images": 3, "centers": 2},
     "distill": {"steps": 1, "pairs_seen": 3},
-    "evaluate": {},
+    "evaluate": {
+        "mean_of": {"zero_shot": "1/2", "retrieval": "1/1"},
+        "models": {"student": {"zero_shot_mean": 0.5, "retrieval": None}},
+    },
     "draw": {},
     "report": {},
 }
@@ -210,6 +213,13 @@ def test_what_ran_and_why_is_in_the_log_file(tmp_path: Path, ran: list[str]):
     text = (tmp_path / "run.log").read_text()
     assert "stale: balance.threshold 0.07 -> 0.06" in text
     assert "4 images -> 3 kept (25.0 % removed)" in text
+
+
+def test_a_whole_run_ends_with_the_models_mean_scores_and_of_how_many_sets(tmp_path: Path, ran: list[str], capsys):
+    pipeline.run(RunFolder(tmp_path), recipe())
+    printed = capsys.readouterr().out
+    assert "zero shot (mean of 1/2)" in printed
+    assert "student │ 50.0%                   │ -" in printed
 
 
 def test_a_stage_reads_no_section_it_is_not_keyed_by():

@@ -97,5 +97,5 @@ def _against_truth(store: EmbeddingStore, set_of: np.ndarray, field: str) -> dic
     truth = np.asarray(store.field(field))
     named = np.where(truth == "", -1, set_of)  # a row without a group says nothing about its set
     found = agreement(named, truth)
-    log.info(f"balance   against {field!r}: pair precision {found.precision:.3f}, recall {found.recall:.3f}")
-    return {"field": field, "precision": found.precision, "recall": found.recall}
+    redundant = 1 - len(np.unique(truth[named >= 0])) / max(found.rows, 1)
+    return {"field": field, "precision": found.precision, "recall": found.recall, "redundant_share": redundant}

@@ -1,0 +1,47 @@
+"""What the documents promise exists: files they link to, commands and settings they name."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from clip_cid import cli
+from clip_cid.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+def test_the_first_runnable_block_is_on_the_first_screen():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert lines.index("```bash") + 1 < 15
+    assert len(lines) < 150
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_relative_link_leads_to_a_file(document: Path):
+    for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "Makefile"], ids=lambda path: path.name)
+def test_every_command_named_exists(document: Path):
+    commands = cli._commands(Recipe())
+    for name in re.findall(r"clip-cid ([a-z]+)\b", document.read_text()):
+        if name not in ("stage", "is", "needs", "on", "and"):
+            assert name in commands, name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_setting_named_exists(document: Path):
+    for section, name in re.findall(r"`([a-z]+)\.([a-z_]+)", document.read_text()):
+        if section in Recipe.model_fields and name != "part":  # `balance.part` is a folder
+            assert name in type(getattr(Recipe(), section)).model_fields, f"{section}.{name}"
+
+
+def test_every_target_of_the_makefile_that_the_documents_name_exists():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for document in DOCUMENTS:
+        for name in re.findall(r"[`\n]make ([a-z]+)", document.read_text()):
+            assert name in targets, f"{document.name}: make {name}"

@@ -143,10 +143,12 @@ def headline(record: StageRecord | None) -> str:
     if record is None:
         return ""
     summary, took = record.summary, log.duration(record.seconds)
+    truth = summary.get("truth")
     lines = {
         "embed": lambda: f"{summary['ok']:,} of {summary['images']:,} images embedded in {summary['dim']} dimensions",
         "balance": lambda: (
             f"{summary['ok']:,} images -> {summary['kept']:,} kept ({100 * summary['removed_share']:.1f} % removed)"
+            + (f", pair precision {truth['precision']:.3f}, recall {truth['recall']:.3f}" if truth else "")
         ),
         "cluster": lambda: f"{summary['images']:,} images in {summary['centers']:,} clusters",
         "distill": lambda: f"{summary['steps']:,} steps, {summary['pairs_seen']:,} pairs seen",

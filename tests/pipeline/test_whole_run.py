@@ -32,7 +32,7 @@ STUDENT = {
     "cluster": {"num_centers": 8, "iterations": 3},
     "distill": {"student": "cid-tiny", "batch_size": 16, "steps": 4, "warmup_steps": 1, "log_every": 1},
     "evaluate": {
-        "sets": {"textures": "data/sets/textures"},
+        "sets": {"scenes": "data/sets/scenes"},
         "retrieval": {"heldout": ["data/heldout/*.tar"]},
         "compare": {"teacher": "run:teacher"},
     },
@@ -125,7 +125,7 @@ def test_every_part_of_the_loss_is_in_the_metrics():
 
 def test_scores_of_student_and_teacher_lie_between_0_and_1_with_their_intervals():
     rows = [json.loads(line) for line in Path("student/evaluate/results.jsonl").read_text().splitlines()]
-    asked = {(model, name) for model in ("student", "teacher") for name in ("textures", "heldout")}
+    asked = {(model, name) for model in ("student", "teacher") for name in ("scenes", "heldout")}
     assert {(row["model"], row["set"]) for row in rows} == asked
     assert all(0 <= row["low"] <= row["score"] <= row["high"] <= 1 for row in rows if row["score"] is not None)
 

@@ -55,6 +55,12 @@ class Clip:
     name: str
 
     @property
+    def image_side(self) -> int:
+        """The longer side of the images the model sees; open_clip writes one number for some towers, two for others."""
+        size = self.preprocess_cfg["size"]
+        return int(size) if isinstance(size, int) else max(size)
+
+    @property
     def dim(self) -> int:
         """Width of its embeddings."""
         return int(self.model_cfg["embed_dim"])

@@ -218,9 +218,8 @@ def _embed(pairs: Pairs, teacher: Teacher, writer: StoreWriter, recipe: Recipe) 
 
 def _loader(pairs: Pairs, shards: tuple[Shard, ...], teacher: Teacher, recipe: Recipe) -> DataLoader[Any]:
     machine: MachineConfig = recipe.machine
-    height, width = teacher.clip.preprocess_cfg["size"]
     return DataLoader(
-        _PairImages(pairs, teacher.clip.preprocess, side=max(height, width), max_pixels=recipe.pairs.max_pixels),
+        _PairImages(pairs, teacher.clip.preprocess, side=teacher.clip.image_side, max_pixels=recipe.pairs.max_pixels),
         batch_sampler=_ShardBatches(shards, machine.embed_batch),
         num_workers=machine.workers,
         collate_fn=_collate,

@@ -117,6 +117,16 @@ def test_the_store_holds_what_open_clip_gives_for_the_same_pairs(tmp_path: Path,
     assert summary == {"images": 9, "ok": 9, "dim": 12, "teacher": teachers[0], "bytes": size, "skipped": {}}
 
 
+def test_a_convolutional_teacher_whose_image_size_is_one_number_embeds_too(tmp_path: Path) -> None:
+    tower = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "head_width": 8, "patch_size": None}
+    (tmp_path / "conv.json").write_text(json.dumps({**TINY, "vision_cfg": tower}))
+    clip = build_student(str(tmp_path / "conv.json"), embed_dim=None)
+    assert clip.preprocess_cfg["size"] == clip.image_side == 32
+    export_student(clip, tmp_path / "conv", head_state={}, provenance={})
+    settings = recipe(write_tars(tmp_path / "pairs"), f"local-dir:{tmp_path / 'conv'}")
+    assert run(tmp_path / "run", settings)["ok"] == len(CAPTIONS)
+
+
 def test_neither_batch_nor_workers_change_the_store(tmp_path: Path, teachers: list[str]) -> None:
     source = write_tars(tmp_path)
     stores: list[EmbeddingStore] = []

@@ -214,7 +214,7 @@ def sample(out: Positional[Path], pairs: int = 6000, seed: int = 0) -> int:
         pairs: Training pairs.
         seed: Seed of the scenes.
     """
-    from clip_cid.data.sample import write_sample
+    from clip_cid.data.sample.write import write_sample
 
     summary = write_sample(out, pairs=pairs, seed=seed)
     log.say(f"{out}: {summary}")

@@ -7,7 +7,6 @@ downloaded and nothing is unpacked to disk.
 import hashlib
 import json
 import re
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image
 from clip_cid import log
 from clip_cid.data.images import decode_image
 from clip_cid.data.pairs import BadSample
+from clip_cid.data.tar_index import plain_files
 from clip_cid.errors import ConfigError, DataError
 
 MetricName = Literal["top1", "mean_per_class"]
@@ -28,7 +28,6 @@ SPLITS = ("train", "val", "test")
 DIGITS = "builtin:digits"
 
 _IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
-_TAR_BLOCK = 512
 # The sets CLIP scores by the mean of the classes' accuracies, in the spellings in use; every other set is scored by top-1.
 _MEAN_PER_CLASS = {
     *("aircraft", "fgvcaircraft"),
@@ -298,8 +297,8 @@ def _tar_samples(path: Path) -> list[tuple[str, _Member, int]]:
     """Key, image member and label of every sample of one tar, in tar order."""
     images: dict[str, _Member] = {}
     labels: dict[str, _Member] = {}
-    for member_name, member in _tar_members(path):
-        folder, _, file = member_name.rpartition("/")
+    for member in plain_files(path, str(path)):
+        folder, _, file = member.name.removeprefix("./").rpartition("/")
         stem, _, suffix = file.partition(".")
         key = f"{folder}/{stem}" if folder else stem
         kind = images if suffix.lower() in _IMAGE_TYPES else labels if suffix == "cls" else None
@@ -307,7 +306,7 @@ def _tar_samples(path: Path) -> list[tuple[str, _Member, int]]:
             continue  # side files, such as the .json of some exports
         if key in kind:
             raise DataError(f"{path}: two samples have the key {key}.", fix="Make the keys unique.")
-        kind[key] = member
+        kind[key] = _Member(member.offset_data, member.size)
     if images.keys() != labels.keys():
         odd = sorted(images.keys() ^ labels.keys())
         lacks = "a label (.cls)" if odd[0] in images else "an image (.jpg, .png or .webp)"
@@ -325,34 +324,6 @@ def _read_label(tar: BinaryIO, member: _Member, path: Path, key: str) -> int:
     if not text.isdecimal():
         raise DataError(f"{path}: {key}.cls holds {text[:20]!r}, not a class number.", fix="Export the set again.")
     return int(text)
-
-
-def _tar_members(path: Path) -> list[tuple[str, _Member]]:
-    """The plain files of an uncompressed tar; a tar without its end mark was cut short, wherever the cut fell."""
-    found: list[tuple[str, _Member]] = []
-    end = 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not (member.isreg() or member.isdir()):
-                    raise tarfile.TarError(f"member {member.name!r} is a link or no regular file")
-                size = member.size if member.isreg() else 0
-                end = member.offset_data + -(-size // _TAR_BLOCK) * _TAR_BLOCK
-                if member.isreg():
-                    found.append((member.name.removeprefix("./"), _Member(member.offset_data, size)))
-        with open(path, "rb") as handle:
-            handle.seek(end)
-            mark = handle.read(_TAR_BLOCK)
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(
-            f"{path}: cannot be read as a tar ({error}).", fix="Copy it again from where it came from."
-        ) from error
-    if mark != bytes(_TAR_BLOCK):
-        raise DataError(
-            f"{path}: truncated or damaged after {len(found):,} files, at byte {end:,}.",
-            fix="Copy it again from where it came from.",
-        )
-    return found
 
 
 def _lines(path: Path) -> tuple[str, ...]:

@@ -59,32 +59,38 @@ def scan_tar(path: Path, name: str) -> pa.RecordBatch:
         DataError: The tar is compressed, empty, damaged, cut short, or holds links or names that leave the folder.
     """
     samples = _Samples()
+    for member in plain_files(path, name):
+        samples.add(member)
+    batch = samples.finish()
+    if not batch.num_rows:
+        raise DataError(f"{name}: an empty shard, {path.stat().st_size:,} bytes without a sample.", fix=_AGAIN)
+    return batch
+
+
+def plain_files(path: Path, name: str) -> Generator[tarfile.TarInfo]:
+    """The headers of all regular files of a tar, in order; `offset_data` and `size` say where each lies.
+
+    Raises:
+        DataError: The tar is compressed, empty, damaged, cut short, or holds links or names that leave the folder.
+    """
     try:
         size = path.stat().st_size
         with open(path, "rb") as handle:
-            _scan(handle, size, name, samples)
+            _refuse_what_is_no_plain_tar(handle, name)
+            for member in _members(handle, size, name):
+                _refuse_unsafe(member, name)
+                if not member.isreg():
+                    continue
+                end = member.offset_data + member.size
+                if member.size < 0 or end > size:
+                    raise DataError(
+                        f"{name}: cut short at byte {size:,}: member {member.name!r} ends at byte {end:,}.", fix=_AGAIN
+                    )
+                yield member
     except OSError as error:
         raise DataError(
             f"{name}: cannot be read ({error}).", fix="Check its permissions and the disk it is on."
         ) from error
-    batch = samples.finish()
-    if not batch.num_rows:
-        raise DataError(f"{name}: an empty shard, {size:,} bytes without a sample.", fix=_AGAIN)
-    return batch
-
-
-def _scan(handle: BinaryIO, size: int, name: str, samples: "_Samples") -> None:
-    _refuse_what_is_no_plain_tar(handle, name)
-    for member in _members(handle, size, name):
-        _refuse_unsafe(member, name)
-        if not member.isreg():
-            continue
-        end = member.offset_data + member.size
-        if member.size < 0 or end > size:
-            raise DataError(
-                f"{name}: cut short at byte {size:,}: member {member.name!r} ends at byte {end:,}.", fix=_AGAIN
-            )
-        samples.add(member)
 
 
 class _Samples:

@@ -48,8 +48,9 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
             except _LeftOut as reason:
                 left_out[name] = str(reason)
             bar.advance(note=name)
-    for name, reason in left_out.items():
-        log.info(f"draw      no {name}: {reason}")
+    for reason in dict.fromkeys(left_out.values()):
+        names = ", ".join(name for name, why in left_out.items() if why == reason)
+        log.info(f"draw      no {names}: {reason}")
     return {"figures": figures, "left_out": left_out}
 
 

@@ -79,7 +79,6 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
     with atomic_file(out / PAGE) as temporary:
         temporary.write_text(page.render(values), encoding="utf-8")
     shown = folder.path / "report" / PAGE
-    log.info(f"report    {shown}")
     size = (out / PAGE).stat().st_size
     return {"page": str(shown), "bytes": size, "picture_bytes": thumbnails.bytes_used, "no_pictures": no_pictures}
 

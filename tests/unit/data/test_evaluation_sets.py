@@ -185,7 +185,7 @@ def test_a_truncated_tar_is_refused_wherever_it_was_cut(tmp_path: Path, where: s
     cuts = {"in the header": image_end + 100, "in an image": 700, "between two files": image_end}
     content = whole[: cuts[where]] if where in cuts else whole.rstrip(b"\0")
     path.write_bytes(content + bytes(-len(content) % 512 if where == "before the end mark" else 0))
-    with pytest.raises(DataError, match=r"0\.tar: (truncated|cannot be read)"):
+    with pytest.raises(DataError, match=r"0\.tar: cut short at byte"):
         opened(root)
 
 
@@ -196,7 +196,7 @@ def test_damage_in_the_middle_of_a_tar_is_not_taken_for_its_end(tmp_path: Path) 
     image_end = 512 + -(-len(samples(2, seed=1000)[0][1]) // 512) * 512
     data[image_end : image_end + 512] = b"x" * 512
     path.write_bytes(data)
-    with pytest.raises(DataError, match="truncated or damaged after 1 files"):
+    with pytest.raises(DataError, match=f"damaged or cut short at byte {image_end:,}"):
         opened(root)
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_cid.data.sample import SampleSummary, write_sample
-from clip_cid.data.sample_captions import COLOR_WORDS, COUNT_WORDS, OBJECT_WORDS, caption, plural
-from clip_cid.data.sample_drawing import SIZE, draw_scene
-from clip_cid.data.sample_scenes import COLORS, OBJECTS, Scene, SceneBook, Thing, draw_thing
-from clip_cid.data.sample_sets import LABELLED_SETS
+from clip_cid.data.sample.captions import COLOR_WORDS, COUNT_WORDS, OBJECT_WORDS, caption, plural
+from clip_cid.data.sample.drawing import SIZE, draw_scene
+from clip_cid.data.sample.scenes import COLORS, OBJECTS, Scene, SceneBook, Thing, draw_thing
+from clip_cid.data.sample.sets import LABELLED_SETS
+from clip_cid.data.sample.write import SampleSummary, write_sample
 from clip_cid.errors import DataError
 
 PAIRS = 200
@@ -105,7 +105,7 @@ def test_an_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clip_cid.data.sample._write_set", interrupt)
+    monkeypatch.setattr("clip_cid.data.sample.write._write_set", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_sample(tmp_path / "sample", pairs=PAIRS)
     assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,8 @@ def test_a_first_ctrl_c_waits_and_a_second_does_not(capfd: pytest.CaptureFixture
 
 def test_without_a_request_there_is_nothing_to_obey():
     with stop_requests() as stop:
-        stop.obey(3)
+        assert not stop.requested
+        stop.obey(3)  # would raise
 
 
 def test_a_scheduler_s_kill_becomes_an_error_with_its_remedy():

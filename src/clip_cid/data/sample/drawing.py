@@ -13,8 +13,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from clip_cid.data.sample_scenes import Scene, Thing
-from clip_cid.data.sample_sprites import SPRITES
+from clip_cid.data.sample.scenes import Scene, Thing
+from clip_cid.data.sample.sprites import SPRITES
 
 SIZE = 64
 """Side of a finished picture, in pixels."""

@@ -2,7 +2,7 @@
 
 import random
 
-from clip_cid.data.sample_scenes import Scene, Thing
+from clip_cid.data.sample.scenes import Scene, Thing
 
 # The usual word first; it is taken most of the time.
 OBJECT_WORDS: dict[str, tuple[str, ...]] = {

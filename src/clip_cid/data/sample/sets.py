@@ -4,8 +4,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from clip_cid.data.sample_captions import BACKGROUND_PHRASES
-from clip_cid.data.sample_scenes import BACKGROUNDS, COLORS, OBJECTS, TEXTURES, Scene, Thing
+from clip_cid.data.sample.captions import BACKGROUND_PHRASES
+from clip_cid.data.sample.scenes import BACKGROUNDS, COLORS, OBJECTS, TEXTURES, Scene, Thing
 
 
 @dataclass(frozen=True)

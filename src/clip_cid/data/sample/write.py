@@ -19,10 +19,10 @@ from typing import Any
 
 from PIL import Image, ImageEnhance
 
-from clip_cid.data.sample_captions import caption
-from clip_cid.data.sample_drawing import SIZE, draw_scene
-from clip_cid.data.sample_scenes import Scene, SceneBook
-from clip_cid.data.sample_sets import LABELLED_SETS, LabelledSet
+from clip_cid.data.sample.captions import caption
+from clip_cid.data.sample.drawing import SIZE, draw_scene
+from clip_cid.data.sample.scenes import Scene, SceneBook
+from clip_cid.data.sample.sets import LABELLED_SETS, LabelledSet
 from clip_cid.errors import DataError
 
 VERSION = 1

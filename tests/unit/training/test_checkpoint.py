@@ -1,4 +1,5 @@
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_a_checkpoint_of_other_work_is_refused_and_left_alone(tmp_path: Path):
 
 def test_a_failed_write_leaves_the_checkpoints_before_it(tmp_path: Path):
     checkpoint.save(tmp_path, 1, {"key": "a"})
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises((AttributeError, pickle.PicklingError), match="local object"):
         checkpoint.save(tmp_path, 2, {"key": "a", "not plain": lambda: None})
     assert names(tmp_path) == ["step-000001.pt"]
 

@@ -32,7 +32,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
     np.save(out / "kept.npy", kept)
     np.save(out / "set_of.npy", set_of)
     sizes = np.bincount(set_of[set_of >= 0], minlength=len(kept))
-    keys = [store.keys[row] for row in kept]
+    keys = store.keys.packed.take(pa.array(kept))
     pq.write_table(pa.table({"key": keys, "row": kept, "set_size": sizes}), out / "kept.parquet")
     summary = {
         "images": store.rows,

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -16,6 +16,9 @@ from clip_cid.evaluation.metrics import accuracy, per_class
 
 GRID = 10.0 ** np.linspace(-6, 6, 97)
 """The values of C: 1e-6 to 1e6, eight a decade."""
+
+MOST_FITS = 16
+"""15 to choose C, and the final one."""
 
 _FIRST_STEP = 16  # grid points between the first seven values: two decades
 _HELD_OUT = 0.1
@@ -70,6 +73,7 @@ def linear_probe(
     val: tuple[Float[np.ndarray, "val val_dim"], Int[np.ndarray, " val_labels"]] | None = None,
     seed: int = 0,
     threads: int = 1,
+    on_fit: Callable[[], Any] | None = None,
 ) -> ProbeResult:
     """Fit a linear classifier on frozen features and score it once on the test images.
 
@@ -86,6 +90,7 @@ def linear_probe(
         val: Features and class numbers to choose C on.
         seed: Of the hold-out.
         threads: Threads of the matrix products at most; a small set gets one, since waiting for others costs it more.
+        on_fit: Called after each fit, `MOST_FITS` times at most.
 
     Raises:
         ValueError: Lengths or widths differ, a feature is not finite, training knows fewer than two classes, the test
@@ -102,9 +107,11 @@ def linear_probe(
         validation = "given"
     products = train.x.size * len(np.unique(train.y))
     with threadpool_limits(limits=threads if products >= _WORTH_THREADS else 1):
-        scores, unconverged = _scores_by_index(fit, choose, metric)
+        scores, unconverged = _scores_by_index(fit, choose, metric, on_fit)
         best = _best(scores)
         model, converged = _fit(whole, index=best)
+        if on_fit is not None:
+            on_fit()
         correct = _correct(model, test)
     return ProbeResult(
         score=accuracy(correct, test.y, metric=metric),
@@ -143,7 +150,7 @@ def tolerance(images: int) -> float:
     """The gradient at which the solver stops, for a training set of this size.
 
     Since scikit-learn 1.4 the solver's objective is a mean over images, no longer a sum, so its default of 1e-4 stops it
-    that many times earlier than when CLIP used it; dividing undoes that (docs/decisions.md).
+    that many times earlier than when CLIP used it; dividing undoes that (docs/decisions.md, D18).
     """
     return 1e-4 / images
 
@@ -153,7 +160,9 @@ def _best(scores: dict[int, float]) -> int:
     return min(scores, key=lambda index: (-scores[index], index))
 
 
-def _scores_by_index(fit: _Part, choose: _Part, metric: MetricName) -> tuple[dict[int, float], list[int]]:
+def _scores_by_index(
+    fit: _Part, choose: _Part, metric: MetricName, on_fit: Callable[[], Any] | None
+) -> tuple[dict[int, float], list[int]]:
     """Validation scores by grid index, and the indices whose fit did not converge."""
     unconverged: list[int] = []
 
@@ -161,6 +170,8 @@ def _scores_by_index(fit: _Part, choose: _Part, metric: MetricName) -> tuple[dic
         model, converged = _fit(fit, index=index)
         if not converged:
             unconverged.append(index)
+        if on_fit is not None:
+            on_fit()
         return accuracy(_correct(model, choose), choose.y, metric=metric)
 
     return search(validate), unconverged

@@ -18,7 +18,7 @@ from clip_cid.data.pairs import Pairs, fingerprint, open_pairs
 from clip_cid.data.sources import find_sources
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.evaluation.features import Encoder, ImageFeatures, prune
-from clip_cid.evaluation.linear_probe import linear_probe
+from clip_cid.evaluation.linear_probe import MOST_FITS, linear_probe
 from clip_cid.evaluation.metrics import bootstrap_interval
 from clip_cid.evaluation.retrieval import retrieval
 from clip_cid.evaluation.tables import Row, percent, recall_lines, retrieval_table, score_lines, score_table
@@ -188,15 +188,17 @@ def _linear_probe(encoder: Encoder, labelled: EvaluationSet, test: ImageFeatures
     settings, machine = recipe.evaluate, recipe.machine
     parts = {name: _probe_input(encoder, labelled, name, recipe) for name in labelled.splits if name != "test"}
     test_x, test_y = _chosen(test, recipe), labelled.split("test").labels[test.rows]
-    result = linear_probe(
-        *parts["train"],
-        test_x,
-        test_y,
-        metric=labelled.metric,
-        val=parts.get("val"),
-        seed=settings.seed,
-        threads=machine.threads or os.cpu_count() or 1,
-    )
+    with log.progress(f"probe {encoder.name} {labelled.name}", MOST_FITS, unit="fits") as bar:
+        result = linear_probe(
+            *parts["train"],
+            test_x,
+            test_y,
+            metric=labelled.metric,
+            val=parts.get("val"),
+            seed=settings.seed,
+            threads=machine.threads or os.cpu_count() or 1,
+            on_fit=bar.advance,
+        )
     if not result.final_converged:
         log.info(f"{encoder.name} {labelled.name}: the final fit (C = {result.C:.3g}) stopped before it converged")
     low, high = bootstrap_interval(result.correct, test_y, metric=labelled.metric, seed=settings.seed)

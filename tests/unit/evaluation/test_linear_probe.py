@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from clip_cid.evaluation import linear_probe as module
-from clip_cid.evaluation.linear_probe import GRID, ProbeResult, linear_probe, search, tolerance
+from clip_cid.evaluation.linear_probe import GRID, MOST_FITS, ProbeResult, linear_probe, search, tolerance
 
 
 def blobs(images: int, *, dim: int = 24, classes: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -236,3 +236,11 @@ def probe(**changes: object) -> ProbeResult:
 def test_inputs_that_make_no_sense_are_refused(changes: dict[str, object], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         probe(**changes)
+
+
+def test_every_fit_is_told_so_that_a_long_probe_shows_how_far_it_is() -> None:
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(40, 3)).astype(np.float32), np.arange(40) % 2
+    told: list[None] = []
+    result = linear_probe(x, y, x, y, on_fit=lambda: told.append(None))
+    assert len(told) == len(result.curve) + 1 <= MOST_FITS

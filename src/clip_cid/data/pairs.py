@@ -7,6 +7,7 @@ depends on what is broken: a sample that cannot be used keeps its row.
 import errno
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -238,6 +239,11 @@ def _read_file(root: str, name: bytes, what: str) -> bytes:
                 f"{path}: cannot be read ({error.strerror}).", fix="Check the disk or mount it is on."
             ) from error
         raise BadSample(f"{what} {path!r} cannot be read ({error.strerror})") from error
+
+
+def reason_kind(reason: str) -> str:
+    """Why a sample is bad, without what belongs to it alone (names, numbers, the cause in brackets), so that it can be counted."""
+    return re.sub(r"'[^']*'|\d[\d,.]*", "...", reason.partition(" (")[0])
 
 
 def _captions(texts: list[Any]) -> tuple[str, ...]:

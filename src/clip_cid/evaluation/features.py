@@ -23,6 +23,7 @@ from clip_cid.data.pairs import BadSample
 from clip_cid.errors import DataError
 from clip_cid.evaluation.towers import after_only, both_features
 from clip_cid.models.student import Clip
+from clip_cid.models.teacher import weights_sha256
 from clip_cid.run_folder import atomic_file, read_json, write_json
 
 MAX_BAD_SHARE = 0.01
@@ -74,7 +75,7 @@ class Encoder:
         self, name: str, clip: Clip, cache: Path, *, device: torch.device, batch_size: int, workers: int
     ) -> None:
         self.name, self.clip, self.device, self.batch_size = name, clip, device, batch_size
-        self.digest = weights_digest(clip)
+        self.digest = weights_sha256(clip.model)
         self._cache, self._workers = cache, workers
         self._used: set[str] = set()
 
@@ -187,15 +188,6 @@ def prune(cache: Path, used: frozenset[str]) -> int:
     for entry in stale:
         shutil.rmtree(entry)
     return len(stale)
-
-
-def weights_digest(clip: Clip) -> str:
-    """SHA-256 over names, types, shapes and bytes of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(clip.model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class _Decoded(Dataset[tuple[int, Tensor | str]]):

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import hashlib
 import json
-import re
 import shutil
 import signal
 import time
@@ -23,7 +22,7 @@ from clip_cid.data.embedding_import import import_existing
 from clip_cid.data.embedding_writer import ShardRows, StoreWriter
 from clip_cid.data.embeddings import EmbeddingStore, join
 from clip_cid.data.images import decode_image
-from clip_cid.data.pairs import BadSample, Pairs, Shard, fingerprint, open_pairs
+from clip_cid.data.pairs import BadSample, Pairs, Shard, fingerprint, open_pairs, reason_kind
 from clip_cid.errors import DataError, RunError
 from clip_cid.models.teacher import Teacher, load_teacher
 from clip_cid.recipe import MachineConfig, Recipe
@@ -52,7 +51,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
         _embed(pairs, teacher, writer, recipe)
         writer.finish()
     rate = (len(pairs) - before) / max(time.monotonic() - started, 1e-9)
-    skipped = collections.Counter(_kind(entry["reason"]) for entry in writer.skipped)
+    skipped = collections.Counter(reason_kind(entry["reason"]) for entry in writer.skipped)
     return _summary(EmbeddingStore.open(out)) | {"skipped": dict(skipped.most_common()), "images_per_s": round(rate, 1)}
 
 
@@ -249,7 +248,7 @@ def _check_bad_share(writer: StoreWriter, unfinished: list[dict[str, Any]], tota
     share = recipe.pairs.max_bad_share
     bad = [*writer.skipped, *unfinished] if len(writer.skipped) + len(unfinished) > share * total else []
     if bad:
-        (reason, count), *_ = collections.Counter(_kind(entry["reason"]) for entry in bad).most_common(1)
+        (reason, count), *_ = collections.Counter(reason_kind(entry["reason"]) for entry in bad).most_common(1)
         path = writer.write_skipped(unfinished)
         raise DataError(
             f"{len(bad):,} of {total:,} pairs cannot be used so far, more than pairs.max_bad_share {share:g}; "
@@ -314,11 +313,6 @@ def _open(folder: RunFolder, recipe: Recipe) -> Pairs:
 
 def _half(embeddings: Tensor) -> np.ndarray:
     return embeddings.half().cpu().numpy()
-
-
-def _kind(reason: str) -> str:
-    """A reason without what belongs to one sample, so that it can be counted."""
-    return re.sub(r"'[^']*'|\d[\d,.]*", "...", reason.partition(" (")[0])
 
 
 def _size(count: int) -> str:

@@ -1,7 +1,6 @@
 """One self-contained HTML page about the run, and its tables as CSV."""
 
 import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_cid import log
+from clip_cid.data.pairs import reason_kind
 from clip_cid.errors import DataError
 from clip_cid.figures import galleries, losses, page, scores, style
 from clip_cid.figures.pictures import Thumbnails
@@ -198,16 +198,11 @@ def _skipped(folder: RunFolder, recipe: Recipe, tables: Path) -> list[tuple[str,
 
 def _reasons(path: Path) -> list[str]:
     try:
-        return [_kind(json.loads(line)["reason"]) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [reason_kind(json.loads(line)["reason"]) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}: not a list of skipped samples ({error}).", fix="Run the stage that wrote it again, with --force."
         ) from error
-
-
-def _kind(reason: str) -> str:
-    """A reason without what belongs to one sample (names, numbers, the cause in brackets), so that it can be counted."""
-    return re.sub(r"'[^']*'|\d[\d,.]*", "…", reason.partition(" (")[0])
 
 
 def _stages(records: dict[str, StageRecord], tables: Path) -> list[StageRecord]:

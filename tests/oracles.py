@@ -37,6 +37,19 @@ def connected_sets(size: int, edges: list[tuple[int, int]]) -> list[list[int]]:
     return sets
 
 
+def spanning_forest(rows: np.ndarray, limit: float) -> tuple[list[tuple[int, int]], list[float]]:
+    """Kruskal over all pairs of unit rows at a squared distance up to `limit`: the links, nearest first, and their distances."""
+    pairs = [(float(((rows[i] - rows[j]) ** 2).sum()), i, j) for i in range(len(rows)) for j in range(i + 1, len(rows))]
+    label = list(range(len(rows)))
+    links, squared = [], []
+    for distance, i, j in sorted(pairs):
+        if distance <= limit and label[i] != label[j]:
+            links.append((i, j))
+            squared.append(distance)
+            label = [label[i] if one == label[j] else one for one in label]
+    return links, squared
+
+
 def balance(
     embeddings: np.ndarray, threshold: float, metric: str, texts: np.ndarray | None = None
 ) -> tuple[list[int], list[int]]:

@@ -42,10 +42,19 @@ _COMMON: tuple[tuple[str, Any, str], ...] = (
     (
         "embeddings",
         Path | None,
-        "Use this embedding store (ours, or a clip-retrieval folder) instead of running embed.",
+        "Use these embeddings instead of running embed: a store of ours, a clip-retrieval folder (texts and metadata are "
+        "optional), DataComp's .npz shards, a folder of .npy files, or one .npy.",
     ),
     ("kept", Path | None, "Use this .npy of kept rows instead of running balance."),
     ("clusters", Path | None, "Use this folder with centers.npy and labels.npy instead of running cluster."),
+)
+_OF_BALANCE: tuple[tuple[str, Any, str], ...] = (
+    (
+        "sweep",
+        bool,
+        "Then print and draw which share of the images each threshold removes, up to balance.max-threshold.",
+    ),
+    ("target_removed", float | None, "Short for --balance.target-removed: take the threshold that removes this share."),
 )
 _TAKEN_OVER = {"embeddings": "embed", "kept": "balance", "clusters": "cluster"}
 
@@ -101,6 +110,7 @@ def _commands(recipe: Recipe) -> dict[str, Callable[..., Any]]:
     return commands | {
         "status": status,
         "verify": verify,
+        "subset": subset,
         "export": export,
         "init": init,
         "sample": sample,
@@ -110,7 +120,7 @@ def _commands(recipe: Recipe) -> dict[str, Callable[..., Any]]:
 def _stage_command(stage: str | None, sections: Sequence[str], recipe: Recipe) -> Callable[..., Any]:
     """A command with the common flags and one for each setting of `sections`, as a class that tyro reads."""
     fields: list[Any] = [("run", Annotated[Positional[Path], tyro.conf.arg(help=_FOLDER)])]
-    for name, kind, text in _COMMON:
+    for name, kind, text in (*_COMMON, *(_OF_BALANCE if stage == "balance" else ())):
         value = False if kind is bool else None
         fields.append((name, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=value)))
     fields += [(name, *_flags(getattr(recipe, name))) for name in sections]
@@ -120,8 +130,14 @@ def _stage_command(stage: str | None, sections: Sequence[str], recipe: Recipe) -
         for name, section in _TAKEN_OVER.items():
             if (existing := getattr(flags, name)) is not None:
                 settings[section]["existing"] = existing
+        if getattr(flags, "target_removed", None) is not None:
+            settings["balance"]["target_removed"] = flags.target_removed
         checked = parse_recipe(settings, where="settings")
         pipeline.run(RunFolder(flags.run), checked, only=stage, force=flags.force)
+        if getattr(flags, "sweep", False):
+            from clip_cid.figures.sweep import sweep
+
+            log.table(*sweep(RunFolder(flags.run)))
         return 0
 
     command = dataclasses.make_dataclass(stage or "run", fields, namespace={"start": start})
@@ -174,6 +190,25 @@ def verify(run: Positional[Path]) -> int:
             f"{run}: {len(problems)} files are not as they were written: {'; '.join(problems[:5])}",
             fix=f"Make the stage named first again: `clip-cid {problems[0].partition(':')[0]} {run} --force`.",
         )
+    return 0
+
+
+def subset(run: Positional[Path], out: Positional[Path], shards: bool = False, shard_size: int = 10_000) -> int:
+    """Write the balanced list of a run: keys.txt and keys.parquet, and on request the kept pairs themselves as tars.
+
+    Killed at any instant, the same command goes on where it stopped.
+
+    Args:
+        run: The run folder; its balance stage must have finished.
+        out: The folder to make.
+        shards: Also write the kept pairs as WebDataset tars, their files byte for byte as they are.
+        shard_size: Pairs in a tar.
+    """
+    from clip_cid.data.subset import export_subset
+
+    folder = _existing(run)
+    recipe = read_recipe(run / pipeline.RECIPE_FILE)
+    log.say(export_subset(folder, recipe, out, shard_size=shard_size if shards else None))
     return 0
 
 

@@ -39,7 +39,7 @@ class Stage:
 
 STAGES = (
     Stage("embed", needs=(), sections=("pairs", "embed"), resumable=True),
-    Stage("balance", needs=("embed",), sections=("balance",)),
+    Stage("balance", needs=("embed",), sections=("balance",), version=2, resumable=True),
     Stage("cluster", needs=("embed", "balance"), sections=("cluster",)),
     Stage("distill", needs=("embed", "balance", "cluster"), sections=("pairs", "distill"), resumable=True),
     Stage("evaluate", needs=("distill",), sections=("pairs", "evaluate")),
@@ -114,6 +114,8 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
             if state.status == "done" and not (force and only in (None, stage.name)):
                 log.info(f"{stage.name:<9} up to date   {headline(state.record)}")
                 continue
+            if force and only in (None, stage.name):
+                folder.forget(stage.name)
             why = "forced" if state.status == "done" else f"{state.status}: {state.reason}"
             log.info(f"{stage.name:<9} {why}; {'going on where it stopped' if state.resumes else 'running'}")
             _run_stage(stage, folder, recipe, active)
@@ -254,7 +256,7 @@ def _outside(stage: Stage, recipe: Recipe) -> dict[str, str]:
         found["pairs"] = _pairs_digest(recipe.pairs)
     files: list[Path | None] = {
         "embed": [recipe.embed.existing, _weights_file(recipe.embed.teacher)],
-        "balance": [recipe.balance.existing],
+        "balance": [recipe.balance.existing, recipe.balance.grow_from],
         "cluster": [recipe.cluster.existing],
         "distill": [Path(recipe.distill.student), Path(recipe.distill.pretrained or "")],
         "evaluate": [_weights_file(reference) for reference in recipe.evaluate.compare.values()],

@@ -65,7 +65,9 @@ class EmbedConfig(Config):
     precision: Precision = "auto"
     """Arithmetic of the teacher: auto is bf16 on CUDA and fp32 elsewhere. Embeddings are always stored as float16."""
     existing: Path | None = None
-    """Use this embedding store (ours, or a clip-retrieval folder) instead of computing one; `--embeddings` on the command line."""
+    """Use these embeddings instead of computing them: a store of ours, a clip-retrieval or DataComp folder, or .npy files; `--embeddings` on the command line."""
+    normalize: bool = False
+    """Scale embeddings taken over from elsewhere to length one; without it rows of another length are refused."""
 
 
 class BalanceConfig(Config):
@@ -77,6 +79,18 @@ class BalanceConfig(Config):
     """The scale `threshold` is on: 1 - cos, squared Euclidean, or Euclidean distance of unit vectors (docs/decisions.md, D2)."""
     threshold: PositiveFloat = 0.07
     """Images at this distance or nearer join one set."""
+    max_threshold: PositiveFloat | None = None
+    """Pairs are looked for up to this distance, so that every smaller threshold is then answered in seconds; `threshold` when absent, twice that with target_removed."""
+    target_removed: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Take the smallest threshold (up to max_threshold) that removes this share of the images, instead of `threshold`."""
+    keep: Literal["nearest_centroid", "best_caption"] = "nearest_centroid"
+    """Which image of a set stays: the one nearest its centroid (the paper's rule), or the one whose caption the teacher finds most fitting."""
+    max_radius: PositiveFloat | None = None
+    """Keep more images of a set, until every removed one is within this distance of the one kept for it; off in the paper."""
+    classify: NonNegativeInt = 2_000
+    """Compare the pixels of this many removed images, drawn at random, with the kept ones: perceptual or semantic duplicates; 0 for none."""
+    grow_from: Path | None = None
+    """The balance folder of an earlier run on some of the same images: only pairs with a new image are looked at. What this run itself found before is always used."""
     truth_field: str | None = None
     """A kept json field that names the true duplicate group: precision and recall of the sets are then reported."""
     existing: Path | None = None
@@ -233,7 +247,9 @@ class MachineConfig(Config):
     embed_batch: PositiveInt = 256
     """Images the teacher sees at once."""
     distance_block: PositiveInt = 4096
-    """Rows of a block of the distance matrix."""
+    """Rows of a block of the distances to the centers."""
+    balance_processes: NonNegativeInt = 0
+    """Processes that share the balance's tasks; 0 is one for each core where the work is expected to be long, else one."""
     checkpoint_minutes: PositiveFloat = 10.0
     """Minutes between two checkpoints of the training."""
     cache_dir: Path | None = None
@@ -280,6 +296,11 @@ class Recipe(Config):
             )
         if not any(weights.model_dump().values()):
             raise ValueError("distill.weights: all are 0, so there is nothing to learn")
+        balance = self.balance
+        if balance.max_threshold is not None and balance.target_removed is None:
+            low, high = balance.threshold, balance.max_threshold
+            if high < low:
+                raise ValueError(f"balance.max_threshold: {high:g} is below balance.threshold {low:g}")
         if self.balance.truth_field is not None and self.balance.truth_field not in self.pairs.keep_fields:
             raise ValueError(
                 f"balance.truth_field: {self.balance.truth_field!r} is not among pairs.keep_fields, so it is not stored"

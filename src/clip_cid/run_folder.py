@@ -57,6 +57,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._forgotten: set[str] = set()
 
     def has(self, stage: str) -> bool:
         return (self.path / stage / MANIFEST).is_file()
@@ -72,6 +73,16 @@ class RunFolder:
                 f"{self.path}: the {stage} stage has not finished here.",
                 fix=f"Run `clip-cid {stage} {self.path}` first.",
             )
+        return self.path / stage
+
+    def forget(self, stage: str) -> None:
+        """Do not offer the stage's present results to build upon: it is to be made from nothing."""
+        self._forgotten.add(stage)
+
+    def earlier(self, stage: str) -> Path | None:
+        """The folder of the stage's present results, about to be replaced, where they are as they were written."""
+        if not self.has(stage) or stage in self._forgotten or self.changed_files(stage, digests=True):
+            return None
         return self.path / stage
 
     def record(self, stage: str) -> StageRecord | None:

@@ -24,7 +24,16 @@ def test_help_names_every_command_and_imports_neither_torch_nor_open_clip():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0"
-    for command in ["run", *(stage.name for stage in pipeline.STAGES), "status", "verify", "export", "init", "sample"]:
+    for command in [
+        "run",
+        *(stage.name for stage in pipeline.STAGES),
+        "status",
+        "verify",
+        "subset",
+        "export",
+        "init",
+        "sample",
+    ]:
         assert f"• {command} " in done.stdout
 
 
@@ -93,9 +102,9 @@ def test_init_writes_a_recipe_that_runs_are_made_from_and_never_overwrites(tmp_p
     assert (tmp_path / "mine.yaml").read_text() == before
 
 
-@pytest.mark.parametrize("command", ["status", "verify"])
-def test_a_run_folder_that_does_not_exist_is_exit_1(tmp_path: Path, command: str):
-    done = clip_cid(command, "no", cwd=tmp_path)
+@pytest.mark.parametrize("command", [["status", "no"], ["verify", "no"], ["subset", "no", "out"]], ids=" ".join)
+def test_a_run_folder_that_does_not_exist_is_exit_1(tmp_path: Path, command: list[str]):
+    done = clip_cid(*command, cwd=tmp_path)
     assert done.returncode == 1
     assert "no: no such run folder." in done.stderr
     assert "clip-cid run" in done.stderr

@@ -157,6 +157,28 @@ def test_embeddings_kept_rows_and_clusters_made_elsewhere_are_taken_over(tmp_pat
             assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_the_balanced_list_leaves_as_keys_and_as_tars(tmp_path: Path, capsys):
+    assert cli.main(["subset", "student", str(tmp_path / "out"), "--shards", "--shard-size", "50"]) == 0
+    store, kept = EmbeddingStore.open(Path("student/embed")), np.load("student/balance/kept.npy")
+    keys = [store.keys[row] for row in kept]
+    assert (tmp_path / "out" / "keys.txt").read_text().splitlines() == keys
+    tars = sorted((tmp_path / "out" / "shards").glob("*.tar"))
+    assert f"{len(keys):,} keys, and their pairs in {len(tars)} tars" in capsys.readouterr().out
+    assert tar_members(*tars) == {
+        name: data
+        for name, data in tar_members(*Path("data/pairs").glob("*.tar")).items()
+        if name.split(".")[0] in keys
+    }
+
+
+def tar_members(*paths: Path) -> dict[str, bytes]:
+    found = {}
+    for path in paths:
+        with tarfile.open(path) as tar:
+            found |= {member.name: file.read() for member in tar if (file := tar.extractfile(member)) is not None}
+    return found
+
+
 def test_balance_alone_needs_no_pairs(tmp_path: Path):
     run = tmp_path / "run"
     assert cli.main(["balance", str(run), "--embeddings", "student/embed", "--balance.threshold", "0.002"]) == 0

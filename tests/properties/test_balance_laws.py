@@ -1,10 +1,14 @@
 """Laws of the image semantic balance, over rows that hypothesis chooses (small whole numbers, so that equal rows abound)."""
 
+import math
+
 import numpy as np
 import oracles
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from clip_cid.method.pair_plan import Plan
 from clip_cid.method.semantic_balance import agreement, balance, threshold_on
 
 METRICS = ["cosine", "squared_euclidean", "euclidean"]
@@ -40,13 +44,56 @@ def test_the_fast_balance_is_the_slow_one(data, metric, with_texts):
     assert (found.kept.tolist(), found.set_of.tolist()) == (kept, set_of)
 
 
-@given(points_and_threshold(), st.integers(1, 15), st.sampled_from([np.float16, np.float32, np.float64]))
-def test_the_result_does_not_depend_on_the_block_size(data, block_rows, dtype):
+@st.composite
+def plans(draw, dim: int):
+    """Any way to look for near pairs."""
+    kind = draw(st.sampled_from(["int8", "float32", "float16"]))
+    width = draw(st.sampled_from([None, *range(2, dim)]))
+    return Plan(kind, width, cells=draw(st.sampled_from([0, 1, 4])), chunk_rows=draw(st.integers(1, 15)))
+
+
+@given(points_and_threshold(), st.data(), st.sampled_from([np.float16, np.float32, np.float64]))
+def test_the_result_does_not_depend_on_the_plan(data, draws, dtype):
     rows, threshold = data
-    whole = balance(rows.astype(dtype), threshold=threshold)
-    blocks = balance(rows.astype(dtype), threshold=threshold, block_rows=block_rows)
-    assert whole.kept.tolist() == blocks.kept.tolist()
-    assert whole.set_of.tolist() == blocks.set_of.tolist()
+    planned = balance(rows.astype(dtype), threshold=threshold, plan=draws.draw(plans(rows.shape[1])))
+    chosen = balance(rows.astype(dtype), threshold=threshold)
+    assert planned.kept.tolist() == chosen.kept.tolist()
+    assert planned.set_of.tolist() == chosen.set_of.tolist()
+    for name in ("left", "right", "squared"):
+        assert getattr(planned.forest, name).tobytes() == getattr(chosen.forest, name).tobytes()
+
+
+@given(points(), st.floats(0.01, 1.9), st.floats(0.001, 1.0))
+def test_the_forest_answers_a_smaller_threshold_as_a_run_of_its_own(rows, largest, share):
+    forest = balance(rows, threshold=largest).forest
+    smaller = largest * share
+    own = balance(rows, threshold=smaller)
+    assert forest.sets(2 * smaller).tolist() == own.forest.sets(2 * smaller).tolist()
+    assert abs(forest.removed_share(2 * smaller) - own.removed_share) < 1e-12
+
+
+@given(points(), st.floats(0.01, 1.9), st.floats(0.01, 0.99))
+def test_the_threshold_for_a_share_is_the_smallest_that_removes_it(rows, largest, share):
+    forest = balance(rows, threshold=largest).forest
+    needed = math.ceil(round(share * len(rows), 9))
+    if needed > len(forest.squared):
+        with pytest.raises(ValueError, match="share must be at most"):
+            forest.squared_for(share)
+        return
+    squared = forest.squared_for(share)
+    assert forest.links(squared) >= needed
+    assert squared == 0 or forest.links(np.nextafter(squared, 0)) < needed
+
+
+@given(points_and_threshold(), st.floats(0.01, 1.9))
+def test_within_a_radius_every_removed_row_is_near_the_one_kept_for_it(data, radius):
+    rows, threshold = data
+    found = balance(rows, threshold=threshold, max_radius=radius)
+    plain = balance(rows, threshold=threshold)
+    for row in range(len(rows)):
+        assert oracles.distance(rows[row], rows[found.kept[found.set_of[row]]], "cosine") <= radius + 1e-12
+    assert set(plain.kept.tolist()) <= set(found.kept.tolist())
+    assert (plain.set_of[found.kept[found.set_of]] == plain.set_of).all()  # no set is joined that was not
 
 
 @given(points(), st.floats(0.001, 1.9))

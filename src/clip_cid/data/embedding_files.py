@@ -2,18 +2,20 @@
 
     store.json                            teacher, pairs, width, shards with their digests; written last
     img_emb/img_emb_0000.npy              (rows, dim) unit image embeddings; a shard for each shard of the pairs
-    text_emb/text_emb_0000.npy            (rows, dim) unit embeddings of each first caption
+    text_emb/text_emb_0000.npy            (rows, dim) unit embeddings of each first caption; a store made elsewhere may have none
     more_text_emb/more_text_emb_0000.npy  those of the second, third, ... captions in row order; only where there are any
     metadata/metadata_0000.parquet        key, caption, captions, ok, width, height and the kept fields
     skipped.jsonl                         the rows that are not ok, with the reason
 
 A row that could not be embedded stays in its place, all zeros and not ok, so a row number means the same everywhere.
+A store that takes over embeddings from elsewhere names their files where they are, and holds what had to be converted.
 """
 
 import dataclasses
+import io
 import json
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +38,7 @@ class StoreFile:
     """A file of a shard."""
 
     path: str
-    """Relative to the store."""
+    """Relative to the store, or absolute where the file was taken over and stays where it is."""
     bytes: int
     sha256: str
 
@@ -48,11 +50,11 @@ class StoreShard:
     name: str
     rows: int
     ok: int
-    """Rows that have an image and a text embedding."""
+    """Rows that have an image and (where the store has texts) a text embedding."""
     more: int
     """Embeddings of captions behind the first."""
     files: dict[str, StoreFile]
-    """By kind: image, text, metadata and, where there are any, more_text."""
+    """By kind: image, metadata and, where there are any, text and more_text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +70,8 @@ class StoreInfo:
     fields: tuple[str, ...]
     """The kept fields in the metadata."""
     key_column: str
-    captions_column: str
-    """Column with the list of captions, or with the only one."""
+    captions_column: str | None
+    """Column with the list of captions, or with the only one; None for embeddings from elsewhere without captions."""
     root: str | None
     """Where the files are, for a store that only refers to another one."""
     shards: tuple[StoreShard, ...]
@@ -140,17 +142,17 @@ def array_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """
     try:
         with path.open("rb") as handle:
-            shape, fortran, dtype = _read_header(handle)
+            shape, fortran, dtype = read_array_header(handle)
             offset = handle.tell()
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing.", fix=AGAIN) from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a .npy array ({error}).", fix=AGAIN) from error
+    if fortran or dtype.hasobject:
+        raise DataError(f"{path}: rows are not stored one after the other as plain numbers.", fix=AGAIN)
     size, expected = path.stat().st_size, offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if size != expected:
         raise DataError(f"{path}: {size:,} bytes, but {shape} {dtype} needs {expected:,}; it is cut short.", fix=AGAIN)
-    if fortran or dtype.hasobject:
-        raise DataError(f"{path}: rows are not stored one after the other as plain numbers.", fix=AGAIN)
     return shape, dtype
 
 
@@ -217,11 +219,18 @@ def check_unit(
         raise DataError(
             f"{where}: row {first_row + row:,} has length {norms[row]:.4g}, not 1 "
             f"({len(wrong):,} such rows among {len(vectors):,}).",
-            fix="The embeddings must be finite and normalized; make them again, or mend them where they come from.",
+            fix="The embeddings must be finite and normalized; make them again, or mend them where they come from. "
+            "Where they come from elsewhere and only their length differs, `embed.normalize` scales them: "
+            "`clip-cid embed RUN --embeddings PATH --embed.normalize`.",
         )
 
 
-def _read_header(handle: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def read_array_header(handle: IO[bytes] | io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether columns come first, and type of the .npy that begins here; its numbers follow.
+
+    Raises:
+        ValueError: It is not a .npy of version 1 or 2.
+    """
     version = np.lib.format.read_magic(handle)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(handle)

@@ -20,9 +20,11 @@ from clip_cid.data.embedding_files import (
     read_column,
     read_info,
 )
+from clip_cid.data.pairs import Pairs
 from clip_cid.errors import DataError
 
 _BLOCK_ROWS = 16_384
+_KEYS_AT_ONCE = 100_000
 _OPEN_FILES = 256  # a process may hold some 65,000 maps; a large store has more shards than that
 
 
@@ -138,7 +140,7 @@ class EmbeddingStore:
         self._root = Path(info.root) if info.root else path
         self._starts = np.cumsum([0, *(shard.rows for shard in info.shards)], dtype=np.int64)
         self.rows = int(self._starts[-1])
-        self.images, self.texts = self._sharded("image"), self._sharded("text")
+        self.images, self._texts = self._sharded("image"), self._sharded("text")
         self._more_texts = self._sharded("more_text")
         self._captions: dict[int, pa.Array] = {}
 
@@ -153,6 +155,27 @@ class EmbeddingStore:
         for shard in store.info.shards:
             check_shard(store._root, shard, dim=store.dim, dtype=store.info.dtype)
         return store
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether there are text embeddings; a store taken over from elsewhere may have images only."""
+        return all("text" in shard.files for shard in self.info.shards)
+
+    @property
+    def texts(self) -> ShardedRows:
+        """The embedding of each first caption.
+
+        Raises:
+            DataError: The store has images only.
+        """
+        if not self.has_texts:
+            raise DataError(
+                f"{self.path}: this store has image embeddings only; the instance loss needs the captions' too "
+                "(balance, cluster and the cluster losses do not).",
+                fix="Set distill.weights.instance: 0, or take over embeddings that have their text_emb, or let the embed "
+                "stage compute both.",
+            )
+        return self._texts
 
     @functools.cached_property
     def ok(self) -> Bool[np.ndarray, " rows"]:
@@ -189,10 +212,12 @@ class EmbeddingStore:
         return Keys(packed)
 
     def captions(self, row: SupportsIndex) -> tuple[str, ...]:
-        """The captions of a row, in the order of their embeddings."""
+        """The captions of a row, in the order of their embeddings; one empty caption where the store has none."""
         row = operator.index(row)
         if not 0 <= row < self.rows:
             raise IndexError(f"row: must be in [0, {self.rows}), got {row}")
+        if self.info.captions_column is None:
+            return ("",)
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
         found = self._shard_captions(shard)[row - int(self._starts[shard])].as_py()
         return tuple(found) if isinstance(found, list) else (found or "",)
@@ -211,8 +236,8 @@ class EmbeddingStore:
 
     @functools.cached_property
     def num_captions(self) -> Int[np.ndarray, " rows"]:
-        """How many captions of each row have an embedding: 0 for a row that is not ok."""
-        counts = self.ok.astype(np.int32)
+        """How many captions of each row have an embedding: 0 for a row that is not ok, or in a store without texts."""
+        counts = self.ok.astype(np.int32) * np.int32(self.has_texts)
         for index, shard in enumerate(self.info.shards):
             if shard.more:
                 lengths = self._shard_captions(index).value_lengths().to_numpy(zero_copy_only=False)
@@ -233,9 +258,9 @@ class EmbeddingStore:
         """The embedding of one caption of each row: 0 is the first, the one in `texts`.
 
         Raises:
-            DataError: A row has no embedding of that caption.
+            DataError: A row has no embedding of that caption, or the store has images only.
         """
-        rows = checked_rows(rows, self.rows)
+        texts, rows = self.texts, checked_rows(rows, self.rows)
         chosen = np.broadcast_to(np.asarray(caption_index), rows.shape)
         counts = self.num_captions[rows]
         wrong = np.flatnonzero((chosen < 0) | (chosen >= counts))
@@ -246,7 +271,7 @@ class EmbeddingStore:
                 f"but caption number {chosen[wrong[0]] + 1} was asked for.",
                 fix="The pairs have other captions than when they were embedded; run the embed stage on these pairs.",
             )
-        out = self.texts[rows]
+        out = texts[rows]
         further = np.flatnonzero(chosen > 0)
         if len(further):
             out[further] = self._more_texts[self._first_more[rows[further]] + chosen[further] - 1]
@@ -258,12 +283,13 @@ class EmbeddingStore:
         Raises:
             DataError: An ok row is not finite or not of length 1.
         """
+        kinds = {"image": self.images} | ({"text": self._texts} if self.has_texts else {})
         for index, shard in enumerate(self.info.shards):
             first = int(self._starts[index])
             for start in range(0, shard.rows, _BLOCK_ROWS):
                 stop = min(start + _BLOCK_ROWS, shard.rows)
                 rows = slice(first + start, first + stop)
-                for kind, vectors in (("image", self.images), ("text", self.texts)):
+                for kind, vectors in kinds.items():
                     check_unit(vectors[rows], self.ok[rows], where=str(self._file(index, kind)), first_row=start)
                 if progress is not None:
                     progress(stop - start)
@@ -296,7 +322,7 @@ class EmbeddingStore:
         if shard not in self._captions:
             if len(self._captions) >= 8:
                 self._captions.clear()
-            self._captions[shard] = read_column(self._file(shard, "metadata"), self.info.captions_column)
+            self._captions[shard] = read_column(self._file(shard, "metadata"), self.info.captions_column or "captions")
         return self._captions[shard]
 
 
@@ -329,6 +355,20 @@ def join(
     once = np.full(len(rows), -1, dtype=np.int64)
     once[first] = rows[first]
     return once
+
+
+def rows_in_store(pairs: Pairs, store: EmbeddingStore, *, max_absent_share: float = 0.01) -> Int[np.ndarray, " pairs"]:
+    """The row of the store for each pair; -1 where it has none.
+
+    Raises:
+        DataError: The keys do not match.
+    """
+    starts = range(0, len(pairs), _KEYS_AT_ONCE)
+    blocks = ((start, min(start + _KEYS_AT_ONCE, len(pairs))) for start in starts)
+    # A store of these very pairs has their order, so a join, which holds all keys in memory, is for other stores only.
+    if len(pairs) == store.rows and all(pairs.keys(*block) == store.keys[slice(*block)] for block in blocks):
+        return np.arange(len(pairs))
+    return join(pairs.keys(0, len(pairs)), store, max_absent_share=max_absent_share)
 
 
 def checked_rows(rows: Integer[np.ndarray, " n"], count: int) -> Int[np.ndarray, " n"]:

@@ -8,14 +8,19 @@ import errno
 import json
 import os
 import re
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int64
+
 from clip_cid.data.pair_index import IndexedSource, PairIndex, index_sources
-from clip_cid.data.sources import find_sources
+from clip_cid.data.sources import Kind, find_sources
 from clip_cid.data.table_index import field_text, list_folder
+from clip_cid.data.tar_index import samples
 from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
 
@@ -106,6 +111,38 @@ class Pairs:
         lines = _read_file(source.root, sample["caption_file"], "caption file").splitlines()
         return Pair(sample["key"], image, _captions(lines), dict.fromkeys(self._settings.keep_fields, ""))
 
+    @property
+    def kind(self) -> Kind:
+        """What all sources are: tars, tables or folders."""
+        return self._index.sources[0].kind
+
+    def image_name(self, row: int) -> str:
+        """The image's path in its table or folder."""
+        shard, place = self._index.locate(self._checked(row))
+        return os.fsdecode(self._index.batch(shard).column("image")[place].as_py())
+
+    def original_files(self, rows: Int64[np.ndarray, " rows"]) -> Generator[list[tuple[str, bytes]]]:
+        """The members of each sample as they lie in the tars, name and bytes, all of them and in their order.
+
+        Args:
+            rows: Ascending, of pairs from tars; each tar is walked through once.
+
+        Raises:
+            DataError: A tar changed or went away since it was indexed.
+        """
+        edges = np.searchsorted(rows, self._index.first_row)
+        for shard in np.flatnonzero(np.diff(edges)).tolist():
+            source, inside = self._index.source(shard), rows[edges[shard] : edges[shard + 1]]
+            wanted = iter((inside - self._index.first_row[shard]).tolist())
+            tar, next_wanted = _tar(source), next(wanted)
+            for place, (_, members) in enumerate(samples(Path(source.root), source.name)):
+                if place == next_wanted:
+                    yield [
+                        (member.name, _read_bytes(tar, member.offset_data, member.size)) for member in members.values()
+                    ]
+                    if (next_wanted := next(wanted, -1)) < 0:
+                        break
+
     def _checked(self, row: int) -> int:
         if not 0 <= row < len(self):
             raise IndexError(f"row: want 0 <= row < {len(self)}, got {row}")
@@ -188,18 +225,25 @@ def _member(source: IndexedSource, sample: dict[str, Any], part: str) -> bytes |
     at, size = sample[f"{part}_at"], sample[f"{part}_size"]
     if at < 0:
         return None
-    tar = _open_tar(source.root, source.name, source.bytes, source.mtime_ns)  # held while its number is used
+    return _read_bytes(_tar(source), at, size)
+
+
+def _read_bytes(tar: "_Descriptor", at: int, size: int) -> bytes:
     data = os.pread(tar.number, size, at)
     if len(data) != size:
-        raise _changed(source.name)
+        raise _changed(tar.name)
     return data
+
+
+def _tar(source: IndexedSource) -> "_Descriptor":
+    return _open_tar(source.root, source.name, source.bytes, source.mtime_ns)
 
 
 class _Descriptor:
     """An open file that closes when nobody holds it; reading by position, it can be shared by threads and forks."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, name: str) -> None:
+        self.number, self.name = number, name
 
     def __del__(self) -> None:
         os.close(self.number)
@@ -208,7 +252,7 @@ class _Descriptor:
 @lru_cache(maxsize=_OPEN_TARS)
 def _open_tar(path: str, name: str, size: int, mtime_ns: int) -> _Descriptor:
     try:
-        opened = _Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        opened = _Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC), name)
     except FileNotFoundError as error:
         raise _changed(name) from error
     except OSError as error:

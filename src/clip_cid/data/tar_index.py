@@ -28,7 +28,7 @@ TAR_SCHEMA = pa.schema(
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _UNSAFE = re.compile(r"^[/\\]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)|\0")
-_METADATA = re.compile(r"__[^/]*__($|/)")  # what webdataset passes over, such as all of __meta__/
+METADATA = re.compile(r"__[^/]*__($|/)")  # what webdataset passes over, such as all of __meta__/
 _BLOCK = 512
 _AGAIN = "Fetch or write this shard again, then repeat the command."
 
@@ -58,13 +58,37 @@ def scan_tar(path: Path, name: str) -> pa.RecordBatch:
     Raises:
         DataError: The tar is compressed, empty, damaged, cut short, or holds links or names that leave the folder.
     """
-    samples = _Samples()
-    for member in plain_files(path, name):
-        samples.add(member)
-    batch = samples.finish()
+    columns: dict[str, list[object]] = {column: [] for column in TAR_SCHEMA.names}
+    for key, members in samples(path, name):
+        for column, value in _row(key, members).items():
+            columns[column].append(value)
+    batch = pa.RecordBatch.from_pydict(columns, schema=TAR_SCHEMA)
     if not batch.num_rows:
         raise DataError(f"{name}: an empty shard, {path.stat().st_size:,} bytes without a sample.", fix=_AGAIN)
     return batch
+
+
+def samples(path: Path, name: str) -> Generator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """The key and the members (by extension, in lower case) of each sample, as `scan_tar` numbers them.
+
+    Raises:
+        DataError: As `scan_tar`.
+    """
+    key: str | None = None
+    members: dict[str, tarfile.TarInfo] = {}
+    for member in plain_files(path, name):
+        folder, slash, base = member.name.rpartition("/")
+        stem, dot, extension = base.partition(".")
+        if not stem or not dot or METADATA.match(member.name):
+            continue  # hidden, without an extension, or metadata: no part of a sample for webdataset either
+        found, extension = folder + slash + stem, extension.lower()
+        if key is not None and (found != key or extension in members):
+            yield key, members
+            members = {}
+        key = found
+        members[extension] = member
+    if key is not None:
+        yield key, members
 
 
 def plain_files(path: Path, name: str) -> Generator[tarfile.TarInfo]:
@@ -93,45 +117,20 @@ def plain_files(path: Path, name: str) -> Generator[tarfile.TarInfo]:
         ) from error
 
 
-class _Samples:
-    """Groups members into samples and collects the columns of the index."""
-
-    def __init__(self) -> None:
-        self._columns: dict[str, list[object]] = {column: [] for column in TAR_SCHEMA.names}
-        self._key: str | None = None
-        self._parts: dict[str, tuple[int, int]] = {}
-
-    def add(self, member: tarfile.TarInfo) -> None:
-        folder, slash, base = member.name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if not stem or not dot or _METADATA.match(member.name):
-            return  # hidden, without an extension, or metadata: no part of a sample for webdataset either
-        key, extension = folder + slash + stem, extension.lower()
-        if key != self._key or extension in self._parts:
-            self._flush()
-            self._key = key
-        self._parts[extension] = (member.offset_data, member.size)
-
-    def finish(self) -> pa.RecordBatch:
-        self._flush()
-        return pa.RecordBatch.from_pydict(self._columns, schema=TAR_SCHEMA)
-
-    def _flush(self) -> None:
-        if self._key is None:
-            return
-        key, problem = readable_key(self._key.encode(errors="surrogateescape"))
-        image = next((self._parts[extension] for extension in IMAGE_EXTENSIONS if extension in self._parts), None)
-        text, json = self._parts.get("txt"), self._parts.get("json")
-        if image is None:
-            problem = f"no image (.{', .'.join(IMAGE_EXTENSIONS)})"
-        elif text is None and json is None:
-            problem = "no caption (.txt or .json)"
-        row: dict[str, object] = {"key": key, "key_hash": key_hash(key), "problem": problem}
-        for part, place in {"image": image, "text": text, "json": json}.items():
-            row[f"{part}_at"], row[f"{part}_size"] = place or (ABSENT, ABSENT)
-        for column, value in row.items():
-            self._columns[column].append(value)
-        self._key, self._parts = None, {}
+def _row(name: str, members: dict[str, tarfile.TarInfo]) -> dict[str, object]:
+    """A sample's row of the index."""
+    key, problem = readable_key(name.encode(errors="surrogateescape"))
+    image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+    text, json = members.get("txt"), members.get("json")
+    if image is None:
+        problem = f"no image (.{', .'.join(IMAGE_EXTENSIONS)})"
+    elif text is None and json is None:
+        problem = "no caption (.txt or .json)"
+    row: dict[str, object] = {"key": key, "key_hash": key_hash(key), "problem": problem}
+    for part, member in {"image": image, "text": text, "json": json}.items():
+        row[f"{part}_at"] = ABSENT if member is None else member.offset_data
+        row[f"{part}_size"] = ABSENT if member is None else member.size
+    return row
 
 
 def _members(handle: BinaryIO, size: int, name: str) -> Generator[tarfile.TarInfo]:

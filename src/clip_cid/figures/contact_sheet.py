@@ -1,6 +1,6 @@
 """Fig. 2a/2b and the appendix's clusters: rows of pictures with a number under each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,12 @@ _ACROSS = 10
 
 @dataclass(frozen=True)
 class Strip:
-    """A line of pictures (as keys) under a label; `framed` marks the first one as the kept image."""
+    """A line of pictures (as keys) under a label; the ones at the places `framed` are kept images."""
 
     label: str
     keys: Sequence[str]
     notes: Sequence[str]
-    framed: bool = False
+    framed: Collection[int] = ()
 
 
 def draw(strips: Sequence[Strip], picture: Callable[[str], Image.Image | None], path: Path) -> dict[str, int]:
@@ -38,7 +38,7 @@ def draw(strips: Sequence[Strip], picture: Callable[[str], Image.Image | None], 
             left, middle = _GAP + place * (_SIDE + _GAP), top + _LABEL - 6
             image = picture(key)
             missing += image is None
-            _paste(sheet, canvas, image, left, middle, framed=strip.framed and place == 0)
+            _paste(sheet, canvas, image, left, middle, framed=place in strip.framed)
             canvas.text((left, middle + _SIDE + 2), note, fill=style.MUTED, font=fonts[1])
     with atomic_file(path) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)

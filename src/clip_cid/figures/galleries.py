@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from clip_cid.figures.pictures import Thumbnail, Thumbnails
+from clip_cid.figures.removed_sets import distance_note
+from clip_cid.figures.thumbnails import Thumbnail, Thumbnails
 
 _FOLD_BEYOND = 12
 _CAPTION_CHARACTERS = 300  # a web caption can be a whole article
@@ -23,6 +24,18 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class SetFacts:
+    """What holds a set of duplicates together, as distances."""
+
+    farthest: float
+    """From the kept image."""
+    widest: float
+    widest_exact: bool
+    weakest_link: float
+    component_size: int
+
+
+@dataclass(frozen=True)
 class Gallery:
     """One set or cluster; `folded` opens on a click, `more` are not on the page."""
 
@@ -31,7 +44,8 @@ class Gallery:
     size: int
     span: tuple[float, float]
     """Least and greatest number under its images."""
-    widest: float | None
+    facts: SetFacts | None
+    """Of a set; a cluster has none."""
     pictures: Sequence[Picture]
     folded: Sequence[Picture]
     more: int
@@ -47,12 +61,18 @@ def removed_sets(path: Path, thumbnails: Thumbnails) -> list[Gallery]:
     found = []
     for _, lines in groupby(_lines(path), key=lambda line: line["set"]):
         members = list(lines)
-        pictures = [
-            _picture(line, "kept" if line["place"] == "0" else f"{float(line['distance']):.3f}", thumbnails)
-            for line in members
-        ]
+        pictures = [_picture(line, "kept" if line["place"] == "0" else _distance(line), thumbnails) for line in members]
         distances = [float(line["distance"]) for line in members[1:]]
         found.append(_gallery(members, pictures, f"{int(members[0]['size']):,} images", distances))
+    return found
+
+
+def removed_pairs(path: Path, thumbnails: Thumbnails) -> dict[str, list[Picture]]:
+    """Kind -> kept and removed images of `removed_pairs.csv` in turn."""
+    found: dict[str, list[Picture]] = {}
+    for place, line in enumerate(_lines(path) if path.is_file() else ()):
+        words = f"{float(line['distance']):.3f}" if place % 2 else "kept"  # the heading says the kind
+        found.setdefault(line["kind"], []).append(_picture(line, words, thumbnails))
     return found
 
 
@@ -87,10 +107,24 @@ def _gallery(
         heading=heading,
         size=size,
         span=(min(numbers), max(numbers)),
-        widest=float(members[0]["widest_pair"]) if "widest_pair" in members[0] else None,
+        facts=_facts(members[0]) if "weakest_link" in members[0] else None,
         pictures=pictures[:first],
         folded=pictures[first:],
         more=size - len(pictures),
+    )
+
+
+def _distance(line: Mapping[str, str]) -> str:
+    return distance_note(float(line["distance"]), line["kind"])
+
+
+def _facts(line: Mapping[str, str]) -> SetFacts:
+    return SetFacts(
+        farthest=float(line["farthest"]),
+        widest=float(line["widest_pair"]),
+        widest_exact=line["widest_exact"] == "True",
+        weakest_link=float(line["weakest_link"]),
+        component_size=int(line["component_size"]),
     )
 
 

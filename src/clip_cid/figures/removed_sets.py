@@ -1,6 +1,6 @@
-"""Which sets of duplicates are worth looking at: the largest, those at the threshold, and some at random."""
+"""Which sets of duplicates are worth looking at: the largest, those at the threshold, and some at random; and pairs of each kind."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,13 +8,14 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
+from clip_cid.data.balance_tables import BalanceTables
 from clip_cid.figures import style
 
 Stratum = Literal["largest", "at the threshold", "random"]
 STRATA: tuple[Stratum, ...] = ("largest", "at the threshold", "random")
-_BLOCK_ROWS = 65_536
+PAIR_KINDS = ("perceptual", "semantic")
+"""As in Fig. 2a and Fig. 2b of the paper."""
 _MOST_SHOWN = 60
-_MOST_COMPARED = 1_000
 
 
 @dataclass(frozen=True)
@@ -24,86 +25,131 @@ class RemovedSet:
     stratum: Stratum
     set: int
     size: int
+    component_size: int
+    """Of the connected set it is a part of, or all of."""
+    farthest: float
+    """From the kept image to the farthest removed one."""
+    widest: float
+    """Largest distance between any two of the set: beyond the threshold it is a chain."""
+    widest_exact: bool
+    """False for a set so large that not all pairs were compared: `widest` is then the least it can be."""
+    weakest_link: float
+    """Below this threshold the connected set falls apart."""
     kept: int
     rows: Int[np.ndarray, " shown"]
     distances: Float[np.ndarray, " shown"]
-    widest: float
-    """Largest distance between any two of the set (of its first 1,000): beyond the threshold it is a chain."""
+    kinds: Sequence[str]
+    """Perceptual, semantic, unknown, or empty where the image was not drawn for the comparison."""
 
 
-def distances_to_kept(
-    embeddings: Any, kept: Int[np.ndarray, " kept"], set_of: Int[np.ndarray, " rows"], *, metric: str
-) -> tuple[Int[np.ndarray, " removed"], Float[np.ndarray, " removed"]]:
-    """The removed rows, and how far each is from the row kept for it, on the scale of `metric`."""
-    known = np.flatnonzero(set_of >= 0)
-    removed = known[kept[set_of[known]] != known]
-    squared = np.empty(len(removed))
-    for start in range(0, len(removed), _BLOCK_ROWS):
-        rows = removed[start : start + _BLOCK_ROWS]
-        difference = _unit(embeddings[rows]) - _unit(embeddings[kept[set_of[rows]]])
-        squared[start : start + len(rows)] = np.einsum("nd,nd->n", difference, difference)
-    return removed, on_metric(squared, metric)
+@dataclass(frozen=True)
+class RemovedPair:
+    """A removed image of a known kind and the one kept for it."""
+
+    kind: str
+    kept: int
+    row: int
+    distance: float
 
 
-def on_metric(squared: Float[np.ndarray, "*shape"], metric: str) -> Float[np.ndarray, "*shape"]:
-    """Squared Euclidean distances of unit vectors on another scale; from the difference, so that small ones stay exact."""
-    if metric == "squared_euclidean":
-        return squared
-    if metric == "euclidean":
-        return np.sqrt(squared)
-    if metric == "cosine":
-        return squared / 2
-    raise ValueError(f"metric: must be cosine, squared_euclidean or euclidean, got {metric!r}")
-
-
-def choose(
-    embeddings: Any,
-    kept: Int[np.ndarray, " kept"],
-    set_of: Int[np.ndarray, " rows"],
-    removed: Int[np.ndarray, " removed"],
-    distances: Float[np.ndarray, " removed"],
-    *,
-    metric: str,
-    threshold: float,
-    sets: int,
-    seed: int,
-) -> list[RemovedSet]:
+def choose(tables: BalanceTables, *, sets: int, seed: int) -> list[RemovedSet]:
     """Up to `sets` sets, a third of each stratum, none twice; equal inputs and seed give equal sets."""
-    if not len(removed):
-        return []
-    order = np.lexsort((removed, distances, set_of[removed]))
-    names, starts = np.unique(set_of[removed][order], return_index=True)
-    stops = np.append(starts[1:], len(order))
-    farthest = distances[order][stops - 1]
+    table = tables.sets
+    from_threshold = np.abs(table["farthest"] - tables.threshold)
+    chosen = _strata(table["size"], from_threshold, sets, seed)
+    members = tables.members(table["set"][index] for _, index in chosen)
     found = []
-    for stratum, index in _strata(stops - starts, np.abs(farthest - threshold), sets, seed):
-        members = order[starts[index] : stops[index]]
-        compared = np.append(kept[names[index]], removed[members[: _MOST_COMPARED - 1]])
+    for stratum, index in chosen:
+        own = np.flatnonzero((members["set"] == table["set"][index]) & ~members["kept"])
+        shown = own[np.argsort(members["distance"][own], kind="stable")][:_MOST_SHOWN]
         found.append(
             RemovedSet(
                 stratum=stratum,
-                set=int(names[index]),
-                size=len(members) + 1,
-                kept=int(kept[names[index]]),
-                rows=removed[members[:_MOST_SHOWN]],
-                distances=distances[members[:_MOST_SHOWN]],
-                widest=_widest(embeddings, compared, metric),
+                set=int(table["set"][index]),
+                size=int(table["size"][index]),
+                component_size=int(table["component_size"][index]),
+                farthest=float(table["farthest"][index]),
+                widest=float(table["widest"][index]),
+                widest_exact=bool(table["widest_exact"][index]),
+                weakest_link=float(table["weakest_link"][index]),
+                kept=int(table["kept_row"][index]),
+                rows=members["row"][shown],
+                distances=members["distance"][shown],
+                kinds=members["kind"][shown].tolist(),
             )
         )
     return found
 
 
+def choose_pairs(tables: BalanceTables, *, pairs: int, seed: int) -> list[RemovedPair]:
+    """Up to `pairs` of each kind at random, each of another set, nearest first."""
+    found: list[RemovedPair] = []
+    for kind in PAIR_KINDS:
+        members = tables.of_kind(kind)
+        order = np.random.default_rng(seed).permutation(len(members["row"]))
+        _, first = np.unique(members["set"][order], return_index=True)
+        drawn = order[np.sort(first)[:pairs]]
+        nearest_first = drawn[np.argsort(members["distance"][drawn], kind="stable")]
+        places = np.searchsorted(tables.sets["set"], members["set"])
+        found += [
+            RemovedPair(
+                kind=kind,
+                kept=int(tables.sets["kept_row"][places[at]]),
+                row=int(members["row"][at]),
+                distance=float(members["distance"][at]),
+            )
+            for at in nearest_first.tolist()
+        ]
+    return found
+
+
+def distance_note(distance: float, kind: str) -> str:
+    """What stands under a removed picture: its distance to the kept one, and its kind where that is known."""
+    return f"{distance:.3f} {kind}" if kind in PAIR_KINDS else f"{distance:.3f}"
+
+
 def write_table(sets: Sequence[RemovedSet], keys: dict[int, str], captions: dict[int, str], path: Path) -> None:
     """One line an image, the kept one of a set first, at distance 0."""
     lines = [
-        (chosen.stratum, chosen.set, chosen.size, chosen.widest, place, row, distance, keys[row], captions[row])
+        {
+            "stratum": chosen.stratum,
+            "set": chosen.set,
+            "size": chosen.size,
+            "component_size": chosen.component_size,
+            "farthest": chosen.farthest,
+            "widest_pair": chosen.widest,
+            "widest_exact": chosen.widest_exact,
+            "weakest_link": chosen.weakest_link,
+            "place": place,
+            "row": row,
+            "distance": distance,
+            "kind": kind,
+            "key": keys[row],
+            "caption": captions[row],
+        }
         for chosen in sets
-        for place, (row, distance) in enumerate(
-            [(chosen.kept, 0.0), *zip(chosen.rows.tolist(), chosen.distances.tolist(), strict=True)]
-        )
+        for place, (row, distance, kind) in enumerate(_images(chosen))
     ]
-    names = ("stratum", "set", "size", "widest_pair", "place", "row", "distance", "key", "caption")
-    style.write_csv(path, {name: [line[index] for line in lines] for index, name in enumerate(names)})
+    _write_lines(lines, path)
+
+
+def write_pairs(pairs: Sequence[RemovedPair], keys: dict[int, str], captions: dict[int, str], path: Path) -> None:
+    """Two lines a pair, the kept image first, at distance 0."""
+    lines = [
+        {"kind": pair.kind, "pair": place, "row": row, "distance": distance, "key": keys[row], "caption": captions[row]}
+        for place, pair in enumerate(pairs)
+        for row, distance in ((pair.kept, 0.0), (pair.row, pair.distance))
+    ]
+    _write_lines(lines, path)
+
+
+def _images(chosen: RemovedSet) -> Iterator[tuple[int, float, str]]:
+    yield chosen.kept, 0.0, ""
+    yield from zip(chosen.rows.tolist(), chosen.distances.tolist(), chosen.kinds, strict=True)
+
+
+def _write_lines(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    style.write_csv(path, {name: [line[name] for line in lines] for name in (lines[0] if lines else ())})
 
 
 def _strata(
@@ -119,13 +165,3 @@ def _strata(
         left[chosen] = False
         found.extend((stratum, int(index)) for index in chosen)
     return found
-
-
-def _widest(embeddings: Any, rows: Int[np.ndarray, " rows"], metric: str) -> float:
-    vectors = _unit(embeddings[rows])
-    return float(on_metric(np.clip(2 - 2 * (vectors @ vectors.T), 0, None), metric).max())
-
-
-def _unit(vectors: np.ndarray) -> Float[np.ndarray, "rows dim"]:
-    exact = vectors.astype(np.float64)
-    return exact / np.linalg.norm(exact, axis=1, keepdims=True)

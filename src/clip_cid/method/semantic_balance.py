@@ -1,25 +1,27 @@
 """Image semantic balance (paper section 3.1): join near-duplicates into sets, keep one image of each."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from clip_cid.method.union_find import UnionFind
-from clip_cid.method.unit_rows import BLOCK_ROWS, Rows, UnitRows, cosine_error
+from clip_cid.method.forest import Forest
+from clip_cid.method.near_pairs import near_forest
+from clip_cid.method.pair_plan import Layout, Plan, lay_out
+from clip_cid.method.unit_rows import Rows, UnitRows, squared_distances
 
 Metric = Literal["cosine", "squared_euclidean", "euclidean"]
+Keep = Literal["nearest_centroid", "best_caption"]
 
 _LARGEST: dict[Metric, float] = {"cosine": 2.0, "squared_euclidean": 4.0, "euclidean": 2.0}
 _TIED = 1e-9  # far above the rounding of float64, far below any difference between two images
-_CELLS = 1 << 22  # numbers in a temporary array: 16 to 32 MB
-_PAIRS = 1 << 14  # pairs verified at once; few, because a union makes most of a clique's other pairs needless
+_MEMBERS = 1 << 12  # rows of sets read at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Balance:
     """One row of every set."""
 
@@ -31,6 +33,8 @@ class Balance:
     """Distance at or below which two rows were joined."""
     metric: Metric
     """The scale of `threshold`."""
+    forest: Forest
+    """Answers every threshold up to its limit without the embeddings."""
 
     @property
     def removed_share(self) -> float:
@@ -56,48 +60,123 @@ def balance(
     *,
     threshold: float = 0.07,
     metric: Metric = "cosine",
+    max_threshold: float | None = None,
+    target_removed: float | None = None,
+    keep: Keep = "nearest_centroid",
+    max_radius: float | None = None,
     text_embeddings: Rows | None = None,
     normalize: bool = False,
-    block_rows: int = BLOCK_ROWS,
+    device: str = "cpu",
+    plan: Plan | None = None,
+    on_plan: Callable[[Layout], Any] | None = None,
     on_progress: Callable[[int], Any] | None = None,
 ) -> Balance:
     """Join rows within `threshold` of each other into sets and keep one row of each; `balance_edge`, `balance_sets` and `balance_keep` in docs/method.md.
 
     Two rows are joined when the float64 distance of their unit vectors is at most `threshold`; sets are the connected
     components (so two rows of one set may be further apart). A set keeps the row nearest its centroid; of rows equally
-    near within 1e-9 the one with the better image-text cosine, then the lowest. The result does not depend on
-    `block_rows`.
+    near within 1e-9 the one with the better image-text cosine, then the lowest. Neither `plan` nor `device` has an
+    influence on the result.
 
     Args:
         embeddings: (rows, dim), an array or anything with a shape and rows by slice and by row numbers.
         threshold: On the scale of `metric`.
         metric: cosine is 1 - cos; the others are of the unit vectors.
-        text_embeddings: The caption of each row in the same space, for ties.
+        max_threshold: The forest answers every threshold up to this one; `threshold` when None, twice that with
+            `target_removed`.
+        target_removed: Take the smallest threshold up to `max_threshold` that removes this share of the rows instead.
+        keep: Which row of a set: the one nearest the centroid (the paper's rule), or the one whose caption fits best.
+        max_radius: Keep more rows of a set, until every removed one is within this distance of the one kept for it.
+        text_embeddings: The caption of each row in the same space: for ties, and for `best_caption`.
         normalize: Accept rows that are not unit vectors; a zero or non-finite row is refused all the same.
-        block_rows: Rows of a block of the distance matrix: speed and memory, not the result.
+        device: Where the products of blocks are computed, for torch.
+        plan: How to look for near pairs; chosen from a sample when None.
+        on_plan: Called with what was chosen, before the work begins.
         on_progress: Called with the rows' worth of work done since the last call; in all, the number of rows.
 
     Raises:
         ValueError: An argument is out of its limits, or a row is not a unit vector.
     """
     squared = threshold_on(metric, threshold, "squared_euclidean")
-    if block_rows < 1:
-        raise ValueError(f"block_rows must be at least 1, got {block_rows}")
+    limit = search_limit(metric, threshold, max_threshold, target_removed)
     images = UnitRows(embeddings, name="embeddings", any_length=normalize)
     texts = None
     if text_embeddings is not None:
         texts = UnitRows(text_embeddings, name="text_embeddings", any_length=normalize)
-        if (len(texts), texts.dim) != (len(images), images.dim):
-            raise ValueError(
-                f"text_embeddings must match embeddings of shape ({len(images)}, {images.dim}),"
-                f" got ({len(texts)}, {texts.dim})"
-            )
-    sets = UnionFind(len(images))
-    _join(images, sets, squared, block_rows, on_progress)
-    set_of = sets.labels()
-    kept_of_set = _nearest_to_centroid(images, texts, set_of)
-    kept = np.sort(kept_of_set)
-    return Balance(kept, np.searchsorted(kept, kept_of_set)[set_of], float(threshold), metric)
+    layout = None if plan is None else lay_out(images, plan)
+    check_keep(images, texts, keep)
+    forest = near_forest(images, limit, layout=layout, device=device, on_plan=on_plan, on_progress=on_progress)
+    if target_removed is not None:
+        squared = forest.squared_for(target_removed)
+        threshold = from_squared(squared, metric)
+    radius = None if max_radius is None else threshold_on(metric, max_radius, "squared_euclidean")
+    kept, set_of = keep_one_of_each(images, texts, forest.sets(squared), keep=keep, squared_radius=radius)
+    return Balance(kept, set_of, float(threshold), metric, forest)
+
+
+def search_limit(metric: Metric, threshold: float, max_threshold: float | None, target_removed: float | None) -> float:
+    """The squared distance up to which pairs have to be known.
+
+    Raises:
+        ValueError: A threshold is out of its limits, or `max_threshold` is below `threshold`.
+    """
+    squared = threshold_on(metric, threshold, "squared_euclidean")
+    if max_threshold is None and target_removed is None:
+        return squared
+    if max_threshold is None:
+        max_threshold = min(2 * threshold, 0.99 * _LARGEST[metric])
+    limit = threshold_on(metric, max_threshold, "squared_euclidean")
+    if target_removed is None and limit < squared:
+        raise ValueError(f"max_threshold must be at least the threshold {threshold}, got {max_threshold}")
+    return limit
+
+
+def check_keep(images: UnitRows, texts: UnitRows | None, keep: Keep) -> None:
+    """Whether the captions fit the images and the rule.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if keep not in get_args(Keep):
+        raise ValueError(f"keep must be one of {', '.join(get_args(Keep))}, got {keep!r}")
+    if keep == "best_caption" and texts is None:
+        raise ValueError("keep='best_caption' needs text_embeddings")
+    if texts is not None and (len(texts), texts.dim) != (len(images), images.dim):
+        raise ValueError(
+            f"text_embeddings must match embeddings of shape ({len(images)}, {images.dim}),"
+            f" got ({len(texts)}, {texts.dim})"
+        )
+
+
+def keep_one_of_each(
+    images: UnitRows,
+    texts: UnitRows | None,
+    labels: Int[np.ndarray, " rows"],
+    *,
+    keep: Keep = "nearest_centroid",
+    squared_radius: float | None = None,
+) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " rows"]]:
+    """Rows kept, ascending, and for each row its place among them; `balance_keep` in docs/method.md.
+
+    With `squared_radius` the rows of a set that are further from the kept one are a set of their own, of which again
+    one is kept, and so on until none is left.
+    """
+    kept_for = np.arange(len(labels))
+    rows = np.arange(len(labels))
+    while len(rows):
+        sizes = np.bincount(labels)
+        several = sizes[labels] > 1
+        rows, (names, labels) = rows[several], np.unique(labels[several], return_inverse=True)
+        if not len(names):
+            break
+        kept_for[rows] = _choose(images, texts, rows, labels, keep)[labels]
+        if squared_radius is None:
+            break
+        far = _distances(images, rows, kept_for[rows]) > squared_radius
+        rows, labels = rows[far], labels[far]
+        kept_for[rows] = rows
+    kept, set_of = np.unique(kept_for, return_inverse=True)
+    return kept, set_of.astype(np.int64)
 
 
 def threshold_on(metric_from: Metric, threshold: float, metric_to: Metric) -> float:
@@ -118,6 +197,11 @@ def threshold_on(metric_from: Metric, threshold: float, metric_to: Metric) -> fl
         return float(threshold)
     squared = {"cosine": 2 * threshold, "squared_euclidean": threshold, "euclidean": threshold**2}[metric_from]
     return float({"cosine": squared / 2, "squared_euclidean": squared, "euclidean": math.sqrt(squared)}[metric_to])
+
+
+def from_squared(squared: float, metric: Metric) -> float:
+    """A squared Euclidean distance of unit vectors on the scale of `metric`; 0 is 0 on each."""
+    return {"cosine": squared / 2, "squared_euclidean": squared, "euclidean": math.sqrt(squared)}[metric]
 
 
 def agreement(set_of: Int[np.ndarray, " rows"], truth: np.ndarray) -> PairAgreement:
@@ -150,98 +234,81 @@ def _pairs(sizes: Int[np.ndarray, " sets"]) -> int:
     return int((sizes * (sizes - 1) // 2).sum())
 
 
-def _join(
-    images: UnitRows, sets: UnionFind, squared: float, block_rows: int, on_progress: Callable[[int], Any] | None
-) -> None:
-    """Union all pairs at squared distance `squared` or less, a block of the upper triangle at a time."""
-    least = 1 - squared / 2 - cosine_error(images.dim)
-    portion = max(1, min(_PAIRS, _CELLS // images.dim))
-    rows, pairs_done, told = len(images), 0, 0
-    for top in images.blocks(block_rows):
-        left = images[top]
-        left32 = left.astype(np.float32)
-        for start in range(top.start, rows, block_rows):
-            right_rows = slice(start, min(start + block_rows, rows))
-            same = right_rows == top
-            right = left if same else images[right_rows]
-            cosines = left32 @ (left32 if same else right.astype(np.float32)).T
-            if same:
-                np.fill_diagonal(cosines, -2.0)
-            for i, j in _candidates(cosines, least, sets, (top.start, start), portion):
-                close = _squared_distances(left[i], right[j]) <= squared
-                sets.union(top.start + i[close], start + j[close])
-            pairs_done += len(left) * len(right) * (1 if same else 2)
-            now = rows * pairs_done // rows**2
-            if on_progress is not None and now > told:
-                on_progress(now - told)
-                told = now
+def _distances(
+    images: UnitRows, left: Int[np.ndarray, " rows"], right: Int[np.ndarray, " rows"]
+) -> Float[np.ndarray, " rows"]:
+    out = np.empty(len(left))
+    for start in range(0, len(left), images.cached_rows):
+        part = slice(start, start + images.cached_rows)
+        out[part] = squared_distances(images[left[part]], images[right[part]])
+    return out
 
 
-def _candidates(
-    cosines: Float[np.ndarray, "left right"], least: float, sets: UnionFind, starts: tuple[int, int], portion: int
-) -> Iterator[tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]]:
-    """Pairs of a block (by their places in it) that may be edges and whose sets are still apart, in portions.
-
-    Sets are looked at anew for each portion: once the first row of a clique has joined it, the rest of its pairs are
-    neither verified nor kept.
-    """
-    left, right = (start + np.arange(count) for start, count in zip(starts, cosines.shape, strict=True))
-    hits = np.flatnonzero(cosines.max(axis=1) >= least)
-    for some in np.array_split(hits, max(1, math.ceil(len(hits) * len(right) / _CELLS))):
-        at, j = np.nonzero(cosines[some] >= least)
-        i = some[at]
-        apart = np.flatnonzero((sets.find(left)[i] != sets.find(right)[j]) & (left[i] < right[j]))
-        for first in range(0, len(apart), portion):
-            now = apart[first : first + portion]
-            still = now[sets.find(left[i[now]]) != sets.find(right[j[now]])]
-            if len(still):
-                yield i[still], j[still]
-
-
-def _squared_distances(left: Float[np.ndarray, "n dim"], right: Float[np.ndarray, "n dim"]) -> Float[np.ndarray, " n"]:
-    """From the differences, not from 1 - cos: equal rows are at exactly 0, and rounding is relative to the distance."""
-    difference = left - right
-    return (difference * difference).sum(axis=1)
-
-
-def _nearest_to_centroid(
-    images: UnitRows, texts: UnitRows | None, set_of: Int[np.ndarray, " rows"]
+def _choose(
+    images: UnitRows,
+    texts: UnitRows | None,
+    rows: Int[np.ndarray, " rows"],
+    labels: Int[np.ndarray, " rows"],
+    keep: Keep,
 ) -> Int[np.ndarray, " sets"]:
-    """The row that each set keeps."""
-    by_set = np.argsort(set_of, kind="stable")
-    sizes = np.bincount(set_of)
+    """The row that each set keeps, of sets of two or more."""
+    order = np.argsort(labels, kind="stable")
+    members, sizes = rows[order], np.bincount(labels)
     starts = np.cumsum(sizes) - sizes
-    kept = by_set[starts]
-    several = np.flatnonzero(sizes > 1)
-    for at in range(0, len(several), BLOCK_ROWS):
-        some = several[at : at + BLOCK_ROWS]
-        span = slice(some[0], some[-1] + 1)
-        members = by_set[starts[some[0]] :][: sizes[span].sum()][np.repeat(sizes[span] > 1, sizes[span])]
-        kept[some] = _keep_in_each(images, texts, members, sizes[some])
-    return kept
+    chosen = members[starts]
+    # Two rows are equally near their centroid: without captions the lower one is kept, and nothing need be read.
+    undecided = np.flatnonzero(sizes > (2 if texts is None else 1))
+    portions = np.cumsum(sizes[undecided]) // _MEMBERS
+    for some in np.split(undecided, np.flatnonzero(np.diff(portions)) + 1) if len(undecided) else []:
+        inside = np.repeat(starts[some], sizes[some]) + _counted(sizes[some])
+        chosen[some] = _choose_some(images, texts, members[inside], sizes[some], keep)
+    return chosen
 
 
-def _keep_in_each(
-    images: UnitRows, texts: UnitRows | None, members: Int[np.ndarray, " members"], sizes: Int[np.ndarray, " sets"]
+def _counted(sizes: Int[np.ndarray, " sets"]) -> Int[np.ndarray, " members"]:
+    """0, 1, ... up to each size."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+def _choose_some(
+    images: UnitRows,
+    texts: UnitRows | None,
+    members: Int[np.ndarray, " members"],
+    sizes: Int[np.ndarray, " sets"],
+    keep: Keep,
 ) -> Int[np.ndarray, " sets"]:
-    """As `_nearest_to_centroid`, of sets whose members are listed one set after the other."""
+    """As `_choose`, of sets whose members are listed one set after the other."""
     owner = np.repeat(np.arange(len(sizes)), sizes)
     starts = np.cumsum(sizes) - sizes
-    portions = [slice(at, at + BLOCK_ROWS) for at in range(0, len(members), BLOCK_ROWS)]
+    tied = np.ones(len(members), dtype=bool)
+    if keep == "nearest_centroid":
+        distances = np.sqrt(_from_centroid(images, members, owner, sizes))
+        tied = distances <= np.minimum.reduceat(distances, starts)[owner] + _TIED
+    if texts is not None:
+        cosines = np.full(len(members), -np.inf)
+        asked = np.flatnonzero(tied)
+        for start in range(0, len(asked), images.cached_rows):
+            some = asked[start : start + images.cached_rows]
+            cosines[some] = (images[members[some]] * texts[members[some]]).sum(axis=1)
+        tied &= cosines >= np.maximum.reduceat(cosines, starts)[owner] - _TIED
+    first_tied = np.minimum.reduceat(np.where(tied, np.arange(len(members)), len(members)), starts)
+    return members[first_tied]
+
+
+def _from_centroid(
+    images: UnitRows,
+    members: Int[np.ndarray, " members"],
+    owner: Int[np.ndarray, " members"],
+    sizes: Int[np.ndarray, " sets"],
+) -> Float[np.ndarray, " members"]:
+    """Squared distance of each member from the mean of its set."""
+    portions = [slice(at, at + images.cached_rows) for at in range(0, len(members), images.cached_rows)]
     centroids = np.zeros((len(sizes), images.dim))
     for some in portions:
         firsts = np.flatnonzero(np.diff(owner[some], prepend=-1))
         centroids[owner[some][firsts]] += np.add.reduceat(images[members[some]], firsts, axis=0)
     centroids /= sizes[:, None]
-    distances = np.empty(len(members))
+    squared = np.empty(len(members))
     for some in portions:
-        distances[some] = np.sqrt(_squared_distances(images[members[some]], centroids[owner[some]]))
-    tied = distances <= np.minimum.reduceat(distances, starts)[owner] + _TIED
-    if texts is not None:
-        cosines = np.full(len(members), -np.inf)
-        candidates = np.flatnonzero(tied)
-        for some in np.array_split(candidates, math.ceil(len(candidates) / BLOCK_ROWS)):
-            cosines[some] = (images[members[some]] * texts[members[some]]).sum(axis=1)
-        tied &= cosines >= np.maximum.reduceat(cosines, starts)[owner] - _TIED
-    first_tied = np.minimum.reduceat(np.where(tied, np.arange(len(members)), len(members)), starts)
-    return members[first_tied]
+        squared[some] = squared_distances(images[members[some]], centroids[owner[some]])
+    return squared

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 
 from clip_cid import log
-from clip_cid.data.embeddings import EmbeddingStore, join
+from clip_cid.data.embeddings import EmbeddingStore, rows_in_store
 from clip_cid.data.pairs import BadSample, Pairs, open_pairs
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.method.objective import Objective
@@ -26,7 +26,6 @@ from clip_cid.training.loop import CHECKPOINTS, Distillation, Plan, Trainer
 
 _DONE = "summary.json"
 _COMPARED_CAPTIONS = 100
-_KEYS_AT_ONCE = 100_000
 
 
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
@@ -93,9 +92,12 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
     """The kept pairs, joined by key with what the teacher and the clustering say about them; checked before any step.
 
     Raises:
-        DataError: The pairs, the embeddings, the kept rows and the labels do not belong together.
+        DataError: The pairs, the embeddings, the kept rows and the labels do not belong together, or the instance loss is
+            asked for where the store has images only.
     """
     weights = recipe.distill.weights
+    if weights.instance:
+        _ = store.texts  # refuses a store without them now, not at the first step
     kept = read_kept(folder, store) if recipe.balance.enabled else np.flatnonzero(store.ok)
     place = np.full(store.rows + 1, -1, dtype=np.int64)  # the last entry answers for -1, a pair the store does not have
     place[kept] = np.arange(len(kept))
@@ -114,20 +116,6 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
     if weights.instance:
         _compare_captions(pairs, rows, store, found[rows])
     return TrainingPairs(pairs, rows, labels, store, found[rows], num_captions)
-
-
-def rows_in_store(pairs: Pairs, store: EmbeddingStore) -> Int[np.ndarray, " pairs"]:
-    """The row of the store for each pair; -1 where it has none.
-
-    Raises:
-        DataError: The keys do not match.
-    """
-    starts = range(0, len(pairs), _KEYS_AT_ONCE)
-    blocks = ((start, min(start + _KEYS_AT_ONCE, len(pairs))) for start in starts)
-    # A store of these very pairs has their order, so a join, which holds all keys in memory, is for other stores only.
-    if len(pairs) == store.rows and all(pairs.keys(*block) == store.keys[slice(*block)] for block in blocks):
-        return np.arange(len(pairs))
-    return join(pairs.keys(0, len(pairs)), store)
 
 
 def read_kept(folder: RunFolder, store: EmbeddingStore) -> Int[np.ndarray, " kept"]:

@@ -1,6 +1,6 @@
 """The figures of a run, each with the CSV behind it; what has no input is left out and named."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 
 from clip_cid import log
+from clip_cid.data.balance_tables import BalanceTables
 from clip_cid.data.embeddings import EmbeddingStore
+from clip_cid.data.forest_file import FOREST_FILE, read_forest
+from clip_cid.data.pictures import NoPicturesError, Pictures, open_pictures
 from clip_cid.figures import (
     cluster_sizes,
     cluster_strips,
@@ -17,11 +20,10 @@ from clip_cid.figures import (
     losses,
     radar,
     removed_sets,
+    removed_share,
     scores,
     weights,
 )
-from clip_cid.figures.pictures import Pictures
-from clip_cid.figures.run_files import NoPicturesError, open_pictures
 from clip_cid.method import clustering
 from clip_cid.models.student import load_clip
 from clip_cid.recipe import Recipe
@@ -29,7 +31,9 @@ from clip_cid.run_folder import RunFolder
 
 _NO_BALANCE = "this recipe does not balance"
 _NO_CLUSTERS = "this recipe does not cluster"
+_NOT_KNOWN = "no image is known to be removed for another"
 _NO_SCORES = "this recipe evaluates nothing of the kind"
+_PAIRS_OF_A_KIND = 5
 
 
 class _LeftOut(Exception):
@@ -72,19 +76,21 @@ class _Inputs:
         return np.load(self.folder.stage("balance") / "kept.npy")
 
     @cached_property
-    def set_of(self) -> np.ndarray:
+    def balanced(self) -> BalanceTables:
+        """The sets of the balance stage."""
         if not self.recipe.uses("balance"):
             raise _LeftOut(_NO_BALANCE)
-        return np.load(self.folder.stage("balance") / "set_of.npy")
+        folder = self.folder.stage("balance")
+        if not BalanceTables.exist(folder):
+            raise _LeftOut(_NOT_KNOWN)
+        return BalanceTables(folder)
 
     @cached_property
-    def removed(self) -> tuple[np.ndarray, np.ndarray]:
-        """The removed rows and their distances to the kept ones."""
-        set_of, metric = self.set_of, self.recipe.balance.metric
-        found = removed_sets.distances_to_kept(self.store.images, self.kept, set_of, metric=metric)
-        if not len(found[0]):
-            raise _LeftOut("no image is known to be removed for another")
-        return found
+    def removed(self) -> BalanceTables:
+        """The same where at least one image was removed."""
+        if not len(self.balanced.distances):
+            raise _LeftOut(_NOT_KNOWN)
+        return self.balanced
 
     @cached_property
     def clusters(self) -> tuple[np.ndarray, np.ndarray]:
@@ -126,31 +132,60 @@ def _cluster_sizes(inputs: _Inputs, out: Path) -> dict[str, Any]:
 
 
 def _distances(inputs: _Inputs, out: Path) -> dict[str, Any]:
-    settings = inputs.recipe.balance
-    return distances.draw(inputs.removed[1], threshold=settings.threshold, metric=settings.metric, out=out)
+    tables = inputs.removed
+    return distances.draw(tables.distances, threshold=tables.threshold, metric=tables.metric, out=out)
 
 
 def _duplicates(inputs: _Inputs, out: Path) -> dict[str, Any]:
-    removed, settings = inputs.removed, inputs.recipe.balance
-    chosen = removed_sets.choose(
-        *(inputs.store.images, inputs.kept, inputs.set_of, *removed),
-        metric=settings.metric,
-        threshold=settings.threshold,
-        sets=inputs.recipe.draw.gallery_sets,
-        seed=inputs.recipe.draw.seed,
+    tables, seed = inputs.removed, inputs.recipe.draw.seed
+    chosen = removed_sets.choose(tables, sets=inputs.recipe.draw.gallery_sets, seed=seed)
+    pairs = removed_sets.choose_pairs(tables, pairs=_PAIRS_OF_A_KIND, seed=seed)
+    keys, captions = inputs.words(
+        [row for found in chosen for row in (found.kept, *found.rows.tolist())]
+        + [row for pair in pairs for row in (pair.kept, pair.row)]
     )
-    keys, captions = inputs.words([row for found in chosen for row in (found.kept, *found.rows.tolist())])
     removed_sets.write_table(chosen, keys, captions, out / "removed_sets.csv")
-    strips = [
-        contact_sheet.Strip(
-            f"{found.stratum}: {found.size:,} images, widest pair {found.widest:.3f}",
-            keys=[keys[row] for row in (found.kept, *found.rows.tolist())],
-            notes=["kept", *(f"{distance:.3f}" for distance in found.distances)],
-            framed=True,
-        )
-        for found in chosen
-    ]
+    if pairs:
+        removed_sets.write_pairs(pairs, keys, captions, out / "removed_pairs.csv")
+    strips = [strip for kind in removed_sets.PAIR_KINDS if (strip := _pair_strip(kind, pairs, keys))]
+    strips += [_set_strip(found, tables.threshold, keys) for found in chosen]
     return contact_sheet.draw(strips, inputs.pictures(keys).get, out / "duplicates.png")
+
+
+def _pair_strip(
+    kind: str, pairs: Sequence[removed_sets.RemovedPair], keys: dict[int, str]
+) -> contact_sheet.Strip | None:
+    """Kept, removed, kept, removed: the paper's Fig. 2a (perceptual) or 2b (semantic)."""
+    own = [pair for pair in pairs if pair.kind == kind]
+    if not own:
+        return None
+    return contact_sheet.Strip(
+        {"perceptual": "perceptual: nearly equal pixels", "semantic": "semantic: other pixels, nearly equal meaning"}[
+            kind
+        ],
+        keys=[keys[row] for pair in own for row in (pair.kept, pair.row)],
+        notes=[note for pair in own for note in ("kept", f"{pair.distance:.3f}")],
+        framed=range(0, 2 * len(own), 2),
+    )
+
+
+def _set_strip(found: removed_sets.RemovedSet, threshold: float, keys: dict[int, str]) -> contact_sheet.Strip:
+    """The kept image and those removed for it."""
+    widest = f"{'' if found.widest_exact else 'at least '}{found.widest:.3f}"
+    return contact_sheet.Strip(
+        f"{found.stratum}: {found.size:,} images, farthest {found.farthest:.3f}, widest pair {widest}"
+        f" (threshold {threshold:g}), weakest link {found.weakest_link:.3f}",
+        keys=[keys[row] for row in (found.kept, *found.rows.tolist())],
+        notes=["kept", *map(removed_sets.distance_note, found.distances.tolist(), found.kinds)],
+        framed=(0,),
+    )
+
+
+def _removed_share(inputs: _Inputs, out: Path) -> dict[str, Any]:
+    tables = inputs.balanced
+    # Links name rows of the store; shares are of its good rows, as in the balance stage.
+    forest = read_forest(inputs.folder.stage("balance") / FOREST_FILE)._replace(rows=int(inputs.store.ok.sum()))
+    return removed_share.draw(forest, threshold=tables.threshold, metric=tables.metric, out=out)
 
 
 def _clusters(inputs: _Inputs, out: Path) -> dict[str, Any]:
@@ -217,6 +252,7 @@ _FIGURES: dict[str, Callable[[_Inputs, Path], dict[str, Any]]] = {
     "distances": _distances,
     "duplicates": _duplicates,
     "losses": _losses,
+    "removed_share": _removed_share,
     "scores_zero_shot": _scores("zero_shot"),
     "scores_linear_probe": _scores("linear_probe"),
     "scores_retrieval": _scores("retrieval"),

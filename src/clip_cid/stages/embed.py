@@ -288,7 +288,7 @@ def _room(out: Path, writer: StoreWriter, pairs: Pairs, *, dim: int) -> Iterator
 
 
 def _take_over(existing: Path, folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
-    import_existing(existing, out)
+    import_existing(existing, out, normalize=recipe.embed.normalize)
     store = EmbeddingStore.open(out)
     if recipe.pairs.source:
         pairs = _open(folder, recipe)

@@ -10,10 +10,10 @@ from typing import Any
 
 from clip_cid import log
 from clip_cid.data.pairs import reason_kind
+from clip_cid.data.pictures import NoPicturesError, open_pictures
 from clip_cid.errors import DataError
 from clip_cid.figures import galleries, losses, page, scores, style
-from clip_cid.figures.pictures import Thumbnails
-from clip_cid.figures.run_files import NoPicturesError, open_pictures
+from clip_cid.figures.thumbnails import Thumbnails
 from clip_cid.recipe import Recipe, dump_recipe
 from clip_cid.run_folder import RunFolder, StageRecord, atomic_file
 
@@ -22,10 +22,12 @@ _STAGES = ("embed", "balance", "cluster", "distill", "evaluate", "draw")
 _THUMBNAIL_BUDGET = 3_000_000  # bytes of base64: some 1,300 thumbnails of 96 pixels
 _SAMPLE_PAIRS = 12
 _REASONS_SHOWN = 20
+_WITH_PICTURES = ("removed_sets", "removed_pairs", "clusters")  # tables that hold keys and captions
 _TASKS = {"zero_shot": "Zero-shot", "linear_probe": "Linear probe", "retrieval": "Retrieval"}
 _ALT = {
     "cluster_sizes": "Images in each cluster by rank, before and after balance, on logarithmic axes",
     "distances": "Histogram of the removed images' distance to the kept one, with the threshold",
+    "removed_share": "Share of the images removed by threshold, with the chosen one",
     "losses": "Each loss part by training step",
     "weights": "Density of the weights of the last layer of the last block",
     "radar": "Scores of all models on all sets, each axis on its own range",
@@ -62,6 +64,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
         "loss_names": losses.NAMES,
         "side": recipe.report.thumbnail_px,
         "removed_sets": _gallery(galleries.removed_sets, draw / "removed_sets.csv", thumbnails),
+        "removed_pairs": galleries.removed_pairs(draw / "removed_pairs.csv", thumbnails),
         "clusters": _gallery(galleries.clusters, draw / "clusters.csv", thumbnails),
         "sample": galleries.sample(sample, thumbnails),
         "scores": _scores(folder, recipe, tables),
@@ -74,7 +77,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
         "no_pictures": no_pictures,
     }
     for path in sorted(draw.glob("*.csv")):
-        if recipe.report.images or path.stem not in ("removed_sets", "clusters"):  # these two hold keys and captions
+        if recipe.report.images or path.stem not in _WITH_PICTURES:
             shutil.copyfile(path, tables / path.name)
     with atomic_file(out / PAGE) as temporary:
         temporary.write_text(page.render(values), encoding="utf-8")
@@ -87,7 +90,7 @@ def _pictures(folder: RunFolder, draw: Path, recipe: Recipe) -> tuple[Thumbnails
     """Thumbnails of what the page shows, a sample of the pairs, and why there are no pictures, if there are none."""
     if not recipe.report.images:
         return Thumbnails(None, side=0, budget=0), {}, "report.images is off"
-    tables = [path for name in ("removed_sets", "clusters") if (path := draw / f"{name}.csv").is_file()]
+    tables = [path for name in _WITH_PICTURES if (path := draw / f"{name}.csv").is_file()]
     wanted = {key: row for path in tables for key, row in galleries.rows_by_key(path).items()}
     try:
         pictures = open_pictures(folder, recipe, wanted)

@@ -6,7 +6,7 @@ import jinja2
 import pytest
 
 from clip_cid.figures import galleries, page, style
-from clip_cid.figures.pictures import Thumbnails
+from clip_cid.figures.thumbnails import Thumbnails
 
 NO_PICTURES = Thumbnails(None, side=0, budget=0)
 
@@ -87,12 +87,14 @@ def test_long_captions_are_cut_and_empty_ones_become_the_key() -> None:
 
 @pytest.mark.parametrize(("members", "folded"), [(2, 0), (12, 0), (13, 1), (40, 28)])
 def test_sets_beyond_twelve_fold(tmp_path: Path, members: int, folded: int) -> None:
-    names = ("stratum", "set", "size", "widest_pair", "place", "row", "distance", "key", "caption")
+    facts = {"farthest": 0.06, "widest_pair": 0.09, "widest_exact": False, "weakest_link": 0.05, "component_size": 70}
+    names = ("stratum", "set", "size", *facts, "place", "row", "distance", "kind", "key", "caption")
     with open(tmp_path / "t.csv", "w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow(names)
         writer.writerows(
-            ("largest", 7, 50, 0.09, place, place, place / 100, f"k{place}", "c") for place in range(members)
+            ("largest", 7, 50, *facts.values(), place, place, place / 100, "semantic", f"k{place}", "c")
+            for place in range(members)
         )
     (found,) = galleries.removed_sets(tmp_path / "t.csv", NO_PICTURES)
     assert len(found.pictures) + len(found.folded) == members
@@ -100,3 +102,6 @@ def test_sets_beyond_twelve_fold(tmp_path: Path, members: int, folded: int) -> N
     assert found.more == 50 - members
     assert [one.kept for one in found.pictures] == [True] + [False] * (len(found.pictures) - 1)
     assert found.span == (0.01, (members - 1) / 100)
+    assert found.facts == galleries.SetFacts(0.06, 0.09, False, 0.05, 70)
+    assert found.pictures[0].note == "kept"
+    assert found.pictures[1].note == "0.010 semantic"

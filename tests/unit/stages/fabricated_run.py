@@ -6,16 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracles
 import torch
 from PIL import Image
 
+from clip_cid.data.balance_tables import write_tables
+from clip_cid.data.duplicate_kinds import Kinds
 from clip_cid.data.embedding_writer import ShardRows, StoreWriter
+from clip_cid.data.embeddings import EmbeddingStore
+from clip_cid.data.forest_file import FOREST_FILE, write_forest
 from clip_cid.data.pairs import open_pairs
 from clip_cid.method.clustering import spherical_kmeans
-from clip_cid.method.semantic_balance import balance
+from clip_cid.method.forest import Forest
+from clip_cid.method.semantic_balance import Balance, balance
+from clip_cid.method.set_explanation import chain_summary, explain
+from clip_cid.method.unit_rows import UnitRows
 from clip_cid.recipe import Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder, StageRecord
 
+SQUARED = 0.1
 GROUPS, COPIES, LONE, DIM = 4, 3, 8, 16
 ROWS = GROUPS * COPIES + LONE
 BAD = ROWS - 1
@@ -61,7 +70,7 @@ def make_run(base: Path, recipe: Recipe) -> RunFolder:
         result = balance(embeddings[good], threshold=recipe.balance.threshold)
         kept = result.kept if recipe.balance.enabled else good
         if recipe.balance.enabled:
-            _balance(folder, result.kept, np.append(result.set_of, -1))
+            _balance(folder, recipe, embeddings[good], result)
         clusters = spherical_kmeans(embeddings[kept], num_centers=recipe.cluster.num_centers)
         part = folder.begin("cluster", "key", resumable=False)
         np.save(part / "centers.npy", clusters.centers)
@@ -148,8 +157,24 @@ def _embed(folder: RunFolder, recipe: Recipe, embeddings: np.ndarray) -> None:
     publish(folder, "embed", {"images": ROWS, "ok": ROWS - 1, "dim": DIM})
 
 
-def _balance(folder: RunFolder, kept: np.ndarray, set_of: np.ndarray) -> None:
+def _balance(folder: RunFolder, recipe: Recipe, rows: np.ndarray, result: Balance) -> None:
     part = folder.begin("balance", "key", resumable=False)
+    kept, set_of = result.kept, np.append(result.set_of, -1)
+    images = UnitRows(rows, name="rows", any_length=False)
+    forest = _forest(images, limit=0.2)
+    explanation = explain(images, kept, result.set_of, forest, SQUARED)
+    write_forest(part / FOREST_FILE, forest)
+    # Of each group one is told to be perceptual and one semantic, whatever the pictures show.
+    kinds = Kinds(np.resize(np.array([1, 2, 0, 3], dtype=np.int8), int(explanation.removed.sum())))
+    write_tables(
+        part,
+        EmbeddingStore.open(folder.stage("embed")).keys.packed,
+        explanation.set_columns("cosine"),
+        explanation.member_columns("cosine"),
+        metric="cosine",
+        threshold=recipe.balance.threshold,
+        kinds=kinds.number,
+    )
     np.save(part / "kept.npy", kept)
     np.save(part / "set_of.npy", set_of)
     sizes = np.bincount(set_of[set_of >= 0])
@@ -161,10 +186,18 @@ def _balance(folder: RunFolder, kept: np.ndarray, set_of: np.ndarray) -> None:
         "removed_share": 1 - len(kept) / (ROWS - 1),
         "sets_with_duplicates": int((sizes > 1).sum()),
         "largest_set": int(sizes.max()),
+        "chains": chain_summary(explanation, rows=len(rows), squared=SQUARED, metric="cosine"),
+        "kinds": kinds.summary(),
         "threshold": {"cosine": 0.05, "squared_euclidean": 0.1, "euclidean": 0.1**0.5},
         "truth": {"field": "dup", "precision": 0.9375, "recall": 0.8125},
     }
     publish(folder, "balance", summary)
+
+
+def _forest(images: UnitRows, *, limit: float) -> Forest:
+    links, squared = oracles.spanning_forest(images[0 : len(images)], limit)
+    ends = np.array(links, dtype=np.int64).reshape(-1, 2)
+    return Forest(len(images), ends[:, 0], ends[:, 1], np.array(squared), limit)
 
 
 def _distill(folder: RunFolder, recipe: Recipe) -> None:

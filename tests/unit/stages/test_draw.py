@@ -57,9 +57,18 @@ def lines(path: Path) -> list[dict[str, str]]:
 def test_a_full_run_has_every_figure_with_its_csv(full: Drawn) -> None:
     out, summary = full.out, full.summary
     assert set(summary["left_out"]) == {"scores_retrieval"}
-    curves = {"cluster_sizes", "distances", "losses", "scores_zero_shot", "scores_linear_probe", "radar", "weights"}
+    curves = {
+        "cluster_sizes",
+        "distances",
+        "removed_share",
+        "losses",
+        "scores_zero_shot",
+        "scores_linear_probe",
+        "radar",
+        "weights",
+    }
     assert {path.stem for path in out.glob("*.svg")} == curves
-    assert {path.stem for path in out.glob("*.csv")} == curves | {"removed_sets", "clusters"}
+    assert {path.stem for path in out.glob("*.csv")} == curves | {"removed_sets", "removed_pairs", "clusters"}
     assert {path.stem for path in out.glob("*.png")} == {"duplicates", "clusters"}
     assert json.dumps(summary, allow_nan=False)
 
@@ -113,19 +122,19 @@ def test_without_pairs_the_tables_are_there_and_the_pictures_are_left_out(
     only(monkeypatch, "duplicates", "clusters")
     gone = redrawn(full.folder, make_recipe(tmp_path, pairs={"source": [str(tmp_path / "gone")]}), tmp_path / "out")
     assert gone.summary["left_out"]["duplicates"].startswith("the pairs cannot be read")
-    assert {path.name for path in gone.out.iterdir()} == {"removed_sets.csv", "clusters.csv"}
+    assert {path.name for path in gone.out.iterdir()} == {"removed_sets.csv", "removed_pairs.csv", "clusters.csv"}
 
 
 def test_kept_rows_made_elsewhere_have_no_sets_to_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, "cluster_sizes", "distances", "duplicates")
+    only(monkeypatch, "cluster_sizes", "distances", "duplicates", "removed_share")
     recipe = make_recipe(tmp_path)
     folder = make_run(tmp_path, recipe)
-    kept = np.load(folder.stage("balance") / "kept.npy")
-    set_of = np.full(ROWS, -1)
-    set_of[kept] = np.arange(len(kept))
-    np.save(folder.stage("balance") / "set_of.npy", set_of)
+    for name in ("sets", "members", "forest"):
+        (folder.stage("balance") / f"{name}.parquet").unlink()
     summary = redrawn(folder, recipe, tmp_path / "out").summary
-    assert summary["left_out"]["duplicates"] == "no image is known to be removed for another"
+    assert summary["left_out"] == dict.fromkeys(
+        ("distances", "duplicates", "removed_share"), "no image is known to be removed for another"
+    )
     assert summary["figures"]["cluster_sizes"]["before balance"]["images"] == ROWS - 1
 
 
@@ -140,9 +149,9 @@ def test_a_student_without_that_layer_has_no_weight_figure(
 
 
 def test_the_contact_sheet_has_a_line_for_each_set(full: Drawn) -> None:
-    assert full.summary["figures"]["duplicates"] == {"strips": GROUPS, "missing_pictures": 0}
+    assert full.summary["figures"]["duplicates"] == {"strips": GROUPS + 2, "missing_pictures": 0}
     with Image.open(full.out / "duplicates.png") as sheet:
-        assert sheet.height > GROUPS * 96
+        assert sheet.height > (GROUPS + 2) * 96
 
 
 def test_a_bad_row_is_in_no_figure(full: Drawn) -> None:

@@ -246,17 +246,63 @@ def test_a_plain_run_has_a_page_without_the_missing_parts(tmp_path: Path) -> Non
 
 def test_kept_rows_made_elsewhere_are_named(full: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, recipe = full
-    record = folder.record("balance")
-    assert record is not None
-    summary = {name: value for name, value in record.summary.items() if name not in ("threshold", "truth")}
-    elsewhere = replace(record, summary=summary | {"from": "kept&.npy"})
-    records = {name: folder.record(name) for name in ("embed", "cluster", "distill", "evaluate", "draw")}
-    monkeypatch.setattr(RunFolder, "record", lambda _, stage: {**records, "balance": elsewhere}[stage])
+    absent = dict.fromkeys(("threshold", "truth", "chains", "kinds"))
+    with_summary(monkeypatch, folder, {**absent, "from": "kept&.npy"})
     out, _ = write(folder, recipe)
     text = read(out).text
     assert "The kept rows were made elsewhere, in kept&.npy" in text
     assert "threshold none" in text
     assert "(precision)" not in text
+
+
+def test_the_shares_of_perceptual_and_semantic_duplicates_are_told_with_examples(
+    full: tuple[RunFolder, Recipe],
+) -> None:
+    folder, recipe = full
+    out, _ = write(folder, recipe)
+    page = read(out)
+    assert (
+        "Of 6 removed images drawn at random, 50.0 % (15.0 \N{EN DASH} 85.0) have nearly the same pixels" in page.text
+    )
+    assert "2 could not be compared" in page.text
+    assert "Perceptual duplicates Pairs with nearly the same pixels, drawn at random" in page.text
+    assert "Semantic duplicates Pairs with other pixels" in page.text
+    with open(folder.stage("draw") / "removed_pairs.csv", newline="") as handle:
+        pairs = list(csv.DictReader(handle))
+    assert {line["kind"] for line in pairs} == {"perceptual", "semantic"}
+    assert all(line["distance"] == "0.0" for line in pairs[::2])
+    assert page.text.count(" kept ") >= len(pairs) // 2 + GROUPS
+
+
+def test_a_run_balanced_without_kinds_or_chains_has_a_page(
+    full: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, recipe = full
+    with_summary(monkeypatch, folder, {"kinds": None, "chains": None})
+    assert "drawn at random, 50" not in read(write(folder, recipe)[0]).text
+
+
+def test_chained_sets_are_warned_of(full: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, recipe = full
+    giant = {"size": 5000, "share_of_rows": 0.25, "beyond_threshold_share": 0.97, "farthest": 1.134}
+    chains = {"giants": [giant], "distance": {"0.99": 0.9876}}
+    assert "chained images" not in read(write(folder, recipe)[0]).text
+    with_summary(monkeypatch, folder, {"chains": chains})
+    text = read(write(folder, recipe)[0]).text
+    assert "1 set of chained images. Linked one by one" in text
+    assert "5,000 images (25.0 % of all), 97.0 % of those removed are farther than the threshold" in text
+    assert "up to 1.134 ." in text.replace("1.134.", "1.134 .")
+    assert "99 % are within 0.9876" in text
+
+
+def with_summary(patch: pytest.MonkeyPatch, folder: RunFolder, changed: dict[str, Any]) -> None:
+    """The run, with other numbers in the balance stage's summary; None leaves one out."""
+    records = {name: folder.record(name) for name in ("embed", "balance", "cluster", "distill", "evaluate", "draw")}
+    balance = records["balance"]
+    assert balance is not None
+    summary = {name: value for name, value in (balance.summary | changed).items() if value is not None}
+    records["balance"] = replace(balance, summary=summary)
+    patch.setattr(RunFolder, "record", lambda _, stage: records[stage])
 
 
 def test_a_run_that_evaluates_nothing_has_a_page(tmp_path: Path) -> None:
@@ -271,7 +317,8 @@ def test_a_large_set_is_folded_and_the_rest_counted(full: tuple[RunFolder, Recip
     kept = table.read_bytes()
     with open(table, newline="") as handle:
         rows = list(csv.DictReader(handle))[:COPIES]
-    many = [{**rows[min(place, COPIES - 1)], "size": "100", "place": str(place)} for place in range(20)]
+    facts = {"size": "100", "component_size": "1234", "widest_pair": "0.5", "widest_exact": "False"}
+    many = [{**rows[min(place, COPIES - 1)], **facts, "place": str(place)} for place in range(20)]
     try:
         with open(table, "w", newline="") as handle:
             writer = csv.DictWriter(handle, many[0].keys())
@@ -281,7 +328,8 @@ def test_a_large_set_is_folded_and_the_rest_counted(full: tuple[RunFolder, Recip
     finally:
         table.write_bytes(kept)
     text = read(out).text
-    assert "100 images , widest pair" in text
+    assert "100 images of a connected set of 1,234, farthest" in text
+    assert "widest pair at least 0.500 (threshold 0.05), weakest link" in text
     assert "80 not shown" in text
     assert "8 more" in text
 

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from clip_cid.data.pairs import Pairs, open_pairs
+from clip_cid.data.pictures import Pictures
 from clip_cid.figures import contact_sheet, style
 from clip_cid.figures.contact_sheet import Strip
-from clip_cid.figures.pictures import Pictures, Thumbnails, thumbnail
+from clip_cid.figures.thumbnails import Thumbnails, thumbnail
 from clip_cid.recipe import PairsConfig
 
 COLORS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0)]
@@ -21,38 +22,6 @@ def pairs(tmp_path: Path) -> Pairs:
         Image.new("RGB", (40, 20), color).save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text(f"caption {number}")
     return open_pairs(PairsConfig(source=(str(tmp_path),)))
-
-
-def color_of(image: Image.Image | None) -> tuple[int, ...]:
-    assert image is not None
-    pixel = image.convert("RGB").getpixel((5, 5))
-    assert isinstance(pixel, tuple)
-    return pixel
-
-
-def test_a_row_of_the_store_is_a_row_of_the_pairs_it_was_made_from(pairs: Pairs) -> None:
-    pictures = Pictures(pairs, {pairs.key(row): row for row in range(4)}, max_pixels=10_000)
-    assert [color_of(pictures.get(pairs.key(row))) for row in range(4)] == COLORS
-
-
-def test_in_a_store_made_elsewhere_the_key_decides(pairs: Pairs) -> None:
-    pictures = Pictures(pairs, {pairs.key(0): 3, pairs.key(2): 777, "unknown": 1}, max_pixels=10_000)
-    assert color_of(pictures.get(pairs.key(0))) == COLORS[0]
-    assert color_of(pictures.get(pairs.key(2))) == COLORS[2]
-    assert pictures.get("unknown") is None
-
-
-def test_a_picture_that_cannot_be_used_is_none(pairs: Pairs) -> None:
-    assert Pictures(pairs, {pairs.key(0): 0}, max_pixels=10).get(pairs.key(0)) is None
-
-
-def test_a_sample_is_of_different_pairs_and_the_same_every_time(pairs: Pairs) -> None:
-    pictures = Pictures(pairs, {}, max_pixels=10_000)
-    sample = pictures.sample(3, seed=1)
-    assert len(sample) == 3
-    assert sample == pictures.sample(3, seed=1)
-    assert all(pictures.get(key) is not None for key in sample)
-    assert set(pictures.sample(9, seed=0).values()) == {f"caption {number}" for number in range(4)}
 
 
 def test_a_thumbnail_is_webp_of_at_most_that_side_and_is_never_enlarged() -> None:
@@ -84,7 +53,7 @@ def test_without_pictures_there_are_no_thumbnails_and_none_counts_as_lost() -> N
 
 
 def test_the_kept_image_has_a_green_frame_and_a_lost_one_an_empty_place(tmp_path: Path) -> None:
-    strips = [Strip("a", ["kept", "gone"], ["kept", "0.1"], framed=True), Strip("b", ["kept"], ["0.2"])]
+    strips = [Strip("a", ["kept", "gone"], ["kept", "0.1"], framed=(0,)), Strip("b", ["kept"], ["0.2"])]
     found = {"kept": Image.new("RGB", (50, 50), (10, 20, 30))}
     summary = contact_sheet.draw(strips, found.get, tmp_path / "sheet.png")
     assert summary == {"strips": 2, "missing_pictures": 1}

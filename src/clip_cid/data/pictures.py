@@ -1,18 +1,21 @@
 """Pictures of the data, read back from the pairs by row and key."""
 
-import base64
-import io
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from clip_cid.data import images
-from clip_cid.data.pairs import BadSample, Pairs
+from clip_cid.data.pairs import BadSample, Pairs, open_pairs
+from clip_cid.errors import DataError
+from clip_cid.recipe import Recipe
+from clip_cid.run_folder import RunFolder
 
 _SCAN_ROWS = 100_000
-_WEBP_QUALITY = 70
+
+
+class NoPicturesError(Exception):
+    """The pairs' pictures cannot be had; the message is the reason, fit for a page."""
 
 
 class Pictures:
@@ -59,57 +62,16 @@ class Pictures:
         return found
 
 
-@dataclass(frozen=True)
-class Thumbnail:
-    """A small picture ready for the page: a `data:` address and its size in pixels."""
+def open_pictures(folder: RunFolder, recipe: Recipe, wanted: Mapping[str, int]) -> Pictures:
+    """The pictures of some pairs, given as key -> row of the embedding store.
 
-    src: str
-    width: int
-    height: int
-
-
-class Thumbnails:
-    """Small pictures for one page, each made once, until the page's budget of bytes is spent."""
-
-    def __init__(self, pictures: Pictures | None, *, side: int, budget: int) -> None:
-        self._pictures, self._side, self._left = pictures, side, budget
-        self._made: dict[str, Thumbnail | None] = {}
-        self.over_budget = 0
-        self.unreadable = 0
-
-    @property
-    def bytes_used(self) -> int:
-        """What all the addresses weigh in the page."""
-        return sum(len(made.src) for made in self._made.values() if made)
-
-    def get(self, key: str) -> Thumbnail | None:
-        """The thumbnail; None where there is no picture or no room for it, which is counted."""
-        if self._pictures is None:
-            return None
-        if key not in self._made:
-            self._made[key] = self._make(self._pictures, key)
-        return self._made[key]
-
-    def _make(self, pictures: Pictures, key: str) -> Thumbnail | None:
-        if self._left <= 0:
-            self.over_budget += 1
-            return None
-        image = pictures.get(key)
-        if image is None:
-            self.unreadable += 1
-            return None
-        made = thumbnail(image, self._side)
-        self._left -= len(made.src)
-        if self._left < 0:
-            self.over_budget += 1
-            return None
-        return made
-
-
-def thumbnail(image: Image.Image, side: int) -> Thumbnail:
-    """The image as WebP in base64, its long side at most `side` pixels."""
-    small = image.copy()
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    small.save(file, format="WEBP", quality=_WEBP_QUALITY, method=6)
-    return Thumbnail("data:image/webp;base64," + base64.b64encode(file.getvalue()).decode(), small.width, small.height)
+    Raises:
+        NoPicturesError: The recipe names no pairs, or they are gone or broken.
+    """
+    if not recipe.pairs.source:
+        raise NoPicturesError("the recipe names no pairs")
+    try:
+        pairs = open_pairs(recipe.pairs, index=folder.path / "index", cache_dir=recipe.machine.cache_dir)
+        return Pictures(pairs, wanted, max_pixels=recipe.pairs.max_pixels)
+    except DataError as error:
+        raise NoPicturesError(f"the pairs cannot be read ({error.problem.splitlines()[0]})") from error

@@ -1,0 +1,92 @@
+"""Block tasks, here or in several processes of this machine. A task is small, pure, and leaves a file of its own."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from typing import Any, TypeVar
+
+import threadpoolctl
+
+from clip_cid.errors import RunError
+
+Task = TypeVar("Task")
+Work = Callable[[Any], None]
+
+_work: Work | None = None
+
+
+def run_tasks(
+    tasks: Sequence[Task], begin: Callable[[], Work], *, processes: int, on_done: Callable[[Task], Any]
+) -> None:
+    """Do every task, in any order.
+
+    Args:
+        tasks: What to do; each is given to the work as it is.
+        begin: Opens what the tasks read, once in each process, and returns the work; it must be picklable.
+        processes: 1 works in this process; with more each has one thread.
+        on_done: Called in this process with each finished task.
+
+    Raises:
+        RunError: A process died, as when it is killed for memory.
+    """
+    if processes <= 1 or len(tasks) <= 1:
+        work = begin()
+        for task in tasks:
+            work(task)
+            on_done(task)
+        return
+    pool = ProcessPoolExecutor(
+        min(processes, len(tasks)), multiprocessing.get_context("spawn"), initializer=_begin, initargs=(begin,)
+    )
+    try:
+        _drain(pool, list(tasks), 2 * processes, on_done)
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a worker process died; it was probably killed for want of memory.",
+            fix="Run the same command again (finished tasks are kept), with a smaller machine.balance_processes.",
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def available_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _drain(pool: ProcessPoolExecutor, tasks: list[Any], ahead: int, on_done: Callable[[Any], Any]) -> None:
+    """Hand out a few tasks at a time, so that an error or an interrupt stops the rest."""
+    tasks.reverse()
+    running: dict[Future[None], Any] = {}
+    while tasks or running:
+        while tasks and len(running) < ahead:
+            task = tasks.pop()
+            running[pool.submit(_do, task)] = task
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            future.result()
+            on_done(running.pop(future))
+
+
+def _begin(begin: Callable[[], Work]) -> None:
+    global _work
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threadpoolctl.threadpool_limits(1)
+    _work = begin()
+
+
+def _do(task: Any) -> None:
+    assert _work is not None, "the pool has called _begin"
+    _work(task)
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot tell its workers to stop: they watch it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,54 @@
+"""What other thresholds would have done, from the spanning forest that balance left: no embedding is read."""
+
+import numpy as np
+
+from clip_cid import log
+from clip_cid.data.balance_tables import BalanceTables
+from clip_cid.data.forest_file import FOREST_FILE, read_forest
+from clip_cid.errors import RunError
+from clip_cid.figures import removed_share
+from clip_cid.method.forest import Forest
+from clip_cid.method.set_explanation import on_metric, squared_from
+from clip_cid.run_folder import RunFolder
+
+_FOLDER = "sweep"
+_STEPS = 14
+_METRICS = ("cosine", "squared_euclidean", "euclidean")
+
+
+def sweep(folder: RunFolder) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines of a table of thresholds; also writes `sweep/removed_share.svg` and `.csv` into the run.
+
+    Raises:
+        RunError: The balance stage has not run, or only took over rows kept elsewhere.
+    """
+    balance = folder.stage("balance")
+    record = folder.record("balance")
+    if record is None or not BalanceTables.exist(balance):
+        raise RunError(
+            f"{balance}: its kept rows were made elsewhere, so other thresholds are not known.",
+            fix="Run the balance stage on the embeddings, without balance.existing.",
+        )
+    tables, stored = BalanceTables(balance), read_forest(balance / FOREST_FILE)
+    images = int(record.summary["ok"])
+    out = folder.path / _FOLDER
+    out.mkdir(exist_ok=True)
+    removed_share.draw(stored._replace(rows=images), threshold=tables.threshold, metric=tables.metric, out=out)
+    log.info(f"balance   the curve is drawn in {out / 'removed_share.svg'}")
+    forest, limit = Forest(*stored), _on_metric(stored.limit, tables.metric)
+    steps = np.union1d(np.linspace(0, limit, _STEPS + 1)[1:], tables.threshold)
+    columns = ["", *(name.replace("_", " ") for name in _METRICS), "removed", "share", "largest set"]
+    return columns, [_line(forest, images, step, tables) for step in steps.tolist()]
+
+
+def _line(forest: Forest, images: int, threshold: float, tables: BalanceTables) -> list[str]:
+    squared = min(float(squared_from(np.array([threshold]), tables.metric)[0]), forest.limit)
+    removed = forest.links(squared)
+    largest = int(np.bincount(forest.sets(squared)).max())
+    scales = [f"{_on_metric(squared, metric):.5g}" for metric in _METRICS]
+    mark = "->" if threshold == tables.threshold else ""
+    return [mark, *scales, f"{removed:,}", f"{removed / images:.2%}", f"{largest:,}"]
+
+
+def _on_metric(squared: float, metric: str) -> float:
+    return float(on_metric(np.array([squared]), metric)[0])

@@ -1,0 +1,382 @@
+"""All pairs of rows within a distance, as the links of their minimum spanning forest: exact, and in tasks of two chunks."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt64
+
+from clip_cid.method.dense_links import possible_links
+from clip_cid.method.forest import Forest, Links, join_links, spanning_forest, spanning_links
+from clip_cid.method.pair_plan import Layout, Windows, int8_product, make_plan
+from clip_cid.method.sketch import Coding, identical_groups
+from clip_cid.method.unit_rows import UnitRows, squared_distances
+
+Task = tuple[int, int]
+
+_SIDE = 2048  # rows of a block of products
+_PRODUCTS = _SIDE * _SIDE
+_FOLDS = 16
+_PENDING_NUMBERS = 1 << 22  # numbers of the rows whose exact distances wait: 32 MB
+_PENDING_LINKS = 1 << 21
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What the tasks read beside the embeddings. Rows have positions: new ones first, then by cell."""
+
+    limit: float
+    coding: Coding
+    device: str
+    row_at: Int[np.ndarray, " positions"]
+    """The row at each position: one of every group of bit-identical rows."""
+    codes: np.ndarray
+    """(positions, width)"""
+    errors: Float[np.ndarray, " positions"]
+    """How far each code is from what it stands for."""
+    cell_at: Int[np.ndarray, " positions"]
+    """The cell of each position; all 0 without cells."""
+    visitors: Int[np.ndarray, " visits"]
+    """The positions that visit cell 0, those of cell 1, and so on, each ascending; empty without cells."""
+    visit_starts: Int[np.ndarray, " cells_and_one"]
+    """Where the visitors of each cell begin, and their number."""
+    chunk_starts: Int[np.ndarray, " chunks_and_one"]
+    new_chunks: int
+    """Chunks before this one hold the rows whose pairs are wanted; the pairs of the others are known."""
+    repeats: Int[np.ndarray, " repeats"]
+    """Rows that are bit-identical to an earlier one,"""
+    firsts: Int[np.ndarray, " repeats"]
+    """and that earlier one."""
+    hashes: UInt64[np.ndarray, "rows 2"]
+    """A digest of the stored bytes of each row."""
+
+    def tasks(self) -> list[Task]:
+        """Pairs of chunks that cover every wanted pair of positions once."""
+        chunks = len(self.chunk_starts) - 1
+        return [(a, b) for a in range(self.new_chunks) for b in range(a, chunks)]
+
+    def work(self, task: Task) -> float:
+        """How large a task is, in pairs of positions."""
+        sizes = np.diff(self.chunk_starts)
+        a, b = task
+        return float(sizes[a]) * float(sizes[b]) / (2 if a == b else 1)
+
+    def identical(self) -> Links:
+        """The links of bit-identical rows, at distance 0."""
+        return Links(self.firsts, self.repeats, np.zeros(len(self.firsts)))
+
+
+def near_forest(
+    images: UnitRows,
+    limit: float,
+    *,
+    layout: Layout | None = None,
+    device: str = "cpu",
+    on_plan: Callable[[Layout], Any] | None = None,
+    on_progress: Callable[[int], Any] | None = None,
+) -> Forest:
+    """The minimum spanning forest of all pairs at squared distance `limit` or less; `balance_forest` in docs/method.md.
+
+    Args:
+        images: The rows.
+        limit: Squared Euclidean distance of unit vectors.
+        layout: How to look; chosen from a sample when None. It has no influence on the result.
+        device: Where products are computed, for torch.
+        on_plan: Called with the layout before the work begins.
+        on_progress: Called with the rows' worth of work done since the last call; in all, the number of rows.
+    """
+    layout = layout or make_plan(images, limit, device=device)
+    if on_plan is not None:
+        on_plan(layout)
+    prepared = prepare(images, limit, layout)
+    tasks = prepared.tasks()
+    told, done, total = 0, 0.0, sum(map(prepared.work, tasks))
+    parts = [prepared.identical()]
+    for task in tasks:
+        parts.append(near_links(prepared, images, task))
+        done += prepared.work(task)
+        now = int(len(images) * done / total)
+        if on_progress is not None and now > told:
+            on_progress(now - told)
+            told = now
+    if on_progress is not None and len(images) > told:
+        on_progress(len(images) - told)
+    return spanning_forest(len(images), *join_links(parts), limit)
+
+
+def prepare(
+    images: UnitRows, limit: float, layout: Layout, *, new: Bool[np.ndarray, " rows"] | None = None
+) -> Prepared:
+    """Codes, windows and chunks of all rows, in one pass over them.
+
+    Args:
+        images: The rows.
+        limit: Squared Euclidean distance of unit vectors.
+        layout: How to look.
+        new: Rows whose pairs are wanted; all when None. Pairs of two others are left out.
+    """
+    rows, coding = len(images), layout.coding
+    new = np.ones(rows, dtype=bool) if new is None else new
+    codes = np.empty((rows, coding.width), dtype=coding.kind)
+    errors, hashes = np.empty(rows, dtype=np.float32), np.empty((rows, 2), dtype=np.uint64)
+    home = np.zeros(rows, dtype=np.int32)
+    window = None if layout.centers is None else Windows(layout.centers, limit, layout.error)
+    visits: list[np.ndarray] = []
+    for block in images.blocks(images.cached_rows):
+        hashes[block] = row_hashes(images.raw(block))
+        projected = layout.projected(images.float32(block))
+        codes[block], errors[block] = coding.encode(layout.completed(projected))
+        if window is not None:
+            home[block], seen = window(projected)
+            at, cell = np.nonzero(seen)
+            visits.append(cell.astype(np.int64) * rows + (at + block.start))
+    repeats, firsts = _identical(images, hashes)
+    alone = np.ones(rows, dtype=bool)
+    alone[repeats] = False
+    order = np.lexsort((home, ~new))
+    row_at = order[alone[order]]
+    fresh = int(new[row_at].sum())
+    starts = _chunk_starts(fresh, len(row_at), layout.plan.chunk_rows)
+    cells = 0 if layout.centers is None else len(layout.centers)
+    visitors, visit_starts = _visitors(visits, row_at, rows, cells)
+    return Prepared(
+        limit=limit,
+        coding=coding,
+        device=layout.plan.device,
+        row_at=row_at,
+        codes=codes[row_at],
+        errors=errors[row_at],
+        cell_at=home[row_at],
+        visitors=visitors,
+        visit_starts=visit_starts,
+        chunk_starts=starts,
+        new_chunks=int(np.searchsorted(starts, fresh)),
+        repeats=repeats,
+        firsts=firsts,
+        hashes=hashes,
+    )
+
+
+def near_links(prepared: Prepared, images: UnitRows, task: Task) -> Links:
+    """The minimum spanning forest of the near pairs of two chunks: pure, and the same whenever it is computed."""
+    found = _Found(images, prepared.limit)
+    compare = _Comparison(prepared, found)
+    a, b = (slice(*prepared.chunk_starts[chunk : chunk + 2].tolist()) for chunk in task)
+    if len(prepared.visitors):
+        _compare_cells(compare, prepared, a, b, own=True)
+        if a != b:
+            _compare_cells(compare, prepared, b, a, own=False)
+    else:
+        _compare_all(compare, a, b)
+    return found.links()
+
+
+def row_hashes(rows: np.ndarray) -> UInt64[np.ndarray, "n 2"]:
+    """A digest of each row's bytes: two sums of its words times fixed odd numbers, modulo 2^64."""
+    width = rows.shape[1] * rows.itemsize
+    words = np.zeros((len(rows), math.ceil(width / 8) * 8), dtype=np.uint8)
+    words[:, :width] = rows.view(np.uint8).reshape(len(rows), width)
+    factors = np.random.default_rng(7).integers(0, 2**64, (words.shape[1] // 8, 2), dtype=np.uint64) | np.uint64(1)
+    return words.view(np.uint64) @ factors
+
+
+class _Found:
+    """Near pairs as they come, made exact a batch at a time and reduced to a forest whenever they are many."""
+
+    def __init__(self, images: UnitRows, limit: float) -> None:
+        self._images, self._limit = images, limit
+        self._batch = max(1, min(1 << 14, _PENDING_NUMBERS // images.dim))
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        self._waiting_count = 0
+        self._links: list[Links] = []
+        self._links_count = 0
+
+    def add(self, i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]) -> None:
+        """Rows that may be near, of one comparison (which bounds their number)."""
+        self._waiting.append((i, j))
+        self._waiting_count += len(i)
+        if self._waiting_count >= self._batch:
+            self._measure()
+
+    def links(self) -> Links:
+        self._measure()
+        self._reduce()
+        return self._links[0]
+
+    def _measure(self) -> None:
+        if not self._waiting_count:
+            return
+        i, j = (np.concatenate(column) for column in zip(*self._waiting, strict=True))
+        self._waiting, self._waiting_count = [], 0
+        rows, places = np.unique(np.concatenate([i, j]), return_inverse=True)
+        units = self._images[rows]
+        i, j = possible_links(units, places[: len(i)], places[len(i) :], self._limit)
+        squared = _distances(units, i, j)
+        near = squared <= self._limit
+        i, j = rows[i[near]], rows[j[near]]
+        self._links.append(Links(np.minimum(i, j), np.maximum(i, j), squared[near]))
+        self._links_count += len(i)
+        if self._links_count > _PENDING_LINKS:
+            self._reduce()
+
+    def _reduce(self) -> None:
+        self._links = [spanning_links(join_links(self._links))]
+        self._links_count = 0  # a forest is never larger than its rows: only what comes on top is counted
+
+
+def _distances(
+    units: Float[np.ndarray, "rows dim"], i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]
+) -> Float[np.ndarray, " pairs"]:
+    out = np.empty(len(i))
+    some = max(1, (1 << 17) // units.shape[1])  # 1 MB of differences
+    for start in range(0, len(i), some):
+        part = slice(start, start + some)
+        out[part] = squared_distances(units[i[part]], units[j[part]])
+    return out
+
+
+class _Comparison:
+    """Products of the codes of two lists of positions; pairs that may be near go to `found`."""
+
+    def __init__(self, prepared: Prepared, found: _Found) -> None:
+        self._prepared, self._found = prepared, found
+        self._least = 1 - prepared.limit / 2
+        self._space: torch.Tensor | None = None
+
+    def __call__(self, left: Int[np.ndarray, " left"], right: slice, *, triangle: bool) -> None:
+        """Every pair, or (triangle) every pair of which the left position is the lower."""
+        side = right.stop - right.start
+        step = max(1, _PRODUCTS // max(side, 1))
+        for start in range(0, len(left), step):
+            some = left[start : start + step]
+            i, j = self._candidates(some, right)
+            i, j = some[i], j + right.start
+            if triangle:
+                i, j = i[i < j], j[i < j]
+            if len(i):
+                self._found.add(self._prepared.row_at[i], self._prepared.row_at[j])
+
+    def _candidates(
+        self, left: Int[np.ndarray, " left"], right: slice
+    ) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
+        """Places in `left` and in `right` of the pairs whose cosine may be large enough."""
+        prepared = self._prepared
+        left_errors, right_errors = prepared.errors[left].astype(np.float64), prepared.errors[right].astype(np.float64)
+        lowest = prepared.coding.floor(self._least, left_errors.max(keepdims=True), right_errors.max(keepdims=True))
+        i, j, products = self._above(left, right, float(lowest[0]))
+        exact = products >= prepared.coding.floor(self._least, left_errors[i], right_errors[j])
+        return i[exact], j[exact]
+
+    def _above(
+        self, left: Int[np.ndarray, " left"], right: slice, floor: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        codes = self._prepared.codes
+        one, other = torch.from_numpy(codes[left]), torch.from_numpy(codes[right])
+        if self._prepared.device != "cpu":
+            return _above_on_device(one, other, floor, self._prepared.device)
+        products = self._product(one, other).numpy()
+        flat = _places_above(products, floor)
+        i, j = np.divmod(flat, products.shape[1])
+        return i, j, products.reshape(-1)[flat].astype(np.float64)
+
+    def _product(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        shape = len(one), len(other)
+        kind = torch.int32 if one.dtype == torch.int8 else torch.float32
+        if self._space is None or self._space.numel() < shape[0] * shape[1]:
+            self._space = torch.empty(max(_PRODUCTS, shape[0] * shape[1]), dtype=kind)
+        out = self._space[: shape[0] * shape[1]].view(shape)
+        if one.dtype == torch.int8:
+            return int8_product(one, other.T, out=out)
+        return torch.mm(one.float(), other.float().T, out=out)
+
+
+def _places_above(products: np.ndarray, floor: float) -> Int[np.ndarray, " places"]:
+    """Flat places of the products that reach the floor, which are rare: the maxima of every 16 rows are looked at first."""
+    folded = len(products) // _FOLDS * _FOLDS
+    if folded:
+        largest = products[:folded].reshape(_FOLDS, -1).max(axis=0)
+        flat = np.flatnonzero(largest >= floor)
+        if len(flat) * _FOLDS < products.size // 8:
+            flat = (flat + len(largest) * np.arange(_FOLDS)[:, None]).reshape(-1)
+            flat = flat[products.reshape(-1)[flat] >= floor]
+            rest = np.flatnonzero(products[folded:] >= floor)
+            return np.concatenate([flat, folded * products.shape[1] + rest])
+    return np.flatnonzero(products >= floor)
+
+
+def _above_on_device(
+    one: torch.Tensor, other: torch.Tensor, floor: float, device: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As on the CPU, with only the pairs above the floor coming back."""
+    products = one.to(device, non_blocking=True) @ other.to(device, non_blocking=True).T
+    hits = torch.nonzero(products.amax(dim=1) >= floor).squeeze(1)
+    some = products[hits]
+    at, j = torch.nonzero(some >= floor, as_tuple=True)
+    return hits[at].cpu().numpy(), j.cpu().numpy(), some[at, j].double().cpu().numpy()
+
+
+def _compare_all(compare: _Comparison, a: slice, b: slice) -> None:
+    for left in _blocks(a):
+        rows = np.arange(left.start, left.stop)
+        for right in _blocks(b):
+            if right.stop > left.start:
+                compare(rows, right, triangle=right.start < left.stop)
+
+
+def _compare_cells(compare: _Comparison, prepared: Prepared, visiting: slice, visited: slice, *, own: bool) -> None:
+    """The rows of one chunk that visit a cell, against the rows of another chunk in it, cell by cell."""
+    cells = prepared.cell_at[visited]
+    names, starts = np.unique(cells, return_index=True)
+    stops = np.append(starts[1:], len(cells))
+    for cell, start, stop in zip(names.tolist(), starts.tolist(), stops.tolist(), strict=True):
+        visitors = prepared.visitors[prepared.visit_starts[cell] : prepared.visit_starts[cell + 1]]
+        visitors = visitors[slice(*np.searchsorted(visitors, [visiting.start, visiting.stop]).tolist())]
+        at_home = prepared.cell_at[visitors] == cell
+        piece = slice(visited.start + start, visited.start + stop)
+        guests, family = visitors[~at_home], visitors[at_home]
+        for right in _blocks(piece):
+            if len(guests):
+                compare(guests, right, triangle=False)
+            if own and len(family):
+                compare(family, right, triangle=visiting == visited)
+
+
+def _blocks(rows: slice) -> Iterator[slice]:
+    for start in range(rows.start, rows.stop, _SIDE):
+        yield slice(start, min(start + _SIDE, rows.stop))
+
+
+def _chunk_starts(fresh: int, rows: int, chunk_rows: int) -> Int[np.ndarray, " chunks_and_one"]:
+    """Chunks of about `chunk_rows`; none holds both new and old rows."""
+    new = np.linspace(0, fresh, math.ceil(fresh / chunk_rows) + 1)
+    old = np.linspace(fresh, rows, math.ceil((rows - fresh) / chunk_rows) + 1)[1:]
+    return np.concatenate([new, old]).round().astype(np.int64)
+
+
+def _identical(images: UnitRows, hashes: UInt64[np.ndarray, "rows 2"]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows equal to an earlier row bit for bit, and that row. A hash only nominates; the bytes decide."""
+    repeats, firsts = identical_groups(hashes[:, 0])
+    same = np.empty(len(repeats), dtype=bool)
+    for start in range(0, len(repeats), images.cached_rows):
+        part = slice(start, start + images.cached_rows)
+        one, other = images.raw(repeats[part]), images.raw(firsts[part])
+        same[part] = (one.view(np.uint8) == other.view(np.uint8)).reshape(len(one), -1).all(axis=1)
+    return repeats[same], firsts[same]
+
+
+def _visitors(
+    visits: list[np.ndarray], row_at: Int[np.ndarray, " positions"], rows: int, cells: int
+) -> tuple[Int[np.ndarray, " visits"], Int[np.ndarray, " cells_and_one"]]:
+    """Visits (cell times rows plus row) as positions, cell by cell."""
+    if not cells:
+        return np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    position = np.full(rows, -1, dtype=np.int64)
+    position[row_at] = np.arange(len(row_at))
+    cell, row = np.divmod(np.concatenate(visits), rows)
+    keys = cell * rows + position[row]
+    keys = np.sort(keys[position[row] >= 0])
+    cell, at = np.divmod(keys, rows)
+    return at, np.searchsorted(cell, np.arange(cells + 1))

@@ -1,0 +1,340 @@
+"""How near pairs will be looked for: chosen from a sample of the rows, and never of influence on what is found."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int
+
+from clip_cid.method.sketch import CodeType, Coding, Sketch, coding_for, make_sketch, principal_directions
+from clip_cid.method.unit_rows import FLOAT32_ERROR, UnitRows, product_error, squared_distances
+
+_WIDTHS = (32, 64, 96, 128, 192, 256)
+_SAMPLE_ROWS, _EXACT_ROWS = 2048, 128
+_SMALL = 2048  # so few rows are compared sooner than planned for
+_CELLS_FROM = 20_000
+_TRIAL_WIDTH = 96  # windows are tried in a sketch of this width; wider ones see about the same
+_CELL_ROUNDS, _POINTS_PER_CELL = 4, 16
+_MOST_VISITS = 64  # a row: the memory of the windows
+_FEWEST_CHUNKS, _LEAST_CHUNK, _LARGEST_CHUNK = 8, 8192, 1 << 20
+_ENTRIES = 1 << 20  # of the block whose product is timed
+# What a core does in a second, for estimates only
+_RATE = 8e10  # additions and multiplications in float32
+_SECONDS_A_NUMBER = 5e-9
+_SECONDS_A_CALL = 1.5e-4
+_SECONDS_A_CENTER = 2e-9  # beside the product: the comparison with the window
+_CROWDED = 0.5  # near pairs come in crowds, of which few are computed exactly
+_SMALL_PRODUCTS = 1.3  # small blocks are slower by this
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choices. Any plan finds the same pairs; they differ in time and memory."""
+
+    kind: CodeType = "float32"
+    """What a row's code is made of."""
+    width: int | None = None
+    """Numbers in a code; None for the row itself."""
+    cells: int = 0
+    """Cells of the windows; 0 compares all rows with all."""
+    chunk_rows: int = _LARGEST_CHUNK
+    """Rows of a chunk: a task compares two chunks."""
+    device: str = "cpu"
+    """Where the products are computed."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan is expected to cost, from a sample."""
+
+    pairs: float
+    """Pairs of codes to multiply."""
+    candidates: float
+    """Pairs to compute exactly."""
+    seconds: float
+    """Of one core (or of the device)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A plan, and the arrays it needs."""
+
+    plan: Plan
+    coding: Coding
+    sketch: Sketch | None = None
+    centers: Float32[np.ndarray, "cells width"] | None = None
+    estimate: Estimate | None = None
+
+    @property
+    def error(self) -> float:
+        """How far a projected row may be from what it stands for."""
+        return 2 * FLOAT32_ERROR if self.sketch is None else self.sketch.error
+
+    def projected(self, rows: Float32[np.ndarray, "n dim"]) -> Float32[np.ndarray, "n width"]:
+        """What the windows see."""
+        return rows if self.sketch is None else self.sketch.project(rows)
+
+    def completed(self, projected: Float32[np.ndarray, "n width"]) -> Float32[np.ndarray, "n width"]:
+        """What the codes stand for."""
+        return projected if self.sketch is None else self.sketch.complete(projected)
+
+    def describe(self) -> str:
+        """The plan in one line, with the expected time where it is known."""
+        plan = self.plan
+        what = f"{'whole rows' if plan.width is None else f'{plan.width}-number sketches'} in {plan.kind}"
+        where = f", {plan.cells:,} cells" if plan.cells else ", all pairs"
+        on = "" if plan.device == "cpu" else f" on {plan.device}"
+        if self.estimate is None:
+            return f"{what}{where}{on}"
+        found = self.estimate
+        return (
+            f"{what}{where}{on}: about {found.pairs:.2g} products and {found.candidates:.2g} exact distances,"
+            f" {_duration(found.seconds)} of one {'core' if plan.device == 'cpu' else 'device'}"
+        )
+
+
+def make_plan(images: UnitRows, limit: float, *, device: str = "cpu", new_rows: int | None = None) -> Layout:
+    """Choose from a sample: code, sketch and cells, for pairs at squared distance `limit` or less.
+
+    With `new_rows` the pairs of all other rows are known, so that fewer pairs are left.
+    """
+    rows = len(images)
+    chunk = _chunk_rows(rows)
+    if device != "cpu":
+        return lay_out(images, Plan("float16", None, 0, chunk, device))
+    if rows <= _SMALL:
+        return lay_out(images, Plan(chunk_rows=chunk))
+    sample = _Sample(images, limit, rows if new_rows is None else new_rows)
+    best = sample.with_cells(sample.codes())
+    return replace(best, plan=replace(best.plan, chunk_rows=chunk))
+
+
+def lay_out(images: UnitRows, plan: Plan) -> Layout:
+    """The arrays of a plan that is given, not chosen."""
+    rows = images.float32(_some(len(images), _SAMPLE_ROWS, seed=0))
+    sketch = None
+    if plan.width is not None or plan.kind == "int8":
+        sketch = _sketch(rows, images.dim if plan.width is None else plan.width)
+    layout = _coded(plan, sketch, rows)
+    return replace(layout, centers=_centers(images, layout, plan.cells)) if plan.cells else layout
+
+
+def _coded(plan: Plan, sketch: Sketch | None, rows: Float32[np.ndarray, "n dim"]) -> Layout:
+    if sketch is None:
+        return Layout(plan, coding_for(plan.kind, rows, 4 * FLOAT32_ERROR))
+    return Layout(plan, coding_for(plan.kind, sketch.complete(sketch.project(rows)), sketch.slack), sketch)
+
+
+class _Sample:
+    """Rows drawn at random, and what a code or a window would do to their pairs."""
+
+    def __init__(self, images: UnitRows, limit: float, new_rows: int) -> None:
+        self._pairs = new_rows * (len(images) - new_rows / 2)
+        self._images, self._least, self._limit = images, 1 - limit / 2, limit
+        chosen = _some(len(images), _SAMPLE_ROWS, seed=0)
+        self._rows = images.float32(chosen)
+        self._exact_seconds = self._time_of_exact(images[chosen[:_EXACT_ROWS]])
+
+    def codes(self) -> list[Layout]:
+        """Sketches and whole rows, each with its estimate for all pairs."""
+        kind: CodeType = "int8" if int8_products_are_right() else "float32"
+        found = [self._estimated(Plan("float32"), None)]
+        directions = principal_directions(self._rows, min(max(_WIDTHS), self._images.dim))
+        for width in (width for width in _WIDTHS if width < self._images.dim):
+            found.append(self._estimated(Plan(kind, width), make_sketch(directions, width)))
+            if _seconds(found[-1]) > 1.5 * min(map(_seconds, found)):
+                break
+        best = min(found, key=_seconds)
+        if kind == "int8" and self._share_of_exact(best) > 0.5:
+            # Too many pairs pass: more of the row, or smaller errors (at tiny thresholds those of int8 count).
+            found.append(self._estimated(Plan(kind), _sketch(self._rows, self._images.dim)))
+            if best.sketch is not None:
+                found.append(self._estimated(Plan("float32", best.plan.width), best.sketch))
+        return found
+
+    def with_cells(self, codes: list[Layout]) -> Layout:
+        """The cheapest of the codes, each without cells and with as many as pay."""
+        rows, best = len(self._images), min(codes, key=_seconds)
+        if rows < _CELLS_FROM:
+            return best
+        trial = next((code for code in codes if code.coding.width >= _TRIAL_WIDTH and code.sketch), best)
+        cells = 1 << round(math.log2(1.5 * math.sqrt(rows)))
+        while self._time_of_centers(cells, trial) < 0.05 * _seconds(min(codes, key=_seconds)):
+            pairs = self._pairs_in_windows(trial, cells)
+            found = min((self._celled(code, cells, pairs) for code in codes), key=_seconds)
+            if _seconds(found) > 0.9 * _seconds(best):
+                break
+            best, cells = found, 2 * cells
+        if best.plan.cells:
+            best = replace(best, centers=_centers(self._images, best, best.plan.cells))
+        return best
+
+    def _estimated(self, plan: Plan, sketch: Sketch | None) -> Layout:
+        layout = _coded(plan, sketch, self._rows)
+        candidates = self._share(layout) * self._pairs
+        seconds = self._seconds_of(layout, self._pairs, candidates)
+        return replace(layout, estimate=Estimate(self._pairs, candidates, seconds))
+
+    def _share(self, layout: Layout) -> float:
+        """The share of pairs that would have to be computed exactly."""
+        short = layout.completed(layout.projected(self._rows))
+        error = layout.coding.encode(short)[1].astype(np.float64).mean(keepdims=True)
+        products = short @ short.T
+        np.fill_diagonal(products, -2)
+        near = products >= np.float32(layout.coding.floor(self._least, error, error)[0] * layout.coding.unit)
+        return float(np.count_nonzero(near)) / (len(short) * (len(short) - 1))
+
+    def _seconds_of(self, layout: Layout, pairs: float, candidates: float) -> float:
+        reading = len(self._images) * self._images.dim * (_SECONDS_A_NUMBER + 2 * layout.coding.width / _RATE)
+        return reading + pairs * _time_of_product(layout.coding) + candidates * self._exact_seconds
+
+    def _share_of_exact(self, layout: Layout) -> float:
+        assert layout.estimate is not None
+        return layout.estimate.candidates * self._exact_seconds / layout.estimate.seconds
+
+    def _celled(self, flat: Layout, cells: int, pairs: float) -> Layout:
+        assert flat.estimate is not None
+        rows, width = len(self._images), flat.coding.width
+        chunks = math.ceil(rows / _chunk_rows(rows))
+        seconds = (
+            self._seconds_of(flat, _SMALL_PRODUCTS * pairs, flat.estimate.candidates)
+            + rows * cells * (2 * width / _RATE + _SECONDS_A_CENTER)
+            + (chunks + 1) * cells * _SECONDS_A_CALL
+            + self._time_of_centers(cells, flat)
+        )
+        return replace(
+            flat, plan=replace(flat.plan, cells=cells), estimate=Estimate(pairs, flat.estimate.candidates, seconds)
+        )
+
+    def _pairs_in_windows(self, flat: Layout, cells: int) -> float:
+        """How many products windows would leave; infinite when rows would visit too many cells to remember."""
+        find = Windows(_centers(self._images, flat, cells), self._limit, flat.error)
+        home, visits = find(flat.projected(self._rows))
+        if float(visits.sum(axis=1).mean()) > _MOST_VISITS:
+            return math.inf
+        own = home[:, None] == home[None, :]
+        seen = visits[:, home] & ~own  # row i visits the cell of row j
+        return 2 * self._pairs * (float(seen.mean()) + float(own.mean()) / 2)
+
+    def _time_of_exact(self, units: Float[np.ndarray, "n dim"]) -> float:
+        """Seconds of an exact distance: of each candidate, though those of a crowd need fewer."""
+        one, other = np.random.default_rng(2).integers(0, len(units), (2, len(units)))
+        return _CROWDED * _seconds_of(lambda: squared_distances(units[one], units[other])) / len(units)
+
+    def _time_of_centers(self, cells: int, layout: Layout) -> float:
+        return _CELL_ROUNDS * _POINTS_PER_CELL * cells * cells * 2 * layout.coding.width / _RATE
+
+
+class Windows:
+    r"""The cell of each row, and the cells it has to be compared with; `cell_windows` in docs/method.md.
+
+    Two rows at most eps apart, of cells A and B, cannot both be further than eps / 2 from the plane half way between
+    the two centers: each row visits the cells whose plane is that near, and one of the two visits the other's cell.
+    A cell need not be the nearest for this to hold.
+    """
+
+    def __init__(self, centers: Float32[np.ndarray, "cells width"], limit: float, error: float) -> None:
+        """`error` is how far a row that is asked about may be from what it stands for."""
+        exact = centers.astype(np.float64)
+        squares = (exact * exact).sum(axis=1)
+        apart = np.sqrt(np.clip(squares[:, None] + squares[None, :] - 2 * exact @ exact.T, 0, None) + 1e-12)
+        half = math.sqrt(limit) / 2
+        # Of two scores: the row's error, that of a float32 product, and the rounding of the halved squares.
+        margin = 2 * (error + product_error(centers.shape[1]) * (1 + error) + 2.0**-22) * max(1.0, squares.max() ** 0.5)
+        self._centers, self._half_squares = centers, (squares / 2).astype(np.float32)
+        self._reach = (half * apart * (1 + 1e-6) + margin).astype(np.float32)
+
+    def __call__(
+        self, projected: Float32[np.ndarray, "n width"]
+    ) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, "n cells"]]:
+        scores = projected @ self._centers.T
+        scores -= self._half_squares
+        home = scores.argmax(axis=1)
+        scores -= scores[np.arange(len(scores)), home][:, None]
+        scores += self._reach[home]
+        return home, scores >= 0
+
+
+def int8_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """(n, width) by (width, m) int8 into int32, four times as fast as float32 where the processor has the instructions."""
+    product: Any = getattr(torch, "_int_mm")  # noqa: B009 - torch does not export it
+    return product(left, right) if out is None else product(left, right, out=out)
+
+
+def int8_products_are_right() -> bool:
+    """Whether this machine multiplies int8 codes into int32 without overflow or error."""
+    left = torch.full((5, 67), -127, dtype=torch.int8)
+    right = torch.full((3, 67), 127, dtype=torch.int8)
+    left[1:3] = 127
+    try:
+        product = int8_product(left, right.T)
+    except (AttributeError, RuntimeError):  # it is not public in torch, and not everywhere
+        return False
+    return bool((product == (left.int() @ right.int().T)).all())
+
+
+def _sketch(rows: Float32[np.ndarray, "n dim"], width: int) -> Sketch:
+    dim = rows.shape[1]
+    if width >= dim:
+        return make_sketch(np.eye(dim), dim)
+    return make_sketch(principal_directions(rows, min(max((*_WIDTHS, width)), dim)), width)
+
+
+def _centers(images: UnitRows, layout: Layout, cells: int) -> Float32[np.ndarray, "cells width"]:
+    points = layout.projected(images.float32(_some(len(images), _POINTS_PER_CELL * cells, seed=3)))
+    search = faiss.Kmeans(
+        points.shape[1],
+        min(cells, len(points)),
+        niter=_CELL_ROUNDS,
+        seed=1,
+        min_points_per_centroid=1,
+        max_points_per_centroid=10**6,
+    )
+    search.train(points)
+    return np.ascontiguousarray(search.centroids)
+
+
+def _some(rows: int, count: int, *, seed: int) -> Int[np.ndarray, " n"]:
+    if rows <= count:
+        return np.arange(rows)
+    return np.sort(np.random.default_rng(seed).choice(rows, size=count, replace=False))
+
+
+def _chunk_rows(rows: int) -> int:
+    return min(max(math.ceil(rows / _FEWEST_CHUNKS), _LEAST_CHUNK), _LARGEST_CHUNK)
+
+
+def _time_of_product(coding: Coding) -> float:
+    """Seconds for the product of two codes and the look at it, measured."""
+    side = math.isqrt(_ENTRIES)
+    codes = np.random.default_rng(0).integers(-9, 9, (side, coding.width)).astype(coding.kind)
+    tensor = torch.from_numpy(codes)
+    if coding.kind == "int8":
+        return _seconds_of(lambda: int8_product(tensor, tensor.T).numpy().max(axis=1)) / _ENTRIES
+    return _seconds_of(lambda: torch.mm(tensor, tensor.T).numpy().max(axis=1)) / _ENTRIES
+
+
+def _seconds_of(work: Callable[[], Any]) -> float:
+    work()
+    times: list[float] = []
+    for _ in range(2):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _seconds(layout: Layout) -> float:
+    assert layout.estimate is not None
+    return layout.estimate.seconds
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,265 @@
+"""The balance stage on embeddings from elsewhere: resumed, shared, grown, swept. Results are compared byte for byte."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+
+from clip_cid import cli, engine
+from clip_cid.data.balance_tables import BalanceTables
+from clip_cid.data.forest_file import read_forest
+from clip_cid.method import pair_plan
+from clip_cid.run_folder import RunFolder
+
+FILES = ("kept.npy", "set_of.npy", "forest.parquet", "row_hashes.npy", "sets.parquet", "members.parquet")
+
+
+def planted(rows: int, *, seed: int = 0) -> np.ndarray:
+    """Two near-duplicates in five, some of them equal bit for bit."""
+    rng = np.random.default_rng(seed)
+    found = oracles.unit(rng.standard_normal((rows, 12)))
+    copies = rng.permutation(rows)[: 2 * rows // 5]
+    noise = rng.choice([0, 0.02, 0.1], (len(copies), 1)) * rng.standard_normal((len(copies), 12))
+    found[copies] = oracles.unit(found[rng.integers(0, rows, len(copies))] + noise)
+    return found.astype(np.float16)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair_plan, "_LEAST_CHUNK", 50)
+
+
+def source(run: Path, rows: np.ndarray) -> str:
+    """The rows on disk, by one name in all runs: keys are made of it."""
+    folder = run.with_name(f"{run.name}-data")
+    folder.mkdir(exist_ok=True)
+    path = folder / "rows.npy"
+    if not path.exists() or np.load(path).tobytes() != rows.tobytes():  # written anew it would be another input
+        np.save(path, rows)
+    return str(path)
+
+
+def balance(run: Path, rows: np.ndarray, *flags: str) -> Path:
+    assert cli.main(["balance", str(run), "--embeddings", source(run, rows), *flags]) == 0
+    return run / "balance"
+
+
+def assert_equal(one: Path, other: Path, files: tuple[str, ...] = FILES) -> None:
+    for name in files:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_the_stage_finds_what_the_slow_version_finds(tmp_path, small_chunks):
+    rows = planted(300)
+    out = balance(tmp_path / "run", rows)
+    kept, set_of = oracles.balance(rows, 0.07, "cosine")
+    assert np.load(out / "kept.npy").tolist() == kept
+    assert np.load(out / "set_of.npy").tolist() == set_of
+    assert not (out / "work").exists()
+
+
+def test_an_interrupted_balance_does_only_what_is_missing(tmp_path, small_chunks, monkeypatch):
+    rows = planted(300)
+    whole = balance(tmp_path / "whole", rows)
+    done: list[tuple[int, int]] = []
+    original = engine.run_tasks
+
+    def interrupted(tasks, begin, *, processes, on_done):
+        original(tasks[:4], begin, processes=processes, on_done=on_done)
+        done.extend(tasks[:4])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "run_tasks", interrupted)
+    assert cli.main(["balance", str(tmp_path / "cut"), "--embeddings", source(tmp_path / "cut", rows)]) == 130
+    assert not (tmp_path / "cut" / "balance").exists()
+
+    def watched(tasks, begin, *, processes, on_done):
+        assert len(tasks) > 4
+        assert not set(tasks) & set(done)
+        original(tasks, begin, processes=processes, on_done=on_done)
+
+    monkeypatch.setattr(engine, "run_tasks", watched)
+    assert_equal(balance(tmp_path / "cut", rows), whole)
+
+
+KILLED = """
+import os, signal, sys
+from clip_cid import cli, engine
+from clip_cid.method import pair_plan
+pair_plan._LEAST_CHUNK = 50
+original, left = engine.run_tasks, int(sys.argv[1])
+def killed(tasks, begin, *, processes, on_done):
+    def count(task):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        on_done(task)
+    original(tasks, begin, processes=processes, on_done=count)
+engine.run_tasks = killed
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_a_killed_balance_ends_byte_identical(tmp_path, small_chunks):
+    rows = planted(300)
+    whole = balance(tmp_path / "whole", rows)
+    command = ["balance", str(tmp_path / "cut"), "--embeddings", source(tmp_path / "cut", rows)]
+    for after in (1, 3):
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(after), *command], timeout=120, check=False)
+        assert killed.returncode == -signal.SIGKILL
+        assert len(list((tmp_path / "cut" / "balance.part" / "work").glob("links-*"))) == (1 if after == 1 else 4)
+    assert_equal(balance(tmp_path / "cut", rows), whole)
+
+
+def test_two_processes_share_the_work(tmp_path, small_chunks):
+    rows = planted(300)
+    alone = balance(tmp_path / "alone", rows)
+    assert_equal(balance(tmp_path / "shared", rows, "--machine.balance-processes", "2"), alone)
+
+
+def test_another_threshold_looks_at_no_pair_again(tmp_path, small_chunks, monkeypatch):
+    rows = planted(300)
+    balance(tmp_path / "run", rows, "--balance.max-threshold", "0.2")
+    fresh = balance(tmp_path / "fresh", rows, "--balance.threshold", "0.15")
+    monkeypatch.setattr(engine, "run_tasks", None)
+    again = balance(tmp_path / "run", rows, "--balance.threshold", "0.15", "--balance.max-threshold", "0.15")
+    assert_equal(again, fresh)
+
+
+def test_a_larger_threshold_than_is_known_looks_again(tmp_path, small_chunks):
+    rows = planted(300)
+    balance(tmp_path / "run", rows, "--balance.threshold", "0.05")
+    again = balance(tmp_path / "run", rows, "--balance.threshold", "0.15")
+    assert_equal(again, balance(tmp_path / "fresh", rows, "--balance.threshold", "0.15"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (slice(0, 250), slice(0, 300)),
+        (slice(20, 300), slice(0, 300)),
+        (slice(0, 300), slice(30, 280)),
+        (slice(0, 200), slice(100, 300)),
+        (slice(0, 100), slice(200, 300)),
+    ],
+)
+def test_rows_that_come_and_go_give_what_a_run_from_scratch_gives(tmp_path, small_chunks, before, after):
+    rows = planted(300)
+    earlier = balance(tmp_path / "earlier", rows[before])
+    grown = balance(tmp_path / "grown", rows[after], "--balance.grow-from", str(earlier))
+    assert_equal(grown, balance(tmp_path / "fresh", rows[after]))
+
+
+def test_a_changed_row_is_a_new_row(tmp_path, small_chunks):
+    rows = planted(300)
+    earlier = balance(tmp_path / "earlier", rows)
+    changed = rows.copy()
+    changed[7] = changed[250]
+    grown = balance(tmp_path / "grown", changed, "--balance.grow-from", str(earlier))
+    assert_equal(grown, balance(tmp_path / "fresh", changed))
+
+
+def test_growing_looks_at_new_pairs_only(tmp_path, small_chunks, monkeypatch):
+    rows = planted(300)
+    earlier = balance(tmp_path / "earlier", rows[:250])
+    seen: list[tuple[int, int]] = []
+    original = engine.run_tasks
+
+    def watched(tasks, begin, *, processes, on_done):
+        seen.extend(tasks)
+        original(tasks, begin, processes=processes, on_done=on_done)
+
+    monkeypatch.setattr(engine, "run_tasks", watched)
+    balance(tmp_path / "grown", rows, "--balance.grow-from", str(earlier))
+    assert {a for a, _ in seen} == {0}  # the one chunk of new rows, against every chunk
+    assert len(seen) > 3
+
+
+def test_a_tampered_forest_is_not_built_upon(tmp_path, small_chunks, capfd):
+    rows = planted(200)
+    earlier = balance(tmp_path / "earlier", rows[:150])
+    path = earlier / "forest.parquet"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    flags = ["--embeddings", source(tmp_path / "grown", rows), "--balance.grow-from", str(earlier)]
+    assert cli.main(["balance", str(tmp_path / "grown"), *flags]) == 1
+    assert "not there as a finished balance stage wrote it" in capfd.readouterr().err
+    again = balance(tmp_path / "earlier", rows[:150])  # its own results: made anew
+    assert_equal(again, balance(tmp_path / "fresh", rows[:150]))
+
+
+def test_force_makes_the_forest_from_nothing(tmp_path, small_chunks, monkeypatch):
+    rows = planted(200)
+    balance(tmp_path / "run", rows)
+    calls: list[int] = []
+    original = engine.run_tasks
+    monkeypatch.setattr(
+        engine, "run_tasks", lambda tasks, *rest, **named: (calls.append(len(tasks)), original(tasks, *rest, **named))
+    )
+    balance(tmp_path / "run", rows)
+    assert calls == []
+    balance(tmp_path / "run", rows, "--force")
+    assert calls == [10]  # four chunks
+
+
+def test_the_target_share_is_met_by_the_smallest_threshold(tmp_path, small_chunks, capfd):
+    rows = planted(300)
+    out = balance(tmp_path / "run", rows, "--target-removed", "0.2", "--balance.max-threshold", "0.1")
+    record = RunFolder(tmp_path / "run").record("balance")
+    assert record is not None
+    assert record.summary["removed"] == 60
+    threshold = record.summary["threshold"]["cosine"]
+    kept, _ = oracles.balance(rows, threshold + 1e-12, "cosine")
+    fewer, _ = oracles.balance(rows, threshold - 1e-12, "cosine")
+    assert (len(kept), len(fewer)) == (240, 241)
+    assert BalanceTables(out).threshold == threshold
+    flags = ["--embeddings", source(tmp_path / "other", rows), "--target-removed", "0.99"]
+    assert cli.main(["balance", str(tmp_path / "other"), *flags]) == 2
+    assert "Give a larger balance.max_threshold" in capfd.readouterr().err
+
+
+def test_the_sweep_prints_the_curve_of_runs_of_their_own(tmp_path, small_chunks, capfd):
+    rows = planted(300)
+    out = balance(tmp_path / "run", rows, "--balance.max-threshold", "0.14", "--sweep")
+    lines = [line for line in capfd.readouterr().out.splitlines() if "%" in line]
+    assert len(lines) == 14  # 0.07 is one of the 14 steps to 0.14
+    for line in lines[::5]:
+        cells = [cell.strip() for cell in line.strip("│┃ ").replace("┃", "│").split("│")]
+        kept, set_of = oracles.balance(rows, float(cells[-6]) * (1 + 1e-4), "cosine")
+        assert cells[-3:] == [f"{300 - len(kept)}", f"{1 - len(kept) / 300:.2%}", f"{np.bincount(set_of).max()}"]
+    assert (tmp_path / "run" / "sweep" / "removed_share.svg").stat().st_size > 1000
+    assert read_forest(out / "forest.parquet").limit == pytest.approx(0.28)
+
+
+def test_a_radius_keeps_more_and_says_which(tmp_path, small_chunks):
+    angles = np.deg2rad(np.arange(0, 60))
+    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    out = balance(tmp_path / "run", rows, "--balance.threshold", "0.001", "--balance.max-radius", "0.001")
+    distances = BalanceTables(out).distances
+    assert distances.max() <= 0.001
+    plain = balance(tmp_path / "plain", rows, "--balance.threshold", "0.001")
+    assert len(np.load(plain / "kept.npy")) == 1 < len(np.load(out / "kept.npy"))
+
+
+def test_the_giant_of_a_drift_is_warned_of_in_numbers(tmp_path, capfd):
+    angles = np.deg2rad(np.linspace(0, 170, 400))
+    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    balance(tmp_path / "run", rows, "--balance.threshold", "0.01")
+    assert "the largest has 400 images (100.0 % of all)" in capfd.readouterr().err
+
+
+def test_the_best_caption_needs_captions(tmp_path, capfd):
+    flags = ["--embeddings", source(tmp_path / "run", planted(50)), "--balance.keep", "best_caption"]
+    assert cli.main(["balance", str(tmp_path / "run"), *flags]) == 2
+    assert "best_caption needs embeddings of captions" in capfd.readouterr().err
+
+
+def test_the_manifest_tells_all_three_scales(tmp_path):
+    balance(tmp_path / "run", planted(50), "--balance.metric", "euclidean", "--balance.threshold", "0.3")
+    summary = json.loads((tmp_path / "run" / "balance" / "manifest.json").read_text())["summary"]
+    assert summary["threshold"] == pytest.approx({"cosine": 0.045, "squared_euclidean": 0.09, "euclidean": 0.3})

@@ -14,35 +14,68 @@ from clip_cid.method.unit_rows import cosine_error
 
 _FEW = 256  # fewer pairs are not worth a look at all of them together
 _SECONDS_A_CROWD, _SECONDS_AN_ENTRY, _SECONDS_A_PRODUCT, _SECONDS_A_NUMBER = 4e-4, 2e-8, 2.5e-11, 1.7e-9
+_WHOLE, _RUN = 8192, 1 << 14
 _FAR = 9.0  # beyond any squared distance of unit vectors
-
-Pairs = tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]
 
 
 def possible_links(
     units: Float[np.ndarray, "rows dim"], i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"], limit: float
-) -> Pairs:
+) -> tuple[Int[np.ndarray, " some"], Int[np.ndarray, " some"], list[Int[np.ndarray, " crowd"]]]:
     """Pairs whose minimum spanning forest is that of the given ones: fewer, where these are crowded together.
 
     Of a crowd the float32 distances of all its rows give a single-linkage tree. A pair is left out when its distance
     exceeds the longest step on the tree between its rows by more than both may be wrong: by the cycle law it is not in
     the exact forest either. The others, and the pairs of no crowd, come back.
+
+    Returns:
+        Both rows of each pair, and the rows of each crowd: of these all pairs were looked at, whether given or not.
     """
     if len(i) < _FEW:
-        return i, j
+        return i, j, []
     labels = _components(len(units), i, j)
-    crowds = _crowds(labels, i, units.shape[1])
-    if not len(crowds):
-        return i, j
-    scattered = ~np.isin(labels[i], crowds)
-    found = [(i[scattered], j[scattered])]
+    names = _crowds(labels, i, units.shape[1])
+    if not len(names):
+        return i, j, []
+    scattered = ~np.isin(labels[i], names)
     order = np.argsort(labels, kind="stable")
-    starts = np.searchsorted(labels[order], crowds)
-    stops = np.searchsorted(labels[order], crowds, side="right")
-    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-        found += _crowd_links(units, order[start:stop], limit)
+    starts, stops = (np.searchsorted(labels[order], names, side=side) for side in ("left", "right"))
+    crowds = [order[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+    found = [(i[scattered], j[scattered]), *(_crowd_links(units, crowd, limit) for crowd in crowds)]
     left, right = (np.concatenate(column) for column in zip(*found, strict=True))
-    return left, right
+    return left, right, crowds
+
+
+def groups_of_pairs(
+    i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"], most_rows: int
+) -> Iterator[Int[np.ndarray, " some"]]:
+    """The pairs in groups of about `most_rows` rows; connected pairs are together, so that a row is read once.
+
+    Only where more than some thousand rows are connected are their pairs divided, in the order of the first row.
+    """
+    _, left, right = numbered(i, j)
+    labels = _components(int(max(left.max(), right.max())) + 1, left, right)
+    sizes = np.bincount(labels)
+    divided = (sizes > _WHOLE).any()
+    order = np.lexsort((left, labels[left])) if divided else np.argsort(labels[left], kind="stable")
+    label = labels[left[order]]
+    portion = (np.cumsum(sizes) - 1) // most_rows
+    run = np.where(sizes[label] > _WHOLE, 1 + (np.arange(len(order)) - np.searchsorted(label, label)) // _RUN, 0)
+    begins = np.flatnonzero((np.diff(portion[label]) != 0) | (np.diff(run) != 0)) + 1
+    yield from np.split(order, begins)
+
+
+def numbered(
+    i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]
+) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
+    """The different rows of the pairs, ascending, and each pair as places among them."""
+    highest = int(max(i.max(), j.max())) + 1
+    if highest > 8 * len(i):
+        rows, places = np.unique(np.concatenate([i, j]), return_inverse=True)
+        return rows, places[: len(i)], places[len(i) :]
+    there = np.zeros(highest, dtype=bool)  # a table of all numbers is quicker than a sorting, while it is small
+    there[i] = there[j] = True
+    place = np.cumsum(there) - 1
+    return np.flatnonzero(there), place[i], place[j]
 
 
 def _components(rows: int, i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]) -> Int[np.ndarray, " rows"]:
@@ -61,7 +94,7 @@ def _crowds(labels: Int[np.ndarray, " rows"], i: Int[np.ndarray, " pairs"], dim:
 
 def _crowd_links(
     units: Float[np.ndarray, "rows dim"], rows: Int[np.ndarray, " crowd"], limit: float
-) -> Iterator[Pairs]:
+) -> tuple[Int[np.ndarray, " links"], Int[np.ndarray, " links"]]:
     error = 2 * cosine_error(units.shape[1]) + 2.0**-21  # of a squared distance; the last part is 2 - 2 cos itself
     short = units[rows].astype(np.float32)
     squared = short @ short.T
@@ -74,4 +107,4 @@ def _crowd_links(
     kept = np.flatnonzero((flat <= longest + 2 * error) & (flat < _FAR))
     firsts = np.cumsum(np.arange(len(rows) - 1, 0, -1)) - np.arange(len(rows) - 1, 0, -1)
     left = np.searchsorted(firsts, kept, side="right") - 1
-    yield rows[left], rows[kept - firsts[left] + left + 1]
+    return rows[left], rows[kept - firsts[left] + left + 1]

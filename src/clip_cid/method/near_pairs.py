@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt64
+from jaxtyping import Bool, Float, Int, UInt8, UInt64
 
-from clip_cid.method.dense_links import possible_links
+from clip_cid.method.dense_links import groups_of_pairs, numbered, possible_links
 from clip_cid.method.forest import Forest, Links, join_links, spanning_forest, spanning_links
 from clip_cid.method.pair_plan import Layout, Windows, int8_product, make_plan
 from clip_cid.method.sketch import Coding, identical_groups
@@ -20,8 +20,11 @@ Task = tuple[int, int]
 _SIDE = 2048  # rows of a block of products
 _PRODUCTS = _SIDE * _SIDE
 _FOLDS = 16
-_PENDING_NUMBERS = 1 << 22  # numbers of the rows whose exact distances wait: 32 MB
+_TURNED = 4096  # a multiple of 8
+_PENDING_PAIRS = 1 << 21
 _PENDING_LINKS = 1 << 21
+_LARGE_CROWD = 256
+_UNIT_NUMBERS = 1 << 20  # of the rows whose distances are computed together: 8 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +42,8 @@ class Prepared:
     """How far each code is from what it stands for."""
     cell_at: Int[np.ndarray, " positions"]
     """The cell of each position; all 0 without cells."""
-    visitors: Int[np.ndarray, " visits"]
-    """The positions that visit cell 0, those of cell 1, and so on, each ascending; empty without cells."""
-    visit_starts: Int[np.ndarray, " cells_and_one"]
-    """Where the visitors of each cell begin, and their number."""
+    visits: UInt8[np.ndarray, "cells bytes"]
+    """For each cell a bit for each position: whether it has to be compared with the cell. No cells without windows."""
     chunk_starts: Int[np.ndarray, " chunks_and_one"]
     new_chunks: int
     """Chunks before this one hold the rows whose pairs are wanted; the pairs of the others are known."""
@@ -124,15 +125,15 @@ def prepare(
     errors, hashes = np.empty(rows, dtype=np.float32), np.empty((rows, 2), dtype=np.uint64)
     home = np.zeros(rows, dtype=np.int32)
     window = None if layout.centers is None else Windows(layout.centers, limit, layout.error)
-    visits: list[np.ndarray] = []
+    cells = 0 if layout.centers is None else len(layout.centers)
+    visits = np.empty((rows, math.ceil(cells / 8)), dtype=np.uint8)
     for block in images.blocks(images.cached_rows):
         hashes[block] = row_hashes(images.raw(block))
         projected = layout.projected(images.float32(block))
         codes[block], errors[block] = coding.encode(layout.completed(projected))
         if window is not None:
             home[block], seen = window(projected)
-            at, cell = np.nonzero(seen)
-            visits.append(cell.astype(np.int64) * rows + (at + block.start))
+            visits[block] = np.packbits(seen, axis=1)
     repeats, firsts = _identical(images, hashes)
     alone = np.ones(rows, dtype=bool)
     alone[repeats] = False
@@ -140,8 +141,6 @@ def prepare(
     row_at = order[alone[order]]
     fresh = int(new[row_at].sum())
     starts = _chunk_starts(fresh, len(row_at), layout.plan.chunk_rows)
-    cells = 0 if layout.centers is None else len(layout.centers)
-    visitors, visit_starts = _visitors(visits, row_at, rows, cells)
     return Prepared(
         limit=limit,
         coding=coding,
@@ -150,8 +149,7 @@ def prepare(
         codes=codes[row_at],
         errors=errors[row_at],
         cell_at=home[row_at],
-        visitors=visitors,
-        visit_starts=visit_starts,
+        visits=_by_cell(visits, row_at, cells),
         chunk_starts=starts,
         new_chunks=int(np.searchsorted(starts, fresh)),
         repeats=repeats,
@@ -165,7 +163,7 @@ def near_links(prepared: Prepared, images: UnitRows, task: Task) -> Links:
     found = _Found(images, prepared.limit)
     compare = _Comparison(prepared, found)
     a, b = (slice(*prepared.chunk_starts[chunk : chunk + 2].tolist()) for chunk in task)
-    if len(prepared.visitors):
+    if len(prepared.visits):
         _compare_cells(compare, prepared, a, b, own=True)
         if a != b:
             _compare_cells(compare, prepared, b, a, own=False)
@@ -184,21 +182,25 @@ def row_hashes(rows: np.ndarray) -> UInt64[np.ndarray, "n 2"]:
 
 
 class _Found:
-    """Near pairs as they come, made exact a batch at a time and reduced to a forest whenever they are many."""
+    """Near pairs as they come, made exact when they are many, and reduced to a forest whenever the links are many."""
 
     def __init__(self, images: UnitRows, limit: float) -> None:
         self._images, self._limit = images, limit
-        self._batch = max(1, min(1 << 14, _PENDING_NUMBERS // images.dim))
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
         self._waiting_count = 0
         self._links: list[Links] = []
         self._links_count = 0
+        self._crowd_of: Int[np.ndarray, " rows"] | None = None
+        self._crowds = 0
 
     def add(self, i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]) -> None:
         """Rows that may be near, of one comparison (which bounds their number)."""
+        if self._crowd_of is not None:
+            open_pairs = (self._crowd_of[i] != self._crowd_of[j]) | (self._crowd_of[i] == 0)
+            i, j = i[open_pairs], j[open_pairs]
         self._waiting.append((i, j))
         self._waiting_count += len(i)
-        if self._waiting_count >= self._batch:
+        if self._waiting_count >= _PENDING_PAIRS:
             self._measure()
 
     def links(self) -> Links:
@@ -211,9 +213,15 @@ class _Found:
             return
         i, j = (np.concatenate(column) for column in zip(*self._waiting, strict=True))
         self._waiting, self._waiting_count = [], 0
-        rows, places = np.unique(np.concatenate([i, j]), return_inverse=True)
+        for some in groups_of_pairs(i, j, max(2, _UNIT_NUMBERS // self._images.dim)):
+            self._measure_some(i[some], j[some])
+
+    def _measure_some(self, i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]) -> None:
+        rows, left, right = numbered(i, j)
         units = self._images[rows]
-        i, j = possible_links(units, places[: len(i)], places[len(i) :], self._limit)
+        i, j, crowds = possible_links(units, left, right, self._limit)
+        for crowd in crowds:
+            self._settle(rows[crowd])
         squared = _distances(units, i, j)
         near = squared <= self._limit
         i, j = rows[i[near]], rows[j[near]]
@@ -221,6 +229,15 @@ class _Found:
         self._links_count += len(i)
         if self._links_count > _PENDING_LINKS:
             self._reduce()
+
+    def _settle(self, rows: Int[np.ndarray, " crowd"]) -> None:
+        """All pairs of these rows have been looked at: those that still come need not be."""
+        if len(rows) < _LARGE_CROWD:
+            return
+        if self._crowd_of is None:
+            self._crowd_of = np.zeros(len(self._images), dtype=np.int32)
+        self._crowds += 1
+        self._crowd_of[rows] = self._crowds
 
     def _reduce(self) -> None:
         self._links = [spanning_links(join_links(self._links))]
@@ -231,7 +248,7 @@ def _distances(
     units: Float[np.ndarray, "rows dim"], i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]
 ) -> Float[np.ndarray, " pairs"]:
     out = np.empty(len(i))
-    some = max(1, (1 << 17) // units.shape[1])  # 1 MB of differences
+    some = max(1, (1 << 16) // units.shape[1])  # half a MB of differences
     for start in range(0, len(i), some):
         part = slice(start, start + some)
         out[part] = squared_distances(units[i[part]], units[j[part]])
@@ -332,8 +349,7 @@ def _compare_cells(compare: _Comparison, prepared: Prepared, visiting: slice, vi
     names, starts = np.unique(cells, return_index=True)
     stops = np.append(starts[1:], len(cells))
     for cell, start, stop in zip(names.tolist(), starts.tolist(), stops.tolist(), strict=True):
-        visitors = prepared.visitors[prepared.visit_starts[cell] : prepared.visit_starts[cell + 1]]
-        visitors = visitors[slice(*np.searchsorted(visitors, [visiting.start, visiting.stop]).tolist())]
+        visitors = _visitors(prepared.visits[cell], visiting)
         at_home = prepared.cell_at[visitors] == cell
         piece = slice(visited.start + start, visited.start + stop)
         guests, family = visitors[~at_home], visitors[at_home]
@@ -367,16 +383,19 @@ def _identical(images: UnitRows, hashes: UInt64[np.ndarray, "rows 2"]) -> tuple[
     return repeats[same], firsts[same]
 
 
-def _visitors(
-    visits: list[np.ndarray], row_at: Int[np.ndarray, " positions"], rows: int, cells: int
-) -> tuple[Int[np.ndarray, " visits"], Int[np.ndarray, " cells_and_one"]]:
-    """Visits (cell times rows plus row) as positions, cell by cell."""
-    if not cells:
-        return np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
-    position = np.full(rows, -1, dtype=np.int64)
-    position[row_at] = np.arange(len(row_at))
-    cell, row = np.divmod(np.concatenate(visits), rows)
-    keys = cell * rows + position[row]
-    keys = np.sort(keys[position[row] >= 0])
-    cell, at = np.divmod(keys, rows)
-    return at, np.searchsorted(cell, np.arange(cells + 1))
+def _by_cell(
+    visits: UInt8[np.ndarray, "rows bytes_of_cells"], row_at: Int[np.ndarray, " positions"], cells: int
+) -> UInt8[np.ndarray, "cells bytes"]:
+    """Bits of cells for each row as bits of positions for each cell."""
+    turned = np.empty((cells, math.ceil(len(row_at) / 8)), dtype=np.uint8)
+    for start in range(0, len(row_at) if cells else 0, _TURNED):
+        bits = np.unpackbits(visits[row_at[start : start + _TURNED]], axis=1, count=cells)
+        turned[:, start // 8 : (start + _TURNED) // 8] = np.packbits(np.ascontiguousarray(bits.T), axis=1)
+    return turned
+
+
+def _visitors(bits: UInt8[np.ndarray, " bytes"], positions: slice) -> Int[np.ndarray, " visits"]:
+    """The positions of a range whose bit is set."""
+    first = positions.start // 8
+    found = np.flatnonzero(np.unpackbits(bits[first : math.ceil(positions.stop / 8)])) + 8 * first
+    return found[slice(*np.searchsorted(found, [positions.start, positions.stop]).tolist())]

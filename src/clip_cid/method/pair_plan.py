@@ -18,17 +18,18 @@ _WIDTHS = (32, 64, 96, 128, 192, 256)
 _SAMPLE_ROWS, _EXACT_ROWS = 2048, 128
 _SMALL = 2048  # so few rows are compared sooner than planned for
 _CELLS_FROM = 20_000
-_TRIAL_WIDTH = 96  # windows are tried in a sketch of this width; wider ones see about the same
+_TRIAL_WIDTH = 64  # windows are tried in a sketch of this width; wider ones see little more
 _CELL_ROUNDS, _POINTS_PER_CELL = 4, 16
-_MOST_VISITS = 64  # a row: the memory of the windows
-_FEWEST_CHUNKS, _LEAST_CHUNK, _LARGEST_CHUNK = 8, 8192, 1 << 20
+_MOST_CELLS = 4096  # a bit for each and each row: half a kB a row
+_FEWEST_CHUNKS, _LEAST_CHUNK, _LARGEST_CHUNK = 8, 1 << 16, 1 << 20
 _ENTRIES = 1 << 20  # of the block whose product is timed
 # What a core does in a second, for estimates only
 _RATE = 8e10  # additions and multiplications in float32
 _SECONDS_A_NUMBER = 5e-9
 _SECONDS_A_CALL = 1.5e-4
-_SECONDS_A_CENTER = 2e-9  # beside the product: the comparison with the window
-_CROWDED = 0.5  # near pairs come in crowds, of which few are computed exactly
+_SECONDS_A_CENTER = 4e-9  # beside the product: the comparison with the window, and its bit
+_SECONDS_A_PASSING = 5e-8
+_SECONDS_A_CANDIDATE = 6e-7  # beside its exact distance
 _SMALL_PRODUCTS = 1.3  # small blocks are slower by this
 
 
@@ -147,7 +148,7 @@ class _Sample:
         directions = principal_directions(self._rows, min(max(_WIDTHS), self._images.dim))
         for width in (width for width in _WIDTHS if width < self._images.dim):
             found.append(self._estimated(Plan(kind, width), make_sketch(directions, width)))
-            if _seconds(found[-1]) > 1.5 * min(map(_seconds, found)):
+            if len(found) > 2 and _seconds(found[-1]) > 1.2 * min(map(_seconds, found[1:-1])):
                 break
         best = min(found, key=_seconds)
         if kind == "int8" and self._share_of_exact(best) > 0.5:
@@ -164,7 +165,7 @@ class _Sample:
             return best
         trial = next((code for code in codes if code.coding.width >= _TRIAL_WIDTH and code.sketch), best)
         cells = 1 << round(math.log2(1.5 * math.sqrt(rows)))
-        while self._time_of_centers(cells, trial) < 0.05 * _seconds(min(codes, key=_seconds)):
+        while cells <= _MOST_CELLS and self._time_of_centers(cells, trial) < 0.05 * _seconds(min(codes, key=_seconds)):
             pairs = self._pairs_in_windows(trial, cells)
             found = min((self._celled(code, cells, pairs) for code in codes), key=_seconds)
             if _seconds(found) > 0.9 * _seconds(best):
@@ -176,18 +177,21 @@ class _Sample:
 
     def _estimated(self, plan: Plan, sketch: Sketch | None) -> Layout:
         layout = _coded(plan, sketch, self._rows)
-        candidates = self._share(layout) * self._pairs
-        seconds = self._seconds_of(layout, self._pairs, candidates)
+        passing, candidates = (share * self._pairs for share in self._shares(layout))
+        seconds = self._seconds_of(layout, self._pairs, candidates) + passing * _SECONDS_A_PASSING
         return replace(layout, estimate=Estimate(self._pairs, candidates, seconds))
 
-    def _share(self, layout: Layout) -> float:
-        """The share of pairs that would have to be computed exactly."""
+    def _shares(self, layout: Layout) -> tuple[float, float]:
+        """The share of pairs that pass the floor of their block, and of those that pass their own."""
         short = layout.completed(layout.projected(self._rows))
-        error = layout.coding.encode(short)[1].astype(np.float64).mean(keepdims=True)
+        errors = layout.coding.encode(short)[1].astype(np.float64)
         products = short @ short.T
         np.fill_diagonal(products, -2)
-        near = products >= np.float32(layout.coding.floor(self._least, error, error)[0] * layout.coding.unit)
-        return float(np.count_nonzero(near)) / (len(short) * (len(short) - 1))
+        found: list[float] = []
+        for error in (errors.max(keepdims=True), errors.mean(keepdims=True)):
+            floor = np.float32(layout.coding.floor(self._least, error, error)[0] * layout.coding.unit)
+            found.append(float(np.count_nonzero(products >= floor)) / (len(short) * (len(short) - 1)))
+        return found[0], found[1]
 
     def _seconds_of(self, layout: Layout, pairs: float, candidates: float) -> float:
         reading = len(self._images) * self._images.dim * (_SECONDS_A_NUMBER + 2 * layout.coding.width / _RATE)
@@ -212,19 +216,17 @@ class _Sample:
         )
 
     def _pairs_in_windows(self, flat: Layout, cells: int) -> float:
-        """How many products windows would leave; infinite when rows would visit too many cells to remember."""
+        """How many products windows would leave."""
         find = Windows(_centers(self._images, flat, cells), self._limit, flat.error)
         home, visits = find(flat.projected(self._rows))
-        if float(visits.sum(axis=1).mean()) > _MOST_VISITS:
-            return math.inf
         own = home[:, None] == home[None, :]
         seen = visits[:, home] & ~own  # row i visits the cell of row j
         return 2 * self._pairs * (float(seen.mean()) + float(own.mean()) / 2)
 
     def _time_of_exact(self, units: Float[np.ndarray, "n dim"]) -> float:
-        """Seconds of an exact distance: of each candidate, though those of a crowd need fewer."""
+        """Seconds of a candidate, though of those in a crowd few need an exact distance."""
         one, other = np.random.default_rng(2).integers(0, len(units), (2, len(units)))
-        return _CROWDED * _seconds_of(lambda: squared_distances(units[one], units[other])) / len(units)
+        return _SECONDS_A_CANDIDATE + _seconds_of(lambda: squared_distances(units[one], units[other])) / len(units)
 
     def _time_of_centers(self, cells: int, layout: Layout) -> float:
         return _CELL_ROUNDS * _POINTS_PER_CELL * cells * cells * 2 * layout.coding.width / _RATE

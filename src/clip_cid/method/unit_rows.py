@@ -11,7 +11,9 @@ BLOCK_ROWS = 4096
 
 FLOAT32_ERROR = 2.0**-22  # the number, the length and the division are each rounded once
 
-_CACHED_NUMBERS = 1 << 19  # 4 MB of float64: a block that stays in the cache is read three times as fast
+_CACHED_NUMBERS = 1 << 17  # 1 MB of float64: a block that stays in the cache
+
+_COME_AND_GONE = (32 << 20) - (64 << 10)  # the largest block that glibc learns from is 32 MB
 
 _EPS32 = 2.0**-24
 _EPS64 = 2.0**-53
@@ -58,6 +60,7 @@ class UnitRows:
                 raise ValueError(f"lengths must be of the {shape[0]} rows of {name}, got {len(lengths)}")
             self._lengths = lengths
             return
+        keep_freed_memory()
         self._lengths = np.empty(shape[0], dtype=np.float64)
         for block in self.blocks(self.cached_rows):
             self._lengths[block] = self._checked_lengths(block, any_length=any_length)
@@ -66,14 +69,18 @@ class UnitRows:
         return len(self._lengths)
 
     def __getitem__(self, rows: slice | Int[np.ndarray, " n"]) -> Float[np.ndarray, "n dim"]:
-        return self._read(rows) / self._lengths[rows][:, None]
+        values = self._read(rows)
+        values /= self._lengths[rows][:, None]
+        return values
 
     def float32(self, rows: slice | Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n dim"]:
         """The rows rounded: no number is off by more than `FLOAT32_ERROR` times itself (or 2^-140)."""
         values = np.asarray(self._rows[rows])
         if self._any_length or values.dtype not in (np.float16, np.float32):
             return self[rows].astype(np.float32)  # numbers that float32 may not hold before they are scaled
-        return values.astype(np.float32) / self._lengths[rows][:, None].astype(np.float32)
+        found = _to_float32(values)
+        found /= self._lengths[rows][:, None].astype(np.float32)
+        return found
 
     @property
     def lengths(self) -> Float[np.ndarray, " rows"]:
@@ -98,12 +105,13 @@ class UnitRows:
         values = np.asarray(self._rows[rows])
         if values.dtype.kind not in "fiu":
             raise ValueError(f"{self.name} must be real numbers, got {values.dtype}")
-        return np.ascontiguousarray(values, dtype=np.float64)
+        return np.array(values, dtype=np.float64, order="C")
 
     def _checked_lengths(self, block: slice, *, any_length: bool) -> Float[np.ndarray, " n"]:
         values = self._read(block)
         with np.errstate(over="ignore", invalid="ignore"):
-            lengths = np.sqrt((values * values).sum(axis=1))
+            values *= values
+            lengths = np.sqrt(values.sum(axis=1))
         bad = ~np.isfinite(lengths) | (lengths == 0)
         if not any_length:
             bad |= np.abs(lengths - 1) > NORM_TOLERANCE
@@ -115,6 +123,23 @@ class UnitRows:
                 f" {lengths[first]:.6g} ({int(bad.sum())} such rows among rows {block.start} to {block.stop - 1})"
             )
         return lengths
+
+
+def keep_freed_memory() -> None:
+    """Let the C library reuse the memory of freed blocks: glibc hands it back to the system, zeroed anew at every use.
+
+    It stops once a block of this size has come and gone; a loop over blocks of a megabyte is then several times as fast
+    (docs/decisions.md, D21).
+    """
+    np.empty(_COME_AND_GONE, dtype=np.uint8)
+
+
+def _to_float32(values: np.ndarray) -> Float32[np.ndarray, "n dim"]:
+    if values.dtype != np.float16:
+        return np.array(values, dtype=np.float32)
+    import torch  # twenty times as fast as numpy at this, and loaded by whoever compares rows
+
+    return torch.from_numpy(np.array(values)).float().numpy()
 
 
 def squared_distances(left: Float[np.ndarray, "n dim"], right: Float[np.ndarray, "n dim"]) -> Float[np.ndarray, " n"]:

@@ -1,6 +1,6 @@
 """Rows that are hard on a search for near pairs, and the slow, obvious forest to check one against."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -27,9 +27,20 @@ def near_pairs(squared: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarra
 
 def kruskal(rows: int, pairs: Links) -> Links:
     """Shortest pair first, of equals the one with the lower rows; a pair within one set is passed over."""
+    return _joined(rows, sorted(pairs))
+
+
+def slow_forest(squared: np.ndarray, limit: float) -> Links:
+    """Of every pair at `limit` or nearer."""
+    i, j, distances = near_pairs(squared, limit)
+    order = np.lexsort((j, i, distances))
+    return _joined(len(squared), zip(distances[order].tolist(), i[order].tolist(), j[order].tolist(), strict=True))
+
+
+def _joined(rows: int, ascending: Iterable[tuple[float, int, int]]) -> Links:
     set_of, members = list(range(rows)), {row: [row] for row in range(rows)}
     chosen = []
-    for squared, i, j in sorted(pairs):
+    for squared, i, j in ascending:
         if set_of[i] != set_of[j]:
             small, large = sorted((set_of[i], set_of[j]), key=lambda name: len(members[name]))
             for row in members[small]:
@@ -37,11 +48,6 @@ def kruskal(rows: int, pairs: Links) -> Links:
             members[large] += members.pop(small)
             chosen.append((squared, i, j))
     return chosen
-
-
-def slow_forest(squared: np.ndarray, limit: float) -> Links:
-    i, j, distances = near_pairs(squared, limit)
-    return kruskal(len(squared), list(zip(distances.tolist(), i.tolist(), j.tolist(), strict=True)))
 
 
 def links_of(forest) -> Links:

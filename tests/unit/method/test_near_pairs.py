@@ -14,19 +14,18 @@ from clip_cid.method.unit_rows import UnitRows
 PLANS = [
     Plan("float32"),
     Plan("float32", chunk_rows=7),
-    Plan("float32", 16, chunk_rows=50),
+    Plan("float32", 16, chunk_rows=25),
     Plan("float32", 32, cells=9),
-    Plan("float32", cells=200, chunk_rows=50),  # more cells than rows
+    Plan("float32", cells=70, chunk_rows=25),  # more cells than rows
     Plan("int8"),
-    Plan("int8", 8, chunk_rows=50),
-    Plan("int8", 32, cells=9, chunk_rows=7),
-    Plan("int8", 2, cells=200),
+    Plan("int8", 8, chunk_rows=25),
+    Plan("int8", 32, cells=9, chunk_rows=16),
+    Plan("int8", 2, cells=70),
     Plan("float16"),
-    Plan("float16", 16, cells=1, chunk_rows=50),
+    Plan("float16", 16, cells=1, chunk_rows=25),
     Plan("float16", 1, cells=30),
 ]
 LIMITS = {"euclidean 0.07": 0.07**2, "squared 0.07": 0.07, "cosine 0.07": 0.14, "cosine 0.24": 0.48}
-CROWDED_ROWS = [1, 7, 30, 400]
 
 
 def images_of(rows: np.ndarray) -> UnitRows:
@@ -57,9 +56,9 @@ def crowd(crowded: int, rows: int, dim: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("limit", LIMITS.values(), ids=LIMITS)
 def test_every_plan_finds_the_forest_of_all_pairs_bit_for_bit(kind, limit):
-    rows = KINDS[kind](120, 48)
+    rows = KINDS[kind](60, 48)
     expected = slow_forest(squared_matrix(rows), limit)
-    assert 5 < len(expected) < 120
+    assert 5 < len(expected) < 60
     for plan in PLANS:
         assert links_of(forest_by(rows, limit, plan)) == expected, plan
 
@@ -82,11 +81,11 @@ def test_tasks_cover_every_pair_once(plan):
     prepared = prepare(images, 0.14, lay_out(images, plan))
     starts, covered = prepared.chunk_starts, np.zeros((60, 60), dtype=int)
     for a, b in prepared.tasks():
-        covered[starts[a] : starts[a + 1], starts[b] : starts[b + 1]] += 1
+        one, other = np.meshgrid(*(np.arange(starts[chunk], starts[chunk + 1]) for chunk in (a, b)), indexing="ij")
+        covered[one[one < other], other[one < other]] += 1
     positions = len(prepared.row_at)
     assert positions + len(prepared.repeats) == 60
-    covered = covered[:positions, :positions]
-    assert (np.triu(covered + covered.T, 1) == np.triu(np.ones_like(covered), 1)).all()
+    assert (covered[:positions, :positions] == np.triu(np.ones((positions, positions)), 1)).all()
     assert np.diff(starts).max() <= plan.chunk_rows
     assert sum(map(prepared.work, prepared.tasks())) == positions**2 / 2
 
@@ -117,7 +116,7 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["power law", "sparse", "identical", "float16"])
+@pytest.mark.parametrize("kind", ["power law", "identical"])
 @pytest.mark.parametrize("plan", [Plan(chunk_rows=25), Plan("int8", 16, cells=9, chunk_rows=25), Plan()], ids=str)
 @pytest.mark.parametrize("new", SPLITS.values(), ids=SPLITS)
 def test_the_old_forest_and_the_pairs_of_new_rows_are_the_forest_of_all(kind, plan, new):
@@ -135,7 +134,7 @@ def test_the_old_forest_and_the_pairs_of_new_rows_are_the_forest_of_all(kind, pl
     assert links_of(together) == slow_forest(squared_matrix(rows), limit)
 
 
-def test_pairs_of_old_rows_are_not_even_looked_at(monkeypatch):
+def test_pairs_of_old_rows_are_not_even_looked_at():
     images = images_of(KINDS["flat"](120, 48))
     new = np.arange(120) >= 110
     prepared = prepare(images, 0.48, lay_out(images, Plan(chunk_rows=20)), new=new)
@@ -166,6 +165,17 @@ def test_rows_of_the_same_bytes_have_the_same_digest_and_others_do_not(dtype):
         pairs = set(zip(names, hashes[:, column].tolist(), strict=True))
         assert len(pairs) == len(set(names)) == len(set(hashes[:, column].tolist()))
     assert row_hashes(rows[100:103]).tolist() == hashes[100:103].tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_rows_that_differ_in_two_signs_have_two_digests(dtype):
+    """The sign of a number is the highest bit of its word: a sum of words modulo 2^64 sees only how many there are."""
+    row = np.random.default_rng(0).standard_normal(16).astype(dtype)
+    flips = [(a, b) for a in range(16) for b in range(a)]
+    rows = np.repeat(row[None], len(flips), axis=0)
+    for flipped, places in zip(rows, flips, strict=True):
+        flipped[list(places)] *= -1
+    assert len({tuple(pair) for pair in row_hashes(rows).tolist()}) == len(flips) == 120
 
 
 def with_many_repeats() -> np.ndarray:
@@ -217,14 +227,21 @@ def counted_distances(monkeypatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("plan", [Plan(), Plan("int8", 16, cells=20, chunk_rows=700)], ids=str)
-def test_a_crowd_is_exact_and_most_of_its_pairs_are_never_computed_exactly(monkeypatch, plan):
-    counts = counted_distances(monkeypatch)
+def test_a_crowd_is_exact_and_most_of_its_pairs_are_never_computed_exactly(monkeypatch):
     rows = crowd(1500, 2000, 64)
-    found = forest_by(rows, 0.14, plan)
+    expected = slow_forest(squared_matrix(rows), 0.14)
+    assert len(expected) == 1499
+    for plan in (Plan(), Plan("int8", 16, chunk_rows=700)):
+        counts = counted_distances(monkeypatch)
+        assert links_of(forest_by(rows, 0.14, plan)) == expected
+        assert 1499 <= sum(counts) < 0.1 * 1500 * 1499 / 2
+        monkeypatch.undo()
+
+
+def test_a_crowd_that_lies_in_many_cells_is_exact():
+    rows = crowd(500, 700, 64)
+    found = forest_by(rows, 0.14, Plan("int8", 16, cells=20, chunk_rows=300))
     assert links_of(found) == slow_forest(squared_matrix(rows), 0.14)
-    assert len(found.squared) == 1499
-    assert 1499 <= sum(counts) < 0.02 * 1500 * 1499 / 2
 
 
 @pytest.mark.parametrize("rows", [12, 40])
@@ -291,27 +308,29 @@ def test_places_above_a_floor_are_all_found(rows, share):
     assert sorted(found.tolist()) == [at for at, value in enumerate(products.ravel().tolist()) if value >= floor]
 
 
-def peak_of(rows: np.ndarray) -> int:
+def peak_of(rows: np.ndarray) -> tuple[int, tuple[bytes, bytes, bytes]]:
+    """Bytes of the largest moment, and the links."""
     images = images_of(rows)
     prepared = prepare(images, 0.14, lay_out(images, Plan()))
     tracemalloc.start()
-    near_links(prepared, images, (0, 0))
+    found = in_bytes(near_links(prepared, images, (0, 0)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return peak
+    return peak, found
 
 
 def test_the_links_of_a_clique_are_never_all_in_memory(monkeypatch):
-    """1,124,250 links are 27 MB; they are reduced to 1,499 whenever more than 50,000 wait."""
-    rows = crowd(1500, 1500, 8)
+    """1,124,250 links are 27 MB; they are reduced to 1,499 whenever more than 50,000 have come on top."""
+    rows = crowd(1500, 1500, 4)
     monkeypatch.setattr(near_pairs, "_SIDE", 128)  # so that no comparison gives many of them at once
-    monkeypatch.setattr(near_pairs, "possible_links", lambda units, i, j, limit: (i, j))
-    without = peak_of(rows)
-    expected = in_bytes(forest_by(rows, 0.14))
+    monkeypatch.setattr(near_pairs, "_PENDING_PAIRS", 10_000)
+    monkeypatch.setattr(near_pairs, "possible_links", lambda units, i, j, limit: (i, j, []))
+    without, expected = peak_of(rows)
     monkeypatch.setattr(near_pairs, "_PENDING_LINKS", 50_000)
-    assert in_bytes(forest_by(rows, 0.14)) == expected
+    within, found = peak_of(rows)
+    assert found == expected
     assert without > 40e6
-    assert peak_of(rows) < 16e6
+    assert within < 16e6
 
 
 def test_progress_comes_as_the_work_is_done():

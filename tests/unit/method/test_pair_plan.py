@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,7 +39,9 @@ ROWS = {**KINDS, "circle": on_a_circle}
 def missed(layout: Layout, images: UnitRows, squared: np.ndarray, limit: float, *, seen_as: float) -> int:
     """How many pairs within `limit` the windows for pairs within `seen_as` would not compare."""
     assert layout.centers is not None
-    home, visits = Windows(layout.centers, seen_as, layout.error)(layout.projected(images.float32(slice(0, len(images)))))
+    home, visits = Windows(layout.centers, seen_as, layout.error)(
+        layout.projected(images.float32(slice(0, len(images))))
+    )
     near = squared <= limit
     compared = visits[:, home] | visits[:, home].T | (home[:, None] == home)
     assert visits[np.arange(len(home)), home].all()
@@ -84,14 +87,15 @@ def test_windows_are_worth_having():
 
 def test_few_rows_are_compared_without_ado():
     layout = make_plan(images_of(KINDS["flat"](2048, 16)), 0.14)
-    assert layout.plan == Plan("float32", None, 0, 8192, "cpu")
+    assert replace(layout.plan, chunk_rows=7) == Plan("float32", None, 0, 7, "cpu")
+    assert layout.plan.chunk_rows >= 2048  # one task
     assert (layout.sketch, layout.centers, layout.estimate) == (None, None, None)
     assert layout.coding.width == 16
 
 
 def test_a_device_gets_whole_rows_in_float16():
     layout = make_plan(images_of(KINDS["flat"](2100, 16)), 0.14, device="cuda")
-    assert layout.plan == Plan("float16", None, 0, 8192, "cuda")
+    assert replace(layout.plan, chunk_rows=7) == Plan("float16", None, 0, 7, "cuda")
     assert (layout.sketch, layout.centers) == (None, None)
 
 
@@ -104,7 +108,6 @@ def test_a_plan_for_many_rows_finds_what_the_plain_one_finds():
     assert chosen.estimate is not None
     assert chosen.estimate.pairs <= 25_000**2
     assert chosen.estimate.candidates < chosen.estimate.pairs
-    assert chosen.plan.chunk_rows == 8192
     assert (chosen.plan.width is None) == (chosen.sketch is None) or chosen.plan.kind == "int8"
     assert (chosen.plan.cells > 0) == (chosen.centers is not None)
     celled = lay_out(images, Plan("float32", 16, 256, 8192))

@@ -2,9 +2,22 @@ import numpy as np
 import oracles
 import pytest
 
-from clip_cid.method import semantic_balance
+from clip_cid.method import near_pairs, semantic_balance
+from clip_cid.method.forest import Forest
+from clip_cid.method.pair_plan import Layout, Plan
 from clip_cid.method.semantic_balance import Balance, agreement, balance, threshold_on
-from clip_cid.method.union_find import UnionFind
+from clip_cid.method.sketch import Coding
+
+METRICS = ["cosine", "squared_euclidean", "euclidean"]
+PLANS = [
+    Plan("float32"),
+    Plan("float32", 2, chunk_rows=13),
+    Plan("float32", 32, cells=6, chunk_rows=11),
+    Plan("int8"),
+    Plan("int8", 32, cells=6),
+    Plan("float16"),
+    Plan("float16", 32, cells=50, chunk_rows=25),
+]
 
 
 def on_circle(degrees: list[float]) -> np.ndarray:
@@ -34,7 +47,7 @@ def test_a_chain_of_near_images_is_one_set_that_keeps_its_middle():
     assert found.set_of.tolist() == [0] * 5
 
 
-@pytest.mark.parametrize("metric", ["cosine", "squared_euclidean", "euclidean"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_the_threshold_is_on_the_scale_of_its_metric(metric):
     rows = on_circle([0, 20, 45])
     near = oracles.distance(rows[0], rows[1], metric)
@@ -66,29 +79,61 @@ def test_a_tie_within_rounding_is_a_tie():
 def test_planted_sets_are_found_as_the_slow_version_finds_them(with_texts):
     rows = planted(30, 4, 24, noise=0.02).astype(np.float16)
     texts = planted(30, 4, 24, noise=0.5, seed=1).astype(np.float16) if with_texts else None
-    found = balance(rows, threshold=0.07, text_embeddings=texts, block_rows=17)
+    found = balance(rows, threshold=0.07, text_embeddings=texts, plan=Plan("int8", 8, chunk_rows=17))
     kept, set_of = oracles.balance(rows, 0.07, "cosine", texts)
     assert found.kept.tolist() == kept
     assert found.set_of.tolist() == set_of
     assert len(kept) == 30
 
 
-@pytest.mark.parametrize("block_rows", [1, 3, 20, 4096])
-@pytest.mark.parametrize("threshold", [1e-6, 0.07, 0.5])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("threshold", [1e-6, 0.07])
 @pytest.mark.parametrize("dim", [2, 512])
-def test_pairs_a_hair_on_either_side_of_the_threshold_are_told_apart(block_rows, threshold, dim):
+def test_pairs_a_hair_on_either_side_of_the_threshold_are_told_apart(plan, threshold, dim):
     """One pair in two is nearer by 1e-9 of the threshold, the other further: float32 alone cannot see it."""
     rows, expected = on_either_side(threshold, dim)
-    found = balance(rows, threshold=threshold, block_rows=block_rows)
+    found = balance(rows, threshold=threshold, plan=plan)
     pairs = len(rows) // 2
     assert (found.set_of[:pairs] == found.set_of[pairs:]).tolist() == expected
 
 
-def test_without_the_margin_such_pairs_would_be_lost(monkeypatch):
+@pytest.mark.parametrize("plan", [Plan("float32"), Plan("float16"), Plan("int8")], ids=str)
+def test_without_the_margin_such_pairs_would_be_lost(monkeypatch, plan):
     rows, expected = on_either_side(0.07, 512)
-    monkeypatch.setattr(semantic_balance, "cosine_error", lambda _: 0.0)
-    found = balance(rows, threshold=0.07)
+    monkeypatch.setattr(Coding, "floor", lambda coding, least, left, right: (least + 0 * (left + right)) / coding.unit)
+    found = balance(rows, threshold=0.07, plan=plan)
     assert (found.set_of[: len(rows) // 2] == found.set_of[len(rows) // 2 :]).tolist() != expected
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_pair_exactly_at_the_threshold_is_joined_and_one_a_float_beyond_it_is_not(plan, metric):
+    rng = np.random.default_rng(11)
+    for dim in (2, 3, 48):
+        first, second = pair = oracles.unit(oracles.unit(rng.standard_normal((1, dim))) + 0.05 * rng.random((2, dim)))
+        lengths = np.sqrt((pair * pair).sum(axis=1))
+        difference = first / lengths[0] - second / lengths[1]
+        squared = float((difference * difference).sum())
+        at = smallest_at_or_above(squared, metric)
+        below, beyond = float(np.nextafter(at, 0)), float(np.nextafter(at, 2))
+        sets = {each: balance(pair, threshold=each, metric=metric, plan=plan).set_of for each in (below, at, beyond)}
+        assert {each: found.tolist() for each, found in sets.items()} == {below: [0, 1], at: [0, 0], beyond: [0, 0]}
+        forest = balance(pair, threshold=0.9, metric=metric, plan=plan).forest
+        links = [forest.links(threshold_on(metric, each, "squared_euclidean")) for each in (below, at, beyond)]
+        assert links == [0, 1, 1]
+        assert forest.squared.tolist() == [squared]
+
+
+def smallest_at_or_above(squared: float, metric: str) -> float:
+    """The first number on the scale of the metric whose square (or double) reaches this squared distance."""
+    if metric != "euclidean":
+        return {"cosine": squared / 2, "squared_euclidean": squared}[metric]
+    at = squared**0.5
+    while at**2 < squared:
+        at = float(np.nextafter(at, 2))
+    while float(np.nextafter(at, 0)) ** 2 >= squared:
+        at = float(np.nextafter(at, 0))
+    return at
 
 
 def on_either_side(threshold: float, dim: int) -> tuple[np.ndarray, list[bool]]:
@@ -102,25 +147,41 @@ def on_either_side(threshold: float, dim: int) -> tuple[np.ndarray, list[bool]]:
     return np.concatenate([first, cosines * first + np.sqrt(1 - cosines**2) * away]), near
 
 
-def test_a_clique_neither_keeps_nor_verifies_all_its_pairs(monkeypatch):
-    edges = 0
-    union = UnionFind.union
+def test_of_a_clique_few_distances_are_computed_exactly(monkeypatch):
+    computed = 0
+    distances = near_pairs._distances
 
-    def counted(self, left, right):
-        nonlocal edges
-        edges += len(left)
-        union(self, left, right)
+    def counted(units, i, j):
+        nonlocal computed
+        computed += len(i)
+        return distances(units, i, j)
 
-    monkeypatch.setattr(UnionFind, "union", counted)
-    rows = planted(1, 2000, 8, noise=1e-3)
-    assert len(balance(rows, threshold=0.07, block_rows=500).kept) == 1
-    assert edges < 100_000  # of 1,999,000 pairs
+    monkeypatch.setattr(near_pairs, "_distances", counted)
+    rows = planted(1, 1000, 64, noise=1e-2)
+    assert len(balance(rows, threshold=0.07).kept) == 1
+    assert 999 <= computed < 50_000  # of 499,500 pairs
+
+
+@pytest.mark.parametrize("members", [1, 7, 100, 1 << 12])
+@pytest.mark.parametrize("rows_read", [1, 5, 1 << 20])
+@pytest.mark.parametrize("keep", ["nearest_centroid", "best_caption"])
+def test_what_is_kept_does_not_depend_on_how_much_is_read_at_once(monkeypatch, members, rows_read, keep):
+    rows = np.concatenate([planted(1, 150, 8, noise=0.02), planted(20, 2, 8, noise=0.01), planted(9, 3, 8, noise=0.01)])
+    texts = planted(len(rows), 1, 8, noise=0.0, seed=4)
+    expected = balance(rows, threshold=0.02, text_embeddings=texts, keep=keep)
+    assert len(np.unique(np.bincount(expected.set_of))) > 2
+    monkeypatch.setattr(semantic_balance, "_MEMBERS", members)
+    monkeypatch.setattr("clip_cid.method.unit_rows._CACHED_NUMBERS", 8 * rows_read)
+    found = balance(rows, threshold=0.02, text_embeddings=texts, keep=keep)
+    assert found.kept.tolist() == expected.kept.tolist()
+    assert found.set_of.tolist() == expected.set_of.tolist()
 
 
 def test_a_set_larger_than_a_portion_keeps_the_row_nearest_its_centroid(monkeypatch):
     rows = planted(2, 150, 8, noise=0.02)
     expected = balance(rows, threshold=0.2)
-    monkeypatch.setattr(semantic_balance, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(semantic_balance, "_MEMBERS", 7)
+    monkeypatch.setattr("clip_cid.method.unit_rows._CACHED_NUMBERS", 8 * 7)
     found = balance(rows, threshold=0.2, text_embeddings=rows)
     kept, set_of = oracles.balance(rows, 0.2, "cosine")
     assert found.kept.tolist() == expected.kept.tolist() == kept
@@ -130,8 +191,125 @@ def test_a_set_larger_than_a_portion_keeps_the_row_nearest_its_centroid(monkeypa
 def test_many_sets_are_kept_portion_by_portion(monkeypatch):
     rows = np.concatenate([planted(40, 2, 16, noise=0.01), planted(20, 3, 16, noise=0.01, seed=5)])
     kept, _ = oracles.balance(rows, 0.02, "cosine")
-    monkeypatch.setattr(semantic_balance, "BLOCK_ROWS", 9)
+    monkeypatch.setattr(semantic_balance, "_MEMBERS", 9)
     assert balance(rows, threshold=0.02).kept.tolist() == kept
+
+
+def test_the_forest_answers_every_threshold_up_to_the_largest():
+    rows = on_circle([0, 1, 10, 12, 30, 33])
+    found = balance(rows, threshold=2e-4, max_threshold=0.01)
+    assert found.set_of.tolist() == [0, 0, 1, 2, 3, 4]
+    assert isinstance(found.forest, Forest)
+    assert (found.forest.rows, found.forest.limit) == (6, 0.02)
+    assert list(zip(found.forest.left.tolist(), found.forest.right.tolist(), strict=True)) == [(0, 1), (2, 3), (4, 5)]
+    # Chords of 1, 2 and 3 degrees: 2 - 2 cos.
+    assert found.forest.squared == pytest.approx(2 - 2 * np.cos(np.deg2rad([1, 2, 3])), rel=1e-9)
+    for threshold in (2e-4, 7e-4, 0.01):
+        own = balance(rows, threshold=threshold)
+        assert own.set_of.tolist() == found.forest.sets(2 * threshold).tolist()
+        assert own.removed_share == pytest.approx(found.forest.removed_share(2 * threshold))
+    assert balance(rows, threshold=0.01).forest.limit == 0.02
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_largest_threshold_below_the_threshold_is_refused(metric):
+    with pytest.raises(ValueError, match=r"max_threshold must be at least the threshold 0\.07, got 0\.06"):
+        balance(on_circle([0, 1]), threshold=0.07, max_threshold=0.06, metric=metric)
+    assert balance(on_circle([0, 1]), threshold=0.07, max_threshold=0.07, metric=metric).threshold == 0.07
+    with pytest.raises(ValueError, match="threshold must be above 0 and below"):
+        balance(on_circle([0, 1]), threshold=0.07, max_threshold=5.0, metric=metric)
+
+
+@pytest.mark.parametrize(
+    ("share", "degrees", "kept"),
+    [
+        (0.01, 1, [0, 2, 3, 4, 5]),  # a sixth of the rows is the least that can go
+        (1 / 6, 1, [0, 2, 3, 4, 5]),
+        (0.3, 2, [0, 2, 4, 5]),
+        (1 / 3, 2, [0, 2, 4, 5]),
+        (0.5, 3, [0, 2, 4]),
+    ],
+)
+def test_the_smallest_threshold_that_removes_a_share_is_taken(share, degrees, kept):
+    rows = on_circle([0, 1, 10, 12, 30, 33])
+    found = balance(rows, target_removed=share, max_threshold=0.01)
+    assert found.kept.tolist() == kept
+    assert found.threshold == pytest.approx(1 - np.cos(np.deg2rad(degrees)), rel=1e-9)
+
+
+def test_a_share_that_no_threshold_removes_is_refused():
+    rows = on_circle([0, 1, 10, 12, 30, 33])
+    with pytest.raises(ValueError, match=r"share must be at most 0\.5000, which the largest distance .* got 0\.6"):
+        balance(rows, target_removed=0.6, max_threshold=0.01)
+    with pytest.raises(ValueError, match="share must be above 0 and below 1, got 1"):
+        balance(rows, target_removed=1.0, max_threshold=0.01)
+
+
+def test_a_share_may_need_a_threshold_below_the_one_that_is_the_default():
+    found = balance(on_circle([0, 1, 10, 12, 30, 33]), target_removed=0.5, max_threshold=0.002)
+    assert found.threshold < 0.002 < 0.07
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_threshold_found_for_a_share_removes_it_again(metric):
+    for seed in range(8):
+        rows = planted(20, 3, 12, noise=0.05, seed=seed)
+        found = balance(rows, metric=metric, target_removed=0.25, max_threshold=0.4)
+        again = balance(rows, metric=metric, threshold=found.threshold)
+        assert len(found.kept) == 45
+        assert again.kept.tolist() == found.kept.tolist()
+
+
+def test_the_image_whose_caption_fits_best_is_kept_when_asked():
+    images = on_circle([0, 1, 2, 90, 91])
+    texts = on_circle([0.5, 61, 2.1, 91, 91.5])  # 0.5, 60, 0.1, 1 and 0.5 degrees away
+    found = balance(images, threshold=2e-4, text_embeddings=texts, keep="best_caption")
+    assert (found.kept.tolist(), found.set_of.tolist()) == ([2, 4], [0, 0, 0, 1, 1])
+    assert balance(images, threshold=2e-4, text_embeddings=texts).kept.tolist() == [1, 4]  # the middle one, and a tie
+
+
+def test_captions_that_fit_equally_well_leave_the_lower_row():
+    images = on_circle([0, 1, 2])
+    found = balance(images, threshold=2e-4, text_embeddings=on_circle([3, 4, 1]), keep="best_caption")
+    assert found.kept.tolist() == [2]  # 3, 3 and 1 degrees
+    found = balance(images, threshold=2e-4, text_embeddings=on_circle([3, 4, 5]), keep="best_caption")
+    assert found.kept.tolist() == [0]
+
+
+def test_the_best_caption_needs_captions():
+    with pytest.raises(ValueError, match="keep='best_caption' needs text_embeddings"):
+        balance(on_circle([0, 1]), keep="best_caption")
+
+
+def test_a_drift_within_a_radius_keeps_a_row_for_every_stretch():
+    """1 degree is a cosine distance of 1.52e-4, 2 degrees are 6.1e-4."""
+    rows = on_circle([0, 1, 2, 3, 4, 5, 6])
+    assert balance(rows, threshold=2e-4).kept.tolist() == [3]
+    found = balance(rows, threshold=2e-4, max_radius=2e-4)
+    # Row 3 is the middle and stands for 2 to 4. Of 0, 1, 5 and 6 the middle is as near 1 as 5: 1 for 0 and itself.
+    # 5 and 6 are left, and of two the lower is kept.
+    assert found.kept.tolist() == [1, 3, 5]
+    assert found.set_of.tolist() == [0, 0, 1, 1, 1, 2, 2]
+    assert balance(rows, threshold=2e-4, max_radius=7e-4).kept.tolist() == [0, 3, 6]
+    assert balance(rows, threshold=2e-4, max_radius=1.4e-3).kept.tolist() == [3]  # 3 degrees are 1.37e-3
+    assert balance(rows, threshold=2e-4, max_radius=1e-4).kept.tolist() == list(range(7))
+
+
+def test_a_radius_is_on_the_scale_of_the_metric():
+    rows = on_circle([0, 1, 2, 3, 4, 5, 6])
+    chord = 2 * np.sin(np.deg2rad(0.5))
+    found = balance(rows, threshold=1.1 * chord, max_radius=1.1 * chord, metric="euclidean")
+    assert found.kept.tolist() == [1, 3, 5]
+    with pytest.raises(ValueError, match="threshold must be above 0 and below 2 for metric euclidean, got -1"):
+        balance(rows, threshold=chord, max_radius=-1.0, metric="euclidean")
+
+
+def test_within_a_radius_the_best_caption_decides_as_well():
+    rows = on_circle([0, 1, 2, 3, 4])
+    texts = on_circle([9, 9, 9, 9, 4])  # the last caption fits best, then that of 3
+    found = balance(rows, threshold=2e-4, max_radius=2e-4, text_embeddings=texts, keep="best_caption")
+    assert found.kept.tolist() == [0, 2, 4]  # 4 for 3; then 2 for 1; then 0
+    assert found.set_of.tolist() == [0, 1, 1, 2, 2]
 
 
 class ShardsOnDisk:
@@ -153,12 +331,30 @@ def test_anything_with_a_shape_and_rows_will_do():
     assert len(found.kept) == 5
 
 
-@pytest.mark.parametrize("block_rows", [1, 4, 100])
-def test_progress_adds_up_to_the_rows(block_rows):
+@pytest.mark.parametrize("plan", [None, *PLANS], ids=str)
+def test_progress_adds_up_to_the_rows(plan):
     told: list[int] = []
-    balance(planted(5, 3, 8, noise=0.01), threshold=0.07, block_rows=block_rows, on_progress=told.append)
+    balance(planted(5, 3, 48, noise=0.01), threshold=0.07, plan=plan, on_progress=told.append)
     assert sum(told) == 15
     assert min(told) > 0
+
+
+@pytest.mark.parametrize("plan", [None, Plan("int8", 8, chunk_rows=4)], ids=str)
+def test_the_plan_is_told_once_and_before_the_work(plan):
+    told: list[Layout | int] = []
+    balance(planted(5, 3, 48, noise=0.01), threshold=0.07, plan=plan, on_plan=told.append, on_progress=told.append)
+    assert isinstance(told[0], Layout)
+    assert sum(isinstance(each, Layout) for each in told) == 1
+    assert told[0].plan == (plan or Plan(chunk_rows=told[0].plan.chunk_rows))
+    assert told[0].describe().startswith("whole rows in float32" if plan is None else "8-number sketches in int8")
+
+
+@pytest.mark.parametrize("factor", [1e-150, 1e-44, 1e-38, 1e-30, 1e20, 1e39, 1e150])
+def test_rows_of_any_length_that_float64_holds_are_balanced(factor):
+    rows = planted(6, 3, 8, noise=0.01)
+    found = balance(rows * factor, threshold=0.07, normalize=True)
+    assert found.set_of.tolist() == balance(rows, threshold=0.07).set_of.tolist()
+    assert len(found.kept) == 6
 
 
 def test_one_image_is_its_own_set():
@@ -205,11 +401,6 @@ def test_texts_of_other_images_are_refused():
         balance(on_circle([0, 1]), text_embeddings=on_circle([0]))
     with pytest.raises(ValueError, match=r"got \(2, 3\)"):
         balance(on_circle([0, 1]), text_embeddings=np.eye(3)[:2])
-
-
-def test_a_block_of_no_rows_is_refused():
-    with pytest.raises(ValueError, match="block_rows must be at least 1, got 0"):
-        balance(on_circle([0]), block_rows=0)
 
 
 def test_thresholds_on_all_three_scales():

@@ -48,7 +48,7 @@ class Forest:
             return
         if self.left.min() < 0 or self.right.max() >= self.rows or (self.left >= self.right).any():
             raise ValueError(f"links must join rows 0 <= left < right < {self.rows}")
-        if not (np.diff(self.squared) >= 0).all() or self.squared[0] < 0 or self.squared[-1] > self.limit:
+        if not ((np.diff(self.squared) >= 0).all() and 0 <= self.squared[0] <= self.squared[-1] <= self.limit):
             raise ValueError(f"squared must ascend from 0 to the limit {self.limit}")
 
     def sets(self, squared: float) -> Int[np.ndarray, " rows"]:
@@ -84,7 +84,7 @@ class Forest:
         """
         if not 0 < share < 1:
             raise ValueError(f"share must be above 0 and below 1, got {share}")
-        needed = int(np.ceil(share * self.rows - 1e-9))
+        needed = max(1, int(np.ceil(share * self.rows - 1e-9)))
         if needed > len(self.squared):
             raise ValueError(
                 f"share must be at most {len(self.squared) / self.rows:.4f}, which the largest distance looked at removes,"
@@ -102,6 +102,24 @@ def spanning_forest(
 ) -> Forest:
     """The minimum spanning forest of these pairs, left < right; the same pair may come more than once."""
     return Forest(rows, *spanning_links(Links(left, right, squared)), limit)
+
+
+def whole_forest(rows: int, links: Links, limit: float) -> Forest:
+    """The forest of all near pairs, from links of which the pairs at distance 0 may be others of the same connected rows.
+
+    Rows that are equal are all at 0 from each other, so the forest joins each of them to the lowest.
+    """
+    left, right, squared = spanning_links(links)
+    equal = int(np.searchsorted(squared, 0.0, side="right"))
+    same, places = np.unique(np.concatenate([left[:equal], right[:equal]]), return_inverse=True)
+    joined = UnionFind(len(same))
+    joined.union(places[:equal], places[equal:])
+    _, first, number = np.unique(joined.labels(), return_index=True, return_inverse=True)
+    lowest = same[first][number]
+    others = lowest != same
+    order = np.lexsort((same[others], lowest[others]))
+    left = np.concatenate([lowest[others][order], left[equal:]])
+    return Forest(rows, left, np.concatenate([same[others][order], right[equal:]]), squared, limit)
 
 
 def spanning_links(links: Links) -> Links:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8, UInt64
 
 from clip_cid.method.dense_links import groups_of_pairs, numbered, possible_links
-from clip_cid.method.forest import Forest, Links, join_links, spanning_forest, spanning_links
+from clip_cid.method.forest import Forest, Links, join_links, spanning_links, whole_forest
 from clip_cid.method.pair_plan import Layout, Windows, int8_product, make_plan
 from clip_cid.method.sketch import Coding, identical_groups
 from clip_cid.method.unit_rows import UnitRows, squared_distances
@@ -20,6 +20,7 @@ Task = tuple[int, int]
 _SIDE = 2048  # rows of a block of products
 _PRODUCTS = _SIDE * _SIDE
 _FOLDS = 16
+_MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # the finalizer of splitmix64
 _TURNED = 4096  # a multiple of 8
 _PENDING_PAIRS = 1 << 21
 _PENDING_LINKS = 1 << 21
@@ -105,7 +106,7 @@ def near_forest(
             told = now
     if on_progress is not None and len(images) > told:
         on_progress(len(images) - told)
-    return spanning_forest(len(images), *join_links(parts), limit)
+    return whole_forest(len(images), join_links(parts), limit)
 
 
 def prepare(
@@ -173,12 +174,17 @@ def near_links(prepared: Prepared, images: UnitRows, task: Task) -> Links:
 
 
 def row_hashes(rows: np.ndarray) -> UInt64[np.ndarray, "n 2"]:
-    """A digest of each row's bytes: two sums of its words times fixed odd numbers, modulo 2^64."""
+    """A digest of each row's bytes: two sums of its mixed words times fixed odd numbers, modulo 2^64."""
     width = rows.shape[1] * rows.itemsize
     words = np.zeros((len(rows), math.ceil(width / 8) * 8), dtype=np.uint8)
     words[:, :width] = rows.view(np.uint8).reshape(len(rows), width)
     factors = np.random.default_rng(7).integers(0, 2**64, (words.shape[1] // 8, 2), dtype=np.uint64) | np.uint64(1)
-    return words.view(np.uint64) @ factors
+    mixed = words.view(np.uint64)
+    for shift, factor in _MIXING:  # without it a sum hardly sees the high bits of a word, such as signs
+        mixed ^= mixed >> np.uint64(shift)
+        mixed *= np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed @ factors
 
 
 class _Found:

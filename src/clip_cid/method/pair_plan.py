@@ -48,6 +48,10 @@ class Plan:
     device: str = "cpu"
     """Where the products are computed."""
 
+    def __post_init__(self) -> None:
+        if self.chunk_rows < 1 or self.cells < 0 or (self.width is not None and self.width < 1):
+            raise ValueError(f"a plan has width >= 1, cells >= 0 and chunk_rows >= 1, got {self}")
+
 
 @dataclass(frozen=True)
 class Estimate:

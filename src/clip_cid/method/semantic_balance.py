@@ -108,7 +108,7 @@ def balance(
     forest = near_forest(images, limit, layout=layout, device=device, on_plan=on_plan, on_progress=on_progress)
     if target_removed is not None:
         squared = forest.squared_for(target_removed)
-        threshold = from_squared(squared, metric)
+        threshold = threshold_for(squared, metric)
     radius = None if max_radius is None else threshold_on(metric, max_radius, "squared_euclidean")
     kept, set_of = keep_one_of_each(images, texts, forest.sets(squared), keep=keep, squared_radius=radius)
     return Balance(kept, set_of, float(threshold), metric, forest)
@@ -197,6 +197,14 @@ def threshold_on(metric_from: Metric, threshold: float, metric_to: Metric) -> fl
         return float(threshold)
     squared = {"cosine": 2 * threshold, "squared_euclidean": threshold, "euclidean": threshold**2}[metric_from]
     return float({"cosine": squared / 2, "squared_euclidean": squared, "euclidean": math.sqrt(squared)}[metric_to])
+
+
+def threshold_for(squared: float, metric: Metric) -> float:
+    """The smallest threshold on the scale of `metric` that is not below a squared one: a root is rounded up."""
+    threshold = from_squared(squared, metric)
+    while threshold > 0 and threshold_on(metric, threshold, "squared_euclidean") < squared:
+        threshold = math.nextafter(threshold, math.inf)
+    return threshold
 
 
 def from_squared(squared: float, metric: Metric) -> float:

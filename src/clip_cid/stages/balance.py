@@ -17,7 +17,7 @@ from clip_cid.data.duplicate_kinds import classify
 from clip_cid.data.embeddings import EmbeddingStore
 from clip_cid.data.forest_file import FOREST_FILE, read_forest, write_forest
 from clip_cid.errors import ConfigError, DataError
-from clip_cid.method.forest import Forest, Links, join_links, spanning_forest
+from clip_cid.method.forest import Forest, Links, join_links, whole_forest
 from clip_cid.method.growth import carry_over, match_rows
 from clip_cid.method.near_pairs import Prepared, Task, near_links, prepare, row_hashes
 from clip_cid.method.pair_plan import make_plan
@@ -27,6 +27,7 @@ from clip_cid.method.semantic_balance import (
     from_squared,
     keep_one_of_each,
     search_limit,
+    threshold_for,
     threshold_on,
 )
 from clip_cid.method.set_explanation import chain_summary, explain, giant_warning
@@ -66,7 +67,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
     set_of = np.full(store.rows, -1, dtype=np.int64)
     set_of[good] = group_of
     summary = _leave(out, store, good, good[chosen], set_of)
-    summary["threshold"] = {metric: from_squared(squared, metric) for metric in get_args(Metric)}
+    summary["threshold"] = {metric: threshold_for(squared, metric) for metric in get_args(Metric)}
     log.info("balance   threshold " + ", ".join(f"{name} {value:.5g}" for name, value in summary["threshold"].items()))
     summary |= _explained(folder, out, recipe, store, good, images, (chosen, group_of, forest, squared))
     if settings.truth_field is not None:
@@ -143,7 +144,7 @@ class _Forests:
             self._run(prepared)
             parts += [prepared.identical(), *(self._links(task) for task in prepared.tasks())]
             self._leave_hashes(np.asarray(prepared.hashes))
-        return spanning_forest(len(self._images), *join_links(parts), self._limit)
+        return whole_forest(len(self._images), join_links(parts), self._limit)
 
     def _earlier(self) -> tuple[Links, np.ndarray]:
         """Links that hold, and the rows whose pairs with each other are known: of the earlier run that knows most."""
@@ -315,7 +316,7 @@ def _explained(
     """Write the tables of sets and members; what they say in short."""
     settings = recipe.balance
     chosen, group_of, forest, squared = balanced
-    threshold = from_squared(squared, settings.metric)
+    threshold = threshold_for(squared, settings.metric)
     with log.progress("explain", len(images) - len(chosen)) as bar:
         found = explain(images, chosen, group_of, forest, squared, on_progress=bar.advance)
     chains = chain_summary(found, rows=len(images), squared=squared, metric=settings.metric)

@@ -1,7 +1,10 @@
 """All pairs of rows within a distance, as the links of their minimum spanning forest: exact, and in tasks of two chunks."""
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +21,10 @@ from clip_cid.method.unit_rows import UnitRows, squared_distances
 Task = tuple[int, int]
 
 _SIDE = 2048  # rows of a block of products
+_DEVICE_SIDE = 16_384  # half a GB of float16 products: long enough that starting one does not count
 _PRODUCTS = _SIDE * _SIDE
 _FOLDS = 16
+_PLACES = 1 << 16  # pairs looked at one by one together
 _MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # the finalizer of splitmix64
 _TURNED = 4096  # a multiple of 8
 _PENDING_PAIRS = 1 << 21
@@ -161,9 +166,13 @@ def prepare(
 
 def near_links(prepared: Prepared, images: UnitRows, task: Task) -> Links:
     """The minimum spanning forest of the near pairs of two chunks: pure, and the same whenever it is computed."""
-    found = _Found(images, prepared.limit)
-    compare = _Comparison(prepared, found)
     a, b = (slice(*prepared.chunk_starts[chunk : chunk + 2].tolist()) for chunk in task)
+    found = _Found(images, prepared.limit)
+    if prepared.device != "cpu":
+        with _InBackground(found) as aside:
+            _compare_on_device(prepared, aside, a, b)
+        return found.links()
+    compare = _Comparison(prepared, found)
     if len(prepared.visits):
         _compare_cells(compare, prepared, a, b, own=True)
         if a != b:
@@ -261,6 +270,37 @@ def _distances(
     return out
 
 
+class _InBackground:
+    """Hands pairs to `found` in another thread, so that the device goes on while the CPU measures; at most a few wait."""
+
+    def __init__(self, found: _Found) -> None:
+        self._found = found
+        self._queue: queue.Queue[tuple[np.ndarray, np.ndarray] | None] = queue.Queue(maxsize=4)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> "_InBackground":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def add(self, i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]) -> None:
+        self._queue.put((i, j))
+
+    def _work(self) -> None:
+        while (pairs := self._queue.get()) is not None:
+            try:
+                if self._error is None:
+                    self._found.add(*pairs)
+            except BaseException as error:  # goes on taking, so that the other side never waits in vain
+                self._error = error
+
+
 class _Comparison:
     """Products of the codes of two lists of positions; pairs that may be near go to `found`."""
 
@@ -275,35 +315,39 @@ class _Comparison:
         step = max(1, _PRODUCTS // max(side, 1))
         for start in range(0, len(left), step):
             some = left[start : start + step]
-            i, j = self._candidates(some, right)
-            i, j = some[i], j + right.start
-            if triangle:
-                i, j = i[i < j], j[i < j]
-            if len(i):
-                self._found.add(self._prepared.row_at[i], self._prepared.row_at[j])
+            for i, j in self._candidates(some, right):
+                i, j = some[i], j + right.start
+                if triangle:
+                    i, j = i[i < j], j[i < j]
+                if len(i):
+                    self._found.add(self._prepared.row_at[i], self._prepared.row_at[j])
 
     def _candidates(
         self, left: Int[np.ndarray, " left"], right: slice
-    ) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
+    ) -> Iterator[tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]]:
         """Places in `left` and in `right` of the pairs whose cosine may be large enough."""
         prepared = self._prepared
-        left_errors, right_errors = prepared.errors[left].astype(np.float64), prepared.errors[right].astype(np.float64)
-        lowest = prepared.coding.floor(self._least, left_errors.max(keepdims=True), right_errors.max(keepdims=True))
-        i, j, products = self._above(left, right, float(lowest[0]))
-        exact = products >= prepared.coding.floor(self._least, left_errors[i], right_errors[j])
-        return i[exact], j[exact]
-
-    def _above(
-        self, left: Int[np.ndarray, " left"], right: slice, floor: float
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        codes = self._prepared.codes
-        one, other = torch.from_numpy(codes[left]), torch.from_numpy(codes[right])
-        if self._prepared.device != "cpu":
-            return _above_on_device(one, other, floor, self._prepared.device)
+        errors = prepared.errors[left].astype(np.float64), prepared.errors[right].astype(np.float64)
+        lowest = prepared.coding.floor(self._least, *(some.max(keepdims=True) for some in errors))
+        one, other = torch.from_numpy(prepared.codes[left]), torch.from_numpy(prepared.codes[right])
         products = self._product(one, other).numpy()
-        flat = _places_above(products, floor)
-        i, j = np.divmod(flat, products.shape[1])
-        return i, j, products.reshape(-1)[flat].astype(np.float64)
+        places = _places_above(products, float(lowest[0]))
+        for start in range(0, len(places), _PLACES):
+            yield self._exactly_above(products, places[start : start + _PLACES], *errors)
+
+    def _exactly_above(
+        self,
+        products: np.ndarray,
+        places: Int[np.ndarray, " places"],
+        left_errors: Float[np.ndarray, " left"],
+        right_errors: Float[np.ndarray, " right"],
+    ) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
+        """Of the places above the lowest floor of the block, those above their own."""
+        i, j = np.divmod(places, products.shape[1])
+        above = products.reshape(-1)[places] >= self._prepared.coding.floor(
+            self._least, left_errors[i], right_errors[j]
+        )
+        return i[above], j[above]
 
     def _product(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         shape = len(one), len(other)
@@ -330,21 +374,54 @@ def _places_above(products: np.ndarray, floor: float) -> Int[np.ndarray, " place
     return np.flatnonzero(products >= floor)
 
 
-def _above_on_device(
-    one: torch.Tensor, other: torch.Tensor, floor: float, device: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As on the CPU, with only the pairs above the floor coming back."""
-    products = one.to(device, non_blocking=True) @ other.to(device, non_blocking=True).T
+def _compare_on_device(prepared: Prepared, found: _InBackground, a: slice, b: slice) -> None:
+    """All pairs of two chunks, which lie on the device as a whole; only pairs above the floor come back."""
+    least, errors = 1 - prepared.limit / 2, prepared.errors.astype(np.float64)
+    one = torch.from_numpy(prepared.codes[a]).to(prepared.device)
+    other = one if a == b else torch.from_numpy(prepared.codes[b]).to(prepared.device)
+    with _full_accumulation():
+        for left in _blocks(a, _DEVICE_SIDE):
+            for right in _blocks(b, _DEVICE_SIDE):
+                if right.stop <= left.start:
+                    continue
+                loosest = (errors[rows].max(keepdims=True) for rows in (left, right))
+                floor = float(prepared.coding.floor(least, *loosest)[0])
+                products = one[_within(left, a)] @ other[_within(right, b)].T
+                i, j, values = above_on_device(products, floor)
+                i, j = i + left.start, j + right.start
+                near = (i < j) & (values >= prepared.coding.floor(least, errors[i], errors[j]))
+                if near.any():
+                    found.add(prepared.row_at[i[near]], prepared.row_at[j[near]])
+
+
+def above_on_device(products: torch.Tensor, floor: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places and values of the products that reach the floor: rows without one are passed over on the device."""
     hits = torch.nonzero(products.amax(dim=1) >= floor).squeeze(1)
     some = products[hits]
     at, j = torch.nonzero(some >= floor, as_tuple=True)
     return hits[at].cpu().numpy(), j.cpu().numpy(), some[at, j].double().cpu().numpy()
 
 
+@contextlib.contextmanager
+def _full_accumulation() -> Generator[None]:
+    """Sums of float16 products in float32 all the way, as the code's margin assumes."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_fp16_reduced_precision_reduction
+    settings.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        settings.allow_fp16_reduced_precision_reduction = before
+
+
+def _within(rows: slice, chunk: slice) -> slice:
+    return slice(rows.start - chunk.start, rows.stop - chunk.start)
+
+
 def _compare_all(compare: _Comparison, a: slice, b: slice) -> None:
-    for left in _blocks(a):
+    for left in _blocks(a, _SIDE):
         rows = np.arange(left.start, left.stop)
-        for right in _blocks(b):
+        for right in _blocks(b, _SIDE):
             if right.stop > left.start:
                 compare(rows, right, triangle=right.start < left.stop)
 
@@ -359,16 +436,16 @@ def _compare_cells(compare: _Comparison, prepared: Prepared, visiting: slice, vi
         at_home = prepared.cell_at[visitors] == cell
         piece = slice(visited.start + start, visited.start + stop)
         guests, family = visitors[~at_home], visitors[at_home]
-        for right in _blocks(piece):
+        for right in _blocks(piece, _SIDE):
             if len(guests):
                 compare(guests, right, triangle=False)
             if own and len(family):
                 compare(family, right, triangle=visiting == visited)
 
 
-def _blocks(rows: slice) -> Iterator[slice]:
-    for start in range(rows.start, rows.stop, _SIDE):
-        yield slice(start, min(start + _SIDE, rows.stop))
+def _blocks(rows: slice, side: int) -> Iterator[slice]:
+    for start in range(rows.start, rows.stop, side):
+        yield slice(start, min(start + side, rows.stop))
 
 
 def _chunk_starts(fresh: int, rows: int, chunk_rows: int) -> Int[np.ndarray, " chunks_and_one"]:

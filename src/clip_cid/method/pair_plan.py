@@ -49,6 +49,8 @@ class Plan:
     """Where the products are computed."""
 
     def __post_init__(self) -> None:
+        if self.device != "cpu" and (self.kind == "int8" or self.cells):
+            raise ValueError(f"a plan for a device has floats and no cells, got {self}")
         if self.chunk_rows < 1 or self.cells < 0 or (self.width is not None and self.width < 1):
             raise ValueError(f"a plan has width >= 1, cells >= 0 and chunk_rows >= 1, got {self}")
 
@@ -111,7 +113,7 @@ def make_plan(images: UnitRows, limit: float, *, device: str = "cpu", new_rows: 
     rows = len(images)
     chunk = _chunk_rows(rows)
     if device != "cpu":
-        return lay_out(images, Plan("float16", None, 0, chunk, device))
+        return lay_out(images, Plan("float16", None, 0, min(chunk, _device_rows(images.dim, device)), device))
     if rows <= _SMALL:
         return lay_out(images, Plan(chunk_rows=chunk))
     sample = _Sample(images, limit, rows if new_rows is None else new_rows)
@@ -313,6 +315,14 @@ def _some(rows: int, count: int, *, seed: int) -> Int[np.ndarray, " n"]:
 
 def _chunk_rows(rows: int) -> int:
     return min(max(math.ceil(rows / _FEWEST_CHUNKS), _LEAST_CHUNK), _LARGEST_CHUNK)
+
+
+def _device_rows(dim: int, device: str) -> int:
+    """Rows of a chunk of which two take a quarter of the device's free memory."""
+    if not torch.cuda.is_available():
+        return _LARGEST_CHUNK
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(_LEAST_CHUNK, free // 8 // (2 * dim))
 
 
 def _time_of_product(coding: Coding) -> float:

@@ -272,31 +272,33 @@ def test_a_chain_of_three_thousand_steps_is_one_set(plan):
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16"])
-def test_the_way_of_devices_finds_what_the_processor_finds(monkeypatch, kind):
-    rows = KINDS["power law"](200, 48)
-    plan = Plan(kind, chunk_rows=70)
-    expected = in_bytes(forest_by(rows, 0.14, plan))
-    calls = 0
+@pytest.mark.parametrize("data", KINDS)
+@pytest.mark.parametrize("limit", [0.005, 0.14])
+def test_the_way_of_devices_finds_what_the_processor_finds(monkeypatch, kind, data, limit):
+    """`cpu:0` is a device like any other: chunks are put on it, and pairs come back to a thread that measures."""
+    monkeypatch.setattr(near_pairs, "_DEVICE_SIDE", 30)
+    rows = KINDS[data](200, 48)
+    expected = in_bytes(forest_by(rows, limit, Plan("float32", chunk_rows=70)))
+    assert in_bytes(forest_by(rows, limit, Plan(kind, chunk_rows=70, device="cpu:0"))) == expected
 
-    def on_device(self, left, right, floor):
-        nonlocal calls
-        calls += 1
-        one, other = (torch.from_numpy(self._prepared.codes[some]) for some in (left, right))
-        return near_pairs._above_on_device(one, other, floor, "cpu")
 
-    monkeypatch.setattr(near_pairs._Comparison, "_above", on_device)
-    assert in_bytes(forest_by(rows, 0.14, plan)) == expected
-    assert calls == 6
+def test_an_error_in_the_measuring_thread_comes_back(monkeypatch):
+    def broken(*_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(near_pairs, "_distances", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        forest_by(KINDS["power law"](200, 48), 0.14, Plan("float32", chunk_rows=70, device="cpu:0"))
 
 
 def test_the_way_of_devices_by_hand():
     one = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     other = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]])
-    i, j, products = near_pairs._above_on_device(one, other, 0.79, "cpu")
+    i, j, products = near_pairs.above_on_device(one @ other.T, 0.79)
     assert sorted(zip(i.tolist(), j.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 0), (2, 0), (2, 2)]
     assert products == pytest.approx([1, 0.8, 1, 0.8, 0.96])
     assert products.dtype == np.float64
-    assert [len(each) for each in near_pairs._above_on_device(one, other, 1.1, "cpu")] == [0, 0, 0]
+    assert [len(each) for each in near_pairs.above_on_device(one @ other.T, 1.1)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 100])

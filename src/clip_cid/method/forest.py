@@ -126,12 +126,11 @@ def spanning_links(links: Links) -> Links:
     """The links of the minimum spanning forest under the order (squared, left, right), in that order."""
     left, right, squared = links
     order = np.lexsort((right, left, squared))
-    left, right, squared = left[order], right[order], squared[order]
-    again = np.zeros(len(left), dtype=bool)
-    again[1:] = (left[1:] == left[:-1]) & (right[1:] == right[:-1])  # one pair has one distance: repeats are adjacent
-    left, right, squared = left[~again], right[~again], squared[~again]
-    chosen = _tree_edges(left, right)
-    return Links(left[chosen], right[chosen], squared[chosen])
+    again = np.zeros(len(order), dtype=bool)  # one pair has one distance, so repeats are adjacent
+    again[1:] = (left[order[1:]] == left[order[:-1]]) & (right[order[1:]] == right[order[:-1]])
+    order = order[~again]
+    order = order[_tree_edges(left[order], right[order])]
+    return Links(left[order], right[order], squared[order])
 
 
 def join_links(parts: Sequence[Links]) -> Links:

@@ -1,6 +1,7 @@
 """What other thresholds would have done, from the spanning forest that balance left: no embedding is read."""
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from clip_cid import log
 from clip_cid.data.balance_tables import BalanceTables
@@ -12,7 +13,7 @@ from clip_cid.method.set_explanation import on_metric, squared_from
 from clip_cid.run_folder import RunFolder
 
 _FOLDER = "sweep"
-_STEPS = 14
+_STEPS = 15
 _METRICS = ("cosine", "squared_euclidean", "euclidean")
 
 
@@ -36,7 +37,8 @@ def sweep(folder: RunFolder) -> tuple[list[str], list[list[str]]]:
     removed_share.draw(stored._replace(rows=images), threshold=tables.threshold, metric=tables.metric, out=out)
     log.info(f"balance   the curve is drawn in {out / 'removed_share.svg'}")
     forest, limit = Forest(*stored), _on_metric(stored.limit, tables.metric)
-    steps = np.union1d(np.linspace(0, limit, _STEPS + 1)[1:], tables.threshold)
+    ticks = np.round(MaxNLocator(nbins=_STEPS, steps=[1, 2, 2.5, 5, 10]).tick_values(0, limit), 12)
+    steps = np.union1d(ticks[(ticks > 0) & (ticks < limit)], [tables.threshold, limit])
     columns = ["", *(name.replace("_", " ") for name in _METRICS), "removed", "share", "largest set"]
     return columns, [_line(forest, images, step, tables) for step in steps.tolist()]
 

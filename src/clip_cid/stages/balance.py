@@ -320,6 +320,12 @@ def _explained(
     with log.progress("explain", len(images) - len(chosen)) as bar:
         found = explain(images, chosen, group_of, forest, squared, on_progress=bar.advance)
     chains = chain_summary(found, rows=len(images), squared=squared, metric=settings.metric)
+    if len(chains["distance"]):
+        spread = ", ".join(f"{share} {value:.4g}" for share, value in chains["distance"].items())
+        log.info(
+            f"balance   {settings.metric} distance of removed images to the kept one, by quantile: {spread};"
+            f" {100 * chains['beyond_threshold_share']:.2f} % are beyond the threshold"
+        )
     if (warning := giant_warning(chains, metric=settings.metric, threshold=threshold)) is not None:
         log.warn(f"balance: {warning}; balance.max_radius bounds that distance")
     found = found.with_rows(good)
@@ -339,7 +345,18 @@ def _explained(
     columns = found.set_columns(settings.metric), found.member_columns(settings.metric)
     number = None if kinds is None else kinds.number
     write_tables(out, store.keys.packed, *columns, metric=settings.metric, threshold=threshold, kinds=number)
-    return {"chains": chains} | ({} if kinds is None else {"kinds": kinds.summary()})
+    if kinds is None:
+        return {"chains": chains}
+    shares = kinds.summary()
+    log.info(
+        f"balance   {shares['drawn']:,} removed images looked at: "
+        + ", ".join(
+            f"{100 * shares[kind]['share']:.1f} % {kind} ({100 * shares[kind]['low']:.1f} to {100 * shares[kind]['high']:.1f})"
+            for kind in ("perceptual", "semantic")
+            if shares[kind]["share"] is not None
+        )
+    )
+    return {"chains": chains, "kinds": shares}
 
 
 def _read_kept(path: Path, store: EmbeddingStore) -> np.ndarray:

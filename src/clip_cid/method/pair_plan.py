@@ -16,7 +16,7 @@ from clip_cid.method.unit_rows import FLOAT32_ERROR, UnitRows, product_error, sq
 
 _WIDTHS = (32, 64, 96, 128, 192, 256)
 _SAMPLE_ROWS, _EXACT_ROWS = 2048, 128
-_SMALL = 2048  # so few rows are compared sooner than planned for
+_SMALL_WORK = 3.6e10  # rows x rows x dim: so little is compared sooner than planned for
 _CELLS_FROM = 20_000
 _TRIAL_WIDTH = 64  # windows are tried in a sketch of this width; wider ones see little more
 _CELL_ROUNDS, _POINTS_PER_CELL = 4, 16
@@ -114,7 +114,7 @@ def make_plan(images: UnitRows, limit: float, *, device: str = "cpu", new_rows: 
     chunk = _chunk_rows(rows)
     if device != "cpu":
         return lay_out(images, Plan("float16", None, 0, min(chunk, _device_rows(images.dim, device)), device))
-    if rows <= _SMALL:
+    if rows * rows * images.dim <= _SMALL_WORK:
         return lay_out(images, Plan(chunk_rows=chunk))
     sample = _Sample(images, limit, rows if new_rows is None else new_rows)
     best = sample.with_cells(sample.codes())
@@ -275,15 +275,17 @@ def int8_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | No
 
 
 def int8_products_are_right() -> bool:
-    """Whether this machine multiplies int8 codes into int32 without overflow or error."""
-    left = torch.full((5, 67), -127, dtype=torch.int8)
-    right = torch.full((3, 67), 127, dtype=torch.int8)
-    left[1:3] = 127
-    try:
-        product = int8_product(left, right.T)
-    except (AttributeError, RuntimeError):  # it is not public in torch, and not everywhere
-        return False
-    return bool((product == (left.int() @ right.int().T)).all())
+    """Whether this machine multiplies int8 codes into int32 without overflow, at extremes and at the size of a block."""
+    for rows, width in ((5, 67), (300, 130)):
+        left, right = np.random.default_rng(rows).choice(np.array([-127, -1, 0, 127], np.int8), (2, rows, width))
+        left[0], right[0] = 127, -127
+        try:
+            product = int8_product(torch.from_numpy(left), torch.from_numpy(right).T).numpy()
+        except (AttributeError, RuntimeError):  # it is not public in torch, and not everywhere
+            return False
+        if not np.array_equal(product, left.astype(np.float64) @ right.astype(np.float64).T):
+            return False
+    return True
 
 
 def _sketch(rows: Float32[np.ndarray, "n dim"], width: int) -> Sketch:

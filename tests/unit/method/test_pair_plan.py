@@ -99,7 +99,8 @@ def test_a_device_gets_whole_rows_in_float16():
     assert (layout.sketch, layout.centers) == (None, None)
 
 
-def test_a_plan_for_many_rows_finds_what_the_plain_one_finds():
+def test_a_plan_for_many_rows_finds_what_the_plain_one_finds(monkeypatch):
+    monkeypatch.setattr(pair_plan, "_SMALL_WORK", 0)
     rng = np.random.default_rng(0)
     centers = unit(rng.standard_normal((2500, 32)))
     spread = 10.0 ** rng.uniform(-2, -0.7, (25_000, 1))
@@ -206,6 +207,7 @@ def cheap_int8(monkeypatch):
 def test_a_machine_that_cannot_multiply_int8_gets_float32(monkeypatch, product):
     monkeypatch.setattr(pair_plan, "int8_product", product)
     assert not int8_products_are_right()
+    monkeypatch.setattr(pair_plan, "_SMALL_WORK", 0)
     assert make_plan(images_of(KINDS["rank 8"](2100, 300)), 0.14).plan.kind == "float32"
 
 
@@ -213,6 +215,7 @@ def test_a_machine_that_cannot_multiply_int8_gets_float32(monkeypatch, product):
 def test_a_machine_that_can_gets_int8_where_it_pays(monkeypatch):
     monkeypatch.setattr(pair_plan, "int8_product", right_and_slow)
     assert int8_products_are_right()
+    monkeypatch.setattr(pair_plan, "_SMALL_WORK", 0)
     assert make_plan(images_of(KINDS["rank 8"](2100, 300)), 0.14).plan.kind == "int8"
 
 

@@ -307,7 +307,7 @@ class _Comparison:
     def __init__(self, prepared: Prepared, found: _Found) -> None:
         self._prepared, self._found = prepared, found
         self._least = 1 - prepared.limit / 2
-        self._space: torch.Tensor | None = None
+        self._space: np.ndarray | None = None
 
     def __call__(self, left: Int[np.ndarray, " left"], right: slice, *, triangle: bool) -> None:
         """Every pair, or (triangle) every pair of which the left position is the lower."""
@@ -329,8 +329,7 @@ class _Comparison:
         prepared = self._prepared
         errors = prepared.errors[left].astype(np.float64), prepared.errors[right].astype(np.float64)
         lowest = prepared.coding.floor(self._least, *(some.max(keepdims=True) for some in errors))
-        one, other = torch.from_numpy(prepared.codes[left]), torch.from_numpy(prepared.codes[right])
-        products = self._product(one, other).numpy()
+        products = self._product(prepared.codes[left], prepared.codes[right])
         places = _places_above(products, float(lowest[0]))
         for start in range(0, len(places), _PLACES):
             yield self._exactly_above(products, places[start : start + _PLACES], *errors)
@@ -349,15 +348,16 @@ class _Comparison:
         )
         return i[above], j[above]
 
-    def _product(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        shape = len(one), len(other)
-        kind = torch.int32 if one.dtype == torch.int8 else torch.float32
-        if self._space is None or self._space.numel() < shape[0] * shape[1]:
-            self._space = torch.empty(max(_PRODUCTS, shape[0] * shape[1]), dtype=kind)
-        out = self._space[: shape[0] * shape[1]].view(shape)
-        if one.dtype == torch.int8:
-            return int8_product(one, other.T, out=out)
-        return torch.mm(one.float(), other.float().T, out=out)
+    def _product(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Into the same memory each time."""
+        shape, whole = (len(one), len(other)), one.dtype == np.int8
+        if self._space is None or self._space.size < shape[0] * shape[1]:
+            self._space = np.empty(max(_PRODUCTS, shape[0] * shape[1]), dtype=np.int32 if whole else np.float32)
+        out = self._space[: shape[0] * shape[1]].reshape(shape)
+        if whole:
+            int8_product(torch.from_numpy(one), torch.from_numpy(other).T, out=torch.from_numpy(out))
+            return out
+        return np.matmul(np.asarray(one, np.float32), np.asarray(other, np.float32).T, out=out)
 
 
 def _places_above(products: np.ndarray, floor: float) -> Int[np.ndarray, " places"]:

@@ -1,5 +1,6 @@
 """How near pairs will be looked for: chosen from a sample of the rows, and never of influence on what is found."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -15,14 +16,14 @@ from clip_cid.method.sketch import CodeType, Coding, Sketch, coding_for, make_sk
 from clip_cid.method.unit_rows import FLOAT32_ERROR, UnitRows, product_error, squared_distances
 
 _WIDTHS = (32, 64, 96, 128, 192, 256)
-_SAMPLE_ROWS, _EXACT_ROWS = 2048, 128
+_LEAST_SAMPLE, _LARGEST_SAMPLE, _EXACT_ROWS = 768, 2048, 128
 _SMALL_WORK = 3.6e10  # rows x rows x dim: so little is compared sooner than planned for
 _CELLS_FROM = 20_000
 _TRIAL_WIDTH = 64  # windows are tried in a sketch of this width; wider ones see little more
 _CELL_ROUNDS, _POINTS_PER_CELL = 4, 16
 _MOST_CELLS = 4096  # a bit for each and each row: half a kB a row
 _FEWEST_CHUNKS, _LEAST_CHUNK, _LARGEST_CHUNK = 8, 1 << 16, 1 << 20
-_ENTRIES = 1 << 20  # of the block whose product is timed
+_ENTRIES = 1 << 19  # of the block whose product is timed
 # What a core does in a second, for estimates only
 _RATE = 8e10  # additions and multiplications in float32
 _SECONDS_A_NUMBER = 5e-9
@@ -123,18 +124,20 @@ def make_plan(images: UnitRows, limit: float, *, device: str = "cpu", new_rows: 
 
 def lay_out(images: UnitRows, plan: Plan) -> Layout:
     """The arrays of a plan that is given, not chosen."""
-    rows = images.float32(_some(len(images), _SAMPLE_ROWS, seed=0))
+    rows = images.float32(_sampled(images))
     sketch = None
     if plan.width is not None or plan.kind == "int8":
         sketch = _sketch(rows, images.dim if plan.width is None else plan.width)
-    layout = _coded(plan, sketch, rows)
+    layout, _ = _coded(plan, sketch, rows)
     return replace(layout, centers=_centers(images, layout, plan.cells)) if plan.cells else layout
 
 
-def _coded(plan: Plan, sketch: Sketch | None, rows: Float32[np.ndarray, "n dim"]) -> Layout:
+def _coded(plan: Plan, sketch: Sketch | None, rows: Float32[np.ndarray, "n dim"]) -> tuple[Layout, np.ndarray]:
+    """A layout with a coding for rows like these, and what their codes stand for."""
     if sketch is None:
-        return Layout(plan, coding_for(plan.kind, rows, 4 * FLOAT32_ERROR))
-    return Layout(plan, coding_for(plan.kind, sketch.complete(sketch.project(rows)), sketch.slack), sketch)
+        return Layout(plan, coding_for(plan.kind, rows, 4 * FLOAT32_ERROR)), rows
+    short = sketch.complete(sketch.project(rows))
+    return Layout(plan, coding_for(plan.kind, short, sketch.slack), sketch), short
 
 
 class _Sample:
@@ -143,7 +146,7 @@ class _Sample:
     def __init__(self, images: UnitRows, limit: float, new_rows: int) -> None:
         self._pairs = new_rows * (len(images) - new_rows / 2)
         self._images, self._least, self._limit = images, 1 - limit / 2, limit
-        chosen = _some(len(images), _SAMPLE_ROWS, seed=0)
+        chosen = _sampled(images)
         self._rows = images.float32(chosen)
         self._exact_seconds = self._time_of_exact(images[chosen[:_EXACT_ROWS]])
 
@@ -182,14 +185,13 @@ class _Sample:
         return best
 
     def _estimated(self, plan: Plan, sketch: Sketch | None) -> Layout:
-        layout = _coded(plan, sketch, self._rows)
-        passing, candidates = (share * self._pairs for share in self._shares(layout))
+        layout, short = _coded(plan, sketch, self._rows)
+        passing, candidates = (share * self._pairs for share in self._shares(layout, short))
         seconds = self._seconds_of(layout, self._pairs, candidates) + passing * _SECONDS_A_PASSING
         return replace(layout, estimate=Estimate(self._pairs, candidates, seconds))
 
-    def _shares(self, layout: Layout) -> tuple[float, float]:
+    def _shares(self, layout: Layout, short: Float32[np.ndarray, "n width"]) -> tuple[float, float]:
         """The share of pairs that pass the floor of their block, and of those that pass their own."""
-        short = layout.completed(layout.projected(self._rows))
         errors = layout.coding.encode(short)[1].astype(np.float64)
         products = short @ short.T
         np.fill_diagonal(products, -2)
@@ -201,7 +203,11 @@ class _Sample:
 
     def _seconds_of(self, layout: Layout, pairs: float, candidates: float) -> float:
         reading = len(self._images) * self._images.dim * (_SECONDS_A_NUMBER + 2 * layout.coding.width / _RATE)
-        return reading + pairs * _time_of_product(layout.coding) + candidates * self._exact_seconds
+        return (
+            reading
+            + pairs * _time_of_product(layout.coding.kind, layout.coding.width)
+            + candidates * self._exact_seconds
+        )
 
     def _share_of_exact(self, layout: Layout) -> float:
         assert layout.estimate is not None
@@ -252,8 +258,8 @@ class Windows:
         squares = (exact * exact).sum(axis=1)
         apart = np.sqrt(np.clip(squares[:, None] + squares[None, :] - 2 * exact @ exact.T, 0, None) + 1e-12)
         half = math.sqrt(limit) / 2
-        # Of two scores: the row's error, that of a float32 product, and the rounding of the halved squares.
-        margin = 2 * (error + product_error(centers.shape[1]) * (1 + error) + 2.0**-22) * max(1.0, squares.max() ** 0.5)
+        # Of two scores: the row's error, that of a float32 product, and some roundings of numbers up to 3.
+        margin = 2 * (error + product_error(centers.shape[1]) * (1 + error) + 2.0**-20) * max(1.0, squares.max() ** 0.5)
         self._centers, self._half_squares = centers, (squares / 2).astype(np.float32)
         self._reach = (half * apart * (1 + 1e-6) + margin).astype(np.float32)
 
@@ -309,6 +315,11 @@ def _centers(images: UnitRows, layout: Layout, cells: int) -> Float32[np.ndarray
     return np.ascontiguousarray(search.centroids)
 
 
+def _sampled(images: UnitRows) -> Int[np.ndarray, " n"]:
+    """Fewer of few rows: the plan should cost little beside the work."""
+    return _some(len(images), min(max(len(images) // 16, _LEAST_SAMPLE), _LARGEST_SAMPLE), seed=0)
+
+
 def _some(rows: int, count: int, *, seed: int) -> Int[np.ndarray, " n"]:
     if rows <= count:
         return np.arange(rows)
@@ -327,14 +338,15 @@ def _device_rows(dim: int, device: str) -> int:
     return max(_LEAST_CHUNK, free // 8 // (2 * dim))
 
 
-def _time_of_product(coding: Coding) -> float:
+@functools.cache
+def _time_of_product(kind: CodeType, width: int) -> float:
     """Seconds for the product of two codes and the look at it, measured."""
     side = math.isqrt(_ENTRIES)
-    codes = np.random.default_rng(0).integers(-9, 9, (side, coding.width)).astype(coding.kind)
+    codes = np.random.default_rng(0).integers(-9, 9, (side, width)).astype(kind)
     tensor = torch.from_numpy(codes)
-    if coding.kind == "int8":
+    if kind == "int8":
         return _seconds_of(lambda: int8_product(tensor, tensor.T).numpy().max(axis=1)) / _ENTRIES
-    return _seconds_of(lambda: torch.mm(tensor, tensor.T).numpy().max(axis=1)) / _ENTRIES
+    return _seconds_of(lambda: (codes @ codes.T).max(axis=1)) / _ENTRIES
 
 
 def _seconds_of(work: Callable[[], Any]) -> float:

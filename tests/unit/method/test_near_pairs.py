@@ -325,6 +325,7 @@ def test_the_links_of_a_clique_are_never_all_in_memory(monkeypatch):
     """1,124,250 links are 27 MB; they are reduced to 1,499 whenever more than 50,000 have come on top."""
     rows = crowd(1500, 1500, 4)
     monkeypatch.setattr(near_pairs, "_SIDE", 128)  # so that no comparison gives many of them at once
+    monkeypatch.setattr(near_pairs, "_PRODUCTS", 128 * 200)
     monkeypatch.setattr(near_pairs, "_PENDING_PAIRS", 10_000)
     monkeypatch.setattr(near_pairs, "possible_links", lambda units, i, j, limit: (i, j, []))
     without, expected = peak_of(rows)

@@ -11,6 +11,7 @@
   Zipf with exponent 2.2, at most 100.
 - flat: the noise and the directions of the duplicates are isotropic (the clusters keep the spectrum).
 - soft: rows / 10 clusters with a fifth of the variance.
+- tight: rows / 1000 clusters with four fifths of the variance.
 - cont: no clusters.
 - outlier: four columns 20 times the others before rows are normalized (which moves the mean cosine).
 - heavy: 6 % of the rows are near-copies of one, 0.005 to 0.02 from each other.
@@ -27,7 +28,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-Kind = Literal["pow", "flat", "soft", "cont", "outlier", "heavy", "drift"]
+Kind = Literal["pow", "tight", "flat", "soft", "cont", "outlier", "heavy", "drift"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 PLANTED, IDENTICAL, NEAREST, FARTHEST = 0.45, 0.20, 1e-4, 0.15
@@ -103,7 +104,9 @@ def _world(kind: Kind, rows: int, dim: int, random: np.random.Generator) -> _Wor
     spectrum = (spectrum / np.linalg.norm(spectrum)).astype(np.float32)
     noise = np.full(dim, dim**-0.5, dtype=np.float32) if kind == "flat" else spectrum
     mean = _unit(random.standard_normal((1, dim), dtype=np.float32))[0] * (MEAN_COSINE / (1 - MEAN_COSINE)) ** 0.5
-    clusters, between = {"soft": (rows // 10, 0.2), "cont": (0, 0.0)}.get(kind, (rows // 100, 0.5))
+    clusters, between = {"soft": (rows // 10, 0.2), "tight": (rows // 1000, 0.8), "cont": (0, 0.0)}.get(
+        kind, (rows // 100, 0.5)
+    )
     centers = None
     if clusters:
         drawn = random.standard_normal((clusters, dim), dtype=np.float32) * spectrum

@@ -19,16 +19,17 @@ _WIDTHS = (32, 64, 96, 128, 192, 256)
 _LEAST_SAMPLE, _LARGEST_SAMPLE, _EXACT_ROWS = 768, 2048, 128
 _SMALL_WORK = 3.6e10  # rows x rows x dim: so little is compared sooner than planned for
 _CELLS_FROM = 20_000
-_TRIAL_WIDTH = 64  # windows are tried in a sketch of this width; wider ones see little more
+_TRIAL_WIDTHS, _WIDER_FROM = (64, 128), 400_000  # windows are tried in sketches of these widths; of many rows in both
 _CELL_ROUNDS, _POINTS_PER_CELL = 4, 16
-_MOST_CELLS = 4096  # a bit for each and each row: half a kB a row
+_MOST_CELLS = 8192  # a bit for each and each row: a kB a row at most
 _FEWEST_CHUNKS, _LEAST_CHUNK, _LARGEST_CHUNK = 8, 1 << 16, 1 << 20
+_SCORES = 1 << 18
 _ENTRIES = 1 << 19  # of the block whose product is timed
 # What a core does in a second, for estimates only
 _RATE = 8e10  # additions and multiplications in float32
 _SECONDS_A_NUMBER = 5e-9
 _SECONDS_A_CALL = 1.5e-4
-_SECONDS_A_CENTER = 4e-9  # beside the product: the comparison with the window, and its bit
+_SECONDS_A_CENTER = 8e-9  # beside the product: the comparison with the window, and its bit
 _SECONDS_A_PASSING = 5e-8
 _SECONDS_A_CANDIDATE = 6e-7  # beside its exact distance
 _SMALL_PRODUCTS = 1.3  # small blocks are slower by this
@@ -148,15 +149,15 @@ class _Sample:
         self._images, self._least, self._limit = images, 1 - limit / 2, limit
         chosen = _sampled(images)
         self._rows = images.float32(chosen)
+        self._directions = principal_directions(self._rows, min(max(_WIDTHS), images.dim))
         self._exact_seconds = self._time_of_exact(images[chosen[:_EXACT_ROWS]])
 
     def codes(self) -> list[Layout]:
         """Sketches and whole rows, each with its estimate for all pairs."""
         kind: CodeType = "int8" if int8_products_are_right() else "float32"
         found = [self._estimated(Plan("float32"), None)]
-        directions = principal_directions(self._rows, min(max(_WIDTHS), self._images.dim))
         for width in (width for width in _WIDTHS if width < self._images.dim):
-            found.append(self._estimated(Plan(kind, width), make_sketch(directions, width)))
+            found.append(self._estimated(Plan(kind, width), make_sketch(self._directions, width)))
             if len(found) > 2 and _seconds(found[-1]) > 1.2 * min(map(_seconds, found[1:-1])):
                 break
         best = min(found, key=_seconds)
@@ -168,20 +169,35 @@ class _Sample:
         return found
 
     def with_cells(self, codes: list[Layout]) -> Layout:
-        """The cheapest of the codes, each without cells and with as many as pay."""
-        rows, best = len(self._images), min(codes, key=_seconds)
-        if rows < _CELLS_FROM:
+        """The cheapest of the codes, each without cells and with as many as pay.
+
+        Doubling the cells may not pay until there are as many as the data have clusters, so all numbers are tried whose
+        centers are found in a small part of the time that the best plan so far would take.
+        """
+        best = min(codes, key=_seconds)
+        if len(self._images) < _CELLS_FROM:
             return best
-        trial = next((code for code in codes if code.coding.width >= _TRIAL_WIDTH and code.sketch), best)
-        cells = 1 << round(math.log2(1.5 * math.sqrt(rows)))
-        while cells <= _MOST_CELLS and self._time_of_centers(cells, trial) < 0.05 * _seconds(min(codes, key=_seconds)):
-            pairs = self._pairs_in_windows(trial, cells)
-            found = min((self._celled(code, cells, pairs) for code in codes), key=_seconds)
-            if _seconds(found) > 0.9 * _seconds(best):
-                break
-            best, cells = found, 2 * cells
-        if best.plan.cells:
+        for width in _TRIAL_WIDTHS[: 1 if len(self._images) < _WIDER_FROM else None]:
+            best = self._celled_by(width, codes, best)
+        if best.plan.cells and best.centers is None:
             best = replace(best, centers=_centers(self._images, best, best.plan.cells))
+        return best
+
+    def _celled_by(self, width: int, codes: list[Layout], best: Layout) -> Layout:
+        """The best so far, or a code with windows as a sketch of this width would see them."""
+        trial = next((code for code in codes if code.coding.width == width and code.sketch), None)
+        if trial is None:
+            kind, width = best.plan.kind, min(width, self._images.dim)
+            trial = self._estimated(Plan(kind, width), make_sketch(self._directions, width))
+        wide = [trial, *(code for code in codes if code.coding.width > width)]  # narrower ones would see less
+        cells = 1 << round(math.log2(1.5 * math.sqrt(len(self._images))))
+        while cells <= _MOST_CELLS and self._time_of_centers(cells, trial) < 0.05 * _seconds(best):
+            centers = _centers(self._images, trial, cells)
+            pairs = self._pairs_in_windows(trial, centers)
+            found = min((self._celled(code, cells, pairs) for code in wide), key=_seconds)
+            if _seconds(found) < _seconds(best):
+                best = replace(found, centers=centers if found.coding == trial.coding else None)
+            cells *= 2
         return best
 
     def _estimated(self, plan: Plan, sketch: Sketch | None) -> Layout:
@@ -227,9 +243,9 @@ class _Sample:
             flat, plan=replace(flat.plan, cells=cells), estimate=Estimate(pairs, flat.estimate.candidates, seconds)
         )
 
-    def _pairs_in_windows(self, flat: Layout, cells: int) -> float:
+    def _pairs_in_windows(self, flat: Layout, centers: Float32[np.ndarray, "cells width"]) -> float:
         """How many products windows would leave."""
-        find = Windows(_centers(self._images, flat, cells), self._limit, flat.error)
+        find = Windows(centers, self._limit, flat.error)
         home, visits = find(flat.projected(self._rows))
         own = home[:, None] == home[None, :]
         seen = visits[:, home] & ~own  # row i visits the cell of row j
@@ -266,6 +282,9 @@ class Windows:
     def __call__(
         self, projected: Float32[np.ndarray, "n width"]
     ) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, "n cells"]]:
+        if len(projected) > (some := max(8, _SCORES // len(self._centers))):  # scores that stay in the cache
+            parts = [self(projected[start : start + some]) for start in range(0, len(projected), some)]
+            return np.concatenate([home for home, _ in parts]), np.concatenate([seen for _, seen in parts])
         scores = projected @ self._centers.T
         scores -= self._half_squares
         home = scores.argmax(axis=1)

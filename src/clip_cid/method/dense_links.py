@@ -14,7 +14,7 @@ from clip_cid.method.unit_rows import cosine_error
 
 _FEW = 256  # fewer pairs are not worth a look at all of them together
 _SECONDS_A_CROWD, _SECONDS_AN_ENTRY, _SECONDS_A_PRODUCT, _SECONDS_A_NUMBER = 4e-4, 2e-8, 2.5e-11, 1.7e-9
-_WHOLE, _RUN = 8192, 1 << 14
+_WHOLE, _RUN = 4096, 1 << 14
 _FAR = 9.0  # beyond any squared distance of unit vectors
 
 

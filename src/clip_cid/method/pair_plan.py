@@ -16,12 +16,13 @@ from clip_cid.method.sketch import CodeType, Coding, Sketch, coding_for, make_sk
 from clip_cid.method.unit_rows import FLOAT32_ERROR, UnitRows, product_error, squared_distances
 
 _WIDTHS = (32, 64, 96, 128, 192, 256)
+_LARGEST_CODE, _WHOLE_ROWS = 1 << 10, 1 << 29  # bytes: of a row's code, and of all rows where they are their own codes
 _LEAST_SAMPLE, _LARGEST_SAMPLE, _EXACT_ROWS = 768, 2048, 128
 _SMALL_WORK = 3.6e10  # rows x rows x dim: so little is compared sooner than planned for
 _CELLS_FROM = 20_000
 _TRIAL_WIDTHS, _WIDER_FROM = (64, 128), 400_000  # windows are tried in sketches of these widths; of many rows in both
 _CELL_ROUNDS, _POINTS_PER_CELL = 4, 16
-_MOST_CELLS = 8192  # a bit for each and each row: a kB a row at most
+_MOST_CELLS = 4096  # a bit for each and each row: half a kB a row at most
 _FEWEST_CHUNKS, _LEAST_CHUNK, _LARGEST_CHUNK = 8, 1 << 16, 1 << 20
 _SCORES = 1 << 18
 _ENTRIES = 1 << 19  # of the block whose product is timed
@@ -155,11 +156,14 @@ class _Sample:
     def codes(self) -> list[Layout]:
         """Sketches and whole rows, each with its estimate for all pairs."""
         kind: CodeType = "int8" if int8_products_are_right() else "float32"
-        found = [self._estimated(Plan("float32"), None)]
+        found: list[Layout] = []
         for width in (width for width in _WIDTHS if width < self._images.dim):
             found.append(self._estimated(Plan(kind, width), make_sketch(self._directions, width)))
-            if len(found) > 2 and _seconds(found[-1]) > 1.2 * min(map(_seconds, found[1:-1])):
+            if len(found) > 1 and _seconds(found[-1]) > 1.2 * min(map(_seconds, found)):
                 break
+        row_bytes = 4 * self._images.dim
+        if row_bytes <= _LARGEST_CODE or row_bytes * len(self._images) <= _WHOLE_ROWS:
+            found.append(self._estimated(Plan("float32"), None))
         best = min(found, key=_seconds)
         if kind == "int8" and self._share_of_exact(best) > 0.5:
             # Too many pairs pass: more of the row, or smaller errors (at tiny thresholds those of int8 count).

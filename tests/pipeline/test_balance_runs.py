@@ -165,6 +165,15 @@ def test_a_changed_row_is_a_new_row(tmp_path, small_chunks):
     assert_equal(grown, balance(tmp_path / "fresh", changed))
 
 
+def test_new_rows_that_are_all_copies_of_known_ones_need_no_comparison(tmp_path, small_chunks, monkeypatch):
+    rows = planted(200)
+    more = np.concatenate([rows, rows[[3, 3, 150]]])
+    fresh = balance(tmp_path / "fresh", more)
+    earlier = balance(tmp_path / "earlier", rows)
+    monkeypatch.setattr(engine, "run_tasks", None)
+    assert_equal(balance(tmp_path / "grown", more, "--balance.grow-from", str(earlier)), fresh)
+
+
 def test_growing_looks_at_new_pairs_only(tmp_path, small_chunks, monkeypatch):
     rows = planted(300)
     earlier = balance(tmp_path / "earlier", rows[:250])

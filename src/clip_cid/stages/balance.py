@@ -184,6 +184,8 @@ class _Forests:
     def _run(self, prepared: Prepared) -> None:
         """Do the tasks that no earlier attempt has finished."""
         tasks = prepared.tasks()
+        if not tasks:  # every new row is identical to one that is known
+            return
         todo = [task for task in tasks if not _links_file(self._work, task).is_file()]
         work = {task: prepared.work(task) for task in tasks}
         total, rows = sum(work.values()), len(self._images)

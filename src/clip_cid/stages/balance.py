@@ -162,7 +162,8 @@ class _Forests:
             found = carry_over(forest, match_rows(of_forest, hashes), len(images), self._limit)
             if found[1].sum() > best[1].sum():
                 best = found
-        log.info(f"balance   known from an earlier run: the pairs among {best[1].sum():,} of {len(images):,} images")
+        if best[1].any():
+            log.info(f"balance   known from an earlier run: the pairs among {best[1].sum():,} of {len(images):,} images")
         self._leave_hashes(hashes)
         return best
 

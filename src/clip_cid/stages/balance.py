@@ -163,7 +163,9 @@ class _Forests:
             if found[1].sum() > best[1].sum():
                 best = found
         if best[1].any():
-            log.info(f"balance   known from an earlier run: the pairs among {best[1].sum():,} of {len(images):,} images")
+            log.info(
+                f"balance   known from an earlier run: the pairs among {best[1].sum():,} of {len(images):,} images"
+            )
         self._leave_hashes(hashes)
         return best
 

@@ -134,6 +134,7 @@ class _Forests:
     ) -> None:
         self._folder, self._out, self._work, self._recipe = folder, out, out / _WORK, recipe
         self._store, self._good, self._images, self._limit = store, good, images, limit
+        self._seconds = 0.0  # expected of one core
 
     def forest(self) -> Forest:
         """Also leaves the rows' digests, by which a later run recognizes them."""
@@ -174,14 +175,15 @@ class _Forests:
         device = resolve_device(self._recipe.machine.device)
         name = str(device) if device.type == "cuda" else "cpu"  # what other devices lose in a product is not known
         if has_arrays(self._work):
-            prepared, _, _ = _load_prepared(self._work)
+            prepared, _, self._seconds = _load_prepared(self._work)
             if prepared.device == name:
                 return prepared
             shutil.rmtree(self._work)
         layout = make_plan(self._images, self._limit, device=name, new_rows=int((~known).sum()))
         log.info(f"balance   plan: {layout.describe()}")
         prepared = prepare(self._images, self._limit, layout, new=~known)
-        _save_prepared(self._work, prepared, self._images.lengths, layout.estimate.seconds if layout.estimate else 0.0)
+        self._seconds = layout.estimate.seconds if layout.estimate else 0.0
+        _save_prepared(self._work, prepared, self._images.lengths, self._seconds)
         return prepared
 
     def _run(self, prepared: Prepared) -> None:
@@ -214,8 +216,7 @@ class _Forests:
             return 1
         if machine.balance_processes:
             return machine.balance_processes
-        _, _, seconds = _load_prepared(self._work)
-        return (machine.threads or engine.available_cores()) if seconds > _LONG else 1
+        return (machine.threads or engine.available_cores()) if self._seconds > _LONG else 1
 
     def _links(self, task: Task) -> Links:
         left, right, squared = np.load(_links_file(self._work, task), allow_pickle=False)

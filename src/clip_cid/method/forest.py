@@ -93,17 +93,6 @@ class Forest:
         return float(self.squared[needed - 1])
 
 
-def spanning_forest(
-    rows: int,
-    left: Int[np.ndarray, " pairs"],
-    right: Int[np.ndarray, " pairs"],
-    squared: Float[np.ndarray, " pairs"],
-    limit: float,
-) -> Forest:
-    """The minimum spanning forest of these pairs, left < right; the same pair may come more than once."""
-    return Forest(rows, *spanning_links(Links(left, right, squared)), limit)
-
-
 def whole_forest(rows: int, links: Links, limit: float) -> Forest:
     """The forest of all near pairs, from links of which the pairs at distance 0 may be others of the same connected rows.
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from clip_cid.method import forest
+
 Links = list[tuple[float, int, int]]
 
 
@@ -98,3 +100,8 @@ KINDS: dict[str, Callable[[int, int], np.ndarray]] = {
     "identical": lambda rows, dim: np.repeat(with_near_copies(_gaussian(dim), -(-rows // 5)), 5, axis=0)[:rows],
     "float16": lambda rows, dim: with_near_copies(_gaussian(dim), rows).astype(np.float16),
 }
+
+
+def spanning_forest(rows: int, left: np.ndarray, right: np.ndarray, squared: np.ndarray, limit: float) -> forest.Forest:
+    """The links of these pairs as a forest."""
+    return forest.Forest(rows, *forest.spanning_links(forest.Links(left, right, squared)), limit)

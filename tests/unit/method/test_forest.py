@@ -1,13 +1,13 @@
 import numpy as np
 import oracles
 import pytest
-from hard_rows import kruskal, links_of
+from hard_rows import kruskal, links_of, spanning_forest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
-from clip_cid.method.forest import Forest, Links, join_links, spanning_forest, spanning_links
+from clip_cid.method.forest import Forest, Links, join_links, spanning_links
 
 SIZE = 9
 NAMES = [(i, j) for i in range(SIZE) for j in range(i + 1, SIZE)]

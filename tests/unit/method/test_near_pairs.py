@@ -3,10 +3,10 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from hard_rows import KINDS, links_of, slow_forest, squared_matrix, unit
+from hard_rows import KINDS, links_of, slow_forest, spanning_forest, squared_matrix, unit
 
 from clip_cid.method import near_pairs
-from clip_cid.method.forest import Forest, Links, join_links, spanning_forest
+from clip_cid.method.forest import Forest, Links, join_links
 from clip_cid.method.near_pairs import Prepared, near_forest, near_links, prepare, row_hashes
 from clip_cid.method.pair_plan import Plan, lay_out
 from clip_cid.method.unit_rows import UnitRows

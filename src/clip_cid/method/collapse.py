@@ -1,0 +1,124 @@
+"""An alarm for the collapse that the paper warns of."""
+
+import math
+from typing import NamedTuple
+
+MEMORY_STEPS = 50
+"""Single batches are noisy: every number is averaged with a weight that falls by e over this many steps."""
+_ONE_POINT = 0.95
+_LOST = 1 / 3  # a half would be within the noise of batches of a few dozen
+_NEAR_CHANCE = 10
+_AGREES = 0.05
+_DRIFTED = 0.1
+_NO_BETTER = 0.5
+
+
+class _Smoothed(NamedTuple):
+    """A number over the steps: its running mean, and the greatest that mean has been."""
+
+    now: float
+    greatest: float
+
+
+class CollapseAlarm:
+    r"""Tells the first time the numbers of `signs_of_collapse` in docs/method.md look like a collapse; it stops nothing.
+
+    Three signs, all on running means over some 50 steps. The thresholds separate the collapsing from the healthy
+    variants of `benchmarks/cluster_head.py collapse`, and are silent on all runs of `settings` (docs/results.md):
+
+    - *one point*: the student's image embeddings have a mean of length above 0.95, though `patience` steps have passed. At first
+      this is so for any student.
+    - *own center lost*: the share of images whose own center is first has fallen to a third of its best, and that best was
+      clearly (10 times) above chance.
+    - *empty agreement*: `L_kl` has fallen to 5 % of its greatest while the centers moved by a tenth of their length, and own
+      centers are first at half of their best or near chance. Student and teacher then agree because the head no longer
+      tells images apart. A student that knows only the teacher's mean keeps a far larger `L_kl`, one that follows the
+      teacher finds the own centers, and with a frozen head neither can be faked.
+
+    Args:
+        patience: Steps before a mean near length 1 counts; twice the warm-up is a good choice.
+    """
+
+    def __init__(self, *, patience: int) -> None:
+        self.patience = patience
+        self.fired = False
+        self._step = 0
+        self._seen: dict[str, _Smoothed] = {}
+
+    def update(
+        self,
+        step: int,
+        *,
+        mean_image_norm: float | None = None,
+        own_center: float | None = None,
+        cluster_kl: float | None = None,
+        head_drift: float | None = None,
+        centers: float | None = None,
+    ) -> str | None:
+        """Take a step's numbers, any of which may be absent; not every step need be given.
+
+        Args:
+            step: Steps done so far; above that of the call before.
+            mean_image_norm: Length of the mean of the student's image embeddings.
+            own_center: Share of images whose own center is the student's first.
+            cluster_kl: `L_kl`, unweighted.
+            head_drift: How far the centers moved, as a share of their length; absent counts as far.
+            centers: How many centers took part; without it, nothing is known of chance and it counts as 0.
+
+        Returns:
+            The sign with its numbers, the first time there is one; None before and after.
+        """
+        fade = math.exp(-(step - self._step) / MEMORY_STEPS)
+        self._step = step
+        for name, value in (("norm", mean_image_norm), ("own", own_center), ("kl", cluster_kl)):
+            if value is not None:
+                self._take(name, value, fade)
+        if self.fired:
+            return None
+        chance = 0.0 if not centers else 1 / centers
+        drift = math.inf if head_drift is None else head_drift
+        message = self._one_point() or self._empty_agreement(drift, chance) or self._own_center_lost(chance)
+        self.fired = message is not None
+        return message
+
+    def state_dict(self) -> dict[str, float]:
+        """All it remembers, in plain numbers, for a checkpoint."""
+        numbers = {
+            f"{name}_{part}": value for name, seen in self._seen.items() for part, value in seen._asdict().items()
+        }
+        return {"step": self._step, "fired": int(self.fired), **numbers}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on as the alarm whose `state_dict` this is."""
+        self._step, self.fired = int(state["step"]), bool(state["fired"])
+        names = [name.removesuffix("_now") for name in state if name.endswith("_now")]
+        self._seen = {name: _Smoothed(state[f"{name}_now"], state[f"{name}_greatest"]) for name in names}
+
+    def _take(self, name: str, value: float, fade: float) -> None:
+        before = self._seen.get(name, _Smoothed(value, value))
+        now = fade * before.now + (1 - fade) * value
+        self._seen[name] = _Smoothed(now, max(before.greatest, now))
+
+    def _one_point(self) -> str | None:
+        norm = self._seen.get("norm")
+        if norm is None or self._step < self.patience or not norm.now > _ONE_POINT:
+            return None
+        return f"one point: the mean of the student's image embeddings has length {norm.now:.3f} (above {_ONE_POINT:g})"
+
+    def _own_center_lost(self, chance: float) -> str | None:
+        own = self._seen.get("own")
+        if own is None or not own.greatest > _NEAR_CHANCE * chance or not own.now < _LOST * own.greatest:
+            return None
+        return f"own center lost: first for {own.now:.1%} of the images, after {own.greatest:.1%}"
+
+    def _empty_agreement(self, drift: float, chance: float) -> str | None:
+        own, kl = self._seen.get("own"), self._seen.get("kl")
+        if own is None or kl is None or not kl.now < _AGREES * kl.greatest or not drift > _DRIFTED:
+            return None
+        if own.now > max(_NO_BETTER * own.greatest, _NEAR_CHANCE * chance):
+            return None
+        moved = "" if math.isinf(drift) else f"; the centers moved by {drift:.0%} of their length"
+        return (
+            f"empty agreement: L_kl fell from {kl.greatest:.3g} to {kl.now:.3g}, but only {own.now:.1%} of the images"
+            f" have their own center first{moved}"
+        )

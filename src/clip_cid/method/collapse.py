@@ -3,10 +3,10 @@
 import math
 from typing import NamedTuple
 
-MEMORY_STEPS = 50
-"""Single batches are noisy: every number is averaged with a weight that falls by e over this many steps."""
+_FADE = 0.95  # of what is remembered, by each number: single batches are noisy
+_KL_FADE = 0.8  # one batch's divergence is steady, and falls by orders of magnitude: a longer mean would follow late
 _ONE_POINT = 0.95
-_LOST = 1 / 3  # a half would be within the noise of batches of a few dozen
+_FOUND, _LOST = 0.1, 1 / 3  # less found and a smaller fall would be within the noise of batches of a few dozen
 _NEAR_CHANCE = 10
 _AGREES = 0.05
 _DRIFTED = 0.1
@@ -23,17 +23,17 @@ class _Smoothed(NamedTuple):
 class CollapseAlarm:
     r"""Tells the first time the numbers of `signs_of_collapse` in docs/method.md look like a collapse; it stops nothing.
 
-    Three signs, all on running means over some 50 steps. The thresholds separate the collapsing from the healthy
-    variants of `benchmarks/cluster_head.py collapse`, and are silent on all runs of `settings` (docs/results.md):
+    Three signs, all on running means. The thresholds separate the collapsing from the healthy variants of
+    `benchmarks/cluster_head.py collapse`, and are silent on all runs of its `settings` (docs/results.md):
 
-    - *one point*: the student's image embeddings have a mean of length above 0.95, though `patience` steps have passed. At first
-      this is so for any student.
-    - *own center lost*: the share of images whose own center is first has fallen to a third of its best, and that best was
-      clearly (10 times) above chance.
-    - *empty agreement*: `L_kl` has fallen to 5 % of its greatest while the centers moved by a tenth of their length, and own
-      centers are first at half of their best or near chance. Student and teacher then agree because the head no longer
-      tells images apart. A student that knows only the teacher's mean keeps a far larger `L_kl`, one that follows the
-      teacher finds the own centers, and with a frozen head neither can be faked.
+    - *one point*: the student's image embeddings have a mean of length above 0.95, though `patience` steps have
+      passed. At first this is so for any student.
+    - *own center lost*: the share of images whose own center is first has fallen to a third of its best, which was
+      above 10 %.
+    - *empty agreement*: `L_kl` has fallen to 5 % of its greatest while the centers moved by a tenth of their length, and
+      own centers are found half as often as at best, or at 10 times chance or less. Student and teacher then agree because the
+      head no longer tells images apart. A student that knows only the teacher's mean keeps a far larger `L_kl`, one
+      that follows the teacher finds the own centers, and with a frozen head neither can be faked.
 
     Args:
         patience: Steps before a mean near length 1 counts; twice the warm-up is a good choice.
@@ -68,16 +68,15 @@ class CollapseAlarm:
         Returns:
             The sign with its numbers, the first time there is one; None before and after.
         """
-        fade = math.exp(-(step - self._step) / MEMORY_STEPS)
         self._step = step
-        for name, value in (("norm", mean_image_norm), ("own", own_center), ("kl", cluster_kl)):
-            if value is not None:
-                self._take(name, value, fade)
+        self._take("norm", mean_image_norm)
+        self._take("kl", cluster_kl, fade=_KL_FADE)
+        self._take("own", own_center, start=0.0)  # else one lucky first batch would be the best
         if self.fired:
             return None
         chance = 0.0 if not centers else 1 / centers
         drift = math.inf if head_drift is None else head_drift
-        message = self._one_point() or self._empty_agreement(drift, chance) or self._own_center_lost(chance)
+        message = self._one_point() or self._empty_agreement(drift, chance) or self._own_center_lost()
         self.fired = message is not None
         return message
 
@@ -94,8 +93,11 @@ class CollapseAlarm:
         names = [name.removesuffix("_now") for name in state if name.endswith("_now")]
         self._seen = {name: _Smoothed(state[f"{name}_now"], state[f"{name}_greatest"]) for name in names}
 
-    def _take(self, name: str, value: float, fade: float) -> None:
-        before = self._seen.get(name, _Smoothed(value, value))
+    def _take(self, name: str, value: float | None, *, fade: float = _FADE, start: float | None = None) -> None:
+        if value is None:
+            return
+        first = value if start is None else start
+        before = self._seen.get(name, _Smoothed(first, first))
         now = fade * before.now + (1 - fade) * value
         self._seen[name] = _Smoothed(now, max(before.greatest, now))
 
@@ -105,9 +107,9 @@ class CollapseAlarm:
             return None
         return f"one point: the mean of the student's image embeddings has length {norm.now:.3f} (above {_ONE_POINT:g})"
 
-    def _own_center_lost(self, chance: float) -> str | None:
+    def _own_center_lost(self) -> str | None:
         own = self._seen.get("own")
-        if own is None or not own.greatest > _NEAR_CHANCE * chance or not own.now < _LOST * own.greatest:
+        if own is None or not own.greatest > _FOUND or not own.now < _LOST * own.greatest:
             return None
         return f"own center lost: first for {own.now:.1%} of the images, after {own.greatest:.1%}"
 

@@ -10,7 +10,7 @@ _FOUND, _LOST = 0.1, 1 / 3  # less found and a smaller fall would be within the 
 _NEAR_CHANCE = 10
 _AGREES = 0.05
 _DRIFTED = 0.1
-_NO_BETTER = 0.5
+_NO_BETTER = 0.8
 
 
 class _Smoothed(NamedTuple):
@@ -31,7 +31,7 @@ class CollapseAlarm:
     - *own center lost*: the share of images whose own center is first has fallen to a third of its best, which was
       above 10 %.
     - *empty agreement*: `L_kl` has fallen to 5 % of its greatest while the centers moved by a tenth of their length, and
-      own centers are found half as often as at best, or at 10 times chance or less. Student and teacher then agree because the
+      own centers are found less than 80 % as often as at best, or by no more than 10 times chance. Student and teacher then agree because the
       head no longer tells images apart. A student that knows only the teacher's mean keeps a far larger `L_kl`, one
       that follows the teacher finds the own centers, and with a frozen head neither can be faked.
 

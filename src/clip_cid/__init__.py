@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from clip_cid.data.embeddings import EmbeddingStore
     from clip_cid.evaluation.linear_probe import ProbeResult, linear_probe
     from clip_cid.method.clustering import Clusters, spherical_kmeans
+    from clip_cid.method.fused_cluster_loss import fused_cluster_loss
     from clip_cid.method.semantic_balance import Balance, balance
 
     __version__: str
@@ -21,6 +22,7 @@ __all__ = [
     "ProbeResult",
     "__version__",
     "balance",
+    "fused_cluster_loss",
     "linear_probe",
     "spherical_kmeans",
 ]
@@ -31,6 +33,7 @@ _HOME = {
     "EmbeddingStore": "clip_cid.data.embeddings",
     "ProbeResult": "clip_cid.evaluation.linear_probe",
     "balance": "clip_cid.method.semantic_balance",
+    "fused_cluster_loss": "clip_cid.method.fused_cluster_loss",
     "linear_probe": "clip_cid.evaluation.linear_probe",
     "spherical_kmeans": "clip_cid.method.clustering",
 }

@@ -165,6 +165,8 @@ class DistillConfig(Config):
     """Weights of the losses, or in a recipe the name of a preset: paper-r1, paper-r2, clip-only."""
     head_scale: PositiveFloat = 16.0
     """sigma: cosine against the centers times this are the cluster logits."""
+    head_perplexity: Annotated[float, Field(gt=1)] | None = None
+    """Find sigma instead so that the teacher sees this many centers as likely for an image (its perplexity over all of them)."""
     head_lr: NonNegativeFloat = 0.0
     """Learning rate of the cluster head; 0 keeps it frozen at the centers."""
     sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.1

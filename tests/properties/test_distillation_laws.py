@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_cid.method.cluster_distillation import CenterHead, cluster_ce, cluster_kl, sample_centers
+from clip_cid.method.cluster_distillation import CenterHead, sample_centers
 from clip_cid.method.contrastive import contrastive_loss
+from clip_cid.method.fused_cluster_loss import fused_cluster_loss
 from clip_cid.method.instance_distillation import instance_loss
 
 seeds = st.integers(0, 10_000)
@@ -45,26 +46,23 @@ def test_the_sampled_loss_at_rate_1_is_the_dense_softmax(data, seed):
     head = CenterHead(unit_rows(num_centers, 6, seed))
     image, teacher = unit_rows(len(labels), 6, seed + 1), unit_rows(len(labels), 6, seed + 2)
     sample = sample_centers(labels, num_centers, sample_rate=1.0)
-    rows = head.rows(sample.index)
-    sampled = cluster_ce(head(image, rows), sample.labels, sample.log_inclusion)
-    np.testing.assert_allclose(
-        sampled, oracles.cross_entropy(head(image).numpy(), labels.numpy()), rtol=1e-5, atol=1e-6
+    found = head(image, sample, teacher=teacher, logq="both")
+    logits, targets = (
+        16 * rows.double().numpy() @ head.weight.detach().double().numpy().T for rows in (image, teacher)
     )
-    sampled = cluster_kl(head(image, rows), head(teacher, rows), log_inclusion=sample.log_inclusion)
-    np.testing.assert_allclose(
-        sampled, oracles.kl(head(teacher).numpy(), head(image).numpy(), 1.0), rtol=1e-4, atol=1e-9
-    )
+    np.testing.assert_allclose(found.cls, oracles.cross_entropy(logits, labels.numpy()), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.kl, oracles.kl(targets, logits, 1.0), rtol=1e-4, atol=1e-9)
 
 
 @given(seeds, st.integers(1, 6), st.integers(1, 30), st.floats(0.1, 100), st.floats(0.1, 10))
-def test_the_divergence_is_never_negative_0_for_a_copy_and_blind_to_a_constant(seed, rows, columns, scale, temperature):
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = scale * (2 * torch.rand(2, rows, columns, generator=generator) - 1)
-    assert cluster_kl(teacher, teacher, temperature=temperature) == 0
-    found = cluster_kl(student, teacher, temperature=temperature)
+def test_the_divergence_is_never_negative_and_0_for_a_copy(seed, rows, centers, scale, temperature):
+    student, teacher, table = unit_rows(rows, 5, seed), unit_rows(rows, 5, seed + 1), unit_rows(centers, 5, seed + 2)
+    labels = torch.zeros(rows, dtype=torch.int64)
+    assert fused_cluster_loss(teacher, teacher, table, labels, scale=scale, temperature=temperature)[1] == 0
+    _, found = fused_cluster_loss(student, teacher, table, labels, scale=scale, temperature=temperature)
     assert found >= 0
-    np.testing.assert_allclose(found, oracles.kl(teacher.numpy(), student.numpy(), temperature), rtol=1e-4, atol=1e-7)
-    np.testing.assert_allclose(cluster_kl(student + 5, teacher, temperature=temperature), found, rtol=1e-3, atol=1e-4)
+    logits, targets = (scale * one.double().numpy() @ table.double().numpy().T for one in (student, teacher))
+    np.testing.assert_allclose(found, oracles.kl(targets, logits, temperature), rtol=1e-4, atol=1e-7)
 
 
 @given(seeds, st.integers(1, 9), st.integers(1, 9), st.floats(0.0, 100))

@@ -1,30 +1,52 @@
 """Cluster-level distillation (paper section 3.2): one head of cluster centers, read by student and teacher alike."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from clip_cid.method.precision import at_least_float32, autocast_off
+from clip_cid.method.center_pass import SoftCenters
+from clip_cid.method.fused_cluster_loss import ClusterLosses, LogQ, cluster_losses, soft_centers
+from clip_cid.method.precision import at_least_float32
 
+_LARGEST_SCALE = 1000.0
 _WATCHED_ROWS = 4096  # drift is measured on this many rows: a second copy of a million centers would not be worth it
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The part of the centers that this rank holds, where they are spread over the ranks of a group."""
+
+    first: int
+    """The number of its first center among all."""
+    total: int
+    """K, over all ranks."""
+    group: dist.ProcessGroup
+
+    @staticmethod
+    def bounds(total: int, rank: int, world: int) -> tuple[int, int]:
+        """First and last (not included) center of a rank; parts differ by one center at most."""
+        return rank * total // world, (rank + 1) * total // world
+
+
 class CenterHead(nn.Module):
-    r"""Cosines against the cluster centers, times sigma; `cluster_logits` in docs/method.md.
+    r"""The cluster centers as a linear layer that student and teacher share; `cluster_logits` in docs/method.md.
 
     .. math:: z = \sigma W v
 
-    The rows of W start as the centers (without this the paper's training collapses) and are read with unit length.
+    The rows of W start as the centers (without this the paper's training collapses) and are read with unit length. The
+    logits are never in memory: `forward` gives the losses.
 
     Args:
-        centers: Unit rows from the clustering.
+        centers: Unit rows from the clustering; with `shard` this rank's.
         scale: sigma. Fixed: on separable labels a learned one grows without bound.
         trainable: Whether the rows move; if not they take neither gradient nor optimizer state.
+        sparse: Whether a step's gradient is of the rows that took part alone (for `RowAdam`), or of all.
+        shard: Which part of all centers these are; absent where they are all of them.
 
     Raises:
         ValueError: There are no centers, or a row is not finite or not of unit length.
@@ -33,11 +55,19 @@ class CenterHead(nn.Module):
     watched: Tensor
     start_rows: Tensor
 
-    def __init__(self, centers: Float[Tensor, "centers dim"], *, scale: float = 16.0, trainable: bool = False) -> None:
+    def __init__(
+        self,
+        centers: Float[Tensor, "centers dim"],
+        *,
+        scale: float = 16.0,
+        trainable: bool = False,
+        sparse: bool = False,
+        shard: Shard | None = None,
+    ) -> None:
         super().__init__()
         if not scale > 0:
             raise ValueError(f"scale must be above 0, got {scale}")
-        self.scale = scale
+        self.scale, self.sparse, self.shard = scale, sparse, shard
         self.weight = nn.Parameter(_unit_centers(centers), requires_grad=trainable)
         watched = torch.linspace(0, len(centers) - 1, min(len(centers), _WATCHED_ROWS), dtype=torch.float64).long()
         self.register_buffer("watched", watched, persistent=False)
@@ -45,20 +75,57 @@ class CenterHead(nn.Module):
 
     @property
     def num_centers(self) -> int:
-        return len(self.weight)
+        """K, over all ranks."""
+        return len(self.weight) if self.shard is None else self.shard.total
 
     def rows(self, index: Int[Tensor, " sampled"] | None = None) -> Float[Tensor, "sampled dim"]:
-        """The unit rows of the centers in `index`, or of all."""
-        rows = self.weight if index is None else self.weight[index]
-        return F.normalize(rows, dim=1) if self.weight.requires_grad else rows
+        """The unit rows of the centers in `index`, or of all that are here."""
+        if not self.weight.requires_grad:
+            return self.weight if index is None else self.weight[index]
+        rows = self.weight if index is None else F.embedding(index, self.weight, sparse=self.sparse)
+        return F.normalize(rows, dim=1)
+
+    def sample(
+        self, labels: Int[Tensor, " batch"], *, rate: float, generator: torch.Generator | None = None
+    ) -> "SampledCenters":
+        """The centers of one step, `sample_centers`; of those that are here where they are spread over ranks.
+
+        Args:
+            labels: Center of each image of the batch over all ranks.
+            rate: Share of the centers that take part; of each rank's own.
+            generator: Where the negatives come from; another one on each rank.
+
+        Raises:
+            ValueError: A label is not a center, or `rate` is out of its limits.
+        """
+        if self.shard is None:
+            return sample_centers(labels, len(self.weight), sample_rate=rate, generator=generator)
+        _check_labels(labels, self.num_centers)
+        local = labels - self.shard.first
+        local = torch.where((local >= 0) & (local < len(self.weight)), local, -1)
+        return _sample(local, len(self.weight), rate, generator)
 
     def forward(
-        self, embedding: Float[Tensor, "batch dim"], rows: Float[Tensor, "sampled dim"] | None = None
-    ) -> Float[Tensor, "batch sampled"]:
-        """Logits of unit rows against `rows` (as `self.rows` gives them), or against all centers."""
-        with autocast_off(embedding):
-            rows = self.rows() if rows is None else rows
-            return self.scale * (at_least_float32(embedding) @ rows.T)
+        self,
+        student: Float[Tensor, "batch dim"],
+        sample: "SampledCenters",
+        *,
+        teacher: Float[Tensor, "batch dim"] | SoftCenters | None = None,
+        temperature: float = 1.0,
+        logq: LogQ = "kl",
+    ) -> ClusterLosses:
+        """Both cluster losses of unit rows against the sampled centers; see `cluster_losses`."""
+        return cluster_losses(
+            student,
+            self.rows(None if sample.complete and not self.sparse else sample.index),
+            sample.labels,
+            teacher=teacher,
+            scale=self.scale,
+            temperature=temperature,
+            log_inclusion=None if sample.complete else sample.log_inclusion,
+            logq=logq,
+            group=None if self.shard is None else self.shard.group,
+        )
 
     @torch.no_grad()
     def drift(self) -> float:
@@ -76,11 +143,13 @@ class SampledCenters:
     index: Int[Tensor, " sampled"]
     """Rows of the head, ascending."""
     labels: Int[Tensor, " batch"]
-    """Where each image's own center stands in `index`."""
+    """Where each image's own center stands in `index`; -1 where another rank has it."""
     log_inclusion: Float[Tensor, " sampled"]
     """Logarithm of the chance to be in `index`: 0 for the batch's own centers."""
     num_negatives: int
     """How many of `index` are random negatives."""
+    complete: bool
+    """Whether all centers take part, on every rank."""
 
 
 def sample_centers(
@@ -102,12 +171,52 @@ def sample_centers(
     Raises:
         ValueError: A label is not a center, or `sample_rate` is out of its limits.
     """
+    _check_labels(labels, num_centers)
+    found = _sample(labels, num_centers, sample_rate, generator)
+    return replace(found, complete=len(found.index) == num_centers)
+
+
+def calibrated_scale(
+    teacher: Float[Tensor, "rows dim"], centers: Float[Tensor, "centers dim"], *, perplexity: float
+) -> float:
+    r"""The sigma at which the teacher's softmax over all centers has this perplexity; `calibrated_scale` in docs/method.md.
+
+    .. math:: \exp\Big(\frac1n \sum_i H_i\Big) = \text{perplexity}, \qquad H_i = -\sum_j p_{ij} \log p_{ij}
+
+    The perplexity falls as sigma grows, so sigma is found by bisection to four digits.
+
+    Args:
+        teacher: Unit rows, a sample of the data.
+        centers: Unit rows.
+        perplexity: How many centers the teacher should see as likely, above 1 and below the number of centers.
+
+    Raises:
+        ValueError: `perplexity` is out of its limits, or no sigma up to 1,000 is sharp enough.
+    """
+    if not 1 < perplexity < len(centers):
+        raise ValueError(f"perplexity must be above 1 and below the {len(centers)} centers, got {perplexity:g}")
+    low, high = 0.0, _LARGEST_SCALE
+    sharpest = _perplexity(teacher, centers, high)
+    if sharpest > perplexity:
+        raise ValueError(f"perplexity must be at least {sharpest:.4g} for these centers, got {perplexity:g}")
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _perplexity(teacher, centers, middle) > perplexity else (low, middle)
+    return high
+
+
+def _perplexity(teacher: Tensor, centers: Tensor, scale: float) -> float:
+    return float(soft_centers(teacher, centers, scale=scale).entropy.mean().exp())
+
+
+def _sample(
+    labels: Int[Tensor, " batch"], num_centers: int, sample_rate: float, generator: torch.Generator | None
+) -> SampledCenters:
+    """Labels of -1 are centers that are not here."""
     if not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate must be above 0 and at most 1, got {sample_rate}")
-    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= num_centers:
-        raise ValueError(f"labels must be centers 0 to {num_centers - 1}, got {_extent(labels)}")
     labels = labels.long()
-    positive = labels.unique()
+    positive = labels[labels >= 0].unique()
     others = num_centers - len(positive)
     negatives = min(max(round(sample_rate * num_centers) - len(positive), 0), others)
     index = positive
@@ -118,93 +227,13 @@ def sample_centers(
         index = score.topk(len(positive) + negatives).indices.sort().values.to(labels.device)
     log_inclusion = torch.full((len(index),), math.log(negatives / others) if negatives else 0.0, device=labels.device)
     log_inclusion[torch.searchsorted(index, positive)] = 0.0
-    return SampledCenters(index, torch.searchsorted(index, labels), log_inclusion, negatives)
+    places = torch.where(labels >= 0, torch.searchsorted(index, labels), -1)
+    return SampledCenters(index, places, log_inclusion, negatives, complete=sample_rate == 1)
 
 
-def cluster_ce(
-    student_logits: Float[Tensor, "batch sampled"],
-    labels: Int[Tensor, " batch"],
-    log_inclusion: Float[Tensor, " sampled"] | None = None,
-) -> Float[Tensor, ""]:
-    r"""Cross entropy of the student against each image's own center; `L_cls` in docs/method.md.
-
-    .. math:: L_{cls} = -\frac1B \sum_i \log softmax_S(z_{s,i})[y_i]
-
-    Args:
-        student_logits: sigma times cosines.
-        labels: The column of each image's own center.
-        log_inclusion: Subtracted where given, so that the sampled softmax stands for the one over all centers.
-    """
-    with autocast_off(student_logits):
-        logits = at_least_float32(student_logits)
-        if log_inclusion is not None:
-            logits = logits - log_inclusion
-        return F.cross_entropy(logits, labels.long())
-
-
-def cluster_kl(
-    student_logits: Float[Tensor, "batch sampled"],
-    teacher_logits: Float[Tensor, "batch sampled"],
-    *,
-    temperature: float = 1.0,
-    log_inclusion: Float[Tensor, " sampled"] | None = None,
-) -> Float[Tensor, ""]:
-    r"""How far the student's distribution over the centers is from the teacher's; `L_kl` in docs/method.md.
-
-    .. math:: L_{kl} = \frac1B \sum_i KL(softmax_S(z_{t,i} / \tau) \,\|\, softmax_S(z_{s,i} / \tau))
-
-    Column j is one center in both. Gradients reach the student only, and the customary factor `temperature**2` is left
-    out. `log_inclusion` is subtracted after the division by the temperature: a center's weight in a sum over a
-    sample is one over its chance to be in it, at any temperature.
-
-    Returns:
-        A scalar in nats: 0 when the distributions agree, correct to four digits even at 1e-8.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    with autocast_off(student_logits):
-        student, teacher = at_least_float32(student_logits), at_least_float32(teacher_logits.detach())
-        return _RowwiseKL.apply(student, teacher, temperature, log_inclusion).mean()
-
-
-class _RowwiseKL(torch.autograd.Function):
-    """KL(teacher || student) of each row, and its gradient, without the cancellation of two log-softmaxes.
-
-    With p the teacher's distribution, D = teacher - student and D' = D - E_p[D],
-        KL = E_p[D'] + log E_p[exp(-D')] = E_p[D'] + log1p(E_p[expm1(-D')]),
-        q - p = p expm1(-D' - log E_p[exp(-D')]).
-    A difference of log-softmaxes in float32 is wrong by 0.6 % to several times the value once KL is below 1e-3. The
-    weights of a sampled softmax are the same on both sides, so they enter p only.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, temperature: float, log_inclusion: Tensor | None
-    ) -> Float[Tensor, " batch"]:
-        shift = 0.0 if log_inclusion is None else log_inclusion
-        log_p = F.log_softmax(teacher / temperature - shift, dim=1)
-        log_q = F.log_softmax(student / temperature - shift, dim=1)
-        p = log_p.exp()
-        gap = (teacher - student) / temperature
-        gap = gap - (p * gap).sum(dim=1, keepdim=True)
-        small = gap.clamp(min=-1)  # where the student's share is far above the teacher's nothing cancels
-        excess = torch.where(gap > -1, p * torch.expm1(-small), (log_p - gap).clamp(max=60).exp() - p)
-        log_mean = torch.log1p(excess.sum(dim=1, keepdim=True))
-        near = (p * gap).sum(dim=1) + log_mean[:, 0]
-        far = (p * (log_p - log_q)).sum(dim=1)
-        # Nothing cancels in a large KL either; and up to 1 nat no column reaches the clamp at exp(60).
-        is_far = far > 1
-        plain = log_q.exp() - p
-        difference = torch.where(is_far[:, None] | (gap <= -1), plain, p * torch.expm1(-small - log_mean))
-        ctx.save_for_backward(difference / temperature)
-        return torch.where(is_far, far, near.clamp(min=0))
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("L_kl has no second derivative here")  # it would come out as 0
-        (difference,) = ctx.saved_tensors
-        return grad_outputs[0][:, None] * difference, None, None, None
+def _check_labels(labels: Int[Tensor, " batch"], num_centers: int) -> None:
+    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= num_centers:
+        raise ValueError(f"labels must be centers 0 to {num_centers - 1}, got {_extent(labels)}")
 
 
 def _unit_centers(centers: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from clip_cid.method.cluster_distillation import CenterHead, cluster_ce, cluster_kl, sample_centers
+from clip_cid.method.center_pass import SoftCenters
+from clip_cid.method.cluster_distillation import CenterHead
 from clip_cid.method.contrastive import contrastive_loss
 from clip_cid.method.instance_distillation import instance_loss
 from clip_cid.method.precision import at_least_float32, autocast_off
@@ -79,7 +80,8 @@ class Objective(nn.Module):
             if centers is None or centers.shape[1] != teacher_dim:
                 shape = None if centers is None else tuple(centers.shape)
                 raise ValueError(f"centers must be (K, {teacher_dim}) for the cluster parts, got {shape}")
-            self.head = CenterHead(centers, scale=head_scale, trainable=train_head)
+            sparse = train_head and sample_rate < 1
+            self.head = CenterHead(centers, scale=head_scale, trainable=train_head, sparse=sparse)
         if self._uses("instance"):
             if alignment == "linear" and teacher_dim is not None:
                 self.text_map = _linear_map(student_dim, teacher_dim)
@@ -93,6 +95,7 @@ class Objective(nn.Module):
         *,
         teacher_image: Float[Tensor, "batch teacher"] | None = None,
         teacher_text: Float[Tensor, "batch teacher"] | None = None,
+        soft_centers: SoftCenters | None = None,
         labels: Int[Tensor, " batch"] | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
@@ -104,6 +107,7 @@ class Objective(nn.Module):
             logit_scale: The student's factor s, `exp` already taken, as open_clip's models return it.
             teacher_image: Stored embeddings; no gradient flows into them.
             teacher_text: Stored embeddings of the captions the student saw.
+            soft_centers: All that `L_kl` needs of the teacher, where it was computed beforehand.
             labels: Cluster of each image.
             generator: Where the negative centers come from.
 
@@ -119,7 +123,9 @@ class Objective(nn.Module):
             if self._uses("cluster_cls", "cluster_kl", "instance"):
                 image = _in_teacher_space(image, self.image_map)
             if self.head is not None:
-                teacher = _stored(teacher_image, "teacher_image") if self._uses("cluster_kl") else None
+                teacher = soft_centers
+                if teacher is None and self._uses("cluster_kl"):
+                    teacher = _stored(teacher_image, "teacher_image")
                 parts |= self._cluster_parts(self.head, image, teacher, _given(labels, "labels"), generator)
             if self.instance_logit_scale is not None:
                 text = _in_teacher_space(text, self.text_map)
@@ -148,29 +154,21 @@ class Objective(nn.Module):
         self,
         head: CenterHead,
         image: Float[Tensor, "batch dim"],
-        teacher: Float[Tensor, "batch dim"] | None,
+        teacher: Float[Tensor, "batch dim"] | SoftCenters | None,
         labels: Int[Tensor, " batch"],
         generator: torch.Generator | None,
     ) -> dict[str, Tensor]:
         """Both cluster parts on one sample of the centers."""
-        sample = sample_centers(labels, head.num_centers, sample_rate=self.sample_rate, generator=generator)
-        rows = head.rows(None if len(sample.index) == head.num_centers else sample.index)
-        student_logits = head(image, rows)
-        parts: dict[str, Tensor] = {}
-        if self._uses("cluster_cls"):
-            shift = sample.log_inclusion if self.logq == "both" else None
-            parts["cluster_cls"] = cluster_ce(student_logits, sample.labels, shift)
-        if teacher is not None:
-            with torch.no_grad():
-                teacher_logits = head(teacher, rows)
-            shift = None if self.logq == "none" else sample.log_inclusion
-            parts["cluster_kl"] = cluster_kl(
-                student_logits, teacher_logits, temperature=self.temperature, log_inclusion=shift
-            )
-        with torch.no_grad():
-            self._last["own_center"] = (student_logits.argmax(dim=1) == sample.labels).float().mean()
+        sample = head.sample(labels, rate=self.sample_rate, generator=generator)
+        found = head(image, sample, teacher=teacher, temperature=self.temperature, logq=self.logq)
+        self._last["own_center"] = found.own_center
         self._last["centers"] = torch.tensor(len(sample.index))
         self._last["negatives"] = torch.tensor(sample.num_negatives)
+        parts: dict[str, Tensor] = {}
+        if self._uses("cluster_cls"):
+            parts["cluster_cls"] = found.cls
+        if found.kl is not None and self._uses("cluster_kl"):
+            parts["cluster_kl"] = found.kl
         return parts
 
     @staticmethod

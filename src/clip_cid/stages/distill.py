@@ -1,5 +1,6 @@
 """Train the student: CLIP loss, cluster-level and instance-level distillation (paper sections 3.2 and 3.3)."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -15,17 +16,22 @@ from clip_cid import log
 from clip_cid.data.embeddings import EmbeddingStore, rows_in_store
 from clip_cid.data.pairs import BadSample, Pairs, open_pairs
 from clip_cid.errors import ConfigError, DataError
+from clip_cid.method.cluster_distillation import calibrated_scale
+from clip_cid.method.fused_cluster_loss import soft_centers
 from clip_cid.method.objective import Objective
 from clip_cid.models.device import resolve_device
 from clip_cid.models.export import export_student, usage
 from clip_cid.models.student import Clip, build_student, train_transform
 from clip_cid.recipe import DistillConfig, Recipe
 from clip_cid.run_folder import RunFolder, read_json, write_json
-from clip_cid.training.batches import Batches, PairDataset, TrainingPairs
+from clip_cid.training.batches import Batches, PairDataset, TrainingPairs, unit_teacher_rows
 from clip_cid.training.loop import CHECKPOINTS, Distillation, Plan, Trainer
+from clip_cid.training.soft_targets import soft_targets
 
 _DONE = "summary.json"
+_SOFT = "soft_centers"
 _COMPARED_CAPTIONS = 100
+_ASKED = 512  # teacher embeddings that tell the perplexity: its mean is then known to a few percent
 
 
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
@@ -42,9 +48,13 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
     centers = read_centers(folder, store) if store is not None and recipe.uses_clusters else None
     steps = count_steps(settings, len(training))
     clip = make_student(settings, store)
-    model = Distillation(clip.model, make_objective(settings, clip, store, centers))
+    teaching = read_teacher(settings, training, store, centers)
+    model = Distillation(clip.model, make_objective(settings, clip, store, centers, scale=teaching.scale))
     if centers is not None and training.labels is not None:
         _tell_negatives(settings, training.labels, len(centers))
+    key = _key(settings, training, store, centers)
+    if centers is not None and uses_soft_centers(settings):
+        training = with_soft_centers(training, centers, settings, out / _SOFT, teaching.scale, key, device)
     dataset = PairDataset(
         training,
         transform=train_transform(clip, crop_scale=settings.crop_scale),
@@ -60,8 +70,8 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
         workers=machine.workers,
         pin=device.type == "cuda",
     )
-    plan = Plan(steps, _key(settings, training, store), machine.checkpoint_minutes, recipe.pairs.max_bad_share)
-    summary = Trainer(model, batches, settings, plan, out=out, device=device).run()
+    plan = Plan(steps, key, machine.checkpoint_minutes, recipe.pairs.max_bad_share)
+    summary = {**Trainer(model, batches, settings, plan, out=out, device=device).run(), **teaching.summary}
     clip.model.eval()
     teacher = store.info.teacher if store is not None else None
     export_student(
@@ -78,6 +88,7 @@ def _finish(folder: RunFolder, out: Path) -> dict[str, Any]:
     """The export is there: only now may the checkpoints go, so that no kill can lose the training."""
     if (out / CHECKPOINTS).exists():
         shutil.rmtree(out / CHECKPOINTS)
+    shutil.rmtree(out / _SOFT, ignore_errors=True)
     log.info(usage(folder.path / "distill" / "student"))
     return read_json(out / _DONE)
 
@@ -110,7 +121,7 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
             f"{len(kept) - len(rows):,} of {len(kept):,} kept images are not among the pairs; trained without them"
         )
     labels = read_labels(folder, len(kept))[places[rows]] if recipe.uses_clusters else None
-    if not (weights.cluster_kl or weights.instance):
+    if not (weights.cluster_kl or weights.instance or recipe.distill.head_perplexity):
         return TrainingPairs(pairs, rows, labels=labels)
     num_captions = store.num_captions[found[rows]] if weights.instance else None
     if weights.instance:
@@ -187,11 +198,90 @@ def make_student(settings: DistillConfig, store: EmbeddingStore | None) -> Clip:
     return build_student(settings.student, embed_dim=width, pretrained=settings.pretrained, seed=settings.seed)
 
 
+@dataclasses.dataclass(frozen=True)
+class Teaching:
+    """How sharply the teacher sees the centers."""
+
+    scale: float
+    """sigma."""
+    perplexity: float | None
+    """How many centers the teacher finds likely for an image, on average; None without clusters."""
+
+    @property
+    def summary(self) -> dict[str, float]:
+        return {} if self.perplexity is None else {"head_scale": self.scale, "teacher_perplexity": self.perplexity}
+
+
+def read_teacher(
+    settings: DistillConfig,
+    training: TrainingPairs,
+    store: EmbeddingStore | None,
+    centers: Float[np.ndarray, "centers dim"] | None,
+) -> Teaching:
+    """Sigma, as it is set or calibrated to `head_perplexity`, and the teacher's perplexity over all centers with it.
+
+    Raises:
+        ConfigError: No sigma gives the perplexity asked for.
+    """
+    if store is None or centers is None or training.store_rows is None:
+        return Teaching(settings.head_scale, None)
+    asked = np.unique(np.linspace(0, len(training) - 1, _ASKED).astype(np.int64))
+    rows = training.store_rows[asked]
+    teacher, table = unit_teacher_rows(store.images[rows], rows, "image"), torch.from_numpy(centers)
+    scale = settings.head_scale
+    if settings.head_perplexity is not None:
+        try:
+            scale = calibrated_scale(teacher, table, perplexity=settings.head_perplexity)
+        except ValueError as error:
+            raise ConfigError(
+                f"distill.head_perplexity: {error}.", fix="Choose another, or leave it out and set distill.head_scale."
+            ) from error
+    softened = soft_centers(teacher, table, scale=scale, temperature=settings.temperature)
+    found = Teaching(scale, float(softened.entropy.mean().exp()))
+    log.info(
+        f"distill   the teacher finds {found.perplexity:,.4g} of {len(centers):,} centers likely for an image"
+        f" (perplexity, at sigma {scale:.4g} and temperature {settings.temperature:g})"
+    )
+    return found
+
+
+def uses_soft_centers(settings: DistillConfig) -> bool:
+    """Whether all that `L_kl` needs of the teacher can be computed once: all centers take part, and none moves."""
+    return settings.weights.cluster_kl > 0 and settings.head_lr == 0 and settings.sample_rate == 1
+
+
+def with_soft_centers(
+    training: TrainingPairs,
+    centers: Float[np.ndarray, "centers dim"],
+    settings: DistillConfig,
+    folder: Path,
+    scale: float,
+    key: str,
+    device: torch.device,
+) -> TrainingPairs:
+    """The same pairs with the teacher's soft centers, computed or taken up from a killed attempt."""
+    if training.store is None or training.store_rows is None:
+        return training
+    found = soft_targets(
+        folder,
+        training.store.images,
+        training.store_rows,
+        centers,
+        scale=scale,
+        temperature=settings.temperature,
+        key=key,
+        device=device,
+    )
+    return dataclasses.replace(training, soft_centers=found)
+
+
 def make_objective(
     settings: DistillConfig,
     clip: Clip,
     store: EmbeddingStore | None,
     centers: Float[np.ndarray, "centers dim"] | None,
+    *,
+    scale: float,
 ) -> Objective:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)  # for the maps of `alignment: linear`
@@ -201,7 +291,7 @@ def make_objective(
             teacher_dim=store.dim if store is not None else None,
             alignment=settings.alignment,
             centers=torch.from_numpy(centers) if centers is not None else None,
-            head_scale=settings.head_scale,
+            head_scale=scale,
             train_head=settings.head_lr > 0,
             sample_rate=settings.sample_rate,
             logq=settings.logq,
@@ -249,10 +339,15 @@ def _compare_captions(
             )
 
 
-def _key(settings: DistillConfig, training: TrainingPairs, store: EmbeddingStore | None) -> str:
+def _key(
+    settings: DistillConfig,
+    training: TrainingPairs,
+    store: EmbeddingStore | None,
+    centers: Float[np.ndarray, "centers dim"] | None,
+) -> str:
     """Digest of everything that decides the result."""
     digest = hashlib.sha256(json.dumps(settings.model_dump(mode="json"), sort_keys=True).encode())
-    for rows in (training.rows, training.labels, training.store_rows):
+    for rows in (training.rows, training.labels, training.store_rows, centers):
         digest.update(b"none" if rows is None else rows.tobytes())
     digest.update(json.dumps(store.info.teacher if store is not None else None, sort_keys=True).encode())
     return digest.hexdigest()

@@ -22,6 +22,7 @@ from clip_cid.data.embeddings import EmbeddingStore
 from clip_cid.data.images import decode_image
 from clip_cid.data.pairs import BadSample, Pairs
 from clip_cid.errors import DataError
+from clip_cid.method.center_pass import SoftCenters
 
 _TRIES = 100  # this many broken images in a row are not bad luck but a missing disk
 _NORM_TOLERANCE = 0.01  # float16 rounds a unit vector by about 0.0005
@@ -68,6 +69,14 @@ class Items(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class SoftTargets:
+    """`SoftCenters` of all training rows, in memory or mapped from a file."""
+
+    mean: Float[np.ndarray, "rows dim"]
+    entropy: Float[np.ndarray, " rows"]
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingPairs:
     """What to train on: rows of the pairs and, beside them, what the teacher and the clustering say about each."""
 
@@ -82,6 +91,8 @@ class TrainingPairs:
     """Where the store has each of `rows`."""
     num_captions: Int[np.ndarray, " rows"] | None = None
     """How many captions of each the teacher has read: one of these is chosen."""
+    soft_centers: SoftTargets | None = None
+    """What the divergence needs of the teacher, where that was computed once for all."""
     left_out: dict[int, str] = dataclasses.field(default_factory=dict[int, str])
     """Rows that are not among `rows` because they are known to be broken, and that no earlier stage has listed."""
 
@@ -102,6 +113,15 @@ class Batch:
     teacher_image: Float[Tensor, "batch dim"] | None = None
     teacher_text: Float[Tensor, "batch dim"] | None = None
     labels: Int[Tensor, " batch"] | None = None
+    soft_mean: Float[Tensor, "batch dim"] | None = None
+    soft_entropy: Float[Tensor, " batch"] | None = None
+
+    @property
+    def soft_centers(self) -> SoftCenters | None:
+        """What the divergence needs of the teacher, where that was computed once for all."""
+        if self.soft_mean is None or self.soft_entropy is None:
+            return None
+        return SoftCenters(self.soft_mean, self.soft_entropy)
 
     def to(self, device: torch.device) -> "Batch":
         moved = {
@@ -247,10 +267,15 @@ class Batches:
             batch = dataclasses.replace(batch, labels=torch.from_numpy(training.labels[index].astype(np.int64)))
         if training.store is not None and training.store_rows is not None:
             rows = training.store_rows[index]
-            batch = dataclasses.replace(batch, teacher_image=_unit(training.store.images[rows], rows, "image"))
+            batch = dataclasses.replace(
+                batch, teacher_image=unit_teacher_rows(training.store.images[rows], rows, "image")
+            )
             if training.num_captions is not None:
                 texts = training.store.text_for(rows, items.captions.numpy())
-                batch = dataclasses.replace(batch, teacher_text=_unit(texts, rows, "text"))
+                batch = dataclasses.replace(batch, teacher_text=unit_teacher_rows(texts, rows, "text"))
+        if training.soft_centers is not None:
+            mean, entropy = training.soft_centers.mean[index], training.soft_centers.entropy[index]
+            batch = dataclasses.replace(batch, soft_mean=torch.from_numpy(mean), soft_entropy=torch.from_numpy(entropy))
         return batch
 
 
@@ -295,7 +320,7 @@ def _quiet_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _unit(
+def unit_teacher_rows(
     vectors: Float[np.ndarray, "batch dim"], rows: Int[np.ndarray, " batch"], what: str
 ) -> Float[Tensor, "batch dim"]:
     """Stored float16 rows as float32 of length 1; a length too far from 1 is not rounding but a wrong vector."""

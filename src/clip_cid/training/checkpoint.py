@@ -17,7 +17,7 @@ from clip_cid import log
 from clip_cid.errors import RunError
 from clip_cid.run_folder import atomic_file
 
-_FORMAT = 1
+_FORMAT = 2
 _KEPT = 2  # the newest, and one more should the newest be torn
 
 

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from clip_cid import log
 from clip_cid.errors import DataError, RunError
+from clip_cid.method.collapse import CollapseAlarm
 from clip_cid.method.objective import LARGEST_SCALE, Objective, weighted_sum
 from clip_cid.recipe import DistillConfig, Precision
 from clip_cid.run_folder import write_json
 from clip_cid.training import checkpoint
 from clip_cid.training.batches import Batch, Batches
 from clip_cid.training.checkpoint import LineFile
-from clip_cid.training.optimizer import learning_rate_share, make_optimizer, set_learning_rate
+from clip_cid.training.optimizer import learning_rate_share, make_optimizers, set_learning_rate, shorten_gradients
 from clip_cid.training.stop_requests import stop_requests
 from clip_cid.training.stopwatch import Stopwatch
 
 CHECKPOINTS = "checkpoints"
-_COLLAPSED = 0.99
 
 
 class Distillation(nn.Module):
@@ -51,6 +51,7 @@ class Distillation(nn.Module):
             self.student.logit_scale.exp(),
             teacher_image=batch.teacher_image,
             teacher_text=batch.teacher_text,
+            soft_centers=batch.soft_centers,
             labels=batch.labels,
             generator=generator,
         )
@@ -100,12 +101,13 @@ class Trainer:
         self.model = model.to(device)
         self.batches, self.settings, self.plan, self.out, self.device = batches, settings, plan, out, device
         self.precision = resolve_precision(settings.precision, device)
-        self.optimizer = make_optimizer(model.student, model.objective, settings, steps=plan.steps)
+        self.optimizers = make_optimizers(model.student, model.objective, settings, steps=plan.steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.step = 0
         self.watch = Stopwatch()
         self.bad_rows: set[int] = set()
         self.last_line: dict[str, Any] = {}
+        self.alarm = CollapseAlarm(patience=2 * settings.warmup_steps)
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the numbers people will ask about.
@@ -135,7 +137,7 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> Measured:
         share = learning_rate_share(self.step, warmup_steps=self.settings.warmup_steps, steps=self.plan.steps)
-        set_learning_rate(self.optimizer, share)
+        set_learning_rate(self.optimizers, share)
         parts = self.model(batch, precision=self.precision, generator=self._randomness())
         loss = weighted_sum(parts, self.settings.weights.model_dump())
         self._stop_unless_finite("loss", loss, parts, batch)
@@ -143,7 +145,9 @@ class Trainer:
         # float16 overflows now and then: its scaler then skips the step and scales less, until there is nothing to scale
         if self.scaler.get_scale() <= 1:
             self._stop_unless_finite("gradient", grad_norm, parts, batch)
-        self.scaler.step(self.optimizer)
+        if bool(torch.isfinite(grad_norm)):  # else none may move: the scaler alone would ask each optimizer by itself
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
         self.scaler.update()
         self.model.clamp_scale()
         return Measured(
@@ -155,11 +159,13 @@ class Trainer:
 
     def _gradients(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Backward, shortened to `grad_clip_norm`; returns the length before."""
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         longest = self.settings.grad_clip_norm
-        return nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if longest is None else longest)
+        return shorten_gradients(self.model.parameters(), math.inf if longest is None else longest)
 
     def _randomness(self) -> torch.Generator:
         """What this step draws (negatives here, dropout from the global state) is a function of seed and step alone."""
@@ -185,7 +191,19 @@ class Trainer:
             "pairs_per_s": steps * size / seconds,
             "data_wait_share": waited / seconds,
         }
+        self._watch_for_collapse(measured)
         self.metrics.append(self.last_line)
+
+    def _watch_for_collapse(self, measured: Measured) -> None:
+        """Say once, and in the line of the step, that the training looks like a collapse; it goes on."""
+        signs = ("mean_image_norm", "own_center", "head_drift", "centers")
+        numbers = {name: self.last_line.get(name) for name in signs}
+        message = self.alarm.update(self.step, cluster_kl=measured.parts.get("cluster_kl"), **numbers)
+        if message is not None:
+            self.last_line["collapse"] = message
+            log.warn(
+                f"distill   step {self.step:,} looks like a collapse: {message} (docs/method.md, signs_of_collapse)"
+            )
 
     def _note_bad(self, bad: list[tuple[int, str]]) -> None:
         """Record each unreadable pair once; stop when there are too many."""
@@ -211,11 +229,12 @@ class Trainer:
         state = {
             "key": self.plan.key,
             "model": {name: value for name, value in self.model.state_dict().items() if name not in frozen},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "metrics_bytes": self.metrics.sync(),
             "skipped_bytes": self.skipped.sync(),
             "last_line": self.last_line,
+            "alarm": self.alarm.state_dict(),
             "seconds": self.watch.seconds,
             "waited": self.watch.waited,
         }
@@ -233,8 +252,10 @@ class Trainer:
         missing, unexpected = self.model.load_state_dict(state["model"], strict=False)
         assert set(missing) == self._frozen()
         assert not unexpected
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         self.scaler.load_state_dict(state["scaler"])
+        self.alarm.load_state_dict(state["alarm"])
         self.bad_rows = {int(line["row"]) for line in self.skipped.read()}
         self.step, self.last_line = state["step"], state["last_line"]
         self.watch = Stopwatch(seconds=state["seconds"], waited=state["waited"], step=self.step)
@@ -253,7 +274,7 @@ class Trainer:
             "step": step,
             "what": what,
             "value": str(value.item()),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.optimizers[0].param_groups[0]["lr"],
             "parts": {name: str(part.item()) for name, part in parts.items()},
             "logit_scale": str(self.model.student.logit_scale.exp().item()),
             **{name: str(value) for name, value in self.model.objective.diagnostics().items()},
@@ -269,11 +290,6 @@ class Trainer:
 
     def _summary(self) -> dict[str, Any]:
         seen = self.step * self.batches.batch_size
-        collapsed = self.last_line["mean_image_norm"]
-        if collapsed > _COLLAPSED:
-            log.warn(
-                f"the student's image embeddings are nearly one point (mean of length {collapsed:.4f}): it collapsed, or has hardly begun to learn"
-            )
         return {
             "steps": self.step,
             "pairs": len(self.batches.training),
@@ -284,6 +300,7 @@ class Trainer:
             "pairs_per_s": seen / self.watch.seconds,
             "data_wait_share": self.watch.wait_share,
             **{name: value for name, value in self.last_line.items() if name.startswith("loss")},
+            "collapse_alarm": self.alarm.fired,
             "precision": str(self.precision).removeprefix("torch."),
             **_peak_memory(self.device),
         }

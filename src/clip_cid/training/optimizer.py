@@ -1,12 +1,15 @@
 """Who learns how fast: parameter groups of AdamW, and the learning rate as a function of the step."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clip_cid.errors import ConfigError
 from clip_cid.recipe import DistillConfig
+from clip_cid.training.row_adam import RowAdam
 
 
 def learning_rate_share(step: int, *, warmup_steps: int, steps: int) -> float:
@@ -24,10 +27,11 @@ def learning_rate_share(step: int, *, warmup_steps: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
     """Give every group this share of its own peak."""
-    for group in optimizer.param_groups:
-        group["lr"] = share * group["peak_lr"]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak_lr"]
 
 
 def parameter_groups(student: nn.Module, objective: nn.Module, settings: DistillConfig) -> list[dict[str, object]]:
@@ -56,10 +60,10 @@ def parameter_groups(student: nn.Module, objective: nn.Module, settings: Distill
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(
+def make_optimizers(
     student: nn.Module, objective: nn.Module, settings: DistillConfig, *, steps: int
-) -> torch.optim.AdamW:
-    """AdamW over everything that learns.
+) -> list[torch.optim.Optimizer]:
+    """AdamW over everything that learns; a head of which a step sees a sample has a `RowAdam` of its own.
 
     Raises:
         ConfigError: The warm-up is not shorter than the run. Nothing is shortened in silence, because the paper's
@@ -72,10 +76,20 @@ def make_optimizer(
         )
     groups = parameter_groups(student, objective, settings)
     device = next(student.parameters()).device
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=device.type in ("cpu", "cuda"),
-    )
+    how: dict[str, Any] = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
+    sparse = getattr(getattr(objective, "head", None), "sparse", False)
+    by_row = [group for group in groups if sparse and group["name"] == "head"]
+    dense = [group for group in groups if group not in by_row]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(dense, fused=device.type in ("cpu", "cuda"), **how)]
+    return [*found, RowAdam(by_row, **how)] if by_row else found
+
+
+def shorten_gradients(parameters: Iterable[nn.Parameter], longest: float) -> Tensor:
+    """Scale all gradients, dense or sparse, to a common length of at most `longest`; returns the length before."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+    length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value) for value in values]))
+    share = (longest / (length + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(share)
+    return length

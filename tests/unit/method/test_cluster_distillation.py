@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clip_cid.method.cluster_distillation import CenterHead, cluster_ce, cluster_kl, sample_centers
+from clip_cid.method.cluster_distillation import CenterHead, calibrated_scale, sample_centers
+from clip_cid.method.fused_cluster_loss import soft_centers
 
 
 def unit_rows(rows: int, dim: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -14,20 +15,29 @@ def unit_rows(rows: int, dim: int, seed: int, dtype: torch.dtype = torch.float32
     return F.normalize(torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=1).to(dtype)
 
 
-def logits(rows: int, columns: int, seed: int, scale: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return scale * unit_rows(rows, 24, seed, dtype) @ unit_rows(columns, 24, 99, dtype).T
-
-
 # The head
 
 
-def test_logits_are_sigma_times_cosines():
-    centers, embedding = unit_rows(6, 4, 0), unit_rows(3, 4, 1)
-    head = CenterHead(centers, scale=16.0)
-    torch.testing.assert_close(head(embedding), 16 * embedding @ centers.T)
-    index = torch.tensor([1, 4])
-    torch.testing.assert_close(head(embedding, head.rows(index)), 16 * embedding @ centers[index].T)
+def test_the_losses_are_those_of_sigma_times_cosines():
+    centers, student, teacher = unit_rows(6, 4, 0), unit_rows(3, 4, 1), unit_rows(3, 4, 2)
+    head, labels = CenterHead(centers, scale=16.0), torch.tensor([2, 5, 0])
+    found = head(student, head.sample(labels, rate=1.0), teacher=teacher, temperature=2.0)
+    logits, targets = (16 * rows.double().numpy() @ centers.double().numpy().T for rows in (student, teacher))
+    assert float(found.cls) == pytest.approx(oracles.cross_entropy(logits, labels.numpy()), rel=1e-5)
+    assert float(found.kl) == pytest.approx(oracles.kl(targets, logits, 2.0), rel=1e-5)
+    assert float(found.own_center) == np.mean(logits.argmax(axis=1) == labels.numpy())
     assert head.num_centers == 6
+
+
+def test_a_sample_is_a_softmax_over_its_centers_alone():
+    centers, student = unit_rows(20, 4, 0), unit_rows(3, 4, 1)
+    head, labels = CenterHead(centers, scale=8.0), torch.tensor([2, 5, 2])
+    sample = head.sample(labels, rate=0.4, generator=torch.Generator().manual_seed(0))
+    logits = 8 * student.double().numpy() @ centers[sample.index].double().numpy().T
+    assert float(head(student, sample).cls) == pytest.approx(
+        oracles.cross_entropy(logits, sample.labels.numpy()), rel=1e-5
+    )
+    assert len(sample.index) == 8
 
 
 def test_a_frozen_head_has_nothing_to_train_and_does_not_drift():
@@ -45,8 +55,26 @@ def test_a_trainable_head_keeps_unit_rows_and_tells_its_drift():
         head.weight.mul_(1.5)
     torch.testing.assert_close(head.rows(), centers)
     assert head.drift() == pytest.approx(0.5)
-    head(unit_rows(3, 4, 1)).square().sum().backward()
+    head(unit_rows(3, 4, 1), head.sample(torch.tensor([0, 1, 2]), rate=1.0)).cls.backward()
     assert head.weight.grad is not None
+
+
+def test_a_sparse_head_has_a_gradient_at_the_sampled_rows_alone_and_it_is_the_dense_one():
+    gradients = []
+    for sparse in (False, True):
+        head = CenterHead(unit_rows(50, 4, 0), trainable=True, sparse=sparse)
+        with torch.no_grad():
+            head.weight.mul_(1.3)  # rows are read at unit length whatever theirs is
+        sample = head.sample(torch.tensor([7, 3]), rate=0.2, generator=torch.Generator().manual_seed(0))
+        found = head(unit_rows(2, 4, 1), sample, teacher=unit_rows(2, 4, 2))
+        (found.cls + 2 * found.kl).backward()
+        gradients.append(head.weight.grad)
+    dense, sparse = gradients
+    assert sparse.is_sparse
+    assert sparse.coalesce().indices()[0].tolist() == sample.index.tolist()
+    assert len(sample.index) == 10
+    torch.testing.assert_close(sparse.to_dense(), dense)
+    assert dense.abs().sum(dim=1).count_nonzero() == 10
 
 
 def test_drift_of_many_centers_is_measured_on_some():
@@ -137,128 +165,45 @@ def test_int32_labels_will_do():
     assert sample.labels.tolist() == [7, 3]
 
 
-# L_cls
-
-
-def test_cross_entropy_is_the_dense_one():
-    found = cluster_ce(logits(5, 9, 0, 16.0, torch.float64), torch.tensor([0, 3, 8, 3, 1]))
-    expected = oracles.cross_entropy(logits(5, 9, 0, 16.0, torch.float64).numpy(), np.array([0, 3, 8, 3, 1]))
-    assert float(found) == pytest.approx(expected, rel=1e-12)
+# Sampling and the dense losses
 
 
 def test_the_correction_makes_the_sampled_sum_unbiased():
-    student = logits(1, 30, 0, 6.0, torch.float64)
-    labels, generator = torch.tensor([4]), torch.Generator().manual_seed(0)
-    truth = float(student.exp().sum())
+    centers, student = unit_rows(30, 24, 99, torch.float64), unit_rows(1, 24, 0, torch.float64)
+    head, labels = CenterHead(centers, scale=6.0), torch.tensor([4])
+    logits = 6 * student @ centers.T
+    truth, own = float(logits.exp().sum()), float(logits[0, 4])
+    generator = torch.Generator().manual_seed(0)
     corrected, plain = [], []
     for _ in range(800):
-        sample = sample_centers(labels, 30, sample_rate=0.4, generator=generator)
-        seen = student[:, sample.index]
-        own = float(seen[0, sample.labels[0]])
-        corrected.append(math.exp(float(cluster_ce(seen, sample.labels, sample.log_inclusion)) + own))
-        plain.append(math.exp(float(cluster_ce(seen, sample.labels)) + own))
+        sample = head.sample(labels, rate=0.4, generator=generator)
+        corrected.append(math.exp(float(head(student, sample, logq="both").cls) + own))
+        plain.append(math.exp(float(head(student, sample, logq="none").cls) + own))
     error = np.std(corrected) / math.sqrt(len(corrected))
     assert abs(np.mean(corrected) - truth) < 4 * error
     assert abs(np.mean(plain) - truth) > 8 * error
 
 
-# L_kl
+# Sigma
 
 
-@pytest.mark.parametrize("scale", [1.0, 16.0, 64.0, 200.0])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-@pytest.mark.parametrize("nearness", [0.0, 0.9, 0.999, 0.999999])
-def test_the_divergence_is_right_to_four_digits_in_float32(scale, temperature, nearness):
-    """Also where log-softmax in float32 is noise: a student 1e-6 from the teacher has a KL near 1e-9."""
-    teacher = logits(6, 50, 0, scale)
-    student = nearness * teacher + (1 - nearness) * logits(6, 50, 1, scale)
-    expected = oracles.kl(teacher.numpy(), student.numpy(), temperature)
-    found = float(cluster_kl(student, teacher, temperature=temperature))
-    assert found == pytest.approx(expected, rel=5e-5, abs=1e-13)
+@pytest.mark.parametrize("perplexity", [3.0, 40.0, 250.0])
+def test_a_calibrated_sigma_gives_the_perplexity_asked_for(perplexity: float):
+    centers, teacher = unit_rows(300, 16, 0), unit_rows(50, 16, 1)
+    scale = calibrated_scale(teacher, centers, perplexity=perplexity)
+    logits = scale * teacher.double().numpy() @ centers.double().numpy().T
+    log_p = oracles.log_softmax(logits)
+    assert math.exp(-float((np.exp(log_p) * log_p).sum(axis=1).mean())) == pytest.approx(perplexity, rel=2e-3)
 
 
-@pytest.mark.parametrize(("scale", "nearness"), [(1.0, 0.999), (16.0, 0.9999), (16.0, 0.0), (64.0, 0.5)])
-def test_its_gradient_is_right_to_four_digits_in_float32(scale, nearness):
-    teacher = logits(6, 50, 0, scale)
-    student = nearness * teacher + (1 - nearness) * logits(6, 50, 1, scale)
-    student.requires_grad_()
-    cluster_kl(student, teacher, temperature=2.0).backward()
-    p = np.exp(oracles.log_softmax(teacher.numpy().astype(np.float64) / 2))
-    q = np.exp(oracles.log_softmax(student.detach().numpy().astype(np.float64) / 2))
-    assert student.grad is not None
-    error = np.linalg.norm(student.grad.numpy() - (q - p) / 2 / 6) / np.linalg.norm((q - p) / 2 / 6)
-    assert error < 1e-4
+@pytest.mark.parametrize(("perplexity", "named"), [(1.0, "above 1 and below the 9"), (9.0, "got 9"), (math.nan, "nan")])
+def test_a_perplexity_that_no_softmax_has_is_refused(perplexity: float, named: str):
+    with pytest.raises(ValueError, match=named):
+        calibrated_scale(unit_rows(4, 3, 1), unit_rows(9, 3, 0), perplexity=perplexity)
 
 
-@pytest.mark.parametrize("scale", [0.1, 3.0, 40.0])
-@pytest.mark.parametrize("with_inclusion", [False, True])
-def test_its_gradient_is_that_of_float64_autograd(scale, with_inclusion):
-    student = logits(3, 7, 1, scale, torch.float64).requires_grad_()
-    teacher = logits(3, 7, 0, scale, torch.float64)
-    inclusion = torch.linspace(-3, 0, 7, dtype=torch.float64) if with_inclusion else None
-    assert torch.autograd.gradcheck(
-        lambda logits: cluster_kl(logits, teacher, temperature=1.7, log_inclusion=inclusion), (student,)
-    )
-    shift = 0.0 if inclusion is None else inclusion
-    plain = F.kl_div(
-        F.log_softmax(student / 1.7 - shift, dim=1),
-        F.log_softmax(teacher / 1.7 - shift, dim=1),
-        log_target=True,
-        reduction="batchmean",
-    )
-    found = cluster_kl(student, teacher, temperature=1.7, log_inclusion=inclusion)
-    torch.testing.assert_close(found, plain, rtol=1e-9, atol=0)
-
-
-def test_no_gradient_reaches_the_teacher():
-    student, teacher = logits(3, 7, 1, 4.0).requires_grad_(), logits(3, 7, 0, 4.0).requires_grad_()
-    cluster_kl(student, teacher).backward()
-    assert teacher.grad is None
-    assert student.grad is not None
-
-
-def test_a_second_derivative_is_refused_rather_than_wrong():
-    student = logits(3, 7, 1, 4.0).requires_grad_()
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(cluster_kl(student, logits(3, 7, 0, 4.0)), student, create_graph=True)
-
-
-def test_with_all_centers_it_is_the_pull_towards_one_soft_center():
-    """KL_i = lse_j(z_ij / tau) - (sigma / tau) <v_i, mu_i> - H_i, with mu and H of the teacher's distribution."""
-    centers, image, teacher = (unit_rows(n, 8, seed, torch.float64) for n, seed in ((20, 0), (5, 1), (5, 2)))
-    head, tau = CenterHead(centers, scale=16.0), 2.0
-    p = torch.softmax(head(teacher) / tau, dim=1)
-    soft_centers, entropy = p @ centers, -(p * p.log()).sum(dim=1)
-    pull = 16 / tau * (image * soft_centers).sum(dim=1)
-    expected = (torch.logsumexp(head(image) / tau, dim=1) - pull - entropy).mean()
-    assert float(cluster_kl(head(image), head(teacher), temperature=tau)) == pytest.approx(float(expected), rel=1e-10)
-
-
-@pytest.mark.parametrize("student_far", [True, False])
-def test_distributions_that_share_nothing_stay_finite(student_far):
-    student, teacher = torch.tensor([[300.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 300.0]])
-    if not student_far:
-        student = torch.zeros(1, 3)
-    student.requires_grad_()
-    loss = cluster_kl(student, teacher)
-    loss.backward()
-    torch.testing.assert_close(loss.detach(), torch.tensor(300.0 if student_far else math.log(3)))
-    assert student.grad is not None
-    assert student.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_a_temperature_of_nothing_is_refused(temperature):
-    with pytest.raises(ValueError, match="temperature must be above 0, got"):
-        cluster_kl(torch.zeros(1, 2), torch.zeros(1, 2), temperature=temperature)
-
-
-def test_both_losses_are_computed_in_float32_under_autocast():
-    student, teacher = logits(4, 9, 0, 16.0).bfloat16(), logits(4, 9, 1, 16.0).bfloat16()
-    labels = torch.tensor([0, 1, 2, 3])
-    plain = cluster_ce(student.float(), labels), cluster_kl(student.float(), teacher.float())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = cluster_ce(student, labels), cluster_kl(student, teacher)
-        head_logits = CenterHead(unit_rows(9, 24, 99))(unit_rows(4, 24, 0).bfloat16())
-    assert [float(loss) for loss in found] == [float(loss) for loss in plain]
-    assert {loss.dtype for loss in (*found, head_logits)} == {torch.float32}
+def test_a_perplexity_sharper_than_any_sigma_makes_it_is_refused():
+    centers = unit_rows(2, 3, 0).repeat(3, 1)  # every center three times: no sigma tells them apart
+    with pytest.raises(ValueError, match="perplexity must be at least 3"):
+        calibrated_scale(unit_rows(4, 3, 1), centers, perplexity=2.0)
+    assert float(soft_centers(unit_rows(4, 3, 1), centers, scale=900.0).entropy.min()) >= math.log(3) - 2e-4  # float32 rounds a logit of 900 by 6e-5

@@ -1,11 +1,13 @@
 import math
 
+import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 
-from clip_cid.method.cluster_distillation import cluster_ce, cluster_kl
+from clip_cid.method.center_pass import SoftCenters
 from clip_cid.method.contrastive import contrastive_loss
+from clip_cid.method.fused_cluster_loss import soft_centers
 from clip_cid.method.instance_distillation import instance_loss
 from clip_cid.method.objective import Objective, weighted_sum
 
@@ -28,6 +30,10 @@ def batch(dim: int = 8, teacher_dim: int = 8) -> dict[str, torch.Tensor]:
     }
 
 
+def head_logits(rows: torch.Tensor, centers: torch.Tensor):
+    return 16 * rows.double().numpy() @ centers.double().numpy().T
+
+
 def native(**settings) -> Objective:
     return Objective(**{"weights": ALL, "student_dim": 8, "teacher_dim": 8, "centers": unit_rows(20, 8, 0)} | settings)
 
@@ -35,16 +41,29 @@ def native(**settings) -> Objective:
 def test_the_parts_are_the_four_losses():
     data, objective = batch(), native(sample_rate=1.0, temperature=2.0)
     parts = objective(**data)
-    assert objective.head is not None
-    student, teacher = objective.head(data["student_image"]), objective.head(data["teacher_image"])
+    student, teacher = (head_logits(data[name], unit_rows(20, 8, 0)) for name in ("student_image", "teacher_image"))
     four = data["student_image"], data["student_text"], data["teacher_image"], data["teacher_text"]
-    expected = {
-        "clip": contrastive_loss(data["student_image"], data["student_text"], SCALE),
-        "cluster_cls": cluster_ce(student, data["labels"]),
-        "cluster_kl": cluster_kl(student, teacher, temperature=2.0),
-        "instance": instance_loss(*four, torch.tensor(1 / 0.07)),
-    }
-    torch.testing.assert_close(parts, expected)
+    assert list(parts) == list(ALL)
+    assert parts["cluster_cls"].item() == pytest.approx(
+        oracles.cross_entropy(student, data["labels"].numpy()), rel=1e-5
+    )
+    assert parts["cluster_kl"].item() == pytest.approx(oracles.kl(teacher, student, 2.0), rel=1e-5)
+    torch.testing.assert_close(parts["clip"], contrastive_loss(data["student_image"], data["student_text"], SCALE))
+    torch.testing.assert_close(parts["instance"], instance_loss(*four, torch.tensor(1 / 0.07)))
+
+
+def test_soft_centers_stand_for_the_teacher_in_the_divergence():
+    data, objective = batch(), native(sample_rate=1.0, temperature=2.0)
+    found = soft_centers(data["teacher_image"], unit_rows(20, 8, 0), scale=16.0, temperature=2.0)
+    data["student_image"].requires_grad_()
+    results = []
+    for soft in (None, found):
+        parts = objective(**data, soft_centers=soft)
+        (gradient,) = torch.autograd.grad(parts["cluster_kl"], data["student_image"])
+        results.append((parts, gradient))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    wrong = SoftCenters(found.mean, found.entropy + 0.1)
+    assert objective(**data, soft_centers=wrong)["cluster_kl"].item() != results[0][0]["cluster_kl"].item()
 
 
 @pytest.mark.parametrize("part", ["clip", "cluster_cls", "cluster_kl", "instance"])
@@ -81,13 +100,13 @@ def test_linear_alignment_is_seen_by_the_distillation_parts_only():
     objective = native(teacher_dim=12, centers=unit_rows(20, 12, 0), alignment="linear", sample_rate=1.0)
     assert objective.image_map is not None
     assert objective.text_map is not None
-    assert objective.head is not None
     data = batch(8, 12)
     image = F.normalize(data["student_image"] @ objective.image_map.weight.T, dim=1)
     text = F.normalize(data["student_text"] @ objective.text_map.weight.T, dim=1)
     parts = objective(**data)
     torch.testing.assert_close(parts["clip"], contrastive_loss(data["student_image"], data["student_text"], SCALE))
-    torch.testing.assert_close(parts["cluster_cls"], cluster_ce(objective.head(image), data["labels"]))
+    expected = oracles.cross_entropy(head_logits(image.detach(), unit_rows(20, 12, 0)), data["labels"].numpy())
+    assert parts["cluster_cls"].item() == pytest.approx(expected, rel=1e-5)
     expected = instance_loss(image, text, data["teacher_image"], data["teacher_text"], torch.tensor(1 / 0.07))
     torch.testing.assert_close(parts["instance"], expected)
     torch.testing.assert_close(image @ image.T, data["student_image"] @ data["student_image"].T)  # orthogonal at first
@@ -112,7 +131,9 @@ def test_gradients_reach_all_that_learns_and_nothing_of_the_teacher():
         data[name].requires_grad_()
     weighted_sum(objective(**data), ALL).backward()
     learned = [data["student_image"], data["student_text"], *objective.parameters()]
-    assert all(tensor.grad is not None and tensor.grad.abs().max() > 0 for tensor in learned)
+    assert all(tensor.grad is not None and tensor.grad.to_dense().abs().max() > 0 for tensor in learned)
+    assert objective.head is not None
+    assert objective.head.weight.grad.is_sparse
     assert data["teacher_image"].grad is None
     assert data["teacher_text"].grad is None
 

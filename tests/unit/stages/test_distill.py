@@ -334,3 +334,39 @@ def test_it_is_told_when_a_batch_fills_the_sample_of_centers(
     caplog.set_level("INFO", logger="clip_cid")
     case.run(sample_rate=sample_rate, steps=2)
     assert ("its own centers are the only negatives" in caplog.text) == told
+
+
+def test_with_all_centers_frozen_the_teacher_is_read_once_and_training_is_the_same(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+):
+    soft = case.run("soft")
+    monkeypatch.setattr(distill, "uses_soft_centers", lambda _: False)
+    plain = case.run("plain")
+    for name in ("loss", "loss/cluster_cls", "loss/cluster_kl", "loss/instance"):
+        assert soft[name] == pytest.approx(plain[name], rel=1e-4), name
+    assert not (case.folder.path / "soft" / "soft_centers").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "soft"),
+    [({}, True), ({"head_lr": 1e-6}, False), ({"sample_rate": 0.5}, False), ({"weights": {"cluster_kl": 0}}, False)],
+)
+def test_soft_centers_need_a_frozen_head_all_centers_and_a_divergence(changes: dict[str, Any], soft: bool):
+    assert distill.uses_soft_centers(DistillConfig.model_validate({"sample_rate": 1.0} | changes)) == soft
+
+
+def test_sigma_can_be_calibrated_and_is_told(case: Case):
+    plain, sharp = case.run("plain"), case.run("sharp", head_perplexity=1.5)
+    assert plain["head_scale"] == 16
+    assert 1 < plain["teacher_perplexity"] < CENTERS
+    assert sharp["teacher_perplexity"] == pytest.approx(1.5, rel=1e-2)
+    assert sharp["head_scale"] != 16
+    with pytest.raises(
+        ConfigError, match=r"head_perplexity: perplexity must be above 1 and below the 4 centers, got 9"
+    ):
+        case.run("wrong", head_perplexity=9)
+
+
+def test_sigma_is_calibrated_even_where_nothing_else_needs_the_teacher(case: Case):
+    weights = {"clip": 1, "cluster_cls": 1, "cluster_kl": 0, "instance": 0}
+    assert case.run(weights=weights, head_perplexity=2.0)["teacher_perplexity"] == pytest.approx(2, rel=1e-2)

@@ -110,7 +110,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
     resumed = make_trainer(folder, tmp_path, steps=STEPS)
     resumed.run()
     assert_equal(weights_of(resumed), weights_of(uninterrupted))
-    assert resumed.optimizer.param_groups[0]["lr"] == uninterrupted.optimizer.param_groups[0]["lr"]
+    assert resumed.optimizers[0].param_groups[0]["lr"] == uninterrupted.optimizers[0].param_groups[0]["lr"]
     ours, theirs = (read_lines(path / "metrics.jsonl") for path in (tmp_path, folder / "whole"))
     assert without_times(ours) == without_times(theirs)
 
@@ -129,7 +129,7 @@ def test_steps_behind_the_last_checkpoint_are_done_again_and_written_once(
 
 def test_a_process_killed_by_the_system_goes_on_exactly(folder: Path, tmp_path: Path, uninterrupted: Trainer):
     """SIGKILL to a real process with workers, at whatever step it had reached."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # which decides the order of sums
     # more steps than it is given time for: the schedule must be that of the run it is compared with
     command = [sys.executable, tiny_training.__file__, str(folder), str(tmp_path), "4000"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
@@ -324,3 +324,20 @@ def test_auto_precision_is_half_on_cuda_only():
     assert resolve_precision("auto", torch.device("cpu")) == torch.float32
     assert resolve_precision("auto", torch.device("cuda")) == torch.bfloat16
     assert np.isclose(torch.finfo(resolve_precision("bf16", torch.device("cpu"))).eps, 2**-7)
+
+
+def test_a_collapse_is_told_once_in_its_line_and_in_the_summary(folder: Path, tmp_path: Path):
+    """All images at one point from the start: the alarm's patience is twice the warm-up of 2 steps."""
+    settings = make_settings(log_every=1, warmup_steps=2)
+    trainer = make_trainer(folder, tmp_path, settings=settings, steps=STEPS, minutes=1e-9)
+    with torch.no_grad():
+        trainer.model.student.visual.proj.zero_()
+        trainer.model.student.visual.proj[:, 0] = 1
+        trainer.model.student.visual.ln_post.weight.zero_()
+        trainer.model.student.visual.ln_post.bias.fill_(1)
+    kill_before(trainer, 6)
+    resumed = make_trainer(folder, tmp_path, settings=settings, steps=STEPS)
+    assert resumed.run()["collapse_alarm"]
+    told = [line for line in read_lines(tmp_path / "metrics.jsonl") if "collapse" in line]
+    assert [line["step"] for line in told] == [4]
+    assert told[0]["collapse"].startswith("one point: the mean of the student's image embeddings has length 1.000")

@@ -9,23 +9,31 @@ from torch import nn
 
 from clip_cid.errors import ConfigError
 from clip_cid.recipe import DistillConfig
-from clip_cid.training.optimizer import learning_rate_share, make_optimizer, parameter_groups, set_learning_rate
+from clip_cid.training.optimizer import (
+    learning_rate_share,
+    make_optimizers,
+    parameter_groups,
+    set_learning_rate,
+    shorten_gradients,
+)
+from clip_cid.training.row_adam import RowAdam
 
 
 class Head(nn.Module):
-    def __init__(self, *, trainable: bool) -> None:
+    def __init__(self, *, trainable: bool, sparse: bool) -> None:
         super().__init__()
+        self.sparse = sparse
         self.weight = nn.Parameter(torch.ones(4, 8), requires_grad=trainable)
 
 
 class Beside(nn.Module):
     """Stands in for the objective: a map, a scale and a head."""
 
-    def __init__(self, *, train_head: bool) -> None:
+    def __init__(self, *, train_head: bool, sparse: bool = False) -> None:
         super().__init__()
         self.image_map = nn.Linear(8, 8)
         self.instance_logit_scale = nn.Parameter(torch.tensor(2.0))
-        self.head = Head(trainable=train_head)
+        self.head = Head(trainable=train_head, sparse=sparse)
 
 
 def student() -> nn.Module:
@@ -66,7 +74,7 @@ def test_a_step_outside_the_run_is_refused(step: int, warmup: int, named: str):
 
 def test_a_warm_up_as_long_as_the_run_is_a_wrong_setting():
     with pytest.raises(ConfigError, match="warmup_steps: 2,000, but the whole run has 2,000 steps") as error:
-        make_optimizer(student(), Beside(train_head=False), DistillConfig(), steps=2000)
+        make_optimizers(student(), Beside(train_head=False), DistillConfig(), steps=2000)
     assert "Set distill.warmup_steps to 200" in str(error.value)
 
 
@@ -84,9 +92,30 @@ def test_positions_and_vectors_do_not_decay_and_matrices_do():
 
 def test_the_head_learns_at_its_own_rate_when_it_learns_at_all():
     settings = DistillConfig(lr=1e-3, head_lr=1e-6, warmup_steps=0)
-    optimizer = make_optimizer(student(), Beside(train_head=True), settings, steps=10)
-    set_learning_rate(optimizer, 0.5)
+    (optimizer,) = make_optimizers(student(), Beside(train_head=True), settings, steps=10)
+    set_learning_rate([optimizer], 0.5)
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert rates == pytest.approx({"decay": 5e-4, "no decay": 5e-4, "head": 5e-7})
-    frozen = make_optimizer(student(), Beside(train_head=False), settings, steps=10)
+    (frozen,) = make_optimizers(student(), Beside(train_head=False), settings, steps=10)
     assert [group["name"] for group in frozen.param_groups] == ["decay", "no decay"]
+
+
+def test_a_head_of_which_steps_see_a_sample_has_an_optimizer_that_reads_no_other_rows():
+    settings = DistillConfig(lr=1e-3, head_lr=1e-6, warmup_steps=0)
+    dense, by_row = make_optimizers(student(), Beside(train_head=True, sparse=True), settings, steps=10)
+    assert isinstance(by_row, RowAdam)
+    assert [group["name"] for group in dense.param_groups] == ["decay", "no decay"]
+    set_learning_rate([dense, by_row], 0.5)
+    assert [group["lr"] for group in by_row.param_groups] == pytest.approx([5e-7])
+    assert by_row.param_groups[0]["betas"] == (0.9, 0.98)
+
+
+def test_gradients_are_shortened_together_dense_and_sparse():
+    dense, table = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(5, 1))
+    dense.grad = torch.tensor([3.0, 0.0])
+    table.grad = torch.sparse_coo_tensor([[4, 1, 4]], [[1.0], [0.0], [3.0]], (5, 1), check_invariants=True)  # row 4 twice: 4 together
+    assert float(shorten_gradients([dense, table], 10.0)) == pytest.approx(5)
+    assert dense.grad.tolist() == [3, 0]
+    shorten_gradients([dense, table], 1.0)
+    assert dense.grad.tolist() == pytest.approx([0.6, 0])
+    assert table.grad.to_dense()[:, 0].tolist() == pytest.approx([0, 0, 0, 0, 0.8])

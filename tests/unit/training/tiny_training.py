@@ -136,5 +136,4 @@ def make_trainer(
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     make_trainer(Path(sys.argv[1]), Path(sys.argv[2]), steps=int(sys.argv[3]), minutes=1e-9, workers=2).run()

@@ -155,6 +155,7 @@ class _Sample:
         self._directions: dict[int, np.ndarray] = {}
         self._exact_seconds = self._time_of_exact(images[chosen[:_EXACT_ROWS]])
         self._near = self._pairs * _share_above(self._rows, self._least)
+        self._least_seconds = self._reading + self._near * self._exact_seconds  # whatever the plan
 
     def codes(self) -> list[Layout]:
         """Sketches and whole rows, each with its estimate for all pairs."""
@@ -168,10 +169,11 @@ class _Sample:
                 break
         row_bytes = 4 * self._images.dim
         if row_bytes <= _LARGEST_CODE or row_bytes * len(self._images) <= _WHOLE_ROWS:
-            if not found or self._least_seconds_of_whole_rows() < min(map(_seconds, found)):
+            least = self._least_seconds + self._pairs * self._images.dim / _RATE  # of a core twice as fast as assumed
+            if not found or least < min(map(_seconds, found)):
                 found.append(self._estimated(Plan("float32"), None))
         best = min(found, key=_seconds)
-        if kind == "int8" and self._seconds_of_passing(best) > 0.3 * _seconds(best):
+        if kind == "int8" and self._seconds_of_passing(best) > 0.2 * _seconds(best):
             # Too many pairs pass: more of the row, or smaller errors (at tiny thresholds those of int8 count).
             if best.sketch is not None:
                 found.append(self._estimated(Plan("float32", best.plan.width), best.sketch))
@@ -183,12 +185,11 @@ class _Sample:
         """The cheapest of the codes, each without cells and with as many as pay.
 
         Doubling the cells may not pay until there are as many as the data have clusters, so all numbers are tried whose
-        centers are found in a small part of the time that the best plan so far would take.
+        centers are found in a small part of the time that the best plan so far would take beyond what any plan takes.
         """
         best = min(codes, key=_seconds)
         if len(self._images) < _CELLS_FROM:
             return best
-        self._least_seconds = min(map(self._seconds_without_products, codes))
         for width in _TRIAL_WIDTHS[: 1 if len(self._images) < _WIDER_FROM else None]:
             best = self._celled_by(width, codes, best)
         if best.plan.cells and best.centers is None:
@@ -248,19 +249,10 @@ class _Sample:
             + candidates * self._exact_seconds
         )
 
-    def _seconds_without_products(self, layout: Layout) -> float:
-        """What windows cannot save."""
-        assert layout.estimate is not None
-        return self._seconds_of(layout, 0, layout.estimate.candidates)
-
     def _seconds_of_passing(self, layout: Layout) -> float:
         """What goes to exact distances of pairs that are not near: the most that a better code could save."""
         assert layout.estimate is not None
         return (layout.estimate.candidates - self._near) * self._exact_seconds
-
-    def _least_seconds_of_whole_rows(self) -> float:
-        """For a core twice as fast as assumed."""
-        return self._reading + self._pairs * self._images.dim / _RATE + self._near * self._exact_seconds
 
     def _time_of_trial(self, width: int) -> float:
         """About what it takes to estimate a sketch of this width."""

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int, UInt64
@@ -82,7 +82,7 @@ def principal_directions(rows: Float[np.ndarray, "n dim"], count: int) -> Float6
 
 def _orthonormal(columns: Float[np.ndarray, "dim count"]) -> Float[np.ndarray, "dim count"]:
     """In the type of the columns: numpy's would take four times as long for float32, which it turns into float64."""
-    return linalg.qr(columns, mode="economic", overwrite_a=True, check_finite=False)[0]
+    return cast(np.ndarray, linalg.qr(columns, mode="economic", overwrite_a=True, check_finite=False)[0])
 
 
 def make_sketch(directions: Float64[np.ndarray, "count dim"], width: int) -> Sketch:

@@ -21,6 +21,7 @@ _LARGEST_CODE, _WHOLE_ROWS = 1 << 10, 1 << 29  # bytes: of a row's code, and of 
 _SAMPLE, _LARGEST_SAMPLE, _EXACT_ROWS = 6, 2048, 128  # the first times the root of the number of rows
 _SMALL_WORK = 1e9  # rows x rows x dim: so little is compared sooner than planned for
 _CELLS_FROM = 20_000
+_WORTH = 5  # times its cost has to be what a trial might save at the very most
 _TRIAL_WIDTHS, _WIDER_FROM = (64, 128), 400_000  # windows are tried in sketches of these widths; of many rows in both
 _CELL_ROUNDS, _POINTS_PER_CELL = 4, 16
 _MOST_CELLS = 4096  # a bit for each and each row: half a kB a row at most
@@ -162,7 +163,7 @@ class _Sample:
         kind: CodeType = "int8" if int8_products_are_right() else "float32"
         found: list[Layout] = []
         for width in (width for width in _WIDTHS if width < self._images.dim):
-            if found and self._seconds_of_passing(min(found, key=_seconds)) < 2 * self._time_of_trial(width):
+            if found and self._seconds_of_passing(min(found, key=_seconds)) < _WORTH * self._time_of_trial(width):
                 break
             found.append(self._sketched(kind, width))
             if _seconds(found[-1]) > 1.05 * min(map(_seconds, found)):
@@ -177,7 +178,7 @@ class _Sample:
             # Too many pairs pass: more of the row, or smaller errors (at tiny thresholds those of int8 count).
             if best.sketch is not None:
                 found.append(self._estimated(Plan("float32", best.plan.width), best.sketch))
-            if self._seconds_of_passing(best) > 2 * 20 * self._images.dim**3 / _RATE:
+            if self._seconds_of_passing(best) > _WORTH * 20 * self._images.dim**3 / _RATE:
                 found.append(self._estimated(Plan(kind), _sketch(self._rows, self._images.dim)))
         return found
 

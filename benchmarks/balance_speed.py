@@ -2,6 +2,7 @@
 
     python benchmarks/balance_speed.py --sizes 20000 50000 100000 --dims 512 1280    every method, three rounds
     python benchmarks/balance_speed.py --kinds pow flat soft cont outlier heavy drift --sizes 50000
+    python benchmarks/balance_speed.py --methods numpy clip-cid --sizes 2000 5000 10000 20000 --dims 512 1280    few rows
     python benchmarks/balance_speed.py --scaling                                     clip_cid alone, 20,000 to 1,000,000 rows
     python benchmarks/balance_speed.py --memory 1000000x512                          memory beyond the mapped file
 
@@ -646,9 +647,9 @@ def table(results: dict[str, Any]) -> str:
             f"**{data['kind']}, {data['rows']:,} x {data['dim']}**: mean cosine {data['mean_cosine']:.2f}"
             + (f", {true:,} true pairs." if true is not None else "."),
             "",
-            "| method | CPU s | faster than faiss | wall s | CPU s with imports | RSS, MiB | anonymous, MiB"
+            "| method | CPU s | faster than faiss | than numpy | wall s | CPU s with imports | RSS, MiB | anonymous, MiB"
             " | pairs | recall | removed | by its rule | exact | kept |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for method in dict.fromkeys(
             run["method"] for run in sorted(here, key=lambda run: METHODS.index(run["method"]))
@@ -661,9 +662,7 @@ def _line(method: str, runs: Sequence[dict[str, Any]], here: Sequence[dict[str, 
     good = [run for run in runs if "cpu_s" in run]
     if not good:
         why = next(run.get("skipped") or run.get("failed") for run in runs)
-        return f"| {method} | {why} |" + " |" * 11
-    faiss = {run["round"]: run["cpu_s"] for run in here if run["method"] == "faiss" and "cpu_s" in run}
-    ratios = [faiss[run["round"]] / run["cpu_s"] for run in good if run["round"] in faiss]
+        return f"| {method} | {why} |" + " |" * 12
     last = good[-1]
     if any(run.get("sets_digest") != last.get("sets_digest") for run in good):
         last = last | {"exact": "varies"}
@@ -671,7 +670,8 @@ def _line(method: str, runs: Sequence[dict[str, Any]], here: Sequence[dict[str, 
     cells = [
         f"{method}" + (f" ({len(runs) - len(good)} of {len(runs)} runs failed)" if len(good) < len(runs) else ""),
         _spread([run["cpu_s"] for run in good]),
-        _spread(ratios, "x"),
+        _spread(_ratios("faiss", good, here), "x"),
+        _spread(_ratios("numpy", good, here), "x"),
         _spread([run["wall_s"] for run in good]),
         _spread([run["cpu_with_imports_s"] for run in good]),
         f"{statistics.median(run['rss_mib'] for run in good):,.0f}",
@@ -684,6 +684,12 @@ def _line(method: str, runs: Sequence[dict[str, Any]], here: Sequence[dict[str, 
         last.get("kept_digest", ""),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _ratios(peer: Method, good: Sequence[dict[str, Any]], here: Sequence[dict[str, Any]]) -> list[float]:
+    """How many times the peer's CPU seconds are those of these runs, round by round."""
+    seconds = {run["round"]: run["cpu_s"] for run in here if run["method"] == peer and "cpu_s" in run}
+    return [seconds[run["round"]] / run["cpu_s"] for run in good if run["round"] in seconds]
 
 
 def _spread(values: Sequence[float], unit: str = "") -> str:

@@ -52,8 +52,11 @@ def groups_of_pairs(
 
     Only where more than some thousand rows are connected are their pairs divided, in the order of the first row.
     """
-    _, left, right = numbered(i, j)
-    labels = _components(int(max(left.max(), right.max())) + 1, left, right)
+    rows, left, right = numbered(i, j)
+    if len(rows) <= min(most_rows, _WHOLE):
+        yield np.arange(len(i))
+        return
+    labels = _components(len(rows), left, right)
     sizes = np.bincount(labels)
     divided = (sizes > _WHOLE).any()
     order = np.lexsort((left, labels[left])) if divided else np.argsort(labels[left], kind="stable")

@@ -20,7 +20,7 @@ from clip_cid.method.unit_rows import UnitRows, squared_distances
 
 Task = tuple[int, int]
 
-_SIDE = 2048  # rows of a block of products
+_SIDE = 1024  # rows of a block: 4 MB of products, which the look at them finds in the cache
 _DEVICE_SIDE = 16_384  # half a GB of float16 products: long enough that starting one does not count
 _PRODUCTS = _SIDE * _SIDE
 _FOLDS = 16
@@ -30,6 +30,7 @@ _TURNED = 4096  # a multiple of 8
 _PENDING_PAIRS = 1 << 21
 _PENDING_LINKS = 1 << 21
 _LARGE_CROWD = 256
+_DIFFERENCES = 1 << 15  # computed at once: a quarter of a MB
 _UNIT_NUMBERS = 1 << 20  # of the rows whose distances are computed together: 8 MB
 
 
@@ -262,11 +263,16 @@ class _Found:
 def _distances(
     units: Float[np.ndarray, "rows dim"], i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]
 ) -> Float[np.ndarray, " pairs"]:
-    out = np.empty(len(i))
-    some = max(1, (1 << 16) // units.shape[1])  # half a MB of differences
+    out, dim = np.empty(len(i)), units.shape[1]
+    some = max(1, _DIFFERENCES // dim)
+    left, right = np.empty((2, some, dim))
     for start in range(0, len(i), some):
         part = slice(start, start + some)
-        out[part] = squared_distances(units[i[part]], units[j[part]])
+        count = len(out[part])
+        # "clip" because numpy writes to `out` by way of a copy unless it need not check the places first
+        np.take(units, i[part], axis=0, out=left[:count], mode="clip")
+        np.take(units, j[part], axis=0, out=right[:count], mode="clip")
+        out[part] = squared_distances(left[:count], right[:count])
     return out
 
 
@@ -329,7 +335,8 @@ class _Comparison:
         prepared = self._prepared
         errors = prepared.errors[left].astype(np.float64), prepared.errors[right].astype(np.float64)
         lowest = prepared.coding.floor(self._least, *(some.max(keepdims=True) for some in errors))
-        products = self._product(prepared.codes[left], prepared.codes[right])
+        # Not a copy where it can be a view: numpy takes half the time for the product of a matrix with itself.
+        products = self._product(prepared.codes[_as_slice(left)], prepared.codes[right])
         places = _places_above(products, float(lowest[0]))
         for start in range(0, len(places), _PLACES):
             yield self._exactly_above(products, places[start : start + _PLACES], *errors)
@@ -441,6 +448,12 @@ def _compare_cells(compare: _Comparison, prepared: Prepared, visiting: slice, vi
                 compare(guests, right, triangle=False)
             if own and len(family):
                 compare(family, right, triangle=visiting == visited)
+
+
+def _as_slice(positions: Int[np.ndarray, " positions"]) -> slice | Int[np.ndarray, " positions"]:
+    """Ascending positions, as a slice where none is left out."""
+    first, last = int(positions[0]), int(positions[-1])
+    return slice(first, last + 1) if last - first + 1 == len(positions) else positions
 
 
 def _blocks(rows: slice, side: int) -> Iterator[slice]:

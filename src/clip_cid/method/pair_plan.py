@@ -15,17 +15,19 @@ from jaxtyping import Bool, Float, Float32, Int
 from clip_cid.method.sketch import CodeType, Coding, Sketch, coding_for, make_sketch, principal_directions
 from clip_cid.method.unit_rows import FLOAT32_ERROR, UnitRows, product_error, squared_distances
 
-_WIDTHS = (32, 64, 96, 128, 192, 256)
+_WIDTHS = (64, 96, 128, 192, 256)
+_DIRECTIONS = (64, 128, 256)  # so many at a time: twice as many take twice the time, and are not always asked for
 _LARGEST_CODE, _WHOLE_ROWS = 1 << 10, 1 << 29  # bytes: of a row's code, and of all rows where they are their own codes
-_LEAST_SAMPLE, _LARGEST_SAMPLE, _EXACT_ROWS = 768, 2048, 128
-_SMALL_WORK = 3.6e10  # rows x rows x dim: so little is compared sooner than planned for
+_SAMPLE, _LARGEST_SAMPLE, _EXACT_ROWS = 6, 2048, 128  # the first times the root of the number of rows
+_SMALL_WORK = 1e9  # rows x rows x dim: so little is compared sooner than planned for
 _CELLS_FROM = 20_000
+_WORTH = 5  # times its cost has to be what a trial might save at the very most
 _TRIAL_WIDTHS, _WIDER_FROM = (64, 128), 400_000  # windows are tried in sketches of these widths; of many rows in both
 _CELL_ROUNDS, _POINTS_PER_CELL = 4, 16
 _MOST_CELLS = 4096  # a bit for each and each row: half a kB a row at most
 _FEWEST_CHUNKS, _LEAST_CHUNK, _LARGEST_CHUNK = 8, 1 << 16, 1 << 20
 _SCORES = 1 << 18
-_ENTRIES = 1 << 19  # of the block whose product is timed
+_ENTRIES, _TIMED_WORK = 1 << 18, 1 << 26  # of the block whose product is timed: of long codes a smaller one
 # What a core does in a second, for estimates only
 _RATE = 8e10  # additions and multiplications in float32
 _SECONDS_A_NUMBER = 5e-9
@@ -147,36 +149,44 @@ class _Sample:
 
     def __init__(self, images: UnitRows, limit: float, new_rows: int) -> None:
         self._pairs = new_rows * (len(images) - new_rows / 2)
+        self._reading = len(images) * images.dim * _SECONDS_A_NUMBER
         self._images, self._least, self._limit = images, 1 - limit / 2, limit
         chosen = _sampled(images)
         self._rows = images.float32(chosen)
-        self._directions = principal_directions(self._rows, min(max(_WIDTHS), images.dim))
+        self._directions: dict[int, np.ndarray] = {}
         self._exact_seconds = self._time_of_exact(images[chosen[:_EXACT_ROWS]])
+        self._near = self._pairs * _share_above(self._rows, self._least)
+        self._least_seconds = self._reading + self._near * self._exact_seconds  # whatever the plan
 
     def codes(self) -> list[Layout]:
         """Sketches and whole rows, each with its estimate for all pairs."""
         kind: CodeType = "int8" if int8_products_are_right() else "float32"
         found: list[Layout] = []
         for width in (width for width in _WIDTHS if width < self._images.dim):
-            found.append(self._estimated(Plan(kind, width), make_sketch(self._directions, width)))
-            if len(found) > 1 and _seconds(found[-1]) > 1.2 * min(map(_seconds, found)):
+            if found and self._seconds_of_passing(min(found, key=_seconds)) < _WORTH * self._time_of_trial(width):
+                break
+            found.append(self._sketched(kind, width))
+            if _seconds(found[-1]) > 1.05 * min(map(_seconds, found)):
                 break
         row_bytes = 4 * self._images.dim
         if row_bytes <= _LARGEST_CODE or row_bytes * len(self._images) <= _WHOLE_ROWS:
-            found.append(self._estimated(Plan("float32"), None))
+            least = self._least_seconds + self._pairs * self._images.dim / _RATE  # of a core twice as fast as assumed
+            if not found or least < min(map(_seconds, found)):
+                found.append(self._estimated(Plan("float32"), None))
         best = min(found, key=_seconds)
-        if kind == "int8" and self._share_of_exact(best) > 0.5:
+        if kind == "int8" and self._seconds_of_passing(best) > 0.2 * _seconds(best):
             # Too many pairs pass: more of the row, or smaller errors (at tiny thresholds those of int8 count).
-            found.append(self._estimated(Plan(kind), _sketch(self._rows, self._images.dim)))
             if best.sketch is not None:
                 found.append(self._estimated(Plan("float32", best.plan.width), best.sketch))
+            if self._seconds_of_passing(best) > _WORTH * 20 * self._images.dim**3 / _RATE:
+                found.append(self._estimated(Plan(kind), _sketch(self._rows, self._images.dim)))
         return found
 
     def with_cells(self, codes: list[Layout]) -> Layout:
         """The cheapest of the codes, each without cells and with as many as pay.
 
         Doubling the cells may not pay until there are as many as the data have clusters, so all numbers are tried whose
-        centers are found in a small part of the time that the best plan so far would take.
+        centers are found in a small part of the time that the best plan so far would take beyond what any plan takes.
         """
         best = min(codes, key=_seconds)
         if len(self._images) < _CELLS_FROM:
@@ -191,11 +201,12 @@ class _Sample:
         """The best so far, or a code with windows as a sketch of this width would see them."""
         trial = next((code for code in codes if code.coding.width == width and code.sketch), None)
         if trial is None:
-            kind, width = best.plan.kind, min(width, self._images.dim)
-            trial = self._estimated(Plan(kind, width), make_sketch(self._directions, width))
+            trial = self._sketched(best.plan.kind, min(width, self._images.dim))
         wide = [trial, *(code for code in codes if code.coding.width > width)]  # narrower ones would see less
         cells = 1 << round(math.log2(1.5 * math.sqrt(len(self._images))))
-        while cells <= _MOST_CELLS and self._time_of_centers(cells, trial) < 0.05 * _seconds(best):
+        while cells <= _MOST_CELLS and self._time_of_centers(cells, trial) < 0.05 * (
+            _seconds(best) - self._least_seconds
+        ):
             centers = _centers(self._images, trial, cells)
             pairs = self._pairs_in_windows(trial, centers)
             found = min((self._celled(code, cells, pairs) for code in wide), key=_seconds)
@@ -203,6 +214,15 @@ class _Sample:
                 best = replace(found, centers=centers if found.coding == trial.coding else None)
             cells *= 2
         return best
+
+    def _sketched(self, kind: CodeType, width: int) -> Layout:
+        count = self._directions_for(width)
+        if count not in self._directions:
+            self._directions[count] = principal_directions(self._rows, count)
+        return self._estimated(Plan(kind, width), make_sketch(self._directions[count], width))
+
+    def _directions_for(self, width: int) -> int:
+        return min(next(count for count in _DIRECTIONS if count >= width), self._images.dim)
 
     def _estimated(self, plan: Plan, sketch: Sketch | None) -> Layout:
         layout, short = _coded(plan, sketch, self._rows)
@@ -222,16 +242,24 @@ class _Sample:
         return found[0], found[1]
 
     def _seconds_of(self, layout: Layout, pairs: float, candidates: float) -> float:
-        reading = len(self._images) * self._images.dim * (_SECONDS_A_NUMBER + 2 * layout.coding.width / _RATE)
+        projecting = len(self._images) * self._images.dim * 2 * layout.coding.width / _RATE
         return (
-            reading
+            self._reading
+            + projecting
             + pairs * _time_of_product(layout.coding.kind, layout.coding.width)
             + candidates * self._exact_seconds
         )
 
-    def _share_of_exact(self, layout: Layout) -> float:
+    def _seconds_of_passing(self, layout: Layout) -> float:
+        """What goes to exact distances of pairs that are not near: the most that a better code could save."""
         assert layout.estimate is not None
-        return layout.estimate.candidates * self._exact_seconds / layout.estimate.seconds
+        return (layout.estimate.candidates - self._near) * self._exact_seconds
+
+    def _time_of_trial(self, width: int) -> float:
+        """About what it takes to estimate a sketch of this width."""
+        rows, count = len(self._rows), self._directions_for(width)
+        directions = 0 if count in self._directions else 20 * rows * self._images.dim * count / _RATE
+        return directions + rows * rows * _SECONDS_A_CENTER
 
     def _celled(self, flat: Layout, cells: int, pairs: float) -> Layout:
         assert flat.estimate is not None
@@ -297,6 +325,12 @@ class Windows:
         return home, scores >= 0
 
 
+def _share_above(rows: Float32[np.ndarray, "n dim"], least: float) -> float:
+    """Of all pairs of different rows."""
+    products = rows @ rows.T
+    return (np.count_nonzero(products >= np.float32(least)) - len(rows)) / (len(rows) * (len(rows) - 1))
+
+
 def int8_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """(n, width) by (width, m) int8 into int32, four times as fast as float32 where the processor has the instructions."""
     product: Any = getattr(torch, "_int_mm")  # noqa: B009 - torch does not export it
@@ -340,7 +374,7 @@ def _centers(images: UnitRows, layout: Layout, cells: int) -> Float32[np.ndarray
 
 def _sampled(images: UnitRows) -> Int[np.ndarray, " n"]:
     """Fewer of few rows: the plan should cost little beside the work."""
-    return _some(len(images), min(max(len(images) // 16, _LEAST_SAMPLE), _LARGEST_SAMPLE), seed=0)
+    return _some(len(images), min(int(_SAMPLE * math.sqrt(len(images))), _LARGEST_SAMPLE), seed=0)
 
 
 def _some(rows: int, count: int, *, seed: int) -> Int[np.ndarray, " n"]:
@@ -364,12 +398,12 @@ def _device_rows(dim: int, device: str) -> int:
 @functools.cache
 def _time_of_product(kind: CodeType, width: int) -> float:
     """Seconds for the product of two codes and the look at it, measured."""
-    side = math.isqrt(_ENTRIES)
+    side = math.isqrt(min(_ENTRIES, _TIMED_WORK // width))
     codes = np.random.default_rng(0).integers(-9, 9, (side, width)).astype(kind)
-    tensor = torch.from_numpy(codes)
+    tensor, other = torch.from_numpy(codes), codes.T.copy()  # of a matrix and itself numpy computes half
     if kind == "int8":
-        return _seconds_of(lambda: int8_product(tensor, tensor.T).numpy().max(axis=1)) / _ENTRIES
-    return _seconds_of(lambda: (codes @ codes.T).max(axis=1)) / _ENTRIES
+        return _seconds_of(lambda: int8_product(tensor, tensor.T).numpy().max(axis=1)) / side**2
+    return _seconds_of(lambda: (codes @ other).max(axis=1)) / side**2
 
 
 def _seconds_of(work: Callable[[], Any]) -> float:

@@ -105,6 +105,8 @@ class UnitRows:
         values = np.asarray(self._rows[rows])
         if values.dtype.kind not in "fiu":
             raise ValueError(f"{self.name} must be real numbers, got {values.dtype}")
+        if values.dtype == np.float16:
+            values = _to_float32(values)  # float32 holds every float16, and by this way it takes a third of the time
         return np.array(values, dtype=np.float64, order="C")
 
     def _checked_lengths(self, block: slice, *, any_length: bool) -> Float[np.ndarray, " n"]:

@@ -32,13 +32,16 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Generator[StopRequest]:
-    """Catch the first SIGINT or SIGTERM; a second one ends the process at once, as it would have."""
+    """Catch the first SIGINT or SIGTERM; a second one ends the process at once, as it would have.
+
+    One that is ignored stays so: a shell starts jobs in the background that way, and Ctrl-C is not meant for them.
+    """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield stop
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+    handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def note(number: int, frame: FrameType | None) -> None:
         stop.number = number
@@ -46,7 +49,7 @@ def stop_requests() -> Generator[StopRequest]:
         os.write(2, b"\nfinishing this step and saving it; once more ends at once\n")
         signal.signal(number, before[signal.Signals(number)])
 
-    for number in numbers:
+    for number in before:
         signal.signal(number, note)
     try:
         yield stop

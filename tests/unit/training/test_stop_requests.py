@@ -34,6 +34,18 @@ def test_a_scheduler_s_kill_becomes_an_error_with_its_remedy():
     assert "Run the same command again" in error.value.fix
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_ignored_stays_ignored(number: signal.Signals):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with stop_requests() as stop:
+            os.kill(os.getpid(), number)
+            assert not stop.requested
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 def test_outside_the_main_thread_signals_are_left_alone():
     before = signal.getsignal(signal.SIGTERM)
     seen: list[object] = []

@@ -118,9 +118,7 @@ def two_level_start(
     return np.concatenate(centers)
 
 
-def assign_rows(
-    images: UnitRows, search: CenterSearch, block_rows: int = BLOCK_ROWS
-) -> Int[np.ndarray, " rows"]:
+def assign_rows(images: UnitRows, search: CenterSearch, block_rows: int = BLOCK_ROWS) -> Int[np.ndarray, " rows"]:
     """The nearest center of each row."""
     labels = np.empty(len(images), dtype=np.int32)
     for block in images.blocks(block_rows):

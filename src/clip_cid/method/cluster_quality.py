@@ -10,7 +10,7 @@ from clip_cid.method.unit_rows import BLOCK_ROWS, Rows, UnitRows
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _SAMPLE = 10_000
 _CELLS = 1 << 31  # products of the sample with all centers: of a million centers a sample of some two thousand
-_BLOCK_CELLS = 1 << 22
+_BLOCK = 2048
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,14 @@ def _margins(
     count = min(len(rows), _SAMPLE, max(1, _CELLS // len(centers)))
     chosen = np.sort(np.random.default_rng([seed, 1]).choice(len(rows), size=count, replace=False))
     found = np.empty(count)
-    step = max(1, _BLOCK_CELLS // len(centers))
-    for start in range(0, count, step):
-        some = chosen[start : start + step]
-        cosines = rows[some].astype(np.float32) @ centers.T.astype(np.float32)
-        own = np.take_along_axis(cosines, labels[some][:, None].astype(np.int64), axis=1)
-        np.put_along_axis(cosines, labels[some][:, None].astype(np.int64), -np.inf, axis=1)
-        found[start : start + step] = (own[:, 0] - cosines.max(axis=1)).astype(np.float64)
+    for start in range(0, count, _BLOCK):
+        some = chosen[start : start + _BLOCK]
+        unit, own = rows[some].astype(np.float32), labels[some].astype(np.int64)
+        other = np.full(len(some), -np.inf, dtype=np.float32)
+        for first in range(0, len(centers), _BLOCK):
+            cosines = unit @ centers[first : first + _BLOCK].astype(np.float32).T
+            here = np.flatnonzero((own >= first) & (own < first + _BLOCK))
+            cosines[here, own[here] - first] = -np.inf
+            other = np.maximum(other, cosines.max(axis=1))
+        found[start : start + _BLOCK] = np.vecdot(unit, centers[own].astype(np.float32)) - other
     return found

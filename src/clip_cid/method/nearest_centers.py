@@ -71,9 +71,7 @@ class CenterSearch:
             labels[rows[left]] = columns[left]  # backwards, so that the lowest is written last
         return labels, unit
 
-    def cosines(
-        self, unit: Float64[np.ndarray, "n dim"], labels: Int[np.ndarray, " n"]
-    ) -> Float64[np.ndarray, " n"]:
+    def cosines(self, unit: Float64[np.ndarray, "n dim"], labels: Int[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
         """The exact cosine of each row with its center."""
         return self._exact_dots(unit, np.arange(len(unit)), labels)
 
@@ -199,7 +197,7 @@ def _at_least(
     the product.
     """
     if scores.device.type != "cpu":
-        threshold = torch.from_numpy(_rounded_down(floor, scores.dtype)).to(scores.device)
+        threshold = torch.from_numpy(_floor_as(floor, scores.dtype)).to(scores.device)
         places = (scores >= threshold[:, None]).nonzero().cpu().numpy()
         rows, columns = places[:, 0], places[:, 1]
         values = scores[torch.from_numpy(rows), torch.from_numpy(columns)].cpu().numpy()
@@ -207,17 +205,17 @@ def _at_least(
     array = scores.numpy()
     width = -(-array.shape[1] // _WORD) * _WORD
     flags = np.zeros((len(array), width), dtype=bool)
-    np.greater_equal(array, _rounded_down(floor, scores.dtype)[:, None], out=flags[:, : array.shape[1]])
+    np.greater_equal(array, _floor_as(floor, scores.dtype)[:, None], out=flags[:, : array.shape[1]])
     words = np.flatnonzero(flags.reshape(-1).view(np.uint64))
     inside = np.flatnonzero(flags.reshape(-1, _WORD)[words])
     rows, columns = np.divmod(words[inside // _WORD] * _WORD + inside % _WORD, width)
     return rows, columns, array[rows, columns]
 
 
-def _rounded_down(floor: Float64[np.ndarray, " n"], dtype: torch.dtype) -> np.ndarray:
-    """The floor in the type of the scores, not above what it was."""
+def _floor_as(floor: Float64[np.ndarray, " n"], dtype: torch.dtype) -> np.ndarray:
+    """The floor in the type of the scores; no score that reaches the one fails to reach the other."""
     if dtype == torch.int32:
-        return np.clip(np.floor(floor), -(2.0**31), 2.0**31 - 1).astype(np.int32)
+        return np.clip(np.ceil(floor), -(2.0**31), 2.0**31 - 1).astype(np.int32)
     kind = np.float16 if dtype == torch.float16 else np.float32
     return np.nextafter(floor.astype(kind), kind(-np.inf))
 
@@ -233,9 +231,7 @@ def _contested(
     return rows[several], columns[several]
 
 
-def _best_of_row(
-    values: Float[np.ndarray, " pairs"], rows: Int[np.ndarray, " pairs"]
-) -> Float[np.ndarray, " pairs"]:
+def _best_of_row(values: Float[np.ndarray, " pairs"], rows: Int[np.ndarray, " pairs"]) -> Float[np.ndarray, " pairs"]:
     """For each pair the best value of its row; pairs of a row stand together."""
     starts = np.flatnonzero(np.diff(rows, prepend=-1))
     return np.repeat(np.maximum.reduceat(values, starts), np.diff(starts, append=len(rows)))

@@ -1,0 +1,102 @@
+import numpy as np
+import oracles
+import pytest
+
+from clip_cid.method import nearest_centers
+from clip_cid.method.nearest_centers import CenterSearch
+from clip_cid.method.unit_rows import UnitRows
+
+KINDS = ("int8", "float32", "float16")
+
+
+def searched(rows: np.ndarray, centers: np.ndarray, **options: str) -> list[int]:
+    images = UnitRows(rows, name="embeddings", any_length=True)
+    search = CenterSearch(UnitRows(centers, name="centers", any_length=True), **options)  # pyright: ignore[reportArgumentType]
+    return search.nearest(images, slice(0, len(images)))[0].tolist()
+
+
+def hard_cases() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Rows and centers whose order is easily lost: near ties, exact ties, a few large columns, one direction."""
+    rng = np.random.default_rng(0)
+    rows, centers = rng.standard_normal((70, 40)), rng.standard_normal((37, 40))
+    wild = np.ones(40)
+    wild[:2] = 40
+    narrow = np.ones(40) + 1e-3 * rng.standard_normal((70, 40))
+    away = rng.standard_normal((70, 40))
+    return {
+        "random": (rows, centers),
+        "large columns": (rows * wild, centers * wild),
+        "one direction": (narrow, narrow[::2] + 1e-4 * centers[:35]),
+        "near ties": (rows, np.concatenate([rows + 0.1 * away, rows + 0.1 * (1 - 1e-6) * away])),
+        "copies": (rows, np.repeat(centers[:9], 5, axis=0)),
+        "all equal": (rows, np.repeat(centers[:1], 12, axis=0)),
+        "one center": (rows, centers[:1]),
+        "rows are centers": (rows, rows[::-1]),
+        "tiny and huge": (rows * 10.0 ** rng.integers(-30, 30, (70, 1)), centers),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", hard_cases())
+def test_the_label_is_the_nearest_center_in_float64_whatever_the_codes(case, kind):
+    rows, centers = hard_cases()[case]
+    assert searched(rows, centers, kind=kind) == oracles.nearest(rows, centers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block", [1, 8, 11])
+def test_blocks_of_centers_change_nothing(kind, block, monkeypatch):
+    monkeypatch.setattr(nearest_centers, "_CENTER_BLOCK", block)
+    for rows, centers in hard_cases().values():
+        assert searched(rows, centers, kind=kind) == oracles.nearest(rows, centers)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_stored_rows_of_any_type_and_length_count_by_direction(dtype):
+    rng = np.random.default_rng(1)
+    rows, centers = rng.standard_normal((50, 24)).astype(dtype), rng.standard_normal((200, 24))
+    assert searched(rows, centers) == oracles.nearest(rows, centers)
+    assert searched((rows * 900).astype(dtype), centers) == oracles.nearest((rows * 900).astype(dtype), centers)
+
+
+@pytest.mark.parametrize("kind", ["int8", "float16"])
+def test_without_the_margin_the_codes_alone_are_wrong(kind):
+    """The check is needed: what the products of codes say is not the order of the cosines."""
+    rng = np.random.default_rng(2)
+    rows, centers = oracles.unit(rng.standard_normal((3000, 64))), oracles.unit(rng.standard_normal((300, 64)))
+    images, search = UnitRows(rows, name="rows", any_length=True), UnitRows(centers, name="centers", any_length=True)
+    true, careless = CenterSearch(search, kind=kind), CenterSearch(search, kind=kind)
+    careless._error = careless._length = careless._product_error = 0.0
+    expected = (rows @ centers.T).argmax(axis=1).tolist()
+    assert true.nearest(images, slice(0, 3000))[0].tolist() == expected
+    assert careless.nearest(images, slice(0, 3000))[0].tolist() != expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_center_that_may_be_the_nearest_is_on_the_shortlist(kind):
+    """The bound itself: no center within its reach of the best is passed over."""
+    rng = np.random.default_rng(3)
+    rows, centers = oracles.unit(rng.standard_normal((200, 32))), oracles.unit(rng.standard_normal((150, 32)))
+    search = CenterSearch(UnitRows(centers, name="centers", any_length=True), kind=kind)
+    found = set(zip(*(part.tolist() for part in search._shortlist(rows.astype(np.float32))), strict=True))
+    cosines = rows @ centers.T
+    assert {(row, int(cosines[row].argmax())) for row in range(200)} <= found
+    assert len(found) < 200 * 150 / 10
+
+
+def test_many_centers_are_coded_in_int8_and_few_are_not():
+    rows = np.random.default_rng(4).standard_normal((120, 8))
+    kinds = [CenterSearch(UnitRows(rows[:count], name="centers", any_length=True))._kind for count in (5, 120)]
+    assert kinds[0] == "float32"
+    assert kinds[1] in ("int8", "float32")  # where int8 products are wrong or absent, float32 stays
+
+
+def test_words_of_flags_lose_no_pair():
+    rng = np.random.default_rng(5)
+    for width in (1, 7, 8, 9, 64):
+        scores = nearest_centers.torch.from_numpy(rng.integers(-9, 9, (13, width)).astype(np.int32))
+        floor = rng.integers(-9, 9, 13) - 0.5
+        rows, columns, values = nearest_centers._at_least(scores, floor)
+        expected = np.argwhere(scores.numpy() >= floor[:, None])
+        np.testing.assert_array_equal(np.stack([rows, columns], axis=1), expected)
+        np.testing.assert_array_equal(values, scores.numpy()[rows, columns])

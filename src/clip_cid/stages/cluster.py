@@ -163,7 +163,7 @@ class _StateFile:
 
 def _fingerprint(store: EmbeddingStore, kept: np.ndarray, recipe: Recipe) -> str:
     """What the rounds depend on: the settings, which rows, and of which store."""
-    digest = hashlib.sha256(np.ascontiguousarray(kept))
+    digest = hashlib.sha256(kept.tobytes())
     digest.update(recipe.cluster.model_dump_json().encode())
     digest.update(json.dumps([dataclasses.asdict(shard) for shard in store.info.shards], sort_keys=True).encode())
     return digest.hexdigest()

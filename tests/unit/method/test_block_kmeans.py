@@ -11,7 +11,7 @@ import torch
 from clip_cid.method import block_kmeans
 from clip_cid.method.block_kmeans import DirectionSums, block_rounds, two_level_start
 from clip_cid.method.clustering import Training, spherical_kmeans
-from clip_cid.method.unit_rows import UnitRows
+from clip_cid.method.unit_rows import Rows, UnitRows
 
 
 def mixture(rows: int, dim: int, *, clusters: int, noise: float, seed: int = 0) -> np.ndarray:
@@ -28,7 +28,7 @@ def rounds_of(rows: np.ndarray, centers: np.ndarray, rounds: int, **options: Any
     return list(block_rounds(images(rows), centers.astype(np.float32), rounds=rounds, **options))
 
 
-def clustered(rows: np.ndarray, num_centers: int, **options: Any):
+def clustered(rows: Rows, num_centers: int, **options: Any):
     return spherical_kmeans(rows, num_centers=num_centers, algorithm="blocks", **options)
 
 

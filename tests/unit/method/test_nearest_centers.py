@@ -59,13 +59,12 @@ def test_stored_rows_of_any_type_and_length_count_by_direction(dtype):
     assert searched((rows * 900).astype(dtype), centers) == oracles.nearest((rows * 900).astype(dtype), centers)
 
 
-@pytest.mark.parametrize("kind", ["int8", "float16"])
-def test_without_the_margin_the_codes_alone_are_wrong(kind):
+def test_without_the_margin_the_codes_alone_are_wrong():
     """The check is needed: what the products of codes say is not the order of the cosines."""
     rng = np.random.default_rng(2)
     rows, centers = oracles.unit(rng.standard_normal((3000, 64))), oracles.unit(rng.standard_normal((300, 64)))
     images, search = UnitRows(rows, name="rows", any_length=True), UnitRows(centers, name="centers", any_length=True)
-    true, careless = CenterSearch(search, kind=kind), CenterSearch(search, kind=kind)
+    true, careless = CenterSearch(search, kind="int8"), CenterSearch(search, kind="int8")
     careless._error = careless._length = careless._product_error = 0.0
     expected = (rows @ centers.T).argmax(axis=1).tolist()
     assert true.nearest(images, slice(0, 3000))[0].tolist() == expected

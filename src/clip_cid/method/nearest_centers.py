@@ -191,28 +191,35 @@ def _full_sums() -> Generator[None]:
 def _at_least(
     scores: torch.Tensor, floor: Float64[np.ndarray, " n"]
 ) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"], np.ndarray]:
-    """Row, column and value of all scores that reach the floor of their row, in order.
-
-    Eight comparisons are looked at as one word: nearly all are false, and looking at each would take as long as half
-    the product.
-    """
+    """Row, column and value of all scores that reach the floor of their row, in order."""
     if scores.device.type != "cpu":
-        threshold = torch.from_numpy(_floor_as(floor, scores.dtype)).to(scores.device)
-        places = (scores >= threshold[:, None]).nonzero().cpu().numpy()
-        rows, columns = places[:, 0], places[:, 1]
-        values = scores[torch.from_numpy(rows), torch.from_numpy(columns)].cpu().numpy()
-        return rows, columns, values
-    array = scores.numpy()
-    width = -(-array.shape[1] // _WORD) * _WORD
-    flags = np.zeros((len(array), width), dtype=bool)
-    np.greater_equal(array, _floor_as(floor, scores.dtype)[:, None], out=flags[:, : array.shape[1]])
+        return _at_least_there(scores, floor)
+    return _at_least_here(scores.numpy(), _floor_as(scores.dtype, floor))
+
+
+def _at_least_here(
+    scores: np.ndarray, floor: np.ndarray
+) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"], np.ndarray]:
+    """Looks at eight comparisons as one word: nearly all are false, and one by one would take half the product's time."""
+    width = -(-scores.shape[1] // _WORD) * _WORD
+    flags = np.zeros((len(scores), width), dtype=bool)
+    np.greater_equal(scores, floor[:, None], out=flags[:, : scores.shape[1]])
     words = np.flatnonzero(flags.reshape(-1).view(np.uint64))
     inside = np.flatnonzero(flags.reshape(-1, _WORD)[words])
     rows, columns = np.divmod(words[inside // _WORD] * _WORD + inside % _WORD, width)
-    return rows, columns, array[rows, columns]
+    return rows, columns, scores[rows, columns]
 
 
-def _floor_as(floor: Float64[np.ndarray, " n"], dtype: torch.dtype) -> np.ndarray:
+def _at_least_there(
+    scores: torch.Tensor, floor: Float64[np.ndarray, " n"]
+) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"], np.ndarray]:
+    """The same on the device of the scores."""
+    limit = torch.from_numpy(_floor_as(scores.dtype, floor)).to(scores.device)
+    rows, columns = (scores >= limit[:, None]).nonzero(as_tuple=True)
+    return rows.cpu().numpy(), columns.cpu().numpy(), scores[rows, columns].cpu().numpy()
+
+
+def _floor_as(dtype: torch.dtype, floor: Float64[np.ndarray, " n"]) -> np.ndarray:
     """The floor in the type of the scores; no score that reaches the one fails to reach the other."""
     if dtype == torch.int32:
         return np.clip(np.ceil(floor), -(2.0**31), 2.0**31 - 1).astype(np.int32)

@@ -1,6 +1,7 @@
 import numpy as np
 import oracles
 import pytest
+import torch
 
 from clip_cid.method import nearest_centers
 from clip_cid.method.nearest_centers import CenterSearch
@@ -90,12 +91,28 @@ def test_many_centers_are_coded_in_int8_and_few_are_not():
     assert kinds[1] in ("int8", "float32")  # where int8 products are wrong or absent, float32 stays
 
 
-def test_words_of_flags_lose_no_pair():
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.float16])
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 64])
+def test_no_pair_that_reaches_its_floor_is_lost(dtype, width):
     rng = np.random.default_rng(5)
-    for width in (1, 7, 8, 9, 64):
-        scores = nearest_centers.torch.from_numpy(rng.integers(-9, 9, (13, width)).astype(np.int32))
-        floor = rng.integers(-9, 9, 13) - 0.5
-        rows, columns, values = nearest_centers._at_least(scores, floor)
-        expected = np.argwhere(scores.numpy() >= floor[:, None])
-        np.testing.assert_array_equal(np.stack([rows, columns], axis=1), expected)
-        np.testing.assert_array_equal(values, scores.numpy()[rows, columns])
+    scores = torch.from_numpy(rng.integers(-9, 9, (13, width))).to(dtype)
+    floor = rng.integers(-9, 9, 13) - 0.5
+    expected = np.argwhere(scores.numpy() >= floor[:, None])
+    for found in (nearest_centers._at_least(scores, floor), nearest_centers._at_least_there(scores, floor)):
+        np.testing.assert_array_equal(np.stack(found[:2], axis=1), expected)
+        np.testing.assert_array_equal(found[2], scores.numpy()[found[0], found[1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_floor_is_never_rounded_up(dtype):
+    floor = np.random.default_rng(6).uniform(-1.1, 1.1, 1000)
+    assert (nearest_centers._floor_as(dtype, floor).astype(np.float64) <= floor).all()
+
+
+@pytest.mark.parametrize("case", hard_cases())
+def test_the_way_of_a_device_finds_the_same(case, monkeypatch):
+    """Codes, products and comparisons as on CUDA, with tensors of the CPU."""
+    monkeypatch.setattr(nearest_centers, "_at_least", nearest_centers._at_least_there)
+    monkeypatch.setattr(nearest_centers, "_CENTER_BLOCK", 16)
+    rows, centers = hard_cases()[case]
+    assert searched(rows, centers, kind="float16") == oracles.nearest(rows, centers)

@@ -80,7 +80,7 @@ def block_rounds(
             found, lost = _next_centers(sums, centers)
             stats = {
                 "objective": _objective(sums, centers, len(images)),
-                "imbalance": float((sums.sizes / len(images)) @ sums.sizes) * len(centers) / len(images),
+                "imbalance": float(((sums.sizes / len(images)) ** 2).sum()) * len(centers),
                 "empty": len(lost),
             }
             if len(lost):
@@ -95,8 +95,8 @@ def two_level_start(
 ) -> Float32[np.ndarray, "centers dim"]:
     """Centers to start from: about sqrt(K) groups of a sample, and in each its share of the centers; `two_level_start`.
 
-    A group of n_g of the sample's n rows gets K n_g / n centers, rounded so that they add up. Ten rounds at each of the
-    two levels cost as much as one with all centers. Fewer than 64 centers are rows drawn at random.
+    A group of n_g of the sample's n rows gets K n_g / n centers, rounded so that they add up. Both levels take ten rounds,
+    in which a row is compared with about sqrt(K) centers only. Fewer than 64 centers are rows drawn at random.
     """
     random = np.random.default_rng([seed, 0])
     if num_centers < _FLAT_BELOW:

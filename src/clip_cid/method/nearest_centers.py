@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Generator
 
 import numpy as np
@@ -17,6 +18,7 @@ BLOCK_ROWS = 1024
 _CENTER_BLOCK = 2048
 _PAIRS = 256  # both sides of so many pairs stay in the cache
 _LEVELS = 127
+_PAYS_TO_TURN = 1.6  # times smaller steps, from which a turn costs less than the doubtful centers that it saves
 _PAYS_FROM = 96  # centers, from which int8 products save more than the codes of the rows cost
 _ROUNDING = 2.0**-20  # more than float32 loses in a residual and its length
 _WORD = 8  # comparisons that are looked at together
@@ -28,7 +30,8 @@ class CenterSearch:
     .. math:: | v \cdot c_j - s_v s\, q_v \cdot q_j | \le e_v \|c_j\| + (1 + e_v)\, e_j, \qquad e = \| x - s q \|
 
     v is a row with code q_v, c_j a center less the mean center (which changes no comparison) with code q_j; each e is
-    measured. A center further below the best product than twice this bound cannot be the nearest. Those that are left
+    measured. Where a few columns are much larger than the others, which would leave the codes of the others no levels, all
+    are turned first by an orthogonal matrix (`_Turn`). A center further below the best product than twice this bound cannot be the nearest. Those that are left
     are compared in float32, those that float32 cannot tell apart in float64, and of those equal within 1e-9 the lowest
     is taken: the labels depend neither on the codes nor on blocks, threads or device. They are decided on the CPU; the
     products are computed on `device`.
@@ -78,31 +81,49 @@ class CenterSearch:
     def _encode_centers(self, mean: Float64[np.ndarray, " dim"]) -> None:
         """Codes of all centers in one step, the largest error of a code, and the greatest length."""
         blocks = list(self._exact.blocks(self._block))
-        largest = max(float(np.abs(self._less(mean, some)).max()) for some in blocks)
+        self._mean, self._turn = mean, None
+        largest, of_rows = self._largest(blocks)
+        if self._kind == "int8":
+            self._turn = _Turn(len(mean))
+            turned, turned_of_rows = self._largest(blocks)
+            if largest + of_rows < _PAYS_TO_TURN * (turned + turned_of_rows):
+                self._turn = None
+            else:
+                largest = turned
         self._step = float(np.float32(largest / _LEVELS)) or 1.0
         self._codes: list[torch.Tensor] = []
         self._error = self._length = 0.0
         for some in blocks:
-            short = torch.from_numpy(self._less(mean, some))
+            short = self._less_mean(some)
             codes, missed = _encode(short, torch.tensor(self._step), self._kind)
             self._codes.append(codes.to(self._device))
             self._error = max(self._error, float(missed.max()))
             self._length = max(self._length, float(torch.linalg.vector_norm(short, dim=1).max()))
         self._product_error = Coding(self._kind, len(mean)).product_error
 
-    def _less(self, mean: Float64[np.ndarray, " dim"], some: slice) -> Float32[np.ndarray, "n dim"]:
-        return (self._float32[some] - mean).astype(np.float32)
+    def _largest(self, blocks: list[slice]) -> tuple[float, float]:
+        """The largest number that a code has to hold: of the centers, and of rows like them on average."""
+        of_centers = max(float(self._less_mean(some).abs().max()) for some in blocks)
+        some = torch.from_numpy(self._float32[blocks[0]])
+        return of_centers, float(self._turned(some).abs().amax(dim=1).mean())
+
+    def _less_mean(self, some: slice) -> Float32[torch.Tensor, "n dim"]:
+        return self._turned(torch.from_numpy((self._float32[some] - self._mean).astype(np.float32)))
+
+    def _turned(self, rows: Float32[torch.Tensor, "n dim"]) -> Float32[torch.Tensor, "n dim"]:
+        return rows if self._turn is None else self._turn(rows)
 
     def _shortlist(
         self, unit: Float32[np.ndarray, "n dim"]
     ) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
         """Rows and centers of all pairs that may be the nearest, in order; each row has one at least."""
-        tensor = torch.from_numpy(unit)
+        tensor = self._turned(torch.from_numpy(unit))
         step = tensor.abs().amax(dim=1, keepdim=True) / _LEVELS if self._kind == "int8" else torch.ones(1)
         codes, missed = _encode(tensor, step, self._kind)
         codes = codes.to(self._device)
         error = missed.numpy().astype(np.float64)
         slack = error * self._length + (1 + error) * self._error + self._product_error + 4 * FLOAT32_ERROR
+        slack += 0 if self._turn is None else 3 * self._turn.error
         if self._kind == "int8":
             slack /= step[:, 0].numpy().astype(np.float64) * self._step * (1 - _ROUNDING)
         best = np.full(len(unit), -np.inf)
@@ -136,6 +157,28 @@ class CenterSearch:
             some = slice(start, start + _PAIRS)
             values[some] = (unit[place[some]] * self._exact[columns[some]]).sum(axis=1)
         return values
+
+
+class _Turn:
+    """An orthogonal matrix, the Kronecker product of two small random ones: a turn costs little beside a product.
+
+    A number of a turned row is a sum over all numbers of the row, so a large one is spread over all columns.
+    """
+
+    def __init__(self, dim: int) -> None:
+        left = next(size for size in range(math.isqrt(dim), 0, -1) if dim % size == 0)
+        random = np.random.default_rng(0)
+        self._left, self._right = (
+            torch.from_numpy(np.linalg.qr(random.standard_normal((size, size)))[0].astype(np.float32))
+            for size in (left, dim // left)
+        )
+        # Each factor is rounded and summed in float32; entries taken as positive it is sqrt(size) long at most.
+        self.error = 2 * sum(math.sqrt(size) * (product_error(size) + FLOAT32_ERROR) for size in (left, dim // left))
+
+    def __call__(self, rows: Float32[torch.Tensor, "n dim"]) -> Float32[torch.Tensor, "n dim"]:
+        left, right = len(self._left), len(self._right)
+        half = rows.reshape(-1, right) @ self._right
+        return (self._left @ half.view(-1, left, right)).view(-1, left * right)
 
 
 def dots(

@@ -116,3 +116,31 @@ def test_the_way_of_a_device_finds_the_same(case, monkeypatch):
     monkeypatch.setattr(nearest_centers, "_CENTER_BLOCK", 16)
     rows, centers = hard_cases()[case]
     assert searched(rows, centers, kind="float16") == oracles.nearest(rows, centers)
+
+
+def wild(rows: int, dim: int, *, seed: int, shift: float = 0.0) -> np.ndarray:
+    """Rows of which one column is 50 times the others, or is far from zero."""
+    found = np.random.default_rng(seed).standard_normal((rows, dim))
+    found[:, 3] = found[:, 3] * (1 if shift else 50) + shift
+    return found
+
+
+@pytest.mark.parametrize("shift", [0.0, 90.0])
+@pytest.mark.parametrize("dim", [97, 128])
+def test_large_columns_are_spread_before_they_are_coded(shift, dim):
+    rows, centers = wild(60, dim, seed=7, shift=shift), wild(130, dim, seed=8, shift=shift)
+    assert searched(rows, centers, kind="int8") == oracles.nearest(rows, centers)
+    search = CenterSearch(UnitRows(centers, name="centers", any_length=True), kind="int8")
+    assert search._turn is not None
+    even = np.random.default_rng(9).standard_normal((130, dim))
+    assert CenterSearch(UnitRows(even, name="centers", any_length=True), kind="int8")._turn is None
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7, 48, 640])
+def test_a_turn_keeps_products_up_to_its_error(dim):
+    rng = np.random.default_rng(10)
+    rows = oracles.unit(rng.standard_normal((50, dim)) * rng.choice([1, 100], dim)).astype(np.float32)
+    turn = nearest_centers._Turn(dim)
+    turned = turn(torch.from_numpy(rows)).numpy().astype(np.float64)
+    exact = rows.astype(np.float64)
+    assert np.abs(turned @ turned.T - exact @ exact.T).max() <= 3 * turn.error < 3e-3

@@ -30,11 +30,11 @@ class CenterSearch:
     .. math:: | v \cdot c_j - s_v s\, q_v \cdot q_j | \le e_v \|c_j\| + (1 + e_v)\, e_j, \qquad e = \| x - s q \|
 
     v is a row with code q_v, c_j a center less the mean center (which changes no comparison) with code q_j; each e is
-    measured. Where a few columns are much larger than the others, which would leave the codes of the others no levels, all
-    are turned first by an orthogonal matrix (`_Turn`). A center further below the best product than twice this bound cannot be the nearest. Those that are left
-    are compared in float32, those that float32 cannot tell apart in float64, and of those equal within 1e-9 the lowest
-    is taken: the labels depend neither on the codes nor on blocks, threads or device. They are decided on the CPU; the
-    products are computed on `device`.
+    measured. Where a few columns are much larger than the others, which would leave the codes of the others no levels,
+    all are turned first by an orthogonal matrix. A center further below the best product than twice this bound cannot
+    be the nearest. Those that are left are compared in float32, those that float32 cannot tell apart in float64, and of
+    those equal within 1e-9 the lowest is taken: the labels depend neither on the codes nor on blocks, threads or
+    device. They are decided on the CPU; the products are computed on `device`.
 
     Args:
         centers: (centers, dim), as unit rows.
@@ -122,7 +122,7 @@ class CenterSearch:
         codes, missed = _encode(tensor, step, self._kind)
         codes = codes.to(self._device)
         error = missed.numpy().astype(np.float64)
-        slack = error * self._length + (1 + error) * self._error + self._product_error + 4 * FLOAT32_ERROR
+        slack = error * self._length + (1 + error) * self._error + self._product_error + 4 * FLOAT32_ERROR + TIED
         slack += 0 if self._turn is None else 3 * self._turn.error
         if self._kind == "int8":
             slack /= step[:, 0].numpy().astype(np.float64) * self._step * (1 - _ROUNDING)

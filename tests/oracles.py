@@ -3,6 +3,8 @@
 import math
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -129,3 +131,26 @@ def kl(teacher_logits: np.ndarray, student_logits: np.ndarray, temperature: floa
     p = log_softmax(np.asarray(teacher_logits, dtype=np.float64) / temperature)
     q = log_softmax(np.asarray(student_logits, dtype=np.float64) / temperature)
     return float(np.mean([math.fsum(np.exp(a) * (a - b)) for a, b in zip(p, q, strict=True)]))
+
+
+def cluster_losses_dense(
+    student: torch.Tensor,
+    centers: torch.Tensor,
+    labels: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    scale: float,
+    temperature: float = 1.0,
+    log_inclusion: torch.Tensor | None = None,
+    logq: str = "kl",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both cluster losses from whole matrices of logits; autograd gives the gradients of student and centers."""
+    student, centers, teacher = student.double(), centers.double(), teacher.detach().double()
+    shift = torch.zeros(len(centers), dtype=torch.float64) if log_inclusion is None else log_inclusion.double()
+    of_student, of_teacher = scale * student @ centers.T, scale * teacher @ centers.detach().T
+    cls = F.cross_entropy(of_student - shift if logq == "both" else of_student, labels)
+    if logq == "none":
+        shift = torch.zeros_like(shift)
+    log_q = F.log_softmax(of_student / temperature - shift, dim=1)
+    log_p = F.log_softmax(of_teacher / temperature - shift, dim=1)
+    return cls, F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")

@@ -40,7 +40,7 @@ class Stage:
 STAGES = (
     Stage("embed", needs=(), sections=("pairs", "embed"), resumable=True),
     Stage("balance", needs=("embed",), sections=("balance",), version=2, resumable=True),
-    Stage("cluster", needs=("embed", "balance"), sections=("cluster",)),
+    Stage("cluster", needs=("embed", "balance"), sections=("cluster",), resumable=True),
     Stage("distill", needs=("embed", "balance", "cluster"), sections=("pairs", "distill"), resumable=True),
     Stage("evaluate", needs=("distill",), sections=("pairs", "evaluate")),
     Stage("draw", needs=("embed", "balance", "cluster", "distill", "evaluate"), sections=("draw",)),

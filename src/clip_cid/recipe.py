@@ -102,6 +102,8 @@ class ClusterConfig(Config):
 
     num_centers: PositiveInt = 1_000_000
     """K, the number of clusters."""
+    algorithm: Literal["faiss", "blocks"] = "faiss"
+    """FAISS on a sample held in memory, or our own k-means, which reads the embeddings in blocks at every round, takes CUDA and gives the same bits for any number of threads."""
     iterations: PositiveInt = 20
     """Rounds of assignment and update."""
     max_points_per_center: PositiveInt = 256

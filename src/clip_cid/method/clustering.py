@@ -1,18 +1,26 @@
-"""Spherical k-means over teacher image embeddings (paper section 3.2, Eq. 1), by FAISS."""
+"""Spherical k-means over teacher image embeddings (paper section 3.2, Eq. 1), by FAISS or in blocks of rows."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import faiss
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int32
+from jaxtyping import Float, Float32, Int32
 
-from clip_cid.method.unit_rows import BLOCK_ROWS, Rows, UnitRows, cosine_error
+from clip_cid.method.unit_rows import BLOCK_ROWS, Rows, UnitRows
 
-_CENTER_BLOCK = 8192
-_CELLS = 1 << 22  # numbers in a temporary array of float64: 32 MB
-_TIED = 1e-9  # centers nearer to equal than this are decided by their number, not by rounding
+Algorithm = Literal["faiss", "blocks"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How far the training of the centers has come: all that a later call needs to go on."""
+
+    centers: Float32[np.ndarray, "centers dim"]
+    """As the algorithm left them."""
+    history: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    """As in `Clusters`; an entry for each round that is done."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Clusters:
     """Eq. 1 over all rows: mean squared distance to the own center, 2 - 2 cos, between 0 and 4."""
     history: list[dict[str, float]]
     """A dictionary a round, over the training sample: `objective` with the centers the round began with, `imbalance`
-    (1 is even; FAISS's factor) and `empty` (clusters that got no row and were split off a large one)."""
+    (1 is even; FAISS's factor) and `empty` (clusters that got no row, or rows that cancel out, and were put elsewhere)."""
 
     @property
     def empty(self) -> int:
@@ -42,14 +50,26 @@ def spherical_kmeans(
     iterations: int = 20,
     seed: int = 0,
     max_points_per_center: int = 256,
+    algorithm: Algorithm = "faiss",
+    device: str = "cpu",
+    start: Training | None = None,
     on_iteration: Callable[[dict[str, float]], Any] | None = None,
+    on_state: Callable[[Training], Any] | None = None,
+    on_assigned: Callable[[int], Any] | None = None,
 ) -> Clusters:
     r"""Unit centers near all rows, and the nearest center of each row; `eq_kmeans` (Eq. 1) in docs/method.md.
 
     .. math:: \min_{C, y} \frac1M \sum_i \| v_i - C y_i \|^2, \quad y_i \in \{0,1\}^K,\ y_i^T 1 = 1,\ \|C_j\| = 1
 
-    The centers are trained by FAISS on a random sample of at most `max_points_per_center * num_centers` rows; all rows
-    are assigned at the end. Rows count by their direction only. Equal seeds and thread counts give equal results.
+    The centers are trained on a random sample of at most `max_points_per_center * num_centers` rows; all rows are
+    assigned at the end. Rows count by their direction only.
+
+    - `faiss` holds the sample in memory (4 bytes a number). Equal seeds and thread counts give equal results; another
+      number of threads, machine or version of FAISS may give others.
+    - `blocks` reads the sample from `embeddings` in every round, and starts at two levels (`block_kmeans`). Equal seeds
+      give equal results whatever the threads and the device.
+
+    Both can be stopped after any round and gone on with, to the same end as without a stop.
 
     Args:
         embeddings: (rows, dim), an array or anything with a shape and rows by slice and by row numbers.
@@ -57,7 +77,12 @@ def spherical_kmeans(
         iterations: Rounds of assignment and update.
         seed: Of the sample and of the first centers.
         max_points_per_center: Size of the training sample for each center.
+        algorithm: `faiss` or `blocks`.
+        device: Where the products of `blocks` and of the last assignment are computed; of no influence on the result.
+        start: Where an earlier call with the same arguments stopped, as `on_state` was told.
         on_iteration: Called after each round with its entry of the history.
+        on_state: Called with what a later call needs as `start`: after each round, and by `blocks` also before the first.
+        on_assigned: Called during the last assignment with the number of rows that are newly done.
 
     Raises:
         ValueError: An argument is out of its limits, there are more centers than rows, or a row is zero or not finite.
@@ -70,50 +95,105 @@ def spherical_kmeans(
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    if algorithm not in get_args(Algorithm):
+        raise ValueError(f"algorithm must be one of {', '.join(get_args(Algorithm))}, got {algorithm!r}")
     rows = UnitRows(embeddings, name="embeddings", any_length=True)
     if num_centers > len(rows):
         raise ValueError(f"num_centers must be at most the number of rows, {len(rows)}, got {num_centers}")
+    _check_start(start, num_centers, rows.dim, iterations)
     sample = _training_sample(rows, num_centers * max_points_per_center, seed)
-    centers, history = _train(sample, num_centers, iterations, seed, on_iteration)
-    labels, cosines = _assign(rows, centers, BLOCK_ROWS)
-    return Clusters(centers, labels, float(np.mean(2 - 2 * cosines)), history)
+    tell = _Told(on_iteration, on_state)
+    if algorithm == "faiss":
+        last = _train_by_faiss(sample, num_centers, iterations, seed, start, tell)
+    else:
+        last = _train_in_blocks(sample, num_centers, iterations, seed, device, start, tell)
+    labels, cosines = _assign(rows, last.centers, BLOCK_ROWS, device, on_assigned)
+    return Clusters(last.centers, labels, float(np.mean(2 - 2 * cosines)), last.history)
 
 
 def assign(
-    embeddings: Rows, centers: Float[np.ndarray, "centers dim"], *, block_rows: int = BLOCK_ROWS
+    embeddings: Rows,
+    centers: Float[np.ndarray, "centers dim"],
+    *,
+    block_rows: int = BLOCK_ROWS,
+    device: str = "cpu",
 ) -> tuple[Int32[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
     """The nearest center of each row and the cosine to it; `assignment` in docs/method.md.
 
-    Blocks of a float32 matrix product find the nearest center; where a second one is within float32's error, float64
-    decides, and of centers equal within 1e-9 the lowest is taken. So labels do not depend on `block_rows`.
+    Products of short codes nominate centers, and float32 and float64 decide among them (`nearest_centers.CenterSearch`);
+    of centers equal within 1e-9 the lowest is taken. So labels depend neither on `block_rows` nor on `device`.
 
     Raises:
         ValueError: A row is zero or not finite, a center is not a unit vector, or the widths differ.
     """
     if block_rows < 1:
         raise ValueError(f"block_rows must be at least 1, got {block_rows}")
-    return _assign(UnitRows(embeddings, name="embeddings", any_length=True), centers, block_rows)
+    return _assign(UnitRows(embeddings, name="embeddings", any_length=True), centers, block_rows, device, None)
 
 
-def _training_sample(rows: UnitRows, size: int, seed: int) -> Float32[np.ndarray, "sample dim"]:
-    chosen = np.arange(len(rows))
-    if size < len(rows):
-        chosen = np.sort(np.random.default_rng(seed).choice(len(rows), size=size, replace=False))
-    sample = np.empty((len(chosen), rows.dim), dtype=np.float32)
-    for start in range(0, len(chosen), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        sample[block] = rows[chosen[block]]
-    return sample
+@dataclass(frozen=True)
+class _Told:
+    """Who is told of a round."""
+
+    on_iteration: Callable[[dict[str, float]], Any] | None
+    on_state: Callable[[Training], Any] | None
+
+    def round(self, state: Training) -> None:
+        if self.on_state is not None:
+            self.on_state(state)
+        if self.on_iteration is not None:
+            self.on_iteration(state.history[-1])
 
 
-def _train(
-    sample: Float32[np.ndarray, "sample dim"],
+def _check_start(start: Training | None, num_centers: int, dim: int, iterations: int) -> None:
+    if start is None:
+        return
+    if start.centers.shape != (num_centers, dim):
+        raise ValueError(f"start must have centers of shape {(num_centers, dim)}, got {start.centers.shape}")
+    if len(start.history) > iterations:
+        raise ValueError(f"start must have done at most {iterations} iterations, got {len(start.history)}")
+
+
+def _training_sample(rows: UnitRows, size: int, seed: int) -> UnitRows:
+    if size >= len(rows):
+        return rows
+    return rows.part(np.sort(np.random.default_rng(seed).choice(len(rows), size=size, replace=False)))
+
+
+def _in_memory(rows: UnitRows) -> Float32[np.ndarray, "rows dim"]:
+    found = np.empty((len(rows), rows.dim), dtype=np.float32)
+    for block in rows.blocks(BLOCK_ROWS):
+        found[block] = rows[block]
+    return found
+
+
+def _train_in_blocks(
+    sample: UnitRows,
     num_centers: int,
     iterations: int,
     seed: int,
-    on_iteration: Callable[[dict[str, float]], Any] | None,
-) -> tuple[Float32[np.ndarray, "centers dim"], list[dict[str, float]]]:
-    """FAISS, one round a call so that each can be reported; it goes on from the centers it has."""
+    device: str,
+    start: Training | None,
+    tell: _Told,
+) -> Training:
+    from clip_cid.method.block_kmeans import block_rounds, two_level_start  # torch, which FAISS does without
+
+    if start is None:
+        start = Training(two_level_start(sample, num_centers, seed=seed, device=device))
+        if tell.on_state is not None:
+            tell.on_state(start)
+    rounds = iterations - len(start.history)
+    for centers, round_ in block_rounds(sample, start.centers, rounds=rounds, device=device):
+        start = Training(centers, [*start.history, round_])
+        tell.round(start)
+    return start
+
+
+def _train_by_faiss(
+    rows: UnitRows, num_centers: int, iterations: int, seed: int, start: Training | None, tell: _Told
+) -> Training:
+    """One round a call, so that each can be reported and stored: FAISS goes on from the centers it has."""
+    sample = _in_memory(rows)
     settings = faiss.ClusteringParameters()
     settings.spherical = True
     settings.niter = 1
@@ -122,7 +202,10 @@ def _train(
     settings.max_points_per_centroid = len(sample)  # the sample is drawn already
     clustering = faiss.Clustering(sample.shape[1], num_centers, settings)
     history: list[dict[str, float]] = []
-    for _ in range(iterations):
+    if start is not None:
+        faiss.copy_array_to_vector(start.centers.reshape(-1), clustering.centroids)
+        history = list(start.history)
+    while len(history) < iterations:
         clustering.train(sample, faiss.IndexFlatIP(sample.shape[1]))
         rounds: Any = clustering.iteration_stats  # a C++ vector, whatever the type stubs say
         stats = rounds.at(rounds.size() - 1)
@@ -133,11 +216,13 @@ def _train(
         }
         if num_centers == len(sample):  # FAISS then copies the rows and measures nothing
             round_ = {"objective": 0.0, "imbalance": 1.0, "empty": 0}
-        history.append(round_)
-        if on_iteration is not None:
-            on_iteration(round_)
-    centers = faiss.vector_to_array(clustering.centroids).reshape(num_centers, -1)
-    return _unit_centers(centers, sample), history
+        history = [*history, round_]
+        tell.round(Training(_centroids(clustering, num_centers), history))
+    return Training(_unit_centers(_centroids(clustering, num_centers), sample), history)
+
+
+def _centroids(clustering: Any, num_centers: int) -> Float32[np.ndarray, "centers dim"]:
+    return faiss.vector_to_array(clustering.centroids).reshape(num_centers, -1)
 
 
 def _unit_centers(
@@ -156,47 +241,23 @@ def _unit_centers(
 
 
 def _assign(
-    rows: UnitRows, centers: Float[np.ndarray, "centers dim"], block_rows: int
+    rows: UnitRows,
+    centers: Float[np.ndarray, "centers dim"],
+    block_rows: int,
+    device: str,
+    on_assigned: Callable[[int], Any] | None,
 ) -> tuple[Int32[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
+    from clip_cid.method.nearest_centers import CenterSearch  # torch, which FAISS does without
+
     unit_centers = UnitRows(centers, name="centers", any_length=False)
     if unit_centers.dim != rows.dim:
         raise ValueError(f"centers must have the width {rows.dim} of embeddings, got {unit_centers.dim}")
+    search = CenterSearch(unit_centers, device=device)
     labels = np.empty(len(rows), dtype=np.int32)
     cosines = np.empty(len(rows), dtype=np.float64)
     for block in rows.blocks(block_rows):
-        unit = rows[block]
-        nearest, doubtful = _nearest(unit, unit_centers)
-        nearest[doubtful] = _nearest_exactly(unit[doubtful], unit_centers)
-        labels[block] = nearest
-        cosines[block] = (unit * unit_centers[nearest]).sum(axis=1)
+        labels[block], _ = search.nearest(rows, block)
+        cosines[block] = search.cosines(rows[block], labels[block])
+        if on_assigned is not None:
+            on_assigned(block.stop - block.start)
     return labels, cosines
-
-
-def _nearest(
-    unit: Float[np.ndarray, "rows dim"], centers: UnitRows
-) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " doubtful"]]:
-    """The nearest center by float32 cosines, and the rows of which a second center is within their error."""
-    unit32 = unit.astype(np.float32)
-    best = np.full((len(unit), 2), -np.inf, dtype=np.float32)
-    nearest = np.zeros(len(unit), dtype=np.int64)
-    for some in centers.blocks(_CENTER_BLOCK):
-        cosines = unit32 @ centers[some].astype(np.float32).T
-        here = cosines.argmax(axis=1)[:, None]
-        top = np.take_along_axis(cosines, here, axis=1)
-        np.put_along_axis(cosines, here, -np.inf, axis=1)
-        nearest = np.where(top[:, 0] > best[:, 0], some.start + here[:, 0], nearest)
-        best = -np.sort(-np.concatenate([best, top, cosines.max(axis=1, keepdims=True)], axis=1), axis=1)[:, :2]
-    return nearest, np.flatnonzero(best[:, 0] - best[:, 1] <= 2 * cosine_error(unit.shape[1]) + _TIED)
-
-
-def _nearest_exactly(unit: Float[np.ndarray, "rows dim"], centers: UnitRows) -> Int[np.ndarray, " rows"]:
-    """The lowest center whose float64 cosine is the best within 1e-9."""
-    block_rows = max(1, _CELLS // max(1, len(unit)))
-    best = np.full(len(unit), -np.inf)
-    for some in centers.blocks(block_rows):
-        best = np.maximum(best, (unit @ centers[some].T).max(axis=1))
-    nearest = np.full(len(unit), len(centers), dtype=np.int64)
-    for some in centers.blocks(block_rows):
-        tied = unit @ centers[some].T >= best[:, None] - _TIED
-        nearest = np.minimum(nearest, np.where(tied.any(axis=1), some.start + tied.argmax(axis=1), len(centers)))
-    return nearest

@@ -121,11 +121,13 @@ def cluster_losses(
     target = teacher.mean if isinstance(teacher, SoftCenters) else teacher
     if target is not None and target.shape != student.shape:
         raise ValueError(f"teacher must have the shape {tuple(student.shape)} of student, got {tuple(target.shape)}")
+    if log_inclusion is not None and len(log_inclusion) != len(centers):
+        raise ValueError(f"log_inclusion must be of the {len(centers)} centers, got {len(log_inclusion)}")
     if isinstance(teacher, SoftCenters) and (centers.requires_grad or log_inclusion is not None):
         raise ValueError("teacher must be rows, not soft centers, where centers move or are a sample")
     keep_freed_memory()
     with autocast_off(student):
-        rows = at_least_float32(student)
+        rows = at_least_float32(student if torch.is_grad_enabled() else student.detach())  # else a gradient is computed
         gap = None
         if isinstance(teacher, Tensor):
             # The teacher's logits less the student's, from the difference of the rows: nothing cancels afterwards.

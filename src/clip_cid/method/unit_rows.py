@@ -29,6 +29,17 @@ class Rows(Protocol):
     def __getitem__(self, rows: Any, /) -> Any: ...
 
 
+class _Part:
+    """Some rows of an array-like, read when they are asked for."""
+
+    def __init__(self, rows: Rows, chosen: Int[np.ndarray, " n"]) -> None:
+        self._rows, self._chosen = rows, chosen
+        self.shape = (len(chosen), *rows.shape[1:])
+
+    def __getitem__(self, rows: Any) -> Any:
+        return self._rows[self._chosen[rows]]
+
+
 class UnitRows:
     """The rows at length one, in float64.
 
@@ -54,16 +65,17 @@ class UnitRows:
         self._rows = rows
         self.name = name
         self.dim = int(shape[1])
-        self._any_length = any_length
         if lengths is not None:
             if len(lengths) != shape[0]:
                 raise ValueError(f"lengths must be of the {shape[0]} rows of {name}, got {len(lengths)}")
             self._lengths = lengths
-            return
-        keep_freed_memory()
-        self._lengths = np.empty(shape[0], dtype=np.float64)
-        for block in self.blocks(self.cached_rows):
-            self._lengths[block] = self._checked_lengths(block, any_length=any_length)
+        else:
+            keep_freed_memory()
+            self._lengths = np.empty(shape[0], dtype=np.float64)
+            for block in self.blocks(self.cached_rows):
+                self._lengths[block] = self._checked_lengths(block, any_length=any_length)
+        # Of rows much longer or shorter float32 may lose numbers before they are scaled.
+        self._fits_float32 = bool(self._lengths.min() > 0.5 and self._lengths.max() < 2)
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -76,11 +88,15 @@ class UnitRows:
     def float32(self, rows: slice | Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n dim"]:
         """The rows rounded: no number is off by more than `FLOAT32_ERROR` times itself (or 2^-140)."""
         values = np.asarray(self._rows[rows])
-        if self._any_length or values.dtype not in (np.float16, np.float32):
-            return self[rows].astype(np.float32)  # numbers that float32 may not hold before they are scaled
+        if values.dtype != np.float16 and not (values.dtype == np.float32 and self._fits_float32):
+            return self[rows].astype(np.float32)
         found = _to_float32(values)
         found /= self._lengths[rows][:, None].astype(np.float32)
         return found
+
+    def part(self, rows: Int[np.ndarray, " n"]) -> "UnitRows":
+        """Some of the rows, in this order; nothing is read or checked again."""
+        return UnitRows(_Part(self._rows, rows), name=self.name, any_length=True, lengths=self._lengths[rows])
 
     @property
     def lengths(self) -> Float[np.ndarray, " rows"]:

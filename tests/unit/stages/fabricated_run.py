@@ -16,7 +16,8 @@ from clip_cid.data.embedding_writer import ShardRows, StoreWriter
 from clip_cid.data.embeddings import EmbeddingStore
 from clip_cid.data.forest_file import FOREST_FILE, write_forest
 from clip_cid.data.pairs import open_pairs
-from clip_cid.method.clustering import spherical_kmeans
+from clip_cid.method.cluster_quality import cluster_quality, margin_quantiles, size_quantiles
+from clip_cid.method.clustering import Clusters, spherical_kmeans
 from clip_cid.method.forest import Forest
 from clip_cid.method.semantic_balance import Balance, balance
 from clip_cid.method.set_explanation import chain_summary, explain
@@ -75,11 +76,28 @@ def make_run(base: Path, recipe: Recipe) -> RunFolder:
         part = folder.begin("cluster", "key", resumable=False)
         np.save(part / "centers.npy", clusters.centers)
         np.save(part / "labels.npy", clusters.labels)
-        publish(folder, "cluster", {"images": len(kept), "centers": len(clusters.centers), "empty": 0})
+        publish(folder, "cluster", _cluster_summary(embeddings[kept], clusters))
     _distill(folder, recipe)
     if recipe.evaluate.sets:
         _evaluate(folder, recipe)
     return folder
+
+
+def _cluster_summary(kept: np.ndarray, clusters: Clusters) -> dict[str, Any]:
+    quality = cluster_quality(kept, clusters.centers, clusters.labels)
+    return {
+        "images": len(kept),
+        "centers": len(clusters.centers),
+        "empty": 0,
+        "algorithm": "faiss",
+        "objective": clusters.objective,
+        "history": clusters.history,
+        "size_quantiles": size_quantiles(np.bincount(clusters.labels, minlength=len(clusters.centers))),
+        "within_cosine": quality.within_cosine,
+        "all_pairs_cosine": quality.all_pairs_cosine,
+        "margin_quantiles": margin_quantiles(quality.margins),
+        "margin_sample": len(quality.margins),
+    }
 
 
 def publish(folder: RunFolder, stage: str, summary: dict[str, Any]) -> None:

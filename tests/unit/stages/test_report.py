@@ -150,6 +150,24 @@ def test_the_numbers_are_those_of_the_summaries(full: tuple[RunFolder, Recipe]) 
     assert "numpy 9.9.9" in text
 
 
+def test_the_clusters_have_their_objective_by_round_and_their_purity(full: tuple[RunFolder, Recipe]) -> None:
+    folder, recipe = full
+    out, _ = write(folder, recipe)
+    text = read(out).text
+    record = folder.record("cluster")
+    assert record is not None
+    summary = record.summary
+    first, last = summary["history"][0], summary["history"][-1]
+    assert f"objective (Eq. 1) {first['objective']:.5f} {last['objective']:.5f} {summary['objective']:.5f}" in text
+    within, overall = (f"{summary[name]:.3f}" for name in ("within_cosine", "all_pairs_cosine"))
+    assert f"Mean cosine of two images of one cluster {within}, of any two images {overall}." in text
+    assert "size of the cluster, at most " + " ".join(map(str, summary["size_quantiles"].values())) in text
+    assert f"({summary['margin_sample']} images)" in text
+    with (out / "tables" / "cluster_rounds.csv").open() as handle:
+        rounds = list(csv.DictReader(handle))
+    assert [float(line["objective"]) for line in rounds] == [entry["objective"] for entry in summary["history"]]
+
+
 def test_the_bar_is_to_scale(full: tuple[RunFolder, Recipe]) -> None:
     folder, recipe = full
     out, _ = write(folder, recipe)

@@ -1,0 +1,193 @@
+"""The cluster stage on embeddings from elsewhere: killed and resumed, refused, reported. Results are compared byte for byte."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracles
+import pytest
+
+from clip_cid import cli
+from clip_cid.run_folder import RunFolder
+from clip_cid.stages import cluster as stage
+
+FILES = ("centers.npy", "labels.npy")
+ALGORITHMS = ("faiss", "blocks")
+ROUNDS = 5
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> list[str]:
+    """Flags: 300 rows in some 20 clusters, of which 280 are kept, and 64 centers."""
+    rng = np.random.default_rng(0)
+    middles = rng.standard_normal((20, 12))
+    rows = oracles.unit(middles[rng.integers(0, 20, 300)] + 0.4 * rng.standard_normal((300, 12)))
+    np.save(tmp_path / "rows.npy", rows.astype(np.float16))
+    np.save(tmp_path / "kept.npy", np.sort(rng.permutation(300)[:280]))
+    flags = ["--embeddings", str(tmp_path / "rows.npy"), "--kept", str(tmp_path / "kept.npy")]
+    return [*flags, "--cluster.num-centers", "64", "--cluster.iterations", str(ROUNDS)]
+
+
+def cluster(run: Path, given: list[str], *flags: str) -> Path:
+    assert cli.main(["cluster", str(run), *given, *flags]) == 0
+    return run / "cluster"
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    record = RunFolder(run).record("cluster")
+    assert record is not None
+    return record.summary
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    for name in FILES:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert summary_of(one.parent) == summary_of(other.parent)
+    assert sorted(path.name for path in one.iterdir()) == sorted(["manifest.json", *FILES])
+
+
+KILLED = """
+import os, signal, sys
+from clip_cid import cli
+from clip_cid.stages import cluster
+left, where = int(sys.argv[1]), sys.argv[2]
+original = cluster._StateFile.write
+def killed(self, training):
+    global left
+    left -= 1
+    if left == 0 and where == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if left == 0 and where == "within":
+        cluster.np.savez = lambda handle, **arrays: (handle.write(b"half"), handle.flush(), os.kill(os.getpid(), signal.SIGKILL))
+    original(self, training)
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+cluster._StateFile.write = killed
+sys.exit(cli.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_killed_training_goes_on_after_the_last_round_and_ends_byte_identical(tmp_path, given, algorithm, capsys):
+    flags = [*given, "--cluster.algorithm", algorithm]
+    whole = cluster(tmp_path / "whole", flags)
+    command = [sys.executable, "-c", KILLED]
+    states = 0
+    for after, where in ((1, "after"), (2, "within"), (2, "before")):
+        call = [*command, str(after), where, "cluster", str(tmp_path / "cut"), *flags]
+        killed = subprocess.run(call, timeout=120, check=False, capture_output=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        states += after - (where != "after")
+        training = np.load(tmp_path / "cut" / "cluster.part" / "work" / "training.npz")
+        done = states - (algorithm == "blocks")  # which also keeps its first centers
+        assert len(json.loads(str(training["history"]))[1]) == done
+    capsys.readouterr()
+    assert_equal(cluster(tmp_path / "cut", flags), whole)
+    said = (tmp_path / "cut" / "run.log").read_text()
+    assert "going on where it stopped" in said
+    assert f"cluster   going on after round {done} of {ROUNDS}" in said
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_training_killed_in_the_last_assignment_does_no_round_again(tmp_path, given, algorithm, monkeypatch):
+    flags = [*given, "--cluster.algorithm", algorithm]
+    whole = cluster(tmp_path / "whole", flags)
+
+    def stop(self: Any, images: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage._Progress, "assigned", stop)
+        assert cli.main(["cluster", str(tmp_path / "cut"), *flags]) == 130
+    monkeypatch.setattr(stage._Progress, "round", None)
+    assert_equal(cluster(tmp_path / "cut", flags), whole)
+
+
+def test_half_a_training_of_other_settings_or_rows_is_not_gone_on_with(tmp_path, given):
+    state = tmp_path / "cut" / "cluster.part" / "work" / "training.npz"
+    call = [sys.executable, "-c", KILLED, "3", "after", "cluster", str(tmp_path / "cut"), *given]
+    assert subprocess.run(call, timeout=120, check=False).returncode == -signal.SIGKILL
+    assert state.is_file()
+    other = ["--cluster.seed", "7"]
+    assert_equal(
+        cluster(tmp_path / "cut", given, *other),
+        cluster(tmp_path / "whole", given, *other),
+    )
+    assert "going on after" not in (tmp_path / "cut" / "run.log").read_text()
+
+
+@pytest.mark.parametrize("damage", ["cut short", "other rows"])
+def test_a_state_that_does_not_fit_is_passed_over_and_said(tmp_path, given, damage):
+    whole = cluster(tmp_path / "whole", given)
+    call = [sys.executable, "-c", KILLED, "3", "after", "cluster", str(tmp_path / "cut"), *given]
+    assert subprocess.run(call, timeout=120, check=False).returncode == -signal.SIGKILL
+    state = tmp_path / "cut" / "cluster.part" / "work" / "training.npz"
+    if damage == "cut short":
+        state.write_bytes(state.read_bytes()[:-40])
+    else:
+        with np.load(state) as stored:
+            arrays = dict(stored)
+        np.savez(state, centers=arrays["centers"], history=np.array(json.dumps(["another", []])))
+    assert_equal(cluster(tmp_path / "cut", given), whole)
+    said = (tmp_path / "cut" / "run.log").read_text()
+    assert "the training starts anew" in said
+    assert "going on after" not in said
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_summary_and_the_log_say_how_it_went(tmp_path, given, algorithm):
+    out = cluster(tmp_path / "run", given, "--cluster.algorithm", algorithm)
+    centers, labels = np.load(out / "centers.npy"), np.load(out / "labels.npy")
+    rows = np.load(tmp_path / "rows.npy").astype(np.float64)[np.load(tmp_path / "kept.npy")]
+    assert labels.tolist() == oracles.nearest(rows, centers)
+    summary = summary_of(tmp_path / "run")
+    assert summary["algorithm"] == algorithm
+    assert len(summary["history"]) == ROUNDS
+    assert summary["objective"] == pytest.approx(oracles.kmeans_objective(rows, centers, labels), abs=1e-6)
+    sizes = np.bincount(labels, minlength=64)
+    assert summary["size_quantiles"]["0"] == sizes.min() == summary["smallest"]
+    assert summary["size_quantiles"]["1"] == sizes.max() == summary["largest"]
+    assert summary["all_pairs_cosine"] < summary["within_cosine"] < 1
+    assert summary["margin_sample"] == 280
+    assert 0 <= summary["margin_quantiles"]["0"] <= summary["margin_quantiles"]["1"]
+    said = (tmp_path / "run" / "run.log").read_text()
+    for number in range(1, ROUNDS + 1):
+        assert (
+            f"cluster   round {number} of {ROUNDS}: objective {summary['history'][number - 1]['objective']:.5f}" in said
+        )
+    assert "imbalance" in said
+    assert "cluster   mean cosine of two images of a cluster" in said
+
+
+def test_threads_change_no_bit_of_the_blocks(tmp_path, given):
+    flags = [*given, "--cluster.algorithm", "blocks"]
+    one, two = (cluster(tmp_path / n, flags, "--machine.threads", n) for n in ("1", "2"))
+    assert_equal(one, two)
+
+
+def test_a_sample_too_large_for_the_memory_is_refused_with_the_remedy(tmp_path, given, monkeypatch, capsys):
+    monkeypatch.setattr(stage, "_available_memory", lambda: 9000.0)
+    assert cli.main(["cluster", str(tmp_path / "run"), *given]) == 2
+    said = capsys.readouterr().err
+    assert "FAISS would hold 280 embeddings of width 12" in said
+    assert "Set cluster.algorithm: blocks" in said
+    assert "or lower cluster.max_points_per_center to 2" in said
+    cluster(tmp_path / "run", given, "--cluster.algorithm", "blocks")
+
+
+def test_the_available_memory_heeds_the_limit_of_the_process(monkeypatch):
+    assert stage._available_memory() > 1e6
+    monkeypatch.setattr(stage.resource, "getrlimit", lambda which: (12345, 12345))
+    assert stage._available_memory() == 12345
+
+
+def test_mostly_singletons_are_warned_of_with_numbers(tmp_path, given, capsys):
+    cluster(tmp_path / "run", given, "--cluster.num-centers", "200", "--cluster.algorithm", "blocks")
+    single = summary_of(tmp_path / "run")["singletons"]
+    assert f"{single} of 200 clusters hold one image; 280 images are few" in (tmp_path / "run" / "run.log").read_text()
+    assert cli.main(["cluster", str(tmp_path / "run"), *given, "--cluster.num-centers", "281"]) == 2
+    assert "cluster.num_centers: 281 centers for 280 kept images" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 
 from clip_cid.evaluation import linear_probe as module
 from clip_cid.evaluation.linear_probe import GRID, MOST_FITS, ProbeResult, linear_probe, search, tolerance
@@ -50,18 +51,21 @@ def test_the_grid_is_eight_values_a_decade() -> None:
     np.testing.assert_allclose(GRID[8:] / GRID[:-8], 10)
 
 
-def test_fifteen_fits_find_the_c_of_all_ninety_seven() -> None:
-    """Accuracy is bumpy, so this need not hold everywhere; on a hundred digits it does."""
+def test_fifteen_fits_lose_at_most_two_images_against_all_ninety_seven() -> None:
+    """Accuracy is bumpy, and where its bumps lie depends on how a processor rounds: here on the last digits of 1,697."""
     pixels, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     pixels, labels = pixels[order].astype(np.float32), labels[order]
     (x, val_x), (y, val_y) = np.split(pixels, [100]), np.split(labels, [100])
     result = linear_probe(x, y, val_x, val_y, val=(val_x, val_y))
-    models = [LogisticRegression(C=C, tol=1e-4 / 100, max_iter=1000).fit(x, y) for C in GRID]
-    scores = [model.score(val_x, val_y) for model in models]
+    with threadpool_limits(limits=1):  # as the probe itself
+        models = [LogisticRegression(C=C, tol=1e-4 / 100, max_iter=1000).fit(x, y) for C in GRID]
+        scores = [model.score(val_x, val_y) for model in models]
     assert result.fits == 15
-    assert GRID[int(np.argmax(scores))] == result.C
-    assert dict(result.curve)[result.C] == pytest.approx(max(scores))
+    assert dict(result.curve)[result.C] >= max(scores) - 2.5 / len(val_y)
+    assert dict(result.curve)[result.C] == pytest.approx(scores[int(np.flatnonzero(result.C == GRID)[0])])
+    assert 0.02 < result.C < 20  # the ends of the grid are far worse
+    assert min(scores) < max(scores) - 0.05
 
 
 def clip_era_solution(x: np.ndarray, y: np.ndarray, C: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -108,13 +112,15 @@ def test_the_probe_fits_with_that_tolerance(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_features_are_not_normalized() -> None:
-    """Features ten times as long need a C a hundred times smaller, and then the same classifier comes out."""
+    """Features ten times as long need a C a hundred times smaller for the same classifier."""
     (x, y), (val_x, val_y) = blobs(120), blobs(300, seed=1)
     short, long = (
         linear_probe(f * x, y, f * val_x, val_y, val=(f * val_x, val_y)) for f in (np.float32(1), np.float32(10))
     )
-    np.testing.assert_allclose(short.C / long.C, 100)
-    assert short.score == pytest.approx(long.score, abs=0.01)
+    by_index = [{int(np.searchsorted(GRID, C)): score for C, score in found.curve} for found in (short, long)]
+    for index in range(16, len(GRID), 16):  # two decades apart
+        assert by_index[0][index] == pytest.approx(by_index[1][index - 16], abs=0.02)  # the solver's own noise
+    assert max(abs(by_index[0][index] - by_index[1][index]) for index in range(0, len(GRID), 16)) > 0.05
 
 
 def test_of_equal_scores_the_smaller_c_wins() -> None:

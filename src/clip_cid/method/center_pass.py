@@ -30,6 +30,12 @@ class SoftCenters:
     """mu: the mean of the centers as the teacher weighs them."""
     entropy: Float64[Tensor, " batch"]
     """H in nats; exp(H) is the teacher's perplexity."""
+    sharpness: float
+    """sigma / tau, for which these are."""
+
+    def to(self, device: torch.device) -> "SoftCenters":
+        mean, entropy = (value.to(device, non_blocking=True) for value in (self.mean, self.entropy))
+        return SoftCenters(mean, entropy, self.sharpness)
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,8 @@ class Pass:
             self._others.add(block.corrected(work), block.centers)
         reduce_over(work.group, best_other, dist.ReduceOp.MAX)
         own, own_corrected = _own_logits(student, centers, labels, work)
-        self.own_first = (own >= best_other).to(student.dtype)
+        rounding = 4 * torch.finfo(student.dtype).eps * work.scale
+        self.own_first = (own + rounding >= best_other).to(student.dtype)
         self.found = self._finish(own_corrected)
 
     def _add_softened(self, block: Block) -> None:
@@ -301,7 +308,9 @@ def _mean_gap(student: Tensor, centers: Tensor, labels: Tensor, gap: Tensor, wor
         for block in blocks(student, centers[::step], torch.full_like(labels, -1), gap, some):
             gaps = cast(Tensor, block.gaps)
             sample, _ = Comparison.of(block.softened(some) + gaps, gaps.double())
-            found = found.joined(replace(sample, total=step * sample.total, excess=step * sample.excess))
+            found = found.joined(
+                replace(sample, total=step * sample.total, log_excess=math.log(step) + sample.log_excess)
+            )
     here = (labels >= 0).nonzero()[:, 0]
     if len(here):
         centers = centers[labels[here]].to(student.dtype)
@@ -315,12 +324,18 @@ def _own_logits(
     student: Tensor, centers: Tensor, labels: Tensor, work: Work
 ) -> tuple[Float64[Tensor, " batch"], Float64[Tensor, " batch"]]:
     """Logit of each row's own center, as it is and as the cross entropy sees it."""
-    found = student.new_zeros((2, len(student)), dtype=torch.float64)
+    found = student.new_zeros((3, len(student)), dtype=torch.float64)
     here = (labels >= 0).nonzero()[:, 0]
-    found[:, here] = work.scale * (student[here].double() * centers[labels[here]].double()).sum(dim=1)
+    found[:2, here] = work.scale * (student[here].double() * centers[labels[here]].double()).sum(dim=1)
     if work.cls_correction is not None:
         found[1, here] -= work.cls_correction[labels[here]].double()
+    found[2, here] = 1
     reduce_over(work.group, found, dist.ReduceOp.SUM)
+    if not bool((found[2] == 1).all()):
+        row = int((found[2] != 1).nonzero()[0, 0])
+        raise ValueError(
+            f"labels must name a center on exactly one rank, but row {row} has one on {int(found[2, row])}"
+        )
     return found[0], found[1]
 
 

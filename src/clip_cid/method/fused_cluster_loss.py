@@ -6,7 +6,7 @@ pass. Blocks run over centers and not over rows, because there are many more cen
 """
 
 import math
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -123,8 +123,17 @@ def cluster_losses(
         raise ValueError(f"teacher must have the shape {tuple(student.shape)} of student, got {tuple(target.shape)}")
     if log_inclusion is not None and len(log_inclusion) != len(centers):
         raise ValueError(f"log_inclusion must be of the {len(centers)} centers, got {len(log_inclusion)}")
-    if isinstance(teacher, SoftCenters) and (centers.requires_grad or log_inclusion is not None):
-        raise ValueError("teacher must be rows, not soft centers, where centers move or are a sample")
+    if isinstance(teacher, SoftCenters):
+        if centers.requires_grad or log_inclusion is not None:
+            raise ValueError("teacher must be rows, not soft centers, where centers move or are a sample")
+        if not math.isclose(teacher.sharpness, scale / temperature):
+            raise ValueError(
+                f"teacher must be soft centers of scale / temperature {scale / temperature:g}, got {teacher.sharpness:g}"
+            )
+    if logq not in get_args(LogQ):
+        raise ValueError(f"logq must be one of {', '.join(get_args(LogQ))}, got {logq!r}")
+    if block_centers is not None and block_centers < 1:
+        raise ValueError(f"block_centers must be at least 1, got {block_centers}")
     keep_freed_memory()
     with autocast_off(student):
         rows = at_least_float32(student if torch.is_grad_enabled() else student.detach())  # else a gradient is computed
@@ -168,7 +177,7 @@ def soft_centers(
             means.add(block.logits, block.centers)
         log_sum = means.finish(None)
         pull = work.scale * (rows.double() * means.mean.double()).sum(dim=1)
-        return SoftCenters(means.mean, (log_sum - pull).clamp_(min=0))
+        return SoftCenters(means.mean, (log_sum - pull).clamp_(min=0), work.scale)
 
 
 class _FusedLosses(torch.autograd.Function):

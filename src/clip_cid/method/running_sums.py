@@ -57,13 +57,13 @@ class Comparison:
     """Sum of w = exp(a - top)."""
     mean: Float64[Tensor, " batch"]
     """Mean gap, weighted by w."""
-    excess: Float64[Tensor, " batch"]
-    """Sum of w h(g - mean)."""
+    log_excess: Float64[Tensor, " batch"]
+    """Logarithm of the sum of w h(g - mean)."""
 
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> "Comparison":
-        zeros = (_filled(rows, 0.0, device) for _ in range(3))
-        return cls(_filled(rows, -math.inf, device), *zeros)
+        nothing = -math.inf, 0.0, 0.0, -math.inf
+        return cls(*(_filled(rows, value, device) for value in nothing))
 
     @classmethod
     def of(
@@ -71,14 +71,18 @@ class Comparison:
     ) -> tuple["Comparison", Float64[Tensor, "batch some"]]:
         """Of one block, and its w; in float64, because h of a small number has no digits in float32."""
         top = logits.amax(dim=1).double()
-        weights = logits.double().sub_(top[:, None]).exp_()
+        weights = logits.to(torch.float64, copy=True).sub_(top[:, None]).exp_()
         total = weights.sum(dim=1)
         mean = torch.linalg.vecdot(weights, gaps) / total
-        apart = (gaps - mean[:, None]).clamp_(-_LARGEST_POWER, _LARGEST_POWER)
-        return cls(top, total, mean, torch.linalg.vecdot(weights, torch.expm1(-apart).add_(apart))), weights
+        apart = gaps - mean[:, None]
+        if bool(apart.amin() < -_LARGEST_POWER):  # a center that is nothing to p may be much to q
+            log_excess = torch.logsumexp(logits - top[:, None] + _log_h(apart), dim=1)
+        else:
+            log_excess = torch.linalg.vecdot(weights, torch.expm1(-apart).add_(apart)).clamp_(min=0).log()
+        return cls(top, total, mean, log_excess), weights
 
     def of_rows(self, rows: Int[Tensor, " some"]) -> "Comparison":
-        return Comparison(self.top[rows], self.total[rows], self.mean[rows], self.excess[rows])
+        return Comparison(self.top[rows], self.total[rows], self.mean[rows], self.log_excess[rows])
 
     def joined(self, other: "Comparison") -> "Comparison":
         """Both about their common mean: with d = mean - part.mean, h(u - d) = e^d h(u) + h(-d) + terms that sum to 0."""
@@ -86,17 +90,18 @@ class Comparison:
         weights = [_at(top, part.total, part.top) for part in (self, other)]
         total = weights[0] + weights[1]
         mean = self.mean + (other.mean - self.mean) * _share(weights[1], total)
-        excess = torch.zeros_like(total)
-        for part, weight in zip((self, other), weights, strict=True):
-            moved = (mean - part.mean).clamp(-_LARGEST_POWER, _LARGEST_POWER) * (weight > 0)
-            excess += moved.exp() * _at(top, part.excess, part.top) + (moved.expm1() - moved) * weight
-        return Comparison(top, total, mean, excess)
+        log_excess = _filled(len(total), -math.inf, total.device)
+        for part in (self, other):
+            moved = mean - part.mean
+            about = torch.logaddexp(part.log_excess + moved, part.total.log() + _log_h(-moved))
+            log_excess = torch.where(part.total > 0, torch.logaddexp(log_excess, part.top - top + about), log_excess)
+        return Comparison(top, total, mean, log_excess)
 
     def across(self, group: dist.ProcessGroup | None) -> "Comparison":
         """Over all ranks, joined in their order and so the same on each."""
         if group is None:
             return self
-        mine = torch.stack([self.top, self.total, self.mean, self.excess])
+        mine = torch.stack([self.top, self.total, self.mean, self.log_excess])
         every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(every, mine, group=group)
         found = Comparison(*every[0])
@@ -112,7 +117,7 @@ class Comparison:
     def divergence(self, log_total_q: Float64[Tensor, " batch"]) -> Float64[Tensor, " batch"]:
         """KL(p || q) in nats; a large one from the two logarithms, where sums of exponentials may have overflowed."""
         far = self.mean + log_total_q - self.log_total
-        return torch.where(far > 1, far, torch.log1p(self.excess / self.total))
+        return torch.where(far > 1, far, torch.log1p((self.log_excess - self.total.log()).exp()))
 
 
 def _filled(rows: int, value: float, device: torch.device) -> Tensor:
@@ -126,3 +131,9 @@ def _at(highest: Tensor, value: Tensor, top: Tensor) -> Tensor:
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(part > 0, part / whole, 0.0)
+
+
+def _log_h(u: Tensor) -> Tensor:
+    """log(exp(-u) - 1 + u), also where the exponential is beyond float64."""
+    large = torch.log1p((u - 1) * u.clamp(max=0).exp()) - u
+    return torch.where(u < -1, large, (torch.expm1(-u.clamp(min=-1)) + u).clamp(min=0).log())

@@ -74,6 +74,10 @@ class SoftTargets:
 
     mean: Float[np.ndarray, "rows dim"]
     entropy: Float[np.ndarray, " rows"]
+    sharpness: float
+
+    def of(self, rows: Int[np.ndarray, " batch"]) -> SoftCenters:
+        return SoftCenters(torch.from_numpy(self.mean[rows]), torch.from_numpy(self.entropy[rows]), self.sharpness)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,22 +117,17 @@ class Batch:
     teacher_image: Float[Tensor, "batch dim"] | None = None
     teacher_text: Float[Tensor, "batch dim"] | None = None
     labels: Int[Tensor, " batch"] | None = None
-    soft_mean: Float[Tensor, "batch dim"] | None = None
-    soft_entropy: Float[Tensor, " batch"] | None = None
-
-    @property
-    def soft_centers(self) -> SoftCenters | None:
-        """What the divergence needs of the teacher, where that was computed once for all."""
-        if self.soft_mean is None or self.soft_entropy is None:
-            return None
-        return SoftCenters(self.soft_mean, self.soft_entropy)
+    soft_centers: SoftCenters | None = None
+    """What the divergence needs of the teacher, where that was computed once for all."""
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {
+        moved: dict[str, Tensor | SoftCenters] = {
             field.name: value.to(device, non_blocking=True)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
+        if self.soft_centers is not None:
+            moved["soft_centers"] = self.soft_centers.to(device)
         return dataclasses.replace(self, **moved)
 
 
@@ -274,8 +273,7 @@ class Batches:
                 texts = training.store.text_for(rows, items.captions.numpy())
                 batch = dataclasses.replace(batch, teacher_text=unit_teacher_rows(texts, rows, "text"))
         if training.soft_centers is not None:
-            mean, entropy = training.soft_centers.mean[index], training.soft_centers.entropy[index]
-            batch = dataclasses.replace(batch, soft_mean=torch.from_numpy(mean), soft_entropy=torch.from_numpy(entropy))
+            batch = dataclasses.replace(batch, soft_centers=training.soft_centers.of(index))
         return batch
 
 

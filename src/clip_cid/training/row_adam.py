@@ -51,7 +51,7 @@ class RowAdam(torch.optim.Optimizer):
         state = self.state[table]
         if not state:
             state["first"], state["second"] = torch.zeros_like(table), torch.zeros_like(table)
-            state["steps"] = torch.zeros(len(table), dtype=torch.int32, device=table.device)
+            state["steps"] = torch.zeros(len(table), dtype=torch.float32, device=table.device)
         rows, values = grad.indices()[0], grad.values()
         beta1, beta2 = group["betas"]
         steps = state["steps"][rows] + 1

@@ -53,6 +53,7 @@ def soft_targets(
     kept = SoftTargets(
         np.lib.format.open_memmap(mean, mode, np.float32, (len(store_rows), images.shape[1])),
         np.lib.format.open_memmap(entropy, mode, np.float64, (len(store_rows),)),
+        scale / temperature,
     )
     table = torch.from_numpy(centers).to(device)
     with log.progress("soft centers", len(store_rows), unit="images", start=done) as bar:

@@ -206,4 +206,6 @@ def test_a_perplexity_sharper_than_any_sigma_makes_it_is_refused():
     centers = unit_rows(2, 3, 0).repeat(3, 1)  # every center three times: no sigma tells them apart
     with pytest.raises(ValueError, match="perplexity must be at least 3"):
         calibrated_scale(unit_rows(4, 3, 1), centers, perplexity=2.0)
-    assert float(soft_centers(unit_rows(4, 3, 1), centers, scale=900.0).entropy.min()) >= math.log(3) - 2e-4  # float32 rounds a logit of 900 by 6e-5
+    assert (
+        float(soft_centers(unit_rows(4, 3, 1), centers, scale=900.0).entropy.min()) >= math.log(3) - 2e-4
+    )  # float32 rounds a logit of 900 by 6e-5

@@ -62,7 +62,7 @@ def test_soft_centers_stand_for_the_teacher_in_the_divergence():
         (gradient,) = torch.autograd.grad(parts["cluster_kl"], data["student_image"])
         results.append((parts, gradient))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
-    wrong = SoftCenters(found.mean, found.entropy + 0.1)
+    wrong = SoftCenters(found.mean, found.entropy + 0.1, found.sharpness)
     assert objective(**data, soft_centers=wrong)["cluster_kl"].item() != results[0][0]["cluster_kl"].item()
 
 

@@ -133,6 +133,7 @@ def test_gradients_reach_all_that_learns_and_nothing_of_the_teacher():
     learned = [data["student_image"], data["student_text"], *objective.parameters()]
     assert all(tensor.grad is not None and tensor.grad.to_dense().abs().max() > 0 for tensor in learned)
     assert objective.head is not None
+    assert objective.head.weight.grad is not None
     assert objective.head.weight.grad.is_sparse
     assert data["teacher_image"].grad is None
     assert data["teacher_text"].grad is None

@@ -113,9 +113,8 @@ def test_a_head_of_which_steps_see_a_sample_has_an_optimizer_that_reads_no_other
 def test_gradients_are_shortened_together_dense_and_sparse():
     dense, table = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(5, 1))
     dense.grad = torch.tensor([3.0, 0.0])
-    table.grad = torch.sparse_coo_tensor(
-        [[4, 1, 4]], [[1.0], [0.0], [3.0]], (5, 1), check_invariants=True
-    )  # row 4 twice: 4 together
+    rows, values = torch.tensor([[4, 1, 4]]), torch.tensor([[1.0], [0.0], [3.0]])  # row 4 twice: 4 together
+    table.grad = torch.sparse_coo_tensor(rows, values, (5, 1), check_invariants=True)
     assert float(shorten_gradients([dense, table], 10.0)) == pytest.approx(5)
     assert dense.grad.tolist() == [3, 0]
     shorten_gradients([dense, table], 1.0)

@@ -40,8 +40,8 @@ class Stage:
 STAGES = (
     Stage("embed", needs=(), sections=("pairs", "embed"), resumable=True),
     Stage("balance", needs=("embed",), sections=("balance",), version=2, resumable=True),
-    Stage("cluster", needs=("embed", "balance"), sections=("cluster",), resumable=True),
-    Stage("distill", needs=("embed", "balance", "cluster"), sections=("pairs", "distill"), resumable=True),
+    Stage("cluster", needs=("embed", "balance"), sections=("cluster",), version=2, resumable=True),
+    Stage("distill", needs=("embed", "balance", "cluster"), sections=("pairs", "distill"), version=2, resumable=True),
     Stage("evaluate", needs=("distill",), sections=("pairs", "evaluate")),
     Stage("draw", needs=("embed", "balance", "cluster", "distill", "evaluate"), sections=("draw",)),
     Stage("report", needs=("embed", "balance", "cluster", "distill", "evaluate", "draw"), sections=("pairs", "report")),

@@ -31,9 +31,9 @@ class CollapseAlarm:
     - *own center lost*: the share of images whose own center is first has fallen to a third of its best, which was
       above 10 %.
     - *empty agreement*: `L_kl` has fallen to 5 % of its greatest while the centers moved by a tenth of their length, and
-      own centers are found less than 80 % as often as at best, or by no more than 10 times chance. Student and teacher then agree because the
-      head no longer tells images apart. A student that knows only the teacher's mean keeps a far larger `L_kl`, one
-      that follows the teacher finds the own centers, and with a frozen head neither can be faked.
+      own centers are found less than 80 % as often as at best, or hardly more often than by chance (10 times). Student
+      and teacher then agree because the head no longer tells images apart. A student that knows only the teacher's mean
+      keeps a far larger `L_kl`, one that follows the teacher finds the own centers, and a frozen head cannot do it.
 
     Args:
         patience: Steps before a mean near length 1 counts; twice the warm-up is a good choice.

@@ -88,7 +88,7 @@ def settings(
     table: Annotated[bool, tyro.conf.arg(help="print the tables of what there is; run nothing")] = False,
 ) -> None:
     """Train and evaluate every variant with every seed; paths of the recipe are relative to the working folder."""
-    page = _without_comparisons(read_recipe(recipe), threads=threads, workers=workers)
+    page = _student_alone(read_recipe(recipe), threads=threads, workers=workers)
     chosen = only or tuple(VARIANTS)
     if not table:
         shared = RunFolder(out / "shared")
@@ -99,8 +99,8 @@ def settings(
     print("\n".join(_tables(lines, out / "shared")))
 
 
-def _without_comparisons(page: Recipe, *, threads: int, workers: int) -> Recipe:
-    """The recipe with the student as the only model, and without the set that is not of real pictures."""
+def _student_alone(page: Recipe, *, threads: int, workers: int) -> Recipe:
+    """The recipe with the student as the only model evaluated, on the sets whose mean docs/results.md gives."""
     values = page.model_dump(mode="json")
     values["evaluate"]["compare"] = {}
     values["evaluate"]["sets"].pop("digits", None)
@@ -223,8 +223,8 @@ def _known(values: list[float | None]) -> str:
 def _difference(of_name: dict[int, dict[str, Any]], ours: dict[int, dict[str, Any]], score: str) -> str:
     """Mean over the seeds both have, plus or minus its standard error."""
     each = [100 * (of_name[seed][score] - ours[seed][score]) for seed in sorted(of_name.keys() & ours.keys())]
-    error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else float("nan")
-    return f"{statistics.mean(each):+.1f} ± {error:.1f}"
+    error = f" ± {statistics.stdev(each) / len(each) ** 0.5:.1f}" if len(each) > 1 else ""
+    return f"{statistics.mean(each):+.1f}{error}"
 
 
 def teacher_perplexity(shared: Path, scale: float) -> float:

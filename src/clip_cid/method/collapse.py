@@ -23,8 +23,9 @@ class _Smoothed(NamedTuple):
 class CollapseAlarm:
     r"""Tells the first time the numbers of `signs_of_collapse` in docs/method.md look like a collapse; it stops nothing.
 
-    Three signs, all on running means. The thresholds separate the collapsing from the healthy variants of
-    `benchmarks/cluster_head.py collapse`, and are silent on all runs of its `settings` (docs/results.md):
+    Three signs, all on running means. On the made-up data of `benchmarks/cluster_head.py collapse` the thresholds
+    separate the collapsing variants from the healthy ones; a head that gives way only in part, as on the real
+    embeddings there, is told late or not at all. All runs of `settings` stay silent (docs/results.md):
 
     - *one point*: the student's image embeddings have a mean of length above 0.95, though `patience` steps have
       passed. At first this is so for any student.

@@ -88,33 +88,40 @@ def settings(
     table: Annotated[bool, tyro.conf.arg(help="print the tables of what there is; run nothing")] = False,
 ) -> None:
     """Train and evaluate every variant with every seed; paths of the recipe are relative to the working folder."""
-    page = _without_comparisons(read_recipe(recipe), threads=threads, workers=workers)
+    page = _student_alone(read_recipe(recipe), steps=steps, threads=threads, workers=workers)
     chosen = only or tuple(VARIANTS)
     if not table:
         shared = RunFolder(out / "shared")
         for stage in ("embed", "balance", "cluster"):
             pipeline.run(shared, page, only=stage)
-        _run_all(page, out, [(name, seed) for seed in seeds for name in chosen], steps=steps, jobs=jobs)
-    lines = [line for line in _read(out / "runs.jsonl") if line["variant"] in chosen and line["seed"] in seeds]
+        _run_all(page, out, [(name, seed) for seed in seeds for name in chosen], jobs=jobs)
+    lines = [line for line in _finished(page, out) if line["variant"] in chosen and line["seed"] in seeds]
     print("\n".join(_tables(lines, out / "shared")))
 
 
-def _without_comparisons(page: Recipe, *, threads: int, workers: int) -> Recipe:
-    """The recipe with the student as the only model, and without the set that is not of real pictures."""
+def _student_alone(page: Recipe, *, steps: int | None, threads: int, workers: int) -> Recipe:
+    """The recipe with the student as the only model evaluated, on the sets whose mean docs/results.md gives."""
     values = page.model_dump(mode="json")
     values["evaluate"]["compare"] = {}
     values["evaluate"]["sets"].pop("digits", None)
+    if steps is not None:
+        values["distill"] |= {"steps": steps, "warmup_steps": steps // 10}
     values["machine"] |= {"threads": threads, "workers": workers}
     return parse_recipe(values, where="settings")
 
 
-def _run_all(page: Recipe, out: Path, runs: list[tuple[str, int]], *, steps: int | None, jobs: int) -> None:
-    done = {(line["variant"], line["seed"]) for line in _read(out / "runs.jsonl")}
+def _finished(page: Recipe, out: Path) -> list[dict[str, Any]]:
+    """Lines of earlier runs of the same length."""
+    return [line for line in _read(out / "runs.jsonl") if page.distill.steps in (None, line["steps"])]
+
+
+def _run_all(page: Recipe, out: Path, runs: list[tuple[str, int]], *, jobs: int) -> None:
+    done = {(line["variant"], line["seed"]) for line in _finished(page, out)}
     todo = [run for run in runs if run not in done]
     print(f"{len(runs) - len(todo)} of {len(runs)} runs are done, {len(todo)} to do, {jobs} at a time", flush=True)
     os.environ |= {name: str(page.machine.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures = [pool.submit(_run_one, _recipe_of(page, out, *run, steps=steps), out, *run) for run in todo]
+        futures = [pool.submit(_run_one, _recipe_of(page, out, *run), out, *run) for run in todo]
         for future in as_completed(futures):
             line = future.result()
             with open(out / "runs.jsonl", "a", encoding="utf-8") as file:
@@ -122,14 +129,12 @@ def _run_all(page: Recipe, out: Path, runs: list[tuple[str, int]], *, steps: int
             print(json.dumps({name: line[name] for name in ("variant", "seed", "seconds", *SCORES)}), flush=True)
 
 
-def _recipe_of(page: Recipe, out: Path, name: str, seed: int, *, steps: int | None) -> Recipe:
+def _recipe_of(page: Recipe, out: Path, name: str, seed: int) -> Recipe:
     values, shared = page.model_dump(mode="json"), (out / "shared").resolve()
     values["embed"]["existing"] = str(shared / "embed")
     values["balance"]["existing"] = str(shared / "balance" / "kept.npy")
     values["cluster"]["existing"] = str(shared / "cluster")
     values["distill"] = VARIANTS[name].applied(values["distill"]) | {"seed": seed}
-    if steps is not None:
-        values["distill"] |= {"steps": steps, "warmup_steps": steps // 10}
     return parse_recipe(values, where=name)
 
 
@@ -223,8 +228,8 @@ def _known(values: list[float | None]) -> str:
 def _difference(of_name: dict[int, dict[str, Any]], ours: dict[int, dict[str, Any]], score: str) -> str:
     """Mean over the seeds both have, plus or minus its standard error."""
     each = [100 * (of_name[seed][score] - ours[seed][score]) for seed in sorted(of_name.keys() & ours.keys())]
-    error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else float("nan")
-    return f"{statistics.mean(each):+.1f} ± {error:.1f}"
+    error = f" ± {statistics.stdev(each) / len(each) ** 0.5:.1f}" if len(each) > 1 else ""
+    return f"{statistics.mean(each):+.1f}{error}"
 
 
 def teacher_perplexity(shared: Path, scale: float) -> float:

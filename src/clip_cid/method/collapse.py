@@ -23,17 +23,18 @@ class _Smoothed(NamedTuple):
 class CollapseAlarm:
     r"""Tells the first time the numbers of `signs_of_collapse` in docs/method.md look like a collapse; it stops nothing.
 
-    Three signs, all on running means. The thresholds separate the collapsing from the healthy variants of
-    `benchmarks/cluster_head.py collapse`, and are silent on all runs of its `settings` (docs/results.md):
+    Three signs, all on running means. On the made-up data of `benchmarks/cluster_head.py collapse` the thresholds
+    separate the collapsing variants from the healthy ones; a head that gives way only in part, as on the real
+    embeddings there, is told late or not at all. All runs of `settings` stay silent (docs/results.md):
 
     - *one point*: the student's image embeddings have a mean of length above 0.95, though `patience` steps have
       passed. At first this is so for any student.
     - *own center lost*: the share of images whose own center is first has fallen to a third of its best, which was
       above 10 %.
     - *empty agreement*: `L_kl` has fallen to 5 % of its greatest while the centers moved by a tenth of their length, and
-      own centers are found less than 80 % as often as at best, or by no more than 10 times chance. Student and teacher then agree because the
-      head no longer tells images apart. A student that knows only the teacher's mean keeps a far larger `L_kl`, one
-      that follows the teacher finds the own centers, and with a frozen head neither can be faked.
+      own centers are found less than 80 % as often as at best, or hardly more often than by chance (10 times). Student
+      and teacher then agree because the head no longer tells images apart. A student that knows only the teacher's mean
+      keeps a far larger `L_kl`, one that follows the teacher finds the own centers, and a frozen head cannot do it.
 
     Args:
         patience: Steps before a mean near length 1 counts; twice the warm-up is a good choice.

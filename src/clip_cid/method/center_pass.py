@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
@@ -10,12 +10,13 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from clip_cid.method.products import Rows, product
 from clip_cid.method.running_sums import Comparison, LogSum
 
 _CPU_CELLS, _DEVICE_CELLS = 1 << 20, 1 << 26  # logits at a time: what stays in a cache, what keeps a device busy
 _LEAST_BLOCK = 256
 _SAMPLED_CENTERS = 512
-_SAFE_POWER = 60.0  # of an exponential that float32 holds, times what a block adds up
+_LARGEST_RATE = 16.0  # of a student further from its teacher the terms are huge, and may not fit float32
 _LOST = 8.0  # the gradient in one pass may be a difference of terms this much larger; else it takes a second one
 
 
@@ -70,7 +71,9 @@ class Block:
     """Rows whose own center is here, and its column."""
 
     def softened(self, work: Work) -> Float[Tensor, "batch some"]:
-        """The student's logits in the divergence."""
+        """The student's logits in the divergence; may be the block's own memory."""
+        if work.temperature == 1 and work.kl_correction is None:
+            return self.logits
         logits = self.logits / work.temperature
         return logits if work.kl_correction is None else logits.sub_(work.kl_correction[self.columns])
 
@@ -81,12 +84,14 @@ class Block:
 
 def blocks(student: Tensor, centers: Tensor, labels: Tensor, gap: Tensor | None, work: Work) -> Iterator[Block]:
     scaled = work.scale * student
+    both = Rows(scaled if gap is None else torch.cat([scaled, gap]))  # one product reads the centers once
     for start in range(0, len(centers), work.block_centers):
         columns = slice(start, min(start + work.block_centers, len(centers)))
         some = centers[columns].to(student.dtype)
         rows = ((labels >= columns.start) & (labels < columns.stop)).nonzero()[:, 0]
-        gaps = None if gap is None else gap @ some.T
-        yield Block(columns, some, scaled @ some.T, gaps, (rows, labels[rows] - start))
+        products = both.times(some)
+        gaps = None if gap is None else products[len(student) :]
+        yield Block(columns, some, products[: len(student)], gaps, (rows, labels[rows] - start))
 
 
 class Means:
@@ -96,11 +101,16 @@ class Means:
         self.sums = LogSum.empty(len(like), like.device)
         self._total = torch.zeros_like(like) if wanted else None
 
-    def add(self, logits: Float[Tensor, "batch some"], centers: Float[Tensor, "some dim"]) -> None:
-        """The logits are overwritten."""
-        shrunk = self.sums.add(logits)
+    def add(
+        self,
+        logits: Float[Tensor, "batch some"],
+        centers: Float[Tensor, "some dim"],
+        largest: Float[Tensor, " batch"] | None = None,
+    ) -> None:
+        """The logits are overwritten; `largest` as in `LogSum.add`."""
+        shrunk = self.sums.add(logits, largest)
         if self._total is not None:
-            self._total.mul_(shrunk).addmm_(logits, centers)
+            self._total.mul_(shrunk).add_(product(logits, centers))
 
     def finish(self, group: dist.ProcessGroup | None) -> Float64[Tensor, " batch"]:
         """The logarithm of the sum of exp(logit) over all ranks."""
@@ -122,37 +132,28 @@ class Means:
 class _Divergence:
     r"""The teacher's side of the divergence, and its gradient in the same pass.
 
-    .. math:: \sum_j (q_j - p_j) w_j = \sum_j p_j\, expm1(c - g_j)\, w_j - (E_p[e^{c - g}] - 1) \sum_j q_j w_j
+    .. math:: \sum_j (q_j - p_j) w_j = \sum_j p_j\, expm1(c - g_j)\, w_j - E_p[expm1(c - g)] \sum_j q_j w_j
 
     for any c; with a c near the mean of the gaps g both terms are small, and so nothing cancels where p and q are near.
     """
 
-    def __init__(self, like: Float[Tensor, "batch dim"], reference: Float64[Tensor, " batch"] | None) -> None:
-        self.found = Comparison.empty(len(like), like.device)
-        self._reference = reference
-        self._least_gap = like.new_full((len(like),), math.inf, dtype=torch.float64)
-        self._total = None if reference is None else torch.zeros_like(like)
+    def __init__(self, like: Float[Tensor, "batch dim"], reference: Float[Tensor, " batch"], *, wanted: bool) -> None:
+        self.found = Comparison(reference)
+        self._total = torch.zeros_like(like) if wanted else None
 
     def add(self, logits: Float[Tensor, "batch some"], block: "Block") -> None:
-        """The teacher's logits of a block."""
-        gaps = cast(Tensor, block.gaps).double()
-        of_block, weights = Comparison.of(logits, gaps)
-        joined = self.found.joined(of_block)
-        if self._reference is not None and self._total is not None:
-            self._least_gap = torch.minimum(self._least_gap, gaps.amin(dim=1))
-            apart = gaps.neg_().add_(self._reference[:, None]).clamp_(max=_SAFE_POWER).expm1_().mul_(weights)
-            apart.mul_((of_block.top - joined.top).exp()[:, None])
-            shrunk = (self.found.top - joined.top).exp()[:, None]
-            self._total.mul_(shrunk.to(self._total.dtype)).addmm_(apart.to(self._total.dtype), block.centers)
-        self.found = joined
+        """The teacher's logits of a block; they and its gaps are overwritten."""
+        excess, shrunk = self.found.add(logits, cast(Tensor, block.gaps))
+        if self._total is not None:
+            kind = self._total.dtype
+            self._total.mul_(shrunk.to(kind)).add_(product(excess.to(kind), block.centers))
 
     def finish(self, group: dist.ProcessGroup | None) -> Comparison:
         before = self.found.top
-        self.found = self.found.across(group)
+        self.found.across(group)
         if self._total is not None:
             self._total.mul_((before - self.found.log_total).exp()[:, None].to(self._total.dtype))
             reduce_over(group, self._total, dist.ReduceOp.SUM)
-            reduce_over(group, self._least_gap, dist.ReduceOp.MIN)
         return self.found
 
     def slopes(
@@ -160,14 +161,11 @@ class _Divergence:
     ) -> tuple[Float[Tensor, "batch dim"], Bool[Tensor, " batch"]]:
         """Sum over the centers of (q - p) w, after `finish`; and the rows for which too many digits were lost."""
         assert self._total is not None
-        assert self._reference is not None
-        rate = torch.expm1((self._reference - self.found.mean + kl).clamp(max=_SAFE_POWER))
-        found = self._total - rate[:, None].to(self._total.dtype) * student_mean
-        lost = rate.abs() * torch.linalg.vector_norm(student_mean, dim=1)
-        kept = (lost <= _LOST * torch.linalg.vector_norm(found, dim=1)) & (
-            self._reference - self._least_gap <= _SAFE_POWER
-        )
-        return found, ~kept  # a NaN is not kept either
+        rate = self.found.rate(kl)
+        lost = rate[:, None].to(self._total.dtype) * student_mean
+        found = self._total - lost
+        kept = torch.linalg.vector_norm(lost, dim=1) <= _LOST * torch.linalg.vector_norm(found, dim=1)
+        return found, ~(kept & (rate <= _LARGEST_RATE))  # a NaN is not kept either
 
 
 @dataclass(frozen=True)
@@ -180,12 +178,14 @@ class Found:
     """`others` less the own logit: the cross entropy is log(1 + exp(excess)), which keeps the digits of a small one."""
     student_sum: Float64[Tensor, " batch"]
     """Logarithm of the student's sum in the divergence."""
-    compared: Comparison | None
     kl: Float64[Tensor, " batch"]
+    teacher_sum: Float64[Tensor, " batch"]
+    """Logarithm of the teacher's sum in the divergence; this and the next are 0 without a teacher."""
+    mean_gap: Float64[Tensor, " batch"]
+    """The teacher's mean of the gaps."""
 
     def of(self, rows: Int[Tensor, " some"]) -> "Found":
-        compared = None if self.compared is None else self.compared.of_rows(rows)
-        return Found(self.others[rows], self.excess[rows], self.student_sum[rows], compared, self.kl[rows])
+        return Found(*(getattr(self, part.name)[rows] for part in fields(self)))
 
 
 class Pass:
@@ -198,14 +198,18 @@ class Pass:
         self._work, self._wanted = work, wanted
         self._others = Means(student, wanted=wanted)
         self._student = None if work.one_softmax else Means(student, wanted=wanted)
-        reference = _mean_gap(student, centers, labels, gap, work) if gap is not None and wanted else None
-        self._divergence = None if gap is None else _Divergence(student, reference)
+        self._divergence = None
+        if gap is not None:
+            reference = _mean_gap(student, centers, labels, gap, work)
+            self._divergence = _Divergence(student, reference, wanted=wanted)
         best_other = student.new_full((len(student),), -math.inf)
         for block in blocks(student, centers, labels, gap, work):
             self._add_softened(block)
             block.logits[block.own] = -math.inf
-            best_other = torch.maximum(best_other, block.logits.amax(dim=1))
-            self._others.add(block.corrected(work), block.centers)
+            best = block.logits.amax(dim=1)
+            best_other = torch.maximum(best_other, best)
+            largest = best if work.cls_correction is None else None
+            self._others.add(block.corrected(work), block.centers, largest)
         reduce_over(work.group, best_other, dist.ReduceOp.MAX)
         own, own_corrected = _own_logits(student, centers, labels, work)
         rounding = 4 * torch.finfo(student.dtype).eps * work.scale
@@ -220,20 +224,20 @@ class Pass:
         if self._divergence is not None:
             self._divergence.add(softened + cast(Tensor, block.gaps), block)
         if self._student is not None:
-            self._student.add(softened, block.centers)
+            self._student.add(softened.clone() if softened is block.logits else softened, block.centers)
 
     def _finish(self, own: Float64[Tensor, " batch"]) -> Found:
         work = self._work
         others = self._others.finish(work.group)
         student_sum = torch.logaddexp(others, own) if self._student is None else self._student.finish(work.group)
-        compared, kl = None, torch.zeros_like(others)
+        kl = teacher_sum = mean_gap = torch.zeros_like(others)
         if self._divergence is not None:
             compared = self._divergence.finish(work.group)
-            kl = compared.divergence(student_sum)
+            kl, teacher_sum, mean_gap = compared.divergence(student_sum), compared.log_total, compared.mean
         elif work.soft is not None:
             pull = (self._inputs[0].double() * work.soft.mean.double()).sum(dim=1) * (work.scale / work.temperature)
             kl = (student_sum - pull - work.soft.entropy).clamp_(min=0)
-        return Found(others, others - own, student_sum, compared, kl)
+        return Found(others, others - own, student_sum, kl, teacher_sum, mean_gap)
 
     def gradients(self) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"] | None]:
         """By the student, of the mean cross entropy and of the mean divergence."""
@@ -261,7 +265,7 @@ class Pass:
             found, one = self.found.of(again), student.new_ones(())
             better = torch.zeros_like(student[again])
             for block in blocks(student[again], centers, labels[again], cast(Tensor, gap)[again], self._work):
-                better.addmm_(slopes_of(block, found, self._work, None, one), block.centers)
+                better += product(slopes_of(block, found, self._work, None, one), block.centers)
             reduce_over(self._work.group, better, dist.ReduceOp.SUM)
             slopes[again] = better * self._work.temperature
         return slopes
@@ -286,38 +290,42 @@ def slopes_of(
 def _kl_slopes(block: Block, found: Found, work: Work) -> Float[Tensor, "batch some"]:
     """Slopes q - p as p expm1(-v), v = gap - mean + KL; float64, for where p is nearly 1 the gap is nearly the mean."""
     kind = block.logits.dtype
-    compared = cast(Comparison, found.compared)
     logits = block.softened(work)
-    p = (logits + cast(Tensor, block.gaps)).sub_(compared.log_total.to(kind)[:, None]).exp_()
-    v = cast(Tensor, block.gaps).double().sub_((compared.mean - found.kl)[:, None])
+    p = (logits + cast(Tensor, block.gaps)).sub_(found.teacher_sum.to(kind)[:, None]).exp_()
+    v = cast(Tensor, block.gaps).double().sub_((found.mean_gap - found.kl)[:, None])
     far = v < -1  # a student's share of more than e times the teacher's: nothing cancels, and p may be 0
     near = torch.expm1(v.clamp_(min=-1).neg_()).to(kind).mul_(p)
     if not bool(far.any()):
         return near
-    return torch.where(far, logits.sub_(found.student_sum.to(kind)[:, None]).exp_().sub_(p), near)
+    return torch.where(far, (logits - found.student_sum.to(kind)[:, None]).exp_().sub_(p), near)
 
 
-def _mean_gap(student: Tensor, centers: Tensor, labels: Tensor, gap: Tensor, work: Work) -> Float64[Tensor, " batch"]:
+def _mean_gap(student: Tensor, centers: Tensor, labels: Tensor, gap: Tensor, work: Work) -> Float[Tensor, " batch"]:
     """About what the teacher's mean of the gaps will be: from some centers, and each row's own, which may weigh most."""
-    rows, device = len(student), student.device
-    found, own = Comparison.empty(rows, device), Comparison.empty(rows, device)
+    logits = [student.new_full((len(student), 1), -math.inf)]
+    gaps = [student.new_zeros((len(student), 1))]
+    here = (labels >= 0).nonzero()[:, 0]
+    if len(here):
+        own = centers[labels[here]].to(student.dtype)
+        gaps[0][here, 0] = (gap[here] * own).sum(dim=1)
+        logits[0][here, 0] = work.scale / work.temperature * (student[here] * own).sum(dim=1) + gaps[0][here, 0]
     if len(centers):
         step = math.ceil(len(centers) / _SAMPLED_CENTERS)
         correction = None if work.kl_correction is None else work.kl_correction[::step]
         some = replace(work, kl_correction=correction, block_centers=_SAMPLED_CENTERS)
         for block in blocks(student, centers[::step], torch.full_like(labels, -1), gap, some):
-            gaps = cast(Tensor, block.gaps)
-            sample, _ = Comparison.of(block.softened(some) + gaps, gaps.double())
-            found = found.joined(
-                replace(sample, total=step * sample.total, log_excess=math.log(step) + sample.log_excess)
-            )
-    here = (labels >= 0).nonzero()[:, 0]
-    if len(here):
-        centers = centers[labels[here]].to(student.dtype)
-        own.mean[here] = (gap[here] * centers).sum(dim=1).double()
-        logits = work.scale / work.temperature * (student[here] * centers).sum(dim=1).double()
-        own.top[here], own.total[here] = logits + own.mean[here], 1.0
-    return found.joined(own).across(work.group).mean
+            logits.append(block.softened(some) + cast(Tensor, block.gaps) + math.log(step))
+            gaps.append(cast(Tensor, block.gaps))
+    return _weighted_mean(torch.cat(logits, dim=1), torch.cat(gaps, dim=1), work.group)
+
+
+def _weighted_mean(logits: Tensor, values: Tensor, group: dist.ProcessGroup | None) -> Float[Tensor, " batch"]:
+    """The mean of the values under the softmax over all ranks."""
+    top = reduce_over(group, logits.amax(dim=1, keepdim=True), dist.ReduceOp.MAX)
+    weights = (logits - top).exp_()
+    sums = torch.stack([weights.sum(dim=1), (weights * values).sum(dim=1)])
+    reduce_over(group, sums, dist.ReduceOp.SUM)
+    return sums[1] / sums[0]
 
 
 def _own_logits(

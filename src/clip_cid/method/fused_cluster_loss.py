@@ -26,6 +26,7 @@ from clip_cid.method.center_pass import (
     suitable_block,
 )
 from clip_cid.method.precision import at_least_float32, autocast_off
+from clip_cid.method.products import product
 from clip_cid.method.unit_rows import keep_freed_memory
 
 LogQ = Literal["none", "kl", "both"]
@@ -215,8 +216,8 @@ class _FusedLosses(torch.autograd.Function):
         to_student, to_centers = torch.zeros_like(student), torch.empty_like(centers)
         for block in blocks(student, centers, labels, None if to_kl is None else gap, work):
             slopes = slopes_of(block, found, work, to_cls, to_kl)
-            to_student.addmm_(slopes, block.centers)
-            torch.mm(slopes.T, student, out=to_centers[block.columns])
+            to_student += product(slopes, block.centers)
+            to_centers[block.columns] = product(slopes.T, student)
         reduce_over(work.group, to_student, dist.ReduceOp.SUM)
         return to_student, to_centers, None, None, None
 

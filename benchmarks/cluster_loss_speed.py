@@ -24,7 +24,6 @@ Cross entropy alone:
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -246,5 +245,4 @@ def main(
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     tyro.cli(main)

@@ -2,7 +2,7 @@
 
     python benchmarks/cluster_speed.py                                       100,000 x 512, 1,000 centers, soft and cont
     python benchmarks/cluster_speed.py --rows 200000 --centers 10000 --faiss-rounds 6 --block-rounds 6 3 --repeats 1 --kinds pow
-    python benchmarks/cluster_speed.py --memory                              a file larger than the memory that is allowed
+    python benchmarks/cluster_speed.py --memory --rows 2000000 --centers 500 --kinds cont --block-rounds 2 --faiss-rounds 2   a file larger than the memory that is allowed
 
 Prints Markdown; the made-up data (see balance_data.py) stay in --work (default data/balance-speed).
 

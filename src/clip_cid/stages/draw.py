@@ -13,6 +13,7 @@ from clip_cid.data.embeddings import EmbeddingStore
 from clip_cid.data.forest_file import FOREST_FILE, read_forest
 from clip_cid.data.pictures import NoPicturesError, Pictures, open_pictures
 from clip_cid.figures import (
+    cluster_rounds,
     cluster_sizes,
     cluster_strips,
     contact_sheet,
@@ -131,6 +132,16 @@ def _cluster_sizes(inputs: _Inputs, out: Path) -> dict[str, Any]:
     return cluster_sizes.draw({"before balance": both, "after balance": kept}, out)
 
 
+def _cluster_rounds(inputs: _Inputs, out: Path) -> dict[str, Any]:
+    if not inputs.recipe.uses("cluster"):
+        raise _LeftOut(_NO_CLUSTERS)
+    record = inputs.folder.record("cluster")
+    history = record.summary.get("history") if record is not None else None
+    if not history:
+        raise _LeftOut("the clusters were made elsewhere")
+    return cluster_rounds.draw(history, out)
+
+
 def _distances(inputs: _Inputs, out: Path) -> dict[str, Any]:
     tables = inputs.removed
     return distances.draw(tables.distances, threshold=tables.threshold, metric=tables.metric, out=out)
@@ -247,6 +258,7 @@ def _weights(inputs: _Inputs, out: Path) -> dict[str, Any]:
 
 
 _FIGURES: dict[str, Callable[[_Inputs, Path], dict[str, Any]]] = {
+    "cluster_rounds": _cluster_rounds,
     "cluster_sizes": _cluster_sizes,
     "clusters": _clusters,
     "distances": _distances,

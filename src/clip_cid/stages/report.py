@@ -26,6 +26,7 @@ _WITH_PICTURES = ("removed_sets", "removed_pairs", "clusters")  # tables that ho
 _TASKS = {"zero_shot": "Zero-shot", "linear_probe": "Linear probe", "retrieval": "Retrieval"}
 _ALT = {
     "cluster_sizes": "Images in each cluster by rank, before and after balance, on logarithmic axes",
+    "cluster_rounds": "Objective of k-means by round",
     "distances": "Histogram of the removed images' distance to the kept one, with the threshold",
     "removed_share": "Share of the images removed by threshold, with the chosen one",
     "losses": "Each loss part by training step",
@@ -51,7 +52,6 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
     tables = out / "tables"
     tables.mkdir()
     thumbnails, sample, no_pictures = _pictures(folder, draw, recipe)
-    _write_rounds(records, tables)
     values = {
         "title": recipe.report.title,
         "run": folder.path.name,
@@ -219,14 +219,6 @@ def _stages(records: dict[str, StageRecord], tables: Path) -> list[StageRecord]:
         },
     )
     return found
-
-
-def _write_rounds(records: dict[str, StageRecord], tables: Path) -> None:
-    """The k-means objective by round; clusters made elsewhere have no rounds."""
-    history = records["cluster"].summary.get("history", []) if "cluster" in records else []
-    if history:
-        columns = {name: [round_[name] for round_ in history] for name in ("objective", "imbalance", "empty")}
-        style.write_csv(tables / "cluster_rounds.csv", {"round": list(range(1, len(history) + 1)), **columns})
 
 
 def _versions(records: dict[str, StageRecord]) -> dict[str, str]:

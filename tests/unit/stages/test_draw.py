@@ -58,6 +58,7 @@ def test_a_full_run_has_every_figure_with_its_csv(full: Drawn) -> None:
     out, summary = full.out, full.summary
     assert set(summary["left_out"]) == {"scores_retrieval"}
     curves = {
+        "cluster_rounds",
         "cluster_sizes",
         "distances",
         "removed_share",
@@ -71,6 +72,16 @@ def test_a_full_run_has_every_figure_with_its_csv(full: Drawn) -> None:
     assert {path.stem for path in out.glob("*.csv")} == curves | {"removed_sets", "removed_pairs", "clusters"}
     assert {path.stem for path in out.glob("*.png")} == {"duplicates", "clusters"}
     assert json.dumps(summary, allow_nan=False)
+
+
+def test_the_rounds_of_k_means_are_those_of_the_cluster_stage(full: Drawn) -> None:
+    record = full.folder.record("cluster")
+    assert record is not None
+    history = record.summary["history"]
+    rounds = lines(full.out / "cluster_rounds.csv")
+    assert [int(line["round"]) for line in rounds] == list(range(1, len(history) + 1))
+    assert [float(line["objective"]) for line in rounds] == [round_["objective"] for round_ in history]
+    assert full.summary["figures"]["cluster_rounds"]["last"] == history[-1]["objective"]
 
 
 def test_before_balance_counts_all_good_rows_and_after_only_the_kept(full: Drawn) -> None:

@@ -1,0 +1,22 @@
+"""The objective of k-means by round."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.ticker import MaxNLocator
+
+from clip_cid.figures import style
+
+
+def draw(history: Sequence[dict[str, float]], out: Path) -> dict[str, float]:
+    """Write `cluster_rounds.svg`, and `.csv` with the imbalance and the empty clusters of each round beside it."""
+    rounds = list(range(1, len(history) + 1))
+    columns = {name: [round_[name] for round_ in history] for name in ("objective", "imbalance", "empty")}
+    style.write_csv(out / "cluster_rounds.csv", {"round": rounds, **columns})
+    with style.new_figure(2.6) as figure:
+        axes = figure.add_subplot()
+        axes.set(xlabel="round", ylabel="mean squared distance to the own center")
+        axes.plot(rounds, columns["objective"], color=style.BLUE, marker="." if len(rounds) <= 40 else None)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        style.save_svg(figure, out / "cluster_rounds.svg")
+    return {"rounds": len(rounds), "first": columns["objective"][0], "last": columns["objective"][-1]}

@@ -15,7 +15,7 @@ def draw(history: Sequence[dict[str, float]], out: Path) -> dict[str, float]:
     style.write_csv(out / "cluster_rounds.csv", {"round": rounds, **columns})
     with style.new_figure(2.6) as figure:
         axes = figure.add_subplot()
-        axes.set(xlabel="round", ylabel="mean squared distance to the own center")
+        axes.set(xlabel="round", ylabel="objective (Eq. 1)")
         axes.plot(rounds, columns["objective"], color=style.BLUE, marker="." if len(rounds) <= 40 else None)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         style.save_svg(figure, out / "cluster_rounds.svg")

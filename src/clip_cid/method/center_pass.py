@@ -10,7 +10,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from clip_cid.method.products import Rows, product
+from clip_cid.method.products import LeftRows, product
 from clip_cid.method.running_sums import Comparison, LogSum
 
 _CPU_CELLS, _DEVICE_CELLS = 1 << 20, 1 << 26  # logits at a time: what stays in a cache, what keeps a device busy
@@ -84,7 +84,7 @@ class Block:
 
 def blocks(student: Tensor, centers: Tensor, labels: Tensor, gap: Tensor | None, work: Work) -> Iterator[Block]:
     scaled = work.scale * student
-    both = Rows(scaled if gap is None else torch.cat([scaled, gap]))  # one product reads the centers once
+    both = LeftRows(scaled if gap is None else torch.cat([scaled, gap]))  # one product reads the centers once
     for start in range(0, len(centers), work.block_centers):
         columns = slice(start, min(start + work.block_centers, len(centers)))
         some = centers[columns].to(student.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clip_cid.method.center_pass import SoftCenters
 from clip_cid.method.cluster_distillation import CenterHead
 from clip_cid.method.contrastive import contrastive_loss
+from clip_cid.method.fused_cluster_loss import LogQ
 from clip_cid.method.instance_distillation import instance_loss
 from clip_cid.method.precision import at_least_float32, autocast_off
 
@@ -56,7 +57,7 @@ class Objective(nn.Module):
         head_scale: float = 16.0,
         train_head: bool = False,
         sample_rate: float = 1.0,
-        logq: Literal["none", "kl", "both"] = "kl",
+        logq: LogQ = "kl",
         temperature: float = 1.0,
     ) -> None:
         super().__init__()

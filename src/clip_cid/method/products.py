@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class Rows:
+class LeftRows:
     """Rows that are to be multiplied with many blocks of others; their layout is changed once.
 
     Only the library differs from `rows @ others.T`, by the type and the device alone: equal inputs give equal bits for
@@ -25,7 +25,7 @@ class Rows:
 
 def product(left: Float[Tensor, "n k"], right: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:
     """`left @ right`."""
-    return Rows(left).times(right.T)
+    return LeftRows(left).times(right.T)
 
 
 def _by_onednn(rows: Tensor) -> bool:

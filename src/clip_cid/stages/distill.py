@@ -40,6 +40,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
     if (out / _DONE).is_file():
         return _finish(folder, out)
     device = resolve_device(machine.device)
+    refuse_without_float64(device, recipe)
     if machine.threads:
         torch.set_num_threads(machine.threads)
     pairs = open_pairs(recipe.pairs, index=folder.path / "index", cache_dir=machine.cache_dir)
@@ -82,6 +83,19 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
     )
     write_json(out / _DONE, {**summary, "parameters": count_parameters(clip.model), "device": str(device)})
     return _finish(folder, out)
+
+
+def refuse_without_float64(device: torch.device, recipe: Recipe) -> None:
+    """The cluster losses add up in float64, which Apple's devices do not have.
+
+    Raises:
+        ConfigError: The recipe has cluster losses and the device is one of these.
+    """
+    if device.type == "mps" and recipe.uses_clusters:
+        raise ConfigError(
+            "machine.device: mps has no float64, in which the cluster losses are added up.",
+            fix="Set machine.device: cpu, or distill.weights.cluster_cls and cluster_kl to 0.",
+        )
 
 
 def _finish(folder: RunFolder, out: Path) -> dict[str, Any]:

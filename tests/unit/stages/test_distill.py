@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -370,3 +371,12 @@ def test_sigma_can_be_calibrated_and_is_told(case: Case):
 def test_sigma_is_calibrated_even_where_nothing_else_needs_the_teacher(case: Case):
     weights = {"clip": 1, "cluster_cls": 1, "cluster_kl": 0, "instance": 0}
     assert case.run(weights=weights, head_perplexity=2.0)["teacher_perplexity"] == pytest.approx(2, rel=1e-2)
+
+
+def test_a_device_without_float64_is_refused_where_clusters_are_compared(case: Case):
+    mps, cpu = torch.device("mps"), torch.device("cpu")
+    with pytest.raises(ConfigError, match="mps has no float64") as error:
+        distill.refuse_without_float64(mps, case.recipe())
+    assert "Set machine.device: cpu" in str(error.value)
+    distill.refuse_without_float64(cpu, case.recipe())
+    distill.refuse_without_float64(mps, case.recipe(weights={"cluster_cls": 0, "cluster_kl": 0}))

@@ -13,6 +13,7 @@ Both losses:
 - dense: log-softmaxes of B x K logits of student and teacher by autograd, as the textbook has it; frozen centers.
 - dense, trained: the same with a gradient for the centers.
 - fused: clip_cid.fused_cluster_loss; frozen centers, one pass.
+- fused, torch's product: the same with PyTorch's own float32 product instead of oneDNN's.
 - fused, trained: the same with a gradient for the centers, two passes.
 - fused, temperature 4: frozen centers; the two losses then read two softmaxes.
 - soft centers: mu and H of the teacher were computed before; frozen centers.
@@ -31,6 +32,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +69,7 @@ class Work:
             "dense": lambda: self._dense(self.centers),
             "dense, trained": lambda: self._dense(self._trained()),
             "fused": lambda: self._fused(self.centers),
+            "fused, torch's product": self._without_onednn,
             "fused, trained": lambda: self._fused(self._trained()),
             "fused, temperature 4": lambda: self._fused(self.centers, temperature=4.0),
             "soft centers": self._by_soft_centers,
@@ -98,6 +101,10 @@ class Work:
             self.student, self.teacher, centers, self.labels, scale=SCALE, temperature=temperature
         )
         self._back(losses[0] + losses[1])
+
+    def _without_onednn(self) -> None:
+        with mock.patch.object(torch.backends.mkldnn, "is_available", return_value=False):
+            self._fused(self.centers)
 
     def _losses(self, teacher: Any) -> Any:
         return cluster_losses(self.student, self.centers, self.labels, teacher=teacher, scale=SCALE)
@@ -209,6 +216,7 @@ def main(
     threads: int = 2,
     device: Literal["cpu", "cuda"] = "cpu",
     dense: Literal["yes", "no"] = "yes",
+    variants: tuple[str, ...] = (),
     out: Path = Path("runs/cluster-loss-speed.json"),
     one: str | None = None,
 ) -> None:
@@ -222,6 +230,7 @@ def main(
         threads: CPU threads.
         device: Where.
         dense: Whether the dense form fits into memory.
+        variants: Only these; all when absent.
         out: JSON of all numbers.
         one: Only the peak memory of this variant; for the script itself.
     """
@@ -233,7 +242,7 @@ def main(
     results: dict[int, Any] = {}
     for count in centers:
         work = Work(batch, count, dim, device)
-        which = names(work, dense=dense == "yes")
+        which = [name for name in names(work, dense=dense == "yes") if not variants or name in variants]
         seconds = timed(work, which, rounds, device)
         del work
         same = ["--batch", batch, "--dim", dim, "--threads", threads, "--device", device, "--centers", count]

@@ -195,7 +195,7 @@ class Pass:
         self, student: Tensor, centers: Tensor, labels: Tensor, gap: Tensor | None, work: Work, *, wanted: bool
     ):
         self._inputs = student, centers, labels, gap
-        self._work, self._wanted = work, wanted
+        self._work = work
         self._others = Means(student, wanted=wanted)
         self._student = None if work.one_softmax else Means(student, wanted=wanted)
         self._divergence = None

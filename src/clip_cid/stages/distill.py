@@ -362,7 +362,9 @@ def _key(
     """Digest of everything that decides the result."""
     digest = hashlib.sha256(json.dumps(settings.model_dump(mode="json"), sort_keys=True).encode())
     for rows in (training.rows, training.labels, training.store_rows, centers):
-        digest.update(b"none" if rows is None else rows.tobytes())
+        digest.update(
+            b"none" if rows is None else np.ascontiguousarray(rows).data
+        )  # not a copy: centers may be gigabytes
     digest.update(json.dumps(store.info.teacher if store is not None else None, sort_keys=True).encode())
     return digest.hexdigest()
 

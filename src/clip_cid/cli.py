@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -111,6 +111,7 @@ def _commands(recipe: Recipe) -> dict[str, Callable[..., Any]]:
         "status": status,
         "verify": verify,
         "subset": subset,
+        "ablate": ablate,
         "export": export,
         "init": init,
         "sample": sample,
@@ -209,6 +210,38 @@ def subset(run: Positional[Path], out: Positional[Path], shards: bool = False, s
     folder = _existing(run)
     recipe = read_recipe(run / pipeline.RECIPE_FILE)
     log.say(export_subset(folder, recipe, out, shard_size=shard_size if shards else None))
+    return 0
+
+
+def ablate(
+    table: Positional[Literal["threshold", "losses", "clusters", "teacher"]],
+    recipe: Positional[Path],
+    out: Positional[Path],
+    seeds: int = 3,
+    values: tuple[str, ...] = (),
+    peers: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Vary one thing of a recipe as the paper's Tables 4 to 7 do, with several seeds, into one table with intervals.
+
+    What does not change between runs is computed once. Killed at any instant, the same command goes on.
+
+    Args:
+        table: threshold (of the balance), losses, clusters (their number), or teacher.
+        recipe: What all runs have in common.
+        out: The folder of the runs and of ablation.md, .csv, .json and .svg.
+        seeds: Runs of each variant, with distill.seed 0, 1, ...; three are the fewest that make an interval useful.
+        values: Thresholds, numbers of clusters, or teachers (run:PATH, local-dir:PATH, hf-hub:ORG/NAME, NAME/TAG)
+            instead of the paper's, which are scaled to the recipe.
+        peers: Also train with the losses of peers (losses only).
+        dry_run: Only say what would be run.
+    """
+    from clip_cid import ablations
+
+    page = read_recipe(recipe)
+    plan = ablations.plan(table, page, values=values, peers=peers)
+    start = ablations.preview if dry_run else ablations.run
+    start(plan, page, out, seeds=seeds)
     return 0
 
 

@@ -5,6 +5,7 @@ same settings and inputs is taken over, so that what does not change between var
 """
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ _TITLES = {
     "teacher": "Ablation of embed.teacher (paper Table 7)",
 }
 _LAST = "evaluate"
-_RESULTS = "ablation.json"
+_RESULTS, _TABLES = "ablation.json", "tables.txt"
 _METRICS = {
     "zero_shot": "zero-shot",
     "linear_probe": "linear probe",
@@ -235,9 +236,7 @@ def run(ablation: Ablation, recipe: Recipe, out: Path, *, seeds: int) -> None:
             left = _seconds_left(runs, done)
             about = "" if left is None else f"; about {log.duration(left)} left"
             log.info(f"ablate    run {number} of {len(runs)}: {current.label}, seed {current.seed}{about}")
-            pipeline.take_over(current.folder, current.recipe, [other.folder for other in runs if other is not current])
-            for stage in _stages(current.recipe):
-                pipeline.run(current.folder, current.recipe, only=stage.name)
+            _make(current, [other.folder for other in runs if other is not current])
             done.add(current)
             _write(ablation, recipe, out, [run for run in runs if run in done])
         table = _write(ablation, recipe, out, runs)
@@ -245,6 +244,18 @@ def run(ablation: Ablation, recipe: Recipe, out: Path, *, seeds: int) -> None:
     for note in notes(table):
         log.say(note)
     log.say(f"Written to {out / 'ablation.md'}, .csv, .json and .svg.")
+
+
+def _make(run: Run, others: Sequence[RunFolder]) -> None:
+    """The stages of one run up to its scores; what it says in detail goes into its folder."""
+    started = time.monotonic()
+    run.folder.path.mkdir(parents=True, exist_ok=True)
+    with log.quiet(run.folder.path / _TABLES):
+        pipeline.take_over(run.folder, run.recipe, others)
+        for stage in _stages(run.recipe):
+            pipeline.run(run.folder, run.recipe, only=stage.name)
+    if (record := run.folder.record(_LAST)) is not None:
+        log.info(f"ablate    {record.summary['headline']}; {log.duration(time.monotonic() - started)}")
 
 
 def preview(ablation: Ablation, recipe: Recipe, out: Path, *, seeds: int) -> None:
@@ -259,18 +270,14 @@ def preview(ablation: Ablation, recipe: Recipe, out: Path, *, seeds: int) -> Non
     log.table(["variant", "changes", "done"], rows, title=_TITLES[ablation.name])
     made = _footprints(done)
     counts = [
-        [
-            stage,
-            str(sum(run.recipe.uses(stage) for run in runs)),
-            str(len(all_)),
-            str(len(all_ - made.get(stage, set()))),
-        ]
-        for stage, all_ in _footprints(runs).items()
+        [stage, str(sum(run.recipe.uses(stage) for run in runs)), str(len(wanted)), str(len(wanted - made[stage]))]
+        for stage, wanted in _footprints(runs).items()
+        if wanted
     ]
     log.table(["stage", "runs that use it", "computed", "still to do"], counts)
     left = _seconds_left(runs, done)
-    time = "how long they take is known after the first" if left is None else f"about {log.duration(left)} left"
-    log.say(f"{len(runs)} runs, {len(done)} done; {time}.")
+    words = "how long they take is known after the first" if left is None else f"about {log.duration(left)} left"
+    log.say(f"{len(runs)} runs, {len(done)} done; {words}.")
 
 
 def _runs(ablation: Ablation, recipe: Recipe, out: Path, seeds: int) -> list[Run]:
@@ -309,23 +316,22 @@ def _is_done(run: Run) -> bool:
 
 def _footprints(runs: Iterable[Run]) -> dict[str, set[str]]:
     """Stage -> what has to be computed for these runs."""
-    found: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {stage.name: set() for stage in pipeline.STAGES}
     for run in runs:
         for stage in _stages(run.recipe):
-            found.setdefault(stage.name, set()).add(pipeline.footprint(stage, run.recipe))
+            found[stage.name].add(pipeline.footprint(stage, run.recipe))
     return found
 
 
 def _seconds_left(runs: Sequence[Run], done: set[Run]) -> float | None:
-    """What the finished runs' stages took on average, times how often each stage has still to be computed."""
+    """What the stages of finished runs took on average, times how often each has still to be computed."""
+    if not done:
+        return None
     made, total = _footprints(done), 0.0
     for stage, wanted in _footprints(runs).items():
         records = [record for run in done if (record := run.folder.record(stage)) is not None]
         seconds = {record.key: record.seconds for record in records}  # a stage that was taken over counts once
-        if left := len(wanted - made.get(stage, set())):
-            if not seconds:
-                return None
-            total += left * statistics.mean(seconds.values())
+        total += len(wanted - made[stage]) * statistics.mean(seconds.values() or [0.0])
     return total
 
 
@@ -367,12 +373,16 @@ def _write(ablation: Ablation, recipe: Recipe, out: Path, finished: Sequence[Run
 
 
 def _scores(folder: RunFolder) -> dict[str, float]:
-    """Metric -> the student's mean over the sets, a share of 1; the name says over how many sets."""
+    """Metric -> the student's mean over sets that may be averaged, a share of 1; the name says over how many."""
     found: dict[str, float] = {}
     for task, words in _METRICS.items():
         path = folder.stage(_LAST) / f"{task}.json"
-        if path.is_file() and (mean := (table := read_json(path))["mean"].get("student")) is not None:
-            found[f"{words} (mean of {table['mean_of']})"] = mean
+        if not path.is_file():
+            continue
+        table = read_json(path)
+        for group in table.get("groups") or [{**table, "title": f"mean of {table['mean_of']}"}]:
+            if "student" in group["mean"]:
+                found[f"{words}, {group['title']}"] = group["mean"]["student"]
     return found
 
 

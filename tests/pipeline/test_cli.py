@@ -30,6 +30,7 @@ def test_help_names_every_command_and_imports_neither_torch_nor_open_clip():
         "status",
         "verify",
         "subset",
+        "ablate",
         "export",
         "init",
         "sample",

@@ -169,7 +169,8 @@ def _models(names: Sequence[str], tag: str | None) -> dict[str, str]:
         )
     if tag is not None and not plain:
         raise ConfigError(
-            f"--pretrained: {tag} belongs to no --model that is a plain name.", fix="Give --model NAME, such as ViT-B-32."
+            f"--pretrained: {tag} belongs to no --model that is a plain name.",
+            fix="Give --model NAME, such as ViT-B-32.",
         )
     references = [f"{name}/{tag}" if name in plain else name for name in names]
     return {reference: reference for reference in references}

@@ -225,7 +225,9 @@ class EvaluateConfig(Config):
     @model_validator(mode="after")
     def _has_a_model(self) -> "EvaluateConfig":
         if not self.student and not self.compare:
-            raise ValueError("evaluate.student: false, and evaluate.compare names no model, so there is none to evaluate")
+            raise ValueError(
+                "evaluate.student: false, and evaluate.compare names no model, so there is none to evaluate"
+            )
         return self
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clip_cid.data.evaluation_sets import MetricName
+from clip_cid.data.tasks import MetricName
 from clip_cid.evaluation.metrics import accuracy
 from clip_cid.evaluation.zero_shot import unit_rows
 

@@ -16,6 +16,7 @@ from PIL import Image
 from clip_cid import log
 from clip_cid.data.evaluation_sets import EvaluationSet
 from clip_cid.data.images import decode_image
+from clip_cid.data.labelled_images import LabelledImages
 from clip_cid.data.pairs import Pairs
 from clip_cid.evaluation.features import Encoder, ImageFeatures
 from clip_cid.evaluation.knn import TEMPERATURE, knn
@@ -37,7 +38,7 @@ from clip_cid.recipe import EvaluateConfig, MachineConfig
 METHOD = 2
 """Raised when the same features would give other results."""
 
-_ROUNDS = (30, 300)  # of a fit, on average over a search: from well separated to hard sets
+_ROUNDS = (100, 1_000)  # of a fit, on average over a search: the most is the solver's limit
 _WORTH_SAYING = 60.0  # seconds
 _PACKAGES = ("clip-cid", "torch", "open_clip_torch", "scikit-learn", "numpy")
 
@@ -83,13 +84,13 @@ def tasks_of(
     labelled: EvaluationSet, settings: EvaluateConfig, machine: MachineConfig, *, imagenet: EvaluationSet | None
 ) -> Iterator[Task]:
     """The tasks the recipe asks for that this set allows; `imagenet` is measured on the classes of a robustness set."""
-    prints = {name: split.fingerprint for name, split in labelled.splits.items()}
+    prints = {name: _fingerprint(split) for name, split in labelled.splits.items()}
     common = {"metric": labelled.metric, "seed": settings.seed, "classes": labelled.class_names}
     if settings.zero_shot:
         beside = imagenet if labelled.superset_classes is not None else None
         depends = {**common, "test": prints["test"], "prompts": _prompts(labelled)}
         if beside is not None:
-            depends |= {"imagenet": beside.split("test").fingerprint, "imagenet_prompts": _prompts(beside)}
+            depends |= {"imagenet": _fingerprint(beside.split("test")), "imagenet_prompts": _prompts(beside)}
         yield Task(labelled.name, "zero_shot", depends, functools.partial(_zero_shot, labelled, beside, settings))
     if "train" not in labelled.splits:
         return
@@ -148,7 +149,10 @@ def _linear_probe(
     _say_cost(encoder, labelled, parts["train"][0], fits=fits, threads=threads, device=device)
     with log.progress(f"probe {encoder.name} {labelled.name}", fits, unit="fits") as bar:
         options: dict[str, Any] = {
-            **{"metric": labelled.metric, "seed": settings.seed, "threads": threads, "device": device},
+            "metric": labelled.metric,
+            "seed": settings.seed,
+            "threads": threads,
+            "device": device,
             "on_fit": bar.advance,
         }
         if labelled.folds is None:
@@ -306,6 +310,11 @@ def _classifier(encoder: Encoder, labelled: EvaluationSet) -> np.ndarray:
 
 def _prompts(labelled: EvaluationSet) -> list[str]:
     return [prompt for label in range(len(labelled.class_names)) for prompt in labelled.prompts(label)]
+
+
+def _fingerprint(split: LabelledImages) -> list[str]:
+    """Of the images, and of the labels as they were read."""
+    return [split.fingerprint, hashlib.sha256(split.labels.tobytes()).hexdigest()[:16]]
 
 
 def _digest(value: Any) -> str:

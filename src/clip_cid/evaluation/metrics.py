@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clip_cid.data.evaluation_sets import MetricName
+from clip_cid.data.tasks import MetricName
 
 RESAMPLES = 2_000
 
@@ -34,7 +34,9 @@ def accuracy(correct: Shares, labels: Int[np.ndarray, " labels"], *, metric: Met
     return float(np.nanmean(per_class(correct, labels, num_classes=int(labels.max()) + 1)))
 
 
-def per_class(correct: Shares, labels: Int[np.ndarray, " images"], *, num_classes: int) -> Float[np.ndarray, " classes"]:
+def per_class(
+    correct: Shares, labels: Int[np.ndarray, " images"], *, num_classes: int
+) -> Float[np.ndarray, " classes"]:
     """Share of right answers of each class; NaN for a class without an image."""
     right = np.bincount(labels, weights=correct, minlength=num_classes)
     with np.errstate(invalid="ignore"):

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,8 @@ class Results:
         lines = [{**row, "key": key, "answers": name} for row in rows]
         self._append(lines)
         with atomic_file(self._folder / ANSWERS / name) as temporary, open(temporary, "wb") as handle:
-            np.savez_compressed(handle, **{kind: _small(values) for kind, values in answers.items()})
+            small: dict[str, Any] = {kind: _small(values) for kind, values in answers.items()}
+            np.savez_compressed(handle, **small)
         self._found[key] = (self._folder, lines)
         self.rows += lines
 

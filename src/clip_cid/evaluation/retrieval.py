@@ -1,7 +1,7 @@
 """Image-text retrieval: is the right caption among the first k, and the right image?"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -29,7 +29,7 @@ class Recall:
     chance: float
     """What a model that knows nothing scores."""
     queries: int
-    hits: Float[np.ndarray, " images"]
+    hits: Float[np.ndarray, " images"] = field(compare=False)
     """Queries of each image that found their answer: its own, or those of its captions."""
 
 

@@ -40,7 +40,8 @@ def score_table(rows: Sequence[Row], task: str, *, groups: Sequence[Group], miss
     for row in chosen:
         scores.setdefault(row["model"], {})[row["set"]] = row["score"]
         intervals.setdefault(row["model"], {})[row["set"]] = (row["low"], row["high"])
-    about = {row["set"]: {key: row[key] for key in ("metric", "classes", "chance", "n")} for row in chosen}
+    facts = ("metric", "classes", "chance", "n", "variant")
+    about = {row["set"]: {key: row[key] for key in facts} for row in chosen}
     means = [_group_mean(group, scores) for group in groups]
     asked = [name for group in groups for name in group.sets]
     head = means[0] if means else {"mean": {}, "of": "0/0"}
@@ -68,26 +69,37 @@ def retrieval_table(rows: Sequence[Row], *, asked: Sequence[str], missing: Mappi
 
 
 def score_lines(table: Row, models: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines to print: sets down, models across; sets without a result stand below, then the means."""
+    """Columns and lines to print: sets down, models across; sets without a result stand below, then the means.
+
+    A star stands at sets that are not as CLIP measured them; `variant_notes` says how they differ.
+    """
     lines: list[list[str]] = []
     for name, about in table["sets"].items():
         of_set = [(table["scores"].get(model, {}).get(name), model) for model in models]
         cells = ["-" if score is None else _cell(score, table["intervals"][model][name]) for score, model in of_set]
-        lines.append([name, about["metric"], percent(about["chance"]), *cells])
+        lines.append([name + (" *" if about["variant"] else ""), about["metric"], percent(about["chance"]), *cells])
     lines += [[name, "not measured", *("-" for _ in range(1 + len(models)))] for name in table["missing"]]
     for group in table["groups"]:
         lines.append([group["title"], "", "", *(percent(group["mean"].get(model)) for model in models)])
     return ["set", "metric", "chance", *models], lines
 
 
+def variant_notes(tables: Mapping[str, Row]) -> list[str]:
+    """What the stars of the printed tables stand for."""
+    found: dict[str, str] = {}
+    for table in tables.values():
+        found |= {name: about["variant"] for name, about in table["sets"].items() if about.get("variant")}
+    return [f"* {name}: {words}" for name, words in found.items()]
+
+
 def same_class_lines(rows: Sequence[Row], models: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Columns and lines to print: each robustness set, and the model's accuracy on ImageNet's images of the same classes."""
-    scores = {(row["model"], row["set"]): row for row in rows if row.get("imagenet_same_classes") is not None}
+    found = {(row["model"], row["set"]): row for row in rows if row.get("imagenet_same_classes") is not None}
     lines: list[list[str]] = []
-    for name in dict.fromkeys(name for _, name in scores):
-        of_set = [scores.get((model, name)) for model in models]
-        lines.append([name, "this set", *(percent(row and row["top1"]) for row in of_set)])
-        lines.append(["", "ImageNet, same classes", *(percent(row and row["imagenet_same_classes"]) for row in of_set)])
+    for name in dict.fromkeys(name for _, name in found):
+        of_set = [found[model, name] for model in models]
+        lines.append([name, "this set", *(percent(row["top1"]) for row in of_set)])
+        lines.append(["", "ImageNet, same classes", *(percent(row["imagenet_same_classes"]) for row in of_set)])
     return ["set", "top1 on", *models], lines
 
 

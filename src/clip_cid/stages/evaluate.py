@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from clip_cid import log
 from clip_cid.data.evaluation_sets import EvaluationSet, MissingSetError, open_set
 from clip_cid.data.pairs import fingerprint, open_pairs
 from clip_cid.data.sources import find_sources
+from clip_cid.data.tasks import IMAGENET, find_task, task_table
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
 from clip_cid.evaluation.comparison import differences
@@ -27,6 +28,7 @@ from clip_cid.evaluation.tables import (
     same_class_lines,
     score_lines,
     score_table,
+    variant_notes,
 )
 from clip_cid.models.device import resolve_device
 from clip_cid.models.student import load_clip
@@ -104,7 +106,7 @@ def _open_all(recipe: Recipe) -> _Asked:
         except MissingSetError as error:
             _leave_out(asked, name, error)
             continue
-        if trained and "train" not in opened.splits and not _is_robustness(name):
+        if trained and "train" not in opened.splits and not _is_shifted(name):
             log.warn(f"{name}: no train split at {where}, so no linear probe and no neighbors on it")
         asked.sets.append(opened)
     for name, source in settings.retrieval.items():
@@ -178,12 +180,18 @@ def _measure(encoder: Encoder, tasks: Sequence[Task], results: Results) -> None:
 def _groups(task: str, recipe: Recipe) -> list[Group]:
     """The sets whose scores may be averaged: CLIP's, the shifted ImageNets (which have nothing to train on), all others."""
     named = list(recipe.evaluate.sets)
-    clip = tuple(name for name in named if _is_clip(name))
-    shifted = tuple(name for name in named if _is_robustness(name))
-    others = tuple(name for name in named if name not in {*clip, *shifted})
-    found = [Group("CLIP's sets", clip, CLIP_SETS)] if clip else []
+    others = tuple(name for name in named if find_task(name) is None)
+    shifted = tuple(name for name in named if _is_shifted(name))
+    clip = tuple(name for name in named if name not in {*others, *shifted})
+    of_shifted = sum(entry.shifted for entry in task_table().values())
+    found = [Group("CLIP's sets", clip, len(task_table()) - of_shifted)] if clip else []
     found += [Group("other sets" if clip or shifted else "", others, len(others))] if others else []
-    return found + ([Group("shifted ImageNets", shifted, ROBUSTNESS_SETS)] if shifted and task == "zero_shot" else [])
+    return found + ([Group("shifted ImageNets", shifted, of_shifted)] if shifted and task == "zero_shot" else [])
+
+
+def _is_shifted(name: str) -> bool:
+    found = find_task(name)
+    return found is not None and found.shifted
 
 
 def _tables(results: Results, asked: _Asked, recipe: Recipe) -> dict[str, Row]:
@@ -217,6 +225,8 @@ def _print(models: list[str], tables: dict[str, Row], rows: Sequence[Row]) -> No
             log.table(*beside, title="Robustness, in percent")
         if table["differences"]:
             log.table(*difference_lines(table["differences"], models), title=f"{_WORDS[name]}: differences in points")
+    for note in variant_notes(tables):
+        log.say(note)
 
 
 def _summary(models: list[str], tables: dict[str, Row], asked: _Asked) -> dict[str, Any]:
@@ -232,14 +242,3 @@ def _summary(models: list[str], tables: dict[str, Row], asked: _Asked) -> dict[s
         "missing": asked.missing,
         "headline": f"{models[0]}: {', '.join(words)}",
     }
-
-
-IMAGENET, CLIP_SETS, ROBUSTNESS_SETS = "imagenet", 14, 5
-
-
-def _is_clip(name: str) -> bool:
-    return False
-
-
-def _is_robustness(name: str) -> bool:
-    return False

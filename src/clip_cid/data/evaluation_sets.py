@@ -1,8 +1,8 @@
 """The sets models are measured on: found in whatever layout they lie, checked against the table, named where they differ.
 
 A set is indexed and checked when it is opened, before any model runs; images are decoded later, one by one. Nothing is
-downloaded and nothing is unpacked to disk. `tasks.toml` has the sets CLIP is measured on; a set of any other name is the
-user's own.
+unpacked to disk, and nothing is downloaded but what a recipe gives the URL of. `tasks.toml` has the sets CLIP is measured on;
+a set of any other name is the user's own.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from PIL import Image
 
 from clip_cid import log
 from clip_cid.data.labelled_images import LabelledImages
+from clip_cid.data.remote_sets import fetch_set, is_url
 from clip_cid.data.set_readers import ANY_SET, READERS, folders, tars
 from clip_cid.data.set_readers.reading import Asked, Found, cropped
 from clip_cid.data.tasks import MetricName, Prompts, Task, few, find_task, load_prompts, match_keys, metric_of
@@ -84,14 +85,17 @@ class EvaluationSet:
         return root / (tars.TEMPLATES if (root / tars.CLASSES).exists() else folders.TEMPLATES)
 
 
-def open_set(name: str, where: str, *, max_pixels: int, splits: Sequence[str] = SPLITS) -> EvaluationSet:
+def open_set(
+    name: str, where: str, *, max_pixels: int, splits: Sequence[str] = SPLITS, cache_dir: Path | None = None
+) -> EvaluationSet:
     """Index and check a labelled set.
 
     Args:
         name: What the recipe calls it; one of the names in the table says which set it is (`find_task`).
-        where: `builtin:digits`, or a folder in one of the layouts of docs/evaluation_sets.md.
+        where: `builtin:digits`, a folder in one of the layouts of docs/evaluation_sets.md, or the URL of one with tars.
         max_pixels: An image that claims more pixels is refused when it is decoded.
         splits: Open these only, where they exist; `test` must.
+        cache_dir: Where a set behind a URL is kept; ~/.cache/clip_cid when absent.
 
     Raises:
         MissingSetError: There is nothing at `where`.
@@ -99,13 +103,15 @@ def open_set(name: str, where: str, *, max_pixels: int, splits: Sequence[str] = 
             cut files.
         ConfigError: No such built-in set.
     """
+    wanted = tuple(split for split in SPLITS if split in splits)
     if where.startswith("builtin:"):
         opened = _open_digits(name, where)
     else:
-        task, root = find_task(name), Path(where)
+        task = find_task(name)
+        root = fetch_set(where, wanted, cache_dir) if is_url(where) else Path(where)
         if not root.is_dir():
             raise MissingSetError(f"evaluate.sets.{name}: nothing at {root}.", fix=_layouts(task, root))
-        asked = Asked(name, root, task, tuple(split for split in SPLITS if split in splits), max_pixels)
+        asked = Asked(name, root, task, wanted, max_pixels)
         found = _read(asked)
         opened = _own_set(asked, found) if task is None else _task_set(asked, task, found)
     _check_classes(opened)
@@ -153,6 +159,9 @@ def _task_set(asked: Asked, task: Task, found: Found) -> EvaluationSet:
     notes = [*found.notes, _counted(asked, task, found), *_folds_note(task, found)]
     if found.templates and found.templates != prompts.templates:
         notes.append(f"{len(found.templates)} prompts of its own, not CLIP's {len(prompts.templates)}")
+    variant = "; ".join(note for note in notes if note)
+    if variant:
+        log.info(f"{asked.name}: {variant}")
     return EvaluationSet(
         name=asked.name,
         where=str(asked.root),
@@ -161,7 +170,7 @@ def _task_set(asked: Asked, task: Task, found: Found) -> EvaluationSet:
         metric=task.metric,
         splits={split: cropped(part, task.crop) for split, part in found.splits.items()},
         task=task.key,
-        variant="; ".join(note for note in notes if note),
+        variant=variant,
         folds=found.folds,
         superset_classes=_superset(prompts, keys),
         class_keys=tuple(keys),
@@ -186,6 +195,12 @@ def _counted(asked: Asked, task: Task, found: Found) -> str:
     if test == task.counts["test"] and train in (None, expected):
         return ""
     for variant in task.variants:
+        if variant.train is None and train == test == variant.test:
+            raise DataError(
+                f"{asked.root}: train and test have {test:,} images each, which is all there are: a probe would be tested "
+                "on what it was trained on.",
+                fix=f"Leave the train split out for zero-shot alone, or lay {task.title} out as {task.layout}.",
+            )
         if test == variant.test and (train is None or train == variant.train):
             return variant.words
     words = f"{test:,} test images, CLIP used {task.counts['test']:,}"

@@ -118,23 +118,26 @@ def match_keys(task: Task, classes: Sequence[str], where: str) -> list[str]:
     for key, known in zip(names, spellings, strict=True):
         for text in known:
             keys.setdefault(text, set()).add(key)
-    unknown = [text for text, plain in zip(classes, found, strict=True) if len(keys.get(plain, ())) != 1]
+    unknown = [text for text, plain in zip(classes, found, strict=True) if plain not in keys]
+    shared = [text for text, plain in zip(classes, found, strict=True) if len(keys.get(plain, ())) > 1]
     matched = {key for plain in found for key in keys.get(plain, ())}
     missing = [key for key in names if key not in matched]
-    if unknown or missing or len(set(found)) != len(found):
-        raise _not_the_classes(task, classes, unknown, missing, where)
+    if unknown or shared or missing or len(set(found)) != len(found):
+        raise _not_the_classes(task, classes, unknown, shared, missing, where)
     return [next(iter(keys[plain])) for plain in found]
 
 
 def _not_the_classes(
-    task: Task, classes: Sequence[str], unknown: list[str], missing: list[str], where: str
+    task: Task, classes: Sequence[str], unknown: list[str], shared: list[str], missing: list[str], where: str
 ) -> DataError:
     parts = [f"{len(classes)} classes, but {task.title} has {len(load_prompts(task.prompts).names)}"]
     if unknown:
         parts.append(f"{len(unknown)} are not its own ({few(unknown)})")
+    if shared:
+        parts.append(f"{len(shared)} are each the name of two classes ({few(shared)})")
     if missing:
         parts.append(f"{len(missing)} of its own are missing ({few(missing)})")
-    if not unknown and not missing:
+    if len(parts) == 1:
         parts.append("one is named twice")
     return DataError(
         f"{where}: {'; '.join(parts)}.",
@@ -149,7 +152,7 @@ def few(texts: Sequence[str]) -> str:
 
 def _imagenet() -> Prompts:
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     wnids = ImageNetInfo("imagenet-1k").label_names()
     names = dict(zip(wnids, IMAGENET_CLASSNAMES, strict=True))

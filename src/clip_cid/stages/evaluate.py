@@ -99,10 +99,12 @@ def _open_all(recipe: Recipe) -> _Asked:
     settings = recipe.evaluate
     asked = _Asked([], [], {})
     trained = settings.linear_probe or settings.knn
+    splits = ("train", "val", "test") if trained else ("test",)
     for name, where in settings.sets.items():
         try:
-            splits = ("train", "val", "test") if trained else ("test",)
-            opened = open_set(name, where, max_pixels=recipe.pairs.max_pixels, splits=splits)
+            opened = open_set(
+                name, where, max_pixels=recipe.pairs.max_pixels, splits=splits, cache_dir=recipe.machine.cache_dir
+            )
         except MissingSetError as error:
             _leave_out(asked, name, error)
             continue

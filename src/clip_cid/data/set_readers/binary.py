@@ -3,7 +3,7 @@
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -81,7 +81,9 @@ def _stl_split(asked: Asked, split: str, folder: Path, labels: list[int]) -> Lab
     numbers = np.fromfile(classes, np.uint8).astype(np.int64) - 1
     size = 3 * _STL_SIDE**2
     if len(numbers) * size != pixels.stat().st_size:
-        raise damaged(pixels, f"{pixels.stat().st_size:,} bytes, where {len(numbers):,} images are {len(numbers) * size:,}")
+        raise damaged(
+            pixels, f"{pixels.stat().st_size:,} bytes, where {len(numbers):,} images are {len(numbers) * size:,}"
+        )
     rows = np.arange(len(numbers))
     images = RecordImages((pixels,), np.zeros_like(rows), rows, size, 0, _STL_SIDE, columns_first=True)
     return LabelledImages(asked.title(split), _named(numbers, labels, classes), mark, images)
@@ -169,7 +171,7 @@ def _new_bytes(text: object, encoding: object) -> bytes:
 class _PlainUnpickler(pickle.Unpickler):
     """Knows the four names a pickled array needs, each as one of the stand-ins above, and refuses every other."""
 
-    _known = {
+    _known: ClassVar[dict[tuple[str, str], Any]] = {
         **{(f"numpy.{core}.multiarray", "_reconstruct"): _new_array for core in ("core", "_core")},
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _Type,

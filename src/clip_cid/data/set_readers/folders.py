@@ -54,7 +54,8 @@ def read_imagenet(asked: Asked) -> Found | None:
 
 def read_wnid_folders(asked: Asked) -> Found | None:
     """WNID/IMAGE, test only (-A, -R, -Sketch)."""
-    folder = next((path for path in (asked.root, asked.root / "sketch") if _has_wnids(asked, path)), None)
+    unpacked = asked.root / asked.known.layout.partition("/")[0]
+    folder = next((path for path in (asked.root, unpacked) if _has_wnids(asked, path)), None)
     if folder is None:
         return None
     classes = class_folders(folder)

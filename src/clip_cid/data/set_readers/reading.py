@@ -29,8 +29,7 @@ class Asked:
     @property
     def known(self) -> Task:
         """The task, for readers that only a task names."""
-        if self.task is None:
-            raise AssertionError(f"{self.name}: the reader of a task was asked for a set of one's own")
+        assert self.task is not None
         return self.task
 
     def wants(self, split: str) -> bool:
@@ -147,9 +146,7 @@ def cropped(part: LabelledImages, border: int) -> LabelledImages:
     """The split without its images' borders."""
     if not border:
         return part
-    return replace(
-        part, fingerprint=f"{part.fingerprint}-crop{border}", images=CroppedImages(part.images, border)
-    )
+    return replace(part, fingerprint=f"{part.fingerprint}-crop{border}", images=CroppedImages(part.images, border))
 
 
 def known_classes(task: Task) -> tuple[str, ...]:

@@ -59,22 +59,28 @@ def _split(asked: Asked, folder: Path, split: str) -> LabelledImages:
     return LabelledImages(asked.title(split), np.array(labels, dtype=np.int64), mark, images)
 
 
-def _shards(folder: Path) -> tuple[Path, ...]:
-    """0.tar, 1.tar, ...: exactly as many as nshards.txt says."""
+def shard_count(folder: Path) -> int:
+    """How many tars nshards.txt says a split has."""
     (text, *more) = lines(folder / SHARDS)
     if more or not text.isdecimal() or int(text) < 1:
         raise DataError(f"{folder / SHARDS}: {text!r} is not a number of tars.", fix="Write that number alone.")
-    expected = {f"{number}.tar" for number in range(int(text))}
+    return int(text)
+
+
+def _shards(folder: Path) -> tuple[Path, ...]:
+    """0.tar, 1.tar, ...: exactly as many as nshards.txt says."""
+    count = shard_count(folder)
+    expected = {f"{number}.tar" for number in range(count)}
     found = {path.name for path in folder.glob("*.tar")}
     if expected != found:
         wrong = [f"{tar} is missing" for tar in sorted(expected - found)] + [
             f"{tar} is extra" for tar in sorted(found - expected)
         ]
         raise DataError(
-            f"{folder}: nshards.txt says {text}, but there are {len(found)} tars ({', '.join(wrong[:3])}).",
+            f"{folder}: nshards.txt says {count}, but there are {len(found)} tars ({', '.join(wrong[:3])}).",
             fix="Copy the missing tars again, or correct nshards.txt.",
         )
-    return tuple(folder / f"{number}.tar" for number in range(int(text)))
+    return tuple(folder / f"{number}.tar" for number in range(count))
 
 
 def _samples(path: Path) -> list[tuple[str, Member, int]]:

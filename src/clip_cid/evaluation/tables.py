@@ -80,7 +80,8 @@ def score_lines(table: Row, models: Sequence[str]) -> tuple[list[str], list[list
         lines.append([name + (" *" if about["variant"] else ""), about["metric"], percent(about["chance"]), *cells])
     lines += [[name, "not measured", *("-" for _ in range(1 + len(models)))] for name in table["missing"]]
     for group in table["groups"]:
-        lines.append([group["title"], "", "", *(percent(group["mean"].get(model)) for model in models)])
+        star = " *" if any(table["sets"][name]["variant"] for name in group["sets"] if name in table["sets"]) else ""
+        lines.append([group["title"] + star, "", "", *(percent(group["mean"].get(model)) for model in models)])
     return ["set", "metric", "chance", *models], lines
 
 

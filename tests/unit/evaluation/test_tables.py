@@ -59,7 +59,7 @@ def test_sets_of_different_groups_are_never_averaged() -> None:
 def test_a_set_that_is_not_as_clip_measured_it_has_a_star_and_a_note() -> None:
     rows = [row("a", "x", "zero_shot", 0.5, variant="half of it"), row("a", "y", "zero_shot", 0.5)]
     table = score_table(rows, "zero_shot", groups=[Group("", ("x", "y"), 2)], missing={})
-    assert [line[0] for line in score_lines(table, ["a"])[1]] == ["x *", "y", "mean of 2/2"]
+    assert [line[0] for line in score_lines(table, ["a"])[1]] == ["x *", "y", "mean of 2/2 *"]
     assert variant_notes({"zero_shot": table, "linear_probe": table}) == ["* x: half of it"]
 
 

@@ -56,7 +56,7 @@ def fake_hub() -> Iterator[FakeHub]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: FakeHub
+    server: FakeHub  # pyright: ignore[reportIncompatibleVariableOverride]
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -23,7 +23,7 @@ from clip_cid.run_folder import RunFolder
 CARD_FILE = "README.md"
 _NO_CONTENT = {".gitattributes", CARD_FILE}
 # What huggingface_hub raises when a request fails: OSError, and the base of whichever HTTP library it is built on.
-_FAILURES = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)
+_FAILURES: tuple[type[BaseException], ...] = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)
 
 
 def check_repo_name(repo: str) -> None:

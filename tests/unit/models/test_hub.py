@@ -13,7 +13,7 @@ import pytest
 import torch
 from fake_hub import TOKEN, FakeHub, Repo, fake_hub
 from finished_run import LOCAL, finished_run, record, tiny
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from clip_cid import cli
@@ -36,8 +36,17 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     with fake_hub() as running:
-        monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint=running.url))
+        point_at(running.url, monkeypatch)
         yield running
+
+
+def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT would do before huggingface_hub is imported."""
+    constants, name = huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE"
+    template = getattr(constants, name).replace(constants.ENDPOINT, url)
+    monkeypatch.setattr(constants, name, template)
+    monkeypatch.setattr(huggingface_hub.file_download, name, template, raising=False)  # 0.36 has a copy there
+    monkeypatch.setattr(constants, "ENDPOINT", url)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +183,7 @@ def test_no_network_is_said(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with fake_hub() as gone:
         address = gone.url
-    monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint=address))
+    point_at(address, monkeypatch)
     with pytest.raises(HubError, match="me/tiny: the Hub cannot be reached"):
         push(run)
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import open_clip
@@ -64,8 +64,7 @@ def answers(graph: Path, **inputs: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("rows", [1, 2, 11])
 def test_graphs_answer_as_open_clip_does_for_pictures_and_captions(graphs: Path, student: Path, rows: int) -> None:
     source = f"local-dir:{student}"
-    model: Any = open_clip.create_model_from_pretrained(source, return_transform=False)
-    preprocess: Any = open_clip.create_model_from_pretrained(source)[1]
+    model, preprocess = cast(tuple[Any, Any], open_clip.create_model_from_pretrained(source))
     noise = np.random.default_rng(rows).integers(0, 256, (rows, 40, 70, 3), dtype=np.uint8)
     pixels = torch.stack([preprocess(Image.fromarray(picture)) for picture in noise])
     tokens = open_clip.get_tokenizer(source)(["a dog" * row for row in range(rows)])

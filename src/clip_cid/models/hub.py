@@ -163,6 +163,8 @@ def _told(repo: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _refusal(repo, error) from error
     except _FAILURES as error:
+        if isinstance(error.__cause__, HfHubHTTPError):  # an answer in other clothes: a card or a file it does not take
+            raise _refusal(repo, error.__cause__) from error
         reasons = dict.fromkeys(_one_line(reason) for reason in (error, error.__cause__) if reason is not None)
         raise HubError(
             f"{repo}: the Hub cannot be reached, or the upload failed ({'; '.join(reasons)}).",

@@ -21,8 +21,10 @@ from clip_cid.run_folder import RunFolder, StageRecord, read_json
 
 _STUDENT = "student"
 _TASKS = {"zero_shot": "Zero-shot classification", "linear_probe": "Linear probe", "retrieval": "Retrieval"}
-_SETTINGS = ("batch_size", "lr", "warmup_steps", "weight_decay", "temperature", "sample_rate", "alignment", "seed")
-_TAGS = ["clip", "clip-cid", "distillation"]
+_SETTINGS = (
+    *("batch_size", "lr", "warmup_steps", "weight_decay", "ema_decay", "lock", "temperature", "sample_rate"),
+    *("alignment", "seed"),
+)
 # Characters that mean something to Markdown, to HTML inside it, or to its automatic links. As entities they mean nothing,
 # whatever stands around them.
 _SPECIAL = re.compile(r"[\\`*_\[\]<>#|~&$@]|:(?=//)")
@@ -61,7 +63,7 @@ def model_card(run: RunFolder, repo: str, *, license: str | None) -> str:
             f"{run.path}: its records are not of this version ({type(error).__name__}: {error}).",
             fix=f"Run `clip-cid distill {run.path} --force` with this version, or `clip-cid export` and write a card yourself.",
         ) from error
-    return f"{_front_matter(repo, license)}\n{_render(values)}"
+    return f"{_front_matter(license, distilled=values['teacher'] is not None)}\n{_render(values)}"
 
 
 def markdown_text(value: object) -> str:
@@ -72,12 +74,12 @@ def markdown_text(value: object) -> str:
     return _SPECIAL.sub(lambda found: f"&#{ord(found[0])};", text)
 
 
-def _front_matter(repo: str, license: str | None) -> str:
+def _front_matter(license: str | None, *, distilled: bool) -> str:
     data = ModelCardData(
         library_name="open_clip",
         pipeline_tag="zero-shot-image-classification",
         license=license,
-        tags=_TAGS,
+        tags=["clip", "clip-cid", *(["distillation"] if distilled else [])],
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
@@ -134,7 +136,7 @@ def _values(
         "data": _data(records),
         "balanced": "balance" in records,
         "training": _training(recipe["distill"], distill),
-        "weights": [(name, f"{weight:g}") for name, weight in recipe["distill"]["weights"].items()],
+        "weights": [(name, f"{weight:g}") for name, weight in recipe["distill"]["weights"].items() if weight],
         "scores": scores,
         "compared": _compared(records.get("evaluate"), scores),
         "versions": list(distill.versions.items()),
@@ -186,7 +188,9 @@ def _training(settings: dict[str, Any], distill: StageRecord) -> list[tuple[str,
         ("pairs seen", f"{summary['pairs_seen']:,}"),
         ("passes over the pairs", f"{summary['epochs']:.4g}"),
     ]
-    rows += [(name.replace("_", " "), str(settings[name])) for name in _SETTINGS if name in settings]
+    rows += [(name.replace("_", " "), str(settings[name])) for name in _SETTINGS if settings.get(name) is not None]
+    if settings.get("schedule"):
+        rows.append(("weights of the losses", "follow the schedule in the recipe below"))
     if "head_scale" in summary:
         rows.append(("scale of the cluster logits (sigma)", f"{summary['head_scale']:.4g}"))
     if settings.get("pretrained"):

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,8 @@ def test_every_number_comes_from_the_records(card: str) -> None:
 def test_the_weights_are_those_of_the_recipe_whatever_their_names(run: RunFolder, card: str) -> None:
     config = json.loads((run.path / "distill/student/open_clip_config.json").read_text())
     weights = config["clip_cid"]["recipe"]["distill"]["weights"]
-    (table,) = [table for table in tables(card) if table[0] == ["loss", "weight"]]
-    assert {name: float(weight) for name, weight in table[1:]} == weights
+    (table,) = [table for table in tables(card) if table[0] == ["loss (others are off)", "weight"]]
+    assert {name: float(weight) for name, weight in table[1:]} == {name: w for name, w in weights.items() if w}
 
 
 def test_the_scores_stand_with_their_intervals_and_a_bar_in_a_name_does_not_break_the_table(card: str) -> None:
@@ -192,3 +193,22 @@ def test_a_hostile_name_is_shown_as_it_is_in_one_cell(hostile: str) -> None:
     cells = [token for token in parsed if token.type == "inline"][2:]
     assert [shown(cell) for cell in cells] == [" ".join(hostile.split()), "1"]
     assert {child.type for cell in cells for child in cell.children} <= {"text", "text_special"}
+
+
+def test_a_student_without_a_teacher_is_not_called_distilled(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", evaluated=False)
+    config = run.path / "distill/student/open_clip_config.json"
+    values = json.loads(config.read_text())
+    values["clip_cid"]["teacher"] = None
+    config.write_text(json.dumps(values))
+    for stage in ("embed", "balance", "cluster"):
+        shutil.rmtree(run.path / stage)
+    card = model_card(run, "me/x", license=None)
+    assert ModelCard(card).data.get("tags") == ["clip", "clip-cid"]
+    assert "without a teacher" in card
+    assert "distilled" not in body(card)
+    found = facts(card)
+    assert found["teacher"] == "none"
+    assert found["pairs trained on"] == "890"
+    assert "kept" not in found
+    assert "were not searched" in card

@@ -122,7 +122,7 @@ def test_every_part_of_the_loss_is_in_the_metrics():
         parts = [
             line[f"loss/{name}"] for name in ("clip", "cluster_cls", "cluster_kl", "instance_image", "instance_text")
         ]
-        assert line["loss"] == pytest.approx(np.dot(parts, [1, 1, 1, 0.5]), rel=1e-5)
+        assert line["loss"] == pytest.approx(np.dot(parts, [1, 1, 1, 0.5, 0.5]), rel=1e-5)
 
 
 def test_scores_of_student_and_teacher_lie_between_0_and_1_with_their_intervals():

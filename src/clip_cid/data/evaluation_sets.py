@@ -307,4 +307,5 @@ def _open_digits(name: str, where: str) -> EvaluationSet:
         split: LabelledImages(f"{name}/{split}", labels[rows], f"{DIGITS}-{split}-1", _DigitImages(pixels[rows], split))
         for split, rows in (("train", train), ("test", test))
     }
-    return EvaluationSet(name, where, tuple("0123456789"), _DIGIT_PROMPTS, metric_of(name), splits)
+    classes = tuple("0123456789")
+    return EvaluationSet(name, where, classes, _DIGIT_PROMPTS, metric_of(name), splits, class_keys=classes)

@@ -47,7 +47,7 @@ def _try(base: str, folder: Path, file: str) -> bool:
         _bring(base, folder, file, lambda _: None)
     except DataError as error:
         log.warn(f"{error.problem} Taken for absent.")
-        with contextlib.suppress(OSError):  # files of earlier, of which this one should not be missing
+        with contextlib.suppress(OSError):  # an empty folder would look like a split whose tars were lost
             (folder / file).parent.rmdir()
         return False
     return True

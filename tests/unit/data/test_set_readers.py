@@ -462,6 +462,16 @@ def test_clips_own_counts_are_the_protocol_itself(
     assert not caplog.text
 
 
+def test_training_and_validation_images_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CLIP_benchmark's copies have one train split of both; to train without the second half is another protocol."""
+    tars(tmp_path, keys_of("dtd"))
+    short = task_table()["dtd"].variants[0].model_copy(update={"train": 47, "test": 47})
+    _sized("dtd", monkeypatch, counts={"train": 24, "val": 23, "test": 47})
+    assert opened("dtd", tmp_path).variant == ""
+    _sized("dtd", monkeypatch, counts={"train": 47, "val": 47, "test": 47}, variants=(short,))
+    assert opened("dtd", tmp_path).variant == "trained without the 1,880 validation images"
+
+
 def test_a_known_variant_is_named_and_not_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,6 +1,8 @@
 """Nearest neighbors as a classifier: a third number beside zero-shot and probe, without anything fitted or chosen."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -43,12 +45,22 @@ def knn(
     *,
     metric: MetricName = "top1",
     neighbors: tuple[int, ...] = NEIGHBORS,
+    on_images: Callable[[int], Any] | None = None,
 ) -> KnnResult:
     """Classify each test image by its nearest training images by cosine, each voting with `exp(cosine / 0.07)`.
 
     The rule of DINOv2's evaluation (arXiv 2304.07193), whose weights are Wu et al.'s (arXiv 1805.01978). Of equally near
     images the earlier one counts as nearer; of classes with equal votes the lower one is the answer. A number of
     neighbors above the number of training images means all of them.
+
+    Args:
+        train_x: Features of the training images, of any length.
+        train_y: Their class numbers.
+        test_x: Features of the test images.
+        test_y: Their class numbers.
+        metric: What `score` is.
+        neighbors: How many neighbors vote; each number gives a score.
+        on_images: Called after each block of test images with their number.
 
     Raises:
         ValueError: Lengths or widths differ, a feature is not finite or zero, or a number of neighbors is below 1.
@@ -61,7 +73,7 @@ def knn(
     if not neighbors or min(neighbors) < 1:
         raise ValueError(f"neighbors must be 1 or more, got {neighbors}")
     ks = sorted({min(k, len(train_y)) for k in neighbors})
-    predicted = _predictions(train_x, train_y, test_x, ks)
+    predicted = _predictions(train_x, train_y, test_x, ks, on_images)
     scores = {k: accuracy(predicted[k] == test_y, test_y, metric=metric) for k in ks}
     main = min(MAIN, len(train_y))
     main = main if main in scores else ks[-1]
@@ -73,6 +85,7 @@ def _predictions(
     train_y: Int[np.ndarray, " train"],
     test_x: Float[np.ndarray, "test dim"],
     ks: list[int],
+    on_images: Callable[[int], Any] | None,
 ) -> dict[int, Int[np.ndarray, " test"]]:
     train, classes = unit_rows(train_x, name="train_x"), int(train_y.max()) + 1
     found: dict[int, list[np.ndarray]] = {k: [] for k in ks}
@@ -86,6 +99,8 @@ def _predictions(
             votes = np.zeros((len(similarity), classes))
             np.add.at(votes, (np.arange(len(votes))[:, None], train_y[nearest[:, :k]]), weights[:, :k])
             found[k].append(votes.argmax(axis=1))
+        if on_images is not None:
+            on_images(len(similarity))
     return {k: np.concatenate(parts) for k, parts in found.items()}
 
 

@@ -232,7 +232,8 @@ def _say_cost(
 def _knn(labelled: EvaluationSet, settings: EvaluateConfig, encoder: Encoder) -> Measured:
     (train, train_y), (test, test_y) = (_images(encoder, labelled, name, settings) for name in ("train", "test"))
     train_x, test_x = _chosen(train, settings), _chosen(test, settings)
-    result = knn(train_x, train_y, test_x, test_y, metric=labelled.metric)
+    with log.progress(f"neighbors {encoder.name} {labelled.name}", len(test_y)) as bar:
+        result = knn(train_x, train_y, test_x, test_y, metric=labelled.metric, on_images=bar.advance)
     row = {
         **_row(labelled, "knn", result.score, result.predicted, test_y, seed=settings.seed),
         "top1": accuracy(result.correct, test_y, metric="top1"),

@@ -68,7 +68,9 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = random.normal(size=(50, 6)), random.integers(0, 4, size=50)
     whole = knn(x, y, x[::2], y[::2])
     monkeypatch.setattr(module, "_CELLS", 50 * 7)
-    np.testing.assert_array_equal(knn(x, y, x[::2], y[::2]).predicted, whole.predicted)
+    told: list[int] = []
+    np.testing.assert_array_equal(knn(x, y, x[::2], y[::2], on_images=told.append).predicted, whole.predicted)
+    assert told == [7, 7, 7, 4]
 
 
 def test_the_metric_is_the_sets_own() -> None:

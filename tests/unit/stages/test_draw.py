@@ -10,6 +10,7 @@ import pytest
 from fabricated_run import BAD, COPIES, GROUPS, PLAIN, ROWS, fake_clip, make_recipe, make_run
 from PIL import Image
 
+from clip_cid.figures import run_inputs
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import draw
@@ -18,7 +19,7 @@ from clip_cid.stages import draw
 @pytest.fixture(autouse=True, scope="module")
 def _no_real_models() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draw, "load_clip", fake_clip)
+        patch.setattr(run_inputs, "load_clip", fake_clip)
         yield
 
 

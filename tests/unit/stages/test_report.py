@@ -13,6 +13,7 @@ from fabricated_run import COPIES, GROUPS, HOSTILE, PLAIN, ROWS, fake_clip, make
 from PIL import Image
 
 from clip_cid.errors import RunError
+from clip_cid.figures import run_inputs
 from clip_cid.recipe import Recipe, dump_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import draw, report
@@ -62,7 +63,7 @@ def drawn(base: Path, **changed: dict[str, Any]) -> tuple[RunFolder, Recipe]:
     recipe = make_recipe(base, **changed)
     folder = make_run(base, recipe)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draw, "load_clip", fake_clip)
+        patch.setattr(run_inputs, "load_clip", fake_clip)
         summary = draw.run(folder, folder.begin("draw", "key", resumable=False), recipe)
     publish(folder, "draw", summary)
     return folder, recipe

@@ -21,7 +21,7 @@ def why_no_patches(clip: Clip) -> str | None:
 
 def patch_tokens(
     clip: Clip, pixels: Float[Tensor, "images 3 height width"]
-) -> Float[Tensor, "images rows columns width"]:
+) -> Float[Tensor, "images rows columns dim"]:
     """Each patch's features after the last block and, where it is made for this width, the tower's last norm."""
     visual = _vit(clip)
     with torch.inference_mode():

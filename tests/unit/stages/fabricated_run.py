@@ -145,7 +145,7 @@ def _embeddings() -> np.ndarray:
     random = np.random.default_rng(1)
     centers = random.standard_normal((GROUPS + LONE, DIM))
     rows = np.concatenate([np.repeat(centers[:GROUPS], COPIES, axis=0), centers[GROUPS:]])
-    rows[: GROUPS * COPIES] += 0.15 * random.standard_normal((GROUPS * COPIES, DIM))
+    rows[: GROUPS * COPIES] += 0.1 * random.standard_normal((GROUPS * COPIES, DIM))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     rows[BAD] = 0
     return rows.astype(np.float16)

@@ -169,6 +169,27 @@ def test_the_clusters_have_their_objective_by_round_and_their_purity(full: tuple
     assert [float(line["objective"]) for line in rounds] == [entry["objective"] for entry in summary["history"]]
 
 
+def test_what_the_models_look_at_is_told_with_pictures_and_without_markup(full: tuple[RunFolder, Recipe]) -> None:
+    out, _ = write(*full)
+    page = read(out)
+    shown = {attributes.get("id") for attributes in page.all("figure")}
+    assert {"activation_maps", "patch_pca", "single_linkage", "embedding_map"} <= shown
+    assert len(page.all("image")) == (1 + 3) * 3 + (1 + 3) * 6 + COPIES  # three classes; of each two images at most
+    assert "an image of two and the prompt of its class, such as \N{LEFT DOUBLE QUOTATION MARK}<i>a</i> " in page.text
+    assert "shared with teacher" in page.text
+
+
+def test_models_without_patches_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "its image tower is a <Thing>."
+    monkeypatch.setattr(
+        run_inputs, "why_no_patches", lambda clip: reason if clip is fake_clip("run:t", device="auto") else None
+    )
+    folder, recipe = drawn(tmp_path)
+    text = read(write(folder, recipe)[0]).text
+    assert text.count(f"Without the teacher: {reason}") == 2
+    assert "shared with student" in text
+
+
 def test_the_bar_is_to_scale(full: tuple[RunFolder, Recipe]) -> None:
     folder, recipe = full
     out, _ = write(folder, recipe)
@@ -216,7 +237,8 @@ def test_with_images_off_no_picture_caption_or_key_is_left(full: tuple[RunFolder
     folder, _ = full
     out, summary = write(folder, make_recipe(folder.path.parent, report={"images": False}))
     page = read(out)
-    assert page.all("img") == []
+    assert page.all("img") == page.all("image") == []
+    assert {"embedding_map", "cluster_sizes"} < {attributes.get("id") for attributes in page.all("figure")}
     assert "alert(1)" not in page.text
     assert "picture 1" not in page.text
     assert "report.images is off" in page.text
@@ -257,7 +279,7 @@ def test_a_plain_run_has_a_page_without_the_missing_parts(tmp_path: Path) -> Non
     out, _ = write(folder, recipe)
     page = read(out)
     sections = [attributes.get("id") for attributes in page.all("section")]
-    assert sections == ["pairs", "training", "scores", "skipped", "provenance"]
+    assert sections == ["pairs", "training", "scores", "inside", "skipped", "provenance"]
     assert "pairs in 14 plain CLIP training" in page.text
     assert "vs " not in page.text
     assert "distances: this recipe does not balance" in page.text

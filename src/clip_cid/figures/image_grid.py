@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -70,7 +71,7 @@ def _picture(figure: Figure, left: float, bottom: float, side: float, picture: P
     axes.set_axis_off()
 
 
-def _words(figure: Figure, left: float, bottom: float, words: str, **look: str | float) -> None:
+def _words(figure: Figure, left: float, bottom: float, words: str, **look: Any) -> None:
     if words:
         width, height = figure.get_size_inches()
         figure.text(left / width, bottom / height, words, **look)

@@ -73,12 +73,13 @@ def _joined_to(
     row: int, left: Int[np.ndarray, " links"], right: Int[np.ndarray, " links"]
 ) -> tuple[Int[np.ndarray, " images"], Int[np.ndarray, " inside"]]:
     """All rows that links join to this one, ascending, and these links; for a small set, as each hop is a pass over all."""
-    rows, count = np.array([row], dtype=np.int64), 0
-    while len(rows) > count:
-        count = len(rows)
+    rows = np.array([row], dtype=np.int64)
+    while True:
         inside = np.flatnonzero(np.isin(left, rows) | np.isin(right, rows))
-        rows = np.unique(np.concatenate([rows, left[inside], right[inside]]))
-    return rows, inside
+        reached = np.unique(np.concatenate([rows, left[inside], right[inside]]))
+        if len(reached) == len(rows):
+            return rows, inside
+        rows = reached
 
 
 def linkage(

@@ -40,13 +40,19 @@ class Variant:
     instance: float = 0.5
 
     def applied(self, values: dict[str, Any]) -> dict[str, Any]:
-        weights = {"clip": 1.0, "cluster_cls": self.cls, "cluster_kl": self.kl, "instance": self.instance}
+        weights = {
+            "clip": 1.0,
+            "cluster_cls": self.cls,
+            "cluster_kl": self.kl,
+            "instance_image": self.instance,
+            "instance_text": self.instance,
+        }
         return {**values, "weights": weights, "head_scale": self.sigma, "temperature": self.tau}
 
 
 def _preset(name: str, sigma: float) -> Variant:
-    weights = PRESETS[name]
-    return Variant(weights["cluster_cls"], weights["cluster_kl"], sigma, instance=weights["instance"])
+    weights = PRESETS[name].weights
+    return Variant(weights["cluster_cls"], weights["cluster_kl"], sigma, instance=weights["instance_image"])
 
 
 VARIANTS = {

@@ -120,10 +120,27 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     return -float(np.mean([row[label] for row, label in zip(log_softmax(logits), labels, strict=True)]))
 
 
+def one_way(queries: np.ndarray, keys: np.ndarray, scale: float) -> float:
+    """Each query looks for the key of its own number."""
+    return cross_entropy(batch_logits(queries, keys, scale), np.arange(len(queries)))
+
+
 def contrastive(a: np.ndarray, b: np.ndarray, scale: float) -> float:
-    logits = scale * (np.asarray(a, dtype=np.float64) @ np.asarray(b, dtype=np.float64).T)
-    own = np.arange(len(a))
-    return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+    return (one_way(a, b, scale) + one_way(b, a, scale)) / 2
+
+
+def batch_logits(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+    return scale * (np.asarray(a, dtype=np.float64) @ np.asarray(b, dtype=np.float64).T)
+
+
+def siglip(image: np.ndarray, text: np.ndarray, scale: float, bias: float) -> float:
+    """Pair by pair: -log of the probability that it is what it is."""
+    total = []
+    for i, row in enumerate(batch_logits(image, text, scale) + bias):
+        for j, logit in enumerate(row):
+            wrong = -float(logit) if i == j else float(logit)
+            total.append(max(wrong, 0.0) + math.log1p(math.exp(-abs(wrong))))
+    return math.fsum(total) / len(image)
 
 
 def kl(teacher_logits: np.ndarray, student_logits: np.ndarray, temperature: float) -> float:

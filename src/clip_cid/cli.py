@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    log.setup()
+    log.setup(quiet=os.environ.get("RANK", "0") != "0")
     try:
         commands = _commands(_recipe_for(arguments))
         done = tyro.extras.subcommand_cli_from_dict(

@@ -18,11 +18,16 @@ _FILE_WIDTH = 500  # a table that goes into a file or a pipe is as wide as it ne
 _PLAIN_SECONDS = 10.0  # how often a bar that nobody watches becomes a line
 
 
-def setup() -> None:
-    """Send messages to the terminal; call once, from the command line only, so that a library user's logging is left alone."""
+def setup(*, quiet: bool = False) -> None:
+    """Send messages to the terminal; call once, from the command line only, so that a library user's logging is left alone.
+
+    Args:
+        quiet: Of warnings only: for one of several processes, whose first one speaks for all.
+    """
     if _logger.handlers:
         return
     _logger.propagate = False
+    _logger.setLevel(logging.WARNING if quiet else logging.INFO)
     if _console.is_terminal:
         _logger.addHandler(RichHandler(console=_console, show_time=False, show_level=False, show_path=False))
     else:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import os
 import time
 from importlib import metadata
 from pathlib import Path
@@ -41,12 +42,13 @@ STAGES = (
     Stage("embed", needs=(), sections=("pairs", "embed"), resumable=True),
     Stage("balance", needs=("embed",), sections=("balance",), version=2, resumable=True),
     Stage("cluster", needs=("embed", "balance"), sections=("cluster",), version=2, resumable=True),
-    Stage("distill", needs=("embed", "balance", "cluster"), sections=("pairs", "distill"), version=2, resumable=True),
+    Stage("distill", needs=("embed", "balance", "cluster"), sections=("pairs", "distill"), version=3, resumable=True),
     Stage("evaluate", needs=("distill",), sections=("pairs", "evaluate")),
     Stage("draw", needs=("embed", "balance", "cluster", "distill", "evaluate"), sections=("draw",), version=3),
     Stage("report", needs=("embed", "balance", "cluster", "distill", "evaluate", "draw"), sections=("pairs", "report")),
 )
 _BY_NAME = {stage.name: stage for stage in STAGES}
+_JOINT = "distill"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,11 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
     Raises:
         ClipCidError: As the stages raise it; results of other stages stay whole.
     """
+    if (rank := int(os.environ.get("RANK", "0"))) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _check_ranks(only)
+    if rank:
+        _assist(folder, recipe, _BY_NAME[str(only)], force=force)
+        return
     with folder.lock(), log.to_file(folder.path / "run.log"):
         active = active_stages(recipe)
         todo = active if only is None else _with_imports(_BY_NAME[only], recipe, active)
@@ -208,6 +215,24 @@ def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, active: tuple[St
             f"{folder.path}: the disk is full; {stage.name} could not write its results.",
             fix=f"Free some room and run the same command again; earlier results are whole. ({error})",
         ) from error
+
+
+def _check_ranks(only: str | None) -> None:
+    """Several processes of torchrun can share one stage only."""
+    if only != _JOINT:
+        raise ConfigError(
+            f"torchrun has started several processes, but only the {_JOINT} stage is for several.",
+            fix=f"Run the other stages first, without torchrun; then: torchrun ... -m clip_cid {_JOINT} RUN.",
+        )
+
+
+def _assist(folder: RunFolder, recipe: Recipe, stage: Stage, *, force: bool) -> None:
+    """Do this process's part of a stage whose folder, record and log the first process keeps."""
+    state = next(state for state in states(folder, recipe) if state.stage is stage)
+    if state.status != "done" or force:
+        module = importlib.import_module(f"clip_cid.stages.{stage.name}")
+        with threadpoolctl.threadpool_limits(recipe.machine.threads or None):
+            module.run(folder, folder.part(stage.name), recipe)
 
 
 def _with_imports(stage: Stage, recipe: Recipe, active: tuple[Stage, ...]) -> tuple[Stage, ...]:

@@ -5,8 +5,10 @@ result is made, but not the result, live in `machine` and never make a stage sta
 """
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import yaml
 from pydantic import (
@@ -26,6 +28,7 @@ from clip_cid.errors import ConfigError
 Share = Annotated[float, Field(ge=0, le=1)]
 Metric = Literal["cosine", "squared_euclidean", "euclidean"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+AUGMENTATIONS = ("color_jitter", "color_jitter_prob", "gray_scale_prob")
 
 
 class Config(BaseModel):
@@ -115,23 +118,72 @@ class ClusterConfig(Config):
 
 
 class LossWeights(Config):
-    """How the named losses are weighed; 0 switches one off (paper Table 5)."""
+    """How the named losses are weighed; 0 switches one off (paper Table 5). The last three are those of peers."""
 
     clip: NonNegativeFloat = 1.0
     """Weight of `L_clip`."""
+    siglip: NonNegativeFloat = 0.0
+    """Weight of SigLIP's sigmoid loss, in the place of `clip`; the student then has a logit bias."""
     cluster_cls: NonNegativeFloat = 1.0
     """Weight of `L_cls`, the cluster classification."""
     cluster_kl: NonNegativeFloat = 1.0
     """Weight of `L_kl`, the alignment of the cluster distributions."""
-    instance: NonNegativeFloat = 0.5
-    """Weight of `L_instance` (the paper's beta)."""
+    instance_image: NonNegativeFloat = 0.5
+    """Weight of the half of `L_instance` in which the student's images meet the teacher's texts (the paper's beta)."""
+    instance_text: NonNegativeFloat = 0.5
+    """Weight of the half in which the student's texts meet the teacher's images (the paper's beta)."""
+    affinity: NonNegativeFloat = 0.0
+    """Weight of the divergence from the teacher's image-text similarities within the batch (open_clip's distillation, CLIP-KD's CRD, TinyCLIP, MobileCLIP)."""
+    feature: NonNegativeFloat = 0.0
+    """Weight of the mean squared difference of the embeddings (CLIP-KD's FD, which gives it 2000)."""
+    icl: NonNegativeFloat = 0.0
+    """Weight of the instance loss with the student as query only (CLIP-KD's ICL)."""
 
 
-PRESETS: dict[str, dict[str, float]] = {
-    "paper-r1": {"clip": 1.0, "cluster_cls": 0.999, "cluster_kl": 0.001, "instance": 0.5},
-    "paper-r2": {"clip": 1.0, "cluster_cls": 0.001, "cluster_kl": 0.999, "instance": 0.5},
-    "clip-only": {"clip": 1.0, "cluster_cls": 0.0, "cluster_kl": 0.0, "instance": 0.0},
+class Preset(NamedTuple):
+    """Weights that have a name, and the settings that go with them."""
+
+    weights: dict[str, float]
+    settings: Mapping[str, float] = MappingProxyType({})
+
+
+_NOTHING = dict.fromkeys(LossWeights.model_fields, 0.0)
+PRESETS: dict[str, Preset] = {
+    "paper-r1": Preset(
+        _NOTHING | {"clip": 1.0, "cluster_cls": 0.999, "cluster_kl": 0.001, "instance_image": 0.5, "instance_text": 0.5}
+    ),
+    "paper-r2": Preset(
+        _NOTHING | {"clip": 1.0, "cluster_cls": 0.001, "cluster_kl": 0.999, "instance_image": 0.5, "instance_text": 0.5}
+    ),
+    "clip-only": Preset(_NOTHING | {"clip": 1.0}),
+    "siglip-only": Preset(_NOTHING | {"siglip": 1.0}),
+    "open-clip": Preset(_NOTHING | {"clip": 1.0, "affinity": 1.0}),
+    "clip-kd": Preset(_NOTHING | {"clip": 1.0, "affinity": 1.0, "feature": 2000.0, "icl": 1.0}),
+    "tiny-clip": Preset(_NOTHING | {"affinity": 1.0}, {"teacher_scale": 50.0, "affinity_scale": 50.0}),
+    "mobile-clip": Preset(_NOTHING | {"affinity": 1.0}),
+    "mobile-clip-b": Preset(_NOTHING | {"clip": 0.25, "affinity": 0.75}),
 }
+
+
+class ValidationConfig(Config):
+    """What is measured while the student learns."""
+
+    share: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the pairs held out of the training, for the losses and image-text retrieval on pairs it has not seen."""
+    every: PositiveInt | None = None
+    """Pairs between two measurements; an epoch when absent."""
+    sets: dict[str, str] = {}
+    """Name -> labelled set (as in evaluate.sets) that is classified zero-shot each time."""
+    metric: Literal["retrieval", "zero_shot", "loss"] = "retrieval"
+    """What decides which student is the best: mean recall on the held-out pairs, mean zero-shot score, or the held-out loss."""
+    keep: Literal["last", "best"] = "last"
+    """Which student the run leaves."""
+    patience: PositiveInt | None = None
+    """Stop after this many measurements without a better student; never when absent."""
+
+    @property
+    def measures(self) -> bool:
+        return self.share > 0 or bool(self.sets)
 
 
 class DistillConfig(Config):
@@ -141,6 +193,8 @@ class DistillConfig(Config):
     """An open_clip model name, one of clip_cid's tiny ones (`cid-tiny`, ...), or the path of a model config in JSON."""
     pretrained: str | None = None
     """Start from these weights: an open_clip tag, or the path of an exported student."""
+    lock: Literal["none", "image", "text"] = "none"
+    """Keep one tower as it was loaded, without dropout: neither its weights nor its statistics move."""
     alignment: Literal["native", "linear"] = "native"
     """How the student meets the teacher's space: its own projection takes the teacher's width, or an extra linear map per modality is learned."""
     epochs: PositiveInt = 32
@@ -163,8 +217,12 @@ class DistillConfig(Config):
     """AdamW."""
     grad_clip_norm: PositiveFloat | None = 1.0
     """Gradients longer than this are shortened to it."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Leave a running average of the weights with this decay instead of the last ones; it is what is measured, too."""
     weights: LossWeights = LossWeights()
-    """Weights of the losses, or in a recipe the name of a preset: paper-r1, paper-r2, clip-only."""
+    """Weights of the losses, or in a recipe the name of a preset: paper-r1, paper-r2, clip-only, siglip-only, open-clip, clip-kd, tiny-clip, mobile-clip, mobile-clip-b."""
+    schedule: dict[str, tuple[tuple[Share, NonNegativeFloat], ...]] = {}
+    """Name of a loss -> points (share of the run, factor); its weight is multiplied by the factor, straight between the points and level beyond the first and last."""
     head_scale: PositiveFloat = 16.0
     """sigma: cosine against the centers times this are the cluster logits."""
     head_perplexity: Annotated[float, Field(gt=1)] | None = None
@@ -177,10 +235,20 @@ class DistillConfig(Config):
     """Which of the two cluster losses corrects for the sampling of negatives (docs/decisions.md, D6)."""
     temperature: PositiveFloat = 1.0
     """tau: softens both distributions of `L_kl`."""
+    teacher_scale: PositiveFloat = 100.0
+    """The teacher's own factor from cosines to logits, for weights.affinity."""
+    affinity_scale: PositiveFloat | None = None
+    """The student's factor for weights.affinity; its learned one when absent."""
     crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Random crops keep at least this share of the image; mild, because the stored embedding saw the whole image."""
+    augmentation: dict[str, float] = {}
+    """More of open_clip's training augmentation: color_jitter, color_jitter_prob, gray_scale_prob; the stored embedding saw the plain image."""
     precision: Precision = "auto"
     """Arithmetic of the student: auto is bf16 on CUDA and fp32 elsewhere."""
+    skip_limit: NonNegativeInt = 10
+    """A step whose loss or gradient is not finite changes nothing; after more than this many in succession the training stops."""
+    validation: ValidationConfig = ValidationConfig()
+    """What is measured while the student learns."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics.jsonl."""
     seed: NonNegativeInt = 0
@@ -197,7 +265,28 @@ class DistillConfig(Config):
             return settings
         if name not in PRESETS:
             raise ValueError(f"weights: no preset named {name!r}; there are {', '.join(PRESETS)}")
-        return {**settings, "weights": PRESETS[name]}
+        return {**PRESETS[name].settings, **settings, "weights": PRESETS[name].weights}
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "DistillConfig":
+        for name, points in self.schedule.items():
+            if name not in LossWeights.model_fields:
+                raise ValueError(f"schedule: no loss named {name!r}; there are {', '.join(LossWeights.model_fields)}")
+            shares = [share for share, _ in points]
+            if not points or shares != sorted(set(shares)):
+                raise ValueError(f"schedule.{name}: needs points (share of the run, factor) of ascending shares")
+        if unknown := self.augmentation.keys() - AUGMENTATIONS:
+            raise ValueError(f"augmentation: no {', '.join(sorted(unknown))}; there are {', '.join(AUGMENTATIONS)}")
+        watched = self.validation
+        if (watched.keep == "best" or watched.patience) and not watched.measures:
+            raise ValueError("validation: keep: best and patience need validation.share or validation.sets")
+        needed = watched.sets if watched.metric == "zero_shot" else watched.share
+        if watched.measures and not needed:
+            name = "sets" if watched.metric == "zero_shot" else "share"
+            raise ValueError(f"validation.metric: {watched.metric} is measured on validation.{name}, which is not set")
+        if watched.patience and watched.keep == "last":
+            raise ValueError("validation.patience: stops after the best student has passed; set validation.keep: best")
+        return self
 
 
 class EvaluateConfig(Config):
@@ -258,8 +347,22 @@ class MachineConfig(Config):
     """Rows of a block of the distances to the centers."""
     balance_processes: NonNegativeInt = 0
     """Processes that share the balance's tasks; 0 is one for each core where the work is expected to be long, else one."""
+    micro_batch: PositiveInt | None = None
+    """Pairs of a step that are in the student at once, for batches that do not fit; the gradient stays that of the whole batch, for about a third more time."""
+    grad_checkpointing: bool = False
+    """Compute the student's activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile for the student; worth it for long runs."""
+    fsdp: bool = False
+    """Under torchrun, spread the student's weights and the optimizer's state over the ranks; for students that do not fit one device."""
     checkpoint_minutes: PositiveFloat = 10.0
     """Minutes between two checkpoints of the training."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """How many of the last checkpoints stay; at least 2, should the newest be torn."""
+    tensorboard: Literal["auto", "on", "off"] = "auto"
+    """Also write the metrics for TensorBoard, into the folder of the training; auto does where the package is installed."""
+    callbacks: tuple[str, ...] = ()
+    """Python functions `package.module:name` that get every line of metrics.jsonl as a dict; docs/training.md sends them to Weights & Biases."""
     cache_dir: Path | None = None
     """Where shards from URLs are kept; ~/.cache/clip_cid when absent."""
 
@@ -285,6 +388,17 @@ class Recipe(Config):
     def uses_clusters(self) -> bool:
         return self.distill.weights.cluster_cls > 0 or self.distill.weights.cluster_kl > 0
 
+    @property
+    def uses_teacher_images(self) -> bool:
+        """Whether a loss reads the teacher's image embeddings at train time."""
+        weights = self.distill.weights
+        return any((weights.cluster_kl, weights.instance_text, weights.affinity, weights.feature, weights.icl))
+
+    @property
+    def uses_teacher_texts(self) -> bool:
+        weights = self.distill.weights
+        return any((weights.instance_image, weights.affinity, weights.feature, weights.icl))
+
     def uses(self, stage: str) -> bool:
         """Whether this recipe has the stage: plain CLIP training, for one, has no embed, balance or cluster."""
         used = {
@@ -298,7 +412,7 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
         weights = self.distill.weights
-        if not self.has_teacher and (self.uses_clusters or weights.instance > 0):
+        if not self.has_teacher and (self.uses_clusters or self.uses_teacher_images or self.uses_teacher_texts):
             raise ValueError(
                 "embed.teacher: none, but distill.weights asks for distillation; set distill.weights: clip-only"
             )

@@ -131,9 +131,13 @@ class RunFolder:
         finally:
             os.close(handle)
 
+    def part(self, stage: str) -> Path:
+        """The stage's work folder, which `begin` makes."""
+        return self.path / f"{stage}{_PART}"
+
     def begin(self, stage: str, key: str, *, resumable: bool) -> Path:
         """The stage's work folder: empty, or (resumable) as an earlier attempt with the same key left it."""
-        part = self.path / f"{stage}{_PART}"
+        part = self.part(stage)
         mark = part / _KEY
         if part.exists() and not (resumable and mark.is_file() and mark.read_text() == key):
             shutil.rmtree(part)
@@ -144,12 +148,12 @@ class RunFolder:
 
     def resumes(self, stage: str, key: str) -> bool:
         """Whether a killed attempt with the same key has left work to go on from."""
-        mark = self.path / f"{stage}{_PART}" / _KEY
+        mark = self.part(stage) / _KEY
         return mark.is_file() and mark.read_text() == key
 
     def publish(self, record: StageRecord) -> StageRecord:
         """Make the stage's work folder its result, with digests of every file; returns the completed record."""
-        part = self.path / f"{record.stage}{_PART}"
+        part = self.part(record.stage)
         names = sorted(path for path in part.rglob("*") if path.is_file() and path.name != _KEY)
         complete = replace(record, files={str(path.relative_to(part)): file_record(path) for path in names})
         write_json(part / MANIFEST, asdict(complete))  # from here on a killed publish is finished by the next process

@@ -119,7 +119,9 @@ def test_every_part_of_the_loss_is_in_the_metrics():
     lines = [json.loads(line) for line in Path("student/distill/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
-        parts = [line[f"loss/{name}"] for name in ("clip", "cluster_cls", "cluster_kl", "instance")]
+        parts = [
+            line[f"loss/{name}"] for name in ("clip", "cluster_cls", "cluster_kl", "instance_image", "instance_text")
+        ]
         assert line["loss"] == pytest.approx(np.dot(parts, [1, 1, 1, 0.5]), rel=1e-5)
 
 

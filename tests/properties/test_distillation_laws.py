@@ -1,16 +1,21 @@
 """Laws of the losses, over batches that hypothesis chooses."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import oracles
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from clip_cid.method.cluster_distillation import CenterHead, sample_centers
 from clip_cid.method.contrastive import contrastive_loss
 from clip_cid.method.fused_cluster_loss import fused_cluster_loss
 from clip_cid.method.instance_distillation import instance_loss
+from clip_cid.method.peer_losses import affinity_loss, feature_loss, one_way_instance_loss, siglip_loss
+from clip_cid.method.sides import Side
 
 seeds = st.integers(0, 10_000)
 
@@ -69,16 +74,40 @@ def test_the_divergence_is_never_negative_and_0_for_a_copy(seed, rows, centers, 
 def test_the_contrastive_loss_is_the_slow_one_and_symmetric(seed, rows, dim, scale):
     a, b = unit_rows(rows, dim, seed), unit_rows(rows, dim, seed + 1)
     factor = torch.tensor(scale)
-    found = contrastive_loss(a, b, factor)
+    found = contrastive_loss(Side.whole(a), Side.whole(b), factor)
     np.testing.assert_allclose(found, oracles.contrastive(a.numpy(), b.numpy(), scale), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(contrastive_loss(b, a, factor), found)
+    torch.testing.assert_close(contrastive_loss(Side.whole(b), Side.whole(a), factor), found)
 
 
 @given(seeds, st.permutations(range(6)))
-def test_the_instance_loss_does_not_depend_on_the_order_of_the_batch(seed, order):
-    student_image, student_text, teacher_image, teacher_text = (unit_rows(6, 5, seed + i) for i in range(4))
-    scale, at = torch.tensor(14.0), list(order)
-    torch.testing.assert_close(
-        instance_loss(student_image[at], student_text[at], teacher_image[at], teacher_text[at], scale),
-        instance_loss(student_image, student_text, teacher_image, teacher_text, scale),
+def test_the_losses_over_a_batch_do_not_depend_on_its_order(seed, order):
+    def losses(rows: Sequence[int]) -> list[Tensor]:
+        student_image, student_text, teacher_image, teacher_text = (
+            Side.whole(unit_rows(6, 5, seed + i)[list(rows)]) for i in range(4)
+        )
+        return [
+            instance_loss(student_image, teacher_text, scale),
+            siglip_loss(student_image, student_text, scale, -scale / 2),
+            affinity_loss(student_image, student_text, scale, teacher_image, teacher_text, 5 * scale),
+            feature_loss(student_image, student_text, teacher_image, teacher_text),
+            one_way_instance_loss(student_image, student_text, teacher_image, teacher_text, scale),
+        ]
+
+    scale = torch.tensor(14.0)
+    torch.testing.assert_close(losses(order), losses(range(6)))
+
+
+@given(seeds, st.integers(1, 9), st.floats(0.1, 100), st.floats(0.1, 100))
+def test_the_affinity_loss_is_the_slow_one_never_negative_and_0_for_a_copy(seed, rows, scale, teacher_scale):
+    arrays = [unit_rows(rows, 5, seed + i) for i in range(4)]
+    image, text, teacher_image, teacher_text = (Side.whole(array) for array in arrays)
+    factors = torch.tensor(scale), torch.tensor(teacher_scale)
+    found = affinity_loss(image, text, factors[0], teacher_image, teacher_text, factors[1])
+    student, teacher = (
+        oracles.batch_logits(a.numpy(), b.numpy(), s)
+        for a, b, s in ((*arrays[:2], scale), (*arrays[2:], teacher_scale))
     )
+    expected = (oracles.kl(teacher, student, 1.0) + oracles.kl(teacher.T, student.T, 1.0)) / 2
+    assert found >= 0
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
+    assert affinity_loss(image, text, factors[0], image, text, factors[0]) == 0

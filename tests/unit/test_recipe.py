@@ -52,8 +52,29 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_preset_stands_for_its_weights(name: str):
-    weights = parse_recipe({"distill": {"weights": name}}, where="x").distill.weights
-    assert weights.model_dump() == PRESETS[name]
+    distill = parse_recipe({"distill": {"weights": name}}, where="x").distill
+    assert distill.weights.model_dump() == PRESETS[name].weights
+    for setting, value in PRESETS[name].settings.items():
+        assert getattr(distill, setting) == value
+        other = parse_recipe({"distill": {"weights": name, setting: 7.0}}, where="x").distill
+        assert getattr(other, setting) == 7.0  # what is said outright goes before
+
+
+@pytest.mark.parametrize(
+    ("distill", "message"),
+    [
+        ({"schedule": {"kl": [[0, 1]]}}, "distill.schedule: no loss named 'kl'"),
+        ({"schedule": {"clip": [[0.5, 1], [0.5, 0]]}}, "schedule.clip: needs points"),
+        ({"schedule": {"clip": []}}, "schedule.clip: needs points"),
+        ({"augmentation": {"flip": 1.0}}, "augmentation: no flip"),
+        ({"validation": {"keep": "best"}}, "need validation.share or validation.sets"),
+        ({"validation": {"share": 0.1, "patience": 2}}, "set validation.keep: best"),
+        ({"validation": {"sets": {"digits": "builtin:digits"}}}, "validation.metric: retrieval is measured on"),
+        ({"validation": {"share": 0.1, "metric": "zero_shot"}}, "zero_shot is measured on validation.sets"),
+    ],
+)
+def test_settings_of_the_training_that_do_not_fit_are_refused(distill: dict[str, object], message: str):
+    assert message.removeprefix("distill.") in problems({"distill": distill})
 
 
 def test_an_unknown_preset_is_named_with_those_there_are():

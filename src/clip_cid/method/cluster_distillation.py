@@ -88,22 +88,28 @@ class CenterHead(nn.Module):
     def sample(
         self, labels: Int[Tensor, " batch"], *, rate: float, generator: torch.Generator | None = None
     ) -> "SampledCenters":
-        """The centers of one step, `sample_centers`; of those that are here where they are spread over ranks.
+        """The centers of one step, `sample_centers`; those of them that are here where they are spread over ranks.
+
+        Every rank draws the sample of the whole head and takes its own part, so that it does not depend on how many
+        ranks there are.
 
         Args:
             labels: Center of each image of the batch over all ranks.
-            rate: Share of the centers that take part; of each rank's own.
-            generator: Where the negatives come from; another one on each rank.
+            rate: Share of the centers that take part.
+            generator: Where the negatives come from; in the same state on every rank.
 
         Raises:
             ValueError: A label is not a center, or `rate` is out of its limits.
         """
+        found = sample_centers(labels, self.num_centers, sample_rate=rate, generator=generator)
         if self.shard is None:
-            return sample_centers(labels, len(self.weight), sample_rate=rate, generator=generator)
-        _check_labels(labels, self.num_centers)
-        local = labels - self.shard.first
-        local = torch.where((local >= 0) & (local < len(self.weight)), local, -1)
-        return _sample(local, len(self.weight), rate, generator)
+            return found
+        index = found.index - self.shard.first
+        here = (index >= 0) & (index < len(self.weight))
+        index = index[here]
+        own = labels.long() - self.shard.first
+        own = torch.where((own >= 0) & (own < len(self.weight)), torch.searchsorted(index, own), -1)
+        return replace(found, index=index, labels=own, log_inclusion=found.log_inclusion[here])
 
     def forward(
         self,
@@ -171,9 +177,24 @@ def sample_centers(
     Raises:
         ValueError: A label is not a center, or `sample_rate` is out of its limits.
     """
-    _check_labels(labels, num_centers)
-    found = _sample(labels, num_centers, sample_rate, generator)
-    return replace(found, complete=len(found.index) == num_centers)
+    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= num_centers:
+        raise ValueError(f"labels must be centers 0 to {num_centers - 1}, got {_extent(labels)}")
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"sample_rate must be above 0 and at most 1, got {sample_rate}")
+    labels = labels.long()
+    positive = labels.unique()
+    others = num_centers - len(positive)
+    negatives = min(max(round(sample_rate * num_centers) - len(positive), 0), others)
+    index = positive
+    if negatives > 0:
+        device = labels.device if generator is None else generator.device
+        score = torch.rand(num_centers, generator=generator, device=device)
+        score[positive.to(device)] = 2.0  # above every random score, so the batch's own centers always rank first
+        index = score.topk(len(positive) + negatives).indices.sort().values.to(labels.device)
+    log_inclusion = torch.full((len(index),), math.log(negatives / others) if negatives else 0.0, device=labels.device)
+    log_inclusion[torch.searchsorted(index, positive)] = 0.0
+    places = torch.searchsorted(index, labels)
+    return SampledCenters(index, places, log_inclusion, negatives, complete=len(index) == num_centers)
 
 
 def calibrated_scale(
@@ -207,33 +228,6 @@ def calibrated_scale(
 
 def _perplexity(teacher: Tensor, centers: Tensor, scale: float) -> float:
     return float(soft_centers(teacher, centers, scale=scale).entropy.mean().exp())
-
-
-def _sample(
-    labels: Int[Tensor, " batch"], num_centers: int, sample_rate: float, generator: torch.Generator | None
-) -> SampledCenters:
-    """Labels of -1 are centers that are not here."""
-    if not 0 < sample_rate <= 1:
-        raise ValueError(f"sample_rate must be above 0 and at most 1, got {sample_rate}")
-    labels = labels.long()
-    positive = labels[labels >= 0].unique()
-    others = num_centers - len(positive)
-    negatives = min(max(round(sample_rate * num_centers) - len(positive), 0), others)
-    index = positive
-    if negatives > 0:
-        device = labels.device if generator is None else generator.device
-        score = torch.rand(num_centers, generator=generator, device=device)
-        score[positive.to(device)] = 2.0  # above every random score, so the batch's own centers always rank first
-        index = score.topk(len(positive) + negatives).indices.sort().values.to(labels.device)
-    log_inclusion = torch.full((len(index),), math.log(negatives / others) if negatives else 0.0, device=labels.device)
-    log_inclusion[torch.searchsorted(index, positive)] = 0.0
-    places = torch.where(labels >= 0, torch.searchsorted(index, labels), -1)
-    return SampledCenters(index, places, log_inclusion, negatives, complete=sample_rate == 1)
-
-
-def _check_labels(labels: Int[Tensor, " batch"], num_centers: int) -> None:
-    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= num_centers:
-        raise ValueError(f"labels must be centers 0 to {num_centers - 1}, got {_extent(labels)}")
 
 
 def _unit_centers(centers: Tensor) -> Tensor:

@@ -3,23 +3,29 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from clip_cid.method.batch_logits import detached
 from clip_cid.method.contrastive import contrastive_loss
+from clip_cid.method.sides import Side
 
 
-def instance_loss(
-    student_image: Float[Tensor, "batch dim"],
-    student_text: Float[Tensor, "batch dim"],
-    teacher_image: Float[Tensor, "batch dim"],
-    teacher_text: Float[Tensor, "batch dim"],
-    scale: Float[Tensor, ""],
-) -> Float[Tensor, ""]:
-    r"""Contrast between crossed modalities, in both directions; the bracket of `L_instance` in docs/method.md.
+def instance_loss(student: Side, teacher_other: Side, scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    r"""Contrast between crossed modalities, in both directions; one of the two terms of `L_instance` in docs/method.md.
 
     .. math:: L_{instance} = \beta\, [ I(v_t, u_s) + I(u_t, v_s) ]
 
-    The factor beta is the weight of this part (`weights.instance`) and is not applied here. All rows are unit vectors
-    of the teacher's space; gradients reach the student and the scale only.
+    The first term, the student's texts among the teacher's images, is the part `instance_text`; the second is
+    `instance_image`. The factor beta is the weight of the parts and is not applied here. Gradients reach the student
+    and the scale only.
+
+    Args:
+        student: Unit rows of one modality, in the teacher's space.
+        teacher_other: Unit rows of the other modality.
+        scale: The factor s itself.
+
+    Returns:
+        The mean over this rank's rows, in nats; the mean of the ranks' is that of the batch.
+
+    Raises:
+        ValueError: The sides are not of the same rows of a batch.
     """
-    to_text = contrastive_loss(teacher_image.detach(), student_text, scale)
-    to_image = contrastive_loss(teacher_text.detach(), student_image, scale)
-    return to_text + to_image
+    return contrastive_loss(detached(teacher_other), student, scale)

@@ -9,10 +9,11 @@ import dataclasses
 import difflib
 import json
 import logging
+import math
 import pickle
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ class Clip:
         return next(self.model.parameters()).device
 
 
-def build_student(name: str, *, embed_dim: int | None, pretrained: str | None = None, seed: int = 0) -> Clip:
+def build_student(
+    name: str, *, embed_dim: int | None, pretrained: str | None = None, seed: int = 0, with_bias: bool = False
+) -> Clip:
     """A model to train, on the CPU.
 
     Args:
@@ -79,25 +82,58 @@ def build_student(name: str, *, embed_dim: int | None, pretrained: str | None = 
         embed_dim: Overrides the configuration's width, to meet the teacher in its own space (`alignment: native`).
         pretrained: Start from this open_clip tag or exported student instead of random weights.
         seed: Equal seeds give equal weights.
+        with_bias: A sigmoid loss needs a logit bias; a fresh model without one gets it, with SigLIP's first scale.
 
     Raises:
-        ConfigError: No such model, a configuration open_clip cannot build, or weights of another shape.
+        ConfigError: No such model, a configuration open_clip cannot build, or weights of another shape or without the
+            bias.
         DataError: The weights could not be loaded.
     """
     model_cfg, preprocess_cfg = _architecture(name)
     if embed_dim is not None:
         model_cfg["embed_dim"] = embed_dim
+    if with_bias and pretrained is None:
+        model_cfg = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0, **model_cfg}
     if pretrained is not None:
         clip = _pretrained_student(name, model_cfg, pretrained)
     else:
         clip = _fresh_student(name, model_cfg, preprocess_cfg, seed)
+    if with_bias and getattr(clip.model, "logit_bias", None) is None:
+        raise ConfigError(
+            f"distill.pretrained: {pretrained} has no logit bias, which the sigmoid loss needs.",
+            fix="Start from a SigLIP-type model, or set distill.weights.siglip: 0.",
+        )
     clip.model.train()
     return clip
 
 
-def train_transform(clip: Clip, *, crop_scale: float) -> Callable[[Image.Image], Tensor]:
-    """open_clip's training transform: a random crop of at least `crop_scale` of the image's area."""
-    return _transform(clip.preprocess_cfg, is_train=True, aug_cfg={"scale": (crop_scale, 1.0)})
+def train_transform(
+    clip: Clip, *, crop_scale: float, more: Mapping[str, float] | None = None
+) -> Callable[[Image.Image], Tensor]:
+    """open_clip's training transform: a random crop of at least `crop_scale` of the image's area.
+
+    Args:
+        clip: Whose images they are.
+        crop_scale: Smallest share.
+        more: Others of open_clip's `AugmentationCfg`.
+    """
+    return _transform(clip.preprocess_cfg, is_train=True, aug_cfg={"scale": (crop_scale, 1.0), **(more or {})})
+
+
+def keep_fewer_activations(clip: Clip) -> None:
+    """Have both towers compute their activations again in the backward pass.
+
+    Raises:
+        ConfigError: A tower cannot.
+    """
+    model: Any = clip.model
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ConfigError(
+            f"machine.grad_checkpointing: {clip.name} cannot do it ({_one_line(error)}).",
+            fix="Set it to false; machine.micro_batch saves memory with any student.",
+        ) from error
 
 
 def load_clip(reference: str, *, device: str = "cpu") -> Clip:
@@ -241,7 +277,10 @@ def _pretrained_student(name: str, model_cfg: dict[str, Any], pretrained: str) -
         clip = load_clip(f"{name}/{pretrained}")
         # The activation belongs to the weights; everything else must be as asked.
         model_cfg = {**model_cfg, "quick_gelu": clip.model_cfg.get("quick_gelu", False)}
-    different = [key for key in sorted({*model_cfg, *clip.model_cfg}) if model_cfg.get(key) != clip.model_cfg.get(key)]
+    keys = sorted(
+        key for key in {*model_cfg, *clip.model_cfg} if not key.startswith("init_")
+    )  # the weights replace these
+    different = [key for key in keys if model_cfg.get(key) != clip.model_cfg.get(key)]
     if different:
         listed = ", ".join(f"{key} {model_cfg.get(key)} but {clip.model_cfg.get(key)}" for key in different)
         raise ConfigError(

@@ -10,23 +10,30 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int
 
 from clip_cid import log
 from clip_cid.data.embeddings import EmbeddingStore, rows_in_store
+from clip_cid.data.evaluation_sets import open_set
 from clip_cid.data.pairs import BadSample, Pairs, open_pairs
 from clip_cid.errors import ConfigError, DataError
-from clip_cid.method.cluster_distillation import calibrated_scale
+from clip_cid.method.cluster_distillation import Shard, calibrated_scale
 from clip_cid.method.fused_cluster_loss import soft_centers
 from clip_cid.method.objective import Objective
 from clip_cid.models.device import resolve_device
 from clip_cid.models.export import export_student, usage
-from clip_cid.models.student import Clip, build_student, train_transform
-from clip_cid.recipe import DistillConfig, Recipe
+from clip_cid.models.student import Clip, build_student, keep_fewer_activations, train_transform
+from clip_cid.models.teacher import weights_sha256
+from clip_cid.recipe import DistillConfig, MachineConfig, Recipe
 from clip_cid.run_folder import RunFolder, read_json, write_json
 from clip_cid.training.batches import Batches, PairDataset, TrainingPairs, unit_teacher_rows
-from clip_cid.training.loop import CHECKPOINTS, Distillation, Plan, Trainer
+from clip_cid.training.distributed import Ranks, join_ranks
+from clip_cid.training.loop import CHECKPOINTS, Plan, Trainer
+from clip_cid.training.model import Distillation
+from clip_cid.training.parallel import whole, with_joint_statistics
 from clip_cid.training.soft_targets import soft_targets
+from clip_cid.training.validation import HeldOut, Validation, hold_out
 
 _DONE = "summary.json"
 _SOFT = "soft_centers"
@@ -35,66 +42,160 @@ _ASKED = 512  # teacher embeddings that tell the perplexity: its mean is then kn
 
 
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
-    """Train on the kept pairs and export; writes `student/`, `metrics.jsonl`, `skipped.jsonl` and `summary.json`."""
-    settings, machine = recipe.distill, recipe.machine
-    if (out / _DONE).is_file():
-        return _finish(folder, out)
-    device = resolve_device(machine.device)
-    refuse_without_float64(device, recipe)
+    """Train on the kept pairs and export; writes `student/`, `metrics.jsonl`, `skipped.jsonl` and `summary.json`.
+
+    Under torchrun every process calls this; the first one keeps the records and exports.
+    """
+    machine = recipe.machine
     if machine.threads:
         torch.set_num_threads(machine.threads)
-    pairs = open_pairs(recipe.pairs, index=folder.path / "index", cache_dir=machine.cache_dir)
+    with join_ranks(resolve_device(machine.device)) as ranks:
+        refuse_without_float64(ranks.device, recipe)
+        if ranks.all((out / _DONE).is_file())[0]:
+            return _finish(folder, out) if ranks.is_first else {}
+        work = prepare(folder, out, recipe, ranks)
+        summary = {**work.trainer.run(), **work.teaching.summary}
+        state = work.trainer.student_state()
+        if ranks.is_first:
+            _leave(work, out, recipe, summary, state)
+        ranks.wait()
+    return _finish(folder, out) if ranks.is_first else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """All that a training consists of, checked and ready for its first step."""
+
+    clip: Clip
+    training: TrainingPairs
+    store: EmbeddingStore | None
+    teaching: "Teaching"
+    trainer: Trainer
+
+
+def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks) -> Work:
+    """Open and check everything, join it and build the student; nothing has been learned yet.
+
+    Raises:
+        ConfigError: Settings do not fit each other or the data.
+        DataError: The data contradict themselves or each other.
+        RunError: A stage before this one has not finished, or ranks differ.
+    """
+    settings, machine = recipe.distill, recipe.machine
+    with ranks.first_alone():
+        pairs = open_pairs(recipe.pairs, index=folder.path / "index", cache_dir=machine.cache_dir)
     store = EmbeddingStore.open(folder.stage("embed")) if recipe.has_teacher else None
     training = plain_pairs(pairs) if store is None else distilled_pairs(folder, recipe, pairs, store)
     centers = read_centers(folder, store) if store is not None and recipe.uses_clusters else None
+    held_out: HeldOut | None = None
+    if share := settings.validation.share:
+        training, held_out = hold_out(training, share, batch_size=settings.batch_size, ranks=ranks.size)
     steps = count_steps(settings, len(training))
-    clip = make_student(settings, store)
+    clip = make_student(settings, store, machine)
+    clip = dataclasses.replace(clip, model=with_joint_statistics(clip.model, ranks, machine.micro_batch))
     teaching = read_teacher(settings, training, store, centers)
-    model = Distillation(clip.model, make_objective(settings, clip, store, centers, scale=teaching.scale))
+    objective = make_objective(settings, clip, store, centers, scale=teaching.scale, ranks=ranks)
+    model = Distillation(clip.model, objective, lock=settings.lock)
     if centers is not None and training.labels is not None:
         _tell_negatives(settings, training.labels, len(centers))
     key = _key(settings, training, store, centers)
+    ranks.agree("data or settings", key)
+    ranks.agree("weights", weights_sha256(clip.model) if ranks.size > 1 else None)
     if centers is not None and uses_soft_centers(settings):
-        training = with_soft_centers(training, centers, settings, out / _SOFT, teaching.scale, key, device)
-    dataset = PairDataset(
-        training,
-        transform=train_transform(clip, crop_scale=settings.crop_scale),
-        tokenizer=clip.tokenizer,
-        max_pixels=recipe.pairs.max_pixels,
-        seed=settings.seed,
+        with ranks.first_alone():
+            training = with_soft_centers(training, centers, settings, out / _SOFT, teaching.scale, key, ranks.device)
+    batches = _batches(training, clip, recipe, ranks)
+    validation = _validation(clip, held_out, recipe, ranks)
+    trainer = Trainer(
+        model,
+        batches,
+        settings,
+        Plan(steps, key, recipe.pairs.max_bad_share),
+        out=out,
+        ranks=ranks,
+        machine=machine,
+        validation=validation,
     )
-    batches = Batches(
+    return Work(clip, training, store, teaching, trainer)
+
+
+def _batches(training: TrainingPairs, clip: Clip, recipe: Recipe, ranks: Ranks) -> Batches:
+    settings = recipe.distill
+    transform = train_transform(clip, crop_scale=settings.crop_scale, more=settings.augmentation)
+    return Batches(
         training,
-        dataset,
+        _dataset(training, clip, recipe, transform),
         batch_size=settings.batch_size,
         seed=settings.seed,
-        workers=machine.workers,
-        pin=device.type == "cuda",
+        workers=recipe.machine.workers,
+        pin=ranks.device.type == "cuda",
+        ranks=ranks,
     )
-    plan = Plan(steps, key, machine.checkpoint_minutes, recipe.pairs.max_bad_share)
-    summary = {**Trainer(model, batches, settings, plan, out=out, device=device).run(), **teaching.summary}
+
+
+def _validation(clip: Clip, held_out: HeldOut | None, recipe: Recipe, ranks: Ranks) -> Validation | None:
+    """What to measure on the way; sets are opened now, so that a missing one is told before the first step."""
+    settings = recipe.distill
+    if not settings.validation.measures:
+        return None
+    sets = [
+        open_set(name, where, max_pixels=recipe.pairs.max_pixels, splits=("test",))
+        for name, where in settings.validation.sets.items()
+    ]
+    for labelled in sets:
+        labelled.prompts(0)
+    batches = None
+    if held_out is not None:
+        batches = Batches(
+            held_out.pairs,
+            _dataset(held_out.pairs, clip, recipe, clip.preprocess),
+            batch_size=held_out.batch_size,
+            seed=settings.seed,
+            workers=recipe.machine.workers,
+            pin=ranks.device.type == "cuda",
+            ranks=ranks,
+        )
+    return Validation(clip, batches, sets, settings.weights.model_dump(), settings.seed, ranks)
+
+
+def _dataset(training: TrainingPairs, clip: Clip, recipe: Recipe, transform: Any) -> PairDataset:
+    return PairDataset(
+        training,
+        transform=transform,
+        tokenizer=clip.tokenizer,
+        max_pixels=recipe.pairs.max_pixels,
+        seed=recipe.distill.seed,
+    )
+
+
+def _leave(work: Work, out: Path, recipe: Recipe, summary: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+    """Export the student with its final weights, in a model that knows nothing of ranks."""
+    clip = make_student(recipe.distill, work.store, recipe.machine.model_copy(update={"grad_checkpointing": False}))
+    clip.model.load_state_dict(state)
     clip.model.eval()
-    teacher = store.info.teacher if store is not None else None
+    objective = work.trainer.model.objective
+    small = {name: value for name, value in whole(dict(objective.named_parameters())).items() if value.requires_grad}
+    teacher = work.store.info.teacher if work.store is not None else None
     export_student(
         clip,
         out / "student",
-        head_state={name: value for name, value in model.objective.named_parameters() if value.requires_grad},
-        provenance=_provenance(recipe, steps, summary["pairs_seen"], teacher),
+        head_state=small,
+        provenance=_provenance(recipe, summary["steps"], summary["pairs_seen"], teacher),
     )
-    write_json(out / _DONE, {**summary, "parameters": count_parameters(clip.model), "device": str(device)})
-    return _finish(folder, out)
+    device = str(work.trainer.ranks.device)
+    write_json(out / _DONE, {**summary, "parameters": count_parameters(clip.model), "device": device})
 
 
 def refuse_without_float64(device: torch.device, recipe: Recipe) -> None:
-    """The cluster losses add up in float64, which Apple's devices do not have.
+    """The divergences add up in float64, which Apple's devices do not have.
 
     Raises:
-        ConfigError: The recipe has cluster losses and the device is one of these.
+        ConfigError: The recipe has cluster losses or the affinity loss, and the device is one of these.
     """
-    if device.type == "mps" and recipe.uses_clusters:
+    if device.type == "mps" and (recipe.uses_clusters or recipe.distill.weights.affinity > 0):
         raise ConfigError(
-            "machine.device: mps has no float64, in which the cluster losses are added up.",
-            fix="Set machine.device: cpu, or distill.weights.cluster_cls and cluster_kl to 0.",
+            "machine.device: mps has no float64, in which the cluster and affinity losses are added up.",
+            fix="Set machine.device: cpu, or distill.weights.cluster_cls, cluster_kl and affinity to 0.",
         )
 
 
@@ -117,11 +218,11 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
     """The kept pairs, joined by key with what the teacher and the clustering say about them; checked before any step.
 
     Raises:
-        DataError: The pairs, the embeddings, the kept rows and the labels do not belong together, or the instance loss is
-            asked for where the store has images only.
+        DataError: The pairs, the embeddings, the kept rows and the labels do not belong together, or a loss needs the
+            teacher's texts where the store has images only.
     """
-    weights = recipe.distill.weights
-    if weights.instance:
+    texts = recipe.uses_teacher_texts
+    if texts:
         _ = store.texts  # refuses a store without them now, not at the first step
     kept = read_kept(folder, store) if recipe.balance.enabled else np.flatnonzero(store.ok)
     place = np.full(store.rows + 1, -1, dtype=np.int64)  # the last entry answers for -1, a pair the store does not have
@@ -135,10 +236,10 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
             f"{len(kept) - len(rows):,} of {len(kept):,} kept images are not among the pairs; trained without them"
         )
     labels = read_labels(folder, len(kept))[places[rows]] if recipe.uses_clusters else None
-    if not (weights.cluster_kl or weights.instance or recipe.distill.head_perplexity):
+    if not (recipe.uses_teacher_images or texts or recipe.distill.head_perplexity):
         return TrainingPairs(pairs, rows, labels=labels)
-    num_captions = store.num_captions[found[rows]] if weights.instance else None
-    if weights.instance:
+    num_captions = store.num_captions[found[rows]] if texts else None
+    if texts:
         _compare_captions(pairs, rows, store, found[rows])
     return TrainingPairs(pairs, rows, labels, store, found[rows], num_captions)
 
@@ -206,10 +307,24 @@ def count_steps(settings: DistillConfig, num_pairs: int) -> int:
     return settings.steps or settings.epochs * num_pairs // settings.batch_size
 
 
-def make_student(settings: DistillConfig, store: EmbeddingStore | None) -> Clip:
+def make_student(settings: DistillConfig, store: EmbeddingStore | None, machine: MachineConfig) -> Clip:
     """The student, on the CPU; as wide as the teacher when it is to meet it without a map."""
     width = store.dim if store is not None and settings.alignment == "native" else None
-    return build_student(settings.student, embed_dim=width, pretrained=settings.pretrained, seed=settings.seed)
+    clip = build_student(
+        settings.student,
+        embed_dim=width,
+        pretrained=settings.pretrained,
+        seed=settings.seed,
+        with_bias=settings.weights.siglip > 0,
+    )
+    if settings.lock != "none" and settings.pretrained is None:
+        raise ConfigError(
+            f"distill.lock: {settings.lock}, but nothing is loaded, so the tower would stay at random weights.",
+            fix="Set distill.pretrained, or distill.lock: none.",
+        )
+    if machine.grad_checkpointing:
+        keep_fewer_activations(clip)
+    return clip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +411,13 @@ def make_objective(
     centers: Float[np.ndarray, "centers dim"] | None,
     *,
     scale: float,
+    ranks: Ranks,
 ) -> Objective:
+    """What learns beside the student. A head that learns is spread over the ranks: its gradient then stays where it is."""
+    shard = None
+    if centers is not None and settings.head_lr > 0 and ranks.size > 1:
+        first, stop = Shard.bounds(len(centers), ranks.rank, ranks.size)
+        shard, centers = Shard(first, len(centers), dist.distributed_c10d._get_default_group()), centers[first:stop]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)  # for the maps of `alignment: linear`
         return Objective(
@@ -305,11 +426,14 @@ def make_objective(
             teacher_dim=store.dim if store is not None else None,
             alignment=settings.alignment,
             centers=torch.from_numpy(centers) if centers is not None else None,
+            shard=shard,
             head_scale=scale,
             train_head=settings.head_lr > 0,
             sample_rate=settings.sample_rate,
             logq=settings.logq,
             temperature=settings.temperature,
+            teacher_scale=settings.teacher_scale,
+            affinity_scale=settings.affinity_scale,
         )
 
 

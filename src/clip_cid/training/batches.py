@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from clip_cid.data.embeddings import EmbeddingStore
 from clip_cid.data.images import decode_image
 from clip_cid.data.pairs import BadSample, Pairs
-from clip_cid.errors import DataError
+from clip_cid.errors import ConfigError, DataError
 from clip_cid.method.center_pass import SoftCenters
+from clip_cid.method.objective import Targets
+from clip_cid.training.distributed import ALONE, Ranks
 
 _TRIES = 100  # this many broken images in a row are not bad luck but a missing disk
 _NORM_TOLERANCE = 0.01  # float16 rounds a unit vector by about 0.0005
@@ -103,10 +105,19 @@ class TrainingPairs:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def take(self, index: Int[np.ndarray, " taken"]) -> "TrainingPairs":
+        """Some of them, before anything is computed of all."""
+        assert self.soft_centers is None
+        taken = {
+            name: None if (values := getattr(self, name)) is None else values[index]
+            for name in ("rows", "labels", "store_rows", "num_captions")
+        }
+        return dataclasses.replace(self, **taken)
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What one step sees."""
+    """What one step sees of the rows of a rank."""
 
     rows: Int[np.ndarray, " batch"]
     """Rows of the pairs, for whoever has to look into a sick batch."""
@@ -119,6 +130,10 @@ class Batch:
     labels: Int[Tensor, " batch"] | None = None
     soft_centers: SoftCenters | None = None
     """What the divergence needs of the teacher, where that was computed once for all."""
+
+    @property
+    def targets(self) -> Targets:
+        return Targets(self.teacher_image, self.teacher_text, self.labels, self.soft_centers)
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Tensor | SoftCenters] = {
@@ -229,25 +244,61 @@ class PairDataset(Dataset[Item | Failure]):
 
 
 class Batches:
-    """The batches of a run, from any step on, with what the teacher says about each pair."""
+    """The batches of a run, from any step on, with what the teacher says about each pair.
+
+    Over ranks each reads its own part of every batch: together they see the rows that one alone would.
+    """
 
     def __init__(
-        self, training: TrainingPairs, dataset: PairDataset, *, batch_size: int, seed: int, workers: int, pin: bool
+        self,
+        training: TrainingPairs,
+        dataset: PairDataset,
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        pin: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
+        """See the class.
+
+        Raises:
+            ConfigError: The ranks cannot share the batch equally.
+        """
+        if batch_size % ranks.size:
+            raise ConfigError(
+                f"distill.batch_size: {batch_size:,} pairs cannot be shared equally by {ranks.size} processes.",
+                fix=f"Set distill.batch_size to {batch_size // ranks.size * ranks.size or ranks.size:,}.",
+            )
         self.training = training
         self.batch_size = batch_size
-        self._dataset, self._seed, self._workers, self._pin = dataset, seed, workers, pin
+        self._dataset, self._seed, self._workers, self._pin, self._ranks = dataset, seed, workers, pin, ranks
 
     def between(self, first_step: int, steps: int) -> Iterator[Batch]:
-        """The batches of the steps `first_step`, ..., `steps - 1`.
+        """This rank's part of the batches of the steps `first_step`, ..., `steps - 1`.
 
         Raises:
             DataError: The pairs cannot be read any more, or a teacher vector is not of unit length.
         """
         places = batch_places(len(self.training), self.batch_size, seed=self._seed, first_step=first_step)
+        yield from self._read(self._own(places), steps - first_step)
+
+    def in_order(self) -> Iterator[Batch]:
+        """This rank's part of all full batches of one pass, in the order of the rows: to measure, not to learn."""
+        count = len(self.training) // self.batch_size
+        places = (
+            [Place(0, number * self.batch_size + place) for place in range(self.batch_size)] for number in range(count)
+        )
+        yield from self._read(self._own(places), count)
+
+    def _own(self, places: Iterator[list[Place]]) -> Iterator[list[Place]]:
+        share = self.batch_size // self._ranks.size
+        return (batch[self._ranks.rank * share :][:share] for batch in places)
+
+    def _read(self, places: Iterator[list[Place]], count: int) -> Iterator[Batch]:
         loader = DataLoader(
             self._dataset,
-            batch_sampler=_Sampler(places, steps - first_step),
+            batch_sampler=_Sampler(places, count),
             num_workers=self._workers,
             collate_fn=stack,
             pin_memory=self._pin,

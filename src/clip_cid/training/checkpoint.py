@@ -17,8 +17,8 @@ from clip_cid import log
 from clip_cid.errors import RunError
 from clip_cid.run_folder import atomic_file
 
-_FORMAT = 2
-_KEPT = 2  # the newest, and one more should the newest be torn
+_FORMAT = 3
+_BEST = "best.pt"
 
 
 class LineFile:
@@ -55,21 +55,46 @@ class LineFile:
             return handle.tell()
 
 
-def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `step-000400.pt`, whole or not at all, and drop all but the newest two.
+def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
+    """Write `step-000400.pt`, whole or not at all, and drop all but the newest `keep`.
 
     Args:
         folder: Where checkpoints lie; made when it does not exist.
         step: How many steps are done.
         state: Tensors, numbers, strings and lists and dicts of these, so that it can be read without unpickling code.
+        keep: How many stay; one more than the newest, should that be torn.
     """
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:06d}.pt"
     with atomic_file(path) as temporary:
         torch.save({**state, "format": _FORMAT, "step": step}, temporary)
-    for _, old in list(_newest_first(folder))[_KEPT:]:
+    for _, old in list(_newest_first(folder))[keep:]:
         old.unlink()
     return path
+
+
+def save_best(folder: Path, state: dict[str, Any]) -> None:
+    """Write the weights of the best student so far, whole or not at all."""
+    folder.mkdir(exist_ok=True)
+    with atomic_file(folder / _BEST) as temporary:
+        torch.save({**state, "format": _FORMAT}, temporary)
+
+
+def load_best(folder: Path, *, key: str) -> dict[str, Any]:
+    """What `save_best` wrote, on the CPU.
+
+    Raises:
+        RunError: It is missing, damaged, or of another training.
+    """
+    path = folder / _BEST
+    problem = _damage(path) if path.is_file() else "there is none"
+    state: dict[str, Any] = {} if problem else torch.load(path, map_location="cpu", weights_only=True)
+    if problem or state.get("format") != _FORMAT or state.get("key") != key:
+        raise RunError(
+            f"{path}: the weights of the best student cannot be read ({problem or 'of another training'}).",
+            fix=f"Delete {folder.parent} to train from the start, or set distill.validation.keep: last.",
+        )
+    return state
 
 
 def load_newest(folder: Path, *, key: str) -> dict[str, Any] | None:
@@ -78,7 +103,7 @@ def load_newest(folder: Path, *, key: str) -> dict[str, Any] | None:
     Raises:
         RunError: The checkpoint was made with other settings or other data (`key` differs), or by another version.
     """
-    for left_by_a_kill in folder.glob(".step-*"):
+    for left_by_a_kill in (*folder.glob(".step-*"), *folder.glob(f".{_BEST}*")):
         left_by_a_kill.unlink()
     for _, path in _newest_first(folder):
         if problem := _damage(path):

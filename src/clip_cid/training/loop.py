@@ -1,65 +1,45 @@
 """The training loop: student, losses by name, one sum, one step."""
 
+import contextlib
 import dataclasses
-import hashlib
 import math
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from clip_cid import log
 from clip_cid.errors import DataError, RunError
 from clip_cid.method.collapse import CollapseAlarm
-from clip_cid.method.objective import LARGEST_SCALE, Objective, weighted_sum
-from clip_cid.recipe import DistillConfig, Precision
+from clip_cid.method.objective import weighted_sum
+from clip_cid.recipe import DistillConfig, MachineConfig, Precision
 from clip_cid.run_folder import write_json
 from clip_cid.training import checkpoint
+from clip_cid.training.average import Average
 from clip_cid.training.batches import Batch, Batches
 from clip_cid.training.checkpoint import LineFile
-from clip_cid.training.optimizer import learning_rate_share, make_optimizers, set_learning_rate, shorten_gradients
+from clip_cid.training.distributed import ALONE, Ranks
+from clip_cid.training.head_rows import HeadRows
+from clip_cid.training.model import Distillation, Seen, backward_in_pieces, step_seed
+from clip_cid.training.optimizer import (
+    learning_rate_share,
+    make_optimizers,
+    scheduled,
+    set_learning_rate,
+    shorten_gradients,
+)
+from clip_cid.training.parallel import is_spread, join_model, load_model, load_optimizer, whole
+from clip_cid.training.records import Records, make_listeners
 from clip_cid.training.stop_requests import stop_requests
 from clip_cid.training.stopwatch import Stopwatch
+from clip_cid.training.validation import Best, Numbers, Validation
 
 CHECKPOINTS = "checkpoints"
-
-
-class Distillation(nn.Module):
-    """Everything that learns, in one module: the student and what the objective adds to it."""
-
-    def __init__(self, student: nn.Module, objective: Objective) -> None:
-        super().__init__()
-        self.student: Any = student  # open_clip's models share an interface, but no base class that declares it
-        self.objective = objective
-
-    def forward(
-        self, batch: Batch, *, precision: torch.dtype, generator: torch.Generator
-    ) -> dict[str, Float[Tensor, ""]]:
-        """The parts of the loss by name, unweighted."""
-        with torch.autocast(batch.images.device.type, dtype=precision, enabled=precision != torch.float32):
-            image = self.student.encode_image(batch.images)
-            text = self.student.encode_text(batch.texts)
-        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-        return self.objective(
-            image,
-            text,
-            self.student.logit_scale.exp(),
-            teacher_image=batch.teacher_image,
-            teacher_text=batch.teacher_text,
-            soft_centers=batch.soft_centers,
-            labels=batch.labels,
-            generator=generator,
-        )
-
-    @torch.no_grad()
-    def clamp_scale(self) -> None:
-        """Keep the student's factor between 1 and 100, as CLIP does; the objective looks after its own."""
-        self.student.logit_scale.clamp_(0, math.log(LARGEST_SCALE))
+_SLOW_DATA = 0.1  # of the time: more waiting than this is said once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,24 +49,29 @@ class Plan:
     steps: int
     key: str
     """Digest of everything that decides the result: a checkpoint of another key is not gone on from."""
-    checkpoint_minutes: float
     max_bad_share: float
     """Stop when more than this share of the pairs cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One step in plain numbers."""
+    """One step in plain numbers, of the whole batch."""
 
     loss: float
     parts: dict[str, float]
     lr: float
     grad_norm: float
     """Length of the whole gradient before it is shortened."""
+    part_norms: dict[str, float]
+    """Length of what each weighted part asks of the embeddings; of the steps that are written down."""
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Trainer:
-    """Trains a `Distillation` on one device, from wherever an earlier, killed attempt at the same work stopped."""
+    """Trains a `Distillation` from wherever an earlier, killed attempt at the same work stopped."""
 
     def __init__(
         self,
@@ -96,16 +81,26 @@ class Trainer:
         plan: Plan,
         *,
         out: Path,
-        device: torch.device,
+        ranks: Ranks = ALONE,
+        machine: MachineConfig | None = None,
+        validation: Validation | None = None,
     ) -> None:
-        self.model = model.to(device)
-        self.batches, self.settings, self.plan, self.out, self.device = batches, settings, plan, out, device
-        self.precision = resolve_precision(settings.precision, device)
+        self.model = model.to(ranks.device)
+        self.batches, self.settings, self.plan, self.out = batches, settings, plan, out
+        self.ranks, self.validation = ranks, validation
+        self.machine = machine = machine or MachineConfig()
+        self.precision = resolve_precision(settings.precision, ranks.device)
+        if machine.compile:
+            model.compile()
+        self.joint = join_model(model, ranks, fsdp=machine.fsdp)
         self.optimizers = make_optimizers(model.student, model.objective, settings, steps=plan.steps)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        self.step = 0
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == torch.float16)
+        self.average = Average(model.student, decay=settings.ema_decay) if settings.ema_decay else None
+        self.best = Best(settings.validation.metric, settings.validation.patience)
+        self.head_rows = HeadRows(model.objective.head, self.optimizers, out / CHECKPOINTS, ranks)
+        self.step, self.skipped_steps, self._in_succession = 0, 0, 0
         self.watch = Stopwatch()
-        self.bad_rows: set[int] = set()
+        self.bad_rows: dict[int, str] = {}
         self.last_line: dict[str, Any] = {}
         self.alarm = CollapseAlarm(patience=2 * settings.warmup_steps)
 
@@ -113,86 +108,202 @@ class Trainer:
         """Train to the end; returns the numbers people will ask about.
 
         Raises:
-            RunError: A loss or a gradient is not finite, or the process was asked to end (after a checkpoint).
+            RunError: Too many steps in succession are not finite, ranks differ, or the process was asked to end
+                (after a checkpoint).
             DataError: Too many pairs cannot be read.
             KeyboardInterrupt: Ctrl-C (after a checkpoint).
         """
         self._resume()
         size, steps = self.batches.batch_size, self.plan.steps
-        own_random = torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
+        device = self.ranks.device
+        own_random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
         shown = log.progress("distill", steps * size, unit="pairs", start=self.step * size)
-        with own_random, stop_requests() as stop, shown as bar:
-            self.model.train()
-            for batch in self.watch.waiting(self.batches.between(self.step, steps)):
+        with own_random, stop_requests() as stop, shown as bar, contextlib.ExitStack() as batches:
+            self.joint.train()
+            waiting = self.watch.waiting(self.batches.between(self.step, self._last_step))
+            for batch in batches.enter_context(contextlib.closing(waiting)):
                 self._note_bad(batch.bad)
-                measured = self._train_step(batch.to(self.device))
+                measured = self._train_step(batch.to(device))
                 self.step += 1
-                bar.advance(size, note=f"loss {measured.loss:.3f}, waits for data {self.watch.wait_share:.0%}")
-                if self.step % self.settings.log_every == 0 or self.step == steps:
+                bar.advance(size, note=self._note(measured))
+                if self._is_recorded(self.step):
                     self._record(measured)
-                if stop.requested or self.step == steps or self.watch.since_save >= 60 * self.plan.checkpoint_minutes:
-                    self._save()
+                if self._measures_now() and self._measure():
+                    break
+                self._save_if_due(stop.number)
                 stop.obey(self.step)
         return self._summary()
+
+    @property
+    def _last_step(self) -> int:
+        """Where to stop; a training that had stopped early does not begin again."""
+        return self.step if self.best.is_past else self.plan.steps
 
     def _train_step(self, batch: Batch) -> Measured:
         share = learning_rate_share(self.step, warmup_steps=self.settings.warmup_steps, steps=self.plan.steps)
         set_learning_rate(self.optimizers, share)
-        parts = self.model(batch, precision=self.precision, generator=self._randomness())
-        loss = weighted_sum(parts, self.settings.weights.model_dump())
-        self._stop_unless_finite("loss", loss, parts, batch)
-        grad_norm = self._gradients(loss)
-        # float16 overflows now and then: its scaler then skips the step and scales less, until there is nothing to scale
-        if self.scaler.get_scale() <= 1:
-            self._stop_unless_finite("gradient", grad_norm, parts, batch)
-        if bool(torch.isfinite(grad_norm)):  # else none may move: the scaler alone would ask each optimizer by itself
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
-        self.scaler.update()
-        self.model.clamp_scale()
-        return Measured(
-            loss=loss.item(),
-            parts={name: part.item() for name, part in parts.items()},
-            lr=share * self.settings.lr,
-            grad_norm=grad_norm.item(),
-        )
-
-    def _gradients(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """Backward, shortened to `grad_clip_norm`; returns the length before."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        parts: dict[str, Tensor] = {}
+        norms: dict[str, float] = {}
+
+        def loss_of(seen: Seen) -> Tensor:
+            weights = self._weights()
+            parts.update(self._parts(seen, batch))
+            if self._is_recorded(self.step + 1):
+                norms.update(self._part_norms(parts, seen, weights))
+            return self.scaler.scale(weighted_sum(parts, weights))
+
+        seed = step_seed(self.settings.seed, self.step, self.ranks.rank)
+        backward_in_pieces(
+            self.joint, batch, loss_of, micro_batch=self.machine.micro_batch, precision=self.precision, seed=seed
+        )
+        grad_norm = self._shortened()
+        values = torch.stack([part.detach().double() for part in parts.values()]).tolist()
+        numbers = self.ranks.mean(dict(zip(parts, values, strict=True)))
+        weights = self._weights()
+        total = sum(weights[name] * value for name, value in numbers.items())
+        measured = Measured(total, numbers, share * self.settings.lr, grad_norm.item(), norms)
+        self._move(measured, batch)
+        return measured
+
+    def _parts(self, seen: Seen, batch: Batch) -> dict[str, Tensor]:
+        generator = torch.Generator(self.ranks.device).manual_seed(step_seed(self.settings.seed, self.step))
+        return self.model.objective(seen, batch.targets, gather=self.ranks.gather, generator=generator)
+
+    def _weights(self) -> dict[str, float]:
+        """The weights of this step."""
+        weights, share = self.settings.weights.model_dump(), self.step / self.plan.steps
+        return {
+            name: weight * scheduled(self.settings.schedule.get(name, ()), share) for name, weight in weights.items()
+        }
+
+    def _part_norms(self, parts: Mapping[str, Tensor], seen: Seen, weights: Mapping[str, float]) -> dict[str, float]:
+        """How hard each part pulls at the embeddings (those of the student and those in the teacher's space)."""
+        rows = [value for value in seen.values() if value.ndim]
+        squares: list[Tensor] = []
+        for name, part in parts.items():
+            pulls = torch.autograd.grad(weights[name] * part, rows, retain_graph=True, allow_unused=True)
+            squares.append(torch.stack([pull.square().sum() for pull in pulls if pull is not None]).sum())
+        lengths = self.ranks.sum(torch.stack(squares)).sqrt() / self.ranks.size
+        return dict(zip(parts, lengths.tolist(), strict=True))
+
+    def _shortened(self) -> Tensor:
+        """Shorten the gradient to `grad_clip_norm`; returns its length before."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
+        head = self.model.objective.head
+        spread = head is not None and head.shard is not None
+        parameters = [
+            (parameter, is_spread(name, parameter, spread)) for name, parameter in self.model.named_parameters()
+        ]
         longest = self.settings.grad_clip_norm
-        return shorten_gradients(self.model.parameters(), math.inf if longest is None else longest)
+        return shorten_gradients(parameters, math.inf if longest is None else longest, self.ranks)
 
-    def _randomness(self) -> torch.Generator:
-        """What this step draws (negatives here, dropout from the global state) is a function of seed and step alone."""
-        digest = hashlib.blake2b(f"{self.settings.seed} step {self.step}".encode(), digest_size=7).digest()
-        seed = int.from_bytes(digest)
-        torch.manual_seed(seed)
-        return torch.Generator(self.device).manual_seed(seed)
+    def _move(self, measured: Measured, batch: Batch) -> None:
+        """Let the optimizers move, unless something is not finite: then nothing does, and it is counted.
+
+        Float16 overflows now and then and is no illness: its scaler then scales less, until there is nothing to scale.
+        """
+        if measured.is_finite:
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+            self.model.clamp_scales()
+            if self.average is not None:
+                self.average.update()
+            self._in_succession = 0
+        elif not math.isfinite(measured.loss) or self.scaler.get_scale() <= 1:
+            self._skip(measured, batch)
+        if self.scaler.is_enabled():
+            self._rescale(measured.is_finite)
+
+    def _rescale(self, finite: bool) -> None:
+        """As `GradScaler.update`, which knows of overflow only what the optimizers that were stepped have found."""
+        if finite:
+            self.scaler.update()
+        else:
+            self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
+
+    def _skip(self, measured: Measured, batch: Batch) -> None:
+        """The weights stay; what is needed to look into it and to do it again is kept.
+
+        Raises:
+            RunError: It has happened too often in succession.
+        """
+        if self._in_succession == 0:
+            self._save()  # before this step, so that the same command does it again
+            self.first_skipped = self._dump(measured, batch)
+        self._in_succession += 1
+        self.skipped_steps += 1
+        what = "gradient" if math.isfinite(measured.loss) else "loss"
+        log.warn(f"distill   step {self.step + 1:,} is skipped: its {what} is not finite ({self.first_skipped})")
+        if self._in_succession > self.settings.skip_limit:
+            raise RunError(
+                f"{self._in_succession} steps in succession are not finite, the last of them step {self.step + 1:,}: "
+                f"the {what} is {measured.grad_norm if what == 'gradient' else measured.loss} ("
+                + ", ".join(f"{name} {part}" for name, part in measured.parts.items())
+                + f"; learning rate {measured.lr:.3g}).",
+                fix=f"The same command does the first of them again; its batch is in {self.first_skipped}. "
+                "Lower distill.lr, lengthen the warm-up, or mend the data.",
+            )
+
+    def _dump(self, measured: Measured, batch: Batch) -> Path:
+        """Step, parts and the pairs of the batch, over all ranks."""
+        pairs = self.batches.training.pairs
+        rows = [int(row) for part in self.ranks.all(batch.rows.tolist()) for row in part]
+        path = self.out / f"nonfinite-step-{self.step + 1}.json"
+        found = {
+            "step": self.step + 1,
+            "seed": step_seed(self.settings.seed, self.step),
+            "what": "gradient" if math.isfinite(measured.loss) else "loss",
+            "loss": str(measured.loss),
+            "grad_norm": str(measured.grad_norm),
+            "lr": measured.lr,
+            "parts": {name: str(part) for name, part in measured.parts.items()},
+            "logit_scale": str(self.model.student.logit_scale.exp().item()),
+            **{name: str(value) for name, value in self.model.objective.diagnostics().items()},
+            "pairs": [{"row": row, "key": pairs.key(row)} for row in rows],
+        }
+        if self.ranks.is_first:
+            write_json(path, found)
+        return path
+
+    def _is_recorded(self, step: int) -> bool:
+        return step % self.settings.log_every == 0 or step == self.plan.steps
+
+    def _note(self, measured: Measured) -> str:
+        parts = " ".join(f"{name} {value:.3f}" for name, value in measured.parts.items())
+        memory = _memory(self.ranks.device)["memory_gib"]
+        return f"loss {measured.loss:.3f} ({parts}), waits for data {self.watch.wait_share:.0%}, {memory:.1f} GiB"
 
     def _record(self, measured: Measured) -> None:
         """A line of metrics.jsonl: every part by name, so that a sick one shows; scales as the factors they are."""
         size = self.batches.batch_size
         seconds, waited, steps = self.watch.lap(self.step)
+        own = {**self.model.objective.diagnostics(), "data_wait_share": waited / seconds}
         self.last_line = {
             "step": self.step,
             "pairs_seen": self.step * size,
             "epoch": self.step * size / len(self.batches.training),
-            "loss": measured.loss,
-            **{f"loss/{name}": part for name, part in measured.parts.items()},
+            "loss": _finite(measured.loss),
+            **{f"loss/{name}": _finite(part) for name, part in measured.parts.items()},
             "lr": measured.lr,
-            "grad_norm": measured.grad_norm if math.isfinite(measured.grad_norm) else None,
-            "logit_scale": self.model.student.logit_scale.exp().item(),
-            **self.model.objective.diagnostics(),
+            "grad_norm": _finite(measured.grad_norm),
+            **{f"grad_norm/{name}": _finite(length) for name, length in measured.part_norms.items()},
+            "logit_scale": whole(self.model.student.logit_scale.detach()).exp().item(),
+            **{name: _finite(value) for name, value in self.ranks.mean(own).items()},
             "pairs_per_s": steps * size / seconds,
-            "data_wait_share": waited / seconds,
+            "skipped_steps": self.skipped_steps,
+            **_memory(self.ranks.device),
         }
         self._watch_for_collapse(measured)
-        self.metrics.append(self.last_line)
+        if self.records is not None:
+            self.records.append(self.last_line)
+        if self.watch.is_slow(_SLOW_DATA):
+            log.warn(
+                f"distill   {self.watch.wait_share:.0%} of the time goes into waiting for pairs to be read and decoded; "
+                f"raise machine.workers (now {self.machine.workers}), or store smaller images"
+            )
 
     def _watch_for_collapse(self, measured: Measured) -> None:
         """Say once, and in the line of the step, that the training looks like a collapse; it goes on."""
@@ -205,104 +316,169 @@ class Trainer:
                 f"distill   step {self.step:,} looks like a collapse: {message} (docs/method.md, signs_of_collapse)"
             )
 
+    def _measures_now(self) -> bool:
+        if self.validation is None:
+            return False
+        size = self.batches.batch_size
+        every = self.settings.validation.every or len(self.batches.training)
+        before, now = ((step * size) // every for step in (self.step - 1, self.step))
+        return now > before or self.step == self.plan.steps
+
+    def _measure(self) -> bool:
+        """Measure the student; returns whether the training ends here."""
+        assert self.validation is not None
+        with self.watch.pause(), self.average.in_place() if self.average else contextlib.nullcontext():
+            numbers = self.validation.measure(self.joint, self.model, precision=self.precision)
+            better = self.best.is_new(numbers, self.step)
+            if better and self.settings.validation.keep == "best":
+                self._save_best(numbers)
+        if self.records is not None:
+            self.records.append({"step": self.step, "pairs_seen": self.step * self.batches.batch_size, **numbers})
+        names = ("val/loss", "val/retrieval", "val/zero_shot")
+        shown = ", ".join(f"{name[4:]} {numbers[name]:.3f}" for name in names if name in numbers)
+        log.info(f"distill   step {self.step:,}: {shown} on what it has not learned{' (the best)' if better else ''}")
+        if not self.best.is_past:
+            return False
+        log.info(f"distill   stops early: no better {self.best.metric} than at step {self.best.step:,}")
+        self._save()
+        return True
+
+    def _save_best(self, numbers: Numbers) -> None:
+        state = whole(dict(self.model.student.state_dict()))
+        if self.ranks.is_first:
+            about = {"key": self.plan.key, "step": self.step, "numbers": numbers}
+            checkpoint.save_best(self.out / CHECKPOINTS, {**about, "student": state})
+
+    def student_state(self) -> dict[str, Tensor]:
+        """The weights to leave: plain tensors, on every rank; the average or the best where the recipe asks for it."""
+        if self.settings.validation.keep == "best":
+            return checkpoint.load_best(self.out / CHECKPOINTS, key=self.plan.key)["student"]
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            state = whole(dict(self.model.student.state_dict()))
+            return {name: value.detach().cpu().clone() for name, value in state.items()}
+
     def _note_bad(self, bad: list[tuple[int, str]]) -> None:
-        """Record each unreadable pair once; stop when there are too many."""
+        """Remember each unreadable pair of this rank; they are written down with the next checkpoint."""
+        self.bad_rows.update(bad)
         training = self.batches.training
-        for row, reason in bad:
-            if row not in self.bad_rows:
-                self.bad_rows.add(row)
-                self.skipped.append(self._skipped_line(row, reason))
         total = len(training) + len(training.left_out)
         if len(self.bad_rows) > self.plan.max_bad_share * total:
+            self._write_bad(self.bad_rows)
             raise DataError(
                 f"{len(self.bad_rows):,} of {total:,} pairs cannot be read; {self.skipped.path} lists them.",
                 fix=f"Mend or remove them, or raise pairs.max_bad_share (now {self.plan.max_bad_share:g}).",
             )
+
+    def _write_bad(self, bad: Mapping[int, str]) -> None:
+        known = {int(line["row"]) for line in self.skipped.read()}
+        for row in sorted(bad.keys() - known):
+            self.skipped.append(self._skipped_line(row, bad[row]))
 
     def _skipped_line(self, row: int, reason: str) -> dict[str, Any]:
         pairs = self.batches.training.pairs
         shard = next(shard for shard in pairs.shards if row < shard.first_row + shard.rows)
         return {"row": row, "key": pairs.key(row), "shard": shard.name, "reason": reason}
 
+    def _save_if_due(self, stop: int) -> None:
+        """All ranks save together: at the end, when the first one finds it is time, and when any is asked to end."""
+        due = self.watch.since_save >= 60 * self.machine.checkpoint_minutes
+        due = due and self._in_succession == 0  # the newest is from before the steps that are skipped
+        if self.ranks.size > 1:
+            asked = self.ranks.largest(max(stop, int(due and self.ranks.is_first)))
+            due = asked > 0
+        if due or stop or self.step == self.plan.steps:
+            self._save()
+
     def _save(self) -> None:
-        frozen = self._frozen()
+        for found in self.ranks.all(self.bad_rows):
+            self.bad_rows |= found
+        self.head_rows.save(self.step)
+        elsewhere, model = self._elsewhere(), self.model.state_dict()
         state = {
             "key": self.plan.key,
-            "model": {name: value for name, value in self.model.state_dict().items() if name not in frozen},
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "model": whole({name: value for name, value in model.items() if name not in elsewhere}),
+            "optimizers": [whole(self.head_rows.without_rows(optimizer)) for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
-            "metrics_bytes": self.metrics.sync(),
-            "skipped_bytes": self.skipped.sync(),
+            "average": self.average.state_dict() if self.average else None,
+            "best": dataclasses.asdict(self.best),
+            "skipped_steps": self.skipped_steps,
             "last_line": self.last_line,
             "alarm": self.alarm.state_dict(),
             "seconds": self.watch.seconds,
             "waited": self.watch.waited,
         }
-        checkpoint.save(self.out / CHECKPOINTS, self.step, state)
+        if self.ranks.is_first and self.records is not None:
+            self._write_bad(self.bad_rows)
+            lines = {"metrics_bytes": self.records.sync(), "skipped_bytes": self.skipped.sync()}
+            checkpoint.save(self.out / CHECKPOINTS, self.step, {**state, **lines}, keep=self.machine.keep_checkpoints)
+        self.head_rows.drop_old()
+        self.ranks.wait()
         self.watch.saved()
 
     def _resume(self) -> None:
         """Take up the newest whole checkpoint, or start; the files of lines are cut to where it saw them."""
-        state = checkpoint.load_newest(self.out / CHECKPOINTS, key=self.plan.key)
-        self.metrics = LineFile(self.out / "metrics.jsonl", size=state["metrics_bytes"] if state else 0)
-        self.skipped = LineFile(self.out / "skipped.jsonl", size=state["skipped_bytes"] if state else 0)
+        with self.ranks.first_alone():
+            state = checkpoint.load_newest(self.out / CHECKPOINTS, key=self.plan.key)
+            self._open_files(state)
+        self.ranks.agree("a checkpoint", None if state is None else state["step"])
         if state is None:
             self._note_bad(list(self.batches.training.left_out.items()))
             return
-        missing, unexpected = self.model.load_state_dict(state["model"], strict=False)
-        assert set(missing) == self._frozen()
-        assert not unexpected
+        missing = load_model(self.model, state["model"])
+        assert missing == self._elsewhere()
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
+            load_optimizer(optimizer, kept)
+        self.head_rows.load(state["step"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.best = Best(**state["best"])
         self.alarm.load_state_dict(state["alarm"])
-        self.bad_rows = {int(line["row"]) for line in self.skipped.read()}
-        self.step, self.last_line = state["step"], state["last_line"]
+        self.bad_rows = {int(line["row"]): line["reason"] for line in self.skipped.read()}
+        self.step, self.last_line, self.skipped_steps = state["step"], state["last_line"], state["skipped_steps"]
         self.watch = Stopwatch(seconds=state["seconds"], waited=state["waited"], step=self.step)
         log.info(f"distill   goes on after step {self.step:,} of {self.plan.steps:,}")
 
-    def _frozen(self) -> set[str]:
-        """Names of what never changes: a frozen head may be gigabytes, and comes from the centers again."""
-        return {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+    def _open_files(self, state: Mapping[str, Any] | None) -> None:
+        """The first rank keeps the record; the others only read which pairs are known to be broken."""
+        step = state["step"] if state else 0
+        self.records: Records | None = None
+        if self.ranks.is_first:
+            listeners = make_listeners(
+                self.machine.callbacks, self.machine.tensorboard, self.out / "tensorboard", step=step
+            )
+            size = state["metrics_bytes"] if state else 0
+            self.records = Records(self.out / "metrics.jsonl", size=size, listeners=listeners)
+        self.skipped = LineFile(self.out / "skipped.jsonl", size=state["skipped_bytes"] if state else 0)
 
-    def _stop_unless_finite(self, what: str, value: Tensor, parts: dict[str, Tensor], batch: Batch) -> None:
-        if bool(torch.isfinite(value)):
-            return
-        step, pairs = self.step + 1, self.batches.training.pairs
-        path = self.out / f"nonfinite-step-{step}.json"
-        found = {
-            "step": step,
-            "what": what,
-            "value": str(value.item()),
-            "lr": self.optimizers[0].param_groups[0]["lr"],
-            "parts": {name: str(part.item()) for name, part in parts.items()},
-            "logit_scale": str(self.model.student.logit_scale.exp().item()),
-            **{name: str(value) for name, value in self.model.objective.diagnostics().items()},
-            "pairs": [{"row": int(row), "key": pairs.key(int(row))} for row in batch.rows],
-        }
-        write_json(path, found)
-        raise RunError(
-            f"Step {step:,}: the {what} is {value.item()} ("
-            + ", ".join(f"{name} {part}" for name, part in found["parts"].items())
-            + f"; learning rate {found['lr']:.3g}).",
-            fix=f"Lower distill.lr or lengthen the warm-up, or look into the batch: {path}",
-        )
+    def _elsewhere(self) -> set[str]:
+        """Names of what is not in the file of a checkpoint.
+
+        It is what never changes (a frozen head may be gigabytes, and comes from the centers again), and the rows of a
+        head that learns.
+        """
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        return frozen | self.head_rows.names
 
     def _summary(self) -> dict[str, Any]:
         seen = self.step * self.batches.batch_size
+        best = {"best_step": self.best.step, f"best_{self.best.metric}": self.best.value}
         return {
             "steps": self.step,
             "pairs": len(self.batches.training),
             "pairs_seen": seen,
             "epochs": seen / len(self.batches.training),
             "unreadable_pairs": len(self.bad_rows),
+            "skipped_steps": self.skipped_steps,
+            "processes": self.ranks.size,
             "seconds": self.watch.seconds,
             "pairs_per_s": seen / self.watch.seconds,
             "data_wait_share": self.watch.wait_share,
             **{name: value for name, value in self.last_line.items() if name.startswith("loss")},
+            **(best if self.best.value is not None else {}),
             "collapse_alarm": self.alarm.fired,
             "precision": str(self.precision).removeprefix("torch."),
-            **_peak_memory(self.device),
+            **{f"peak_{name}": value for name, value in _memory(self.ranks.device).items()},
         }
 
 
@@ -313,10 +489,15 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def _peak_memory(device: torch.device) -> dict[str, float]:
-    """The most memory this process (and, on CUDA, this device) has held, in GiB."""
+def _finite(value: float) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """The most memory this process (and, on CUDA, this device) has held so far, in GiB."""
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    peak = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    peak = {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
     if device.type == "cuda":
-        peak["peak_device_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        peak["device_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     return peak

@@ -1,14 +1,17 @@
 """Who learns how fast: parameter groups of AdamW, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clip_cid.errors import ConfigError
 from clip_cid.recipe import DistillConfig
+from clip_cid.training.distributed import Ranks
+from clip_cid.training.parallel import local
 from clip_cid.training.row_adam import RowAdam
 
 
@@ -84,12 +87,34 @@ def make_optimizers(
     return [*found, RowAdam(by_row, **how)] if by_row else found
 
 
-def shorten_gradients(parameters: Iterable[nn.Parameter], longest: float) -> Tensor:
-    """Scale all gradients, dense or sparse, to a common length of at most `longest`; returns the length before."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
-    length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(value) for value in values]))
+def shorten_gradients(parameters: Sequence[tuple[nn.Parameter, bool]], longest: float, ranks: Ranks) -> Tensor:
+    """Scale all gradients, dense or sparse, to a common length of at most `longest`; returns the length before.
+
+    Args:
+        parameters: Each with whether ranks hold different parts of it; of the others every rank has the same gradient.
+        longest: May be infinite.
+        ranks: Who hold the other parts.
+    """
+    squares = {False: torch.zeros(()), True: torch.zeros(())}
+    gradients: list[Tensor] = []
+    for parameter, spread in parameters:
+        if parameter.grad is not None:
+            gradient = local(parameter.grad)
+            gradients.append(gradient)
+            values = gradient.coalesce().values() if gradient.is_sparse else gradient
+            squares[spread] = squares[spread].to(values.device) + torch.linalg.vector_norm(values).square()
+    if any(spread for _, spread in parameters):
+        squares[True] = ranks.sum(squares[True])
+    length = (squares[True].to(squares[False].device) + squares[False]).sqrt()
     share = (longest / (length + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(share)
     return length
+
+
+def scheduled(points: Sequence[tuple[float, float]], share: float) -> float:
+    """The factor at a share of the run: straight between the points, level beyond the first and the last; 1 without any."""
+    if not points:
+        return 1.0
+    shares, factors = zip(*points, strict=True)
+    return float(np.interp(share, shares, factors))

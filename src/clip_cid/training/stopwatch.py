@@ -1,10 +1,12 @@
 """Where the time of a training goes."""
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 _Batch = TypeVar("_Batch")
+_SETTLED = 60.0  # seconds: workers that start, and files that are read for the first time, are no verdict
 
 
 class Stopwatch:
@@ -14,6 +16,7 @@ class Stopwatch:
         self._before, self.waited = seconds, waited
         self._began = self._saved = time.monotonic()
         self._lap = (seconds, waited, step)
+        self._told = False
 
     @property
     def seconds(self) -> float:
@@ -30,12 +33,28 @@ class Stopwatch:
     def saved(self) -> None:
         self._saved = time.monotonic()
 
+    @contextlib.contextmanager
+    def pause(self) -> Generator[None]:
+        """What is done meanwhile is no training, and does not count."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._began += time.monotonic() - began
+
+    def is_slow(self, share: float) -> bool:
+        """Whether more than this share of the time was spent waiting; true once at most, and not of the first minute."""
+        if self._told or self.seconds < _SETTLED or self.wait_share <= share:
+            return False
+        self._told = True
+        return True
+
     def lap(self, step: int) -> tuple[float, float, int]:
         """Seconds, seconds of waiting, and steps since the last call."""
         before, self._lap = self._lap, (self.seconds, self.waited, step)
         return max(self._lap[0] - before[0], 1e-9), self._lap[1] - before[1], step - before[2]
 
-    def waiting(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+    def waiting(self, batches: Iterator[_Batch]) -> Generator[_Batch]:
         """The batches, with the time until each is there counted as waiting."""
         while True:
             began = time.monotonic()

@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_cid.method.cluster_distillation import CenterHead, Shard
+from clip_cid.method.cluster_distillation import CenterHead, Shard, sample_centers
 from clip_cid.method.fused_cluster_loss import cluster_losses, soft_centers
 from clip_cid.training.head_shards import load_rows, save_shard
 from clip_cid.training.row_adam import RowAdam
@@ -133,7 +133,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Sampled:
-    """A step of a spread head with a sample of each rank's centers."""
+    """A step of a spread head with a sample of the centers."""
 
     rate: float = 0.5
     trained: bool = True
@@ -184,7 +184,7 @@ def one_step_of_a_head(case: Sampled, group: dist.ProcessGroup, rank: int, world
     first, stop = Shard.bounds(case.num_centers, rank, world)
     shard = Shard(first=first, total=case.num_centers, group=group)
     head = CenterHead(centers[first:stop], scale=16.0, trainable=case.trained, sparse=case.sparse, shard=shard)
-    sample = head.sample(labels, rate=case.rate, generator=seeded(100 + rank))
+    sample = head.sample(labels, rate=case.rate, generator=seeded(100))
     found = head(student, sample, teacher=teacher, temperature=case.temperature, logq=case.logq)
     wanted = [student, head.weight] if case.trained else [student]
     return {
@@ -253,7 +253,7 @@ def learn_and_save(group: dist.ProcessGroup, rank: int, world: int, folder: Path
     shard = Shard(first=first, total=case.num_centers, group=group)
     head = CenterHead(centers[first:stop], trainable=True, sparse=True, shard=shard)
     optimizer = RowAdam([head.weight], lr=0.1)
-    sample = head.sample(labels, rate=case.rate, generator=seeded(100 + rank))
+    sample = head.sample(labels, rate=case.rate, generator=seeded(100))
     head(student, sample, teacher=teacher).cls.backward()
     optimizer.step()
     save_shard(folder, head, optimizer.state[head.weight], step=1)
@@ -343,8 +343,7 @@ def test_all_ranks_find_the_very_same(ranks, name):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_sample_of_each_rank_gives_the_dense_losses_over_their_union(ranks, name):
-    """Each rank has its own quota and so its own chance for a negative, which the correction must know."""
+def test_a_sample_spread_over_ranks_gives_the_dense_losses(ranks, name):
     case, world = HEADS[name], len(ranks)
     centers, student, teacher, labels = head_batch(case)
     found = [rank[name] for rank in ranks]
@@ -375,20 +374,17 @@ def test_a_sample_of_each_rank_gives_the_dense_losses_over_their_union(ranks, na
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_each_rank_samples_its_own_share_of_its_own_centers(ranks, name):
+def test_together_the_ranks_have_the_sample_that_one_process_would_draw(ranks, name):
     case, world = HEADS[name], len(ranks)
-    labels = head_batch(case)[-1].unique()
+    alone = sample_centers(head_batch(case)[-1], case.num_centers, sample_rate=case.rate, generator=seeded(100))
     for rank, every in enumerate(ranks):
         found, (first, stop) = every[name], Shard.bounds(case.num_centers, rank, world)
-        own = labels[(labels >= first) & (labels < stop)]
-        negatives = max(round(case.rate * (stop - first)) - len(own), 0)
         assert found["num_centers"] == case.num_centers
-        assert found["num_negatives"] == negatives
-        assert len(found["index"]) == len(own) + negatives
+        assert found["num_negatives"] == alone.num_negatives
         assert ((found["index"] >= first) & (found["index"] < stop)).all()
-        others = ~torch.isin(found["index"], own)
-        chance = torch.tensor(float(negatives)) / (stop - first - len(own))
-        torch.testing.assert_close(found["log_inclusion"], torch.where(others, chance.log(), 0.0))
+    assert torch.equal(torch.cat([every[name]["index"] for every in ranks]), alone.index)
+    inclusions = torch.cat([every[name]["log_inclusion"] for every in ranks])
+    assert torch.equal(inclusions, alone.log_inclusion)
 
 
 def test_gradients_through_gathered_rows_add_up_to_those_of_one_process(ranks):

@@ -120,7 +120,15 @@ def test_the_stage_leaves_a_student_that_open_clip_loads_and_the_numbers_people_
     assert summary["parameters"]["image"] == image
     assert sum(summary["parameters"].values()) == sum(value.numel() for value in model.parameters())
     assert (summary["steps"], summary["pairs"], summary["pairs_seen"]) == (8, 16, 48)  # 3 * 16 / 6
-    assert {"seconds", "pairs_per_s", "data_wait_share", "loss", "loss/clip", "loss/instance"} <= summary.keys()
+    assert {
+        "seconds",
+        "pairs_per_s",
+        "data_wait_share",
+        "loss",
+        "loss/clip",
+        "loss/instance_image",
+        "loss/instance_text",
+    } <= summary.keys()
     json.dumps(summary, allow_nan=False)
     config = json.loads((out / "student" / "open_clip_config.json").read_text())
     assert config["model_cfg"]["embed_dim"] == DIM  # native: as wide as the teacher
@@ -343,7 +351,7 @@ def test_with_all_centers_frozen_the_teacher_is_read_once_and_training_is_the_sa
     soft = case.run("soft")
     monkeypatch.setattr(distill, "uses_soft_centers", lambda _: False)
     plain = case.run("plain")
-    for name in ("loss", "loss/cluster_cls", "loss/cluster_kl", "loss/instance"):
+    for name in ("loss", "loss/cluster_cls", "loss/cluster_kl", "loss/instance_image", "loss/instance_text"):
         assert soft[name] == pytest.approx(plain[name], rel=1e-4), name
     assert not (case.folder.path / "soft" / "soft_centers").exists()
 
@@ -369,7 +377,7 @@ def test_sigma_can_be_calibrated_and_is_told(case: Case):
 
 
 def test_sigma_is_calibrated_even_where_nothing_else_needs_the_teacher(case: Case):
-    weights = {"clip": 1, "cluster_cls": 1, "cluster_kl": 0, "instance": 0}
+    weights = {"clip": 1, "cluster_cls": 1, "cluster_kl": 0, "instance_image": 0, "instance_text": 0}
     assert case.run(weights=weights, head_perplexity=2.0)["teacher_perplexity"] == pytest.approx(2, rel=1e-2)
 
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from clip_cid.errors import DataError, RunError
 from clip_cid.training.batches import Batch
-from clip_cid.training.loop import Measured, Trainer, resolve_precision
+from clip_cid.training.loop import Trainer, resolve_precision
 
 STEPS = 10
 
@@ -53,7 +54,9 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in ("pairs_per_s", "data_wait_share")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("pairs_per_s", "data_wait_share", "memory_gib")} for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def before_step(trainer: Trainer, step: int, action: Callable[[], object]) -> Tr
     """The trainer, but `action` happens when `step` steps are done and the batch of the next has come."""
     train_step = trainer._train_step
 
-    def acting(batch: Batch) -> Measured:
+    def acting(batch: Batch) -> Any:
         if trainer.step == step:
             action()
         return train_step(batch)
@@ -164,9 +167,9 @@ def oracle_parts(
     """The losses as METHOD writes them, with other people's functions."""
     image, text, scale = model(batch.images, batch.texts)
     parts = {"clip": ClipLoss()(image, text, scale)}
-    if weights["instance"]:
-        crossed = [(batch.teacher_image, text), (batch.teacher_text, image)]
-        parts["instance"] = sum(ClipLoss()(teacher, ours, instance_scale.exp()) for teacher, ours in crossed)
+    if weights["instance_text"]:
+        parts["instance_image"] = ClipLoss()(batch.teacher_text, image, instance_scale.exp())
+        parts["instance_text"] = ClipLoss()(batch.teacher_image, text, instance_scale.exp())
     if weights["cluster_cls"]:
         assert batch.labels is not None
         assert batch.teacher_image is not None
@@ -213,13 +216,11 @@ def test_the_loss_goes_down_and_every_part_has_its_line(folder: Path, tmp_path: 
     summary = make_trainer(folder, tmp_path, settings=settings, steps=60).run()
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
-    for part in ("loss/clip", "loss/cluster_cls", "loss/cluster_kl", "loss/instance"):
+    for part in ("loss/clip", "loss/cluster_cls", "loss/cluster_kl", "loss/instance_image", "loss/instance_text"):
         assert lines[-1][part] < lines[0][part]
     for line in lines:
-        parts = {name: line[f"loss/{name}"] for name in settings.weights.model_dump()}
-        assert line["loss"] == pytest.approx(
-            parts["clip"] + parts["cluster_cls"] + parts["cluster_kl"] + parts["instance"] / 2
-        )
+        whole = line["loss/clip"] + line["loss/cluster_cls"] + line["loss/cluster_kl"]
+        assert line["loss"] == pytest.approx(whole + (line["loss/instance_image"] + line["loss/instance_text"]) / 2)
         assert line["pairs_seen"] == line["step"] * BATCH
         assert line["epoch"] == pytest.approx(line["pairs_seen"] / 21)
         assert 0 <= line["data_wait_share"] <= 1
@@ -237,28 +238,73 @@ def test_the_logit_scale_stays_within_its_limits(folder: Path, tmp_path: Path):
     assert 4.5 < trainer.model.student.logit_scale.item() <= math.log(100)
 
 
-def test_a_loss_that_is_no_number_stops_at_once_and_leaves_what_is_needed_to_look_into_it(folder: Path, tmp_path: Path):
-    trainer = make_trainer(folder, tmp_path, steps=STEPS, minutes=1e-9)
+def test_losses_that_stay_no_number_stop_the_run_and_leave_what_is_needed_to_do_the_first_again(
+    folder: Path, tmp_path: Path
+):
+    settings = make_settings(skip_limit=2, log_every=1)
+    trainer = make_trainer(folder, tmp_path, settings=settings, steps=STEPS, minutes=1e-9)
     projection = trainer.model.student.text_projection.data
+    kept = projection.clone()
     before_step(trainer, 4, lambda: projection[0].fill_(math.nan))
-    with pytest.raises(RunError, match=r"Step 5: the loss is nan \(clip nan, cluster_cls \d.*learning rate"):
+    with pytest.raises(
+        RunError, match=r"3 steps in succession .*step 7: the loss is nan \(clip nan, cluster_cls \d.*rate"
+    ):
         trainer.run()
-    (batch,) = list(make_batches(training_pairs(folder)).between(4, 5))
+    batches = make_batches(training_pairs(folder))
+    (batch,) = list(batches.between(4, 5))
     found = json.loads((tmp_path / "nonfinite-step-5.json").read_text())
     assert (found["step"], found["what"], found["parts"]["clip"]) == (5, "loss", "nan")
     assert [pair["row"] for pair in found["pairs"]] == batch.rows.tolist()
     assert found["pairs"][0]["key"] == trainer.batches.training.pairs.key(int(batch.rows[0]))
-    assert sorted(path.stem for path in (tmp_path / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt"))
+    assert names == ["step-000003.pt", "step-000004.pt"]  # none of the steps that were skipped
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["loss"] is None, line["skipped_steps"]) for line in lines[3:]] == [
+        (4, False, 0),
+        (5, True, 1),
+        (6, True, 2),
+    ]
+    again = make_trainer(folder, tmp_path, settings=settings, steps=STEPS)
+    seen: list[list[int]] = []
+    step_of = again._train_step
+    again._train_step = lambda batch: (seen.append(batch.rows.tolist()), step_of(batch))[1]
+    resume = again._resume
+    again._resume = lambda: (resume(), again.model.student.text_projection.data.copy_(kept))
+    again.run()
+    assert seen[0] == batch.rows.tolist()
 
 
-def test_a_gradient_that_is_no_number_stops_before_it_reaches_the_weights(folder: Path, tmp_path: Path):
-    trainer = make_trainer(folder, tmp_path, steps=STEPS)
-    trainer.model.student.ln_final.weight.register_hook(lambda gradient: gradient * math.inf)
-    before = weights_of(trainer)
-    with pytest.raises(RunError, match="Step 1: the gradient is "):
-        trainer.run()
-    assert_equal(weights_of(trainer), before)
-    assert json.loads((tmp_path / "nonfinite-step-1.json").read_text())["what"] == "gradient"
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_gradient_that_is_no_number_once_changes_nothing_and_is_counted(folder: Path, tmp_path: Path, at: int):
+    """The skipped step leaves weights, moments and average as they were; what comes later is that of a loop without it."""
+    settings = make_settings(log_every=1, ema_decay=0.9)
+    trainer = make_trainer(folder, tmp_path, settings=settings, steps=STEPS)
+    states: dict[int, Any] = {}
+    train_step = trainer._train_step
+
+    def watched(batch: Batch) -> Any:
+        states[trainer.step] = copy.deepcopy(
+            (weights_of(trainer), [optimizer.state_dict()["state"] for optimizer in trainer.optimizers])
+        )
+        if trainer.step == at:
+            hook = trainer.model.student.ln_final.weight.register_hook(lambda gradient: gradient * math.inf)
+        measured = train_step(batch)
+        if trainer.step == at:
+            hook.remove()
+            assert trainer.average is not None
+            assert trainer.average.state_dict()["steps"] == at
+        return measured
+
+    trainer._train_step = watched
+    summary = trainer.run()
+    assert summary["skipped_steps"] == 1
+    assert_equal(states[at][0], states[at + 1][0])
+    torch.testing.assert_close(states[at][1], states[at + 1][1], rtol=0, atol=0)
+    assert not torch.equal(states[at + 2][0]["student.logit_scale"], states[at + 1][0]["student.logit_scale"])
+    line = read_lines(tmp_path / "metrics.jsonl")[at]
+    assert line["grad_norm"] is None
+    assert math.isfinite(line["loss"])
+    assert json.loads((tmp_path / f"nonfinite-step-{at + 1}.json").read_text())["what"] == "gradient"
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, RunError), (signal.SIGINT, KeyboardInterrupt)])
@@ -275,7 +321,7 @@ def test_a_polite_kill_finishes_the_step_and_saves_it(
     with pytest.raises(error) as caught:
         trainer.run()
     assert signal.getsignal(number) is before
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000005.pt"]
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*.pt")] == ["step-000005.pt"]
     if isinstance(caught.value, RunError):
         assert "Stopped by SIGTERM after step 5, which is saved" in str(caught.value)
     resumed = make_trainer(folder, tmp_path, steps=STEPS)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import AugmentationCfg, image_transform
 from PIL import Image
@@ -14,10 +15,14 @@ from torch import Tensor
 from clip_cid.data.embedding_writer import ShardRows, StoreWriter
 from clip_cid.data.embeddings import EmbeddingStore
 from clip_cid.data.pairs import Pairs, open_pairs
+from clip_cid.method.cluster_distillation import Shard
 from clip_cid.method.objective import Objective
-from clip_cid.recipe import DistillConfig, PairsConfig
+from clip_cid.recipe import DistillConfig, MachineConfig, PairsConfig
 from clip_cid.training.batches import Batches, PairDataset, TrainingPairs
-from clip_cid.training.loop import Distillation, Plan, Trainer
+from clip_cid.training.distributed import ALONE, Ranks
+from clip_cid.training.loop import Plan, Trainer
+from clip_cid.training.model import Distillation
+from clip_cid.training.validation import Validation
 
 DIM, CENTERS, BATCH = 16, 12, 8
 
@@ -80,20 +85,20 @@ def make_dataset(training: TrainingPairs, seed: int = 0) -> PairDataset:
     return PairDataset(training, transform=transform, tokenizer=tokenize, max_pixels=10_000, seed=seed)
 
 
-def make_batches(training: TrainingPairs, *, workers: int = 0, seed: int = 0) -> Batches:
+def make_batches(training: TrainingPairs, *, workers: int = 0, seed: int = 0, ranks: Ranks = ALONE) -> Batches:
     dataset = make_dataset(training, seed)
-    return Batches(training, dataset, batch_size=BATCH, seed=seed, workers=workers, pin=False)
+    return Batches(training, dataset, batch_size=BATCH, seed=seed, workers=workers, pin=False, ranks=ranks)
 
 
-def make_student(*, seed: int = 0, patch_dropout: float = 0.0) -> CLIP:
+def make_student(*, seed: int = 0, patch_dropout: float = 0.0, with_bias: bool = False) -> CLIP:
     vision = CLIPVisionCfg(image_size=16, patch_size=4, width=32, layers=1, head_width=16, patch_dropout=patch_dropout)
     text = CLIPTextCfg(context_length=8, vocab_size=64, width=32, heads=2, layers=1)
     torch.manual_seed(seed)
-    return CLIP(DIM, vision, text)
+    return CLIP(DIM, vision, text, init_logit_bias=-10.0 if with_bias else None)
 
 
 def make_settings(**changes: Any) -> DistillConfig:
-    """All four losses, random negatives in each step, a head that moves."""
+    """All losses of the paper, random negatives in each step, a head that moves."""
     values: dict[str, Any] = {
         "batch_size": BATCH,
         "lr": 1e-3,
@@ -116,23 +121,40 @@ def make_trainer(
     patch_dropout: float = 0.25,
     training: TrainingPairs | None = None,
     max_bad_share: float = 0.01,
+    ranks: Ranks = ALONE,
+    validation: Validation | None = None,
+    **machine: Any,
 ) -> Trainer:
     settings = settings or make_settings()
     out.mkdir(parents=True, exist_ok=True)
+    model = make_model(settings, patch_dropout=patch_dropout, ranks=ranks)
+    batches = make_batches(training or training_pairs(folder), workers=workers, seed=settings.seed, ranks=ranks)
+    plan = Plan(steps=steps, key="tiny", max_bad_share=max_bad_share)
+    how = MachineConfig.model_validate({"tensorboard": "off", "checkpoint_minutes": minutes, **machine})
+    return Trainer(model, batches, settings, plan, out=out, ranks=ranks, machine=how, validation=validation)
+
+
+def make_model(settings: DistillConfig, *, patch_dropout: float = 0.0, ranks: Ranks = ALONE) -> Distillation:
+    centers, shard = torch.from_numpy(unit_rows(CENTERS, seed=5)), None
+    if settings.head_lr > 0 and ranks.size > 1:
+        first, stop = Shard.bounds(CENTERS, ranks.rank, ranks.size)
+        centers, shard = centers[first:stop], Shard(first, CENTERS, dist.distributed_c10d._get_default_group())
     objective = Objective(
         weights=settings.weights.model_dump(),
         student_dim=DIM,
         teacher_dim=DIM,
-        centers=torch.from_numpy(unit_rows(CENTERS, seed=5)),
+        alignment=settings.alignment,
+        centers=centers,
+        shard=shard,
         head_scale=settings.head_scale,
         train_head=settings.head_lr > 0,
         sample_rate=settings.sample_rate,
         logq=settings.logq,
+        affinity_scale=settings.affinity_scale,
     )
-    model = Distillation(make_student(seed=settings.seed, patch_dropout=patch_dropout), objective)
-    batches = make_batches(training or training_pairs(folder), workers=workers, seed=settings.seed)
-    plan = Plan(steps=steps, key="tiny", checkpoint_minutes=minutes, max_bad_share=max_bad_share)
-    return Trainer(model, batches, settings, plan, out=out, device=torch.device("cpu"))
+    bias = settings.weights.siglip > 0
+    student = make_student(seed=settings.seed, patch_dropout=patch_dropout, with_bias=bias)
+    return Distillation(student, objective, lock=settings.lock)
 
 
 if __name__ == "__main__":

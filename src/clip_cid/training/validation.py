@@ -1,0 +1,198 @@
+"""What is measured while the student learns: losses and retrieval on pairs it has not seen, and zero-shot scores."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt64
+from torch import Tensor, nn
+
+from clip_cid.data.evaluation_sets import EvaluationSet, LabelledImages
+from clip_cid.data.pairs import BadSample
+from clip_cid.errors import DataError
+from clip_cid.evaluation.retrieval import retrieval
+from clip_cid.evaluation.zero_shot import prompt_classifier, zero_shot
+from clip_cid.method.objective import weighted_sum
+from clip_cid.models.student import Clip
+from clip_cid.training.batches import Batches, TrainingPairs
+from clip_cid.training.distributed import Ranks
+from clip_cid.training.model import Distillation, step_seed
+
+Numbers = dict[str, float]
+_ROWS = 256  # images or prompts in the student at once, where no loss needs more
+
+
+class HeldOut(NamedTuple):
+    """The pairs that are not learned from, as whole batches of equal size."""
+
+    pairs: TrainingPairs
+    batch_size: int
+
+
+def hold_out(training: TrainingPairs, share: float, *, batch_size: int, ranks: int) -> tuple[TrainingPairs, HeldOut]:
+    """The pairs to train on, and those held out.
+
+    Which pairs are held out depends on their rows alone, so runs on the same pairs hold out the same ones, whatever
+    each has balanced away.
+
+    Args:
+        training: All of them.
+        share: Of these, to hold out.
+        batch_size: Of the training; the held-out batches are as large, or smaller.
+        ranks: Share every batch.
+
+    Raises:
+        DataError: Too few are held out for one batch.
+    """
+    order = np.argsort(_mixed(training.rows), kind="stable")
+    count = round(share * len(training))
+    batches = max(-(-count // batch_size), 1)
+    count = count // (batches * ranks) * batches * ranks
+    if count < 2:
+        raise DataError(
+            f"distill.validation.share: {share:g} of {len(training):,} pairs are too few to measure anything.",
+            fix="Hold out more, or set it to 0.",
+        )
+    held_out = np.zeros(len(training), dtype=bool)
+    held_out[order[:count]] = True
+    return training.take(np.flatnonzero(~held_out)), HeldOut(training.take(np.flatnonzero(held_out)), count // batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """What to measure; every rank does its part of it."""
+
+    clip: Clip
+    batches: Batches | None
+    """Of the held-out pairs, as the student sees them without any chance."""
+    sets: Sequence[EvaluationSet]
+    weights: dict[str, float]
+    seed: int
+    ranks: Ranks
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, distillation: Distillation, *, precision: torch.dtype) -> Numbers:
+        """All numbers by name, `val/...`, equal on all ranks.
+
+        Args:
+            model: The distillation, or what wraps it to join ranks.
+            distillation: Itself.
+            precision: Of the student.
+        """
+        distillation.eval()
+        try:
+            found = {} if self.batches is None else self._pairs(model, distillation, self.batches, precision)
+            for labelled in self.sets:
+                found[f"val/zero_shot/{labelled.name}"] = self._zero_shot(model, labelled, precision)
+        finally:
+            distillation.train()
+        scores = [value for name, value in found.items() if name.startswith("val/zero_shot/")]
+        return found | ({"val/zero_shot": float(np.mean(scores))} if scores else {})
+
+    def _pairs(self, model: nn.Module, distillation: Distillation, batches: Batches, precision: torch.dtype) -> Numbers:
+        device, parts = self.ranks.device, list[Numbers]()
+        images, texts = list[np.ndarray](), list[np.ndarray]()
+        for batch in batches.in_order():
+            batch = batch.to(device)
+            seen = model(batch.images, batch.texts, precision=precision)
+            generator = torch.Generator(device).manual_seed(step_seed(self.seed, len(parts)))
+            found = distillation.objective(seen, batch.targets, gather=self.ranks.gather, generator=generator)
+            total = weighted_sum(found, self.weights).item()
+            parts.append({**{f"loss/{name}": part.item() for name, part in found.items()}, "loss": total})
+            for name, into in (("image", images), ("text", texts)):
+                into.append(self.ranks.gather(seen[name]).all.float().cpu().numpy())
+        mean = self.ranks.mean({name: float(np.mean([part[name] for part in parts])) for name in parts[0]})
+        recalls = _recalls(np.concatenate(images), np.concatenate(texts))
+        return {f"val/{name}": value for name, value in {**mean, **recalls}.items()}
+
+    def _zero_shot(self, model: nn.Module, labelled: EvaluationSet, precision: torch.dtype) -> float:
+        """The set's own score, by the prompts it came with."""
+        classes, test = len(labelled.class_names), labelled.split("test")
+        prompts = [prompt for label in range(classes) for prompt in labelled.prompts(label)]
+        texts = [
+            model(None, self.clip.tokenizer(prompts[start : start + _ROWS]).to(self.ranks.device), precision=precision)
+            for start in range(0, len(prompts), _ROWS)
+        ]
+        classifier = prompt_classifier(_numpy([seen["text"] for seen in texts]), num_classes=classes)
+        rows, images = self._images(model, test, precision)
+        return zero_shot(images, classifier, test.labels[rows], metric=labelled.metric).score
+
+    def _images(
+        self, model: nn.Module, source: LabelledImages, precision: torch.dtype
+    ) -> tuple[Int[np.ndarray, " images"], Float[np.ndarray, "images dim"]]:
+        """Embeddings of the images that can be read, shared by the ranks; all ranks ask the model equally often."""
+        rounds = -(-len(source) // (self.ranks.size * _ROWS))
+        own: list[tuple[list[int], np.ndarray]] = []
+        for number in range(rounds):
+            start = (number * self.ranks.size + self.ranks.rank) * _ROWS
+            rows, pixels = self._decode(source, range(start, min(start + _ROWS, len(source))))
+            seen = model(torch.stack(pixels).to(self.ranks.device), None, precision=precision)
+            own.append((rows, _numpy([seen["image"]])[: len(rows)]))
+        every = [part for parts in self.ranks.all(own) for part in parts]
+        rows = np.array([row for rows, _ in every for row in rows], dtype=np.int64)
+        return rows, np.concatenate([images for _, images in every])
+
+    def _decode(self, source: LabelledImages, wanted: range) -> tuple[list[int], list[Tensor]]:
+        """Those that can be read; where there are none a blank, so that every rank has something to ask."""
+        rows: list[int] = []
+        pixels: list[Tensor] = []
+        for row in wanted:
+            try:
+                pixels.append(self.clip.preprocess(source.load(row)))
+                rows.append(row)
+            except BadSample:
+                continue  # counted and named by the evaluation proper
+        size: Any = self.clip.preprocess_cfg["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return rows, pixels or [torch.zeros(3, height, width)]
+
+
+@dataclasses.dataclass
+class Best:
+    """The best student so far, by a number that is measured."""
+
+    metric: str
+    """`retrieval`, `zero_shot` or `loss`."""
+    patience: int | None
+    value: float | None = None
+    step: int = 0
+    since: int = 0
+    """Measurements without a better one."""
+
+    def is_new(self, numbers: Numbers, step: int) -> bool:
+        """Take up a measurement; returns whether it is the best."""
+        value = numbers[f"val/{self.metric}"]
+        better = self.value is None or (value < self.value if self.metric == "loss" else value > self.value)
+        if better:
+            self.value, self.step, self.since = value, step, 0
+        else:
+            self.since += 1
+        return better
+
+    @property
+    def is_past(self) -> bool:
+        """Whether to stop."""
+        return self.patience is not None and self.since >= self.patience
+
+
+def _recalls(images: Float[np.ndarray, "images dim"], texts: Float[np.ndarray, "images dim"]) -> Numbers:
+    found = {recall.metric: recall.score for recall in retrieval(images, texts, np.arange(len(images)))}
+    return {
+        **{f"retrieval/{name}": score for name, score in found.items()},
+        "retrieval": float(np.mean([*found.values()])),
+    }
+
+
+def _numpy(rows: Sequence[Tensor]) -> Float[np.ndarray, "rows dim"]:
+    return torch.cat(list(rows)).float().cpu().numpy()
+
+
+def _mixed(rows: Int[np.ndarray, " rows"]) -> UInt64[np.ndarray, " rows"]:
+    """A number for each row that looks random and is always the same (the finalizer of MurmurHash3, 64 bits)."""
+    mixed = rows.astype(np.uint64)
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        mixed ^= mixed >> np.uint64(33)
+        mixed *= np.uint64(factor)
+    return mixed ^ (mixed >> np.uint64(33))

@@ -22,9 +22,9 @@ _PART, _VALIDATION = "loss/", "val/"
 
 
 def read_metrics(path: Path) -> dict[str, Float[np.ndarray, " lines"]]:
-    """The columns of a metrics.jsonl: `step`, `loss`, its parts, `lr`, ...; a value a line lacks is NaN.
+    """The columns of a metrics.jsonl: `step`, `loss`, its parts, `lr`, ...; a value a line lacks, or null, is NaN.
 
-    A line with nothing but `val/` is a validation's, and may be of the same step as the line before it.
+    A line with nothing but `val/` is a validation's, and may be of the same step as a training's.
 
     Raises:
         DataError: A line is not a JSON object, a loss is not finite, parts come or go, or the steps do not rise.
@@ -38,7 +38,7 @@ def read_metrics(path: Path) -> dict[str, Float[np.ndarray, " lines"]]:
             losses = {name: line[name] for name in line if _is_loss(name)}
             own = {name for name in losses if not name.startswith(_VALIDATION)}
             step, trains = line["step"], bool(own)
-            if not losses or not all(map(math.isfinite, losses.values())):
+            if not losses or not all(value is None or math.isfinite(value) for value in losses.values()):
                 raise ValueError(f"step {step}, {losses}")
             if step <= last[trains] or step < last[not trains]:
                 raise ValueError(f"step {step}, after {max(last.values())}")
@@ -53,7 +53,7 @@ def read_metrics(path: Path) -> dict[str, Float[np.ndarray, " lines"]]:
         last[trains] = step
         parts = own if trains else parts
     names = sorted({name for line in lines for name, value in line.items() if isinstance(value, int | float)})
-    return {name: np.array([line.get(name, math.nan) for line in lines], dtype=np.float64) for name in names}
+    return {name: np.array([_number(line.get(name)) for line in lines]) for name in names}
 
 
 def running_mean(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarray, " n"]:
@@ -78,7 +78,8 @@ def display_name(part: str) -> str:
 def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[str, dict[str, float]]:
     """Write `losses.svg` and `.csv`: a small panel for each part, since their units of size differ.
 
-    What a validation measured of a part is drawn into the panel of that part.
+    What a validation measured of a part is drawn into the panel of that part, and the numbers behind one of its means
+    (`val/retrieval/...`) as thin lines beside it. Returns the first and last value of all but these.
     """
     parts = loss_parts(metrics)
     steps = metrics["step"]
@@ -86,8 +87,8 @@ def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[
     style.write_csv(out / "losses.csv", {"step": [int(step) for step in steps], **cells})
     panels: dict[str, list[str]] = {}
     for part in parts:
-        panels.setdefault(_plain(part), []).append(part)
-    if panels["loss"] == ["loss"] and len([part for part in parts if part.startswith(_PART)]) == 1:
+        panels.setdefault(_plain(part).partition("/")[0], []).append(part)
+    if panels.get("loss") == ["loss"] and len([part for part in parts if part.startswith(_PART)]) == 1:
         del panels["loss"]  # one part alone is the total again
     rows = math.ceil(len(panels) / 2)
     with style.new_figure(1.75 * rows if len(panels) > 1 else 3.0) as figure:
@@ -107,8 +108,12 @@ def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[
             ]
             figure.legend(handles=handles, loc="outside upper right", ncols=2)
         style.save_svg(figure, out / "losses.svg")
-    known = {part: _known(steps, metrics[part])[1] for part in parts}
+    known = {part: _known(steps, metrics[part])[1] for part in parts if not _is_detail(part)}
     return {part: {"first": float(values[0]), "last": float(values[-1])} for part, values in known.items()}
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _is_loss(name: str) -> bool:
@@ -118,6 +123,11 @@ def _is_loss(name: str) -> bool:
 def _plain(part: str) -> str:
     """The part without where it was measured: `val/loss/clip`, `val/clip` and `loss/clip` are `clip`."""
     return part.removeprefix(_VALIDATION).removeprefix(_PART)
+
+
+def _is_detail(part: str) -> bool:
+    """One of several numbers behind a mean, such as the score on one set."""
+    return "/" in _plain(part)
 
 
 def _place(part: str) -> tuple[bool, int, str]:
@@ -137,7 +147,9 @@ def _panel(axes: Axes, curves: Mapping[str, tuple[Float[np.ndarray, " n"], Float
     for part, (steps, values) in curves.items():
         window = max(1, len(steps) // 25)
         color = style.VERMILLION if part.startswith(_VALIDATION) else style.BLUE
-        if window == 1:
+        if _is_detail(part):
+            axes.plot(steps, values, color=color, alpha=0.35, linewidth=0.8)
+        elif window == 1:
             axes.plot(steps, values, color=color, marker="." if len(steps) <= 12 else None)
         else:
             axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)

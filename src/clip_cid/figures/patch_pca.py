@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
+from scipy.linalg import eigh
 
 from clip_cid.figures import image_grid, style
 
 _PERCENTILES = (1, 99)
+_TINY = 1e-7  # of the features or of the first component: rounding, not a component
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,13 @@ def principal(rows: Float[np.ndarray, "rows width"], count: int) -> Float[np.nda
     """
     centered = rows.astype(np.float64)
     centered -= centered.mean(axis=0)
-    left, lengths, _ = np.linalg.svd(centered, full_matrices=False)
-    found = min(count, int((lengths > 1e-9 * max(1.0, float(np.abs(rows).max()))).sum()))
-    scores = left[:, :found] * lengths[:found]
+    many = len(rows) > rows.shape[1]
+    products = centered.T @ centered if many else centered @ centered.T  # the smaller of the two knows as much
+    last = len(products) - 1
+    squares, vectors = eigh(products, subset_by_index=(max(0, last + 1 - count), last))
+    lengths, vectors = np.sqrt(np.maximum(squares[::-1], 0)), vectors[:, ::-1]
+    found = int((lengths > max(_TINY * lengths[0], _TINY * float(np.abs(rows).max()))).sum())
+    scores = (centered @ vectors if many else vectors * lengths)[:, :found]
     largest = np.abs(scores).argmax(axis=0)
     return scores * np.sign(scores[largest, np.arange(found)])
 

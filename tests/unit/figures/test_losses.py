@@ -132,3 +132,27 @@ def test_one_part_with_a_validated_total_keeps_the_total(tmp_path: Path) -> None
     rows = [{"step": step, "loss": 1.0, "loss/clip": 1.0, "val/loss": 2.0} for step in (1, 2)]
     losses.draw(losses.read_metrics(write(tmp_path / "m.jsonl", rows)), tmp_path)
     assert ">total<" in (tmp_path / "losses.svg").read_text()
+
+
+def test_a_null_is_a_gap_and_the_numbers_behind_a_mean_share_its_panel(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"step": 1, "loss": 1.0, "loss/clip": 1.0, "loss/kl": 0.5, "collapse": "words"},
+        {"step": 2, "loss": None, "loss/clip": None, "loss/kl": 0.5},
+        {"step": 2, "val/retrieval/R@1": 0.2, "val/retrieval/R@5": 0.4, "val/retrieval": 0.3},
+        {"step": 3, "loss": 0.5, "loss/clip": 0.25, "loss/kl": 0.25},
+    ]
+    summary = losses.draw(losses.read_metrics(write(tmp_path / "m.jsonl", rows)), tmp_path)
+    assert list(summary) == ["loss", "loss/clip", "loss/kl", "val/retrieval"]
+    assert summary["loss/clip"] == {"first": 1.0, "last": 0.25}
+    with open(tmp_path / "losses.csv", newline="") as handle:
+        lines = list(csv.DictReader(handle))
+    assert [line["loss"] for line in lines] == ["1.0", "", "", "0.5"]
+    assert [line["val/retrieval/R@5"] for line in lines] == ["", "", "0.4", ""]
+    svg = (tmp_path / "losses.svg").read_text()
+    assert svg.count(">retrieval<") == 1
+    assert "R@" not in svg
+
+
+def test_a_loss_that_was_never_finite_has_no_panel(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": 1.0, "loss/clip": None, "loss/kl": 1.0} for step in (1, 2)]
+    assert list(losses.draw(losses.read_metrics(write(tmp_path / "m.jsonl", rows)), tmp_path)) == ["loss", "loss/kl"]

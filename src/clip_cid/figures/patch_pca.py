@@ -2,7 +2,7 @@
 
 Over all patches of the images of a class, the first principal component tells foreground from background; the first
 three components of the foreground are its red, green and blue, so one color means one thing in all these images. The
-components of another model are turned onto those of the first, so that it means about the same there.
+foreground and the components of another model are turned onto those of the first, so that they mean about the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from scipy.linalg import eigh
 
 from clip_cid.figures import image_grid, style
@@ -39,12 +39,18 @@ class ClassPatches:
     models: Mapping[str, PatchComponents]
 
 
-def components(tokens: Float[np.ndarray, "images rows columns width"]) -> PatchComponents:
+def components(
+    tokens: Float[np.ndarray, "images rows columns width"], *, like: PatchComponents | None = None
+) -> PatchComponents:
     """Foreground and its three components; the same for features that are turned or mirrored as a whole.
 
     Fewer than four foreground patches have fewer than three components; the rest are 0.
+
+    Args:
+        tokens: Features of each patch.
+        like: The same images as another model sees them, which decides which side is the foreground.
     """
-    mask = foreground(tokens)
+    mask = foreground(tokens, like=None if like is None else like.foreground)
     coordinates = np.zeros((*mask.shape, 3))
     if mask.any():
         found = principal(tokens[mask], 3)
@@ -52,11 +58,13 @@ def components(tokens: Float[np.ndarray, "images rows columns width"]) -> PatchC
     return PatchComponents(mask, coordinates)
 
 
-def foreground(tokens: Float[np.ndarray, "images rows columns width"]) -> Bool[np.ndarray, "images rows columns"]:
+def foreground(
+    tokens: Float[np.ndarray, "images rows columns width"], *, like: Bool[np.ndarray, "images _ _"] | None = None
+) -> Bool[np.ndarray, "images rows columns"]:
     """The patches on one side of the mean on the first principal component: on the side that touches the border least.
 
-    A component has no sign of its own. The foreground is the side with the smaller share of its patches at the border of
-    their images, then the one with fewer patches.
+    A component has no sign of its own. The foreground is the side that agrees best with `like`, if it is given (on any
+    grid); then the one with the smaller share of its patches at the border of their images; then the smaller one.
     """
     images, rows, columns, width = tokens.shape
     first = principal(tokens.reshape(-1, width), 1)
@@ -65,8 +73,13 @@ def foreground(tokens: Float[np.ndarray, "images rows columns width"]) -> Bool[n
     scores = first.reshape(images, rows, columns)
     border = np.ones((images, rows, columns), dtype=bool)
     border[:, 1:-1, 1:-1] = False
-    sides = (scores > 0, scores < 0)
-    return min(sides, key=lambda side: (border[side].mean(), side.sum()))
+    wanted = None if like is None else _on_grid(like, (rows, columns))
+
+    def rank(side: Bool[np.ndarray, "images rows columns"]) -> tuple[float, float, int]:
+        differs = 0.0 if wanted is None else float((side != wanted).mean())
+        return differs, float(border[side].mean()), int(side.sum())
+
+    return min((scores > 0, scores < 0), key=rank)
 
 
 def principal(rows: Float[np.ndarray, "rows width"], count: int) -> Float[np.ndarray, "rows found"]:
@@ -93,17 +106,22 @@ def align(own: PatchComponents, reference: PatchComponents) -> PatchComponents:
     Fitted on the patches that are foreground in both; where the grids differ, each patch of the reference is compared
     with the one that covers its middle.
     """
-    rows, columns = (
-        ((np.arange(wanted) + 0.5) * there / wanted).astype(np.intp)
-        for wanted, there in zip(reference.foreground.shape[1:], own.foreground.shape[1:], strict=True)
-    )
-    both = own.foreground[:, rows][:, :, columns] & reference.foreground
+    grid = (reference.foreground.shape[1], reference.foreground.shape[2])
+    both = _on_grid(own.foreground, grid) & reference.foreground
     if not both.any():
         return own
-    mine = own.coordinates[:, rows][:, :, columns][both]
-    wanted = reference.coordinates[both]
+    mine, wanted = _on_grid(own.coordinates, grid)[both], reference.coordinates[both]
     left, _, right = np.linalg.svd((mine - mine.mean(axis=0)).T @ (wanted - wanted.mean(axis=0)))
     return PatchComponents(own.foreground, own.coordinates @ (left @ right))
+
+
+def _on_grid(values: Shaped[np.ndarray, "images _ _ *more"], grid: tuple[int, int]) -> np.ndarray:
+    """Values by patch on another grid: each of its patches takes those of the one that covers its middle."""
+    rows, columns = (
+        ((np.arange(wanted) + 0.5) * there / wanted).astype(np.intp)
+        for wanted, there in zip(grid, values.shape[1:3], strict=True)
+    )
+    return values[:, rows][:, :, columns]
 
 
 def colors(found: PatchComponents) -> Float[np.ndarray, "images rows columns 3"]:

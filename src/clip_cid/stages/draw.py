@@ -185,25 +185,30 @@ def _embedding_map(inputs: RunInputs, out: Path) -> dict[str, Any]:
 
 
 def _patch_pca(inputs: RunInputs, out: Path) -> dict[str, Any]:
-    """Colors of all models are turned onto the teacher's, or the student's where the teacher has no patches."""
+    """Foreground and colors of all models follow the teacher's, or the student's where the teacher has no patches."""
     models, left_out = inputs.patched
     labelled = inputs.labelled
-    classes = []
-    for images in labelled_images.choose(
-        labelled, classes=_PCA_CLASSES, each=_PCA_IMAGES, seed=inputs.recipe.draw.seed
-    ):
-        found = {
-            name: patches.patch_tokens(clip, labelled_images.pixels(clip, images)) for name, clip in models.items()
-        }
-        classes.append(
-            patch_pca.ClassPatches(
-                name=labelled.class_names[images[0].label],
-                images=[one.row for one in images],
-                pictures=_as_seen(models[scores.STUDENT], images),
-                models={name: patch_pca.components(tokens.float().cpu().numpy()) for name, tokens in found.items()},
-            )
+    chosen = labelled_images.choose(labelled, classes=_PCA_CLASSES, each=_PCA_IMAGES, seed=inputs.recipe.draw.seed)
+    classes = [
+        patch_pca.ClassPatches(
+            name=labelled.class_names[images[0].label],
+            images=[one.row for one in images],
+            pictures=_as_seen(models[scores.STUDENT], images),
+            models=_components(models, images),
         )
+        for images in chosen
+    ]
     return {"set": labelled.name, "models": patch_pca.draw(classes, out), "left_out": left_out}
+
+
+def _components(
+    models: dict[str, Clip], images: list[labelled_images.LabelledImage]
+) -> dict[str, patch_pca.PatchComponents]:
+    found: dict[str, patch_pca.PatchComponents] = {}
+    for name, clip in models.items():
+        tokens = patches.patch_tokens(clip, labelled_images.pixels(clip, images)).float().cpu().numpy()
+        found[name] = patch_pca.components(tokens, like=next(iter(found.values()), None))
+    return found
 
 
 def _activation_maps(inputs: RunInputs, out: Path) -> dict[str, Any]:

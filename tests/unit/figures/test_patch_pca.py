@@ -46,6 +46,15 @@ def test_an_object_of_more_than_half_the_image_is_still_the_foreground() -> None
     assert (patch_pca.foreground(tokens) == mask).all()
 
 
+@given(seeds, st.sampled_from([(1, 1), (2, 1), (1, 3)]))
+def test_another_model_decides_which_side_is_the_foreground(seed: int, times: tuple[int, int]) -> None:
+    tokens, mask = planted(seed)
+    other = mask.repeat(times[0], axis=1).repeat(times[1], axis=2)
+    assert (patch_pca.foreground(tokens, like=other) == mask).all()
+    assert (patch_pca.foreground(tokens, like=~other) == ~mask).all()
+    assert (patch_pca.components(tokens, like=patch_pca.components(tokens)).foreground == mask).all()
+
+
 @given(seeds)
 def test_features_turned_as_a_whole_give_the_same_picture(seed: int) -> None:
     tokens, _ = planted(seed)

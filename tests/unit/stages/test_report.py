@@ -175,8 +175,26 @@ def test_what_the_models_look_at_is_told_with_pictures_and_without_markup(full: 
     shown = {attributes.get("id") for attributes in page.all("figure")}
     assert {"activation_maps", "patch_pca", "single_linkage", "embedding_map"} <= shown
     assert len(page.all("image")) == (1 + 3) * 3 + (1 + 3) * 6 + COPIES  # three classes; of each two images at most
-    assert "an image of two and the prompt of its class, such as \N{LEFT DOUBLE QUOTATION MARK}<i>a</i> " in page.text
+    assert (
+        "an image of the set two and the prompt of its class, such as \N{LEFT DOUBLE QUOTATION MARK}<i>a</i> "
+        in page.text
+    )
     assert "shared with teacher" in page.text
+    assert "What a validation measured" not in page.text
+
+
+def test_what_a_validation_measured_is_told(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    folder = make_run(tmp_path, recipe)
+    with open(folder.path / "distill" / "metrics.jsonl", "a", encoding="utf-8") as handle:
+        handle.write('{"step": 300, "val/loss": 1.25, "val/zero_shot": 0.5, "val/zero_shot/pets": 0.75}\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "_FIGURES", {"losses": draw._FIGURES["losses"]})
+        publish(folder, "draw", draw.run(folder, folder.begin("draw", "key", resumable=False), recipe))
+    text = read(write(folder, recipe)[0]).text
+    assert "What a validation measured is in the second color" in text
+    assert "total (validation) 1.250 1.250 zero shot (validation) 0.500 0.500" in text
+    assert "pets" not in text.split("All settings")[0]
 
 
 def test_models_without_patches_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,8 @@ class CenterHead(nn.Module):
         self.weight = nn.Parameter(_unit_centers(centers), requires_grad=trainable)
         watched = torch.linspace(0, len(centers) - 1, min(len(centers), _WATCHED_ROWS), dtype=torch.float64).long()
         self.register_buffer("watched", watched, persistent=False)
-        self.register_buffer("start_rows", self.weight.detach()[watched].clone() if trainable else None)
+        start = self.weight.detach()[watched].clone() if trainable else None
+        self.register_buffer("start_rows", start, persistent=False)  # a head is made of the centers before it is loaded
 
     @property
     def num_centers(self) -> int:

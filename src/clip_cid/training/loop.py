@@ -130,7 +130,7 @@ class Trainer:
                     self._record(measured)
                 if self._measures_now() and self._measure():
                     break
-                self._save_if_due(stop.number)
+                stop.number = self._save_if_due(stop.number)
                 stop.obey(self.step)
         return self._summary()
 
@@ -379,15 +379,22 @@ class Trainer:
         shard = next(shard for shard in pairs.shards if row < shard.first_row + shard.rows)
         return {"row": row, "key": pairs.key(row), "shard": shard.name, "reason": reason}
 
-    def _save_if_due(self, stop: int) -> None:
-        """All ranks save together: at the end, when the first one finds it is time, and when any is asked to end."""
+    def _save_if_due(self, stop: int) -> int:
+        """All ranks save together: at the end, when the first one finds it is time, and when any is asked to end.
+
+        Args:
+            stop: The signal that asks this rank to end; 0 for none.
+
+        Returns:
+            The signal that asks any of them to.
+        """
         due = self.watch.since_save >= 60 * self.machine.checkpoint_minutes
         due = due and self._in_succession == 0  # the newest is from before the steps that are skipped
-        if self.ranks.size > 1:
-            asked = self.ranks.largest(max(stop, int(due and self.ranks.is_first)))
-            due = asked > 0
+        told = 2 * stop + (due and self.ranks.is_first)
+        stop, due = divmod(self.ranks.largest(told), 2)
         if due or stop or self.step == self.plan.steps:
             self._save()
+        return stop
 
     def _save(self) -> None:
         for found in self.ranks.all(self.bad_rows):

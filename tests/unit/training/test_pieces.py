@@ -1,0 +1,152 @@
+"""The gradient of a batch that is in the student piece by piece is that of the batch as a whole, for every part of the loss."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import BATCH, make_batches, make_model, make_settings, make_trainer, training_pairs
+
+from clip_cid.method.objective import weighted_sum
+from clip_cid.training.batches import Batch
+from clip_cid.training.model import Distillation, Seen, backward_in_pieces
+
+EVERY_PART = {
+    "the paper's": {},
+    "the paper's, a head that learns": {"head_lr": 1e-3, "sample_rate": 1.0},
+    "the paper's, mapped": {"alignment": "linear"},
+    "CLIP's": {"weights": "clip-only"},
+    "SigLIP's": {"weights": "siglip-only"},
+    "open_clip's distillation": {"weights": "open-clip"},
+    "CLIP-KD's": {"weights": "clip-kd", "alignment": "linear"},
+    "TinyCLIP's": {"weights": "tiny-clip"},
+}
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
+    folder = tmp_path_factory.mktemp("pieces")
+    return exact(next(make_batches(training_pairs(folder)).between(0, 1)))
+
+
+def exact(batch: Batch) -> Batch:
+    """In float64, where what differs is not rounding."""
+    doubles = {
+        field.name: value.double()
+        for field in dataclasses.fields(batch)
+        if isinstance(value := getattr(batch, field.name), torch.Tensor) and value.is_floating_point()
+    }
+    return dataclasses.replace(batch, **doubles)
+
+
+def model_of(settings: dict[str, Any], *, patch_dropout: float = 0.0) -> Distillation:
+    return make_model(make_settings(**{"head_lr": 0.0, **settings}), patch_dropout=patch_dropout).double()
+
+
+def loss_of(model: Distillation, batch: Batch, seen: Seen) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return weighted_sum(model.objective(seen, batch.targets, generator=generator), model.objective.weights)
+
+
+def gradients(model: Distillation) -> dict[str, torch.Tensor]:
+    learned = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    return {
+        name: torch.zeros_like(value) if value.grad is None else value.grad.to_dense()
+        for name, value in learned.items()
+    }
+
+
+def in_pieces(model: Distillation, batch: Batch, size: int | None) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    backward_in_pieces(
+        model,
+        batch,
+        lambda seen: loss_of(model, batch, seen),
+        micro_batch=size,
+        precision=torch.float32,
+        seed=3,
+    )
+    return gradients(model)
+
+
+@pytest.mark.parametrize("size", [None, 4, 3, 1])
+@pytest.mark.parametrize("name", EVERY_PART)
+def test_pieces_have_the_gradient_of_the_whole(batch: Batch, name: str, size: int | None):
+    """The learned scales included: with k pieces another trainer gives them k times their gradient."""
+    model = model_of(EVERY_PART[name])
+    loss_of(model, batch, model(batch.images, batch.texts, precision=torch.float32)).backward()
+    expected = gradients(model)
+    found = in_pieces(model, batch, size)
+    assert found.keys() == expected.keys()
+    assert "student.logit_scale" in found
+    for key, gradient in expected.items():
+        scale = max(float(gradient.abs().max()), 1e-12)
+        torch.testing.assert_close(
+            found[key], gradient, rtol=0, atol=1e-10 * scale, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+def test_what_a_piece_draws_at_random_is_the_same_in_both_passes(batch: Batch):
+    """Patches dropped at random: one graph over all pieces, each drawn as the two passes draw it, has the same gradient."""
+    model = model_of({}, patch_dropout=0.5)
+    outputs: list[Seen] = []
+    seeds: list[int] = []
+    manual_seed = torch.manual_seed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), manual_seed(seed))[1])
+        found = in_pieces(model, batch, 4)
+    first, second, *again = seeds
+    assert again == [first, second]
+    assert first != second
+    for seed, rows in ((first, slice(0, 4)), (second, slice(4, 8))):
+        manual_seed(seed)
+        outputs.append(model(batch.images[rows], batch.texts[rows], precision=torch.float32))
+    joined = {
+        key: torch.cat([seen[key] for seen in outputs]) if value.ndim else value for key, value in outputs[0].items()
+    }
+    model.zero_grad()
+    loss_of(model, batch, joined).backward()
+    torch.testing.assert_close(found, gradients(model), rtol=1e-9, atol=1e-12)
+
+
+def test_a_training_in_pieces_is_the_training(tmp_path: Path):
+    settings = make_settings(log_every=1)
+    whole = make_trainer(tmp_path, tmp_path / "whole", settings=settings, steps=6, patch_dropout=0.0)
+    pieces = make_trainer(tmp_path, tmp_path / "pieces", settings=settings, steps=6, patch_dropout=0.0, micro_batch=3)
+    for trainer in (whole, pieces):
+        trainer.run()
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(pieces.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    assert pieces.last_line["loss"] == pytest.approx(whole.last_line["loss"], rel=1e-4)
+    assert pieces.last_line["grad_norm"] == pytest.approx(whole.last_line["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("lock", ["image", "text"])
+def test_a_locked_tower_keeps_its_weights_and_its_dropout_off(tmp_path: Path, lock: str):
+    settings = make_settings(lock=lock)
+    trainer = make_trainer(tmp_path, tmp_path / "out", settings=settings, steps=3)
+    before = {name: value.clone() for name, value in trainer.model.student.named_parameters()}
+    trainer.run()
+    moved = {name for name, value in trainer.model.student.named_parameters() if not torch.equal(value, before[name])}
+    free = {name for name in before if name.startswith("visual.") == (lock == "text")} | {"logit_scale"}
+    if lock == "image":
+        assert moved == {name for name in free if not name.startswith("visual.")}
+        assert not trainer.model.student.visual.training
+        assert trainer.model.student.transformer.training
+    else:
+        assert moved == free
+        assert trainer.model.student.visual.training
+        assert not trainer.model.student.transformer.training
+
+
+def test_the_batch_divides_as_told(batch: Batch):
+    sizes: list[int] = []
+    model = model_of({})
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    in_pieces(model, batch, 3)
+    assert sizes == [3, 3, 2, 3, 3, 2]
+    assert sum(sizes) == 2 * BATCH
+    sizes.clear()
+    in_pieces(model, batch, None)
+    assert sizes == [BATCH]

@@ -41,7 +41,8 @@ def choose(labels: Int[np.ndarray, " kept"], *, images: int, seed: int) -> Sampl
     largest = largest[sizes[largest] > 0]
     each = max(1, images // (2 * len(_MARKS)))
     chosen = [random.permutation(np.flatnonzero(labels == cluster))[:each] for cluster in largest]
-    order = random.permutation(len(labels))
+    # Twice as many as are wanted, so that enough are left without those chosen; a permutation of all would be gigabytes.
+    order = random.choice(len(labels), size=min(len(labels), 2 * images), replace=False)
     rest = order[~np.isin(order, np.concatenate(chosen))]
     places = np.concatenate([*chosen, rest[: max(0, images - sum(map(len, chosen)))]])
     return Sample(np.sort(places), {int(cluster): int(sizes[cluster]) for cluster in largest})

@@ -132,7 +132,13 @@ class RunInputs:
             if asked not in (None, name):
                 continue
             try:
-                return open_set(name, where, max_pixels=self.recipe.pairs.max_pixels, splits=("test",))
+                return open_set(
+                    name,
+                    where,
+                    max_pixels=self.recipe.pairs.max_pixels,
+                    splits=("test",),
+                    cache_dir=self.recipe.machine.cache_dir,
+                )
             except DataError as error:
                 problems.append(error.problem)
         raise LeftOut(f"no evaluation set to take images from ({' '.join(problems) or 'none is named'})")

@@ -287,7 +287,7 @@ def _weights(inputs: RunInputs, out: Path) -> dict[str, Any]:
         parameters = inputs.clip(name).model.state_dict()
         layer = weights.last_layer(parameters)
         if layer is not None:
-            models[name], layers[name] = parameters[layer].double().cpu().numpy().ravel(), layer
+            models[name], layers[name] = parameters[layer].cpu().double().numpy().ravel(), layer
     if scores.STUDENT not in models:
         raise LeftOut("the student's image tower has no mlp.c_proj")
     return {"layers": layers, "models": weights.draw(models, out)}

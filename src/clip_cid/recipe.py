@@ -313,6 +313,10 @@ class DrawConfig(Config):
 
     gallery_sets: PositiveInt = 24
     """How many removed sets the galleries show."""
+    map_images: Annotated[int, Field(ge=30)] = 1_000
+    """How many kept images the map of the embeddings shows."""
+    images_of: str | None = None
+    """The evaluation set whose images patch PCA and activation maps show; the first one that is there when absent."""
     seed: NonNegativeInt = 0
     """Seed of what is shown."""
 
@@ -414,6 +418,8 @@ class Recipe(Config):
             )
         if not any(weights.model_dump().values()):
             raise ValueError("distill.weights: all are 0, so there is nothing to learn")
+        if self.draw.images_of is not None and self.draw.images_of not in self.evaluate.sets:
+            raise ValueError(f"draw.images_of: {self.draw.images_of!r} is not among evaluate.sets")
         balance = self.balance
         if balance.max_threshold is not None and balance.target_removed is None:
             low, high = balance.threshold, balance.max_threshold

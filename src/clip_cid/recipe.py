@@ -235,6 +235,8 @@ class DistillConfig(Config):
     """Which of the two cluster losses corrects for the sampling of negatives (docs/decisions.md, D6)."""
     temperature: PositiveFloat = 1.0
     """tau: softens both distributions of `L_kl`."""
+    share_scale: bool = False
+    """Let the instance losses use the student's own learned scale instead of one of theirs."""
     teacher_scale: PositiveFloat = 100.0
     """The teacher's own factor from cosines to logits, for weights.affinity."""
     affinity_scale: PositiveFloat | None = None

@@ -434,6 +434,7 @@ def make_objective(
             temperature=settings.temperature,
             teacher_scale=settings.teacher_scale,
             affinity_scale=settings.affinity_scale,
+            share_scale=settings.share_scale,
         )
 
 

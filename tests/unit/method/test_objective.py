@@ -97,6 +97,13 @@ def test_the_parts_of_peers_are_their_losses():
         parts_of(native(weights=weights), **batch())
 
 
+def test_the_crossed_parts_may_share_the_students_scale():
+    data, objective = batch(), native(share_scale=True, sample_rate=1.0)
+    assert objective.instance_logit_scale is None
+    sides = Side.whole(data["student_text"]), Side.whole(data["teacher_image"])
+    torch.testing.assert_close(parts_of(objective, **data)["instance_text"], instance_loss(*sides, SCALE))
+
+
 def test_what_compares_logits_alone_needs_no_common_width():
     data = batch(8, 12)
     objective = Objective(weights={"affinity": 1.0}, student_dim=8)

@@ -29,7 +29,7 @@ _STAGE_HELP = {
     "balance": "Keep one image of each set of near-duplicates (image semantic balance, paper 3.1).",
     "cluster": "Spherical k-means over the kept images (paper 3.2, Eq. 1).",
     "distill": "Train the student from the stored embeddings; leaves a folder open_clip loads.",
-    "evaluate": "Zero-shot, linear probe and retrieval of the student and the models beside it.",
+    "evaluate": "Zero-shot, linear probe, neighbors and retrieval of the student and of any models beside it.",
     "draw": "The figures, from the files of the run.",
     "report": "One self-contained HTML page about the run.",
 }
@@ -56,6 +56,16 @@ _OF_BALANCE: tuple[tuple[str, Any, str], ...] = (
     ),
     ("target_removed", float | None, "Short for --balance.target-removed: take the threshold that removes this share."),
 )
+_OF_EVALUATE: tuple[tuple[str, Any, str], ...] = (
+    (
+        "model",
+        tuple[str, ...],
+        "Models to measure too, one or several: an open_clip name (with --pretrained) or NAME/TAG, local-dir:PATH, "
+        "hf-hub:ORG/NAME, run:PATH. In a folder that is no run yet they are all there is to measure.",
+    ),
+    ("pretrained", str | None, "The open_clip tag of the --model that are plain names."),
+)
+_EXTRAS = {"balance": _OF_BALANCE, "evaluate": _OF_EVALUATE}
 _TAKEN_OVER = {"embeddings": "embed", "kept": "balance", "clusters": "cluster"}
 
 
@@ -113,6 +123,7 @@ def _commands(recipe: Recipe) -> dict[str, Callable[..., Any]]:
         "subset": subset,
         "ablate": ablate,
         "export": export,
+        "push": push,
         "init": init,
         "sample": sample,
     }
@@ -121,8 +132,8 @@ def _commands(recipe: Recipe) -> dict[str, Callable[..., Any]]:
 def _stage_command(stage: str | None, sections: Sequence[str], recipe: Recipe) -> Callable[..., Any]:
     """A command with the common flags and one for each setting of `sections`, as a class that tyro reads."""
     fields: list[Any] = [("run", Annotated[Positional[Path], tyro.conf.arg(help=_FOLDER)])]
-    for name, kind, text in (*_COMMON, *(_OF_BALANCE if stage == "balance" else ())):
-        value = False if kind is bool else None
+    for name, kind, text in (*_COMMON, *_EXTRAS.get(stage or "run", ())):
+        value = {bool: False, tuple[str, ...]: ()}.get(kind)
         fields.append((name, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=value)))
     fields += [(name, *_flags(getattr(recipe, name))) for name in sections]
 
@@ -133,6 +144,10 @@ def _stage_command(stage: str | None, sections: Sequence[str], recipe: Recipe) -
                 settings[section]["existing"] = existing
         if getattr(flags, "target_removed", None) is not None:
             settings["balance"]["target_removed"] = flags.target_removed
+        if models := _models(getattr(flags, "model", ()), getattr(flags, "pretrained", None)):
+            settings["evaluate"]["compare"] |= models
+            if flags.recipe is None and not (flags.run / pipeline.RECIPE_FILE).is_file():
+                settings["evaluate"]["student"] = False
         checked = parse_recipe(settings, where="settings")
         pipeline.run(RunFolder(flags.run), checked, only=stage, force=flags.force)
         if getattr(flags, "sweep", False):
@@ -144,6 +159,23 @@ def _stage_command(stage: str | None, sections: Sequence[str], recipe: Recipe) -
     command = dataclasses.make_dataclass(stage or "run", fields, namespace={"start": start})
     command.__doc__ = _STAGE_HELP[stage or "run"]
     return command
+
+
+def _models(names: Sequence[str], tag: str | None) -> dict[str, str]:
+    """What --model and --pretrained name, as entries of evaluate.compare."""
+    plain = [name for name in names if ":" not in name and "/" not in name]
+    if tag is None and plain:
+        raise ConfigError(
+            f"--model: {plain[0]} is an architecture without weights.",
+            fix="Add --pretrained TAG, or give NAME/TAG, local-dir:PATH, hf-hub:ORG/NAME or run:PATH.",
+        )
+    if tag is not None and not plain:
+        raise ConfigError(
+            f"--pretrained: {tag} belongs to no --model that is a plain name.",
+            fix="Give --model NAME, such as ViT-B-32.",
+        )
+    references = [f"{name}/{tag}" if name in plain else name for name in names]
+    return {reference: reference for reference in references}
 
 
 def _flags(section: Config) -> tuple[Any, Any]:
@@ -245,17 +277,54 @@ def ablate(
     return 0
 
 
-def export(run: Positional[Path], out: Positional[Path]) -> int:
+def export(run: Positional[Path], out: Positional[Path], onnx: bool = False) -> int:
     """Copy the trained student to a folder that open_clip, CLIP_benchmark and the Hugging Face Hub load.
 
     Args:
         run: The run folder; its distill stage must have finished.
         out: The folder to make.
+        onnx: Also write both towers as ONNX graphs, each compared with PyTorch; needs `pip install "clip-cid[onnx]"`.
     """
+    student = _existing(run).stage("distill") / "student"
     from clip_cid.models.export import copy_student, usage
+    from clip_cid.models.onnx_export import export_onnx, require_onnx
 
-    copy_student(_existing(run).stage("distill") / "student", out)
+    if onnx:
+        require_onnx()
+    copy_student(student, out)
     log.say(usage(out))
+    if onnx:
+        gaps = ", ".join(f"{tower} {gap:.2g}" for tower, gap in export_onnx(out).items())
+        log.say(f"# ONNX: {out / 'onnx'}; largest difference to PyTorch: {gaps}")
+    return 0
+
+
+def push(
+    run: Positional[Path],
+    repo: Annotated[Positional[str], tyro.conf.arg(metavar="ORG/NAME")],
+    license: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Upload the trained student to the Hugging Face Hub, with a model card filled from the run.
+
+    The student is reloaded and compared first, and files and folders in its provenance are cut to their names. Log in
+    before with `hf auth login`, or set HF_TOKEN.
+
+    Args:
+        run: The run folder; its distill stage must have finished.
+        repo: The repository on the Hub; made when it does not exist.
+        license: The license of the model, as the Hub names it (apache-2.0, cc-by-nc-4.0, ...); unsaid without it.
+        private: Make the repository private.
+        dry_run: Print the model card and upload nothing; needs neither network nor token.
+    """
+    folder = _existing(run)
+    from clip_cid.models.hub import card_of, push_student
+
+    if dry_run:
+        log.say(card_of(folder, repo, license=license))
+    else:
+        log.say(push_student(folder, repo, license=license, private=private))
     return 0
 
 

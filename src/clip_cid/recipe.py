@@ -235,6 +235,8 @@ class DistillConfig(Config):
     """Which of the two cluster losses corrects for the sampling of negatives (docs/decisions.md, D6)."""
     temperature: PositiveFloat = 1.0
     """tau: softens both distributions of `L_kl`."""
+    share_scale: bool = False
+    """Let the instance losses use the student's own learned scale instead of one of theirs."""
     teacher_scale: PositiveFloat = 100.0
     """The teacher's own factor from cosines to logits, for weights.affinity."""
     affinity_scale: PositiveFloat | None = None
@@ -300,12 +302,24 @@ class EvaluateConfig(Config):
     """Classify by the nearest prompt."""
     linear_probe: bool = True
     """Logistic regression on frozen features."""
+    knn: bool = True
+    """Vote of the 20 nearest training images (10, 100 and 200 are written too)."""
     features: Literal["before_projection", "after_projection"] = "before_projection"
-    """What the probe sees: CLIP's protocol uses the image tower's output before its projection."""
+    """What probe and neighbors see: CLIP's protocol uses the image tower's output before its projection."""
+    student: bool = True
+    """Off for a recipe without a student of its own: nothing is trained, only the models of compare are measured."""
     compare: dict[str, str] = {}
     """Name -> model evaluated beside the student: `run:path`, `local-dir:path`, `hf-hub:org/name`, or `name/tag` of open_clip."""
     seed: NonNegativeInt = 0
     """Seed of hold-outs and intervals."""
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> "EvaluateConfig":
+        if not self.student and not self.compare:
+            raise ValueError(
+                "evaluate.student: false, and evaluate.compare names no model, so there is none to evaluate"
+            )
+        return self
 
 
 class DrawConfig(Config):
@@ -313,6 +327,10 @@ class DrawConfig(Config):
 
     gallery_sets: PositiveInt = 24
     """How many removed sets the galleries show."""
+    map_images: Annotated[int, Field(ge=30)] = 1_000
+    """How many kept images the map of the embeddings shows."""
+    images_of: str | None = None
+    """The evaluation set whose images patch PCA and activation maps show; the first one that is there when absent."""
     seed: NonNegativeInt = 0
     """Seed of what is shown."""
 
@@ -397,6 +415,8 @@ class Recipe(Config):
 
     def uses(self, stage: str) -> bool:
         """Whether this recipe has the stage: plain CLIP training, for one, has no embed, balance or cluster."""
+        if not self.evaluate.student and stage != "evaluate":
+            return False
         used = {
             "embed": self.has_teacher,
             "balance": self.has_teacher and self.balance.enabled,
@@ -414,6 +434,8 @@ class Recipe(Config):
             )
         if not any(weights.model_dump().values()):
             raise ValueError("distill.weights: all are 0, so there is nothing to learn")
+        if self.draw.images_of is not None and self.draw.images_of not in self.evaluate.sets:
+            raise ValueError(f"draw.images_of: {self.draw.images_of!r} is not among evaluate.sets")
         balance = self.balance
         if balance.max_threshold is not None and balance.target_removed is None:
             low, high = balance.threshold, balance.max_threshold

@@ -92,10 +92,10 @@ def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks) -> Work:
         training, held_out = hold_out(training, share, batch_size=settings.batch_size, ranks=ranks.size)
     steps = count_steps(settings, len(training))
     clip = make_student(settings, store, machine)
-    clip = dataclasses.replace(clip, model=with_joint_statistics(clip.model, ranks, machine.micro_batch))
     teaching = read_teacher(settings, training, store, centers)
     objective = make_objective(settings, clip, store, centers, scale=teaching.scale, ranks=ranks)
-    model = Distillation(clip.model, objective, lock=settings.lock)
+    model = Distillation(clip.model, objective, lock=settings.lock).train()
+    model.student = with_joint_statistics(model.student, ranks, machine.micro_batch)
     if centers is not None and training.labels is not None:
         _tell_negatives(settings, training.labels, len(centers))
     key = _key(settings, training, store, centers)
@@ -434,6 +434,7 @@ def make_objective(
             temperature=settings.temperature,
             teacher_scale=settings.teacher_scale,
             affinity_scale=settings.affinity_scale,
+            share_scale=settings.share_scale,
         )
 
 

@@ -74,8 +74,9 @@ def check(folder: RunFolder, recipe: Recipe) -> Report:
     _refuse_bad_listeners(recipe)
     alone = machine.model_copy(update={"fsdp": False, "callbacks": (), "tensorboard": "off"})
     alone = recipe.model_copy(update={"machine": alone})
-    with tempfile.TemporaryDirectory(prefix="clip-cid-check-") as scratch, threadpoolctl.threadpool_limits(
-        machine.threads or None
+    with (
+        tempfile.TemporaryDirectory(prefix="clip-cid-check-") as scratch,
+        threadpoolctl.threadpool_limits(machine.threads or None),
     ):
         return _try(folder, alone, recipe, Path(scratch))
 
@@ -203,7 +204,9 @@ def _unchecked(recipe: Recipe, missing: list[State], teacher: work.TeacherFacts 
     elif "embed" in names and teacher is not None:
         found.append(f"whether the weights of {teacher.name} load (they are neither read nor fetched)")
     if names:
-        found.append(f"what {', '.join(names)} will leave: how many pairs stay, the join, the captions the teacher has read")
+        found.append(
+            f"what {', '.join(names)} will leave: how many pairs stay, the join, the captions the teacher has read"
+        )
     if recipe.machine.fsdp:
         found.append("machine.fsdp: the steps were made in one process, with everything on one device")
     if recipe.distill.validation.measures:

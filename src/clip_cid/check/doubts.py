@@ -118,7 +118,7 @@ def of_evaluation(recipe: Recipe) -> Iterator[str]:
     """Sets and models that evaluate will not find, hours later."""
     for name, where in recipe.evaluate.sets.items():
         if problem := _problem_of_set(name, where, recipe):
-            yield f"evaluate.sets.{name}: {problem}"
+            yield problem
     for name, source in recipe.evaluate.retrieval.items():
         try:
             fingerprint(recipe.pairs.model_copy(update={"source": source}))

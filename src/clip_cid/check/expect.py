@@ -13,7 +13,6 @@ from clip_cid.training.loop import Trainer
 
 _METRICS_LINE = 1000  # bytes, at most
 _HALF, _SINGLE = 2, 4  # bytes of a number
-_STUDENT_EXTRAS = 3_000_000  # tokenizer files and configuration beside the weights
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,9 @@ def chance_levels(
     Returns:
         By the loss's name, in its own unit; a loss without such a level is not there.
     """
-    found = dict.fromkeys(("clip", "instance_image", "instance_text", "icl"), math.log(settings.batch_size))
-    found["feature"] = 4 / width  # two unit vectors at a right angle are at squared distance 2, and there are two towers
+    crossed = math.log(settings.batch_size)
+    found: dict[str, float] = {"clip": crossed, "instance_image": crossed, "instance_text": crossed, "icl": crossed}
+    found["feature"] = 4 / width  # squared distance 2 of unit vectors at a right angle, for each of two towers
     if logit_bias is not None:
         found["siglip"] = _softplus(-logit_bias) + (settings.batch_size - 1) * _softplus(logit_bias)
     if num_centers is not None and in_step is not None:
@@ -140,7 +140,7 @@ def expect_disk(trainer: Trainer, *, before: int, soft_rows: int, width: int, fr
     return Disk(
         checkpoint=one,
         checkpoints=(trainer.machine.keep_checkpoints + 1) * one + best,
-        student=student + _STUDENT_EXTRAS,
+        student=student,
         soft_centers=soft_rows * (_SINGLE * width + 8),
         metrics=lines * _METRICS_LINE,
         before=before,

@@ -7,14 +7,16 @@ from clip_cid.check import Report, expect
 from clip_cid.check.doubts import size
 
 _MEASURED, _COUNTED, _ARITHMETIC = "measured", "counted", "arithmetic"
+_HOW = ("", "", "how it is known")
 Row = tuple[str, str, str]
 
 
 def say(report: Report) -> None:
     """Print all of it."""
+    log.table(_HOW, [*_pairs(report), *_student(report)], title="Pairs and student")
+    level = "of a student that sees nothing"
+    log.table(("loss", "first step", level), list(_losses(report)), title="Losses")
     for title, rows in (
-        ("Pairs and student", [*_pairs(report), *_student(report)]),
-        ("Losses of the first step", list(_losses(report))),
         ("Time", list(_time(report))),
         ("Memory", list(_memory(report))),
         ("Disk", list(_disk(report))),
@@ -22,7 +24,7 @@ def say(report: Report) -> None:
         ("Stages before the training", list(_before(report))),
     ):
         if rows:
-            log.table(("", "", "how it is known"), rows, title=title)
+            log.table(_HOW, rows, title=title)
     for heading, lines in (("Not checked", report.unchecked), ("Doubtful", report.doubts)):
         if lines:
             log.say(f"\n{heading}")
@@ -53,7 +55,11 @@ def _pairs(report: Report) -> Iterator[Row]:
     yield "smaller than the student's images", f"{_share(sights.smaller, sights.pairs - sights.unreadable)}", looked
     yield "bytes of an image", f"{sights.kilobytes:,.1f} kB", looked
     length = report.reading.batch.texts.shape[1]
-    yield f"captions longer than {length} tokens", _share(sights.truncated, sights.captions), f"{sights.captions:,} captions"
+    yield (
+        f"captions longer than {length} tokens",
+        _share(sights.truncated, sights.captions),
+        f"{sights.captions:,} captions",
+    )
 
 
 def _student(report: Report) -> Iterator[Row]:
@@ -77,14 +83,15 @@ def _student(report: Report) -> Iterator[Row]:
 def _losses(report: Report) -> Iterator[Row]:
     for name, value in report.rehearsal.first.parts.items():
         chance = report.chance.get(name)
-        level = "no chance level" if chance is None else f"{chance:.3f} for a student that sees nothing"
-        yield name, f"{value:.3f}", level + ("; random targets" if report.undone and name != "clip" else "")
+        note = " (random targets)" if report.undone and name not in ("clip", "siglip") else ""
+        yield name, f"{value:.3f}{note}", "-" if chance is None else f"{chance:.3f}"
     if report.rehearsal.centers is not None:
-        yield "centers in the step", f"{report.rehearsal.centers:,}", _COUNTED
+        yield "centers in the step", f"{report.rehearsal.centers:,}", ""
 
 
 def _time(report: Report) -> Iterator[Row]:
-    batch, duration, most = report.recipe.distill.batch_size, report.duration, "at most " if report.undone else ""
+    settings, duration = report.recipe.distill, report.duration
+    batch, most = settings.batch_size, "at most " if report.undone and settings.steps is None else ""
     steps = f"{_MEASURED}, {report.rehearsal.steps} steps on {report.device}"
     yield "step", _seconds(duration.compute), steps
     yield "pairs a second, without waiting", f"{batch / duration.compute:,.0f}", steps
@@ -142,15 +149,27 @@ def _teacher(report: Report) -> Iterator[Row]:
     if teaching is None or teacher.costs is None or report.student is None:
         yield "FLOPs of a pair in the teacher", "unknown", "its configuration is not here, or cannot be counted"
         return
-    yield "parameters of the teacher", f"{teacher.costs.parameters:,}", f"{_COUNTED}; with stored embeddings none is loaded"
+    yield (
+        "parameters of the teacher",
+        f"{teacher.costs.parameters:,}",
+        f"{_COUNTED}; with stored embeddings none is loaded",
+    )
     yield "FLOPs of a pair in the teacher", _flops(teacher.costs.forward), f"{_COUNTED}; both towers"
     yield "embedding these pairs, once", _flops(teaching.embedding_flops), f"{_ARITHMETIC}: pairs x teacher"
+    if report.embed_seconds is None:
+        speed = report.student.training * report.recipe.distill.batch_size / report.duration.compute
+        seconds = teaching.embedding_flops / speed
+        yield "time of that", log.duration(seconds), f"{_ARITHMETIC}, at the speed of the student's steps"
     ratio = f"{teaching.step_ratio:,.1f} x"
     yield "a step with the teacher online", ratio, f"{_ARITHMETIC}, FLOPs: (3 x student + teacher) / 3 x student"
     run = f"{teaching.run_ratio:,.1f} x"
     yield "all steps so, over stored ones and embedding", run, f"{_ARITHMETIC}, FLOPs"
     hours = report.duration.steps * report.duration.compute * teaching.step_ratio
-    yield "the training, with it online", f"{hours / 3600:,.2f} h", f"{_ARITHMETIC}, at the speed of the student's steps"
+    yield (
+        "the training, with it online",
+        f"{hours / 3600:,.2f} h",
+        f"{_ARITHMETIC}, at the speed of the student's steps",
+    )
 
 
 def _before(report: Report) -> Iterator[Row]:

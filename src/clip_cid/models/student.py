@@ -359,9 +359,7 @@ def _load_tag(reference: str) -> Clip:
     model_cfg = _tag_architecture(reference)
     name, _, tag = reference.rpartition("/")
     fix = "Check the network; the weights are downloaded once and then kept in the cache of huggingface_hub."
-    return _load(
-        _clean(name), model_cfg, reference, fix=fix, pretrained=tag, quick_gelu=bool(model_cfg["quick_gelu"])
-    )
+    return _load(_clean(name), model_cfg, reference, fix=fix, pretrained=tag, quick_gelu=bool(model_cfg["quick_gelu"]))
 
 
 def _tag_architecture(reference: str) -> dict[str, Any]:

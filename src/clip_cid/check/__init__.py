@@ -3,6 +3,7 @@
 One real batch is read and a few steps are made on it, in a folder that is thrown away. The run is only read.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import shutil
@@ -21,6 +22,7 @@ from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import distill
 from clip_cid.stages.cluster import available_memory
+from clip_cid.training.batches import Batch
 from clip_cid.training.distributed import Ranks, world_size
 from clip_cid.training.records import make_listeners
 
@@ -46,6 +48,7 @@ class Report:
     """None where the FLOPs of student or teacher are not known."""
     reading: rehearsal.Reading
     rehearsal: rehearsal.Rehearsal
+    worker_memory_gib: float
     chance: dict[str, float]
     duration: expect.Duration
     soft_seconds: float | None
@@ -107,20 +110,13 @@ def _measure(
     folder: RunFolder, recipe: Recipe, tried: work.Tried, teacher: work.TeacherFacts | None, missing: list[State]
 ) -> Report:
     trainer, machine, settings = tried.trainer, recipe.machine, recipe.distill
-    sights = captions.look_at(tried.training, tried.clip)
-    reading = rehearsal.read_batches(trainer.batches, workers=machine.workers, steps=trainer.plan.steps)
-    student = count_costs(tried.clip.model, context_length=reading.batch.texts.shape[1])
-    batch = reading.batch
-    if tried.invented:
-        assert tried.teacher_dim is not None
-        batch = work.add_random_targets(batch, recipe, tried.teacher_dim)
-    soft_seconds = None
-    pairs, rows = len(tried.training), len(batch.rows)
-    softened = recipe.uses_clusters and distill.uses_soft_centers(settings)
-    if softened:
-        batch, seconds = rehearsal.soften(batch, trainer)
-        soft_seconds = seconds / rows * pairs
-    found = rehearsal.rehearse(trainer, batch)
+    sights, pairs = captions.look_at(tried.training, tried.clip), len(tried.training)
+    to_try = rehearsal.batches_to_try(trainer.batches, workers=machine.workers, steps=trainer.plan.steps)
+    with contextlib.closing(to_try) as batches:
+        reading = rehearsal.read_batches(batches, workers=machine.workers)
+        student = count_costs(tried.clip.model, context_length=reading.batch.texts.shape[1])
+        batch, soft_seconds = _with_targets(reading.batch, recipe, tried)
+        found = rehearsal.rehearse(trainer, batch, beside=batches if machine.workers else iter(()))
     duration = expect.Duration(
         trainer.plan.steps, found.seconds_per_step, reading.seconds_per_batch, overlaps=machine.workers > 0
     )
@@ -128,7 +124,7 @@ def _measure(
     disk = expect.expect_disk(
         trainer,
         before=_bytes_before(recipe, missing, pairs, width),
-        soft_rows=pairs if softened else 0,
+        soft_rows=0 if soft_seconds is None else pairs,
         width=width,
         free=shutil.disk_usage(_existing_parent(folder.path)).free,
     )
@@ -145,9 +141,10 @@ def _measure(
         teaching=_teaching(student, teacher, pairs, duration.steps * settings.batch_size),
         reading=reading,
         rehearsal=found,
+        worker_memory_gib=rehearsal.worker_memory_gib(),
         chance=_chance(recipe, tried, found, width),
         duration=duration,
-        soft_seconds=soft_seconds,
+        soft_seconds=None if soft_seconds is None else soft_seconds * pairs,
         waiting_bytes=_AHEAD * machine.workers * _bytes_of(batch.images, batch.texts),
         disk=disk,
         teacher_dim=tried.teacher_dim,
@@ -156,6 +153,17 @@ def _measure(
         unchecked=_unchecked(recipe, missing, teacher),
     )
     return dataclasses.replace(report, doubts=_doubts(report, folder, tried))
+
+
+def _with_targets(batch: Batch, recipe: Recipe, tried: work.Tried) -> tuple[Batch, float | None]:
+    """The batch as the losses want it; and where the training has soft centers, the seconds they took for a pair."""
+    if tried.invented:
+        assert tried.teacher_dim is not None
+        batch = work.add_random_targets(batch, recipe, tried.teacher_dim)
+    if not (recipe.uses_clusters and distill.uses_soft_centers(recipe.distill)):
+        return batch, None
+    batch, seconds = rehearsal.soften(batch, tried.trainer)
+    return batch, seconds / len(batch.rows)
 
 
 def _doubts(report: Report, folder: RunFolder, tried: work.Tried) -> list[str]:

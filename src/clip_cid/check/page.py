@@ -92,7 +92,7 @@ def _losses(report: Report) -> Iterator[Row]:
 def _time(report: Report) -> Iterator[Row]:
     settings, duration = report.recipe.distill, report.duration
     batch, most = settings.batch_size, "at most " if report.undone and settings.steps is None else ""
-    steps = f"{_MEASURED}, {report.rehearsal.steps} steps on {report.device}"
+    steps = f"{_MEASURED}, median of {report.rehearsal.steps} steps on {report.device}"
     yield "step", _seconds(duration.compute), steps
     yield "pairs a second, without waiting", f"{batch / duration.compute:,.0f}", steps
     workers = report.recipe.machine.workers
@@ -115,7 +115,7 @@ def _memory(report: Report) -> Iterator[Row]:
         yield f"{report.device}, at most", f"{found.device_memory_gib:,.2f} GiB", f"{_MEASURED}; tensors only"
     if workers:
         how = f"{_MEASURED}; shared pages included"
-        yield f"the largest of {workers} workers", f"{found.worker_memory_gib:,.2f} GiB", how
+        yield f"the largest of {workers} workers", f"{report.worker_memory_gib:,.2f} GiB", how
         yield "batches they hold ready", size(report.waiting_bytes), f"{_ARITHMETIC}: 2 for each worker"
 
 

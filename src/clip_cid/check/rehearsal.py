@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 import resource
 import statistics
 import sys
 import time
+from collections.abc import Generator, Iterator
 
 import torch
 
@@ -44,19 +46,21 @@ class Rehearsal:
     """How many take part in a step."""
     memory_gib: float
     """The most this process has held, all it has loaded included."""
-    worker_memory_gib: float
-    """The most one of its ended workers has held, with the pages it shares with this process."""
     device_memory_gib: float | None
     """The most tensors have held of the CUDA device."""
 
 
-def read_batches(batches: Batches, *, workers: int, steps: int) -> Reading:
+def batches_to_try(batches: Batches, *, workers: int, steps: int) -> Generator[Batch]:
+    """The first batches of a training of `steps`, as many as reading and rehearsing may want."""
+    return batches.between(0, min(_MOST_ROUNDS * max(workers, 1) + _MOST_STEPS, steps))
+
+
+def read_batches(batches: Iterator[Batch], *, workers: int) -> Reading:
     """Read the first batch and, where that is quick, more of them.
 
     Args:
-        batches: Of the training.
+        batches: As `batches_to_try` gives them; some are left.
         workers: As many batches are made at once; those in which they start do not count where more are read.
-        steps: Of the whole training.
 
     Raises:
         DataError: As `Batches.between`.
@@ -65,12 +69,11 @@ def read_batches(batches: Batches, *, workers: int, steps: int) -> Reading:
     started = time.monotonic()
     arrived: list[float] = []
     first: Batch | None = None
-    with contextlib.closing(batches.between(0, min(_MOST_ROUNDS * at_once, steps))) as reading:
-        for batch in reading:
-            first = first or batch
-            arrived.append(time.monotonic())
-            if len(arrived) > at_once and arrived[-1] - started > _READ_SECONDS:
-                break
+    for batch in itertools.islice(batches, _MOST_ROUNDS * at_once):
+        first = first or batch
+        arrived.append(time.monotonic())
+        if len(arrived) > at_once and arrived[-1] - started > _READ_SECONDS:
+            break
     assert first is not None, "a training has a step"
     if (settled := len(arrived) - at_once) > 0:
         return Reading(first, (arrived[-1] - arrived[at_once - 1]) / settled, len(arrived))
@@ -90,8 +93,14 @@ def soften(batch: Batch, trainer: Trainer) -> tuple[Batch, float]:
     return dataclasses.replace(batch, soft_centers=found), time.monotonic() - started
 
 
-def rehearse(trainer: Trainer, batch: Batch) -> Rehearsal:
+def rehearse(trainer: Trainer, batch: Batch, beside: Iterator[Batch]) -> Rehearsal:
     """Make a few steps.
+
+    Args:
+        trainer: Whose weights will have moved.
+        batch: What the steps are made on.
+        beside: One of these is taken before each step, so that workers make others while it is computed: they share
+            the cores with it, as in the training. There may be fewer.
 
     Raises:
         RunError: The step does not fit the device, or its loss is not finite.
@@ -99,7 +108,7 @@ def rehearse(trainer: Trainer, batch: Batch) -> Rehearsal:
     device = trainer.ranks.device
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            first, seconds = _timed_steps(trainer, batch)
+            first, seconds = _timed_steps(trainer, batch, beside)
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"A step of {len(batch.rows):,} pairs does not fit {device} ({str(error).splitlines()[0]}).",
@@ -112,17 +121,22 @@ def rehearse(trainer: Trainer, batch: Batch) -> Rehearsal:
         steps=len(seconds),
         centers=None if taken_part is None else int(taken_part),
         memory_gib=_largest(resource.RUSAGE_SELF),
-        worker_memory_gib=_largest(resource.RUSAGE_CHILDREN),
         device_memory_gib=torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
     )
 
 
-def _timed_steps(trainer: Trainer, batch: Batch) -> tuple[Measured, list[float]]:
+def worker_memory_gib() -> float:
+    """The most one of this process's ended workers has held, with the pages it shared with it."""
+    return _largest(resource.RUSAGE_CHILDREN)
+
+
+def _timed_steps(trainer: Trainer, batch: Batch, beside: Iterator[Batch]) -> tuple[Measured, list[float]]:
     seconds: list[float] = []
     with contextlib.closing(trainer.rehearse(batch)) as steps:
         first = next(steps)
         _refuse_sick(first, trainer)
         while not seconds or (sum(seconds) < _STEP_SECONDS and len(seconds) < _MOST_STEPS):
+            next(beside, None)
             _finish_work(trainer.ranks.device)
             started = time.monotonic()
             next(steps)

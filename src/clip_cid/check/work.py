@@ -126,13 +126,13 @@ def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ran
         training, _ = hold_out(training, share, batch_size=settings.batch_size, ranks=ranks.size)
     steps = distill.count_steps(settings, len(training))
     clip = distill.make_student(settings, teacher.width, recipe.machine)
-    joint = with_joint_statistics(clip.model, ranks, recipe.machine.micro_batch)
-    clip = dataclasses.replace(clip, model=joint)
     dim = teacher.width or clip.dim
     centers = _random_centers(recipe, dim) if recipe.uses_clusters else None
     objective = distill.make_objective(settings, clip, dim, centers, scale=settings.head_scale, ranks=ranks)
+    model = Distillation(clip.model, objective, lock=settings.lock).train()
+    model.student = with_joint_statistics(model.student, ranks, recipe.machine.micro_batch)
     trainer = Trainer(
-        Distillation(clip.model, objective, lock=settings.lock),
+        model,
         distill.make_batches(training, clip, recipe, ranks),
         settings,
         Plan(steps, "random targets", recipe.pairs.max_bad_share),

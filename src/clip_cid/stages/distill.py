@@ -100,10 +100,10 @@ def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, *, soft_
     steps = count_steps(settings, len(training))
     teacher_dim = store.dim if store is not None else None
     clip = make_student(settings, teacher_dim, machine)
-    clip = dataclasses.replace(clip, model=with_joint_statistics(clip.model, ranks, machine.micro_batch))
     teaching = read_teacher(settings, training, store, centers)
     objective = make_objective(settings, clip, teacher_dim, centers, scale=teaching.scale, ranks=ranks)
-    model = Distillation(clip.model, objective, lock=settings.lock)
+    model = Distillation(clip.model, objective, lock=settings.lock).train()
+    model.student = with_joint_statistics(model.student, ranks, machine.micro_batch)
     if centers is not None and training.labels is not None:
         _tell_negatives(settings, training.labels, len(centers))
     key = _key(settings, training, store, centers)
@@ -444,6 +444,7 @@ def make_objective(
             temperature=settings.temperature,
             teacher_scale=settings.teacher_scale,
             affinity_scale=settings.affinity_scale,
+            share_scale=settings.share_scale,
         )
 
 

@@ -220,7 +220,7 @@ def test_batches_come_as_fast_as_they_are_made(case: Case, tmp_path: Path, monke
     monkeypatch.setattr(rehearsal, "_MOST_ROUNDS", 4)
     monkeypatch.setattr(rehearsal, "_READ_SECONDS", 100.0)
     monkeypatch.setattr(rehearsal.time, "monotonic", lambda: float(next(clock)))
-    found = rehearsal.read_batches(prepared.trainer.batches, workers=0, steps=15)
+    found = rehearsal.read_batches(rehearsal.batches_to_try(prepared.trainer.batches, workers=0, steps=15), workers=0)
     assert (found.batches, found.seconds_per_batch) == (4, pytest.approx(0.5))
     first = next(prepared.trainer.batches.between(0, 1))
     assert torch.equal(found.batch.images, first.images)
@@ -329,7 +329,7 @@ def test_a_loss_that_is_not_finite_at_the_start_is_refused(case: Case, tmp_path:
         next(tried.clip.model.parameters()).fill_(float("nan"))
     batch = next(tried.trainer.batches.between(0, 1))
     with pytest.raises(RunError, match=r"The loss clip, .* of the first step is not finite"):
-        rehearsal.rehearse(tried.trainer, batch)
+        rehearsal.rehearse(tried.trainer, batch, iter(()))
 
 
 def test_a_sound_recipe_raises_no_doubt_but_its_tiny_size(case: Case):

@@ -59,6 +59,11 @@ class RunFolder:
         self.path = path
         self._forgotten: set[str] = set()
 
+    @property
+    def index(self) -> Path:
+        """Where the index of the pairs is kept."""
+        return self.path / "index"
+
     def has(self, stage: str) -> bool:
         return (self.path / stage / MANIFEST).is_file()
 

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,13 @@ class Trainer:
                 stop.number = self._save_if_due(stop.number)
                 stop.obey(self.step)
         return self._summary()
+
+    def rehearse(self, batch: Batch) -> Generator[Measured]:
+        """The first step again and again, on one batch: what a step costs, in a training that is then thrown away."""
+        self._resume()
+        self.joint.train()
+        while True:
+            yield self._train_step(batch.to(self.ranks.device))
 
     @property
     def _last_step(self) -> int:

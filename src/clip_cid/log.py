@@ -22,12 +22,12 @@ def setup(*, quiet: bool = False) -> None:
     """Send messages to the terminal; call once, from the command line only, so that a library user's logging is left alone.
 
     Args:
-        quiet: Of warnings only: for one of several processes, whose first one speaks for all.
+        quiet: Say nothing: for one of several processes, whose first one speaks for all.
     """
     if _logger.handlers:
         return
     _logger.propagate = False
-    _logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    _logger.setLevel(logging.ERROR if quiet else logging.INFO)
     if _console.is_terminal:
         _logger.addHandler(RichHandler(console=_console, show_time=False, show_level=False, show_path=False))
     else:

@@ -79,7 +79,7 @@ def _tensorboard(folder: Path, step: int, *, needed: bool) -> Listener | None:
         if needed:
             raise MissingExtraError("machine.tensorboard: on", "tensorboard") from error
         return None
-    writer = SummaryWriter(str(folder), purge_step=step)
+    writer = SummaryWriter(str(folder), purge_step=step + 1)  # what it names goes, too
     log.info(f"distill   for TensorBoard: tensorboard --logdir {folder}")
 
     def write(line: Line) -> None:

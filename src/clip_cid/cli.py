@@ -112,6 +112,7 @@ def _commands(recipe: Recipe) -> dict[str, Callable[..., Any]]:
         "verify": verify,
         "subset": subset,
         "export": export,
+        "push": push,
         "init": init,
         "sample": sample,
     }
@@ -212,17 +213,54 @@ def subset(run: Positional[Path], out: Positional[Path], shards: bool = False, s
     return 0
 
 
-def export(run: Positional[Path], out: Positional[Path]) -> int:
+def export(run: Positional[Path], out: Positional[Path], onnx: bool = False) -> int:
     """Copy the trained student to a folder that open_clip, CLIP_benchmark and the Hugging Face Hub load.
 
     Args:
         run: The run folder; its distill stage must have finished.
         out: The folder to make.
+        onnx: Also write both towers as ONNX graphs, each compared with PyTorch; needs `pip install "clip-cid[onnx]"`.
     """
+    student = _existing(run).stage("distill") / "student"
     from clip_cid.models.export import copy_student, usage
+    from clip_cid.models.onnx_export import export_onnx, require_onnx
 
-    copy_student(_existing(run).stage("distill") / "student", out)
+    if onnx:
+        require_onnx()
+    copy_student(student, out)
     log.say(usage(out))
+    if onnx:
+        gaps = ", ".join(f"{tower} {gap:.2g}" for tower, gap in export_onnx(out).items())
+        log.say(f"# ONNX: {out / 'onnx'}; largest difference to PyTorch: {gaps}")
+    return 0
+
+
+def push(
+    run: Positional[Path],
+    repo: Annotated[Positional[str], tyro.conf.arg(metavar="ORG/NAME")],
+    license: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Upload the trained student to the Hugging Face Hub, with a model card filled from the run.
+
+    The student is reloaded and compared first, and files and folders in its provenance are cut to their names. Log in
+    before with `hf auth login`, or set HF_TOKEN.
+
+    Args:
+        run: The run folder; its distill stage must have finished.
+        repo: The repository on the Hub; made when it does not exist.
+        license: The license of the model, as the Hub names it (apache-2.0, cc-by-nc-4.0, ...); unsaid without it.
+        private: Make the repository private.
+        dry_run: Print the model card and upload nothing; needs neither network nor token.
+    """
+    folder = _existing(run)
+    from clip_cid.models.hub import card_of, push_student
+
+    if dry_run:
+        log.say(card_of(folder, repo, license=license))
+    else:
+        log.say(push_student(folder, repo, license=license, private=private))
     return 0
 
 

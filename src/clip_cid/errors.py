@@ -26,6 +26,10 @@ class RunError(ClipCidError):
     """A run folder is in use, incomplete, or changed by someone else."""
 
 
+class HubError(ClipCidError):
+    """The Hugging Face Hub cannot be reached, or refuses."""
+
+
 class MissingExtraError(ClipCidError):
     """An optional part is not installed."""
 

@@ -44,7 +44,7 @@ STAGES = (
     Stage("cluster", needs=("embed", "balance"), sections=("cluster",), version=2, resumable=True),
     Stage("distill", needs=("embed", "balance", "cluster"), sections=("pairs", "distill"), version=3, resumable=True),
     Stage("evaluate", needs=("distill",), sections=("pairs", "evaluate")),
-    Stage("draw", needs=("embed", "balance", "cluster", "distill", "evaluate"), sections=("draw",), version=2),
+    Stage("draw", needs=("embed", "balance", "cluster", "distill", "evaluate"), sections=("draw",), version=3),
     Stage("report", needs=("embed", "balance", "cluster", "distill", "evaluate", "draw"), sections=("pairs", "report")),
 )
 _BY_NAME = {stage.name: stage for stage in STAGES}

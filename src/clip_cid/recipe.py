@@ -235,6 +235,8 @@ class DistillConfig(Config):
     """Which of the two cluster losses corrects for the sampling of negatives (docs/decisions.md, D6)."""
     temperature: PositiveFloat = 1.0
     """tau: softens both distributions of `L_kl`."""
+    share_scale: bool = False
+    """Let the instance losses use the student's own learned scale instead of one of theirs."""
     teacher_scale: PositiveFloat = 100.0
     """The teacher's own factor from cosines to logits, for weights.affinity."""
     affinity_scale: PositiveFloat | None = None
@@ -320,6 +322,10 @@ class DrawConfig(Config):
 
     gallery_sets: PositiveInt = 24
     """How many removed sets the galleries show."""
+    map_images: Annotated[int, Field(ge=30)] = 1_000
+    """How many kept images the map of the embeddings shows."""
+    images_of: str | None = None
+    """The evaluation set whose images patch PCA and activation maps show; the first one that is there when absent."""
     seed: NonNegativeInt = 0
     """Seed of what is shown."""
 
@@ -421,6 +427,8 @@ class Recipe(Config):
             )
         if not any(weights.model_dump().values()):
             raise ValueError("distill.weights: all are 0, so there is nothing to learn")
+        if self.draw.images_of is not None and self.draw.images_of not in self.evaluate.sets:
+            raise ValueError(f"draw.images_of: {self.draw.images_of!r} is not among evaluate.sets")
         balance = self.balance
         if balance.max_threshold is not None and balance.target_removed is None:
             low, high = balance.threshold, balance.max_threshold

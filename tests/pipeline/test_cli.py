@@ -31,6 +31,7 @@ def test_help_names_every_command_and_imports_neither_torch_nor_open_clip():
         "verify",
         "subset",
         "export",
+        "push",
         "init",
         "sample",
     ]:
@@ -102,12 +103,30 @@ def test_init_writes_a_recipe_that_runs_are_made_from_and_never_overwrites(tmp_p
     assert (tmp_path / "mine.yaml").read_text() == before
 
 
-@pytest.mark.parametrize("command", [["status", "no"], ["verify", "no"], ["subset", "no", "out"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command",
+    [["status", "no"], ["verify", "no"], ["subset", "no", "out"], ["export", "no", "out"], ["push", "no", "me/x"]],
+    ids=" ".join,
+)
 def test_a_run_folder_that_does_not_exist_is_exit_1(tmp_path: Path, command: list[str]):
     done = clip_cid(*command, cwd=tmp_path)
     assert done.returncode == 1
     assert "no: no such run folder." in done.stderr
     assert "clip-cid run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "taught"),
+    [
+        ("export", ["--onnx", "clip-cid[onnx]"]),
+        ("push", ["ORG/NAME", "--license", "--private", "--dry-run", "hf auth login", "HF_TOKEN"]),
+    ],
+)
+def test_the_help_of_a_command_says_what_it_takes(command: str, taught: list[str]):
+    done = clip_cid(command, "--help")
+    assert done.returncode == 0
+    text = " ".join(done.stdout.replace("│", " ").split())
+    assert all(word in text for word in taught)
 
 
 def test_an_unknown_command_is_exit_2():

@@ -122,7 +122,7 @@ def test_every_part_of_the_loss_is_in_the_metrics():
         parts = [
             line[f"loss/{name}"] for name in ("clip", "cluster_cls", "cluster_kl", "instance_image", "instance_text")
         ]
-        assert line["loss"] == pytest.approx(np.dot(parts, [1, 1, 1, 0.5]), rel=1e-5)
+        assert line["loss"] == pytest.approx(np.dot(parts, [1, 1, 1, 0.5, 0.5]), rel=1e-5)
 
 
 def test_scores_of_student_and_teacher_lie_between_0_and_1_with_their_intervals():
@@ -147,6 +147,23 @@ def test_export_writes_a_folder_elsewhere_and_prints_the_lines_to_paste(capsys, 
     assert f'open_clip.create_model_and_transforms("local-dir:{tmp_path / "out"}")' in printed
     weights = "open_clip_model.safetensors"
     assert (tmp_path / "out" / weights).read_bytes() == Path("student/distill/student", weights).read_bytes()
+
+
+def test_the_model_card_of_a_real_run_has_its_numbers(capsys):
+    assert cli.main(["push", "student", "me/scenes", "--dry-run"]) == 0
+    card = capsys.readouterr().out
+    kept = len(np.load("student/balance/kept.npy"))
+    score = json.loads(Path("student/evaluate/zero_shot.json").read_text())["scores"]["student"]["scenes"]
+    for line in (
+        "| image-text pairs | 200 |",
+        f"| kept | {kept} |",
+        "| clusters of the kept images | 8 |",
+        "| steps | 4 |",
+    ):
+        assert line in card
+    assert f"| scenes | top1 | 16 | 12.5 | {100 * score:.1f} &#91;" in card
+    assert cli.main(["push", "teacher", "me/scenes", "--dry-run"]) == 0
+    assert "on image-text pairs alone, without a teacher" in capsys.readouterr().out
 
 
 def test_embeddings_kept_rows_and_clusters_made_elsewhere_are_taken_over(tmp_path: Path):

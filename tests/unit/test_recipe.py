@@ -85,6 +85,16 @@ def test_distillation_without_a_teacher_is_refused():
     assert "distill.weights: clip-only" in problems({"embed": {"teacher": "none"}})
 
 
+def test_images_can_only_be_of_a_set_that_is_evaluated():
+    assert (
+        parse_recipe({"evaluate": {"sets": {"pets": "x"}}, "draw": {"images_of": "pets"}}, where="test").draw.images_of
+        == "pets"
+    )
+    assert "draw.images_of: 'cats' is not among" in problems(
+        {"evaluate": {"sets": {"pets": "x"}}, "draw": {"images_of": "cats"}}
+    )
+
+
 def test_a_truth_field_that_is_not_stored_is_refused():
     assert "pairs.keep_fields" in problems({"balance": {"truth_field": "dup"}})
 

@@ -1,81 +1,34 @@
-"""Labelled image sets: CLIP_benchmark's WebDataset folders, plain image folders, and scikit-learn's digits.
+"""The sets models are measured on: found in whatever layout they lie, checked against the table, named where they differ.
 
 A set is indexed and checked when it is opened, before any model runs; images are decoded later, one by one. Nothing is
-downloaded and nothing is unpacked to disk.
+unpacked to disk, and nothing is downloaded but what a recipe gives the URL of. `tasks.toml` has the sets CLIP is measured on;
+a set of any other name is the user's own.
 """
 
-import hashlib
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
 from clip_cid import log
-from clip_cid.data.images import decode_image
-from clip_cid.data.pairs import BadSample
-from clip_cid.data.tar_index import plain_files
+from clip_cid.data.labelled_images import LabelledImages
+from clip_cid.data.remote_sets import fetch_set, is_url
+from clip_cid.data.set_readers import ANY_SET, READERS, folders, tars
+from clip_cid.data.set_readers.reading import Asked, Found, cropped
+from clip_cid.data.tasks import MetricName, Prompts, Task, few, find_task, load_prompts, match_keys, metric_of
 from clip_cid.errors import ConfigError, DataError
-
-MetricName = Literal["top1", "mean_per_class"]
 
 SPLITS = ("train", "val", "test")
 DIGITS = "builtin:digits"
 
-_IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
-# The sets CLIP scores by the mean of the classes' accuracies, in the spellings in use; every other set is scored by top-1.
-_MEAN_PER_CLASS = {
-    *("aircraft", "fgvcaircraft"),
-    *("pets", "oxfordpets", "oxfordiiitpet", "oxfordiiitpets"),
-    *("caltech101",),
-    *("flowers", "flowers102", "oxfordflowers", "oxfordflowers102"),
-}
 _DIGIT_PROMPTS = ('a photo of the number: "{c}".', 'a low resolution photo of the digit "{c}".', "{c}")
 
 
 class MissingSetError(DataError):
     """The set is not there at all; an evaluation of several sets goes on without it."""
-
-
-@runtime_checkable
-class _Images(Protocol):
-    """Where the images of one split come from."""
-
-    def name(self, row: int) -> str: ...
-
-    def load(self, row: int) -> Image.Image: ...
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """One split of a set: image `row` belongs to class `labels[row]`. Pickles, so that worker processes can decode."""
-
-    title: str
-    """Set and split, such as `cifar10/test`."""
-    labels: Int[np.ndarray, " images"]
-    fingerprint: str
-    """Changes when the files behind the split change (names, sizes, times)."""
-    images: _Images
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def name(self, row: int) -> str:
-        """What to call an image in a message: its file, or its tar and key."""
-        return self.images.name(row)
-
-    def load(self, row: int) -> Image.Image:
-        """The decoded RGB image.
-
-        Raises:
-            BadSample: It cannot be decoded.
-        """
-        return self.images.load(row)
 
 
 @dataclass(frozen=True)
@@ -89,6 +42,17 @@ class EvaluationSet:
     """Prompts with `{c}` for the class name; empty when the set came without any."""
     metric: MetricName
     splits: dict[str, LabelledImages]
+    task: str | None = None
+    """Its key in the table; None for a set of the user's own."""
+    variant: str = ""
+    """How it differs from what CLIP measured, in words; empty where it does not."""
+    folds: tuple[Int[np.ndarray, " rows"], ...] | None = None
+    """Rows of `train` that are trained on together: one probe each, and the score is their mean (STL10)."""
+    superset_classes: Int[np.ndarray, " classes"] | None = None
+    """Of a set of some of ImageNet's classes, which of the 1,000 they are: ImageNet's accuracy on these compares with the
+    set's. One a class, in label order; ObjectNet's 113 classes are 125 of ImageNet's, in ImageNet's order."""
+    class_keys: tuple[str, ...] = ()
+    """The set's own label of each class: a folder, a WordNet id, a number."""
 
     def split(self, name: str) -> LabelledImages:
         """The images of `train`, `val` or `test`.
@@ -118,58 +82,143 @@ class EvaluationSet:
 
     def _template_file(self) -> Path:
         root = Path(self.where)
-        return root / (_TAR_TEMPLATES if (root / _TAR_CLASSES).exists() else _FOLDER_TEMPLATES)
+        return root / (tars.TEMPLATES if (root / tars.CLASSES).exists() else folders.TEMPLATES)
 
 
-_TAR_CLASSES, _TAR_TEMPLATES, _FOLDER_TEMPLATES = (
-    "classnames.txt",
-    "zeroshot_classification_templates.txt",
-    "templates.txt",
-)
-
-
-def open_set(name: str, where: str, *, max_pixels: int, splits: Sequence[str] = SPLITS) -> EvaluationSet:
+def open_set(
+    name: str, where: str, *, max_pixels: int, splits: Sequence[str] = SPLITS, cache_dir: Path | None = None
+) -> EvaluationSet:
     """Index and check a labelled set.
 
     Args:
-        name: What the recipe calls it; decides the metric (`metric_of`).
-        where: `builtin:digits`, or a folder in one of the two layouts.
+        name: What the recipe calls it; one of the names in the table says which set it is (`find_task`).
+        where: `builtin:digits`, a folder in one of the layouts of docs/evaluation_sets.md, or the URL of one with tars.
         max_pixels: An image that claims more pixels is refused when it is decoded.
         splits: Open these only, where they exist; `test` must.
+        cache_dir: Where a set behind a URL is kept; ~/.cache/clip_cid when absent.
 
     Raises:
         MissingSetError: There is nothing at `where`.
-        DataError: The set contradicts itself: class counts, labels, shards, empty or cut files.
+        DataError: The layout is not known, or the set contradicts itself or the table: classes, labels, shards, empty or
+            cut files.
         ConfigError: No such built-in set.
     """
+    wanted = tuple(split for split in SPLITS if split in splits)
     if where.startswith("builtin:"):
         opened = _open_digits(name, where)
     else:
-        root = Path(where)
+        task = find_task(name)
+        root = fetch_set(where, wanted, cache_dir) if is_url(where) else Path(where)
         if not root.is_dir():
-            raise MissingSetError(f"evaluate.sets.{name}: nothing at {root}.", fix=_layouts(root))
-        present = [split for split in SPLITS if split in splits and (root / split).is_dir()]
-        if "test" not in present:
-            raise DataError(f"{root}: the set {name} has no test split.", fix=_layouts(root))
-        is_tars = (root / _TAR_CLASSES).exists() or any((root / split / "nshards.txt").exists() for split in present)
-        opened = (_open_tars if is_tars else _open_folders)(name, root, present, max_pixels)
+            raise MissingSetError(f"evaluate.sets.{name}: nothing at {root}.", fix=_layouts(task, root))
+        asked = Asked(name, root, task, wanted, max_pixels)
+        found = _read(asked)
+        opened = _own_set(asked, found) if task is None else _task_set(asked, task, found)
     _check_classes(opened)
     return opened
 
 
-def metric_of(name: str) -> MetricName:
-    """The metric CLIP gives a set's score in: mean per class for Aircraft, Pets, Caltech101 and Flowers102, else top-1."""
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    for prefix in ("wds", "vtab"):
-        plain = plain.removeprefix(prefix)
-    return "mean_per_class" if plain in _MEAN_PER_CLASS else "top1"
-
-
-def _layouts(root: Path) -> str:
-    return (
-        f"Put the set there: {root}/{{train,test}}/0.tar with classnames.txt and nshards.txt (CLIP_benchmark's layout), "
-        f"or {root}/{{train,test}}/CLASS/IMAGE.jpg."
+def _layouts(task: Task | None, root: Path) -> str:
+    any_set = (
+        f"{root}/{{train,test}}/0.tar with classnames.txt and nshards.txt (CLIP_benchmark's layout), "
+        f"or {root}/{{train,test}}/CLASS/IMAGE.jpg"
     )
+    if task is None:
+        return f"Put the set there: {any_set}."
+    return f"Put {task.title} there: {root}/{task.layout}; or {any_set}. Where to get it: {task.where}."
+
+
+def _read(asked: Asked) -> Found:
+    own = () if asked.task is None else tuple(READERS[name] for name in asked.task.readers)
+    for reader in (*own, *ANY_SET):
+        found = reader(asked)
+        if found is not None and "test" in found.splits:
+            return found
+    raise DataError(
+        f"{asked.root}: the set {asked.name} has no test split in a layout that is known.",
+        fix=_layouts(asked.task, asked.root),
+    )
+
+
+def _own_set(asked: Asked, found: Found) -> EvaluationSet:
+    return EvaluationSet(
+        name=asked.name,
+        where=str(asked.root),
+        class_names=found.names or found.classes,
+        templates=found.templates,
+        metric=metric_of(asked.name),
+        splits=found.splits,
+        class_keys=found.classes,
+    )
+
+
+def _task_set(asked: Asked, task: Task, found: Found) -> EvaluationSet:
+    """The table's class names by the set's own labels, whatever their order in the files; prompts that lie beside win."""
+    prompts = load_prompts(task.prompts)
+    keys = match_keys(task, found.classes, str(asked.root))
+    notes = [*found.notes, _counted(asked, task, found), *_folds_note(task, found)]
+    if found.templates and found.templates != prompts.templates:
+        notes.append(f"{len(found.templates)} prompts of its own, not CLIP's {len(prompts.templates)}")
+    variant = "; ".join(note for note in notes if note)
+    if variant:
+        log.info(f"{asked.name}: {variant}")
+    return EvaluationSet(
+        name=asked.name,
+        where=str(asked.root),
+        class_names=tuple(prompts.names[key] for key in keys),
+        templates=found.templates or prompts.templates,
+        metric=task.metric,
+        splits={split: cropped(part, task.crop) for split, part in found.splits.items()},
+        task=task.key,
+        variant=variant,
+        folds=found.folds,
+        superset_classes=_superset(prompts, keys),
+        class_keys=tuple(keys),
+    )
+
+
+def _superset(prompts: Prompts, keys: list[str]) -> Int[np.ndarray, " classes"] | None:
+    if prompts.superset is None:
+        return None
+    if len(prompts.superset) != len(keys):
+        return np.array(prompts.superset, dtype=np.int64)
+    position = dict(zip(prompts.names, prompts.superset, strict=True))
+    return np.array([position[key] for key in keys], dtype=np.int64)
+
+
+def _counted(asked: Asked, task: Task, found: Found) -> str:
+    """What to call the numbers of images, empty when they are CLIP's; validation images are to train on."""
+    test = len(found.splits["test"])
+    training = [len(found.splits[split]) for split in ("train", "val") if split in found.splits]
+    train = sum(training) if "train" in found.splits else None
+    expected = sum(task.counts.get(split, 0) for split in ("train", "val") if asked.wants(split))
+    if test == task.counts["test"] and train in (None, expected):
+        return ""
+    for variant in task.variants:
+        if variant.train is None and train == test == variant.test:
+            raise DataError(
+                f"{asked.root}: train and test have {test:,} images each, which is all there are: a probe would be tested "
+                "on what it was trained on.",
+                fix=f"Leave the train split out for zero-shot alone, or lay {task.title} out as {task.layout}.",
+            )
+        if test == variant.test and (train is None or train == variant.train):
+            return variant.words
+    words = f"{test:,} test images, CLIP used {task.counts['test']:,}"
+    if train is not None:
+        words = f"{train:,} training and {test:,} test images, CLIP used {expected:,} and {task.counts['test']:,}"
+    log.warn(f"{asked.name}: {words}; scores do not compare with published ones. {_known_counts(task)}")
+    return words
+
+
+def _known_counts(task: Task) -> str:
+    known = [f"{variant.test:,} test images ({variant.words})" for variant in task.variants if variant.words]
+    return f"Also known: {'; '.join(known)}." if known else "No other counts are known."
+
+
+def _folds_note(task: Task, found: Found) -> list[str]:
+    if task.folds is None or found.folds is not None or "train" not in found.splits:
+        return []
+    return [f"one probe on all {len(found.splits['train']):,} training images, not the mean of {task.folds} folds"]
 
 
 def _check_classes(opened: EvaluationSet) -> None:
@@ -221,199 +270,7 @@ def _check_trained(opened: EvaluationSet, classes: dict[str, set[int]]) -> None:
 
 def _few(opened: EvaluationSet, labels: list[int]) -> str:
     """The first three class names, for a message."""
-    return ", ".join(opened.class_names[label] for label in labels[:3]) + (", ..." if len(labels) > 3 else "")
-
-
-# --- CLIP_benchmark's WebDataset folders -------------------------------------------------------------------------------
-
-
-class _Member(NamedTuple):
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True)
-class _TarImages:
-    """Images inside tars, each read with one seek."""
-
-    tars: tuple[Path, ...]
-    tar_of: Int[np.ndarray, " images"]
-    members: tuple[_Member, ...]
-    keys: tuple[str, ...]
-    max_pixels: int
-
-    def name(self, row: int) -> str:
-        return f"{self.tars[self.tar_of[row]]}: {self.keys[row]}"
-
-    def load(self, row: int) -> Image.Image:
-        with open(self.tars[self.tar_of[row]], "rb") as tar:
-            tar.seek(self.members[row].offset)
-            data = tar.read(self.members[row].size)
-        return decode_image(data, max_pixels=self.max_pixels)
-
-
-def _open_tars(name: str, root: Path, present: Sequence[str], max_pixels: int) -> EvaluationSet:
-    classes = _lines(root / _TAR_CLASSES)
-    templates = _templates(root / _TAR_TEMPLATES)
-    splits = {split: _tar_split(f"{name}/{split}", root / split, max_pixels) for split in present}
-    return EvaluationSet(name, str(root), classes, templates, metric_of(name), splits)
-
-
-def _tar_split(title: str, folder: Path, max_pixels: int) -> LabelledImages:
-    tars = _shards(folder)
-    tar_of: list[int] = []
-    members: list[_Member] = []
-    keys: list[str] = []
-    labels: list[int] = []
-    for number, tar in enumerate(tars):
-        for key, image, label in _tar_samples(tar):
-            tar_of.append(number)
-            members.append(image)
-            keys.append(key)
-            labels.append(label)
-    images = _TarImages(tars, np.array(tar_of, dtype=np.int32), tuple(members), tuple(keys), max_pixels)
-    return LabelledImages(title, np.array(labels, dtype=np.int64), _fingerprint(folder, tars), images)
-
-
-def _shards(folder: Path) -> tuple[Path, ...]:
-    """0.tar, 1.tar, ...: exactly as many as nshards.txt says."""
-    (text, *more) = _lines(folder / "nshards.txt")
-    if more or not text.isdecimal() or int(text) < 1:
-        raise DataError(f"{folder / 'nshards.txt'}: {text!r} is not a number of tars.", fix="Write that number alone.")
-    expected = {f"{number}.tar" for number in range(int(text))}
-    found = {path.name for path in folder.glob("*.tar")}
-    if expected != found:
-        wrong = [f"{tar} is missing" for tar in sorted(expected - found)] + [
-            f"{tar} is extra" for tar in sorted(found - expected)
-        ]
-        raise DataError(
-            f"{folder}: nshards.txt says {text}, but there are {len(found)} tars ({', '.join(wrong[:3])}).",
-            fix="Copy the missing tars again, or correct nshards.txt.",
-        )
-    return tuple(folder / f"{number}.tar" for number in range(int(text)))
-
-
-def _tar_samples(path: Path) -> list[tuple[str, _Member, int]]:
-    """Key, image member and label of every sample of one tar, in tar order."""
-    images: dict[str, _Member] = {}
-    labels: dict[str, _Member] = {}
-    for member in plain_files(path, str(path)):
-        folder, _, file = member.name.removeprefix("./").rpartition("/")
-        stem, _, suffix = file.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
-        kind = images if suffix.lower() in _IMAGE_TYPES else labels if suffix == "cls" else None
-        if kind is None:
-            continue  # side files, such as the .json of some exports
-        if key in kind:
-            raise DataError(f"{path}: two samples have the key {key}.", fix="Make the keys unique.")
-        kind[key] = _Member(member.offset_data, member.size)
-    if images.keys() != labels.keys():
-        odd = sorted(images.keys() ^ labels.keys())
-        lacks = "a label (.cls)" if odd[0] in images else "an image (.jpg, .png or .webp)"
-        raise DataError(
-            f"{path}: {len(odd)} of {len(images.keys() | labels.keys())} samples are not whole; {odd[0]} lacks {lacks}.",
-            fix="Export the set again.",
-        )
-    with open(path, "rb") as tar:
-        return [(key, image, _read_label(tar, labels[key], path, key)) for key, image in images.items()]
-
-
-def _read_label(tar: BinaryIO, member: _Member, path: Path, key: str) -> int:
-    tar.seek(member.offset)
-    text = tar.read(member.size).decode("ascii", errors="replace").strip()
-    if not text.isdecimal():
-        raise DataError(f"{path}: {key}.cls holds {text[:20]!r}, not a class number.", fix="Export the set again.")
-    return int(text)
-
-
-def _lines(path: Path) -> tuple[str, ...]:
-    """The lines of a text file, each of which means something."""
-    try:
-        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}).", fix="CLIP_benchmark's layout needs this file.") from error
-    empty = [number for number, line in enumerate(lines, start=1) if not line.strip()]
-    if empty or not lines:
-        problem = f"line {empty[0]} is empty" if empty else "the file is empty"
-        raise DataError(f"{path}: {problem}.", fix="One entry a line.")
-    return tuple(line.strip() for line in lines)
-
-
-def _templates(path: Path) -> tuple[str, ...]:
-    """The prompts of a set; none when the file is absent."""
-    if not path.exists():
-        return ()
-    templates = _lines(path)
-    for number, template in enumerate(templates, start=1):
-        if "{c}" not in template:
-            raise DataError(
-                f"{path}: line {number} has no {{c}} for the class name: {template!r}.",
-                fix="Write {c} where it belongs.",
-            )
-    return templates
-
-
-def _fingerprint(folder: Path, files: Sequence[Path]) -> str:
-    stats = [(str(file.relative_to(folder)), (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-
-
-# --- Plain image folders -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _FileImages:
-    files: tuple[Path, ...]
-    max_pixels: int
-
-    def name(self, row: int) -> str:
-        return str(self.files[row])
-
-    def load(self, row: int) -> Image.Image:
-        try:
-            data = self.files[row].read_bytes()
-        except OSError as error:
-            raise BadSample(f"cannot be read ({error.strerror})") from error
-        return decode_image(data, max_pixels=self.max_pixels)
-
-
-def _open_folders(name: str, root: Path, present: Sequence[str], max_pixels: int) -> EvaluationSet:
-    """Classes are the folders, sorted; a folder `polka_dot` is the class `polka dot`."""
-    folders = {split: _class_folders(root / split) for split in present}
-    for split, found in folders.items():
-        if differ := sorted(set(found) ^ set(folders["test"])):
-            raise DataError(
-                f"{root}: {split} has {len(found)} class folders and test has {len(folders['test'])}; "
-                f"{differ[0]} is in one only.",
-                fix="Both need the same class folders.",
-            )
-    splits = {split: _folder_split(f"{name}/{split}", root / split, folders["test"], max_pixels) for split in present}
-    classes = tuple(folder.replace("_", " ") for folder in folders["test"])
-    return EvaluationSet(name, str(root), classes, _templates(root / _FOLDER_TEMPLATES), metric_of(name), splits)
-
-
-def _class_folders(folder: Path) -> list[str]:
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not found:
-        raise DataError(f"{folder}: no class folder in it.", fix=_layouts(folder.parent))
-    return found
-
-
-def _folder_split(title: str, folder: Path, classes: Sequence[str], max_pixels: int) -> LabelledImages:
-    files: list[Path] = []
-    labels: list[int] = []
-    others: list[Path] = []
-    for label, name in enumerate(classes):
-        for path in sorted((folder / name).iterdir()):
-            if path.suffix.lower().removeprefix(".") in _IMAGE_TYPES:
-                files.append(path)
-                labels.append(label)
-            elif not path.name.startswith("."):
-                others.append(path)
-    if others:
-        log.warn(f"{title}: {len(others):,} files are not .jpg, .png or .webp and are left out, the first {others[0]}")
-    images = _FileImages(tuple(files), max_pixels)
-    return LabelledImages(title, np.array(labels, dtype=np.int64), _fingerprint(folder, files), images)
+    return few([opened.class_names[label] for label in labels])
 
 
 # --- scikit-learn's digits ---------------------------------------------------------------------------------------------
@@ -450,4 +307,5 @@ def _open_digits(name: str, where: str) -> EvaluationSet:
         split: LabelledImages(f"{name}/{split}", labels[rows], f"{DIGITS}-{split}-1", _DigitImages(pixels[rows], split))
         for split, rows in (("train", train), ("test", test))
     }
-    return EvaluationSet(name, where, tuple("0123456789"), _DIGIT_PROMPTS, metric_of(name), splits)
+    classes = tuple("0123456789")
+    return EvaluationSet(name, where, classes, _DIGIT_PROMPTS, metric_of(name), splits, class_keys=classes)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from clip_cid.data.pair_index import IndexedSource, PairIndex, index_sources
-from clip_cid.data.sources import Kind, find_sources
+from clip_cid.data.sources import Kind, cache_folder, find_sources
 from clip_cid.data.table_index import field_text, list_folder
 from clip_cid.data.tar_index import samples
 from clip_cid.errors import DataError
@@ -161,7 +161,7 @@ def open_pairs(settings: PairsConfig, *, index: Path | None = None, cache_dir: P
     Raises:
         DataError: A source is missing, broken, empty or of another kind than the first; or no pair can be used.
     """
-    cache = cache_dir if cache_dir is not None else Path.home() / ".cache" / "clip_cid"
+    cache = cache_folder(cache_dir)
     rows = PairIndex(
         index_sources(find_sources(settings.source), settings, index=index, cache_dir=cache.absolute() / "shards")
     )

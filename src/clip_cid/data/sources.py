@@ -108,6 +108,11 @@ def _local(name: str) -> Source:
     )
 
 
+def cache_folder(cache_dir: Path | None) -> Path:
+    """Where what comes from URLs is kept: `machine.cache_dir`, or ~/.cache/clip_cid."""
+    return cache_dir if cache_dir is not None else Path.home() / ".cache" / "clip_cid"
+
+
 def cached_path(url: str, cache_dir: Path) -> Path:
     """Where a fetched URL is kept; the name says a little of the URL, its digest the rest."""
     tail = re.sub(r"[^A-Za-z0-9._-]+", "_", urlparse(url).path.rsplit("/", 1)[-1])[-60:]

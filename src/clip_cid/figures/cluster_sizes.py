@@ -51,6 +51,7 @@ def draw(sizes: Mapping[str, Int[np.ndarray, " clusters"]], out: Path) -> dict[s
     ranks = ranks_to_draw(len(next(iter(sizes.values()))))
     curves = {name: np.sort(values)[::-1][ranks - 1] for name, values in sizes.items()}
     style.write_csv(out / "cluster_sizes.csv", {"rank": ranks.tolist(), **{n: c.tolist() for n, c in curves.items()}})
+    numbers = {name: describe(values) for name, values in sizes.items()}
     colors = (style.MUTED, style.BLUE)
     with style.new_figure(3.4) as figure:
         axes = figure.add_subplot()
@@ -58,14 +59,18 @@ def draw(sizes: Mapping[str, Int[np.ndarray, " clusters"]], out: Path) -> dict[s
         for (name, curve), color in zip(curves.items(), colors, strict=False):
             filled = curve > 0  # an empty cluster has no place on a logarithmic axis; its count is in the numbers
             marker = "." if filled.sum() <= 40 else None
-            axes.plot(ranks[filled], curve[filled], color=color, label=name, marker=marker)
+            axes.plot(ranks[filled], curve[filled], color=color, label=_label(name, numbers[name]), marker=marker)
         for axis, most in ((axes.xaxis, ranks[-1]), (axes.yaxis, max(curve.max() for curve in curves.values()))):
             axis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 200 else (1,)))
             axis.set_minor_locator(NullLocator())
             axis.set_major_formatter(style.plain_ticks())
-        axes.legend(loc="lower left")
+        figure.legend(loc="outside upper left")
         style.save_svg(figure, out / "cluster_sizes.svg")
-    return {name: describe(values) for name, values in sizes.items()}
+    return numbers
+
+
+def _label(name: str, numbers: Mapping[str, float]) -> str:
+    return f"{name}: Gini {numbers['gini']:.3f}, {100 * numbers['top_1_percent_share']:.1f} % in the largest 1 %"
 
 
 def count(labels: Int[np.ndarray, " images"], clusters: int) -> Int[np.ndarray, " clusters"]:

@@ -1,4 +1,4 @@
-"""A few clusters to look at: each as its images nearest the center."""
+"""A few clusters to look at: each as its images nearest the center, and those farthest from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,25 @@ from clip_cid.figures import style
 
 Stratum = Literal["largest", "median", "smallest"]
 STRATA: tuple[Stratum, ...] = ("largest", "median", "smallest")
-_EACH, _IMAGES, _BLOCK_ROWS = 3, 10, 65_536
+_EACH, _NEAREST, _FARTHEST, _BLOCK_ROWS = 3, 6, 4, 65_536
 
 
 @dataclass(frozen=True)
 class ClusterStrip:
-    """One cluster: its images nearest the center, and their cosines with it."""
+    """One cluster: six images nearest the center and four farthest from it, or all of a small cluster, nearest first."""
 
     stratum: Stratum
     cluster: int
     size: int
     rows: Int[np.ndarray, " shown"]
     cosines: Float[np.ndarray, " shown"]
+    places: Int[np.ndarray, " shown"]
+    """Of the images by their nearness to the center, from 0."""
+
+    @property
+    def gap(self) -> int | None:
+        """Before which of the shown images some are passed over; None where all of the cluster are shown."""
+        return _NEAREST if len(self.rows) < self.size else None
 
 
 def choose(
@@ -50,7 +57,7 @@ def write_table(strips: Sequence[ClusterStrip], keys: dict[int, str], captions: 
     lines = [
         (strip.stratum, strip.cluster, strip.size, place, row, cosine, keys[row], captions[row])
         for strip in strips
-        for place, (row, cosine) in enumerate(zip(strip.rows.tolist(), strip.cosines.tolist(), strict=True))
+        for place, row, cosine in zip(strip.places.tolist(), strip.rows.tolist(), strip.cosines.tolist(), strict=True)
     ]
     names = ("stratum", "cluster", "size", "place", "row", "cosine", "key", "caption")
     style.write_csv(path, {name: [line[index] for line in lines] for index, name in enumerate(names)})
@@ -67,5 +74,9 @@ def _strip(
     for start in range(0, len(rows), _BLOCK_ROWS):
         vectors = embeddings[rows[start : start + _BLOCK_ROWS]].astype(np.float64)
         cosines[start : start + len(vectors)] = vectors @ center / np.linalg.norm(vectors, axis=1)
-    nearest = np.argsort(-cosines, kind="stable")[:_IMAGES]
-    return ClusterStrip(stratum, cluster, size=len(rows), rows=rows[nearest], cosines=cosines[nearest])
+    order = np.argsort(-cosines, kind="stable")
+    places = np.arange(len(rows))
+    if len(rows) > _NEAREST + _FARTHEST:
+        places = np.r_[places[:_NEAREST], places[-_FARTHEST:]]
+    shown = order[places]
+    return ClusterStrip(stratum, cluster, len(rows), rows=rows[shown], cosines=cosines[shown], places=places)

@@ -11,7 +11,7 @@ from clip_cid.figures import style
 from clip_cid.run_folder import atomic_file
 
 _SIDE, _GAP, _NOTE, _LABEL, _FRAME = 96, 8, 18, 26, 4
-_ACROSS = 10
+_ACROSS, _APART = 10, 24
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,16 @@ class Strip:
     keys: Sequence[str]
     notes: Sequence[str]
     framed: Collection[int] = ()
+    gap: int | None = None
+    """Set apart the pictures from this place on."""
 
 
 def draw(strips: Sequence[Strip], picture: Callable[[str], Image.Image | None], path: Path) -> dict[str, int]:
     """Write a PNG of the strips, ten pictures across; a picture that cannot be read is an empty square."""
     fonts = [ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size) for size in (13, 11)]
     height = _LABEL + _SIDE + _NOTE + _GAP
-    sheet = Image.new("RGB", (_GAP + _ACROSS * (_SIDE + _GAP), _GAP + height * len(strips)), style.PAPER)
+    apart = _APART if any(strip.gap is not None for strip in strips) else 0
+    sheet = Image.new("RGB", (_GAP + _ACROSS * (_SIDE + _GAP) + apart, _GAP + height * len(strips)), style.PAPER)
     canvas = ImageDraw.Draw(sheet)
     missing = 0
     for index, strip in enumerate(strips):
@@ -36,6 +39,7 @@ def draw(strips: Sequence[Strip], picture: Callable[[str], Image.Image | None], 
         canvas.text((_GAP, top), strip.label, fill=style.INK, font=fonts[0])
         for place, (key, note) in enumerate(list(zip(strip.keys, strip.notes, strict=True))[:_ACROSS]):
             left, middle = _GAP + place * (_SIDE + _GAP), top + _LABEL - 6
+            left += _APART if strip.gap is not None and place >= strip.gap else 0
             image = picture(key)
             missing += image is None
             _paste(sheet, canvas, image, left, middle, framed=place in strip.framed)

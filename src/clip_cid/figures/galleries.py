@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -21,6 +21,8 @@ class Picture:
     note: str
     thumbnail: Thumbnail | None
     kept: bool = False
+    apart: bool = False
+    """Others between it and the picture before it are not shown."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,15 @@ def removed_pairs(path: Path, thumbnails: Thumbnails) -> dict[str, list[Picture]
 
 
 def clusters(path: Path, thumbnails: Thumbnails) -> list[Gallery]:
-    """The clusters of `clusters.csv`, images nearest the center first."""
+    """The clusters of `clusters.csv`, images nearest the center first, those farthest from it set apart."""
     found = []
     for _, lines in groupby(_lines(path), key=lambda line: line["cluster"]):
         members = list(lines)
-        pictures = [_picture(line, f"{float(line['cosine']):.3f}", thumbnails) for line in members]
+        places = [int(line["place"]) for line in members]
+        pictures = [
+            replace(_picture(line, f"{float(line['cosine']):.3f}", thumbnails), apart=place > before + 1)
+            for line, place, before in zip(members, places, [-1, *places], strict=False)
+        ]
         heading = f"cluster {int(members[0]['cluster']):,}"
         found.append(_gallery(members, pictures, heading, [float(line["cosine"]) for line in members]))
     return found

@@ -9,43 +9,51 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from clip_cid.errors import DataError
 from clip_cid.figures import style
 
-NAMES = {
-    "loss": "total",
-    "loss/clip": "CLIP",
-    "loss/cluster_cls": "cluster classification",
-    "loss/cluster_kl": "cluster distribution (KL)",
-    "loss/instance": "instance",
-}
+_ORDER = ("loss", "clip", "cluster_cls", "cluster_kl", "instance")
+"""The parts in the order of the paper, by the beginning of their names; others come behind them."""
+_NAMES = {"loss": "total", "clip": "CLIP", "cluster_cls": "cluster classification", "cluster_kl": "cluster KL"}
+_PART, _VALIDATION = "loss/", "val/"
 
 
 def read_metrics(path: Path) -> dict[str, Float[np.ndarray, " lines"]]:
-    """The columns of a metrics.jsonl: `step`, `loss`, its parts, `lr`, ...; a value a line lacks is NaN.
+    """The columns of a metrics.jsonl: `step`, `loss`, its parts, `lr`, ...; a value a line lacks, or null, is NaN.
+
+    A line with nothing but `val/` is a validation's, and may be of the same step as a training's.
 
     Raises:
         DataError: A line is not a JSON object, a loss is not finite, parts come or go, or the steps do not rise.
     """
     lines: list[dict[str, Any]] = []
+    parts: set[str] | None = None
+    last = {True: -math.inf, False: -math.inf}  # training, validation -> step
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             line = json.loads(text)
-            losses = {name: line[name] for name in line if name.startswith("loss")}
-            if not all(map(math.isfinite, losses.values())) or (lines and line["step"] <= lines[-1]["step"]):
-                raise ValueError(f"step {line['step']}, {losses}")
-            if lines and losses.keys() != {name for name in lines[0] if name.startswith("loss")}:
-                raise ValueError(f"its parts are {', '.join(losses)}")
+            losses = {name: line[name] for name in line if _is_loss(name)}
+            own = {name for name in losses if not name.startswith(_VALIDATION)}
+            step, trains = line["step"], bool(own)
+            if not losses or not all(value is None or math.isfinite(value) for value in losses.values()):
+                raise ValueError(f"step {step}, {losses}")
+            if step <= last[trains] or step < last[not trains]:
+                raise ValueError(f"step {step}, after {max(last.values())}")
+            if trains and own != (parts or own):
+                raise ValueError(f"its parts are {', '.join(sorted(own))}")
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}, line {number}: not the losses of a later step ({error}).",
                 fix=f"Run `clip-cid distill {path.parent.parent} --force` to make the stage again.",
             ) from error
         lines.append(line)
+        last[trains] = step
+        parts = own if trains else parts
     names = sorted({name for line in lines for name, value in line.items() if isinstance(value, int | float)})
-    return {name: np.array([line.get(name, math.nan) for line in lines], dtype=np.float64) for name in names}
+    return {name: np.array([_number(line.get(name)) for line in lines]) for name in names}
 
 
 def running_mean(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarray, " n"]:
@@ -57,40 +65,94 @@ def running_mean(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarr
 
 
 def loss_parts(metrics: Mapping[str, Float[np.ndarray, " lines"]]) -> list[str]:
-    """The columns that are losses: the total, then the parts in the order of the paper."""
-    found = [name for name in metrics if name == "loss" or name.startswith("loss/")]
-    order = list(NAMES)
-    return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
+    """The columns that are losses: the total, then the parts in the order of the paper, then those of a validation."""
+    return sorted(filter(_is_loss, metrics), key=_place)
+
+
+def display_name(part: str) -> str:
+    """What a column is called in words: `loss/instance_image` is `instance image`, `val/clip` is `CLIP (validation)`."""
+    plain = _plain(part)
+    return _NAMES.get(plain, plain.replace("_", " ")) + (" (validation)" if part.startswith(_VALIDATION) else "")
 
 
 def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[str, dict[str, float]]:
-    """Write `losses.svg` and `.csv`: a small panel for each part, since their units of size differ."""
+    """Write `losses.svg` and `.csv`: a small panel for each part, since their units of size differ.
+
+    What a validation measured of a part is drawn into the panel of that part, and the numbers behind one of its means
+    (`val/retrieval/...`) as thin lines beside it. Returns the first and last value of all but these.
+    """
     parts = loss_parts(metrics)
     steps = metrics["step"]
-    columns = {"step": [int(step) for step in steps]} | {name: metrics[name].tolist() for name in parts}
-    style.write_csv(out / "losses.csv", columns)
-    shown = [part for part in parts if part != "loss" or len(parts) != 2]  # one part alone is the total again
-    window = max(1, len(steps) // 25)
-    rows = math.ceil(len(shown) / 2)
-    with style.new_figure(1.75 * rows if len(shown) > 1 else 3.0) as figure:
-        grid = figure.subplots(rows, min(2, len(shown)), squeeze=False, sharex=True)
-        for axes in grid.flat[len(shown) :]:
+    cells = {part: [None if math.isnan(value) else value for value in metrics[part].tolist()] for part in parts}
+    style.write_csv(out / "losses.csv", {"step": [int(step) for step in steps], **cells})
+    panels: dict[str, list[str]] = {}
+    for part in parts:
+        panels.setdefault(_plain(part).partition("/")[0], []).append(part)
+    if panels.get("loss") == ["loss"] and len([part for part in parts if part.startswith(_PART)]) == 1:
+        del panels["loss"]  # one part alone is the total again
+    rows = math.ceil(len(panels) / 2)
+    with style.new_figure(1.75 * rows if len(panels) > 1 else 3.0) as figure:
+        grid = figure.subplots(rows, min(2, len(panels)), squeeze=False, sharex=True)
+        for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
-        for axes, part in zip(grid.flat, shown, strict=False):
-            _panel(axes, steps, metrics[part], window)
-            axes.set_title(NAMES.get(part, part.removeprefix("loss/")), loc="left", fontsize=9, color=style.INK)
-        for axes in grid.flat[max(0, len(shown) - grid.shape[1]) : len(shown)]:
+        for axes, (plain, shown) in zip(grid.flat, panels.items(), strict=False):
+            _panel(axes, {part: _known(steps, metrics[part]) for part in shown})
+            axes.set_title(_NAMES.get(plain, plain.replace("_", " ")), loc="left", fontsize=9, color=style.INK)
+        for axes in grid.flat[max(0, len(panels) - grid.shape[1]) : len(panels)]:
             axes.tick_params(labelbottom=True)
             axes.set_xlabel("step")
+        if any(part.startswith(_VALIDATION) for part in parts):
+            handles = [
+                Line2D([], [], color=color, label=name)
+                for color, name in ((style.BLUE, "training"), (style.VERMILLION, "validation"))
+            ]
+            figure.legend(handles=handles, loc="outside upper right", ncols=2)
         style.save_svg(figure, out / "losses.svg")
-    return {part: {"first": float(metrics[part][0]), "last": float(metrics[part][-1])} for part in parts}
+    known = {part: _known(steps, metrics[part])[1] for part in parts if not _is_detail(part)}
+    return {part: {"first": float(values[0]), "last": float(values[-1])} for part, values in known.items()}
 
 
-def _panel(axes: Axes, steps: Float[np.ndarray, " lines"], values: Float[np.ndarray, " lines"], window: int) -> None:
-    if window == 1:
-        axes.plot(steps, values, color=style.BLUE, marker="." if len(steps) <= 12 else None)
-    else:
-        axes.plot(steps, values, color=style.BLUE, alpha=0.3, linewidth=0.8)
-        axes.plot(steps, running_mean(values, window), color=style.BLUE)
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _is_loss(name: str) -> bool:
+    return name == "loss" or name.startswith((_PART, _VALIDATION))
+
+
+def _plain(part: str) -> str:
+    """The part without where it was measured: `val/loss/clip`, `val/clip` and `loss/clip` are `clip`."""
+    return part.removeprefix(_VALIDATION).removeprefix(_PART)
+
+
+def _is_detail(part: str) -> bool:
+    """One of several numbers behind a mean, such as the score on one set."""
+    return "/" in _plain(part)
+
+
+def _place(part: str) -> tuple[bool, int, str]:
+    plain = _plain(part)
+    begins = [place for place, name in enumerate(_ORDER) if plain == name or plain.startswith(f"{name}_")]
+    return part.startswith(_VALIDATION), begins[0] if begins else len(_ORDER), part
+
+
+def _known(
+    steps: Float[np.ndarray, " lines"], values: Float[np.ndarray, " lines"]
+) -> tuple[Float[np.ndarray, " known"], Float[np.ndarray, " known"]]:
+    measured = ~np.isnan(values)
+    return steps[measured], values[measured]
+
+
+def _panel(axes: Axes, curves: Mapping[str, tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]]) -> None:
+    for part, (steps, values) in curves.items():
+        window = max(1, len(steps) // 25)
+        color = style.VERMILLION if part.startswith(_VALIDATION) else style.BLUE
+        if _is_detail(part):
+            axes.plot(steps, values, color=color, alpha=0.35, linewidth=0.8)
+        elif window == 1:
+            axes.plot(steps, values, color=color, marker="." if len(steps) <= 12 else None)
+        else:
+            axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
+            axes.plot(steps, running_mean(values, window), color=color)
     axes.xaxis.set_major_formatter(style.plain_ticks())
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))

@@ -81,6 +81,7 @@ class Objective(nn.Module):
         temperature: tau of `L_kl`.
         teacher_scale: The teacher's factor from cosines to logits, for `affinity`.
         affinity_scale: The student's for `affinity`; absent, its own `logit_scale`.
+        share_scale: Whether the crossed parts use the student's `logit_scale` instead of one of their own.
 
     Raises:
         ValueError: A weight is unknown or negative, all are 0, or what a part needs is missing or of another width.
@@ -102,6 +103,7 @@ class Objective(nn.Module):
         temperature: float = 1.0,
         teacher_scale: float = 100.0,
         affinity_scale: float | None = None,
+        share_scale: bool = False,
     ) -> None:
         super().__init__()
         self.weights = _checked_weights(weights)
@@ -128,7 +130,7 @@ class Objective(nn.Module):
                 raise ValueError(f"centers must be (K, {teacher_dim}) for the cluster parts, got {shape}")
             sparse = train_head and sample_rate < 1
             self.head = CenterHead(centers, scale=head_scale, trainable=train_head, sparse=sparse, shard=shard)
-        if self._uses(*CROSSED):
+        if self._uses(*CROSSED) and not share_scale:
             self.instance_logit_scale = nn.Parameter(torch.tensor(FIRST_SCALE).log())
 
     def read(
@@ -209,20 +211,21 @@ class Objective(nn.Module):
 
     def _part(self, name: str, sides: "_Sides", seen: Mapping[str, Tensor]) -> Tensor:
         scale = seen["logit_scale"]
+        crossed = seen.get("instance_scale", scale)
         if name == "clip":
             return contrastive_loss(sides.image, sides.text, scale)
         if name == "siglip":
             return siglip_loss(sides.image, sides.text, scale, _given(seen.get("logit_bias"), "logit_bias"))
         if name == "instance_image":
-            return instance_loss(sides.near_image, sides.teacher_text, seen["instance_scale"])
+            return instance_loss(sides.near_image, sides.teacher_text, crossed)
         if name == "instance_text":
-            return instance_loss(sides.near_text, sides.teacher_image, seen["instance_scale"])
+            return instance_loss(sides.near_text, sides.teacher_image, crossed)
         if name == "affinity":
             own = scale if self.affinity_scale is None else torch.full_like(scale, self.affinity_scale)
             teacher = sides.teacher_image, sides.teacher_text, torch.full_like(scale, self.teacher_scale)
             return affinity_loss(sides.image, sides.text, own, *teacher)
         student = sides.near_image, sides.near_text, sides.teacher_image, sides.teacher_text
-        return feature_loss(*student) if name == "feature" else one_way_instance_loss(*student, seen["instance_scale"])
+        return feature_loss(*student) if name == "feature" else one_way_instance_loss(*student, crossed)
 
     def _cluster_parts(
         self, head: CenterHead, sides: "_Sides", targets: Targets, generator: torch.Generator | None

@@ -95,7 +95,7 @@ def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks) -> Work:
     teaching = read_teacher(settings, training, store, centers)
     objective = make_objective(settings, clip, store, centers, scale=teaching.scale, ranks=ranks)
     model = Distillation(clip.model, objective, lock=settings.lock).train()  # but for the tower that is locked
-    model.student = with_joint_statistics(clip.model, ranks, machine.micro_batch)
+    model.student = with_joint_statistics(model.student, ranks, machine.micro_batch)
     if centers is not None and training.labels is not None:
         _tell_negatives(settings, training.labels, len(centers))
     key = _key(settings, training, store, centers)
@@ -439,6 +439,7 @@ def make_objective(
             temperature=settings.temperature,
             teacher_scale=settings.teacher_scale,
             affinity_scale=settings.affinity_scale,
+            share_scale=settings.share_scale,
         )
 
 

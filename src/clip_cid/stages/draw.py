@@ -1,56 +1,54 @@
 """The figures of a run, each with the CSV behind it; what has no input is left out and named."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import ImageOps
 
 from clip_cid import log
-from clip_cid.data.balance_tables import BalanceTables
-from clip_cid.data.embeddings import EmbeddingStore
-from clip_cid.data.forest_file import FOREST_FILE, read_forest
-from clip_cid.data.pictures import NoPicturesError, Pictures, open_pictures
 from clip_cid.figures import (
+    activation_maps,
     cluster_rounds,
     cluster_sizes,
     cluster_strips,
     contact_sheet,
     distances,
+    embedding_map,
+    labelled_images,
     losses,
+    patch_pca,
     radar,
     removed_sets,
     removed_share,
     scores,
+    single_linkage,
     weights,
 )
+from clip_cid.figures.run_inputs import NO_CLUSTERS, NO_SCORES, LeftOut, RunInputs
 from clip_cid.method import clustering
-from clip_cid.models.student import load_clip
+from clip_cid.models import patches
+from clip_cid.models.student import Clip
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 
-_NO_BALANCE = "this recipe does not balance"
-_NO_CLUSTERS = "this recipe does not cluster"
-_NOT_KNOWN = "no image is known to be removed for another"
-_NO_SCORES = "this recipe evaluates nothing of the kind"
 _PAIRS_OF_A_KIND = 5
-
-
-class _LeftOut(Exception):
-    """A figure has no input in this run; the message says which."""
+_PCA_CLASSES, _PCA_IMAGES, _PROMPTED_IMAGES = 3, 6, 6
+_LEAF_PIXELS = 96
 
 
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
     """Draw every figure that the run has files for."""
-    inputs = _Inputs(folder, recipe)
+    inputs = RunInputs(folder, recipe)
     figures: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     with log.progress("draw", len(_FIGURES), unit="figures") as bar:
         for name, draw in _FIGURES.items():
             try:
                 figures[name] = draw(inputs, out)
-            except _LeftOut as reason:
+            except LeftOut as reason:
                 left_out[name] = str(reason)
             bar.advance(note=name)
     for reason in dict.fromkeys(left_out.values()):
@@ -59,68 +57,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
     return {"figures": figures, "left_out": left_out}
 
 
-class _Inputs:
-    """The run's files, opened when a figure asks for them."""
-
-    def __init__(self, folder: RunFolder, recipe: Recipe) -> None:
-        self.folder, self.recipe = folder, recipe
-
-    @cached_property
-    def store(self) -> EmbeddingStore:
-        return EmbeddingStore.open(self.folder.stage("embed"))
-
-    @cached_property
-    def kept(self) -> np.ndarray:
-        """The rows of the store that the clusters and the student see."""
-        if not self.recipe.uses("balance"):
-            return np.flatnonzero(self.store.ok)
-        return np.load(self.folder.stage("balance") / "kept.npy")
-
-    @cached_property
-    def balanced(self) -> BalanceTables:
-        """The sets of the balance stage."""
-        if not self.recipe.uses("balance"):
-            raise _LeftOut(_NO_BALANCE)
-        folder = self.folder.stage("balance")
-        if not BalanceTables.exist(folder):
-            raise _LeftOut(_NOT_KNOWN)
-        return BalanceTables(folder)
-
-    @cached_property
-    def removed(self) -> BalanceTables:
-        """The same where at least one image was removed."""
-        if not len(self.balanced.distances):
-            raise _LeftOut(_NOT_KNOWN)
-        return self.balanced
-
-    @cached_property
-    def clusters(self) -> tuple[np.ndarray, np.ndarray]:
-        """Centers, and the label of each kept row."""
-        if not self.recipe.uses("cluster"):
-            raise _LeftOut(_NO_CLUSTERS)
-        folder = self.folder.stage("cluster")
-        return np.load(folder / "centers.npy", mmap_mode="r"), np.load(folder / "labels.npy")
-
-    @cached_property
-    def scores(self) -> list[scores.Score]:
-        if not self.recipe.uses("evaluate"):
-            raise _LeftOut(_NO_SCORES)
-        return scores.read_scores(self.folder.stage("evaluate") / "results.jsonl")
-
-    def words(self, rows: list[int]) -> tuple[dict[int, str], dict[int, str]]:
-        """Key and captions of each row."""
-        distinct = sorted(set(rows))
-        captions = {row: " / ".join(self.store.captions(row)) for row in distinct}
-        return {row: self.store.keys[row] for row in distinct}, captions
-
-    def pictures(self, keys: dict[int, str]) -> Pictures:
-        try:
-            return open_pictures(self.folder, self.recipe, {key: row for row, key in keys.items()})
-        except NoPicturesError as reason:
-            raise _LeftOut(str(reason)) from reason
-
-
-def _cluster_sizes(inputs: _Inputs, out: Path) -> dict[str, Any]:
+def _cluster_sizes(inputs: RunInputs, out: Path) -> dict[str, Any]:
     centers, labels = inputs.clusters
     kept = cluster_sizes.count(labels, len(centers))
     left = np.setdiff1d(np.flatnonzero(inputs.store.ok), inputs.kept, assume_unique=True)
@@ -132,22 +69,22 @@ def _cluster_sizes(inputs: _Inputs, out: Path) -> dict[str, Any]:
     return cluster_sizes.draw({"before balance": both, "after balance": kept}, out)
 
 
-def _cluster_rounds(inputs: _Inputs, out: Path) -> dict[str, Any]:
+def _cluster_rounds(inputs: RunInputs, out: Path) -> dict[str, Any]:
     if not inputs.recipe.uses("cluster"):
-        raise _LeftOut(_NO_CLUSTERS)
+        raise LeftOut(NO_CLUSTERS)
     record = inputs.folder.record("cluster")
     history = record.summary.get("history") if record is not None else None
     if not history:
-        raise _LeftOut("the clusters were made elsewhere")
+        raise LeftOut("the clusters were made elsewhere")
     return cluster_rounds.draw(history, out)
 
 
-def _distances(inputs: _Inputs, out: Path) -> dict[str, Any]:
+def _distances(inputs: RunInputs, out: Path) -> dict[str, Any]:
     tables = inputs.removed
     return distances.draw(tables.distances, threshold=tables.threshold, metric=tables.metric, out=out)
 
 
-def _duplicates(inputs: _Inputs, out: Path) -> dict[str, Any]:
+def _duplicates(inputs: RunInputs, out: Path) -> dict[str, Any]:
     tables, seed = inputs.removed, inputs.recipe.draw.seed
     chosen = removed_sets.choose(tables, sets=inputs.recipe.draw.gallery_sets, seed=seed)
     pairs = removed_sets.choose_pairs(tables, pairs=_PAIRS_OF_A_KIND, seed=seed)
@@ -192,82 +129,185 @@ def _set_strip(found: removed_sets.RemovedSet, threshold: float, keys: dict[int,
     )
 
 
-def _removed_share(inputs: _Inputs, out: Path) -> dict[str, Any]:
+def _removed_share(inputs: RunInputs, out: Path) -> dict[str, Any]:
     tables = inputs.balanced
     # Links name rows of the store; shares are of its good rows, as in the balance stage.
-    forest = read_forest(inputs.folder.stage("balance") / FOREST_FILE)._replace(rows=int(inputs.store.ok.sum()))
+    forest = inputs.forest._replace(rows=int(inputs.store.ok.sum()))
     return removed_share.draw(forest, threshold=tables.threshold, metric=tables.metric, out=out)
 
 
-def _clusters(inputs: _Inputs, out: Path) -> dict[str, Any]:
+def _single_linkage(inputs: RunInputs, out: Path) -> dict[str, Any]:
+    tables = inputs.removed
+    linked = single_linkage.choose(tables, inputs.forest)
+    if linked is None:
+        raise LeftOut(f"every set has more than {single_linkage.MOST_IMAGES} images")
+    pictures = _leaf_pictures(inputs, linked.rows.tolist())
+    return single_linkage.draw(linked, pictures, threshold=tables.threshold, metric=tables.metric, out=out)
+
+
+def _leaf_pictures(inputs: RunInputs, rows: list[int]) -> dict[int, np.ndarray]:
+    """Row -> its picture as a small square; none at all where there are no pictures, since the tree says enough."""
+    keys, _ = inputs.words(rows)
+    try:
+        pictures = inputs.pictures(keys)
+    except LeftOut:
+        return {}
+    found = {row: image for row, key in keys.items() if (image := pictures.get(key)) is not None}
+    return {row: np.asarray(ImageOps.fit(image, (_LEAF_PIXELS, _LEAF_PIXELS))) for row, image in found.items()}
+
+
+def _clusters(inputs: RunInputs, out: Path) -> dict[str, Any]:
     centers, labels = inputs.clusters
     chosen = cluster_strips.choose(inputs.store.images, inputs.kept, labels, centers)
     keys, captions = inputs.words([row for strip in chosen for row in strip.rows.tolist()])
     cluster_strips.write_table(chosen, keys, captions, out / "clusters.csv")
     strips = [
         contact_sheet.Strip(
-            f"{strip.stratum}: cluster {strip.cluster} of {strip.size:,} images",
+            f"{strip.stratum}: cluster {strip.cluster} of {strip.size:,} images"
+            + ("" if strip.gap is None else ": nearest to the center, and farthest"),
             keys=[keys[row] for row in strip.rows.tolist()],
             notes=[f"{cosine:.3f}" for cosine in strip.cosines],
+            gap=strip.gap,
         )
         for strip in chosen
     ]
     return contact_sheet.draw(strips, inputs.pictures(keys).get, out / "clusters.png")
 
 
-def _losses(inputs: _Inputs, out: Path) -> dict[str, Any]:
+def _embedding_map(inputs: RunInputs, out: Path) -> dict[str, Any]:
+    settings, (_, labels) = inputs.recipe.draw, inputs.clusters
+    sample = embedding_map.choose(labels, images=settings.map_images, seed=settings.seed)
+    if len(sample.places) < embedding_map.MIN_IMAGES:
+        raise LeftOut(f"fewer than {embedding_map.MIN_IMAGES} kept images")
+    rows = inputs.kept[sample.places]
+    points = embedding_map.lay_out(inputs.store.images[rows], seed=settings.seed)
+    return embedding_map.draw(points, rows, labels[sample.places], sample.clusters, out)
+
+
+def _patch_pca(inputs: RunInputs, out: Path) -> dict[str, Any]:
+    """Foreground and colors of all models follow the teacher's, or the student's where the teacher has no patches."""
+    models, left_out = inputs.patched
+    labelled = inputs.labelled
+    chosen = labelled_images.choose(labelled, classes=_PCA_CLASSES, each=_PCA_IMAGES, seed=inputs.recipe.draw.seed)
+    classes = [
+        patch_pca.ClassPatches(
+            name=labelled.class_names[images[0].label],
+            images=[one.row for one in images],
+            pictures=_as_seen(models[scores.STUDENT], images),
+            models=_components(models, images),
+        )
+        for images in chosen
+    ]
+    return {"set": labelled.name, "models": patch_pca.draw(classes, out), "left_out": left_out}
+
+
+def _components(
+    models: dict[str, Clip], images: list[labelled_images.LabelledImage]
+) -> dict[str, patch_pca.PatchComponents]:
+    found: dict[str, patch_pca.PatchComponents] = {}
+    for name, clip in models.items():
+        tokens = patches.patch_tokens(clip, labelled_images.pixels(clip, images)).float().cpu().numpy()
+        found[name] = patch_pca.components(tokens, like=next(iter(found.values()), None))
+    return found
+
+
+def _activation_maps(inputs: RunInputs, out: Path) -> dict[str, Any]:
+    """Images of different classes, each held against the first prompt of its class."""
+    models, left_out = inputs.patched
+    labelled = inputs.labelled
+    if not labelled.templates:
+        raise LeftOut(f"the set {labelled.name} has no prompts")
+    images = [
+        one
+        for found in labelled_images.choose(labelled, classes=_PROMPTED_IMAGES, each=1, seed=inputs.recipe.draw.seed)
+        for one in found
+    ]
+    prompts = [labelled.prompts(one.label)[0] for one in images]
+    maps = {name: _prompted(clip, images, prompts) for name, clip in models.items()}
+    shown = [
+        activation_maps.PromptedImage(
+            image=one.row,
+            label=labelled.class_names[one.label],
+            prompt=prompts[place],
+            picture=picture,
+            maps={name: found[place] for name, (found, _) in maps.items()},
+            cosines={name: float(cosines[place]) for name, (_, cosines) in maps.items()},
+        )
+        for place, (one, picture) in enumerate(zip(images, _as_seen(models[scores.STUDENT], images), strict=True))
+    ]
+    summary = activation_maps.draw(shown, out)
+    return {"set": labelled.name, "prompts": prompts, "models": summary, "left_out": left_out}
+
+
+def _prompted(
+    clip: Clip, images: list[labelled_images.LabelledImage], prompts: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    model: Any = clip.model
+    with torch.inference_mode():
+        texts = model.encode_text(clip.tokenizer(prompts).to(clip.device), normalize=True)
+    found = patches.grad_cam(clip, labelled_images.pixels(clip, images), texts.clone())
+    maps, cosines = (values.float().cpu().numpy() for values in found)
+    return maps, cosines
+
+
+def _as_seen(clip: Clip, images: list[labelled_images.LabelledImage]) -> list[np.ndarray]:
+    return [labelled_images.as_seen(clip, given) for given in labelled_images.pixels(clip, images)]
+
+
+def _losses(inputs: RunInputs, out: Path) -> dict[str, Any]:
     return losses.draw(losses.read_metrics(inputs.folder.stage("distill") / "metrics.jsonl"), out)
 
 
-def _scores(task: str) -> Callable[[_Inputs, Path], dict[str, Any]]:
-    def draw(inputs: _Inputs, out: Path) -> dict[str, Any]:
+def _scores(task: str) -> Callable[[RunInputs, Path], dict[str, Any]]:
+    def draw(inputs: RunInputs, out: Path) -> dict[str, Any]:
         if not any(score.task == task for score in inputs.scores):
-            raise _LeftOut(_NO_SCORES)
+            raise LeftOut(NO_SCORES)
         return scores.draw([score for score in inputs.scores if score.task == task], task, out)
 
     return draw
 
 
-def _radar(inputs: _Inputs, out: Path) -> dict[str, Any]:
+def _radar(inputs: RunInputs, out: Path) -> dict[str, Any]:
     """Of the linear probe, as in the paper; of zero-shot where the probe has too few sets."""
     if len(scores.model_order(inputs.scores)) < 2:
-        raise _LeftOut("there is one model only")
+        raise LeftOut("there is one model only")
     for task in ("linear_probe", "zero_shot"):
         found = [score for score in inputs.scores if score.task == task]
         if len(radar.common_rows(found)) >= radar.MIN_SETS:
             return {"task": task, **radar.draw(found, out)}
-    raise _LeftOut(f"fewer than {radar.MIN_SETS} sets with a score of every model")
+    raise LeftOut(f"fewer than {radar.MIN_SETS} sets with a score of every model")
 
 
-def _weights(inputs: _Inputs, out: Path) -> dict[str, Any]:
-    compare = inputs.recipe.evaluate.compare
-    baseline = scores.reference_model(list(compare))
-    references = {scores.STUDENT: f"local-dir:{inputs.folder.stage('distill') / 'student'}"}
-    if baseline is not None:
-        references[baseline] = compare[baseline]
+def _weights(inputs: RunInputs, out: Path) -> dict[str, Any]:
     models: dict[str, np.ndarray] = {}
     layers: dict[str, str] = {}
-    for name, reference in references.items():
-        parameters = load_clip(reference).model.state_dict()
+    for name in inputs.references:
+        if name == scores.TEACHER:
+            continue
+        parameters = inputs.clip(name).model.state_dict()
         layer = weights.last_layer(parameters)
         if layer is not None:
-            models[name], layers[name] = parameters[layer].double().numpy().ravel(), layer
+            models[name], layers[name] = parameters[layer].cpu().double().numpy().ravel(), layer
     if scores.STUDENT not in models:
-        raise _LeftOut("the student's image tower has no mlp.c_proj")
+        raise LeftOut("the student's image tower has no mlp.c_proj")
     return {"layers": layers, "models": weights.draw(models, out)}
 
 
-_FIGURES: dict[str, Callable[[_Inputs, Path], dict[str, Any]]] = {
+_FIGURES: dict[str, Callable[[RunInputs, Path], dict[str, Any]]] = {
+    "activation_maps": _activation_maps,
     "cluster_rounds": _cluster_rounds,
     "cluster_sizes": _cluster_sizes,
     "clusters": _clusters,
     "distances": _distances,
     "duplicates": _duplicates,
+    "embedding_map": _embedding_map,
     "losses": _losses,
+    "patch_pca": _patch_pca,
+    "radar": _radar,
     "removed_share": _removed_share,
-    "scores_zero_shot": _scores("zero_shot"),
     "scores_linear_probe": _scores("linear_probe"),
     "scores_retrieval": _scores("retrieval"),
-    "radar": _radar,
+    "scores_zero_shot": _scores("zero_shot"),
+    "single_linkage": _single_linkage,
     "weights": _weights,
 }

@@ -100,7 +100,9 @@ def _open_all(recipe: Recipe) -> _Task:
     splits = ("train", "val", "test") if settings.linear_probe else ("test",)
     for name, where in settings.sets.items():
         try:
-            opened = open_set(name, where, max_pixels=recipe.pairs.max_pixels, splits=splits)
+            opened = open_set(
+                name, where, max_pixels=recipe.pairs.max_pixels, splits=splits, cache_dir=recipe.machine.cache_dir
+            )
         except MissingSetError as error:
             _leave_out(task, name, error)
             continue

@@ -23,6 +23,7 @@ _THUMBNAIL_BUDGET = 3_000_000  # bytes of base64: some 1,300 thumbnails of 96 pi
 _SAMPLE_PAIRS = 12
 _REASONS_SHOWN = 20
 _WITH_PICTURES = ("removed_sets", "removed_pairs", "clusters")  # tables that hold keys and captions
+_FIGURES_OF_PICTURES = ("single_linkage", "patch_pca", "activation_maps")
 _TASKS = {"zero_shot": "Zero-shot", "linear_probe": "Linear probe", "retrieval": "Retrieval"}
 _ALT = {
     "cluster_sizes": "Images in each cluster by rank, before and after balance, on logarithmic axes",
@@ -32,6 +33,10 @@ _ALT = {
     "losses": "Each loss part by training step",
     "weights": "Density of the weights of the last layer of the last block",
     "radar": "Scores of all models on all sets, each axis on its own range",
+    "embedding_map": "Map of some kept images, those of the largest clusters in color",
+    "single_linkage": "Tree of the links that join one set of duplicates, its pictures below, with the threshold",
+    "patch_pca": "Images of some classes, and below them their patches in color as each model sees them",
+    "activation_maps": "Images, and below them where each model sees what a prompt names",
     **{f"scores_{task}": f"{name} scores with intervals, by set and model" for task, name in _TASKS.items()},
 }
 
@@ -57,12 +62,12 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
         "run": folder.path.name,
         "cards": _cards(records, recipe),
         "summaries": {name: record.summary for name, record in records.items()},
-        "figures": _figures(draw),
+        "figures": _figures(draw, pictures=recipe.report.images),
         "left_out": records["draw"].summary["left_out"],
         "numbers": records["draw"].summary["figures"],
         "metric_name": recipe.balance.metric,
         "metric": recipe.balance.metric.replace("_", " "),
-        "loss_names": losses.NAMES,
+        "loss_name": losses.display_name,
         "side": recipe.report.thumbnail_px,
         "removed_sets": _gallery(galleries.removed_sets, draw / "removed_sets.csv", thumbnails),
         "removed_pairs": galleries.removed_pairs(draw / "removed_pairs.csv", thumbnails),
@@ -110,10 +115,9 @@ def _gallery(read: Any, path: Path, thumbnails: Thumbnails) -> dict[str, list[ga
     return found
 
 
-def _figures(draw: Path) -> dict[str, str]:
-    return {
-        name: page.inline_svg(path, text) for name, text in _ALT.items() if (path := draw / f"{name}.svg").is_file()
-    }
+def _figures(draw: Path, *, pictures: bool) -> dict[str, str]:
+    shown = [name for name in _ALT if pictures or name not in _FIGURES_OF_PICTURES]
+    return {name: page.inline_svg(path, _ALT[name]) for name in shown if (path := draw / f"{name}.svg").is_file()}
 
 
 def _cards(records: dict[str, StageRecord], recipe: Recipe) -> list[Card]:

@@ -77,9 +77,9 @@ def running_statistics(student: nn.Module) -> list[Tensor]:
 
 
 def whole(value: Any) -> Any:
-    """Plain tensors in the place of those that are spread; all ranks call it."""
+    """Plain tensors, on the CPU, in the place of those that are spread; all ranks call it."""
     if isinstance(value, DTensor):
-        return value.full_tensor()
+        return value.full_tensor().cpu()
     if isinstance(value, Mapping):
         return {name: whole(part) for name, part in value.items()}
     if isinstance(value, list):

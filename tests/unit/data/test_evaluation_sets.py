@@ -281,7 +281,8 @@ def test_the_digits_are_split_once_and_for_all() -> None:
     assert np.abs(np.bincount(train.labels) - np.bincount(test.labels)).max() <= 1
     order = train.labels.tobytes() + test.labels.tobytes()  # a row drawn otherwise would change it
     assert hashlib.sha256(order).hexdigest()[:16] == "209a207983f3883c"
-    assert digits.class_names == tuple("0123456789")
+    assert digits.class_names == digits.class_keys == tuple("0123456789")
+    assert (digits.task, digits.variant, digits.folds) == (None, "", None)
     assert digits.metric == "top1"
     assert len(digits.prompts(3)) == 3
 

@@ -54,6 +54,15 @@ def test_the_csv_holds_the_sorted_sizes_that_are_drawn(tmp_path: Path) -> None:
     assert [int(line["before"]) for line in lines] == [9, 4, 3, 0]
     assert [int(line["after"]) for line in lines] == [3, 2, 1, 0]
     assert [int(line["rank"]) for line in lines] == [1, 2, 3, 4]
+    svg = (tmp_path / "cluster_sizes.svg").read_text()
+    assert f"before: Gini {_gini([3, 9, 0, 4]):.3f}, 56.2 % in the largest 1 %" in svg
+    assert f"after: Gini {_gini([3, 2, 0, 1]):.3f}, 50.0 % in the largest 1 %" in svg
+
+
+def _gini(sizes: list[int]) -> float:
+    """Mean difference between two clusters, over twice the mean size."""
+    differences = [abs(a - b) for a in sizes for b in sizes]
+    return sum(differences) / len(differences) / (2 * sum(sizes) / len(sizes))
 
 
 def test_one_cluster_can_be_drawn(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
+import csv
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_cid.figures import cluster_strips
+from clip_cid.figures import cluster_strips, galleries
+from clip_cid.figures.thumbnails import Thumbnails
 
 
 @given(st.lists(st.integers(0, 14), min_size=1, max_size=60))
@@ -21,12 +25,36 @@ def test_no_cluster_is_shown_twice_and_none_is_empty(labels: list[int]) -> None:
         assert (np.diff(strip.cosines) <= 0).all()
 
 
-def test_the_images_nearest_the_center_are_shown() -> None:
-    angles = np.deg2rad(np.arange(0, 60, 4))
+def on_a_circle(images: int) -> cluster_strips.ClusterStrip:
+    angles = np.deg2rad(np.arange(0, 4 * images, 4))
     embeddings = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    (strip,) = cluster_strips.choose(embeddings, np.arange(15), np.zeros(15, dtype=np.int32), np.array([[1.0, 0.0]]))
-    assert strip.rows.tolist() == list(range(10))
-    assert strip.cosines == pytest.approx(np.cos(angles[:10]))
+    labels = np.zeros(images, dtype=np.int32)
+    (strip,) = cluster_strips.choose(embeddings, np.arange(images), labels, np.array([[1.0, 0.0]]))
+    assert strip.cosines == pytest.approx(np.cos(angles[strip.rows]))
+    return strip
+
+
+def test_the_images_nearest_the_center_are_shown_and_the_farthest() -> None:
+    strip = on_a_circle(15)
+    assert strip.rows.tolist() == strip.places.tolist() == [0, 1, 2, 3, 4, 5, 11, 12, 13, 14]
+    assert strip.gap == 6
+
+
+def test_a_small_cluster_is_shown_whole_without_a_gap() -> None:
+    strip = on_a_circle(10)
+    assert strip.rows.tolist() == strip.places.tolist() == list(range(10))
+    assert strip.gap is None
+
+
+def test_the_table_says_which_place_an_image_has(tmp_path: Path) -> None:
+    words = {row: f"k{row}" for row in range(15)}
+    cluster_strips.write_table([on_a_circle(15)], words, words, tmp_path / "clusters.csv")
+    with open(tmp_path / "clusters.csv", newline="") as handle:
+        lines = list(csv.DictReader(handle))
+    assert [int(line["place"]) for line in lines] == [*range(6), *range(11, 15)]
+    (gallery,) = galleries.clusters(tmp_path / "clusters.csv", Thumbnails(None, side=0, budget=0))
+    assert [picture.apart for picture in gallery.pictures] == [place == 6 for place in range(10)]
+    assert gallery.more == 5
 
 
 def test_largest_and_smallest_are_what_they_say() -> None:

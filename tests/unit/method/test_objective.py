@@ -22,7 +22,7 @@ def unit_rows(rows: int, dim: int, seed: int) -> torch.Tensor:
     return F.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def batch(dim: int = 8, teacher_dim: int = 8) -> dict[str, torch.Tensor]:
+def batch(dim: int = 8, teacher_dim: int = 8) -> dict[str, Any]:
     return {
         "student_image": unit_rows(5, dim, 1),
         "student_text": unit_rows(5, dim, 2),
@@ -78,7 +78,7 @@ def test_the_parts_are_the_losses_of_the_paper():
 
 def test_the_parts_of_peers_are_their_losses():
     weights = {"siglip": 1.0, "affinity": 1.0, "feature": 2000.0, "icl": 1.0}
-    data = batch() | {"logit_bias": torch.tensor(-3.0)}
+    data: dict[str, Any] = batch() | {"logit_bias": torch.tensor(-3.0)}
     sides = {name: Side.whole(value) for name, value in data.items() if value.ndim == 2}
     student, teacher = ((sides[f"{who}_image"], sides[f"{who}_text"]) for who in ("student", "teacher"))
     for own in (None, 50.0):
@@ -95,6 +95,13 @@ def test_the_parts_of_peers_are_their_losses():
         assert objective.head is None
     with pytest.raises(ValueError, match="logit_bias is needed"):
         parts_of(native(weights=weights), **batch())
+
+
+def test_the_crossed_parts_may_share_the_students_scale():
+    data, objective = batch(), native(share_scale=True, sample_rate=1.0)
+    assert objective.instance_logit_scale is None
+    sides = Side.whole(data["student_text"]), Side.whole(data["teacher_image"])
+    torch.testing.assert_close(parts_of(objective, **data)["instance_text"], instance_loss(*sides, SCALE))
 
 
 def test_what_compares_logits_alone_needs_no_common_width():

@@ -1,14 +1,16 @@
 """A finished run made in a second: real files of every stage, invented numbers, known duplicates."""
 
+import functools
 import json
-import types
+import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import oracles
-import torch
 from PIL import Image
+from tiny_sets import folder_set, tiny_clip
 
 from clip_cid.data.balance_tables import write_tables
 from clip_cid.data.duplicate_kinds import Kinds
@@ -22,15 +24,15 @@ from clip_cid.method.forest import Forest
 from clip_cid.method.semantic_balance import Balance, balance
 from clip_cid.method.set_explanation import chain_summary, explain
 from clip_cid.method.unit_rows import UnitRows
+from clip_cid.models.student import Clip
 from clip_cid.recipe import Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder, StageRecord
 
 SQUARED = 0.1
-GROUPS, COPIES, LONE, DIM = 4, 3, 8, 16
+GROUPS, COPIES, LONE, DIM = 4, 3, 32, 16
 ROWS = GROUPS * COPIES + LONE
 BAD = ROWS - 1
 HOSTILE = "<script>alert(1)</script> \"quoted\" & 'single'"
-LAYER = "visual.transformer.resblocks.1.mlp.c_proj.weight"
 
 
 def make_recipe(base: Path, **changed: dict[str, Any]) -> Recipe:
@@ -41,7 +43,7 @@ def make_recipe(base: Path, **changed: dict[str, Any]) -> Recipe:
         "cluster": {"num_centers": 4},
         "distill": {"student": "cid-tiny", "weights": "paper-r1"},
         "evaluate": {
-            "sets": {"one": "x", "two": "x", "<b>three</b>": "x"},
+            "sets": {"one": "x", "two": str(base / "set"), "<b>three</b>": "x"},
             "compare": {"baseline": "local-dir:baseline", "teacher": "run:t"},
         },
         "draw": {"gallery_sets": 6},
@@ -60,8 +62,10 @@ PLAIN: dict[str, dict[str, Any]] = {
 
 
 def make_run(base: Path, recipe: Recipe) -> RunFolder:
-    """Pairs in `base/pairs`, and a run in `base/run` with every stage before `draw` that the recipe uses."""
+    """Pairs in `base/pairs`, a labelled set in `base/set`, and in `base/run` every stage before `draw` that the recipe uses."""
     _make_pairs(base / "pairs")
+    folder_set(base / "set")
+    (base / "set" / "templates.txt").write_text("<i>a</i> {c}\nanother {c}\n")
     folder = RunFolder(base / "run")
     folder.path.mkdir()
     if recipe.has_teacher:
@@ -118,11 +122,12 @@ def publish(folder: RunFolder, stage: str, summary: dict[str, Any]) -> None:
     )
 
 
-def fake_clip(reference: str) -> Any:
-    """Stands for a loaded model: weights only, other ones for each reference."""
-    generator = torch.Generator().manual_seed(len(reference))
-    state = {LAYER: torch.randn(8, 8, generator=generator)}
-    return types.SimpleNamespace(model=types.SimpleNamespace(state_dict=lambda: state))
+@functools.cache
+def fake_clip(reference: str, *, device: str = "cpu") -> Clip:
+    """Stands for a trained model: a random ViT, another one for each reference."""
+    seed = zlib.crc32(Path(reference).name.encode())  # of the name alone, as folders differ from test to test
+    with tempfile.TemporaryDirectory() as folder:
+        return tiny_clip(Path(folder), seed=seed, image_size=32, patch_size=8, width=32, layers=2, head_width=16)
 
 
 def _make_pairs(folder: Path) -> None:
@@ -140,7 +145,7 @@ def _embeddings() -> np.ndarray:
     random = np.random.default_rng(1)
     centers = random.standard_normal((GROUPS + LONE, DIM))
     rows = np.concatenate([np.repeat(centers[:GROUPS], COPIES, axis=0), centers[GROUPS:]])
-    rows[: GROUPS * COPIES] += 0.15 * random.standard_normal((GROUPS * COPIES, DIM))
+    rows[: GROUPS * COPIES] += 0.1 * random.standard_normal((GROUPS * COPIES, DIM))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     rows[BAD] = 0
     return rows.astype(np.float16)

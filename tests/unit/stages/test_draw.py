@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from fabricated_run import BAD, COPIES, GROUPS, PLAIN, ROWS, fake_clip, make_recipe, make_run
 from PIL import Image
+from tiny_sets import folder_set, tiny_clip
 
+from clip_cid.errors import DataError
+from clip_cid.figures import run_inputs
+from clip_cid.models.student import Clip
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import draw
@@ -18,7 +22,7 @@ from clip_cid.stages import draw
 @pytest.fixture(autouse=True, scope="module")
 def _no_real_models() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draw, "load_clip", fake_clip)
+        patch.setattr(run_inputs, "load_clip", fake_clip)
         yield
 
 
@@ -58,14 +62,18 @@ def test_a_full_run_has_every_figure_with_its_csv(full: Drawn) -> None:
     out, summary = full.out, full.summary
     assert set(summary["left_out"]) == {"scores_retrieval"}
     curves = {
+        "activation_maps",
         "cluster_rounds",
         "cluster_sizes",
         "distances",
-        "removed_share",
+        "embedding_map",
         "losses",
+        "patch_pca",
+        "removed_share",
         "scores_zero_shot",
         "scores_linear_probe",
         "radar",
+        "single_linkage",
         "weights",
     }
     assert {path.stem for path in out.glob("*.svg")} == curves
@@ -109,7 +117,8 @@ def test_the_same_files_give_the_same_bytes(full: Drawn, tmp_path: Path) -> None
 def test_a_plain_run_leaves_out_what_needs_a_teacher_and_says_why(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, **PLAIN)
     plain = redrawn(make_run(tmp_path, recipe), recipe, tmp_path / "out")
-    assert set(plain.summary["figures"]) == {"losses", "scores_zero_shot", "scores_linear_probe", "weights"}
+    of_the_student = {"losses", "scores_zero_shot", "scores_linear_probe", "weights", "patch_pca", "activation_maps"}
+    assert set(plain.summary["figures"]) == of_the_student
     assert plain.summary["left_out"]["duplicates"] == "this recipe does not balance"
     assert plain.summary["left_out"]["cluster_sizes"] == "this recipe does not cluster"
     assert plain.summary["left_out"]["radar"] == "there is one model only"
@@ -153,10 +162,90 @@ def test_a_student_without_that_layer_has_no_weight_figure(
     full: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch, "weights")
-    empty = fake_clip("x")
-    empty.model.state_dict = dict
-    monkeypatch.setattr(draw, "load_clip", lambda reference: empty)
+    monkeypatch.setattr(run_inputs, "load_clip", lambda reference, *, device: convolutional(tmp_path))
     assert "mlp.c_proj" in redrawn(full.folder, full.recipe, tmp_path / "out").summary["left_out"]["weights"]
+
+
+def convolutional(folder: Path) -> Clip:
+    return tiny_clip(folder, layers=[1, 1, 1, 1], width=8, head_width=32, image_size=32, patch_size=None)
+
+
+def test_a_convolutional_student_has_no_patches_to_look_at(
+    full: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch, "patch_pca", "activation_maps")
+    monkeypatch.setattr(run_inputs, "load_clip", lambda reference, *, device: convolutional(tmp_path))
+    left_out = redrawn(full.folder, full.recipe, tmp_path / "out").summary["left_out"]
+    assert set(left_out) == {"patch_pca", "activation_maps"}
+    assert all(
+        "the student has no patches to look at: its image tower is a ModifiedResNet" in w for w in left_out.values()
+    )
+
+
+def test_a_teacher_without_patches_or_weights_is_left_out_and_named(
+    full: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(reference: str, *, device: str) -> Clip:
+        if reference == "run:t":
+            return convolutional(tmp_path)
+        if reference == "local-dir:baseline":
+            raise DataError("baseline: gone.", fix="Bring it back.")
+        return fake_clip(reference)
+
+    only(monkeypatch, "patch_pca", "activation_maps")
+    monkeypatch.setattr(run_inputs, "load_clip", load)
+    for found in redrawn(full.folder, full.recipe, tmp_path / "out").summary["figures"].values():
+        assert list(found["models"]) == ["student"]
+        assert found["left_out"]["baseline"] == "baseline: gone."
+        assert "ModifiedResNet" in found["left_out"]["teacher"]
+
+
+def test_each_model_is_loaded_once(full: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    only(monkeypatch, "patch_pca", "activation_maps", "weights")
+    monkeypatch.setattr(
+        run_inputs, "load_clip", lambda reference, *, device: loaded.append(reference) or fake_clip(reference)
+    )
+    redrawn(full.folder, full.recipe, tmp_path / "out")
+    assert sorted(loaded) == sorted(
+        {*full.recipe.evaluate.compare.values(), f"local-dir:{full.folder.stage('distill') / 'student'}"}
+    )
+
+
+def test_images_come_from_the_set_asked_for(full: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "activation_maps")
+    assert full.summary["figures"]["activation_maps"]["set"] == "two"  # `one` is not there
+    assert full.summary["figures"]["activation_maps"]["prompts"] != []
+    asked = make_recipe(tmp_path, draw={"images_of": "one"})
+    assert "nothing at x" in redrawn(full.folder, asked, tmp_path / "out").summary["left_out"]["activation_maps"]
+
+
+def test_a_set_without_prompts_has_no_activation_maps(
+    full: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch, "activation_maps", "patch_pca")
+    folder_set(tmp_path / "set")
+    summary = redrawn(full.folder, make_recipe(tmp_path), tmp_path / "out").summary
+    assert summary["left_out"] == {"activation_maps": "the set two has no prompts"}
+
+
+def test_the_tree_is_of_one_planted_set_and_is_drawn_without_pictures_too(
+    full: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch, "single_linkage")
+    rows = {int(line[end]) for line in lines(full.out / "single_linkage.csv") for end in ("left_row", "right_row")}
+    assert rows == set(range(COPIES))
+    gone = redrawn(full.folder, make_recipe(tmp_path, pairs={"source": [str(tmp_path / "gone")]}), tmp_path / "out")
+    assert not gone.summary["left_out"]
+    assert "<image" in (full.out / "single_linkage.svg").read_text()
+    assert "<image" not in (gone.out / "single_linkage.svg").read_text()
+
+
+def test_the_map_shows_kept_images_with_their_clusters(full: Drawn) -> None:
+    kept = np.load(full.folder.stage("balance") / "kept.npy")
+    labels = np.load(full.folder.stage("cluster") / "labels.npy")
+    table = lines(full.out / "embedding_map.csv")
+    assert [(int(line["row"]), int(line["cluster"])) for line in table] == list(zip(kept, labels, strict=True))
 
 
 def test_the_contact_sheet_has_a_line_for_each_set(full: Drawn) -> None:

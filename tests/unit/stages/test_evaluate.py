@@ -42,7 +42,7 @@ def run(folder: Path, out: Path, **settings: Any) -> tuple[dict[str, Any], list[
 def test_every_model_is_measured_on_every_set_by_every_task(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sets = {"colors": str(tar_set(tmp_path / "colors", each=8)), "caltech101": str(folder_set(tmp_path / "c", each=5))}
+    sets = {"colors": str(tar_set(tmp_path / "colors", each=8)), "shapes": str(folder_set(tmp_path / "c", each=5))}
     (tmp_path / "c" / "templates.txt").write_text("a {c}")
     pairs = pair_tar(tmp_path / "pairs.tar", {f"p{number}": (f"caption {number}", "a thing") for number in range(9)})
     summary, rows = run(
@@ -61,11 +61,11 @@ def test_every_model_is_measured_on_every_set_by_every_task(
         if row["task"] == "linear_probe":
             assert row["score"] == 1  # one color a class
             assert (row["n_train"], row["features"]) == (
-                {"colors": 24, "caltech101": 15}[row["set"]],
+                {"colors": 24, "shapes": 15}[row["set"]],
                 "before_projection",
             )
         if row["task"] != "retrieval":
-            assert row["metric"] == {"colors": "top1", "caltech101": "mean_per_class"}[row["set"]]
+            assert row["metric"] == "top1"
             assert row["chance"] == pytest.approx(1 / 3)
             assert len(row["per_class"]) == 3
     recalls = [row for row in rows if row["task"] == "retrieval" and row["model"] == "student"]
@@ -131,17 +131,17 @@ def test_the_probe_sees_the_features_the_recipe_names(
 def test_a_missing_set_is_left_out_and_named(
     run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sets = {"birdsnap": str(tmp_path / "gone"), "colors": str(tar_set(tmp_path / "colors"))}
+    sets = {"birds": str(tmp_path / "gone"), "colors": str(tar_set(tmp_path / "colors"))}
     summary, rows = run(run_folder, tmp_path / "out", sets=sets, retrieval={"coco": [str(tmp_path / "none.tar")]})
     assert {row["set"] for row in rows} == {"colors"}
-    assert summary["missing"].keys() == {"birdsnap", "coco"}
+    assert summary["missing"].keys() == {"birds", "coco"}
     assert summary["mean_of"] == {"zero_shot": "1/2", "linear_probe": "1/2", "retrieval": "0/1"}
     assert f"Put the set there: {tmp_path / 'gone'}" in caplog.text
     assert "none.tar" in caplog.text
     printed = capsys.readouterr().out
     assert "mean of 1/2" in printed
     assert "not measured" in printed
-    assert read_json(tmp_path / "out" / "linear_probe.json")["missing"].keys() == {"birdsnap"}
+    assert read_json(tmp_path / "out" / "linear_probe.json")["missing"].keys() == {"birds"}
 
 
 def test_all_sets_missing_is_an_error(run_folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from fabricated_run import COPIES, GROUPS, HOSTILE, PLAIN, ROWS, fake_clip, make
 from PIL import Image
 
 from clip_cid.errors import RunError
+from clip_cid.figures import run_inputs
 from clip_cid.recipe import Recipe, dump_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import draw, report
@@ -62,7 +63,7 @@ def drawn(base: Path, **changed: dict[str, Any]) -> tuple[RunFolder, Recipe]:
     recipe = make_recipe(base, **changed)
     folder = make_run(base, recipe)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draw, "load_clip", fake_clip)
+        patch.setattr(run_inputs, "load_clip", fake_clip)
         summary = draw.run(folder, folder.begin("draw", "key", resumable=False), recipe)
     publish(folder, "draw", summary)
     return folder, recipe
@@ -168,6 +169,45 @@ def test_the_clusters_have_their_objective_by_round_and_their_purity(full: tuple
     assert [float(line["objective"]) for line in rounds] == [entry["objective"] for entry in summary["history"]]
 
 
+def test_what_the_models_look_at_is_told_with_pictures_and_without_markup(full: tuple[RunFolder, Recipe]) -> None:
+    out, _ = write(*full)
+    page = read(out)
+    shown = {attributes.get("id") for attributes in page.all("figure")}
+    assert {"activation_maps", "patch_pca", "single_linkage", "embedding_map"} <= shown
+    assert len(page.all("image")) == (1 + 3) * 3 + (1 + 3) * 6 + COPIES  # three classes; of each two images at most
+    assert (
+        "an image of the set two and the prompt of its class, such as \N{LEFT DOUBLE QUOTATION MARK}<i>a</i> "
+        in page.text
+    )
+    assert "shared with teacher" in page.text
+    assert "What a validation measured" not in page.text
+
+
+def test_what_a_validation_measured_is_told(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    folder = make_run(tmp_path, recipe)
+    with open(folder.path / "distill" / "metrics.jsonl", "a", encoding="utf-8") as handle:
+        handle.write('{"step": 300, "val/loss": 1.25, "val/zero_shot": 0.5, "val/zero_shot/pets": 0.75}\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "_FIGURES", {"losses": draw._FIGURES["losses"]})
+        publish(folder, "draw", draw.run(folder, folder.begin("draw", "key", resumable=False), recipe))
+    text = read(write(folder, recipe)[0]).text
+    assert "What a validation measured is in the second color" in text
+    assert "total (validation) 1.250 1.250 zero shot (validation) 0.500 0.500" in text
+    assert "pets" not in text.split("All settings")[0]
+
+
+def test_models_without_patches_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "its image tower is a <Thing>."
+    monkeypatch.setattr(
+        run_inputs, "why_no_patches", lambda clip: reason if clip is fake_clip("run:t", device="auto") else None
+    )
+    folder, recipe = drawn(tmp_path)
+    text = read(write(folder, recipe)[0]).text
+    assert text.count(f"Without the teacher: {reason}") == 2
+    assert "shared with student" in text
+
+
 def test_the_bar_is_to_scale(full: tuple[RunFolder, Recipe]) -> None:
     folder, recipe = full
     out, _ = write(folder, recipe)
@@ -215,7 +255,8 @@ def test_with_images_off_no_picture_caption_or_key_is_left(full: tuple[RunFolder
     folder, _ = full
     out, summary = write(folder, make_recipe(folder.path.parent, report={"images": False}))
     page = read(out)
-    assert page.all("img") == []
+    assert page.all("img") == page.all("image") == []
+    assert {"embedding_map", "cluster_sizes"} < {attributes.get("id") for attributes in page.all("figure")}
     assert "alert(1)" not in page.text
     assert "picture 1" not in page.text
     assert "report.images is off" in page.text
@@ -256,7 +297,7 @@ def test_a_plain_run_has_a_page_without_the_missing_parts(tmp_path: Path) -> Non
     out, _ = write(folder, recipe)
     page = read(out)
     sections = [attributes.get("id") for attributes in page.all("section")]
-    assert sections == ["pairs", "training", "scores", "skipped", "provenance"]
+    assert sections == ["pairs", "training", "scores", "inside", "skipped", "provenance"]
     assert "pairs in 14 plain CLIP training" in page.text
     assert "vs " not in page.text
     assert "distances: this recipe does not balance" in page.text

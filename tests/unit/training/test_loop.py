@@ -269,7 +269,12 @@ def test_losses_that_stay_no_number_stop_the_run_and_leave_what_is_needed_to_do_
     step_of = again._train_step
     again._train_step = lambda batch: (seen.append(batch.rows.tolist()), step_of(batch))[1]
     resume = again._resume
-    again._resume = lambda: (resume(), again.model.student.text_projection.data.copy_(kept))
+
+    def resume_and_mend() -> None:
+        resume()
+        again.model.student.text_projection.data.copy_(kept)
+
+    again._resume = resume_and_mend
     again.run()
     assert seen[0] == batch.rows.tolist()
 
@@ -286,13 +291,13 @@ def test_a_gradient_that_is_no_number_once_changes_nothing_and_is_counted(folder
         states[trainer.step] = copy.deepcopy(
             (weights_of(trainer), [optimizer.state_dict()["state"] for optimizer in trainer.optimizers])
         )
-        if trainer.step == at:
-            hook = trainer.model.student.ln_final.weight.register_hook(lambda gradient: gradient * math.inf)
+        if trainer.step != at:
+            return train_step(batch)
+        hook = trainer.model.student.ln_final.weight.register_hook(lambda gradient: gradient * math.inf)
         measured = train_step(batch)
-        if trainer.step == at:
-            hook.remove()
-            assert trainer.average is not None
-            assert trainer.average.state_dict()["steps"] == at
+        hook.remove()
+        assert trainer.average is not None
+        assert trainer.average.state_dict()["steps"] == at
         return measured
 
     trainer._train_step = watched

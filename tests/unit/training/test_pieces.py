@@ -16,6 +16,7 @@ EVERY_PART = {
     "the paper's": {},
     "the paper's, a head that learns": {"head_lr": 1e-3, "sample_rate": 1.0},
     "the paper's, mapped": {"alignment": "linear"},
+    "the paper's, one scale": {"share_scale": True},
     "CLIP's": {"weights": "clip-only"},
     "SigLIP's": {"weights": "siglip-only"},
     "open_clip's distillation": {"weights": "open-clip"},

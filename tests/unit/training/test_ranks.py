@@ -22,6 +22,7 @@ from tiny_training import (
     BATCH,
     CENTERS,
     make_batches,
+    make_dataset,
     make_model,
     make_settings,
     make_trainer,
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.method.objective import weighted_sum
+from clip_cid.training.batches import Batches
 from clip_cid.training.distributed import ALONE, Ranks, join_ranks
 from clip_cid.training.loop import Trainer
 from clip_cid.training.model import backward_in_pieces
@@ -175,13 +177,9 @@ def with_other_weights(folder: Path, out: Path, ranks: Ranks) -> str:
 
 
 def that_cannot_share(folder: Path, out: Path, ranks: Ranks) -> str:
-    from clip_cid.training.batches import Batches
-
     training = training_pairs(folder)
-    uneven: Any = lambda: Batches(  # noqa: E731
-        training, None, batch_size=BATCH - 1, seed=0, workers=0, pin=False, ranks=ranks
-    )
-    return error_of(uneven)
+    dataset, how = make_dataset(training), {"seed": 0, "workers": 0, "pin": False}
+    return error_of(lambda: Batches(training, dataset, batch_size=BATCH - 1, ranks=ranks, **how))
 
 
 def that_normalizes_over_the_batch(folder: Path, out: Path, ranks: Ranks) -> str:
@@ -236,7 +234,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context: Any = mp.start_processes(rank_main, (folder, port), nprocs=WORLD, join=False, start_method="spawn")
+    context: Any = mp.spawn(rank_main, (folder, port), nprocs=WORLD, join=False)  # pyright: ignore[reportPrivateImportUsage]
     deadline = time.monotonic() + PATIENCE
     try:
         while not context.join(timeout=1):

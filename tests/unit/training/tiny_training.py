@@ -171,6 +171,7 @@ def make_model(settings: DistillConfig, *, patch_dropout: float = 0.0, ranks: Ra
         sample_rate=settings.sample_rate,
         logq=settings.logq,
         affinity_scale=settings.affinity_scale,
+        share_scale=settings.share_scale,
     )
     bias = settings.weights.siglip > 0
     student = make_student(seed=settings.seed, patch_dropout=patch_dropout, with_bias=bias)

@@ -1,0 +1,156 @@
+"""The files and models behind the figures of a run, opened when a figure asks for them."""
+
+from functools import cached_property
+
+import numpy as np
+
+from clip_cid.data.balance_tables import BalanceTables
+from clip_cid.data.embeddings import EmbeddingStore
+from clip_cid.data.evaluation_sets import DIGITS, EvaluationSet, open_set
+from clip_cid.data.forest_file import FOREST_FILE, StoredForest, read_forest
+from clip_cid.data.pictures import NoPicturesError, Pictures, open_pictures
+from clip_cid.errors import ClipCidError, DataError
+from clip_cid.figures import scores
+from clip_cid.models.patches import why_no_patches
+from clip_cid.models.student import Clip, load_clip
+from clip_cid.models.teacher import teacher_reference
+from clip_cid.recipe import Recipe
+from clip_cid.run_folder import RunFolder
+
+NO_CLUSTERS = "this recipe does not cluster"
+NO_SCORES = "this recipe evaluates nothing of the kind"
+_NO_BALANCE = "this recipe does not balance"
+_NOT_KNOWN = "no image is known to be removed for another"
+
+
+class LeftOut(Exception):
+    """A figure has no input in this run; the message says which."""
+
+
+class RunInputs:
+    """What the figures of one run are made from; whatever is not there raises `LeftOut` with the reason."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe) -> None:
+        self.folder, self.recipe = folder, recipe
+        self._clips: dict[str, Clip] = {}
+
+    @cached_property
+    def store(self) -> EmbeddingStore:
+        return EmbeddingStore.open(self.folder.stage("embed"))
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """The rows of the store that the clusters and the student see."""
+        if not self.recipe.uses("balance"):
+            return np.flatnonzero(self.store.ok)
+        return np.load(self.folder.stage("balance") / "kept.npy")
+
+    @cached_property
+    def balanced(self) -> BalanceTables:
+        """The sets of the balance stage."""
+        if not self.recipe.uses("balance"):
+            raise LeftOut(_NO_BALANCE)
+        folder = self.folder.stage("balance")
+        if not BalanceTables.exist(folder):
+            raise LeftOut(_NOT_KNOWN)
+        return BalanceTables(folder)
+
+    @cached_property
+    def removed(self) -> BalanceTables:
+        """The same where at least one image was removed."""
+        if not len(self.balanced.distances):
+            raise LeftOut(_NOT_KNOWN)
+        return self.balanced
+
+    @cached_property
+    def clusters(self) -> tuple[np.ndarray, np.ndarray]:
+        """Centers, and the label of each kept row."""
+        if not self.recipe.uses("cluster"):
+            raise LeftOut(NO_CLUSTERS)
+        folder = self.folder.stage("cluster")
+        return np.load(folder / "centers.npy", mmap_mode="r"), np.load(folder / "labels.npy")
+
+    @cached_property
+    def scores(self) -> list[scores.Score]:
+        if not self.recipe.uses("evaluate"):
+            raise LeftOut(NO_SCORES)
+        return scores.read_scores(self.folder.stage("evaluate") / "results.jsonl")
+
+    @cached_property
+    def forest(self) -> StoredForest:
+        """Of the balance; its links name rows of the store."""
+        if not BalanceTables.exist(self.folder.stage("balance")):
+            raise LeftOut(_NOT_KNOWN)
+        return read_forest(self.folder.stage("balance") / FOREST_FILE)
+
+    @cached_property
+    def references(self) -> dict[str, str]:
+        """Teacher, student and baseline, as far as there are any -> what to load."""
+        compare, embed = self.recipe.evaluate.compare, self.recipe.embed
+        found: dict[str, str] = {}
+        if scores.TEACHER in compare:
+            found[scores.TEACHER] = compare[scores.TEACHER]
+        elif self.recipe.has_teacher and embed.existing is None:
+            found[scores.TEACHER] = teacher_reference(embed)
+        found[scores.STUDENT] = f"local-dir:{self.folder.stage('distill') / 'student'}"
+        baseline = scores.reference_model(list(compare))
+        return found if baseline is None else {**found, baseline: compare[baseline]}
+
+    def clip(self, model: str) -> Clip:
+        """One of `references`, loaded once."""
+        if model not in self._clips:
+            self._clips[model] = load_clip(self.references[model], device=self.recipe.machine.device)
+        return self._clips[model]
+
+    @cached_property
+    def patched(self) -> tuple[dict[str, Clip], dict[str, str]]:
+        """The models whose patches can be looked at, and why the others cannot."""
+        found: dict[str, Clip] = {}
+        left_out: dict[str, str] = {}
+        for model in self.references:
+            try:
+                clip = self.clip(model)
+            except ClipCidError as error:
+                if model == scores.STUDENT:
+                    raise
+                left_out[model] = error.problem
+                continue
+            if reason := why_no_patches(clip):
+                left_out[model] = reason
+            else:
+                found[model] = clip
+        if scores.STUDENT not in found:
+            raise LeftOut(f"the student has no patches to look at: {left_out[scores.STUDENT]}")
+        return found, left_out
+
+    @cached_property
+    def labelled(self) -> EvaluationSet:
+        """`draw.images_of`, or the first evaluation set that is there; scikit-learn's digits only where there is no other."""
+        problems: list[str] = []
+        asked, sets = self.recipe.draw.images_of, self.recipe.evaluate.sets.items()
+        for name, where in sorted(sets, key=lambda item: item[1] == DIGITS):
+            if asked not in (None, name):
+                continue
+            try:
+                return open_set(
+                    name,
+                    where,
+                    max_pixels=self.recipe.pairs.max_pixels,
+                    splits=("test",),
+                    cache_dir=self.recipe.machine.cache_dir,
+                )
+            except DataError as error:
+                problems.append(error.problem)
+        raise LeftOut(f"no evaluation set to take images from ({' '.join(problems) or 'none is named'})")
+
+    def words(self, rows: list[int]) -> tuple[dict[int, str], dict[int, str]]:
+        """Key and captions of each row."""
+        distinct = sorted(set(rows))
+        captions = {row: " / ".join(self.store.captions(row)) for row in distinct}
+        return {row: self.store.keys[row] for row in distinct}, captions
+
+    def pictures(self, keys: dict[int, str]) -> Pictures:
+        try:
+            return open_pictures(self.folder, self.recipe, {key: row for row, key in keys.items()})
+        except NoPicturesError as reason:
+            raise LeftOut(str(reason)) from reason

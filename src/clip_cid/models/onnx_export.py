@@ -1,0 +1,226 @@
+"""Both towers of an exported student as ONNX graphs; run by onnxruntime and compared before they appear."""
+
+import contextlib
+import importlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip_cid.errors import MissingExtraError, RunError
+from clip_cid.models.student import Clip, load_clip
+from clip_cid.run_folder import write_json
+
+FOLDER, ABOUT = "onnx", "onnx.json"
+OPSET = 20
+TOLERANCE = 1e-5
+"""Largest difference of a coordinate of two unit embeddings: some 50 times what float32 arithmetic in another order made of it in seven architectures."""
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_CAPTIONS = (
+    "a photo of a cat.",
+    "",
+    "two red squares left of a circle",
+    "the same word " * 200,  # fills the context, so the end of the text is at its last place
+    "42",
+    "Une photo d'un chien, près de la mer!",
+    "a",
+)
+_BATCHES = (len(_CAPTIONS), 1, 3)  # none of them is the batch the graph is made with
+
+
+class _ImageTower(torch.nn.Module):
+    """Preprocessed pixels -> unit embeddings."""
+
+    def __init__(self, clip: Any) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.normalize(self.clip.encode_image(pixels), dim=-1)
+
+
+class _TextTower(torch.nn.Module):
+    """Token ids -> unit embeddings."""
+
+    def __init__(self, clip: Any) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.normalize(self.clip.encode_text(tokens), dim=-1)
+
+
+@dataclass(frozen=True)
+class _Tower:
+    name: str
+    module: torch.nn.Module
+    input: str
+    example: Tensor
+    """As many rows as the largest of `_BATCHES`."""
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.onnx"
+
+    @property
+    def output(self) -> str:
+        return f"{self.name}_embeddings"
+
+
+def require_onnx() -> None:
+    """Refuse before any work is done.
+
+    Raises:
+        MissingExtraError: The `onnx` extra is not installed.
+    """
+    for package in _PACKAGES:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise MissingExtraError("Export to ONNX", "onnx") from error
+
+
+def export_onnx(folder: Path) -> dict[str, float]:
+    """Write `onnx/image.onnx`, `onnx/text.onnx` and `onnx/onnx.json` into an exported student.
+
+    `pixels` (batch, 3, height, width) float32, preprocessed as `onnx.json` says, become `image_embeddings`, and `tokens`
+    (batch, context length) int64 become `text_embeddings`: (batch, dim) float32 of unit length. The batch is free.
+    Earlier graphs in the folder are replaced.
+
+    Args:
+        folder: What `export_student` wrote.
+
+    Returns:
+        Tower -> largest difference to PyTorch of any coordinate, over several batch sizes.
+
+    Raises:
+        MissingExtraError: The `onnx` extra is not installed.
+        DataError: `folder` is not a whole export.
+        RunError: A graph gives other embeddings than PyTorch, or fails; none is written then.
+    """
+    require_onnx()
+    clip = load_clip(f"local-dir:{folder}")
+    out, part = folder / FOLDER, folder / f".{FOLDER}.part-{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        gaps: dict[str, float] = {}
+        for tower in _towers(clip):
+            _write_graph(tower, part / tower.file)
+            gaps[tower.name] = _compare(tower, part / tower.file)
+        write_json(part / ABOUT, _about(clip, gaps))
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return gaps
+
+
+def _towers(clip: Clip) -> tuple[_Tower, _Tower]:
+    size = clip.preprocess_cfg["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = torch.randn(len(_CAPTIONS), 3, height, width, generator=torch.Generator().manual_seed(0))
+    return (
+        _Tower("image", _ImageTower(clip.model).eval(), "pixels", pixels),
+        _Tower("text", _TextTower(clip.model).eval(), "tokens", clip.tokenizer(list(_CAPTIONS))),
+    )
+
+
+def _write_graph(tower: _Tower, path: Path) -> None:
+    with _quiet(), torch.inference_mode(False), torch.no_grad():
+        program = torch.onnx.export(
+            tower.module,
+            (tower.example[:2].clone(),),  # a batch of one would be built in
+            input_names=[tower.input],
+            output_names=[tower.output],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export made no program")
+    program.save(path)  # weights of 2 GB and more go to a file beside it by themselves
+
+
+def _compare(tower: _Tower, path: Path) -> float:
+    """The largest difference to PyTorch over all batches.
+
+    Raises:
+        RunError: It is above `TOLERANCE`, or not a number, or onnxruntime refuses the graph.
+    """
+    import onnxruntime
+
+    fix = "No ONNX is written; the versions this release was tested with are in constraints.txt."
+    largest = 0.0
+    for rows in _BATCHES:
+        batch = tower.example[:rows]
+        with torch.inference_mode():
+            ours = tower.module(batch)
+        try:
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            theirs = torch.from_numpy(session.run([tower.output], {tower.input: batch.numpy()})[0])
+        except Exception as error:  # its errors share no class but this
+            reason = " ".join(str(error).split())[:300]
+            raise RunError(f"{path.name}: onnxruntime cannot run {rows} rows ({reason}).", fix=fix) from error
+        if theirs.shape != ours.shape:
+            raise RunError(f"{path.name}: gives {tuple(theirs.shape)}, not {tuple(ours.shape)}.", fix=fix)
+        gap = float((theirs - ours).abs().max())
+        if not gap <= TOLERANCE:  # also true for NaN
+            raise RunError(
+                f"{path.name}: onnxruntime and PyTorch differ by up to {gap:.3g} for {rows} rows; {TOLERANCE:g} is allowed.",
+                fix=fix,
+            )
+        largest = max(largest, gap)
+    return largest
+
+
+def _about(clip: Clip, gaps: dict[str, float]) -> dict[str, Any]:
+    """What someone without open_clip has to know to feed the graphs."""
+    model: Any = clip.model
+    towers = _towers(clip)
+    bias = getattr(model, "logit_bias", None)
+    return {
+        "towers": {
+            tower.name: {
+                "file": tower.file,
+                "input": {
+                    "name": tower.input,
+                    "type": str(tower.example.dtype).removeprefix("torch."),
+                    "shape": ["batch", *tower.example.shape[1:]],
+                },
+                "output": {"name": tower.output, "type": "float32", "shape": ["batch", clip.dim], "unit_length": True},
+                "largest_difference_to_pytorch": gaps[tower.name],
+            }
+            for tower in towers
+        },
+        "preprocess": clip.preprocess_cfg,
+        "tokenizer": "open_clip.get_tokenizer of the folder above this one",
+        "logit_scale": float(model.logit_scale.detach().exp()),
+        "logit_bias": None if bias is None else float(bias.detach()),
+        "compared": {"batch_sizes": list(_BATCHES), "tolerance": TOLERANCE},
+        "opset": OPSET,
+        "versions": {package: metadata.version(package) for package in ("torch", "open_clip_torch", *_PACKAGES)},
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The converter logs every optimization it passes over."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,134 @@
+"""A run folder as a finished run leaves it, with a student of a few thousand weights that was never trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_cid.models.export import export_student
+from clip_cid.models.student import Clip, build_student
+from clip_cid.recipe import parse_recipe
+from clip_cid.run_folder import RunFolder, StageRecord, write_json
+
+TINY: dict[str, Any] = {
+    "embed_dim": 12,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8},
+    "text_cfg": {"context_length": 9, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
+}
+LOCAL = "/home/ada/secret"
+RECIPE: dict[str, Any] = {
+    "pairs": {"source": [f"{LOCAL}/pairs/{{00..09}}.tar", "https://ada:pw@host.example/x/more.tar?sig=SECRET/x"]},
+    "embed": {"teacher": f"local-dir:{LOCAL}/teacher", "existing": f"{LOCAL}/store"},
+    "balance": {"grow_from": f"{LOCAL}/earlier/balance", "threshold": 0.05},
+    "distill": {"student": f"{LOCAL}/models/tiny.json", "steps": 3, "batch_size": 16},
+    "evaluate": {
+        "sets": {"cifar|10": f"{LOCAL}/cifar", "flowers": "~/ada/flowers"},
+        "compare": {"base": "ViT-B-32/laion400m_e32", "old": f"run:{LOCAL}/runs/old"},
+    },
+    "report": {"title": "ada's secret"},
+}
+
+
+def tiny(folder: Path, *, seed: int = 1, **changed: Any) -> Clip:
+    (folder / "tiny.json").write_text(json.dumps(TINY | changed))
+    return build_student(str(folder / "tiny.json"), embed_dim=None, seed=seed)
+
+
+def finished_run(path: Path, *, seed: int = 1, head: bool = True, evaluated: bool = True) -> RunFolder:
+    """Embed, balance, cluster, distill and (on request) evaluate, each with a record of made-up numbers."""
+    run = RunFolder(path)
+    path.mkdir(parents=True)
+    recipe = parse_recipe(RECIPE, where="test").model_dump(mode="json", exclude={"machine"})
+    publish(run, "embed", {"images": 1234, "ok": 1200, "dim": 12}, {})
+    balance = {
+        "kept": 900,
+        "removed": 300,
+        "removed_share": 0.25,
+        "threshold": {"cosine": 0.05, "squared_euclidean": 0.1, "euclidean": 0.316},
+    }
+    publish(run, "balance", balance, {"embed": "embed-1"})
+    publish(run, "cluster", {"centers": 64}, {"embed": "embed-1", "balance": "balance-1"})
+    part = run.begin("distill", "distill-1", resumable=False)
+    provenance = {
+        "recipe": recipe,
+        "steps": 3,
+        "pairs_seen": 48,
+        "teacher": {
+            "reference": f"local-dir:{LOCAL}/teacher",
+            "weights_sha256": "abc123",
+            "model_cfg": {},
+            "precision": "fp32",
+        },
+        "versions": {"torch": "9.9"},
+    }
+    head_state = {"head.weight": torch.full((64, 12), 0.5)} if head else {}
+    export_student(tiny(path, seed=seed), part / "student", head_state=head_state, provenance=provenance)
+    (path / "tiny.json").unlink()
+    summary = {
+        "steps": 3,
+        "pairs": 890,
+        "pairs_seen": 48,
+        "epochs": 0.0539,
+        "precision": "float32",
+        "parameters": {"image": 20_000, "text": 400_000},
+    }
+    inputs = {stage: f"{stage}-1" for stage in ("embed", "balance", "cluster")}
+    run.publish(record("distill", summary, inputs))
+    if evaluated:
+        part = run.begin("evaluate", "evaluate-1", resumable=False)
+        _results(part)
+        run.publish(record("evaluate", {}, {"distill": "distill-1"}, settings={"evaluate": recipe["evaluate"]}))
+    return run
+
+
+def publish(run: RunFolder, stage: str, summary: dict[str, Any], inputs: dict[str, str], *, version: int = 1) -> None:
+    run.begin(stage, f"{stage}-{version}", resumable=False)
+    run.publish(record(stage, summary, inputs, version=version))
+
+
+def record(
+    stage: str,
+    summary: dict[str, Any],
+    inputs: dict[str, str],
+    *,
+    version: int = 1,
+    settings: dict[str, Any] | None = None,
+) -> StageRecord:
+    return StageRecord(
+        stage=stage,
+        key=f"{stage}-{version}",
+        version=1,
+        settings=settings or {},
+        inputs=inputs,
+        summary=summary,
+        versions={"clip-cid": "0.1.0", "open_clip_torch": "3.3.0"},
+        device="cpu",
+        started="2026-11-21T10:00:00+00:00",
+        seconds=1.0,
+    )
+
+
+def _results(folder: Path) -> None:
+    rows = [
+        _row("student", "cifar|10", "zero_shot", 0.5), _row("base", "cifar|10", "zero_shot", 0.625),
+        _row("student", "cifar|10", "linear_probe", 0.75), _row("student", "heldout", "retrieval", 0.25),
+    ]  # fmt: skip
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for task in ("zero_shot", "linear_probe", "retrieval"):
+        missing = {"flowers": f"{LOCAL}/flowers is not there"} if task == "zero_shot" else {}
+        write_json(folder / f"{task}.json", {"missing": missing})
+
+
+def _row(model: str, name: str, task: str, score: float) -> dict[str, Any]:
+    return {
+        "model": model,
+        "set": name,
+        "task": task,
+        "metric": "image_to_text_R@1" if task == "retrieval" else "top1",
+        "score": score,
+        "low": score - 0.125,
+        "high": score + 0.125,
+        "n": 1000,
+        "chance": 0.1,
+    }

@@ -118,7 +118,7 @@ class Bar:
 @contextlib.contextmanager
 def progress(what: str, total: int, *, unit: str = "images", start: int = 0) -> Iterator[Bar]:
     """Show how far a long piece of work is, how fast it goes and how long it will take; `start` units were done before."""
-    if not _console.is_terminal or not _logger.handlers:
+    if not (_console.is_terminal and _logger.handlers and _logger.isEnabledFor(logging.INFO)):
         yield Bar(what, total, unit, start, None)
         return
     columns = (

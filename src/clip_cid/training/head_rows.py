@@ -43,6 +43,12 @@ class HeadRows:
                 self._of(step), self._head, self._by_row(self._optimizer().state.get(self._head.weight, {})), step=step
             )
             self._ranks.wait()
+            if (
+                self._ranks.is_first
+            ):  # of an attempt with another number of ranks, killed before its checkpoint was whole
+                for path in self._of(step).glob("head-*"):
+                    if not path.stem.endswith(f"-of-{self._ranks.size:05d}"):
+                        path.unlink()
 
     def load(self, step: int) -> None:
         """Take up this rank's rows.

@@ -27,12 +27,14 @@ from tiny_training import (
     make_settings,
     make_trainer,
     make_validation,
+    stripes,
     training_pairs,
 )
 from torch import Tensor, nn
 
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.method.objective import weighted_sum
+from clip_cid.training import validation
 from clip_cid.training.batches import Batches
 from clip_cid.training.distributed import ALONE, Ranks, join_ranks
 from clip_cid.training.loop import Trainer
@@ -120,7 +122,7 @@ def make(case: dict[str, Any], folder: Path, out: Path, ranks: Ranks, **more: An
     fsdp = case.get("fsdp", False) and ranks.size > 1
     if share := settings.validation.share:
         more["training"], held_out = hold_out(training_pairs(folder), share, batch_size=BATCH, ranks=ranks.size)
-        more["validation"] = make_validation(held_out, settings, ranks=ranks)
+        more["validation"] = make_validation(held_out, settings, sets=[stripes()], ranks=ranks)
     return make_trainer(folder, out, settings=settings, steps=STEPS, patch_dropout=0.0, ranks=ranks, fsdp=fsdp, **more)
 
 
@@ -198,6 +200,7 @@ def rank_main(rank: int, folder: Path, port: int) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(WORLD))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
+    validation._ROWS = 8  # pictures in several rounds, the last of which are fewer than the ranks
     with join_ranks(torch.device("cpu")) as ranks:
         found: dict[str, Any] = {name: gradients(case, folder, ranks) for name, case in CASES.items()}
         for name, case in TRAININGS.items():

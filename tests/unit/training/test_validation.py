@@ -7,24 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from test_loop import oracle_loss, oracle_parts
 from tiny_training import (
     BATCH,
     CENTERS,
+    Stripes,
     make_clip,
     make_pairs,
     make_settings,
     make_trainer,
     make_validation,
+    stripes,
     tokenize,
     training_pairs,
     unit_rows,
 )
 from torch import Tensor
 
-from clip_cid.data.evaluation_sets import EvaluationSet, LabelledImages
-from clip_cid.data.pairs import BadSample
 from clip_cid.errors import DataError, RunError
 from clip_cid.training.batches import TrainingPairs
 from clip_cid.training.loop import Trainer
@@ -102,24 +101,6 @@ def test_too_few_to_measure_are_told(folder: Path):
 def halves(folder: Path) -> tuple[TrainingPairs, HeldOut]:
     """13 pairs to train on and 8 to measure, in two batches."""
     return hold_out(training_pairs(folder), 0.5, batch_size=5, ranks=1)
-
-
-class Stripes:
-    """Three kinds of pictures; one cannot be read."""
-
-    def name(self, row: int) -> str:
-        return f"picture {row}"
-
-    def load(self, row: int) -> Image.Image:
-        if row == 4:
-            raise BadSample("broken")
-        return Image.fromarray(np.random.default_rng(row).integers(0, 80 * (1 + row % 3), (16, 16, 3), dtype=np.uint8))
-
-
-def stripes(count: int = 30) -> EvaluationSet:
-    labels = np.arange(count) % 3
-    split = LabelledImages("stripes/test", labels, "1", Stripes())
-    return EvaluationSet("stripes", "here", ("aab", "zyx", "mno"), ("{c}", "q{c}"), "top1", {"test": split})
 
 
 def by_hand(student: Any) -> float:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from clip_cid.data.embedding_writer import ShardRows, StoreWriter
 from clip_cid.data.embeddings import EmbeddingStore
-from clip_cid.data.evaluation_sets import EvaluationSet
-from clip_cid.data.pairs import Pairs, open_pairs
+from clip_cid.data.evaluation_sets import EvaluationSet, LabelledImages
+from clip_cid.data.pairs import BadSample, Pairs, open_pairs
 from clip_cid.method.cluster_distillation import Shard
 from clip_cid.method.objective import Objective
 from clip_cid.models.student import Clip
@@ -103,6 +103,24 @@ def make_student(*, seed: int = 0, patch_dropout: float = 0.0, with_bias: bool =
 def make_clip(student: CLIP) -> Clip:
     """What a measurement needs beside the student's weights."""
     return Clip(student, {"embed_dim": DIM}, {"size": 16}, tokenize, image_transform(16, is_train=False), "tiny")
+
+
+class Stripes:
+    """Three kinds of pictures; one cannot be read."""
+
+    def name(self, row: int) -> str:
+        return f"picture {row}"
+
+    def load(self, row: int) -> Image.Image:
+        if row == 4:
+            raise BadSample("broken")
+        return Image.fromarray(np.random.default_rng(row).integers(0, 80 * (1 + row % 3), (16, 16, 3), dtype=np.uint8))
+
+
+def stripes(count: int = 30) -> EvaluationSet:
+    labels = np.arange(count) % 3
+    split = LabelledImages("stripes/test", labels, "1", Stripes())
+    return EvaluationSet("stripes", "here", ("aab", "zyx", "mno"), ("{c}", "q{c}"), "top1", {"test": split})
 
 
 def make_validation(

@@ -382,7 +382,12 @@ class Trainer:
 
     def objective_state(self) -> dict[str, Tensor]:
         """What was learned beside the student: plain tensors; every rank calls it, the rows of all have only the first."""
-        learned = {name: value for name, value in self.model.objective.named_parameters() if value.requires_grad}
+        rows = self.head_rows.names
+        learned = {
+            name: value
+            for name, value in self.model.objective.named_parameters()
+            if value.requires_grad and f"objective.{name}" not in rows
+        }
         state = {name: value.detach().cpu().clone() for name, value in whole(learned).items()}
         if self.ranks.is_first:
             state |= self.head_rows.of_all(self.step)

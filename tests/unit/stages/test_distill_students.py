@@ -144,7 +144,7 @@ def test_batch_normalization_is_over_the_whole_batch_or_locked(case: Case):
 
 
 def first_gradients(work: distill.Work) -> dict[str, Tensor]:
-    trainer = work.trainer
+    trainer: Any = work.trainer
     trainer.joint.train()
     trainer.records = None
     for optimizer in trainer.optimizers:  # they stay away from the weights; the gradients are looked at
@@ -248,6 +248,7 @@ def test_zero_shot_on_the_way_is_that_of_the_student_that_is_left(case: Case):
     case.run(steps=4, validation={"sets": {"digits": "builtin:digits"}, "metric": "zero_shot"})
     text = (case.folder.path / "distill.part" / "metrics.jsonl").read_text()
     line = [found for found in map(json.loads, text.splitlines()) if "val/zero_shot" in found][-1]
+    model: Any
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{exported(case)}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{exported(case)}")
     digits = open_set("digits", "builtin:digits", max_pixels=10_000)

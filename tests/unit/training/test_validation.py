@@ -178,7 +178,12 @@ def test_with_an_average_it_is_the_average_that_is_measured(folder: Path, tmp_pa
 
     before: list[Tensor] = []
     move = trainer._move
-    trainer._move = lambda *rest: (move(*rest), before.append(trainer.model.student.visual.proj.clone()))[0]
+
+    def moved(measured: Any, batch: Any) -> None:
+        move(measured, batch)
+        before.append(trainer.model.student.visual.proj.clone())
+
+    trainer._move = moved
     object.__setattr__(validation, "measure", watched)
     trainer.run()
     assert len(seen) == 5

@@ -102,7 +102,8 @@ def make_student(*, seed: int = 0, patch_dropout: float = 0.0, with_bias: bool =
 
 def make_clip(student: CLIP) -> Clip:
     """What a measurement needs beside the student's weights."""
-    return Clip(student, {"embed_dim": DIM}, {"size": 16}, tokenize, image_transform(16, is_train=False), "tiny")
+    preprocess: Any = image_transform(16, is_train=False)
+    return Clip(student, {"embed_dim": DIM}, {"size": 16}, tokenize, preprocess, "tiny")
 
 
 class Stripes:
@@ -128,8 +129,7 @@ def make_validation(
 ) -> Validation:
     batches, clip = None, make_clip(make_student())
     if held_out is not None:
-        preprocess: Any = clip.preprocess
-        dataset = PairDataset(held_out.pairs, transform=preprocess, tokenizer=tokenize, max_pixels=10_000, seed=0)
+        dataset = PairDataset(held_out.pairs, transform=clip.preprocess, tokenizer=tokenize, max_pixels=10_000, seed=0)
         size = held_out.batch_size
         batches = Batches(held_out.pairs, dataset, batch_size=size, seed=0, workers=0, pin=False, ranks=ranks)
     return Validation(clip, batches, sets, settings.weights.model_dump(), settings.seed, ranks)

@@ -314,13 +314,16 @@ def _outside(stage: Stage, recipe: Recipe) -> dict[str, str]:
     found: dict[str, str] = {}
     if stage.name in ("embed", "distill") and recipe.pairs.source:
         found["pairs"] = _pairs_digest(recipe.pairs)
+    pretrained = recipe.distill.pretrained or ""
     files: list[Path | None] = {
         "embed": [recipe.embed.existing, _weights_file(recipe.embed.teacher)],
         "balance": [recipe.balance.existing, recipe.balance.grow_from],
         "cluster": [recipe.cluster.existing],
-        "distill": [Path(recipe.distill.student), Path(recipe.distill.pretrained or "")],
+        "distill": [Path(recipe.distill.student), _weights_file(pretrained) or Path(pretrained)],
         "evaluate": [_weights_file(reference) for reference in recipe.evaluate.compare.values()],
     }.get(stage.name, [])
+    if stage.name == "distill":
+        found |= {name: _shallow_listing(Path(where)) for name, where in recipe.distill.validation.sets.items()}
     if stage.name == "evaluate":
         found |= {name: _shallow_listing(Path(where)) for name, where in recipe.evaluate.sets.items()}
         for name, source in recipe.evaluate.retrieval.items():

@@ -20,6 +20,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from PIL import Image
 from safetensors import SafetensorError
@@ -115,9 +116,15 @@ def train_transform(
     Args:
         clip: Whose images they are.
         crop_scale: Smallest share.
-        more: Others of open_clip's `AugmentationCfg`.
+        more: Others of open_clip's `AugmentationCfg`; of `color_jitter` the strength for brightness, contrast and
+            saturation, of which hue gets a quarter.
     """
-    return _transform(clip.preprocess_cfg, is_train=True, aug_cfg={"scale": (crop_scale, 1.0), **(more or {})})
+    options: dict[str, Any] = {"scale": (crop_scale, 1.0), **(more or {})}
+    if (strength := options.get("color_jitter")) is not None:
+        options["color_jitter"] = (strength, strength, strength, strength / 4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unused augmentation")  # said of those that are used, too
+        return _transform(clip.preprocess_cfg, is_train=True, aug_cfg=options)
 
 
 def keep_fewer_activations(clip: Clip) -> None:
@@ -127,13 +134,18 @@ def keep_fewer_activations(clip: Clip) -> None:
         ConfigError: A tower cannot.
     """
     model: Any = clip.model
-    try:
-        model.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError, NotImplementedError, TypeError) as error:
+    with open_clip_warnings() as said:  # of a tower that goes on without
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
+            said.append(str(error))
+    if isinstance(model.visual, ModifiedResNet):  # which says nothing
+        said.append("not supported by ModifiedResNet")
+    if said:
         raise ConfigError(
-            f"machine.grad_checkpointing: {clip.name} cannot do it ({_one_line(error)}).",
-            fix="Set it to false; machine.micro_batch saves memory with any student.",
-        ) from error
+            f"machine.grad_checkpointing: {clip.name} cannot do it ({_one_line(said[0])}).",
+            fix="Set it to false; machine.micro_batch saves memory with any student that has no batch normalization.",
+        )
 
 
 def load_clip(reference: str, *, device: str = "cpu") -> Clip:

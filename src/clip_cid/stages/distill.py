@@ -31,7 +31,7 @@ from clip_cid.training.batches import Batches, PairDataset, TrainingPairs, unit_
 from clip_cid.training.distributed import Ranks, join_ranks
 from clip_cid.training.loop import CHECKPOINTS, Plan, Trainer
 from clip_cid.training.model import Distillation
-from clip_cid.training.parallel import whole, with_joint_statistics
+from clip_cid.training.parallel import with_joint_statistics
 from clip_cid.training.soft_targets import soft_targets
 from clip_cid.training.validation import HeldOut, Validation, hold_out
 
@@ -55,9 +55,9 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
             return _finish(folder, out) if ranks.is_first else {}
         work = prepare(folder, out, recipe, ranks)
         summary = {**work.trainer.run(), **work.teaching.summary}
-        state = work.trainer.student_state()
+        state, beside = work.trainer.student_state(), work.trainer.objective_state()
         if ranks.is_first:
-            _leave(work, out, recipe, summary, state)
+            _leave(work, out, recipe, summary, state, beside)
         ranks.wait()
     return _finish(folder, out) if ranks.is_first else {}
 
@@ -102,7 +102,7 @@ def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, *, soft_
     clip = make_student(settings, teacher_dim, machine)
     teaching = read_teacher(settings, training, store, centers)
     objective = make_objective(settings, clip, teacher_dim, centers, scale=teaching.scale, ranks=ranks)
-    model = Distillation(clip.model, objective, lock=settings.lock).train()
+    model = Distillation(clip.model, objective, lock=settings.lock).train()  # but for the tower that is locked
     model.student = with_joint_statistics(model.student, ranks, machine.micro_batch)
     if centers is not None and training.labels is not None:
         _tell_negatives(settings, training.labels, len(centers))
@@ -177,19 +177,24 @@ def _dataset(training: TrainingPairs, clip: Clip, recipe: Recipe, transform: Any
     )
 
 
-def _leave(work: Work, out: Path, recipe: Recipe, summary: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+def _leave(
+    work: Work,
+    out: Path,
+    recipe: Recipe,
+    summary: dict[str, Any],
+    state: dict[str, torch.Tensor],
+    beside: dict[str, torch.Tensor],
+) -> None:
     """Export the student with its final weights, in a model that knows nothing of ranks."""
     teacher_dim = work.store.dim if work.store is not None else None
     clip = make_student(recipe.distill, teacher_dim, recipe.machine.model_copy(update={"grad_checkpointing": False}))
     clip.model.load_state_dict(state)
     clip.model.eval()
-    objective = work.trainer.model.objective
-    small = {name: value for name, value in whole(dict(objective.named_parameters())).items() if value.requires_grad}
     teacher = work.store.info.teacher if work.store is not None else None
     export_student(
         clip,
         out / "student",
-        head_state=small,
+        head_state=beside,
         provenance=_provenance(recipe, summary["steps"], summary["pairs_seen"], teacher),
     )
     device = str(work.trainer.ranks.device)

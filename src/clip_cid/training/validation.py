@@ -204,7 +204,7 @@ def _numpy(rows: Sequence[Tensor]) -> Float[np.ndarray, "rows dim"]:
 
 def _mixed(rows: Int[np.ndarray, " rows"]) -> UInt64[np.ndarray, " rows"]:
     """A number for each row that looks random and is always the same (the finalizer of MurmurHash3, 64 bits)."""
-    mixed = rows.astype(np.uint64)
+    mixed = rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)  # else row 0 would be 0
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         mixed ^= mixed >> np.uint64(33)
         mixed *= np.uint64(factor)

@@ -49,6 +49,8 @@ class Tried:
 
     clip: Clip
     training: TrainingPairs
+    held_out: int
+    """Pairs to measure on, which are not learned."""
     trainer: Trainer
     perplexity: float | None
     """Of the teacher; None where it is not known yet."""
@@ -110,7 +112,9 @@ def from_the_run(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks) -> 
     """
     work = distill.prepare(folder, out, recipe, ranks, soft_centers=False)
     teacher_dim = work.store.dim if work.store is not None else None
-    return Tried(work.clip, work.training, work.trainer, work.teaching.perplexity, False, teacher_dim)
+    validation = work.trainer.validation
+    measured = len(validation.batches.training) if validation is not None and validation.batches is not None else 0
+    return Tried(work.clip, work.training, measured, work.trainer, work.teaching.perplexity, False, teacher_dim)
 
 
 def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, teacher: TeacherFacts) -> Tried:
@@ -121,9 +125,10 @@ def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ran
     """
     settings = recipe.distill
     pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
-    training = distill.plain_pairs(pairs)
+    training, measured = distill.plain_pairs(pairs), 0
     if share := settings.validation.share:
-        training, _ = hold_out(training, share, batch_size=settings.batch_size, ranks=ranks.size)
+        training, held_out = hold_out(training, share, batch_size=settings.batch_size, ranks=ranks.size)
+        measured = len(held_out.pairs)
     steps = distill.count_steps(settings, len(training))
     clip = distill.make_student(settings, teacher.width, recipe.machine)
     dim = teacher.width or clip.dim
@@ -140,7 +145,7 @@ def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ran
         ranks=ranks,
         machine=recipe.machine,
     )
-    return Tried(clip, training, trainer, None, True, dim)
+    return Tried(clip, training, measured, trainer, None, True, dim)
 
 
 def add_random_targets(batch: Batch, recipe: Recipe, dim: int) -> Batch:

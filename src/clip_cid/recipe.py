@@ -309,12 +309,24 @@ class EvaluateConfig(Config):
     """Classify by the nearest prompt."""
     linear_probe: bool = True
     """Logistic regression on frozen features."""
+    knn: bool = True
+    """Vote of the 20 nearest training images (10, 100 and 200 are written too)."""
     features: Literal["before_projection", "after_projection"] = "before_projection"
-    """What the probe sees: CLIP's protocol uses the image tower's output before its projection."""
+    """What probe and neighbors see: CLIP's protocol uses the image tower's output before its projection."""
+    student: bool = True
+    """Off for a recipe without a student of its own: nothing is trained, only the models of compare are measured."""
     compare: dict[str, str] = {}
     """Name -> model evaluated beside the student: `run:path`, `local-dir:path`, `hf-hub:org/name`, or `name/tag` of open_clip."""
     seed: NonNegativeInt = 0
     """Seed of hold-outs and intervals."""
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> "EvaluateConfig":
+        if not self.student and not self.compare:
+            raise ValueError(
+                "evaluate.student: false, and evaluate.compare names no model, so there is none to evaluate"
+            )
+        return self
 
 
 class DrawConfig(Config):
@@ -410,6 +422,8 @@ class Recipe(Config):
 
     def uses(self, stage: str) -> bool:
         """Whether this recipe has the stage: plain CLIP training, for one, has no embed, balance or cluster."""
+        if not self.evaluate.student and stage != "evaluate":
+            return False
         used = {
             "embed": self.has_teacher,
             "balance": self.has_teacher and self.balance.enabled,

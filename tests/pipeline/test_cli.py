@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from clip_cid import cli, pipeline
+from clip_cid.recipe import Recipe
 
 
 def clip_cid(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -26,10 +27,12 @@ def test_help_names_every_command_and_imports_neither_torch_nor_open_clip():
     assert done.stdout.splitlines()[-1] == "0"
     for command in [
         "run",
+        "check",
         *(stage.name for stage in pipeline.STAGES),
         "status",
         "verify",
         "subset",
+        "ablate",
         "export",
         "push",
         "init",
@@ -170,3 +173,59 @@ def test_a_stage_command_keeps_the_other_sections_of_the_stored_recipe(monkeypat
     assert seen["only"] == "balance"
     assert seen["recipe"].distill.student == "ViT-B-16"
     assert seen["recipe"].embed.existing == Path("store")
+
+
+def evaluated(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> Recipe:
+    """The recipe that `evaluate` runs with."""
+    seen = {}
+    monkeypatch.setattr(pipeline, "run", lambda folder, recipe, **rest: seen.update(recipe=recipe, **rest))
+    assert cli.main(["evaluate", *map(str, arguments)]) == 0
+    assert seen["only"] == "evaluate"
+    return seen["recipe"]
+
+
+def test_models_are_evaluated_in_a_folder_that_is_no_run(monkeypatch, tmp_path: Path):
+    arguments = ["--model", "ViT-B-32", "local-dir:a", "ViT-B-16/openai", "--pretrained", "laion400m_e32"]
+    recipe = evaluated(monkeypatch, tmp_path / "out", *arguments, "--evaluate.sets", "d", "builtin:digits")
+    assert not recipe.evaluate.student
+    assert list(recipe.evaluate.compare.items()) == [
+        ("ViT-B-32/laion400m_e32", "ViT-B-32/laion400m_e32"),
+        ("local-dir:a", "local-dir:a"),
+        ("ViT-B-16/openai", "ViT-B-16/openai"),
+    ]
+    assert [stage.name for stage in pipeline.active_stages(recipe)] == ["evaluate"]
+
+
+def test_models_join_the_student_of_a_run_and_those_it_has(monkeypatch, tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("evaluate: {sets: {d: 'builtin:digits'}, compare: {baseline: 'run:b'}}")
+    recipe = evaluated(monkeypatch, tmp_path, "--model", "hf-hub:org/name")
+    assert recipe.evaluate.student
+    assert recipe.evaluate.compare == {"baseline": "run:b", "hf-hub:org/name": "hf-hub:org/name"}
+
+
+def test_a_second_model_joins_the_first_in_a_folder_without_a_student(monkeypatch, tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("evaluate: {student: false, compare: {one: 'local-dir:a'}}")
+    recipe = evaluated(monkeypatch, tmp_path, "--model", "local-dir:b")
+    assert (recipe.evaluate.student, list(recipe.evaluate.compare)) == (False, ["one", "local-dir:b"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--model", "ViT-B-32"], "--model: ViT-B-32 is an architecture without weights."),
+        (["--model", "local-dir:a", "--pretrained", "openai"], "--pretrained: openai belongs to no --model"),
+        (["--pretrained", "openai"], "--pretrained: openai belongs to no --model"),
+    ],
+)
+def test_a_model_and_its_weights_belong_together(tmp_path: Path, capsys, flags: list[str], problem: str):
+    assert cli.main(["evaluate", str(tmp_path / "out"), *flags]) == 2
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_weights_is_exit_1_in_two_lines(tmp_path: Path, capsys):
+    sets = ["--evaluate.sets", "d", "builtin:digits", "--machine.device", "cpu"]
+    assert cli.main(["evaluate", str(tmp_path / "out"), "--model", f"local-dir:{tmp_path}", *sets]) == 1
+    problem, fix = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert "no open_clip_config.json here" in problem
+    assert "open_clip_model.safetensors" in fix

@@ -78,11 +78,17 @@ class Encoder:
         self.digest = weights_sha256(clip.model)
         self._cache, self._workers = cache, workers
         self._used: set[str] = set()
+        self._said: set[str] = set()
 
     @property
-    def used(self) -> frozenset[str]:
-        """Cache entries asked for so far."""
-        return frozenset(self._used)
+    def identity(self) -> dict[str, Any]:
+        """What decides the model's features: its weights, and how it is built and fed."""
+        return {"weights": self.digest, "model": self.clip.model_cfg, "preprocess": self.clip.preprocess_cfg}
+
+    def forget_used(self) -> list[str]:
+        """The cache entries asked for since this was last asked."""
+        used, self._used = sorted(self._used), set()
+        return used
 
     def images(self, source: ImageSource, *, before: bool) -> ImageFeatures:
         """Features of every image of a source; `before` asks for those before the projection too.
@@ -101,6 +107,7 @@ class Encoder:
         if bad:
             arrays = {kind: array[rows] for kind, array in arrays.items()}
         named = tuple(f"{source.name(row)}: {bad[row]}" for row in sorted(bad))
+        self._say_bad(source, named)
         return ImageFeatures(rows, arrays.get("before"), arrays["after"], named)
 
     def texts(self, title: str, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
@@ -116,6 +123,14 @@ class Encoder:
             with atomic_file(path) as temporary, open(temporary, "wb") as handle:
                 np.save(handle, self._encode(title, texts))
         return np.load(path)
+
+    def _say_bad(self, source: ImageSource, named: tuple[str, ...]) -> None:
+        """Once for each split, however many tasks read it."""
+        if named and source.title not in self._said:
+            self._said.add(source.title)
+            log.warn(
+                f"{source.title}: {len(named)} of {len(source):,} images cannot be used and are left out, the first {named[0]}"
+            )
 
     def _encode(self, title: str, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
         found: list[np.ndarray] = []

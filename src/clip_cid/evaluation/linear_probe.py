@@ -1,17 +1,22 @@
 """CLIP's linear probe (its appendix A.3): logistic regression on frozen features, C found by a search of 15 fits."""
 
+import contextlib
+import os
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import sklearn
+import torch
 from jaxtyping import Bool, Float, Int
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from clip_cid.data.evaluation_sets import MetricName
+from clip_cid.data.tasks import MetricName
 from clip_cid.evaluation.metrics import accuracy, per_class
 
 GRID = 10.0 ** np.linspace(-6, 6, 97)
@@ -23,12 +28,14 @@ MOST_FITS = 16
 _FIRST_STEP = 16  # grid points between the first seven values: two decades
 _HELD_OUT = 0.1
 _MAX_ITERATIONS = 1_000
+_TIMED_ROWS = 4_096
+_SCIPY_SWITCH = "SCIPY_ARRAY_API"
 _WORTH_THREADS = 2e8  # multiplications of one pass over the features: some 20 ms on one core
 
 
 class _Part(NamedTuple):
-    x: Float[np.ndarray, "images dim"]
-    """Features, in float32."""
+    x: Any
+    """(images, dim) features in float32: an array, or a tensor where the solver runs on a device."""
     y: Int[np.ndarray, " images"]
     """Class numbers."""
 
@@ -50,7 +57,10 @@ class ProbeResult:
     mean_per_class: float
     per_class: Float[np.ndarray, " classes"]
     """Share of right answers by class number; NaN for a class without a test image."""
+    predicted: Int[np.ndarray, " images"]
     correct: Bool[np.ndarray, " images"]
+    rounds: int
+    """Rounds of the solver, all fits together."""
     unconverged: tuple[float, ...]
     """The values of C whose fit stopped before it converged (1,000 rounds, or float32's precision)."""
     final_converged: bool
@@ -63,6 +73,19 @@ class ProbeResult:
         return len(self.curve)
 
 
+@dataclass(frozen=True)
+class FoldedProbe:
+    """A probe on each of several official training subsets, as STL10 has them."""
+
+    score: float
+    """The mean over the folds."""
+    folds: tuple[ProbeResult, ...]
+
+    @property
+    def predicted(self) -> Int[np.ndarray, "folds images"]:
+        return np.stack([fold.predicted for fold in self.folds])
+
+
 def linear_probe(
     train_x: Float[np.ndarray, "train dim"],
     train_y: Int[np.ndarray, " train_labels"],
@@ -73,6 +96,7 @@ def linear_probe(
     val: tuple[Float[np.ndarray, "val val_dim"], Int[np.ndarray, " val_labels"]] | None = None,
     seed: int = 0,
     threads: int = 1,
+    device: torch.device | None = None,
     on_fit: Callable[[], Any] | None = None,
 ) -> ProbeResult:
     """Fit a linear classifier on frozen features and score it once on the test images.
@@ -90,11 +114,13 @@ def linear_probe(
         val: Features and class numbers to choose C on.
         seed: Of the hold-out.
         threads: Threads of the matrix products at most; a small set gets one, since waiting for others costs it more.
+        device: Where the matrix products run, through scikit-learn's array API (`array_api_supported`); None is the
+            plain way on the CPU. The solver's own steps stay on the CPU, so the result differs by rounding only.
         on_fit: Called after each fit, `MOST_FITS` times at most.
 
     Raises:
         ValueError: Lengths or widths differ, a feature is not finite, training knows fewer than two classes, the test
-            images have a class that training has not, or nothing can be held out.
+            images have a class that training has not, nothing can be held out, or this scikit-learn has no array API.
     """
     train = _checked(train_x, train_y, name="train")
     test = _checked(test_x, test_y, name="test", train=train)
@@ -106,13 +132,14 @@ def linear_probe(
         whole = _Part(np.concatenate([fit.x, choose.x]), np.concatenate([fit.y, choose.y]))
         validation = "given"
     products = train.x.size * len(np.unique(train.y))
-    with threadpool_limits(limits=threads if products >= _WORTH_THREADS else 1):
-        scores, unconverged = _scores_by_index(fit, choose, metric, on_fit)
+    with threadpool_limits(limits=threads if products >= _WORTH_THREADS else 1), _solver_on(device):
+        scores, unconverged, rounds = _scores_by_index(_at(fit, device), _at(choose, device), metric, on_fit)
         best = _best(scores)
-        model, converged = _fit(whole, index=best)
+        model, converged = _fit(_at(whole, device), index=best)
         if on_fit is not None:
             on_fit()
-        correct = _correct(model, test)
+        predicted = _predicted(model, _at(test, device))
+    correct = np.equal(predicted, test.y)
     return ProbeResult(
         score=accuracy(correct, test.y, metric=metric),
         metric=metric,
@@ -122,11 +149,64 @@ def linear_probe(
         top1=accuracy(correct, test.y, metric="top1"),
         mean_per_class=accuracy(correct, test.y, metric="mean_per_class"),
         per_class=per_class(correct, test.y, num_classes=int(whole.y.max()) + 1),
+        predicted=predicted,
         correct=correct,
+        rounds=rounds + _rounds(model),
         unconverged=tuple(float(GRID[index]) for index in sorted(unconverged)),
         final_converged=converged,
         n_train=len(whole.y),
     )
+
+
+def folded_probe(
+    train_x: Float[np.ndarray, "train dim"],
+    train_y: Int[np.ndarray, " train"],
+    test_x: Float[np.ndarray, "test dim"],
+    test_y: Int[np.ndarray, " test"],
+    folds: Sequence[Int[np.ndarray, " _"]],
+    **options: Any,
+) -> FoldedProbe:
+    """`linear_probe` on each fold of the training images, each with its own choice of C; the score is the mean.
+
+    Args:
+        train_x: Features of all training images.
+        train_y: Their class numbers.
+        test_x: Features of the test images.
+        test_y: Their class numbers.
+        folds: The rows of each fold.
+        options: Of `linear_probe`.
+
+    Raises:
+        ValueError: As `linear_probe`, or there is no fold.
+    """
+    if not folds:
+        raise ValueError("folds must not be empty")
+    results = tuple(linear_probe(train_x[rows], train_y[rows], test_x, test_y, **options) for rows in folds)
+    return FoldedProbe(float(np.mean([result.score for result in results])), results)
+
+
+def array_api_supported() -> bool:
+    """Whether the installed scikit-learn fits logistic regression on tensors (1.9 and later)."""
+    tags = getattr(LogisticRegression(), "__sklearn_tags__", None)
+    return tags is not None and bool(tags().array_api_support)
+
+
+def seconds_a_round(
+    train_x: Float[np.ndarray, "train dim"], *, classes: int, threads: int, device: torch.device | None = None
+) -> float:
+    """About how long one round of the solver takes: its two matrix products, timed on some rows."""
+    rows = torch.tensor(train_x[:_TIMED_ROWS], dtype=torch.float32, device=device)
+    weights = torch.ones(rows.shape[1], classes, device=device)
+    products = train_x.size * classes
+    with threadpool_limits(limits=threads if products >= _WORTH_THREADS else 1):
+        best = min(_timed(rows, weights) for _ in range(3))
+    return best * len(train_x) / len(rows)
+
+
+def _timed(rows: torch.Tensor, weights: torch.Tensor) -> float:
+    started = time.perf_counter()
+    (rows.T @ (rows @ weights)).sum().item()
+    return time.perf_counter() - started
 
 
 def search(validate: Callable[[int], float]) -> dict[int, float]:
@@ -162,27 +242,30 @@ def _best(scores: dict[int, float]) -> int:
 
 def _scores_by_index(
     fit: _Part, choose: _Part, metric: MetricName, on_fit: Callable[[], Any] | None
-) -> tuple[dict[int, float], list[int]]:
-    """Validation scores by grid index, and the indices whose fit did not converge."""
+) -> tuple[dict[int, float], list[int], int]:
+    """Validation scores by grid index, the indices whose fit did not converge, and the solver's rounds."""
     unconverged: list[int] = []
+    rounds: list[int] = []
 
     def validate(index: int) -> float:
         model, converged = _fit(fit, index=index)
+        rounds.append(_rounds(model))
         if not converged:
             unconverged.append(index)
         if on_fit is not None:
             on_fit()
-        return accuracy(_correct(model, choose), choose.y, metric=metric)
+        return accuracy(np.equal(_predicted(model, choose), choose.y), choose.y, metric=metric)
 
-    return search(validate), unconverged
+    return search(validate), unconverged, sum(rounds)
 
 
 def _fit(part: _Part, *, index: int) -> tuple[LogisticRegression, bool]:
     """One fit, and whether it converged; any other warning stays a warning."""
     model = LogisticRegression(C=float(GRID[index]), max_iter=_MAX_ITERATIONS, tol=tolerance(len(part.y)))
+    y = torch.tensor(part.y, device=part.x.device) if isinstance(part.x, torch.Tensor) else part.y
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        model.fit(part.x, part.y)
+        model.fit(part.x, y)
     stopped = [warning for warning in caught if issubclass(warning.category, ConvergenceWarning)]
     for warning in caught:
         if warning not in stopped:
@@ -190,8 +273,37 @@ def _fit(part: _Part, *, index: int) -> tuple[LogisticRegression, bool]:
     return model, not stopped
 
 
-def _correct(model: LogisticRegression, part: _Part) -> Bool[np.ndarray, " images"]:
-    return np.equal(model.predict(part.x), part.y)
+def _predicted(model: LogisticRegression, part: _Part) -> Int[np.ndarray, " images"]:
+    found: Any = model.predict(part.x)
+    return found.cpu().numpy() if isinstance(found, torch.Tensor) else found
+
+
+def _rounds(model: LogisticRegression) -> int:
+    return int(model.n_iter_[0])
+
+
+def _at(part: _Part, device: torch.device | None) -> _Part:
+    return part if device is None else _Part(torch.tensor(part.x, device=device), part.y)
+
+
+@contextlib.contextmanager
+def _solver_on(device: torch.device | None) -> Iterator[None]:
+    """Let scikit-learn take tensors, where a device is asked for."""
+    if device is None:
+        yield
+        return
+    if not array_api_supported():
+        raise ValueError(f"device must be None with scikit-learn {sklearn.__version__}: tensors need 1.9, got {device}")
+    before = os.environ.get(_SCIPY_SWITCH)
+    os.environ[_SCIPY_SWITCH] = "1"  # scikit-learn insists on it, though this solver hands SciPy arrays of NumPy only
+    try:
+        with sklearn.config_context(array_api_dispatch=True):
+            yield
+    finally:
+        if before is None:
+            del os.environ[_SCIPY_SWITCH]
+        else:
+            os.environ[_SCIPY_SWITCH] = before
 
 
 def _hold_out(train: _Part, seed: int) -> tuple[_Part, _Part]:

@@ -1,7 +1,7 @@
 """Image-text retrieval: is the right caption among the first k, and the right image?"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -29,6 +29,8 @@ class Recall:
     chance: float
     """What a model that knows nothing scores."""
     queries: int
+    hits: Float[np.ndarray, " images"] = field(compare=False)
+    """Queries of each image that found their answer: its own, or those of its captions."""
 
 
 def retrieval(
@@ -88,7 +90,7 @@ def _recall(
     seed: int,
 ) -> Recall:
     low, high = bootstrap_ratio(hits, counts, seed=seed)
-    return Recall(metric, float(hits.sum() / counts.sum()), low, high, chance, queries)
+    return Recall(metric, float(hits.sum() / counts.sum()), low, high, chance, queries, hits)
 
 
 def _joined(blocks: Iterator[_Counts]) -> _Counts:

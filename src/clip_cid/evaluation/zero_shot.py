@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clip_cid.data.evaluation_sets import MetricName
+from clip_cid.data.tasks import MetricName
 from clip_cid.evaluation.metrics import accuracy, per_class
 
 _ROWS = 8_192  # images a block of logits holds
@@ -25,6 +25,7 @@ class ZeroShotResult:
     mean_per_class: float
     per_class: Float[np.ndarray, " classes"]
     """Share of right answers by class; NaN for a class without an image."""
+    predicted: Int[np.ndarray, " images"]
     correct: Bool[np.ndarray, " images"]
 
 
@@ -59,7 +60,8 @@ def zero_shot(
         raise ValueError(f"images and labels must have one row an image, got {len(images)} and {len(labels)}")
     if images.shape[1] != classifier.shape[1]:
         raise ValueError(f"images has width {images.shape[1]}, but classifier has width {classifier.shape[1]}")
-    ranks = np.concatenate(list(_ranks(images, classifier, labels)))
+    blocks = list(_answers(images, classifier, labels))
+    ranks, predicted = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
     correct = ranks == 0
     count = len(classifier)
     return ZeroShotResult(
@@ -69,8 +71,36 @@ def zero_shot(
         top5=float((ranks < 5).mean()) if count >= 5 else None,
         mean_per_class=accuracy(correct, labels, metric="mean_per_class"),
         per_class=per_class(correct, labels, num_classes=count),
+        predicted=predicted,
         correct=correct,
     )
+
+
+def on_classes(
+    images: Float[np.ndarray, "images dim"],
+    classifier: Float[np.ndarray, "classes width"],
+    labels: Int[np.ndarray, " labels"],
+    classes: Int[np.ndarray, " chosen"],
+) -> ZeroShotResult:
+    """Top-1 on the images of some classes when only these can be the answer: ImageNet as ImageNet-A and -R see it.
+
+    Columns of other classes are left out before the argmax, so this is another question than the score on all classes.
+
+    Args:
+        images: Embeddings of all images.
+        classifier: `prompt_classifier`'s vectors of all classes.
+        labels: Class of each image.
+        classes: The positions of the classes to keep.
+
+    Raises:
+        ValueError: As `zero_shot`, or no image is of these classes.
+    """
+    place = np.full(len(classifier), -1)
+    place[np.unique(classes)] = np.arange(len(np.unique(classes)))
+    rows = np.flatnonzero(place[labels] >= 0)
+    if len(rows) == 0:
+        raise ValueError(f"labels must have an image of the {len(classes)} classes, got none")
+    return zero_shot(images[rows], classifier[np.unique(classes)], place[labels[rows]], metric="top1")
 
 
 def unit_rows(rows: Float[np.ndarray, "rows dim"], *, name: str) -> Float[np.ndarray, "rows dim"]:
@@ -83,15 +113,15 @@ def unit_rows(rows: Float[np.ndarray, "rows dim"], *, name: str) -> Float[np.nda
     return values / norms
 
 
-def _ranks(
+def _answers(
     images: Float[np.ndarray, "images dim"],
     classifier: Float[np.ndarray, "classes dim"],
     labels: Int[np.ndarray, " images"],
-) -> Iterator[Int[np.ndarray, " block"]]:
-    """How many classes come before the right one; of equal logits the lower class comes first, as in argmax."""
+) -> Iterator[tuple[Int[np.ndarray, " block"], Int[np.ndarray, " block"]]]:
+    """How many classes come before the right one (of equal logits the lower class first, as in argmax), and the answer."""
     classes = np.arange(len(classifier))
     for start in range(0, len(images), _ROWS):
         truth = labels[start : start + _ROWS, None]
         logits = 100 * unit_rows(images[start : start + _ROWS], name="images") @ classifier.astype(np.float32).T
         right = np.take_along_axis(logits, truth, axis=1)
-        yield ((logits > right) | ((logits == right) & (classes < truth))).sum(axis=1)
+        yield ((logits > right) | ((logits == right) & (classes < truth))).sum(axis=1), logits.argmax(axis=1)

@@ -20,7 +20,12 @@ from clip_cid.models.student import CONFIG_FILE
 from clip_cid.run_folder import RunFolder, StageRecord, read_json
 
 _STUDENT = "student"
-_TASKS = {"zero_shot": "Zero-shot classification", "linear_probe": "Linear probe", "retrieval": "Retrieval"}
+_TASKS = {
+    "zero_shot": "Zero-shot classification",
+    "linear_probe": "Linear probe",
+    "knn": "Nearest neighbors",
+    "retrieval": "Retrieval",
+}
 _SETTINGS = (
     *("batch_size", "lr", "warmup_steps", "weight_decay", "ema_decay", "lock", "temperature", "sample_rate"),
     *("alignment", "seed"),

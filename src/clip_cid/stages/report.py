@@ -24,7 +24,12 @@ _SAMPLE_PAIRS = 12
 _REASONS_SHOWN = 20
 _WITH_PICTURES = ("removed_sets", "removed_pairs", "clusters")  # tables that hold keys and captions
 _FIGURES_OF_PICTURES = ("single_linkage", "patch_pca", "activation_maps")
-_TASKS = {"zero_shot": "Zero-shot", "linear_probe": "Linear probe", "retrieval": "Retrieval"}
+_TASKS = {
+    "zero_shot": "Zero-shot",
+    "linear_probe": "Linear probe",
+    "knn": "Nearest neighbors",
+    "retrieval": "Retrieval",
+}
 _ALT = {
     "cluster_sizes": "Images in each cluster by rank, before and after balance, on logarithmic axes",
     "cluster_rounds": "Objective of k-means by round",

@@ -143,6 +143,13 @@ class Trainer:
                 stop.obey(self.step)
         return self._summary()
 
+    def rehearse(self, batch: Batch) -> Generator[Measured]:
+        """The first step again and again, on one batch: what a step costs, in a training that is then thrown away."""
+        self._resume()
+        self.joint.train()
+        while True:
+            yield self._train_step(batch.to(self.ranks.device))
+
     @property
     def _last_step(self) -> int:
         """Where to stop; a training that had stopped early does not begin again."""

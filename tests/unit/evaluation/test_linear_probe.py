@@ -1,10 +1,12 @@
 """CLIP's linear probe: the search, the tolerance, the choice of C, and what is refused."""
 
+import os
 import warnings
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
@@ -14,7 +16,17 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from clip_cid.evaluation import linear_probe as module
-from clip_cid.evaluation.linear_probe import GRID, MOST_FITS, ProbeResult, linear_probe, search, tolerance
+from clip_cid.evaluation.linear_probe import (
+    GRID,
+    MOST_FITS,
+    ProbeResult,
+    array_api_supported,
+    folded_probe,
+    linear_probe,
+    search,
+    seconds_a_round,
+    tolerance,
+)
 
 
 def blobs(images: int, *, dim: int = 24, classes: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -250,3 +262,85 @@ def test_every_fit_is_told_so_that_a_long_probe_shows_how_far_it_is() -> None:
     told: list[None] = []
     result = linear_probe(x, y, x, y, on_fit=lambda: told.append(None))
     assert len(told) == len(result.curve) + 1 <= MOST_FITS
+
+
+@pytest.mark.skipif(not array_api_supported(), reason="scikit-learn 1.9 and later fit on tensors")
+def test_a_probe_on_a_device_gives_what_the_plain_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[type] = []
+    fit = LogisticRegression.fit
+
+    def spy(self: LogisticRegression, x: object, y: object) -> LogisticRegression:
+        seen.append(type(x))
+        return fit(self, x, y)
+
+    (x, y), (test_x, test_y) = blobs(240, dim=12, classes=4), blobs(400, dim=12, classes=4, seed=1)
+    plain = linear_probe(x, y, test_x, test_y, val=(test_x, test_y))
+    monkeypatch.setattr(LogisticRegression, "fit", spy)
+    monkeypatch.delenv("SCIPY_ARRAY_API", raising=False)
+    there = linear_probe(x, y, test_x, test_y, val=(test_x, test_y), device=torch.device("cpu"))
+    assert set(seen) == {torch.Tensor}
+    assert "SCIPY_ARRAY_API" not in os.environ
+    scores = [dict(result.curve) for result in (plain, there)]
+    for C in scores[0].keys() & scores[1].keys():
+        assert scores[0][C] == pytest.approx(scores[1][C], abs=0.01)  # how the products round, at 400 images
+    assert np.mean(plain.predicted == there.predicted) > 0.98
+    assert isinstance(there.predicted, np.ndarray)
+
+
+@pytest.mark.skipif(not array_api_supported(), reason="scikit-learn 1.9 and later fit on tensors")
+def test_one_fit_on_a_device_gives_the_same_weights() -> None:
+    """The same C, so that no choice is in between: float32 products differ in their last bits only."""
+    x, y = blobs(240, dim=12, classes=4)
+    part = module._Part(x, y)
+    with module._solver_on(torch.device("cpu")):
+        there, _ = module._fit(module._at(part, torch.device("cpu")), index=48)
+        theirs = np.asarray(there.coef_)
+    plain, _ = module._fit(part, index=48)
+    np.testing.assert_allclose(theirs, plain.coef_, atol=2e-3 * np.abs(plain.coef_).max())
+
+
+def test_a_device_without_array_api_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "array_api_supported", lambda: False)
+    with pytest.raises(ValueError, match=r"device must be None with scikit-learn .*, got cpu"):
+        linear_probe(GOOD_X, GOOD_Y, GOOD_X, GOOD_Y, device=torch.device("cpu"))
+
+
+def test_read_only_features_are_no_trouble() -> None:
+    """Features come from a file mapped read-only."""
+    x, y = blobs(60, dim=4, classes=3)
+    x.flags.writeable = False
+    device = torch.device("cpu") if array_api_supported() else None
+    assert linear_probe(x, y, x, y, device=device).n_train == 60
+
+
+def test_the_score_of_folds_is_the_mean_of_probes_on_each() -> None:
+    (x, y), (test_x, test_y) = blobs(300), blobs(200, seed=1)
+    folds = [np.arange(0, 300, 5), np.arange(1, 300, 5), np.arange(90)]
+    result = folded_probe(x, y, test_x, test_y, folds, seed=3)
+    alone = [linear_probe(x[rows], y[rows], test_x, test_y, seed=3) for rows in folds]
+    assert [fold.score for fold in result.folds] == [probe.score for probe in alone]
+    assert result.score == pytest.approx(sum(probe.score for probe in alone) / 3)
+    assert result.score == pytest.approx((result.predicted == test_y).mean())
+    assert [fold.n_train for fold in result.folds] == [60, 60, 90]
+    with pytest.raises(ValueError, match="folds must not be empty"):
+        folded_probe(x, y, test_x, test_y, [])
+
+
+def test_the_time_of_a_round_grows_with_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_timed", lambda rows, weights: 1e-3 * len(rows) * weights.shape[1])
+    monkeypatch.setattr(module, "_TIMED_ROWS", 50)
+    times = [seconds_a_round(np.ones((count, 3), np.float32), classes=7, threads=1) for count in (10, 50, 400)]
+    assert times == pytest.approx([0.07, 0.35, 2.8])
+
+
+def test_rounds_are_those_of_all_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds: list[int] = []
+    fit = LogisticRegression.fit
+
+    def spy(self: LogisticRegression, x: np.ndarray, y: np.ndarray) -> LogisticRegression:
+        fitted = fit(self, x, y)
+        rounds.append(int(fitted.n_iter_[0]))
+        return fitted
+
+    monkeypatch.setattr(LogisticRegression, "fit", spy)
+    assert probe().rounds == sum(rounds) > 16

@@ -5,8 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_cid.data.evaluation_sets import MetricName
-from clip_cid.evaluation.metrics import RESAMPLES, accuracy, bootstrap_interval, bootstrap_ratio, per_class
+from clip_cid.data.tasks import MetricName
+from clip_cid.evaluation.metrics import (
+    RESAMPLES,
+    accuracy,
+    bootstrap_draws,
+    bootstrap_interval,
+    bootstrap_ratio,
+    confusions,
+    per_class,
+    shares,
+)
 
 METRICS: tuple[MetricName, ...] = ("top1", "mean_per_class")
 
@@ -77,3 +86,50 @@ def test_a_ratio_of_many_units_does_not_hold_all_redraws_at_once() -> None:
     units = 10_000_000 // RESAMPLES + 1  # so that the redraws come in two blocks
     low, high = bootstrap_ratio(np.ones(units), np.full(units, 2.0), seed=0)
     assert (low, high) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_paired_bootstrap_redraws_images_for_both_models(metric: MetricName) -> None:
+    random = np.random.default_rng(2)
+    labels = np.sort(random.choice(3, size=90, p=[0.6, 0.3, 0.1]))
+    ours = random.random(90) < 0.7
+    theirs = np.where(random.random(90) < 0.8, ours, ~ours)  # mostly the same answers, so the difference is well known
+    expected = []
+    for _ in range(4000):
+        if metric == "top1":
+            rows = random.integers(0, 90, size=90)
+        else:
+            groups = [np.flatnonzero(labels == label) for label in range(3)]
+            rows = np.concatenate([random.choice(group, size=len(group)) for group in groups])
+        expected.append(
+            accuracy(ours[rows], labels[rows], metric=metric) - accuracy(theirs[rows], labels[rows], metric=metric)
+        )
+    draws = bootstrap_draws(ours.astype(float) - theirs, labels, metric=metric, seed=0)
+    quantiles = [0.025, 0.25, 0.5, 0.75, 0.975]
+    np.testing.assert_allclose(np.quantile(draws, quantiles), np.quantile(expected, quantiles), atol=0.02)
+    alone = bootstrap_interval(ours, labels, metric=metric, seed=0)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    assert high - low < alone[1] - alone[0]
+
+
+def test_the_difference_of_two_scores_is_the_score_of_the_difference() -> None:
+    random = np.random.default_rng(3)
+    labels = random.choice(4, size=70, p=[0.6, 0.2, 0.1, 0.1])
+    ours, theirs = random.random(70) < 0.7, random.random(70) < 0.4
+    for metric in METRICS:
+        gap = accuracy(ours, labels, metric=metric) - accuracy(theirs, labels, metric=metric)
+        assert accuracy(ours.astype(float) - theirs, labels, metric=metric) == pytest.approx(gap)
+
+
+def test_answers_of_several_folds_count_by_their_share() -> None:
+    labels = np.array([0, 1, 1])
+    assert shares(np.array([0, 0, 1]), labels).tolist() == [True, False, True]
+    assert shares(np.array([[0, 0, 1], [0, 1, 0]]), labels).tolist() == [1.0, 0.5, 0.5]
+
+
+def test_confusions_are_the_commonest_mistakes() -> None:
+    labels = np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    predicted = np.array([0, 2, 2, 0, 0, 1, 0, 2])
+    assert confusions(predicted, labels) == [(0, 2, 2), (1, 0, 2), (2, 0, 1), (2, 1, 1)]
+    assert confusions(predicted, labels, most=1) == [(0, 2, 2)]
+    assert confusions(labels, labels) == []

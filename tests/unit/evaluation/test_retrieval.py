@@ -82,6 +82,8 @@ def test_the_interval_holds_the_score_and_the_seed_decides_it() -> None:
     assert first != retrieval(images, texts, image_of, seed=2)
     assert all(recall.low <= recall.score <= recall.high for recall in first)
     assert [recall.queries for recall in first] == [40, 40, 40, 120, 120, 120]
+    for recall in first:
+        assert recall.hits.sum() / recall.queries == pytest.approx(recall.score)
 
 
 @pytest.mark.parametrize(

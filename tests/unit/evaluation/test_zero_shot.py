@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_sets import CLASSES, TEMPLATES, tiny_clip
 
 from clip_cid.evaluation.features import Encoder
-from clip_cid.evaluation.zero_shot import prompt_classifier, zero_shot
+from clip_cid.evaluation.zero_shot import on_classes, prompt_classifier, zero_shot
 
 
 def test_the_classifier_is_that_of_open_clip(tmp_path: Path) -> None:
@@ -56,6 +56,7 @@ def test_the_scores_are_those_of_argmax_whatever_the_length_of_the_embeddings(
         assert result.top5 == np.mean((order[:, :5] == labels[:, None]).any(axis=1))
     else:
         assert result.top5 is None
+    np.testing.assert_array_equal(result.predicted, order[:, 0])
     np.testing.assert_array_equal(result.correct, order[:, 0] == labels)
 
 
@@ -80,3 +81,32 @@ def test_of_equal_logits_the_lowest_class_is_the_answer() -> None:
 def test_images_that_cannot_be_scored_are_refused(images: np.ndarray, labels: list[int], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         zero_shot(images, np.eye(3), np.array(labels), metric="top1")
+
+
+def test_on_some_classes_only_these_images_and_answers_count() -> None:
+    random = np.random.default_rng(0)
+    images, labels = random.normal(size=(200, 6)), random.integers(0, 9, size=200)
+    classifier = prompt_classifier(random.normal(size=(9, 6)), num_classes=9)
+    classes = [7, 2, 3]
+    expected = [
+        max(classes, key=lambda column: float(image @ classifier[column])) == label
+        for image, label in zip(images, labels, strict=True)
+        if label in classes
+    ]
+    result = on_classes(images, classifier, labels, np.array(classes))
+    assert (result.score, len(result.correct)) == (pytest.approx(np.mean(expected)), len(expected))
+    whole = zero_shot(images, classifier, labels, metric="top1")
+    assert result.score > whole.correct[np.isin(labels, classes)].mean()  # fewer wrong answers to choose from
+
+
+def test_on_all_classes_it_is_the_usual_score() -> None:
+    random = np.random.default_rng(0)
+    images, labels = random.normal(size=(50, 6)), random.integers(0, 4, size=50)
+    classifier = prompt_classifier(random.normal(size=(4, 6)), num_classes=4)
+    expected = zero_shot(images, classifier, labels, metric="top1").score
+    assert on_classes(images, classifier, labels, np.arange(4)).score == expected
+
+
+def test_classes_without_an_image_are_refused() -> None:
+    with pytest.raises(ValueError, match="labels must have an image of the 1 classes, got none"):
+        on_classes(np.eye(3), np.eye(3), np.array([0, 0, 1]), np.array([2]))

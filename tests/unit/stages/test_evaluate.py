@@ -1,18 +1,29 @@
 """The whole evaluation of a tiny random student on tiny sets: numbers that must come out, and sets that are not there."""
 
+import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+import open_clip
 import pytest
+import torch
 from tiny_sets import folder_set, pair_tar, samples, tar_set, tiny_clip, write_tar
 
+from clip_cid import pipeline
+from clip_cid.data.evaluation_sets import EvaluationSet, open_set
+from clip_cid.data.labelled_images import LabelledImages
 from clip_cid.errors import ConfigError, DataError, RunError
+from clip_cid.evaluation import measure
 from clip_cid.evaluation.features import Encoder
+from clip_cid.evaluation.measure import tasks_of
 from clip_cid.models.export import export_student
+from clip_cid.models.student import load_clip
 from clip_cid.recipe import Recipe, parse_recipe
-from clip_cid.run_folder import RunFolder, read_json
+from clip_cid.run_folder import RunFolder, StageRecord, read_json, write_json
 from clip_cid.stages import evaluate
 
 
@@ -54,11 +65,11 @@ def test_every_model_is_measured_on_every_set_by_every_task(
     )
 
     found = [(row["model"], row["set"], row["task"]) for row in rows if row["task"] != "retrieval"]
-    tasks = ("zero_shot", "linear_probe")
+    tasks = ("zero_shot", "linear_probe", "knn")
     assert found == [(model, name, task) for model in ("student", "other") for name in sets for task in tasks]
     for row in rows:
         assert 0 <= row["low"] <= row["score"] <= row["high"] <= 1
-        if row["task"] == "linear_probe":
+        if row["task"] in ("linear_probe", "knn"):
             assert row["score"] == 1  # one color a class
             assert (row["n_train"], row["features"]) == (
                 {"colors": 24, "shapes": 15}[row["set"]],
@@ -67,7 +78,9 @@ def test_every_model_is_measured_on_every_set_by_every_task(
         if row["task"] != "retrieval":
             assert row["metric"] == "top1"
             assert row["chance"] == pytest.approx(1 / 3)
+        if row["task"] in ("zero_shot", "linear_probe"):
             assert len(row["per_class"]) == 3
+        assert row["versions"]["scikit-learn"]
     recalls = [row for row in rows if row["task"] == "retrieval" and row["model"] == "student"]
     assert [row["n"] for row in recalls] == [9, 9, 9, 18, 18, 18]
     assert recalls[2]["score"] >= recalls[1]["score"] >= recalls[0]["score"]
@@ -81,7 +94,7 @@ def test_every_model_is_measured_on_every_set_by_every_task(
     assert means["retrieval"] == pytest.approx(sum(row["score"] for row in recalls) / 6)
     assert re.fullmatch(
         r"student: zero-shot [\d.]+ % \(mean of 2/2\), linear probe 100\.0 % \(mean of 2/2\), "
-        r"retrieval [\d.]+ % \(mean of 1/1\)",
+        r"neighbors 100\.0 % \(mean of 2/2\), retrieval [\d.]+ % \(mean of 1/1\)",
         summary["headline"],
     )
     printed = capsys.readouterr().out
@@ -114,16 +127,16 @@ def test_the_probe_sees_the_features_the_recipe_names(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widths: list[int] = []
-    probe = evaluate.linear_probe
+    probe = measure.linear_probe
 
     def spy(train_x: Any, *args: Any, **options: Any) -> Any:
         widths.append(train_x.shape[1])
         return probe(train_x, *args, **options)
 
-    monkeypatch.setattr(evaluate, "linear_probe", spy)
+    monkeypatch.setattr(measure, "linear_probe", spy)
     sets = {"colors": str(tar_set(tmp_path / "colors", splits=("train", "val", "test")))}
     for features in ("before_projection", "after_projection"):
-        _, rows = run(run_folder, tmp_path / features, sets=sets, features=features, zero_shot=False)
+        _, rows = run(run_folder, tmp_path / features, sets=sets, features=features, zero_shot=False, knn=False)
         assert [(row["task"], row["validation"], row["n_train"]) for row in rows] == [("linear_probe", "given", 12)]
     assert widths == [32, 12]
 
@@ -135,10 +148,11 @@ def test_a_missing_set_is_left_out_and_named(
     summary, rows = run(run_folder, tmp_path / "out", sets=sets, retrieval={"coco": [str(tmp_path / "none.tar")]})
     assert {row["set"] for row in rows} == {"colors"}
     assert summary["missing"].keys() == {"birds", "coco"}
-    assert summary["mean_of"] == {"zero_shot": "1/2", "linear_probe": "1/2", "retrieval": "0/1"}
+    assert summary["mean_of"] == {"zero_shot": "1/2", "linear_probe": "1/2", "knn": "1/2", "retrieval": "0/1"}
     assert f"Put the set there: {tmp_path / 'gone'}" in caplog.text
     assert "none.tar" in caplog.text
     printed = capsys.readouterr().out
+    assert f"birds was not measured: evaluate.sets.birds: nothing at {tmp_path / 'gone'}. Put the set there:" in printed
     assert "mean of 1/2" in printed
     assert "not measured" in printed
     assert read_json(tmp_path / "out" / "linear_probe.json")["missing"].keys() == {"birds"}
@@ -155,9 +169,9 @@ def test_a_set_without_training_images_is_measured_zero_shot_only(
     sets = {"colors": str(tar_set(tmp_path / "colors", splits=("test",)))}
     summary, rows = run(run_folder, tmp_path / "out", sets=sets)
     assert [row["task"] for row in rows] == ["zero_shot"]
-    assert summary["mean_of"] == {"zero_shot": "1/1", "linear_probe": "0/1"}
+    assert summary["mean_of"] == {"zero_shot": "1/1", "linear_probe": "0/1", "knn": "0/1"}
     assert summary["models"]["student"]["linear_probe_mean"] is None
-    assert "no linear probe on it" in caplog.text
+    assert "no linear probe and no neighbors on it" in caplog.text
 
 
 def test_zero_shot_without_prompts_stops_before_any_model_is_loaded(
@@ -176,11 +190,12 @@ def test_a_bad_image_is_left_out_of_images_and_labels_alike(
         (_, _), *others = samples(40)  # classes in turn, so that a label off by one row is always wrong
         write_tar(root / split / "0.tar", [("s0000.jpg", b"no image"), *others])
     _, rows = run(run_folder, tmp_path / "out", sets={"colors": str(root)})
-    assert (rows[1]["n_train"], rows[1]["n"]) == (119, 119)
+    assert [row["n_train"] for row in rows[1:]] == [row["n"] for row in rows[1:]] == [119, 119]
     assert rows[1]["score"] == 1
     assert rows[1]["bad_images"] == rows[0]["bad_images"]
     assert len(rows[0]["bad_images"]) == 1
-    assert "colors/train: 1 of 120 images cannot be used" in caplog.text
+    assert caplog.text.count("colors/train: 1 of 120 images cannot be used") == 1
+    assert caplog.text.count("colors/test: 1 of 120 images cannot be used") == 1
 
 
 def test_a_model_cannot_take_the_students_name(run_folder: Path, tmp_path: Path) -> None:
@@ -191,3 +206,225 @@ def test_a_model_cannot_take_the_students_name(run_folder: Path, tmp_path: Path)
 def test_without_a_student_there_is_nothing_to_evaluate(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="distill stage has not finished"):
         run(tmp_path, tmp_path / "out", sets={"d": "builtin:digits"})
+
+
+def finished(folder: Path, out: Path) -> RunFolder:
+    """A run whose evaluate stage left what is in `out`."""
+    target = folder / "evaluate"
+    shutil.copytree(out, target)
+    record = StageRecord("evaluate", "k", 2, {}, {}, {}, {}, "cpu", "", 0.0)
+    write_json(target / "manifest.json", dataclasses.asdict(record))
+    return RunFolder(folder)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The model and set of every task that is really measured from now on."""
+    measured: list[tuple[str, str]] = []
+    add = evaluate.Results.add
+
+    def spy(self: Any, key: str, rows: Any, answers: Any) -> None:
+        measured.append((rows[0]["model"], f"{rows[0]['set']} {rows[0]['task']}"))
+        add(self, key, rows, answers)
+
+    monkeypatch.setattr(evaluate.Results, "add", spy)
+    return measured
+
+
+def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = pair_tar(tmp_path / "pairs.tar", {f"p{number}": (f"caption {number}",) for number in range(6)})
+    settings: dict[str, Any] = {
+        "sets": {"colors": str(tar_set(tmp_path / "colors", each=4))},
+        "retrieval": {"pairs": [str(pairs)]},
+        "compare": {"other": f"local-dir:{run_folder / 'other'}"},
+    }
+    whole = run(run_folder, tmp_path / "whole", **settings)
+
+    out = tmp_path / "out"
+    out.mkdir()
+    measured = counted(monkeypatch)
+    spy = evaluate.Results.add
+
+    def killed(self: Any, key: str, rows: Any, answers: Any) -> None:
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        spy(self, key, rows, answers)
+
+    monkeypatch.setattr(evaluate.Results, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(RunFolder(run_folder), out, recipe(**settings))
+    first = list(measured)
+    measured.clear()
+    monkeypatch.setattr(evaluate.Results, "add", spy)
+    again = evaluate.run(RunFolder(run_folder), out, recipe(**settings))
+    assert [*first, *measured] == [
+        (model, name) for model in ("student", "other") for name in TASKS_OF_COLORS_AND_PAIRS
+    ]
+    assert again == whole[0]
+    files = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for name, content in files.items():
+        assert (tmp_path / "whole" / name).read_bytes() == content
+    assert len(files) == len([path for path in (tmp_path / "whole").rglob("*") if path.is_file()])
+
+
+TASKS_OF_COLORS_AND_PAIRS = ("colors zero_shot", "colors linear_probe", "colors knn", "pairs retrieval")
+
+
+def test_only_what_is_new_is_measured_when_a_model_or_a_set_is_added(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder / "distill", folder / "distill")
+    settings: dict[str, Any] = {"sets": {"colors": str(tar_set(tmp_path / "colors"))}, "linear_probe": False}
+    run(folder, tmp_path / "first", **settings)
+    finished(folder, tmp_path / "first")
+    measured = counted(monkeypatch)
+    settings["compare"] = {"other": f"local-dir:{run_folder / 'other'}"}
+    settings["sets"]["shapes"] = str(tar_set(tmp_path / "shapes"))
+    _, rows = run(folder, tmp_path / "second", **settings)
+    new = [("student", "shapes"), ("other", "colors"), ("other", "shapes")]
+    assert measured == [(model, f"{name} {task}") for model, name in new for task in ("zero_shot", "knn")]
+    assert len(rows) == 8
+    assert {path.name for path in (folder / "features").iterdir()} == {name for row in rows for name in row["cached"]}
+
+
+@pytest.mark.parametrize("changed", ["image", "template", "seed"])
+def test_what_a_result_depends_on_makes_it_stale(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder / "distill", folder / "distill")
+    root = tar_set(tmp_path / "colors", splits=("test",))
+    settings: dict[str, Any] = {"sets": {"colors": str(root)}}
+    run(folder, tmp_path / "first", **settings)
+    finished(folder, tmp_path / "first")
+    measured = counted(monkeypatch)
+    run(folder, tmp_path / "same", **settings)
+    assert measured == []
+    if changed == "image":
+        write_tar(root / "test" / "0.tar", samples(3, seed=5))
+    elif changed == "template":
+        (root / "zeroshot_classification_templates.txt").write_text("{c}")
+    else:
+        settings["seed"] = 1
+    run(folder, tmp_path / "changed", **settings)
+    assert measured == [("student", "colors zero_shot")]
+
+
+def test_models_are_compared_without_any_student(run_folder: Path, tmp_path: Path) -> None:
+    compare = dict.fromkeys(("one", "two"), f"local-dir:{run_folder / 'other'}")
+    sets = {"colors": str(tar_set(tmp_path / "colors"))}
+    summary, rows = run(tmp_path, tmp_path / "out", sets=sets, compare=compare, student=False)
+    assert list(dict.fromkeys(row["model"] for row in rows)) == ["one", "two"]
+    assert summary["headline"].startswith("one: zero-shot")
+    (line, mean) = read_json(tmp_path / "out" / "linear_probe.json")["differences"]
+    assert (line["model"], line["other"], line["difference"], line["low"], line["high"]) == ("one", "two", 0, 0, 0)
+    assert mean["group"] == "mean of 1/1"
+
+
+def test_a_recipe_without_a_student_has_no_other_stage() -> None:
+    compare = {"one": "local-dir:x"}
+    alone = recipe(sets={"d": "builtin:digits"}, compare=compare, student=False)
+    assert [stage.name for stage in pipeline.active_stages(alone)] == ["evaluate"]
+    with pytest.raises(ConfigError, match=r"evaluate\.student: false, and evaluate\.compare names no model"):
+        recipe(sets={"d": "builtin:digits"}, student=False)
+
+
+def test_our_zero_shot_is_open_clips_own_to_the_last_image(tmp_path: Path) -> None:
+    """Everything by open_clip: model, preprocessing, tokenizer, prompts and classifier, image after image."""
+    root, clip, out = tar_set(tmp_path / "colors", each=20), tiny_clip(tmp_path), tmp_path / "out"
+    with torch.no_grad():  # so that what a random model answers depends on the image
+        clip.model.get_parameter("visual.class_embedding").zero_()
+        for name, weight in clip.model.named_parameters():
+            weight.mul_(10 if "attn" in name else 1)
+    export_student(clip, tmp_path / "varied", head_state={}, provenance={})
+    source = f"local-dir:{tmp_path / 'varied'}"
+    settings: dict[str, Any] = {"linear_probe": False, "knn": False, "student": False, "compare": {"varied": source}}
+    _, rows = run(tmp_path, out, sets={"colors": str(root)}, **settings)
+    model, preprocess = cast(tuple[Any, Any], open_clip.create_model_from_pretrained(source))
+    templates = (root / "zeroshot_classification_templates.txt").read_text().splitlines()
+    classes = (root / "classnames.txt").read_text().splitlines()
+    classifier = open_clip.build_zero_shot_classifier(
+        model, open_clip.get_tokenizer(source), classes, [text.replace("{c}", "{}") for text in templates]
+    )
+    split = open_set("colors", str(root), max_pixels=10**6).split("test")
+    answers = []
+    with torch.inference_mode():
+        for row in range(len(split)):
+            image = model.encode_image(preprocess(split.load(row)).unsqueeze(0), normalize=True)
+            answers.append(int((100 * image @ classifier).argmax()))
+    with np.load(out / "answers" / rows[0]["answers"]) as ours:
+        assert ours["predicted"].tolist() == answers
+    assert len(set(answers)) == 3
+
+
+def test_confusions_name_the_classes(run_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _, rows = run(run_folder, out, sets={"colors": str(tar_set(tmp_path / "colors", each=10))}, linear_probe=False)
+    wrong = 30 - round(30 * rows[0]["top1"])
+    assert sum(count for _, _, count in rows[0]["confusions"]) == wrong > 0
+    for truth, answer, _ in rows[0]["confusions"]:
+        assert {truth, answer} < {"red thing", "green thing", "blue thing"}
+        assert truth != answer
+
+
+def encoder(run_folder: Path, cache: Path) -> Encoder:
+    clip = load_clip(f"local-dir:{run_folder / 'distill' / 'student'}")
+    return Encoder("student", clip, cache, device=torch.device("cpu"), batch_size=16, workers=0)
+
+
+def measured_rows(labelled: EvaluationSet, encoder: Encoder, imagenet: EvaluationSet | None = None) -> dict[str, Any]:
+    page = recipe(sets={"x": "y"})
+    tasks = tasks_of(labelled, page.evaluate, page.machine, imagenet=imagenet)
+    return {task.name: task.measure(encoder)[0][0] for task in tasks}
+
+
+def test_a_shifted_set_has_imagenets_accuracy_on_the_same_classes_beside_it(run_folder: Path, tmp_path: Path) -> None:
+    imagenet = open_set("colors", str(tar_set(tmp_path / "colors", each=20, splits=("test",))), max_pixels=10**6)
+    two = dataclasses.replace(imagenet, class_names=imagenet.class_names[1:])
+    labels = imagenet.split("test").labels
+    part = dataclasses.replace(imagenet.split("test"), labels=np.maximum(labels - 1, 0), title="shifted/test")
+    shifted = dataclasses.replace(two, name="shifted", splits={"test": part}, superset_classes=np.array([1, 2]))
+    there = encoder(run_folder, tmp_path / "cache")
+    row = measured_rows(shifted, there, imagenet)["zero_shot"]
+    of_these = dataclasses.replace(two, splits={"test": part_of(imagenet, [1, 2])})
+    alone = measured_rows(of_these, there)["zero_shot"]
+    assert row["imagenet_same_classes_n"] == 40
+    assert row["imagenet_same_classes"] == alone["score"]
+    assert "imagenet_same_classes" not in measured_rows(shifted, there, None)["zero_shot"]
+    assert "imagenet_same_classes" not in measured_rows(imagenet, there, imagenet)["zero_shot"]
+    sketch = dataclasses.replace(imagenet, name="sketch", task="imagenet_sketch")
+    whole = measured_rows(sketch, there, imagenet)["zero_shot"]
+    assert (whole["imagenet_same_classes"], whole["imagenet_same_classes_n"]) == (whole["score"], 60)
+
+
+def part_of(labelled: EvaluationSet, classes: list[int]) -> LabelledImages:
+    """The images of some classes, numbered from 0, as a split of their own."""
+    test = labelled.split("test")
+    rows = np.flatnonzero(np.isin(test.labels, classes))
+
+    class Some:
+        def name(self, row: int) -> str:
+            return test.name(int(rows[row]))
+
+        def load(self, row: int) -> Any:
+            return test.load(int(rows[row]))
+
+    labels = np.searchsorted(classes, test.labels[rows])
+    return dataclasses.replace(test, labels=labels, images=Some(), title="some/test", fingerprint="some")
+
+
+def test_the_probe_of_a_set_with_folds_is_the_mean_over_them(run_folder: Path, tmp_path: Path) -> None:
+    root = tar_set(tmp_path / "colors", each=40)
+    (_, _), *others = samples(40)
+    write_tar(root / "train" / "0.tar", [("s0000.jpg", b"no image"), *others])
+    whole = open_set("colors", str(root), max_pixels=10**6)
+    folds = (np.arange(15), np.arange(15, 30))  # row 0 cannot be decoded
+    row = measured_rows(dataclasses.replace(whole, folds=folds), encoder(run_folder, tmp_path / "cache"))[
+        "linear_probe"
+    ]
+    assert [fold["n_train"] for fold in row["folds"]] == [14, 15]
+    assert row["score"] == row["top1"] == pytest.approx(sum(fold["score"] for fold in row["folds"]) / 2)
+    assert row["low"] <= row["score"] <= row["high"]
+    assert "C" not in row

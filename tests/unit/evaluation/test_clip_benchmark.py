@@ -1,0 +1,93 @@
+"""Files as CLIP_benchmark writes them; where it is installed, its own `build` reads them and its own zero-shot agrees with ours."""
+
+import csv
+import importlib
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_sets import CLASSES, TEMPLATES, tar_set, tiny_clip
+
+from clip_cid.data.evaluation_sets import open_set
+from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
+from clip_cid.evaluation.features import Encoder
+from clip_cid.evaluation.zero_shot import prompt_classifier, zero_shot
+
+
+def row(model: str, name: str, task: str, **more: Any) -> dict[str, Any]:
+    return {"model": model, "set": name, "task": task, "metric": "top1", "score": 0.5, **more}
+
+
+ROWS = [
+    row("student", "cifar10", "zero_shot", top1=0.5, top5=0.9, mean_per_class=0.4),
+    row("student", "faces", "zero_shot", top1=0.7, top5=None, mean_per_class=0.6),
+    row("tag", "cifar10", "linear_probe", top1=0.8, mean_per_class=0.75),
+    row("tag", "coco", "retrieval", metric="text_to_image_R@5", score=0.25),
+    row("tag", "coco", "retrieval", metric="image_to_text_R@10", score=0.35),
+    row("tag", "cifar10", "knn", top1=0.1),
+]
+REFERENCES = {"student": "local-dir:runs/x/distill/student", "tag": "ViT-B-32/laion400m_e32"}
+
+
+def written(folder: Path) -> list[dict[str, Any]]:
+    assert write_clip_benchmark(folder, ROWS, REFERENCES) == 4
+    files = [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
+    return sorted(files, key=lambda file: (file["model"], file["dataset"], file["task"]))
+
+
+def test_the_keys_are_those_of_clip_benchmark(tmp_path: Path) -> None:
+    probe, recall, ours, faces = written(tmp_path / "cb")
+    assert probe == {
+        "dataset": "cifar10",
+        "model": "ViT-B-32",
+        "pretrained": "laion400m_e32",
+        "task": "linear_probe",
+        "metrics": {"lp_acc1": 0.8, "lp_mean_per_class_recall": 0.75},
+        "language": "en",
+    }
+    assert recall["task"] == "zeroshot_retrieval"
+    assert recall["metrics"] == {"image_retrieval_recall@5": 0.25, "text_retrieval_recall@10": 0.35}
+    assert (ours["model"], ours["pretrained"]) == ("student", REFERENCES["student"])
+    assert ours["metrics"] == {"acc1": 0.5, "acc5": 0.9, "mean_per_class_recall": 0.4}
+    assert faces["metrics"] == {"acc1": 0.7, "mean_per_class_recall": 0.6}
+
+
+def test_names_that_differ_only_in_odd_characters_have_files_of_their_own(tmp_path: Path) -> None:
+    rows = [row("a", name, "zero_shot", top1=0.5, mean_per_class=0.4) for name in ("x/y", "x y", "<x>y")]
+    assert write_clip_benchmark(tmp_path / "cb", rows, {"a": "run:x"}) == 3
+    assert len(list((tmp_path / "cb").iterdir())) == 3
+
+
+def test_its_build_makes_a_table_of_them(tmp_path: Path) -> None:
+    cli = pytest.importorskip("clip_benchmark.cli")
+    written(tmp_path / "cb")
+    cli.main_build(types.SimpleNamespace(files=[str(tmp_path / "cb")], output=str(tmp_path / "all.csv")))
+    with open(tmp_path / "all.csv", newline="") as handle:
+        lines = list(csv.DictReader(handle))
+    assert {(line["model_fullname"], line["dataset"], line["acc1"], line["lp_acc1"]) for line in lines} >= {
+        (f"student {REFERENCES['student']}", "cifar10", "0.5", ""),
+        ("ViT-B-32 laion400m_e32", "cifar10", "", "0.8"),
+    }
+
+
+def test_its_zero_shot_gives_our_answers_to_the_last_image(tmp_path: Path) -> None:
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+    builder = importlib.import_module("clip_benchmark.datasets.builder")
+    root, clip = tar_set(tmp_path / "colors", each=8), tiny_clip(tmp_path)
+    opened = open_set("colors", str(root), max_pixels=10**6)
+    encoder = Encoder("tiny", clip, tmp_path / "cache", device=torch.device("cpu"), batch_size=7, workers=0)
+    prompts = [prompt for label in range(len(CLASSES)) for prompt in opened.prompts(label)]
+    classifier = prompt_classifier(encoder.texts("p", prompts), num_classes=len(CLASSES))
+    found = encoder.images(opened.split("test"), before=False)
+    ours = zero_shot(found.after, classifier, opened.split("test").labels, metric="top1")
+
+    dataset = builder.build_dataset("wds/colors", root=str(root), transform=clip.preprocess, split="test")
+    loader = torch.utils.data.DataLoader(dataset.batched(5), batch_size=None)
+    weights = theirs.zero_shot_classifier(clip.model, clip.tokenizer, CLASSES, TEMPLATES, "cpu", amp=False)
+    logits, labels = theirs.run_classification(clip.model, weights, loader, "cpu", amp=False)
+    np.testing.assert_array_equal(opened.split("test").labels, labels.numpy())
+    np.testing.assert_array_equal(ours.predicted, logits.argmax(dim=1).numpy())

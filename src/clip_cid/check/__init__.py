@@ -133,7 +133,7 @@ def _measure(
         device=trainer.ranks.device,
         undone=missing,
         pairs=pairs,
-        held_out=_held_out(recipe, pairs),
+        held_out=tried.held_out,
         sights=sights,
         parameters=expect.count_parameters(tried.clip.model, trainer.model.objective.head),
         student=student,
@@ -220,11 +220,6 @@ def _unchecked(recipe: Recipe, missing: list[State], teacher: work.TeacherFacts 
     if recipe.distill.validation.measures:
         found.append("the time of the measurements on the way (distill.validation)")
     return found
-
-
-def _held_out(recipe: Recipe, pairs: int) -> int:
-    share = recipe.distill.validation.share
-    return round(pairs / (1 - share) * share)
 
 
 def _bytes_before(recipe: Recipe, missing: list[State], pairs: int, width: int) -> int:

@@ -56,6 +56,8 @@ class Tried:
     """Whether the targets are random."""
     teacher_dim: int | None
     """None without a teacher."""
+    held_out: int
+    """Pairs to measure on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,9 @@ def from_the_run(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks) -> 
     """
     work = distill.prepare(folder, out, recipe, ranks, soft_centers=False)
     teacher_dim = work.store.dim if work.store is not None else None
-    return Tried(work.clip, work.training, work.trainer, work.teaching.perplexity, False, teacher_dim)
+    validation = work.trainer.validation
+    held_out = 0 if validation is None or validation.batches is None else len(validation.batches.training)
+    return Tried(work.clip, work.training, work.trainer, work.teaching.perplexity, False, teacher_dim, held_out)
 
 
 def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, teacher: TeacherFacts) -> Tried:
@@ -121,9 +125,10 @@ def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ran
     """
     settings = recipe.distill
     pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
-    training = distill.plain_pairs(pairs)
+    training, held_out = distill.plain_pairs(pairs), 0
     if share := settings.validation.share:
-        training, _ = hold_out(training, share, batch_size=settings.batch_size, ranks=ranks.size)
+        training, measured = hold_out(training, share, batch_size=settings.batch_size, ranks=ranks.size)
+        held_out = len(measured.pairs)
     steps = distill.count_steps(settings, len(training))
     clip = distill.make_student(settings, teacher.width, recipe.machine)
     dim = teacher.width or clip.dim
@@ -140,7 +145,7 @@ def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ran
         ranks=ranks,
         machine=recipe.machine,
     )
-    return Tried(clip, training, trainer, None, True, dim)
+    return Tried(clip, training, trainer, None, True, dim, held_out)
 
 
 def add_random_targets(batch: Batch, recipe: Recipe, dim: int) -> Batch:

@@ -345,7 +345,7 @@ def test_a_sound_recipe_raises_no_doubt_but_its_tiny_size(case: Case):
         ({"distill": {"batch_size": 30}}, "distill.batch_size: 30 of 40 pairs"),
         (
             {"distill": {"validation": {"share": 0.25}}},
-            "10 pairs are held out, on which a recall is uncertain by up to 15.8%",
+            "6 pairs are held out, on which a recall is uncertain by up to 20.4%",
         ),
         ({"distill": {"sample_rate": 0.2}}, "distill.sample_rate: 0.2 is 1 of 6 centers a step"),
         ({"distill": {"precision": "fp16"}}, "distill.precision: fp16 on the CPU"),

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 from clip_cid import log, pipeline
-from clip_cid.errors import ConfigError, RunError
+from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.figures.ablation import AblationTable, Line, notes, write
 from clip_cid.recipe import PRESETS, Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder, read_json, write_json
@@ -141,6 +141,11 @@ def _teachers(recipe: Recipe, values: Sequence[str]) -> Ablation:
             f"ablate teacher: {len(changes)} teachers to compare.",
             fix="Name two or more with --values: run:PATH, local-dir:PATH, hf-hub:ORG/NAME, or NAME/TAG of open_clip.",
         )
+    if recipe.uses("balance") and recipe.balance.target_removed is None:
+        log.warn(
+            "a threshold means something else in each teacher's space; balance.target_removed in the recipe removes the"
+            " same share for all"
+        )
     own = recipe.embed.teacher
     return _ablation("teacher", changes, own=own if ":" in own else f"{own}/{recipe.embed.pretrained}")
 
@@ -250,10 +255,14 @@ def _make(run: Run, others: Sequence[RunFolder]) -> None:
     """The stages of one run up to its scores; what it says in detail goes into its folder."""
     started = time.monotonic()
     run.folder.path.mkdir(parents=True, exist_ok=True)
-    with log.quiet(run.folder.path / _TABLES):
-        pipeline.take_over(run.folder, run.recipe, others)
-        for stage in _stages(run.recipe):
-            pipeline.run(run.folder, run.recipe, only=stage.name)
+    try:
+        with log.quiet(run.folder.path / _TABLES):
+            pipeline.take_over(run.folder, run.recipe, others)
+            for stage in _stages(run.recipe):
+                pipeline.run(run.folder, run.recipe, only=stage.name)
+    except ClipCidError as error:
+        error.problem = f"{run.label}, seed {run.seed}: {error.problem}"
+        raise
     if (record := run.folder.record(_LAST)) is not None:
         log.info(f"ablate    {record.summary['headline']}; {log.duration(time.monotonic() - started)}")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from clip_cid import ablations, pipeline
+from clip_cid import ablations, log, pipeline
 from clip_cid.errors import ConfigError, RunError
 from clip_cid.figures import ablation as figure
 from clip_cid.recipe import Recipe, parse_recipe
@@ -293,6 +293,27 @@ def test_the_table_of_a_stopped_ablation_has_the_finished_runs(tmp_path: Path, r
         ablate(tmp_path)
     lines = (tmp_path / "ablation.csv").read_text().splitlines()
     assert [line.split(",")[:2] for line in lines[1:]] == [["0.05", "2"], ["0.07", "1"], ["0.09", "1"]]
+
+
+def test_an_error_names_the_run_it_stopped(tmp_path: Path, ran: list[str], monkeypatch):
+    def fail(*arguments: Any) -> None:
+        raise RunError("no loss is finite.", fix="Lower distill.lr.")
+
+    ablate(tmp_path, seeds=1)
+    monkeypatch.setattr(pipeline, "_run_stage", fail)
+    with pytest.raises(RunError) as error:
+        ablate(tmp_path, seeds=2)
+    assert error.value.problem == "0.05, seed 1: no loss is finite."
+
+
+def test_teachers_at_one_threshold_are_warned_of(monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    monkeypatch.setattr(log, "warn", said.append)
+    ablations.plan("teacher", recipe(balance={"target_removed": 0.4}), values=["run:a", "run:b"])
+    assert said == []
+    ablations.plan("teacher", recipe(), values=["run:a", "run:b"])
+    assert len(said) == 1
+    assert "balance.target_removed" in said[0]
 
 
 def test_a_folder_of_another_ablation_is_refused(tmp_path: Path, ran: list[str]):

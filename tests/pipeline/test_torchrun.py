@@ -175,7 +175,7 @@ def test_all_killed_in_the_middle_the_same_command_goes_on_to_the_same_weights(w
     code, said = start(work, "killed")
     assert code == 0, said
     assert "going on where it stopped" in said
-    assert said.count(f"of {STEPS} ") <= 1
+    assert said.count("goes on after step") == 1
     for name in STAGE_FILES[:2]:
         ours, theirs = ((work / run / "distill" / name) for run in ("killed", "joint"))
         mine, others = load_file(ours), load_file(theirs)

@@ -113,6 +113,20 @@ def test_a_locked_tower_is_left_as_it_was_loaded(finished: Case, lock: str):
     assert same == (image if lock == "image" else before.keys() - image - {"logit_scale"})
 
 
+def test_a_text_tower_of_its_own_is_trained_left_and_locked(case: Case):
+    """As SigLIP's and those with a Hugging Face text model have it; here it is open_clip's transformer."""
+    path = case.path / "custom.json"
+    path.write_text(json.dumps({**STUDENT, "custom_text": True}))
+    case.run("distill", student=str(path), steps=2, machine={"grad_checkpointing": True})
+    (case.folder.path / "distill" / "manifest.json").write_text("{}")
+    assert type(load(exported(case, "distill"))).__name__ == "CustomTextCLIP"
+    locked = {"pretrained": f"run:{case.folder.path}", "lock": "text", "steps": 2}
+    case.run("warm", student=str(path), **locked)
+    before, after = (load_file(exported(case, out) / WEIGHTS) for out in ("distill", "warm"))
+    same = {name for name, value in before.items() if torch.equal(value, after[name])}
+    assert same == {name for name in before if name.startswith("text.")}
+
+
 # Towers of timm, batch normalization
 
 

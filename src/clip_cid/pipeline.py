@@ -42,7 +42,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("embed", needs=(), sections=("pairs", "embed"), resumable=True),
+    Stage("embed", needs=(), sections=("pairs", "embed"), version=2, resumable=True),
     Stage("balance", needs=("embed",), sections=("balance",), version=2, resumable=True, grows=True),
     Stage("cluster", needs=("embed", "balance"), sections=("cluster",), version=2, resumable=True),
     Stage("distill", needs=("embed", "balance", "cluster"), sections=("pairs", "distill"), version=3, resumable=True),

@@ -237,8 +237,8 @@ class DistillConfig(Config):
     """tau: softens both distributions of `L_kl`."""
     share_scale: bool = False
     """Let the instance losses use the student's own learned scale instead of one of theirs."""
-    teacher_scale: PositiveFloat = 100.0
-    """The teacher's own factor from cosines to logits, for weights.affinity."""
+    teacher_scale: PositiveFloat | None = None
+    """The teacher's factor from cosines to logits, for weights.affinity; its own, which is stored with its embeddings, when absent (100 for embeddings from elsewhere)."""
     affinity_scale: PositiveFloat | None = None
     """The student's factor for weights.affinity; its learned one when absent."""
     crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.9

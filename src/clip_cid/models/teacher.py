@@ -26,7 +26,8 @@ class Teacher:
     clip: Clip
     dim: int
     identity: dict[str, Any]
-    """reference, weights_sha256, model_cfg, preprocessing, precision: what decides the numbers of an embedding."""
+    """reference, weights_sha256, model_cfg, preprocessing, precision: what decides the numbers of an embedding; and
+    logit_scale, the factor from its cosines to its logits."""
 
     def encode_images(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """`v_t` of METHOD: unit image embeddings, on the teacher's device.
@@ -84,6 +85,7 @@ def load_teacher(embed: EmbedConfig, *, device: str) -> Teacher:
         "model_cfg": clip.model_cfg,
         "preprocessing": clip.preprocess_cfg,
         "precision": _precision(embed.precision, clip.device),
+        "logit_scale": float(clip.model.state_dict()["logit_scale"].exp()),
     }
     return Teacher(clip=clip, dim=clip.dim, identity=identity)
 

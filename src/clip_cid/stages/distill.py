@@ -38,6 +38,7 @@ from clip_cid.training.validation import HeldOut, Validation, hold_out
 _DONE = "summary.json"
 _SOFT = "soft_centers"
 _COMPARED_CAPTIONS = 100
+_USUAL_SCALE = 100.0
 _ASKED = 512  # teacher embeddings that tell the perplexity: its mean is then known to a few percent
 
 
@@ -101,7 +102,10 @@ def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, *, soft_
     teacher_dim = store.dim if store is not None else None
     clip = make_student(settings, teacher_dim, machine)
     teaching = read_teacher(settings, training, store, centers)
-    objective = make_objective(settings, clip, teacher_dim, centers, scale=teaching.scale, ranks=ranks)
+    own_scale = teacher_scale(settings, store.info.teacher if store is not None else None)
+    objective = make_objective(
+        settings, clip, teacher_dim, centers, scale=teaching.scale, teacher_scale=own_scale, ranks=ranks
+    )
     model = Distillation(clip.model, objective, lock=settings.lock).train()  # but for the tower that is locked
     model.student = with_joint_statistics(model.student, ranks, machine.micro_batch)
     if centers is not None and training.labels is not None:
@@ -419,6 +423,16 @@ def with_soft_centers(
     return dataclasses.replace(training, soft_centers=found)
 
 
+def teacher_scale(settings: DistillConfig, teacher: dict[str, Any] | None) -> float:
+    """The teacher's factor from cosines to logits: as set, as stored with its embeddings, or what CLIP models end with."""
+    if settings.teacher_scale is not None or not settings.weights.affinity:
+        return settings.teacher_scale or _USUAL_SCALE
+    if "logit_scale" in (teacher or {}):
+        return float((teacher or {})["logit_scale"])
+    log.info(f"distill   the teacher's logit scale is not stored with these embeddings; {_USUAL_SCALE:g} is taken")
+    return _USUAL_SCALE
+
+
 def make_objective(
     settings: DistillConfig,
     clip: Clip,
@@ -427,6 +441,7 @@ def make_objective(
     *,
     scale: float,
     ranks: Ranks,
+    teacher_scale: float = _USUAL_SCALE,
 ) -> Objective:
     """What learns beside the student. A head that learns is spread over the ranks: its gradient then stays where it is."""
     shard = None
@@ -447,7 +462,7 @@ def make_objective(
             sample_rate=settings.sample_rate,
             logq=settings.logq,
             temperature=settings.temperature,
-            teacher_scale=settings.teacher_scale,
+            teacher_scale=teacher_scale,
             affinity_scale=settings.affinity_scale,
             share_scale=settings.share_scale,
         )

@@ -75,6 +75,7 @@ def test_auto_precision_is_fp32_on_the_cpu(teacher: Teacher) -> None:
 def test_the_identity_names_weights_and_preprocessing(teacher: Teacher, reference: str) -> None:
     assert teacher.identity["reference"] == reference
     assert teacher.identity["preprocessing"]["size"] == [32, 32]
+    assert teacher.identity["logit_scale"] == pytest.approx(1 / 0.07)
     assert teacher.dim == 12
     assert json.loads(json.dumps(teacher.identity)) == teacher.identity
 

@@ -395,3 +395,16 @@ def test_a_device_without_float64_is_refused_where_clusters_are_compared(case: C
     assert "Set machine.device: cpu" in str(error.value)
     distill.refuse_without_float64(cpu, case.recipe())
     distill.refuse_without_float64(mps, case.recipe(weights={"cluster_cls": 0, "cluster_kl": 0}))
+
+
+def test_the_teachers_own_scale_goes_before_the_usual_one_and_a_set_one_before_both(caplog: pytest.LogCaptureFixture):
+    affinity = make_config(weights="open-clip")
+    assert distill.teacher_scale(affinity, {"logit_scale": 17.5}) == 17.5
+    assert distill.teacher_scale(make_config(weights="open-clip", teacher_scale=30), {"logit_scale": 17.5}) == 30
+    assert not caplog.records
+    assert distill.teacher_scale(affinity, {"reference": "elsewhere"}) == 100
+    assert "100 is taken" in caplog.text
+
+
+def make_config(**settings: Any) -> DistillConfig:
+    return DistillConfig.model_validate(settings)

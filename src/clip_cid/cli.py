@@ -65,7 +65,11 @@ _OF_EVALUATE: tuple[tuple[str, Any, str], ...] = (
     ),
     ("pretrained", str | None, "The open_clip tag of the --model that are plain names."),
 )
-_EXTRAS = {"balance": _OF_BALANCE, "evaluate": _OF_EVALUATE}
+_OF_REPORT: tuple[tuple[str, Any, str], ...] = (
+    ("blur", bool, "Short for --report.blur: every picture of the data is blurred until it is pointed at or clicked."),
+    ("no_images", bool, "Short for --report.no-images: no picture of the data, numbers only."),
+)
+_EXTRAS = {"balance": _OF_BALANCE, "evaluate": _OF_EVALUATE, "report": _OF_REPORT}
 _TAKEN_OVER = {"embeddings": "embed", "kept": "balance", "clusters": "cluster"}
 
 
@@ -143,6 +147,10 @@ def _stage_command(stage: str | None, sections: Sequence[str], recipe: Recipe) -
                 settings[section]["existing"] = existing
         if getattr(flags, "target_removed", None) is not None:
             settings["balance"]["target_removed"] = flags.target_removed
+        if getattr(flags, "blur", False):
+            settings["report"]["blur"] = True
+        if getattr(flags, "no_images", False):
+            settings["report"]["images"] = False
         if models := _models(getattr(flags, "model", ()), getattr(flags, "pretrained", None)):
             settings["evaluate"]["compare"] |= models
             if flags.recipe is None and not (flags.run / pipeline.RECIPE_FILE).is_file():

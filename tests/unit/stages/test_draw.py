@@ -60,13 +60,14 @@ def lines(path: Path) -> list[dict[str, str]]:
 
 def test_a_full_run_has_every_figure_with_its_csv(full: Drawn) -> None:
     out, summary = full.out, full.summary
-    assert set(summary["left_out"]) == {"scores_retrieval"}
+    assert set(summary["left_out"]) == {"scores_retrieval", "scores_knn"}
     curves = {
         "activation_maps",
         "cluster_rounds",
         "cluster_sizes",
         "distances",
         "embedding_map",
+        "gain",
         "losses",
         "patch_pca",
         "removed_share",
@@ -74,9 +75,10 @@ def test_a_full_run_has_every_figure_with_its_csv(full: Drawn) -> None:
         "scores_linear_probe",
         "radar",
         "single_linkage",
+        "throughput",
         "weights",
     }
-    assert {path.stem for path in out.glob("*.svg")} == curves
+    assert {path.stem for path in out.glob("*.svg")} == curves | {"cluster_sizes_small"}
     assert {path.stem for path in out.glob("*.csv")} == curves | {"removed_sets", "removed_pairs", "clusters"}
     assert {path.stem for path in out.glob("*.png")} == {"duplicates", "clusters"}
     assert json.dumps(summary, allow_nan=False)

@@ -175,9 +175,7 @@ def _bars(axes: Axes, rows: Sequence[ScoreRow], models: Sequence[str], places: n
     axes.spines["left"].set_visible(False)
 
 
-def _deltas(
-    axes: Axes, rows: Sequence[ScoreRow], reference: str, places: np.ndarray, differences: Differences
-) -> None:
+def _deltas(axes: Axes, rows: Sequence[ScoreRow], reference: str, places: np.ndarray, differences: Differences) -> None:
     """The lead with its paired interval, faint where that holds 0; the number stands at the interval's end."""
     present = [(d, row, p) for row, p in zip(rows, places, strict=True) if (d := row.delta(reference)) is not None]
     largest = 0.0

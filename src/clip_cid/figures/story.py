@@ -41,7 +41,9 @@ def removed(balance: Mapping[str, Any]) -> Statement | None:
     """How much the balance removed, and whether it was right; None where it removed nothing."""
     if not balance["removed"]:
         return None
-    sentences = [f"{balance['removed']:,} of {balance['ok']:,} images are gone: to the teacher, each repeats a kept one."]
+    sentences = [
+        f"{balance['removed']:,} of {balance['ok']:,} images are gone: to the teacher, each repeats a kept one."
+    ]
     truth, kinds = balance.get("truth"), balance.get("kinds")
     if truth:
         sentences.append(
@@ -55,7 +57,9 @@ def removed(balance: Mapping[str, Any]) -> Statement | None:
         )
     if "from" in balance:
         sentences = [f"{balance['removed']:,} of {balance['ok']:,} images were left out by a list made elsewhere."]
-    return Statement(_percent(balance["removed_share"]), "removed as duplicates", sentences, "balance", "What was removed")
+    return Statement(
+        _percent(balance["removed_share"]), "removed as duplicates", sentences, "balance", "What was removed"
+    )
 
 
 def flattened(sizes: Mapping[str, Mapping[str, float]]) -> Statement | None:
@@ -132,9 +136,7 @@ def _equal_steps(baseline: str, student: Trained, other: Trained | None) -> str:
         )
     plain = "plain CLIP (its loss alone), " if other.losses == ("clip",) else ""
     same = "the same architecture" if other.student == student.student else f"another architecture ({other.student})"
-    return (
-        f"The {baseline} is {plain}{same}, at equal steps: both took {student.steps:,} and saw {student.pairs_seen:,} pairs."
-    )
+    return f"The {baseline} is {plain}{same}, at equal steps: both took {student.steps:,} and saw {student.pairs_seen:,} pairs."
 
 
 def _percent(share: float) -> str:

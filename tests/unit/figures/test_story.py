@@ -23,7 +23,15 @@ def tables(folder: Path, difference: float, low: float, high: float) -> tuple[li
     folder.mkdir(parents=True, exist_ok=True)
     pair = {"model": "student", "other": "baseline"}
     mean = {"group": "mean of 2/2", "metric": "mean", "difference": difference, "low": low, "high": high, **pair}
-    behind = {"model": "baseline", "other": "teacher", "set": "a", "metric": "top1", "difference": 9, "low": 9, "high": 9}
+    behind = {
+        "model": "baseline",
+        "other": "teacher",
+        "set": "a",
+        "metric": "top1",
+        "difference": 9,
+        "low": 9,
+        "high": 9,
+    }
     first = {"set": "a", "metric": "top1", "difference": 0.9, "low": 0.8, "high": 1.0, **pair}
     group = {"title": "mean of 2/2", "mean": {"student": 0.5, "baseline": 0.5 - difference}}
     write(folder, "zero_shot", {"differences": [first, mean, behind], "groups": [group], "missing": {}})
@@ -74,7 +82,10 @@ def test_a_loss_is_told_as_one(tmp_path: Path) -> None:
     [
         (Trained(500, 32_000, "tiny", ("clip",)), "Not of equal work: the student took 250 steps"),
         (Trained(250, 16_000, "tiny", ("clip",)), "the baseline 250 and 16,000"),
-        (Trained(250, 32_000, "large", ("clip",)), "plain CLIP (its loss alone), another architecture (large), at equal"),
+        (
+            Trained(250, 32_000, "large", ("clip",)),
+            "plain CLIP (its loss alone), another architecture (large), at equal",
+        ),
         (Trained(250, 32_000, "tiny", ("clip", "icl")), "The baseline is the same architecture, at equal steps"),
         (None, "is not known here, so the comparison may be of unequal work"),
     ],
@@ -131,7 +142,10 @@ def test_what_was_removed_is_told_with_what_is_known_of_it() -> None:
 def test_clusters_are_called_more_even_only_where_the_number_shown_says_so(
     before: float, after: float, words: str
 ) -> None:
-    sizes = {"before": {"gini": before, "largest": 9, "images": 40}, "after": {"gini": after, "largest": 5, "images": 30}}
+    sizes = {
+        "before": {"gini": before, "largest": 9, "images": 40},
+        "after": {"gini": after, "largest": 5, "images": 30},
+    }
     found = story.flattened(sizes)
     assert found is not None
     assert found.heading == words

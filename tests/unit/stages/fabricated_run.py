@@ -106,9 +106,7 @@ def _cluster_summary(kept: np.ndarray, clusters: Clusters) -> dict[str, Any]:
     }
 
 
-def publish(
-    folder: RunFolder, stage: str, summary: dict[str, Any], *, settings: dict[str, Any] | None = None
-) -> None:
+def publish(folder: RunFolder, stage: str, summary: dict[str, Any], *, settings: dict[str, Any] | None = None) -> None:
     """Record what lies in `stage.part/` as the stage's result."""
     folder.publish(
         StageRecord(

@@ -119,8 +119,9 @@ def test_the_same_files_give_the_same_bytes(full: Drawn, tmp_path: Path) -> None
 def test_a_plain_run_leaves_out_what_needs_a_teacher_and_says_why(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, **PLAIN)
     plain = redrawn(make_run(tmp_path, recipe), recipe, tmp_path / "out")
-    of_the_student = {"losses", "scores_zero_shot", "scores_linear_probe", "weights", "patch_pca", "activation_maps"}
-    assert set(plain.summary["figures"]) == of_the_student
+    of_scores = {"scores_zero_shot", "scores_linear_probe"}
+    of_the_student = {"losses", "throughput", "weights", "patch_pca", "activation_maps"}
+    assert set(plain.summary["figures"]) == of_the_student | of_scores
     assert plain.summary["left_out"]["duplicates"] == "this recipe does not balance"
     assert plain.summary["left_out"]["cluster_sizes"] == "this recipe does not cluster"
     assert plain.summary["left_out"]["radar"] == "there is one model only"

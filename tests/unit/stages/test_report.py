@@ -437,8 +437,11 @@ def test_the_first_screen_says_what_was_removed_how_the_clusters_changed_and_who
 
 
 def test_equal_steps_are_read_from_the_baselines_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, recipe = drawn(tmp_path, evaluate={"compare": {"baseline": f"run:{tmp_path / 'other'}", "teacher": "run:t"}})
+    folder, recipe = drawn(
+        tmp_path, evaluate={"compare": {"baseline": f"run:{tmp_path / 'other'}", "teacher": "run:t"}}
+    )
     other = RunFolder(tmp_path / "other")
+    other.path.mkdir()
     part = other.begin("distill", "key", resumable=False)
     (part / "student").mkdir()
     plain = make_recipe(tmp_path, **PLAIN).distill.model_dump(mode="json")
@@ -507,17 +510,55 @@ def test_blurred_pictures_are_shown_by_pointer_keyboard_or_tap_and_never_on_pape
     assert re.search(r"\.blur [^{]*\{ filter: blur\(10px\) !important", paper)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium to open the page in")
-@pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_opens_the_page_without_complaint(full: tuple[RunFolder, Recipe], tmp_path: Path, width: int) -> None:
-    out, _ = write(*full)
+def browse(page: Path, work: Path, *, width: int = 1200) -> tuple[np.ndarray, str, set[str]]:
+    """What a browser shows of a page, what it complains of, and which addresses the page made it ask for."""
     assert CHROMIUM is not None
     quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-    command = [CHROMIUM, "--headless", "--no-sandbox", *quiet.split(), f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [f"--window-size={width},1500", "--enable-logging=stderr", f"--screenshot={tmp_path / 'page.png'}"]
-    done = subprocess.run([*command, (out / "report.html").as_uri()], capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in done.stderr
-    with Image.open(tmp_path / "page.png") as shot:
-        colors = shot.convert("RGB").getcolors(maxcolors=1 << 24)
-    assert colors is not None
-    assert len(colors) > 100
+    command = [CHROMIUM, "--headless", "--no-sandbox", *quiet.split(), f"--user-data-dir={work / 'profile'}"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--log-net-log={work / 'net.json'}"]
+    command += [f"--window-size={width},1500", "--enable-logging=stderr", f"--screenshot={work / 'page.png'}"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
+    with Image.open(work / "page.png") as shot:
+        pixels = np.asarray(shot.convert("RGB"), dtype=np.float64)
+    asked = set(re.findall(r'"url":"(https?://[^"]*)', (work / "net.json").read_text()))
+    own = re.compile(r"https?://([a-z0-9-]+\.)*(google|googleapis|gvt1|gstatic)\.com/")  # the browser's, of any page
+    return pixels, done.stderr, {address for address in asked if not own.match(address)}
+
+
+needs_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium to open the page in")
+
+
+@needs_a_browser
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_opens_the_page_without_complaint_or_request(
+    full: tuple[RunFolder, Recipe], tmp_path: Path, width: int
+) -> None:
+    out, _ = write(*full)
+    pixels, said, asked = browse(out / "report.html", tmp_path, width=width)
+    assert "CONSOLE" not in said
+    assert asked == set()
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+
+
+@needs_a_browser
+def test_a_request_and_a_complaint_would_be_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("<img src='http://localhost:9/x.png'><script>console.error('oh')</script>")
+    _, said, asked = browse(page, tmp_path)
+    assert asked == {"http://localhost:9/x.png"}
+    assert "CONSOLE" in said
+
+
+@needs_a_browser
+def test_blurred_pictures_have_no_edges(full: tuple[RunFolder, Recipe], tmp_path: Path) -> None:
+    folder, _ = full
+
+    def edges(blur: bool) -> float:
+        """Steps between neighbors where the page is colorful; its text is not, and the pictures are noise."""
+        out, _ = write(folder, make_recipe(folder.path.parent, report={"blur": blur}))
+        pixels, *_ = browse(out / "report.html", tmp_path)
+        colorful = np.ptp(pixels, axis=2) > 40
+        steps = np.abs(np.diff(pixels, axis=1)).sum(axis=2)
+        return float(steps[colorful[:, 1:]].sum())
+
+    assert edges(blur=True) < 0.5 * edges(blur=False)

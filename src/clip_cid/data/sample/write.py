@@ -30,7 +30,7 @@ VERSION = 2
 
 _DUPLICATES = 0.4
 _PERCEPTUAL = 0.5
-_POPULARITY = 0.8
+_POPULARITY = 1.0
 _SEVERAL_CAPTIONS = 0.4
 _SHARD = 2_000
 _MARK = "sample.json"
@@ -152,9 +152,7 @@ def _plan(pairs: int, rng: random.Random) -> list[_Entry]:
     return entries
 
 
-def _pair(
-    row: int, entry: _Entry, scene: Scene, seed: int, *, brief_share: float = BRIEF_SHARE
-) -> tuple[str, Members]:
+def _pair(row: int, entry: _Entry, scene: Scene, seed: int, *, brief_share: float = BRIEF_SHARE) -> tuple[str, Members]:
     """Key and files of one pair. Its own random numbers make it independent of all others."""
     first = random.Random(f"{seed}/scene {entry.group}")
     own = random.Random(f"{seed}/pair {row}")

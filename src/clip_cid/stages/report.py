@@ -84,6 +84,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
         "side": recipe.report.thumbnail_px,
         "removed_sets": _gallery(galleries.removed_sets, draw / "removed_sets.csv", thumbnails),
         "removed_pairs": pairs,
+        "examples": {} if no_pictures else galleries.typical_pairs(pairs),
         "clusters": _gallery(galleries.clusters, draw / "clusters.csv", thumbnails),
         "sample": galleries.sample(sample, thumbnails),
         "scores": measured,

@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -24,6 +24,7 @@ of it and repeats nothing that is up to date; each stage is also a command of it
 an error. Exit code 0 is success, 1 bad data or state, 2 a bad setting."""
 
 _STAGE_HELP = {
+    "check": "Try the first steps of a training that is thrown away: mistakes, memory, FLOPs, disk and hours, before it begins.",
     "run": "Run every stage that is missing or stale, in order, and say why.",
     "embed": "Compute the teacher's image and text embeddings once and store them.",
     "balance": "Keep one image of each set of near-duplicates (image semantic balance, paper 3.1).",
@@ -38,7 +39,6 @@ _STAGE_HELP = {
 _FOLDER = "The run folder, made when it does not exist."
 _COMMON: tuple[tuple[str, Any, str], ...] = (
     ("recipe", Path | None, "A recipe file; without it the one stored in the run folder, else the defaults."),
-    ("force", bool, "Run even what is up to date."),
     (
         "embeddings",
         Path | None,
@@ -48,6 +48,7 @@ _COMMON: tuple[tuple[str, Any, str], ...] = (
     ("kept", Path | None, "Use this .npy of kept rows instead of running balance."),
     ("clusters", Path | None, "Use this folder with centers.npy and labels.npy instead of running cluster."),
 )
+_FORCE: tuple[tuple[str, Any, str], ...] = (("force", bool, "Run even what is up to date."),)
 _OF_BALANCE: tuple[tuple[str, Any, str], ...] = (
     (
         "sweep",
@@ -69,7 +70,12 @@ _OF_REPORT: tuple[tuple[str, Any, str], ...] = (
     ("blur", bool, "Short for --report.blur: every picture of the data is blurred until it is pointed at or clicked."),
     ("no_images", bool, "Short for --report.no-images: no picture of the data, numbers only."),
 )
-_EXTRAS = {"balance": _OF_BALANCE, "evaluate": _OF_EVALUATE, "report": _OF_REPORT}
+_EXTRAS = {
+    "check": (),
+    "balance": (*_FORCE, *_OF_BALANCE),
+    "evaluate": (*_FORCE, *_OF_EVALUATE),
+    "report": (*_FORCE, *_OF_REPORT),
+}
 _TAKEN_OVER = {"embeddings": "embed", "kept": "balance", "clusters": "cluster"}
 
 
@@ -118,13 +124,17 @@ def _recipe_for(arguments: Sequence[str]) -> Recipe:
 
 
 def _commands(recipe: Recipe) -> dict[str, Callable[..., Any]]:
-    commands = {"run": _stage_command(None, tuple(Recipe.model_fields), recipe)}
+    commands = {
+        "run": _recipe_command("run", tuple(Recipe.model_fields), recipe, _run),
+        "check": _recipe_command("check", tuple(Recipe.model_fields), recipe, _check),
+    }
     for stage in pipeline.STAGES:
-        commands[stage.name] = _stage_command(stage.name, (*stage.sections, "machine"), recipe)
+        commands[stage.name] = _recipe_command(stage.name, (*stage.sections, "machine"), recipe, _run)
     return commands | {
         "status": status,
         "verify": verify,
         "subset": subset,
+        "ablate": ablate,
         "export": export,
         "push": push,
         "init": init,
@@ -132,18 +142,20 @@ def _commands(recipe: Recipe) -> dict[str, Callable[..., Any]]:
     }
 
 
-def _stage_command(stage: str | None, sections: Sequence[str], recipe: Recipe) -> Callable[..., Any]:
+def _recipe_command(
+    name: str, sections: Sequence[str], recipe: Recipe, act: Callable[[str, Any, Recipe], None]
+) -> Callable[..., Any]:
     """A command with the common flags and one for each setting of `sections`, as a class that tyro reads."""
     fields: list[Any] = [("run", Annotated[Positional[Path], tyro.conf.arg(help=_FOLDER)])]
-    for name, kind, text in (*_COMMON, *_EXTRAS.get(stage or "run", ())):
+    for flag, kind, text in (*_COMMON, *_EXTRAS.get(name, _FORCE)):
         value = {bool: False, tuple[str, ...]: ()}.get(kind)
-        fields.append((name, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=value)))
-    fields += [(name, *_flags(getattr(recipe, name))) for name in sections]
+        fields.append((flag, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=value)))
+    fields += [(section, *_flags(getattr(recipe, section))) for section in sections]
 
     def start(flags: Any) -> int:
-        settings = recipe.model_dump() | {name: dataclasses.asdict(getattr(flags, name)) for name in sections}
-        for name, section in _TAKEN_OVER.items():
-            if (existing := getattr(flags, name)) is not None:
+        settings = recipe.model_dump() | {part: dataclasses.asdict(getattr(flags, part)) for part in sections}
+        for flag, section in _TAKEN_OVER.items():
+            if (existing := getattr(flags, flag)) is not None:
                 settings[section]["existing"] = existing
         if getattr(flags, "target_removed", None) is not None:
             settings["balance"]["target_removed"] = flags.target_removed
@@ -155,16 +167,11 @@ def _stage_command(stage: str | None, sections: Sequence[str], recipe: Recipe) -
             settings["evaluate"]["compare"] |= models
             if flags.recipe is None and not (flags.run / pipeline.RECIPE_FILE).is_file():
                 settings["evaluate"]["student"] = False
-        checked = parse_recipe(settings, where="settings")
-        pipeline.run(RunFolder(flags.run), checked, only=stage, force=flags.force)
-        if getattr(flags, "sweep", False):
-            from clip_cid.figures.sweep import sweep
-
-            log.table(*sweep(RunFolder(flags.run)))
+        act(name, flags, parse_recipe(settings, where="settings"))
         return 0
 
-    command = dataclasses.make_dataclass(stage or "run", fields, namespace={"start": start})
-    command.__doc__ = _STAGE_HELP[stage or "run"]
+    command = dataclasses.make_dataclass(name, fields, namespace={"start": start})
+    command.__doc__ = _STAGE_HELP[name]
     return command
 
 
@@ -183,6 +190,20 @@ def _models(names: Sequence[str], tag: str | None) -> dict[str, str]:
         )
     references = [f"{name}/{tag}" if name in plain else name for name in names]
     return {reference: reference for reference in references}
+
+
+def _run(name: str, flags: Any, recipe: Recipe) -> None:
+    pipeline.run(RunFolder(flags.run), recipe, only=None if name == "run" else name, force=flags.force)
+    if getattr(flags, "sweep", False):
+        from clip_cid.figures.sweep import sweep
+
+        log.table(*sweep(RunFolder(flags.run)))
+
+
+def _check(_: str, flags: Any, recipe: Recipe) -> None:
+    from clip_cid.check import check, page
+
+    page.say(check(RunFolder(flags.run), recipe))
 
 
 def _flags(section: Config) -> tuple[Any, Any]:
@@ -249,6 +270,38 @@ def subset(run: Positional[Path], out: Positional[Path], shards: bool = False, s
     folder = _existing(run)
     recipe = read_recipe(run / pipeline.RECIPE_FILE)
     log.say(export_subset(folder, recipe, out, shard_size=shard_size if shards else None))
+    return 0
+
+
+def ablate(
+    table: Positional[Literal["threshold", "losses", "clusters", "teacher"]],
+    recipe: Positional[Path],
+    out: Positional[Path],
+    seeds: int = 3,
+    values: tuple[str, ...] = (),
+    peers: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Vary one thing of a recipe as the paper's Tables 4 to 7 do, with several seeds, into one table with intervals.
+
+    What does not change between runs is computed once. Killed at any instant, the same command goes on.
+
+    Args:
+        table: threshold (of the balance), losses, clusters (their number), or teacher.
+        recipe: What all runs have in common.
+        out: The folder of the runs and of ablation.md, .csv, .json and .svg.
+        seeds: Runs of each variant, with distill.seed 0, 1, ...; three are the fewest that make an interval useful.
+        values: Thresholds, numbers of clusters, or teachers (run:PATH, local-dir:PATH, hf-hub:ORG/NAME, NAME/TAG)
+            instead of the paper's, which are scaled to the recipe.
+        peers: Also train with the losses of peers (losses only).
+        dry_run: Only say what would be run.
+    """
+    from clip_cid import ablations
+
+    page = read_recipe(recipe)
+    plan = ablations.plan(table, page, values=values, peers=peers)
+    start = ablations.preview if dry_run else ablations.run
+    start(plan, page, out, seeds=seeds)
     return 0
 
 

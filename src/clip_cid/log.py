@@ -22,12 +22,12 @@ def setup(*, quiet: bool = False) -> None:
     """Send messages to the terminal; call once, from the command line only, so that a library user's logging is left alone.
 
     Args:
-        quiet: Of warnings only: for one of several processes, whose first one speaks for all.
+        quiet: Say nothing: for one of several processes, whose first one speaks for all.
     """
     if _logger.handlers:
         return
     _logger.propagate = False
-    _logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    _logger.setLevel(logging.ERROR if quiet else logging.INFO)
     if _console.is_terminal:
         _logger.addHandler(RichHandler(console=_console, show_time=False, show_level=False, show_path=False))
     else:
@@ -52,6 +52,21 @@ def to_file(path: Path) -> Iterator[None]:
     finally:
         _logger.removeHandler(handler)
         handler.close()
+
+
+@contextlib.contextmanager
+def quiet(answers: Path) -> Iterator[None]:
+    """Leave the console to the caller: of the messages inside only warnings are shown, and answers go into a file."""
+    shown = [handler for handler in _logger.handlers if isinstance(handler, RichHandler | _Lines)]
+    before = [handler.level for handler in shown]
+    for handler in shown:
+        handler.setLevel(logging.WARNING)
+    try:
+        with open(answers, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+            yield
+    finally:
+        for handler, level in zip(shown, before, strict=True):
+            handler.setLevel(level)
 
 
 def info(message: str) -> None:
@@ -118,7 +133,7 @@ class Bar:
 @contextlib.contextmanager
 def progress(what: str, total: int, *, unit: str = "images", start: int = 0) -> Iterator[Bar]:
     """Show how far a long piece of work is, how fast it goes and how long it will take; `start` units were done before."""
-    if not _console.is_terminal or not _logger.handlers:
+    if not (_console.is_terminal and _logger.handlers and _logger.isEnabledFor(logging.INFO)):
         yield Bar(what, total, unit, start, None)
         return
     columns = (

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,13 @@ class Stage:
     version: int = 1
     """Raised when the same inputs would give other files."""
     resumable: bool = False
+    grows: bool = False
+    """Builds upon its earlier results, also those of other settings."""
 
 
 STAGES = (
     Stage("embed", needs=(), sections=("pairs", "embed"), resumable=True),
-    Stage("balance", needs=("embed",), sections=("balance",), version=2, resumable=True),
+    Stage("balance", needs=("embed",), sections=("balance",), version=2, resumable=True, grows=True),
     Stage("cluster", needs=("embed", "balance"), sections=("cluster",), version=2, resumable=True),
     Stage("distill", needs=("embed", "balance", "cluster"), sections=("pairs", "distill"), version=3, resumable=True),
     Stage("evaluate", needs=("distill",), sections=("pairs", "evaluate"), version=2, resumable=True),
@@ -133,6 +136,38 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
             _run_stage(stage, folder, recipe, active)
         if only is None:
             _say_outcome(folder, recipe)
+
+
+def take_over(folder: RunFolder, recipe: Recipe, others: Sequence[RunFolder]) -> None:
+    """Adopt what other runs have already computed: the stages, from the first on, that are not current here but are there.
+
+    Equal keys decide. A stage that grows and has no results here yet is given those of other settings to build upon.
+    """
+    with folder.lock():
+        active = active_stages(recipe)
+        for stage in active:
+            key, own = _key(stage, recipe, folder, active), folder.record(stage.name)
+            if own is not None and own.key == key:
+                continue
+            found = [(other, record) for other in others if (record := other.record(stage.name)) is not None]
+            if (lender := _first_whole(stage, [other for other, record in found if record.key == key])) is None:
+                inputs = _inputs(stage, recipe, folder, active)
+                near = [other for other, record in found if stage.grows and own is None and record.inputs == inputs]
+                if (lender := _first_whole(stage, near)) is not None:
+                    folder.adopt(stage.name, lender)
+                return
+            folder.adopt(stage.name, lender)
+            log.info(f"{stage.name:<9} taken over from {lender.path}")
+
+
+def _first_whole(stage: Stage, lenders: Sequence[RunFolder]) -> RunFolder | None:
+    return next((lender for lender in lenders if not lender.changed_files(stage.name, digests=False)), None)
+
+
+def footprint(stage: Stage, recipe: Recipe) -> str:
+    """A digest of all settings behind a stage's results: on the same files, equal footprints give equal results."""
+    used = [_BY_NAME[need] for need in stage.needs if recipe.uses(need)]
+    return _digest([_settings(stage, recipe), stage.version, *(footprint(need, recipe) for need in used)])
 
 
 def verify(folder: RunFolder) -> list[str]:
@@ -284,13 +319,16 @@ def _outside(stage: Stage, recipe: Recipe) -> dict[str, str]:
     found: dict[str, str] = {}
     if stage.name in ("embed", "distill") and recipe.pairs.source:
         found["pairs"] = _pairs_digest(recipe.pairs)
+    pretrained = recipe.distill.pretrained or ""
     files: list[Path | None] = {
         "embed": [recipe.embed.existing, _weights_file(recipe.embed.teacher)],
         "balance": [recipe.balance.existing, recipe.balance.grow_from],
         "cluster": [recipe.cluster.existing],
-        "distill": [Path(recipe.distill.student), Path(recipe.distill.pretrained or "")],
+        "distill": [Path(recipe.distill.student), _weights_file(pretrained) or Path(pretrained)],
         "evaluate": [_weights_file(reference) for reference in recipe.evaluate.compare.values()],
     }.get(stage.name, [])
+    if stage.name == "distill":
+        found |= {name: _shallow_listing(Path(where)) for name, where in recipe.distill.validation.sets.items()}
     if stage.name == "evaluate":
         found |= {name: _shallow_listing(Path(where)) for name, where in recipe.evaluate.sets.items()}
         for name, source in recipe.evaluate.retrieval.items():

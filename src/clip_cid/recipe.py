@@ -244,7 +244,7 @@ class DistillConfig(Config):
     crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Random crops keep at least this share of the image; mild, because the stored embedding saw the whole image."""
     augmentation: dict[str, float] = {}
-    """More of open_clip's training augmentation: color_jitter, color_jitter_prob, gray_scale_prob; the stored embedding saw the plain image."""
+    """More of open_clip's training augmentation: color_jitter (strength, with a quarter of it for the hue) and color_jitter_prob, gray_scale_prob; the stored embedding saw the plain image."""
     precision: Precision = "auto"
     """Arithmetic of the student: auto is bf16 on CUDA and fp32 elsewhere."""
     skip_limit: NonNegativeInt = 10
@@ -279,6 +279,13 @@ class DistillConfig(Config):
                 raise ValueError(f"schedule.{name}: needs points (share of the run, factor) of ascending shares")
         if unknown := self.augmentation.keys() - AUGMENTATIONS:
             raise ValueError(f"augmentation: no {', '.join(sorted(unknown))}; there are {', '.join(AUGMENTATIONS)}")
+        jitter = [name in self.augmentation for name in ("color_jitter", "color_jitter_prob")]
+        if any(jitter) and not all(jitter):
+            raise ValueError("augmentation: color_jitter and color_jitter_prob do nothing without each other")
+        limits = {"color_jitter": 2.0}  # a hue is shifted by half a turn at most
+        for name, value in self.augmentation.items():
+            if not 0 <= value <= limits.get(name, 1.0):
+                raise ValueError(f"augmentation.{name}: must be in [0, {limits.get(name, 1.0):g}], got {value:g}")
         watched = self.validation
         if (watched.keep == "best" or watched.patience) and not watched.measures:
             raise ValueError("validation: keep: best and patience need validation.share or validation.sets")

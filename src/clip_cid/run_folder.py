@@ -59,6 +59,11 @@ class RunFolder:
         self.path = path
         self._forgotten: set[str] = set()
 
+    @property
+    def index(self) -> Path:
+        """Where the index of the pairs is kept."""
+        return self.path / "index"
+
     def has(self, stage: str) -> bool:
         return (self.path / stage / MANIFEST).is_file()
 
@@ -160,6 +165,19 @@ class RunFolder:
         self._swap(record.stage)
         return complete
 
+    def adopt(self, stage: str, other: "RunFolder") -> None:
+        """Take over a stage as another run finished it, record included; hold the lock meanwhile.
+
+        The files are linked, not copied, where the file system can: nobody writes into a finished stage.
+        """
+        source, part = other.stage(stage), self.part(stage)
+        if part.exists():
+            shutil.rmtree(part)
+        without = {str(source): [MANIFEST]}
+        shutil.copytree(source, part, copy_function=_link, ignore=lambda path, _: without.get(str(path), []))
+        _link(source / MANIFEST, part / MANIFEST)  # last: a work folder that has one is whole
+        self._swap(stage)
+
     def changed_files(self, stage: str, *, digests: bool) -> list[str]:
         """What differs from the record: by size and time, or (digests) by reading every byte."""
         record = self.record(stage)
@@ -200,6 +218,13 @@ class RunFolder:
                 shutil.rmtree(old)
             else:
                 os.replace(old, final)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
 
 
 def now() -> str:

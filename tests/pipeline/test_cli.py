@@ -27,10 +27,12 @@ def test_help_names_every_command_and_imports_neither_torch_nor_open_clip():
     assert done.stdout.splitlines()[-1] == "0"
     for command in [
         "run",
+        "check",
         *(stage.name for stage in pipeline.STAGES),
         "status",
         "verify",
         "subset",
+        "ablate",
         "export",
         "push",
         "init",

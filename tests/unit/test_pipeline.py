@@ -222,6 +222,81 @@ def test_a_whole_run_ends_with_the_models_mean_scores_and_of_how_many_sets(tmp_p
     assert "student │ 50.0%                   │ -" in printed
 
 
+def lent(tmp_path: Path, lender: Recipe, borrower: Recipe) -> RunFolder:
+    """A new run that may take over from a finished one."""
+    done, folder = RunFolder(tmp_path / "done"), RunFolder(tmp_path / "new")
+    pipeline.run(done, lender)
+    pipeline.take_over(folder, borrower, [RunFolder(tmp_path / "nothing"), done])
+    return folder
+
+
+def done_stages(folder: RunFolder, settings: Recipe) -> list[str]:
+    return [state.stage.name for state in pipeline.states(folder, settings) if state.status == "done"]
+
+
+def test_the_same_recipe_elsewhere_takes_over_every_stage(tmp_path: Path, ran: list[str]):
+    folder = lent(tmp_path, recipe(), recipe(machine={"threads": 3}))
+    ran.clear()
+    pipeline.run(folder, recipe())
+    assert ran == []
+    assert pipeline.verify(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "same"),
+    [
+        ({"embed": {"teacher": "ViT-L-14"}}, []),
+        ({"cluster": {"num_centers": 5}}, ["embed", "balance"]),
+        ({"distill": {"seed": 1}}, ["embed", "balance", "cluster"]),
+        ({"distill": {"weights": "clip-only"}}, ["embed", "balance"]),
+        ({"evaluate": {"sets": {}}}, ["embed", "balance", "cluster", "distill"]),
+    ],
+    ids=str,
+)
+def test_what_a_change_touches_is_not_taken_over(tmp_path: Path, ran: list[str], sections: Any, same: list[str]):
+    changed = recipe(**sections)
+    folder = lent(tmp_path, recipe(), changed)
+    assert done_stages(folder, changed) == same
+    assert [name for name in ALL if folder.has(name)] == same
+
+
+def test_a_balance_for_another_threshold_is_there_to_build_upon_but_not_current(tmp_path: Path, ran: list[str]):
+    changed = recipe(balance={"threshold": 0.05})
+    folder = lent(tmp_path, recipe(), changed)
+    assert reasons(folder, changed) == {"balance": "balance.threshold 0.07 -> 0.05"}
+    assert folder.earlier("balance") is not None
+    assert not folder.has("cluster")
+
+
+def test_a_result_changed_on_disk_is_not_taken_over(tmp_path: Path, ran: list[str]):
+    done, folder = RunFolder(tmp_path / "done"), RunFolder(tmp_path / "new")
+    pipeline.run(done, recipe())
+    (done.path / "balance" / "result.txt").write_text("edited")
+    pipeline.take_over(folder, recipe(), [done])
+    assert done_stages(folder, recipe()) == ["embed"]
+    assert not folder.has("balance")
+
+
+def test_equal_footprints_are_equal_keys(tmp_path: Path, ran: list[str]):
+    """Without a look at any file: footprints agree exactly where the keys of finished runs do."""
+    pages = [
+        recipe(),
+        recipe(machine={"threads": 3}),
+        recipe(balance={"threshold": 0.05}),
+        recipe(distill={"seed": 1}),
+        recipe(distill={"weights": "clip-only"}),
+        recipe(cluster={"seed": 1}),
+    ]
+    folders = [RunFolder(tmp_path / str(number)) for number in range(len(pages))]
+    for folder, page in zip(folders, pages, strict=True):
+        pipeline.run(folder, page)
+    for stage in pipeline.STAGES:
+        users = [(f, p) for f, p in zip(folders, pages, strict=True) if p.uses(stage.name)]
+        keys = [record.key for f, _ in users if (record := f.record(stage.name)) is not None]
+        prints = [pipeline.footprint(stage, p) for _, p in users]
+        assert [keys.index(key) for key in keys] == [prints.index(mark) for mark in prints]
+
+
 def test_a_stage_reads_no_section_it_is_not_keyed_by():
     """A setting that a stage reads but that is not in its key would change results without making them stale."""
     import re

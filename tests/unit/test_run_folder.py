@@ -194,3 +194,67 @@ def test_a_record_of_another_shape_is_a_clear_error(tmp_path: Path):
     (tmp_path / "balance" / "manifest.json").write_text(json.dumps({"stage": "balance", "files": {}}))
     with pytest.raises(RunError, match="--force"):
         folder.record("balance")
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_an_adopted_stage_is_the_others_file_by_file(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch):
+    lender, folder = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
+    (part := lender.path / "balance.part" / "deep").mkdir(parents=True)
+    (part / "manifest.json").write_text("not the stage's own")
+    (part.parent / "kept.txt").write_text("1")
+    lender.publish(record())
+    folder.path.mkdir()
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("no links here")))
+    folder.adopt("balance", lender)
+    assert files(folder.stage("balance")) == files(lender.stage("balance"))
+    assert folder.record("balance") == lender.record("balance")
+    assert folder.changed_files("balance", digests=True) == folder.changed_files("balance", digests=False) == []
+    shared = (folder.stage("balance") / "kept.txt").samefile(lender.stage("balance") / "kept.txt")
+    assert shared == links
+
+
+def test_making_an_adopted_stage_again_leaves_the_lenders_as_it_was(tmp_path: Path):
+    lender, folder = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
+    for one, text in ((lender, "lent"), (folder, "own")):
+        one.path.mkdir()
+        publish(one, text)
+    folder.adopt("balance", lender)
+    assert (folder.stage("balance") / "kept.txt").read_text() == "lent"
+    publish(folder, "new", key="k2")
+    assert (lender.stage("balance") / "kept.txt").read_text() == "lent"
+    assert lender.changed_files("balance", digests=True) == []
+
+
+@pytest.mark.parametrize("dies_at", range(4))
+def test_killed_while_adopting_the_stage_is_whole_or_absent(tmp_path: Path, dies_at: int, monkeypatch):
+    lender, folder = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
+    lender.path.mkdir()
+    (lender.begin("balance", "k1", resumable=False) / "set_of.txt").write_text("0")
+    (lender.part("balance") / "kept.txt").write_text("1")
+    lender.publish(record())
+    link, calls = os.link, 0
+
+    def dying_link(source: str, target: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > dies_at:
+            raise Killed
+        link(source, target)
+
+    folder.path.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", dying_link)
+        if dies_at < 3:  # two files and the record
+            with pytest.raises(Killed):
+                folder.adopt("balance", lender)
+        else:
+            folder.adopt("balance", lender)
+    with folder.lock():
+        assert folder.has("balance") == (dies_at == 3)
+        folder.adopt("balance", lender)
+    assert files(folder.stage("balance")) == files(lender.stage("balance"))

@@ -71,7 +71,7 @@ def open_pictures(folder: RunFolder, recipe: Recipe, wanted: Mapping[str, int]) 
     if not recipe.pairs.source:
         raise NoPicturesError("the recipe names no pairs")
     try:
-        pairs = open_pairs(recipe.pairs, index=folder.path / "index", cache_dir=recipe.machine.cache_dir)
+        pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
         return Pictures(pairs, wanted, max_pixels=recipe.pairs.max_pixels)
     except DataError as error:
         raise NoPicturesError(f"the pairs cannot be read ({error.problem.splitlines()[0]})") from error

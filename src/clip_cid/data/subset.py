@@ -271,7 +271,7 @@ def _write_manifest(out: Path, kept: _Kept, shards: dict[str, Any] | None, *, fi
 
 def _samples_to_write(folder: RunFolder, recipe: Recipe, kept: _Kept) -> tuple[_Samples, Int64[np.ndarray, " kept"]]:
     """What gives the files of rows of the pairs, and the kept rows."""
-    pairs = open_pairs(recipe.pairs, index=folder.path / "index", cache_dir=recipe.machine.cache_dir)
+    pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
     rows = _rows_of_pairs(folder, recipe.pairs, pairs, kept)
     return pairs.original_files if pairs.kind == "tar" else _MadeSamples(pairs, recipe.pairs.captions_field), rows
 

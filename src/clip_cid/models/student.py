@@ -20,6 +20,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from PIL import Image
 from safetensors import SafetensorError
@@ -115,9 +116,15 @@ def train_transform(
     Args:
         clip: Whose images they are.
         crop_scale: Smallest share.
-        more: Others of open_clip's `AugmentationCfg`.
+        more: Others of open_clip's `AugmentationCfg`; of `color_jitter` the strength for brightness, contrast and
+            saturation, of which hue gets a quarter.
     """
-    return _transform(clip.preprocess_cfg, is_train=True, aug_cfg={"scale": (crop_scale, 1.0), **(more or {})})
+    options: dict[str, Any] = {"scale": (crop_scale, 1.0), **(more or {})}
+    if (strength := options.get("color_jitter")) is not None:
+        options["color_jitter"] = (strength, strength, strength, strength / 4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unused augmentation")  # said of those that are used, too
+        return _transform(clip.preprocess_cfg, is_train=True, aug_cfg=options)
 
 
 def keep_fewer_activations(clip: Clip) -> None:
@@ -127,13 +134,18 @@ def keep_fewer_activations(clip: Clip) -> None:
         ConfigError: A tower cannot.
     """
     model: Any = clip.model
-    try:
-        model.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError, NotImplementedError, TypeError) as error:
+    with open_clip_warnings() as said:  # of a tower that goes on without
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
+            said.append(str(error))
+    if isinstance(model.visual, ModifiedResNet):  # which says nothing
+        said.append("not supported by ModifiedResNet")
+    if said:
         raise ConfigError(
-            f"machine.grad_checkpointing: {clip.name} cannot do it ({_one_line(error)}).",
-            fix="Set it to false; machine.micro_batch saves memory with any student.",
-        ) from error
+            f"machine.grad_checkpointing: {clip.name} cannot do it ({_one_line(said[0])}).",
+            fix="Set it to false; machine.micro_batch saves memory with any student that has no batch normalization.",
+        )
 
 
 def load_clip(reference: str, *, device: str = "cpu") -> Clip:
@@ -150,10 +162,8 @@ def load_clip(reference: str, *, device: str = "cpu") -> Clip:
         DataError: The weights are missing, broken, of another architecture, or not finite.
     """
     target = resolve_device(device)
-    if reference.startswith(_RUN):
-        clip = _load_folder(f"{RunFolder(Path(reference.removeprefix(_RUN))).stage('distill') / 'student'}", reference)
-    elif reference.startswith(_LOCAL):
-        clip = _load_folder(reference.removeprefix(_LOCAL), reference)
+    if reference.startswith((_RUN, _LOCAL)):
+        clip = _load_folder(_folder_of(reference), reference)
     elif reference.startswith(_HUB):
         clip = _load_hub(reference)
     else:
@@ -161,6 +171,34 @@ def load_clip(reference: str, *, device: str = "cpu") -> Clip:
     _check_finite(clip)
     clip.model.to(target).eval()
     return clip
+
+
+def known_architecture(reference: str) -> dict[str, Any] | None:
+    """The `model_cfg` of a model as `load_clip` names it, of which nothing is fetched; None where that would be needed.
+
+    Raises:
+        ConfigError: No such model.
+        RunError: The run has not finished its distill stage.
+        DataError: The folder is no exported model.
+    """
+    if reference.startswith(_HUB):
+        return None
+    if reference.startswith((_RUN, _LOCAL)):
+        return _folder_architecture(_folder_of(reference))
+    return _tag_architecture(reference)
+
+
+def build_skeleton(model_cfg: dict[str, Any]) -> torch.nn.Module | None:
+    """A model without weights (on PyTorch's meta device), to be counted; None where open_clip cannot build it so.
+
+    A text tower of transformers is None, too: open_clip would fetch its configuration.
+    """
+    if "hf_model_name" in model_cfg["text_cfg"]:
+        return None
+    try:
+        return _random_model(model_cfg, {}, 0, device="meta")
+    except (ImportError, NotImplementedError, *_LOADING_ERRORS):
+        return None
 
 
 def own_configs() -> list[str]:
@@ -236,7 +274,9 @@ def _missing_package(name: str, error: ImportError) -> ConfigError:
     )
 
 
-def _random_model(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any], seed: int) -> torch.nn.Module:
+def _random_model(
+    model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any], seed: int, device: str = "cpu"
+) -> torch.nn.Module:
     """Fresh weights. A folder with a configuration and no weights is open_clip's public way to a model of one's own."""
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -246,7 +286,8 @@ def _random_model(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any], see
         config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
         torch.default_generator.manual_seed(seed)
-        return open_clip.create_model(f"{_LOCAL}{folder}", pretrained_text=False)
+        with torch.device(device):
+            return open_clip.create_model(f"{_LOCAL}{folder}", pretrained_text=False, device=device)
 
 
 def _tokenizer(name: str, model_cfg: dict[str, Any]) -> Callable[[list[str]], Tensor]:
@@ -292,17 +333,24 @@ def _pretrained_student(name: str, model_cfg: dict[str, Any], pretrained: str) -
     return dataclasses.replace(clip, name=name)
 
 
-def _load_folder(folder: str, reference: str) -> Clip:
-    path = Path(folder)
+def _folder_of(reference: str) -> Path:
+    if reference.startswith(_RUN):
+        return RunFolder(Path(reference.removeprefix(_RUN))).stage("distill") / "student"
+    return Path(reference.removeprefix(_LOCAL))
+
+
+def _folder_architecture(path: Path) -> dict[str, Any]:
     if not (path / CONFIG_FILE).is_file():
         raise DataError(
             f"{path}: no {CONFIG_FILE} here, so this is not an exported model.",
             fix=f"Give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as `clip-cid export` writes it.",
         )
-    model_cfg, _ = _read_config(path / CONFIG_FILE)
-    return _load(
-        f"{_LOCAL}{path}", model_cfg, reference, fix=f"The folder needs a whole {WEIGHTS_FILE}; export it again."
-    )
+    return _read_config(path / CONFIG_FILE)[0]
+
+
+def _load_folder(path: Path, reference: str) -> Clip:
+    fix = f"The folder needs a whole {WEIGHTS_FILE}; export it again."
+    return _load(f"{_LOCAL}{path}", _folder_architecture(path), reference, fix=fix)
 
 
 def _load_hub(reference: str) -> Clip:
@@ -320,6 +368,14 @@ def _load_hub(reference: str) -> Clip:
 
 
 def _load_tag(reference: str) -> Clip:
+    model_cfg = _tag_architecture(reference)
+    name, _, tag = reference.rpartition("/")
+    fix = "Check the network; the weights are downloaded once and then kept in the cache of huggingface_hub."
+    return _load(_clean(name), model_cfg, reference, fix=fix, pretrained=tag, quick_gelu=bool(model_cfg["quick_gelu"]))
+
+
+def _tag_architecture(reference: str) -> dict[str, Any]:
+    """Of weights open_clip knows, with the activation they were trained with."""
     name, _, tag = reference.rpartition("/")
     model_cfg = open_clip.get_model_config(_clean(name)) if name else None
     if model_cfg is None:
@@ -337,9 +393,7 @@ def _load_tag(reference: str) -> Clip:
     if quick_gelu != bool(model_cfg.get("quick_gelu", False)):
         # open_clip only warns, and accuracy drops by some points.
         log.info(f"{reference}: these weights were trained with quick_gelu {quick_gelu}; the model is built so")
-    model_cfg["quick_gelu"] = quick_gelu
-    fix = "Check the network; the weights are downloaded once and then kept in the cache of huggingface_hub."
-    return _load(_clean(name), model_cfg, reference, fix=fix, pretrained=tag, quick_gelu=quick_gelu)
+    return {**model_cfg, "quick_gelu": quick_gelu}
 
 
 def _load(source: str, model_cfg: dict[str, Any], reference: str, *, fix: str, **options: Any) -> Clip:

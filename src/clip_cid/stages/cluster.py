@@ -171,7 +171,7 @@ def _fingerprint(store: EmbeddingStore, kept: np.ndarray, recipe: Recipe) -> str
 
 def _check_memory(sample: int, dim: int, recipe: Recipe) -> None:
     """FAISS holds its sample in memory: better told before than killed after an hour."""
-    needed, available = int(4 * dim * sample * _SPARE), _available_memory()
+    needed, available = int(4 * dim * sample * _SPARE), available_memory()
     if needed > available:
         points = int(available / (4 * dim * _SPARE * recipe.cluster.num_centers))
         lower = f", or lower cluster.max_points_per_center to {points:,}" if points else ""
@@ -182,7 +182,7 @@ def _check_memory(sample: int, dim: int, recipe: Recipe) -> None:
         )
 
 
-def _available_memory() -> float:
+def available_memory() -> float:
     """Bytes that this process may still take: of the machine, its control group, and its own limits."""
     found = [float("inf")]
     meminfo = Path("/proc/meminfo")

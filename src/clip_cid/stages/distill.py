@@ -31,7 +31,7 @@ from clip_cid.training.batches import Batches, PairDataset, TrainingPairs, unit_
 from clip_cid.training.distributed import Ranks, join_ranks
 from clip_cid.training.loop import CHECKPOINTS, Plan, Trainer
 from clip_cid.training.model import Distillation
-from clip_cid.training.parallel import whole, with_joint_statistics
+from clip_cid.training.parallel import with_joint_statistics
 from clip_cid.training.soft_targets import soft_targets
 from clip_cid.training.validation import HeldOut, Validation, hold_out
 
@@ -55,9 +55,9 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
             return _finish(folder, out) if ranks.is_first else {}
         work = prepare(folder, out, recipe, ranks)
         summary = {**work.trainer.run(), **work.teaching.summary}
-        state = work.trainer.student_state()
+        state, beside = work.trainer.student_state(), work.trainer.objective_state()
         if ranks.is_first:
-            _leave(work, out, recipe, summary, state)
+            _leave(work, out, recipe, summary, state, beside)
         ranks.wait()
     return _finish(folder, out) if ranks.is_first else {}
 
@@ -73,8 +73,15 @@ class Work:
     trainer: Trainer
 
 
-def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks) -> Work:
+def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, *, soft_centers: bool = True) -> Work:
     """Open and check everything, join it and build the student; nothing has been learned yet.
+
+    Args:
+        folder: With the stages before this one.
+        out: Where the training works.
+        recipe: The settings.
+        ranks: Who trains together.
+        soft_centers: Whether to compute these now, where the training uses them: it takes a pass over all images.
 
     Raises:
         ConfigError: Settings do not fit each other or the data.
@@ -83,7 +90,7 @@ def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks) -> Work:
     """
     settings, machine = recipe.distill, recipe.machine
     with ranks.first_alone():
-        pairs = open_pairs(recipe.pairs, index=folder.path / "index", cache_dir=machine.cache_dir)
+        pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=machine.cache_dir)
     store = EmbeddingStore.open(folder.stage("embed")) if recipe.has_teacher else None
     training = plain_pairs(pairs) if store is None else distilled_pairs(folder, recipe, pairs, store)
     centers = read_centers(folder, store) if store is not None and recipe.uses_clusters else None
@@ -91,20 +98,21 @@ def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks) -> Work:
     if share := settings.validation.share:
         training, held_out = hold_out(training, share, batch_size=settings.batch_size, ranks=ranks.size)
     steps = count_steps(settings, len(training))
-    clip = make_student(settings, store, machine)
+    teacher_dim = store.dim if store is not None else None
+    clip = make_student(settings, teacher_dim, machine)
     teaching = read_teacher(settings, training, store, centers)
-    objective = make_objective(settings, clip, store, centers, scale=teaching.scale, ranks=ranks)
-    model = Distillation(clip.model, objective, lock=settings.lock).train()
+    objective = make_objective(settings, clip, teacher_dim, centers, scale=teaching.scale, ranks=ranks)
+    model = Distillation(clip.model, objective, lock=settings.lock).train()  # but for the tower that is locked
     model.student = with_joint_statistics(model.student, ranks, machine.micro_batch)
     if centers is not None and training.labels is not None:
         _tell_negatives(settings, training.labels, len(centers))
     key = _key(settings, training, store, centers)
     ranks.agree("data or settings", key)
     ranks.agree("weights", weights_sha256(clip.model) if ranks.size > 1 else None)
-    if centers is not None and uses_soft_centers(settings):
+    if soft_centers and centers is not None and uses_soft_centers(settings):
         with ranks.first_alone():
             training = with_soft_centers(training, centers, settings, out / _SOFT, teaching.scale, key, ranks.device)
-    batches = _batches(training, clip, recipe, ranks)
+    batches = make_batches(training, clip, recipe, ranks)
     validation = _validation(clip, held_out, recipe, ranks)
     trainer = Trainer(
         model,
@@ -119,7 +127,8 @@ def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks) -> Work:
     return Work(clip, training, store, teaching, trainer)
 
 
-def _batches(training: TrainingPairs, clip: Clip, recipe: Recipe, ranks: Ranks) -> Batches:
+def make_batches(training: TrainingPairs, clip: Clip, recipe: Recipe, ranks: Ranks) -> Batches:
+    """The batches the student learns from."""
     settings = recipe.distill
     transform = train_transform(clip, crop_scale=settings.crop_scale, more=settings.augmentation)
     return Batches(
@@ -168,18 +177,24 @@ def _dataset(training: TrainingPairs, clip: Clip, recipe: Recipe, transform: Any
     )
 
 
-def _leave(work: Work, out: Path, recipe: Recipe, summary: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+def _leave(
+    work: Work,
+    out: Path,
+    recipe: Recipe,
+    summary: dict[str, Any],
+    state: dict[str, torch.Tensor],
+    beside: dict[str, torch.Tensor],
+) -> None:
     """Export the student with its final weights, in a model that knows nothing of ranks."""
-    clip = make_student(recipe.distill, work.store, recipe.machine.model_copy(update={"grad_checkpointing": False}))
+    teacher_dim = work.store.dim if work.store is not None else None
+    clip = make_student(recipe.distill, teacher_dim, recipe.machine.model_copy(update={"grad_checkpointing": False}))
     clip.model.load_state_dict(state)
     clip.model.eval()
-    objective = work.trainer.model.objective
-    small = {name: value for name, value in whole(dict(objective.named_parameters())).items() if value.requires_grad}
     teacher = work.store.info.teacher if work.store is not None else None
     export_student(
         clip,
         out / "student",
-        head_state=small,
+        head_state=beside,
         provenance=_provenance(recipe, summary["steps"], summary["pairs_seen"], teacher),
     )
     device = str(work.trainer.ranks.device)
@@ -307,9 +322,9 @@ def count_steps(settings: DistillConfig, num_pairs: int) -> int:
     return settings.steps or settings.epochs * num_pairs // settings.batch_size
 
 
-def make_student(settings: DistillConfig, store: EmbeddingStore | None, machine: MachineConfig) -> Clip:
+def make_student(settings: DistillConfig, teacher_dim: int | None, machine: MachineConfig) -> Clip:
     """The student, on the CPU; as wide as the teacher when it is to meet it without a map."""
-    width = store.dim if store is not None and settings.alignment == "native" else None
+    width = teacher_dim if settings.alignment == "native" else None
     clip = build_student(
         settings.student,
         embed_dim=width,
@@ -407,7 +422,7 @@ def with_soft_centers(
 def make_objective(
     settings: DistillConfig,
     clip: Clip,
-    store: EmbeddingStore | None,
+    teacher_dim: int | None,
     centers: Float[np.ndarray, "centers dim"] | None,
     *,
     scale: float,
@@ -423,7 +438,7 @@ def make_objective(
         return Objective(
             weights=settings.weights.model_dump(),
             student_dim=clip.dim,
-            teacher_dim=store.dim if store is not None else None,
+            teacher_dim=teacher_dim,
             alignment=settings.alignment,
             centers=torch.from_numpy(centers) if centers is not None else None,
             shard=shard,

@@ -308,7 +308,7 @@ def _summary(store: EmbeddingStore) -> dict[str, Any]:
 
 
 def _open(folder: RunFolder, recipe: Recipe) -> Pairs:
-    return open_pairs(recipe.pairs, index=folder.path / "index", cache_dir=recipe.machine.cache_dir)
+    return open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
 
 
 def _half(embeddings: Tensor) -> np.ndarray:

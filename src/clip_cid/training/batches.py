@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -274,7 +274,7 @@ class Batches:
         self.batch_size = batch_size
         self._dataset, self._seed, self._workers, self._pin, self._ranks = dataset, seed, workers, pin, ranks
 
-    def between(self, first_step: int, steps: int) -> Iterator[Batch]:
+    def between(self, first_step: int, steps: int) -> Generator[Batch]:
         """This rank's part of the batches of the steps `first_step`, ..., `steps - 1`.
 
         Raises:

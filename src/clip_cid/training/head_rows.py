@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clip_cid.method.cluster_distillation import CenterHead
 from clip_cid.training.distributed import Ranks
-from clip_cid.training.head_shards import WEIGHT, load_rows, save_shard
+from clip_cid.training.head_shards import WEIGHT, load_rows, num_rows, save_shard
 
 
 class HeadRows:
@@ -43,6 +43,12 @@ class HeadRows:
                 self._of(step), self._head, self._by_row(self._optimizer().state.get(self._head.weight, {})), step=step
             )
             self._ranks.wait()
+            if (
+                self._ranks.is_first
+            ):  # of an attempt with another number of ranks, killed before its checkpoint was whole
+                for path in self._of(step).glob("head-*"):
+                    if not path.stem.endswith(f"-of-{self._ranks.size:05d}"):
+                        path.unlink()
 
     def load(self, step: int) -> None:
         """Take up this rank's rows.
@@ -59,6 +65,17 @@ class HeadRows:
         device = self._head.weight.device
         if found:
             self._optimizer().state[self._head.weight].update({name: value.to(device) for name, value in found.items()})
+
+    def of_all(self, step: int) -> dict[str, Tensor]:
+        """The rows of all ranks, as they were saved; by the name that the head's weight has in the objective.
+
+        Raises:
+            RunError: As `load_rows`.
+        """
+        if self._head is None:
+            return {}
+        folder = self._of(step)
+        return {"head.weight": load_rows(folder, 0, num_rows(folder))[WEIGHT]}
 
     def without_rows(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """An optimizer's state, less what is kept here."""

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,15 @@ from clip_cid.training.optimizer import (
     set_learning_rate,
     shorten_gradients,
 )
-from clip_cid.training.parallel import is_spread, join_model, load_model, load_optimizer, whole
+from clip_cid.training.parallel import (
+    forget_whole,
+    is_spread,
+    join_model,
+    load_model,
+    load_optimizer,
+    running_statistics,
+    whole,
+)
 from clip_cid.training.records import Records, make_listeners
 from clip_cid.training.stop_requests import stop_requests
 from clip_cid.training.stopwatch import Stopwatch
@@ -87,6 +95,7 @@ class Trainer:
     ) -> None:
         self.model = model.to(ranks.device)
         self.batches, self.settings, self.plan, self.out = batches, settings, plan, out
+        self._statistics = running_statistics(model.student)
         self.ranks, self.validation = ranks, validation
         self.machine = machine = machine or MachineConfig()
         self.precision = resolve_precision(settings.precision, ranks.device)
@@ -134,6 +143,13 @@ class Trainer:
                 stop.obey(self.step)
         return self._summary()
 
+    def rehearse(self, batch: Batch) -> Generator[Measured]:
+        """The first step again and again, on one batch: what a step costs, in a training that is then thrown away."""
+        self._resume()
+        self.joint.train()
+        while True:
+            yield self._train_step(batch.to(self.ranks.device))
+
     @property
     def _last_step(self) -> int:
         """Where to stop; a training that had stopped early does not begin again."""
@@ -154,6 +170,7 @@ class Trainer:
                 norms.update(self._part_norms(parts, seen, weights))
             return self.scaler.scale(weighted_sum(parts, weights))
 
+        statistics = [value.clone() for value in self._statistics]
         seed = step_seed(self.settings.seed, self.step, self.ranks.rank)
         backward_in_pieces(
             self.joint, batch, loss_of, micro_batch=self.machine.micro_batch, precision=self.precision, seed=seed
@@ -164,6 +181,9 @@ class Trainer:
         weights = self._weights()
         total = sum(weights[name] * value for name, value in numbers.items())
         measured = Measured(total, numbers, share * self.settings.lr, grad_norm.item(), norms)
+        if not measured.is_finite:
+            for value, before in zip(self._statistics, statistics, strict=True):
+                value.copy_(before)
         self._move(measured, batch)
         return measured
 
@@ -223,6 +243,8 @@ class Trainer:
             self.scaler.update()
         else:
             self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
+            # a scale that is given leaves the count of finite steps as it was
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "_growth_tracker": 0})
 
     def _skip(self, measured: Measured, batch: Batch) -> None:
         """The weights stay; what is needed to look into it and to do it again is kept.
@@ -327,13 +349,14 @@ class Trainer:
     def _measure(self) -> bool:
         """Measure the student; returns whether the training ends here."""
         assert self.validation is not None
-        with self.watch.pause(), self.average.in_place() if self.average else contextlib.nullcontext():
-            numbers = self.validation.measure(self.joint, self.model, precision=self.precision)
+        with self.watch.pause(), self._averaged():
+            numbers = self.validation.measure(self.joint, self.model, precision=self.precision, note_bad=self._note_bad)
             better = self.best.is_new(numbers, self.step)
             if better and self.settings.validation.keep == "best":
                 self._save_best(numbers)
         if self.records is not None:
-            self.records.append({"step": self.step, "pairs_seen": self.step * self.batches.batch_size, **numbers})
+            about = {"step": self.step, "pairs_seen": self.step * self.batches.batch_size}
+            self.records.append(about | {name: _finite(value) for name, value in numbers.items()})
         names = ("val/loss", "val/retrieval", "val/zero_shot")
         shown = ", ".join(f"{name[4:]} {numbers[name]:.3f}" for name in names if name in numbers)
         log.info(f"distill   step {self.step:,}: {shown} on what it has not learned{' (the best)' if better else ''}")
@@ -342,6 +365,13 @@ class Trainer:
         log.info(f"distill   stops early: no better {self.best.metric} than at step {self.best.step:,}")
         self._save()
         return True
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Generator[None]:
+        """The student has the weights to leave, for as long as the block lasts."""
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            yield
+        forget_whole(self.joint)  # or the next step would see the average
 
     def _save_best(self, numbers: Numbers) -> None:
         state = whole(dict(self.model.student.state_dict()))
@@ -353,9 +383,22 @@ class Trainer:
         """The weights to leave: plain tensors, on every rank; the average or the best where the recipe asks for it."""
         if self.settings.validation.keep == "best":
             return checkpoint.load_best(self.out / CHECKPOINTS, key=self.plan.key)["student"]
-        with self.average.in_place() if self.average else contextlib.nullcontext():
+        with self._averaged():
             state = whole(dict(self.model.student.state_dict()))
             return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+    def objective_state(self) -> dict[str, Tensor]:
+        """What was learned beside the student: plain tensors; every rank calls it, the rows of all have only the first."""
+        rows = self.head_rows.names
+        learned = {
+            name: value
+            for name, value in self.model.objective.named_parameters()
+            if value.requires_grad and f"objective.{name}" not in rows
+        }
+        state = {name: value.detach().cpu().clone() for name, value in whole(learned).items()}
+        if self.ranks.is_first:
+            state |= self.head_rows.of_all(self.step)
+        return state
 
     def _note_bad(self, bad: list[tuple[int, str]]) -> None:
         """Remember each unreadable pair of this rank; they are written down with the next checkpoint."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -71,6 +71,11 @@ def with_joint_statistics(student: nn.Module, ranks: Ranks, micro_batch: int | N
     return nn.SyncBatchNorm.convert_sync_batchnorm(student)
 
 
+def running_statistics(student: nn.Module) -> list[Tensor]:
+    """What batch normalizations keep of the batches they have seen."""
+    return [value for part in student.modules() if isinstance(part, _BATCH_NORM) for value in part.buffers()]
+
+
 def whole(value: Any) -> Any:
     """Plain tensors, on the CPU, in the place of those that are spread; all ranks call it."""
     if isinstance(value, DTensor):
@@ -80,6 +85,12 @@ def whole(value: Any) -> Any:
     if isinstance(value, list):
         return [whole(part) for part in value]
     return value
+
+
+def forget_whole(model: nn.Module) -> None:
+    """Drop the whole copies of spread weights that a forward pass has left for the next one: the weights changed."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def like(value: Tensor, spread: Tensor) -> Tensor:

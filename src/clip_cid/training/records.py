@@ -79,8 +79,9 @@ def _tensorboard(folder: Path, step: int, *, needed: bool) -> Listener | None:
         if needed:
             raise MissingExtraError("machine.tensorboard: on", "tensorboard") from error
         return None
-    writer = SummaryWriter(str(folder), purge_step=step)
-    log.info(f"distill   for TensorBoard: tensorboard --logdir {folder}")
+    writer = SummaryWriter(str(folder), purge_step=step + 1)  # what it names goes, too
+    # of the run: the folder of the stage gets another name when it is done
+    log.info(f"distill   for TensorBoard: tensorboard --logdir {folder.parent.parent}")
 
     def write(line: Line) -> None:
         for name, value in line.items():

@@ -1,7 +1,8 @@
 """What is measured while the student learns: losses and retrieval on pairs it has not seen, and zero-shot scores."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from clip_cid.training.distributed import Ranks
 from clip_cid.training.model import Distillation, step_seed
 
 Numbers = dict[str, float]
+NoteBad = Callable[[list[tuple[int, str]]], None]
 _ROWS = 256  # images or prompts in the student at once, where no loss needs more
 
 
@@ -34,30 +36,30 @@ class HeldOut(NamedTuple):
 def hold_out(training: TrainingPairs, share: float, *, batch_size: int, ranks: int) -> tuple[TrainingPairs, HeldOut]:
     """The pairs to train on, and those held out.
 
-    Which pairs are held out depends on their rows alone, so runs on the same pairs hold out the same ones, whatever
-    each has balanced away.
+    Whether a pair is held out depends on its row alone: runs on the same pairs never train on what another measures,
+    whatever each has balanced away and however many ranks it has. So the share is met on average, not exactly.
 
     Args:
         training: All of them.
         share: Of these, to hold out.
         batch_size: Of the training; the held-out batches are as large, or smaller.
-        ranks: Share every batch.
+        ranks: Share every batch; the few pairs that this leaves over are neither measured nor trained on.
 
     Raises:
         DataError: Too few are held out for one batch.
     """
-    order = np.argsort(_mixed(training.rows), kind="stable")
-    count = round(share * len(training))
-    batches = max(-(-count // batch_size), 1)
-    count = count // (batches * ranks) * batches * ranks
+    mixed = _mixed(training.rows)
+    chosen = mixed < np.uint64(share * 2.0**64)
+    own = np.flatnonzero(chosen)
+    batches = max(-(-len(own) // batch_size), 1)
+    count = len(own) // (batches * ranks) * batches * ranks
     if count < 2:
         raise DataError(
             f"distill.validation.share: {share:g} of {len(training):,} pairs are too few to measure anything.",
             fix="Hold out more, or set it to 0.",
         )
-    held_out = np.zeros(len(training), dtype=bool)
-    held_out[order[:count]] = True
-    return training.take(np.flatnonzero(~held_out)), HeldOut(training.take(np.flatnonzero(held_out)), count // batches)
+    measured = np.sort(own[np.argsort(mixed[own], kind="stable")[:count]])
+    return training.take(np.flatnonzero(~chosen)), HeldOut(training.take(measured), count // batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +75,20 @@ class Validation:
     ranks: Ranks
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, distillation: Distillation, *, precision: torch.dtype) -> Numbers:
-        """All numbers by name, `val/...`, equal on all ranks.
+    def measure(
+        self, model: nn.Module, distillation: Distillation, *, precision: torch.dtype, note_bad: NoteBad
+    ) -> Numbers:
+        """All numbers by name, `val/...`, equal on all ranks; NaN where an embedding is not finite.
 
         Args:
             model: The distillation, or what wraps it to join ranks.
             distillation: Itself.
             precision: Of the student.
+            note_bad: Gets the held-out pairs that cannot be read, for which the next ones stand in.
         """
         distillation.eval()
         try:
-            found = {} if self.batches is None else self._pairs(model, distillation, self.batches, precision)
+            found = {} if self.batches is None else self._pairs(model, distillation, self.batches, precision, note_bad)
             for labelled in self.sets:
                 found[f"val/zero_shot/{labelled.name}"] = self._zero_shot(model, labelled, precision)
         finally:
@@ -91,10 +96,13 @@ class Validation:
         scores = [value for name, value in found.items() if name.startswith("val/zero_shot/")]
         return found | ({"val/zero_shot": float(np.mean(scores))} if scores else {})
 
-    def _pairs(self, model: nn.Module, distillation: Distillation, batches: Batches, precision: torch.dtype) -> Numbers:
+    def _pairs(
+        self, model: nn.Module, distillation: Distillation, batches: Batches, precision: torch.dtype, note_bad: NoteBad
+    ) -> Numbers:
         device, parts = self.ranks.device, list[Numbers]()
         images, texts = list[np.ndarray](), list[np.ndarray]()
         for batch in batches.in_order():
+            note_bad(batch.bad)
             batch = batch.to(device)
             seen = model(batch.images, batch.texts, precision=precision)
             generator = torch.Generator(device).manual_seed(step_seed(self.seed, len(parts)))
@@ -115,8 +123,11 @@ class Validation:
             model(None, self.clip.tokenizer(prompts[start : start + _ROWS]).to(self.ranks.device), precision=precision)
             for start in range(0, len(prompts), _ROWS)
         ]
-        classifier = prompt_classifier(_numpy([seen["text"] for seen in texts]), num_classes=classes)
+        prompted = _numpy([seen["text"] for seen in texts])
         rows, images = self._images(model, test, precision)
+        if not (np.isfinite(prompted).all() and np.isfinite(images).all()):
+            return math.nan
+        classifier = prompt_classifier(prompted, num_classes=classes)
         return zero_shot(images, classifier, test.labels[rows], metric=labelled.metric).score
 
     def _images(
@@ -162,10 +173,10 @@ class Best:
     """Measurements without a better one."""
 
     def is_new(self, numbers: Numbers, step: int) -> bool:
-        """Take up a measurement; returns whether it is the best."""
+        """Take up a measurement; returns whether it is the best, which no number that is not finite is."""
         value = numbers[f"val/{self.metric}"]
         better = self.value is None or (value < self.value if self.metric == "loss" else value > self.value)
-        if better:
+        if better := better and math.isfinite(value):
             self.value, self.step, self.since = value, step, 0
         else:
             self.since += 1
@@ -178,6 +189,8 @@ class Best:
 
 
 def _recalls(images: Float[np.ndarray, "images dim"], texts: Float[np.ndarray, "images dim"]) -> Numbers:
+    if not (np.isfinite(images).all() and np.isfinite(texts).all()):
+        return {"retrieval": math.nan}
     found = {recall.metric: recall.score for recall in retrieval(images, texts, np.arange(len(images)))}
     return {
         **{f"retrieval/{name}": score for name, score in found.items()},
@@ -191,7 +204,7 @@ def _numpy(rows: Sequence[Tensor]) -> Float[np.ndarray, "rows dim"]:
 
 def _mixed(rows: Int[np.ndarray, " rows"]) -> UInt64[np.ndarray, " rows"]:
     """A number for each row that looks random and is always the same (the finalizer of MurmurHash3, 64 bits)."""
-    mixed = rows.astype(np.uint64)
+    mixed = rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)  # else row 0 would be 0
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         mixed ^= mixed >> np.uint64(33)
         mixed *= np.uint64(factor)

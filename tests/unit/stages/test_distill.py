@@ -83,7 +83,14 @@ class Case:
         for name, array in arrays.items():
             np.save(folder / f"{name}.npy", array)
 
-    def recipe(self, *, teacher: str = "noise", max_bad_share: float = 0.1, **changes: Any) -> Recipe:
+    def recipe(
+        self,
+        *,
+        teacher: str = "noise",
+        max_bad_share: float = 0.1,
+        machine: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> Recipe:
         settings = {
             "student": str(self.path / "student.json"),
             "batch_size": 6,
@@ -96,7 +103,7 @@ class Case:
             "pairs": {"source": [str(self.path / "pairs")], "max_bad_share": max_bad_share},
             "embed": {"teacher": teacher},
             "distill": settings | changes,
-            "machine": {"device": "cpu", "threads": 1, "workers": 0},
+            "machine": {"device": "cpu", "threads": 1, "workers": 0, "tensorboard": "off", **(machine or {})},
         }
         return parse_recipe(values, where="test")
 

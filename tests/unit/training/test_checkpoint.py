@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import make_settings, make_trainer
 
 from clip_cid.errors import RunError
 from clip_cid.training import checkpoint
 from clip_cid.training.checkpoint import LineFile
+from clip_cid.training.head_shards import WEIGHT, write_rows
 
 
 def names(folder: Path) -> list[str]:
@@ -99,3 +101,18 @@ def test_a_file_shorter_than_the_checkpoint_saw_it_is_an_error(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_bytes(b"{}\n")
     with pytest.raises(RunError, match="3 bytes, but the checkpoint was made when it had 10"):
         LineFile(tmp_path / "metrics.jsonl", size=10)
+
+
+def test_rows_that_another_number_of_ranks_has_left_do_not_spoil_a_head(tmp_path: Path):
+    """Two ranks were killed between their rows and their checkpoint; one alone goes on from before it."""
+    left = tmp_path / "out" / "checkpoints" / "step-000002.head"
+    for rank in range(2):
+        write_rows(left, {WEIGHT: torch.zeros(6, 16)}, first=6 * rank, total=12, rank=rank, ranks=2, step=2)
+    trainer = make_trainer(tmp_path, tmp_path / "out", steps=2, settings=make_settings(warmup_steps=1))
+    trainer.run()
+    resumed = make_trainer(tmp_path, tmp_path / "out", steps=2, settings=make_settings(warmup_steps=1))
+    resumed.run()
+    assert resumed.model.objective.head is not None
+    assert trainer.model.objective.head is not None
+    assert torch.equal(resumed.model.objective.head.weight, trainer.model.objective.head.weight)
+    assert torch.equal(resumed.objective_state()["head.weight"], trainer.model.objective.head.weight)

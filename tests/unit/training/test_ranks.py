@@ -26,18 +26,22 @@ from tiny_training import (
     make_model,
     make_settings,
     make_trainer,
+    make_validation,
+    stripes,
     training_pairs,
 )
 from torch import Tensor, nn
 
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.method.objective import weighted_sum
+from clip_cid.training import validation
 from clip_cid.training.batches import Batches
 from clip_cid.training.distributed import ALONE, Ranks, join_ranks
 from clip_cid.training.loop import Trainer
 from clip_cid.training.model import backward_in_pieces
 from clip_cid.training.optimizer import shorten_gradients
 from clip_cid.training.parallel import is_spread, join_model, whole, with_joint_statistics
+from clip_cid.training.validation import hold_out
 
 WORLD = 2
 PATIENCE = 180  # seconds until hanging ranks are ended
@@ -58,6 +62,12 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "spread": {"fsdp": True},
     "averaged": {"settings": {"ema_decay": 0.9, "head_lr": 0.0}},
     "spread and averaged": {"settings": {"ema_decay": 0.9, "head_lr": 0.0}, "fsdp": True},
+    "measured": {"settings": {"validation": {"share": 0.5, "every": 16, "keep": "best"}}},
+    # the step after a measurement must not see the average
+    "spread, averaged and measured": {
+        "settings": {"ema_decay": 0.9, "alignment": "linear", "validation": {"share": 0.5, "every": 16}},
+        "fsdp": True,
+    },
 }
 
 
@@ -110,13 +120,17 @@ def plain_state(trainer: Trainer) -> dict[str, Tensor]:
 def make(case: dict[str, Any], folder: Path, out: Path, ranks: Ranks, **more: Any) -> Trainer:
     settings = make_settings(**{"log_every": 1, **case.get("settings", {})})
     fsdp = case.get("fsdp", False) and ranks.size > 1
+    if share := settings.validation.share:
+        more["training"], held_out = hold_out(training_pairs(folder), share, batch_size=BATCH, ranks=ranks.size)
+        more["validation"] = make_validation(held_out, settings, sets=[stripes()], ranks=ranks)
     return make_trainer(folder, out, settings=settings, steps=STEPS, patch_dropout=0.0, ranks=ranks, fsdp=fsdp, **more)
 
 
 def train(case: dict[str, Any], folder: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
     trainer = make(case, folder, out, ranks)
     summary = trainer.run()
-    return {"state": plain_state(trainer), "student": trainer.student_state(), "summary": summary}
+    found = {"state": plain_state(trainer), "student": trainer.student_state(), "summary": summary}
+    return found | {"beside": trainer.objective_state()}
 
 
 def killed_and_resumed(case: dict[str, Any], folder: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
@@ -186,6 +200,7 @@ def rank_main(rank: int, folder: Path, port: int) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(WORLD))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
+    validation._ROWS = 8  # pictures in several rounds, the last of which are fewer than the ranks
     with join_ranks(torch.device("cpu")) as ranks:
         found: dict[str, Any] = {name: gradients(case, folder, ranks) for name, case in CASES.items()}
         for name, case in TRAININGS.items():
@@ -265,8 +280,22 @@ def test_two_processes_train_what_one_does(found: list[dict[str, Any]], folder: 
     )
     compared = ("step", "loss", "loss/cluster_kl", "grad_norm", "grad_norm/clip", "grad_norm/cluster_kl", "own_center")
     for mine, other in zip(ours, theirs, strict=True):
-        for key in (*compared, "mean_image_norm", "negatives", "logit_scale"):
+        keys = (*compared, "mean_image_norm", "negatives", "logit_scale") if "loss" in mine else mine
+        for key in keys:
             assert other[key] == pytest.approx(mine[key], rel=1e-3, abs=1e-6), key
+    assert any("val/retrieval" in line for line in ours) == ("validation" in TRAININGS[name].get("settings", {}))
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_the_first_rank_leaves_all_that_was_learned_beside_the_student(
+    found: list[dict[str, Any]], folder: Path, tmp_path: Path, name: str
+):
+    """Spread over the ranks or not: the rows of the head, the maps into the teacher's space, the scale."""
+    alone, first = train(TRAININGS[name], folder, tmp_path, ALONE)["beside"], found[0][f"trained {name}"]["beside"]
+    assert first.keys() == alone.keys() >= {"instance_logit_scale"}
+    for key, value in alone.items():
+        assert type(first[key]) is Tensor
+        torch.testing.assert_close(first[key], value, rtol=5e-3, atol=5e-4)
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -282,8 +311,9 @@ def test_killed_ranks_go_on_exactly(found: list[dict[str, Any]], folder: Path, n
             straight, resumed = rank[f"trained {name}"][kind], rank[f"resumed {name}"][kind]
             different = [key for key, value in straight.items() if not torch.equal(value, resumed[key])]
             assert not different
-    steps = [json.loads(line)["step"] for line in (folder / f"{name} again" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, STEPS + 1))
+    lines = [json.loads(line) for line in (folder / f"{name} again" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "loss" not in line] == ([2, 4, 6, 8] if "measured" in name else [])
 
 
 def test_one_process_goes_on_from_what_two_have_saved(folder: Path, found: list[dict[str, Any]]):

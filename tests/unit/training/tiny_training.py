@@ -1,6 +1,7 @@
 """A training so small that a step takes milliseconds; run as a script it trains in a process that can be killed."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from torch import Tensor
 
 from clip_cid.data.embedding_writer import ShardRows, StoreWriter
 from clip_cid.data.embeddings import EmbeddingStore
-from clip_cid.data.pairs import Pairs, open_pairs
+from clip_cid.data.evaluation_sets import EvaluationSet, LabelledImages
+from clip_cid.data.pairs import BadSample, Pairs, open_pairs
 from clip_cid.method.cluster_distillation import Shard
 from clip_cid.method.objective import Objective
+from clip_cid.models.student import Clip
 from clip_cid.recipe import DistillConfig, MachineConfig, PairsConfig
 from clip_cid.training.batches import Batches, PairDataset, TrainingPairs
 from clip_cid.training.distributed import ALONE, Ranks
 from clip_cid.training.loop import Plan, Trainer
 from clip_cid.training.model import Distillation
-from clip_cid.training.validation import Validation
+from clip_cid.training.validation import HeldOut, Validation
 
 DIM, CENTERS, BATCH = 16, 12, 8
 
@@ -95,6 +98,41 @@ def make_student(*, seed: int = 0, patch_dropout: float = 0.0, with_bias: bool =
     text = CLIPTextCfg(context_length=8, vocab_size=64, width=32, heads=2, layers=1)
     torch.manual_seed(seed)
     return CLIP(DIM, vision, text, init_logit_bias=-10.0 if with_bias else None)
+
+
+def make_clip(student: CLIP) -> Clip:
+    """What a measurement needs beside the student's weights."""
+    preprocess: Any = image_transform(16, is_train=False)
+    return Clip(student, {"embed_dim": DIM}, {"size": 16}, tokenize, preprocess, "tiny")
+
+
+class Stripes:
+    """Three kinds of pictures; one cannot be read."""
+
+    def name(self, row: int) -> str:
+        return f"picture {row}"
+
+    def load(self, row: int) -> Image.Image:
+        if row == 4:
+            raise BadSample("broken")
+        return Image.fromarray(np.random.default_rng(row).integers(0, 80 * (1 + row % 3), (16, 16, 3), dtype=np.uint8))
+
+
+def stripes(count: int = 30) -> EvaluationSet:
+    labels = np.arange(count) % 3
+    split = LabelledImages("stripes/test", labels, "1", Stripes())
+    return EvaluationSet("stripes", "here", ("aab", "zyx", "mno"), ("{c}", "q{c}"), "top1", {"test": split})
+
+
+def make_validation(
+    held_out: HeldOut | None, settings: DistillConfig, *, sets: Sequence[EvaluationSet] = (), ranks: Ranks = ALONE
+) -> Validation:
+    batches, clip = None, make_clip(make_student())
+    if held_out is not None:
+        dataset = PairDataset(held_out.pairs, transform=clip.preprocess, tokenizer=tokenize, max_pixels=10_000, seed=0)
+        size = held_out.batch_size
+        batches = Batches(held_out.pairs, dataset, batch_size=size, seed=0, workers=0, pin=False, ranks=ranks)
+    return Validation(clip, batches, sets, settings.weights.model_dump(), settings.seed, ranks)
 
 
 def make_settings(**changes: Any) -> DistillConfig:

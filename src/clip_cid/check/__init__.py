@@ -1,0 +1,242 @@
+"""Try the first steps of a training before it is begun: `clip-cid check`.
+
+One real batch is read and a few steps are made on it, in a folder that is thrown away. The run is only read.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import shutil
+import tempfile
+from pathlib import Path
+
+import threadpoolctl
+import torch
+
+from clip_cid.check import captions, doubts, expect, rehearsal, work
+from clip_cid.errors import ConfigError, MissingExtraError
+from clip_cid.models.costs import Costs, count_costs
+from clip_cid.models.device import resolve_device
+from clip_cid.pipeline import State
+from clip_cid.recipe import Recipe
+from clip_cid.run_folder import RunFolder
+from clip_cid.stages import distill
+from clip_cid.stages.cluster import available_memory
+from clip_cid.training.batches import Batch
+from clip_cid.training.distributed import Ranks, world_size
+from clip_cid.training.records import make_listeners
+
+_AHEAD = 2  # batches that each worker of a DataLoader holds ready
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that a check found; sizes in bytes, times in seconds."""
+
+    recipe: Recipe
+    device: torch.device
+    undone: list[State]
+    """Stages before the training that have not run: the targets of the steps were random."""
+    pairs: int
+    """To train on."""
+    held_out: int
+    sights: captions.Sights
+    parameters: dict[str, int]
+    student: Costs | None
+    teacher: work.TeacherFacts | None
+    teaching: expect.Teaching | None
+    """None where the FLOPs of student or teacher are not known."""
+    reading: rehearsal.Reading
+    rehearsal: rehearsal.Rehearsal
+    worker_memory_gib: float
+    chance: dict[str, float]
+    duration: expect.Duration
+    soft_seconds: float | None
+    """Of all pairs, before the first step; None where the training uses no soft centers."""
+    waiting_bytes: int
+    """Of the batches that the workers hold ready."""
+    disk: expect.Disk
+    teacher_dim: int | None
+    embed_seconds: float | None
+    """What embedding took, where it was done here."""
+    doubts: list[str]
+    unchecked: list[str]
+
+
+def check(folder: RunFolder, recipe: Recipe) -> Report:
+    """Try the training of a run; nothing of the run changes.
+
+    Raises:
+        ClipCidError: The training could not be begun.
+    """
+    if world_size() > 1:
+        raise ConfigError("check is for one process, but torchrun has started several.", fix="Start it by itself.")
+    machine = recipe.machine
+    if machine.threads:
+        torch.set_num_threads(machine.threads)
+    _refuse_bad_listeners(recipe)
+    alone = machine.model_copy(update={"fsdp": False, "callbacks": (), "tensorboard": "off"})
+    alone = recipe.model_copy(update={"machine": alone})
+    with (
+        tempfile.TemporaryDirectory(prefix="clip-cid-check-") as scratch,
+        threadpoolctl.threadpool_limits(machine.threads or None),
+    ):
+        return _try(folder, alone, recipe, Path(scratch))
+
+
+def _refuse_bad_listeners(recipe: Recipe) -> None:
+    """Those that would be met at the first step; none of them is called."""
+    machine = recipe.machine
+    make_listeners(machine.callbacks, "off", Path(), step=0)
+    if machine.tensorboard == "on" and importlib.util.find_spec("tensorboard") is None:
+        raise MissingExtraError("machine.tensorboard: on", "tensorboard")
+
+
+def _try(folder: RunFolder, recipe: Recipe, asked: Recipe, scratch: Path) -> Report:
+    missing = work.undone(folder, recipe)
+    ranks = Ranks(device=resolve_device(recipe.machine.device))
+    distill.refuse_without_float64(ranks.device, recipe)
+    run, out = work.UntouchedRun(folder.path, scratch), scratch / "distill"
+    out.mkdir()
+    teacher = work.find_teacher(run, recipe, missing)
+    if missing and teacher is not None:
+        tried = work.with_random_targets(run, out, recipe, ranks, teacher)
+    else:
+        tried = work.from_the_run(run, out, recipe, ranks)
+    return _measure(folder, asked, tried, teacher, missing)
+
+
+def _measure(
+    folder: RunFolder, recipe: Recipe, tried: work.Tried, teacher: work.TeacherFacts | None, missing: list[State]
+) -> Report:
+    trainer, machine, settings = tried.trainer, recipe.machine, recipe.distill
+    sights, pairs = captions.look_at(tried.training, tried.clip), len(tried.training)
+    to_try = rehearsal.batches_to_try(trainer.batches, workers=machine.workers, steps=trainer.plan.steps)
+    with contextlib.closing(to_try) as batches:
+        reading = rehearsal.read_batches(batches, workers=machine.workers)
+        student = count_costs(tried.clip.model, context_length=reading.batch.texts.shape[1])
+        batch, soft_seconds = _with_targets(reading.batch, recipe, tried)
+        found = rehearsal.rehearse(trainer, batch, beside=batches if machine.workers else iter(()))
+    duration = expect.Duration(
+        trainer.plan.steps, found.seconds_per_step, reading.seconds_per_batch, overlaps=machine.workers > 0
+    )
+    width = tried.teacher_dim or tried.clip.dim
+    disk = expect.expect_disk(
+        trainer,
+        before=_bytes_before(recipe, missing, pairs, width),
+        soft_rows=0 if soft_seconds is None else pairs,
+        width=width,
+        free=shutil.disk_usage(_existing_parent(folder.path)).free,
+    )
+    report = Report(
+        recipe=recipe,
+        device=trainer.ranks.device,
+        undone=missing,
+        pairs=pairs,
+        held_out=tried.held_out,
+        sights=sights,
+        parameters=expect.count_parameters(tried.clip.model, trainer.model.objective.head),
+        student=student,
+        teacher=teacher,
+        teaching=_teaching(student, teacher, pairs, duration.steps * settings.batch_size),
+        reading=reading,
+        rehearsal=found,
+        worker_memory_gib=rehearsal.worker_memory_gib(),
+        chance=_chance(recipe, tried, found, width),
+        duration=duration,
+        soft_seconds=None if soft_seconds is None else soft_seconds * pairs,
+        waiting_bytes=_AHEAD * machine.workers * _bytes_of(batch.images, batch.texts),
+        disk=disk,
+        teacher_dim=tried.teacher_dim,
+        embed_seconds=_embed_seconds(folder, missing),
+        doubts=[],
+        unchecked=_unchecked(recipe, missing, teacher),
+    )
+    return dataclasses.replace(report, doubts=_doubts(report, folder, tried))
+
+
+def _with_targets(batch: Batch, recipe: Recipe, tried: work.Tried) -> tuple[Batch, float | None]:
+    """The batch as the losses want it; and where the training has soft centers, the seconds they took for a pair."""
+    if tried.invented:
+        assert tried.teacher_dim is not None
+        batch = work.add_random_targets(batch, recipe, tried.teacher_dim)
+    if not (recipe.uses_clusters and distill.uses_soft_centers(recipe.distill)):
+        return batch, None
+    batch, seconds = rehearsal.soften(batch, tried.trainer)
+    return batch, seconds / len(batch.rows)
+
+
+def _doubts(report: Report, folder: RunFolder, tried: work.Tried) -> list[str]:
+    recipe = report.recipe
+    settings, machine = recipe.distill, recipe.machine
+    found = [
+        *doubts.of_settings(settings, steps=report.duration.steps, pairs=report.pairs, held_out=report.held_out),
+        *doubts.of_machine(settings, machine, report.device),
+        *doubts.of_time(report.duration, machine),
+        *doubts.of_pairs(report.sights, report.reading, max_bad_share=recipe.pairs.max_bad_share),
+        *doubts.of_room(report.disk, folder.path, memory=report.waiting_bytes, available=available_memory()),
+        *doubts.of_evaluation(recipe),
+    ]
+    if tried.training.labels is not None and (head := tried.trainer.model.objective.head) is not None:
+        own = distill.distinct_labels(tried.training.labels, settings.batch_size)
+        found += doubts.of_negatives(settings, num_centers=head.num_centers, own=own)
+    return found
+
+
+def _chance(recipe: Recipe, tried: work.Tried, found: rehearsal.Rehearsal, width: int) -> dict[str, float]:
+    model = tried.trainer.model
+    bias = getattr(model.student, "logit_bias", None)
+    return expect.chance_levels(
+        recipe.distill,
+        width=width,
+        num_centers=model.objective.head.num_centers if model.objective.head is not None else None,
+        in_step=found.centers,
+        perplexity=tried.perplexity,
+        logit_bias=None if bias is None else float(bias.detach()),
+    )
+
+
+def _teaching(
+    student: Costs | None, teacher: work.TeacherFacts | None, pairs: int, pairs_seen: int
+) -> expect.Teaching | None:
+    if student is None or teacher is None or teacher.costs is None:
+        return None
+    return expect.compare_teaching(student, teacher.costs, pairs=pairs, pairs_seen=pairs_seen)
+
+
+def _unchecked(recipe: Recipe, missing: list[State], teacher: work.TeacherFacts | None) -> list[str]:
+    found: list[str] = []
+    names = [state.stage.name for state in missing]
+    if "embed" in names and recipe.embed.existing is not None:
+        found.append(f"embed.existing: {recipe.embed.existing} was not opened; the embed stage does")
+    elif "embed" in names and teacher is not None:
+        found.append(f"whether the weights of {teacher.name} load (they are neither read nor fetched)")
+    if names:
+        found.append(
+            f"what {', '.join(names)} will leave: how many pairs stay, the join, the captions the teacher has read"
+        )
+    if recipe.machine.fsdp:
+        found.append("machine.fsdp: the steps were made in one process, with everything on one device")
+    if recipe.distill.validation.measures:
+        found.append("the time of the measurements on the way (distill.validation)")
+    return found
+
+
+def _bytes_before(recipe: Recipe, missing: list[State], pairs: int, width: int) -> int:
+    names = {state.stage.name for state in missing}
+    embeddings = expect.embedding_bytes(pairs, width) if "embed" in names and recipe.embed.existing is None else 0
+    centers = expect.cluster_bytes(pairs, recipe.cluster.num_centers, width) if "cluster" in names else 0
+    return embeddings + centers
+
+
+def _embed_seconds(folder: RunFolder, missing: list[State]) -> float | None:
+    record = None if any(state.stage.name == "embed" for state in missing) else folder.record("embed")
+    return record.seconds if record is not None and record.summary.get("images_per_s") else None
+
+
+def _bytes_of(*values: torch.Tensor) -> int:
+    return sum(value.numel() * value.element_size() for value in values)
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())

@@ -1,0 +1,76 @@
+"""A look at some of the pairs: what the student will see of their captions and images."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clip_cid.data.pairs import BadSample
+from clip_cid.models.student import Clip
+from clip_cid.training.batches import TrainingPairs
+
+_LOOKED_AT = 500
+
+
+@dataclass(frozen=True)
+class Sights:
+    """What was found in the pairs that were looked at."""
+
+    pairs: int
+    """Looked at."""
+    unreadable: int
+    captions: int
+    truncated: int
+    """Captions that are longer than the student's context."""
+    sides: tuple[int, int, int]
+    """The short side of the images in pixels: the least, the median, the most; zeros where none could be read."""
+    smaller: int
+    """Images with a side shorter than the student's images: they are enlarged."""
+    kilobytes: float
+    """Of an encoded image, on average."""
+
+
+def look_at(training: TrainingPairs, clip: Clip) -> Sights:
+    """Read pairs at equal steps through the data.
+
+    Raises:
+        DataError: The files changed or went away after they were indexed.
+    """
+    chosen = np.unique(np.linspace(0, len(training) - 1, min(_LOOKED_AT, len(training))).astype(np.int64))
+    captions: list[str] = []
+    sides: list[int] = []
+    sizes: list[int] = []
+    unreadable = 0
+    for row in training.rows[chosen].tolist():
+        try:
+            pair = training.pairs.read(row)
+            with Image.open(io.BytesIO(pair.image)) as image:
+                sides.append(min(image.size))
+        except (BadSample, OSError, Image.DecompressionBombError):
+            unreadable += 1
+            continue
+        captions += pair.captions
+        sizes.append(len(pair.image))
+    return Sights(
+        pairs=len(chosen),
+        unreadable=unreadable,
+        captions=len(captions),
+        truncated=count_truncated(clip, captions),
+        sides=(min(sides), int(np.median(sides)), max(sides)) if sides else (0, 0, 0),
+        smaller=sum(side < clip.image_side for side in sides),
+        kilobytes=float(np.mean(sizes)) / 1e3 if sizes else 0.0,
+    )
+
+
+def count_truncated(clip: Clip, captions: Sequence[str]) -> int:
+    """How many captions lose words: with room for one token more, such a caption begins otherwise, without its end mark."""
+    if not captions:
+        return 0
+    tokenizer: Any = clip.tokenizer
+    short = tokenizer(list(captions))
+    length = short.shape[1]
+    longer = tokenizer(list(captions), context_length=length + 1)
+    return int((short != longer[:, :length]).any(dim=1).sum())

@@ -1,0 +1,200 @@
+"""What a whole run takes, by arithmetic from what was measured and counted."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from clip_cid.models.costs import Costs
+from clip_cid.recipe import DistillConfig, Recipe
+from clip_cid.training.loop import Trainer
+
+_METRICS_LINE = 1000  # bytes, at most
+_HALF, _SINGLE = 2, 4  # bytes of a number
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Of the training, without validation and checkpoints."""
+
+    steps: int
+    compute: float
+    """Seconds of a step."""
+    reading: float
+    """Seconds in which the workers make a batch."""
+    overlaps: bool
+    """Whether they do so while the step is computed."""
+
+    @property
+    def seconds_per_step(self) -> float:
+        return max(self.compute, self.reading) if self.overlaps else self.compute + self.reading
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the time in which the step waits for its pairs."""
+        return 1 - self.compute / self.seconds_per_step
+
+    @property
+    def seconds(self) -> float:
+        return self.steps * self.seconds_per_step
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes the rest of the run writes, at its largest."""
+
+    checkpoint: int
+    """One of them."""
+    checkpoints: int
+    """Those that stay, the one that is being written, and the best student where it is kept."""
+    student: int
+    soft_centers: int
+    metrics: int
+    before: int
+    """What the stages before the training leave, where they have not run."""
+    free: int
+
+    @property
+    def needed(self) -> int:
+        return self.checkpoints + self.student + self.soft_centers + self.metrics + self.before
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """Stored embeddings against a teacher that looks at every batch anew, in FLOPs."""
+
+    step_ratio: float
+    """A step with the teacher, over a step without."""
+    run_ratio: float
+    """All steps with the teacher, over all without and the embeddings made once."""
+    embedding_flops: int
+    """Of all pairs, once."""
+
+
+def compare_teaching(student: Costs, teacher: Costs, *, pairs: int, pairs_seen: int) -> Teaching:
+    """Both ways see the same batches, and the student costs the same in both."""
+    learning, once = pairs_seen * student.training, pairs * teacher.forward
+    return Teaching(
+        step_ratio=1 + teacher.forward / student.training,
+        run_ratio=(learning + pairs_seen * teacher.forward) / (learning + once),
+        embedding_flops=once,
+    )
+
+
+def forward_passes(recipe: Recipe, rows: int) -> int:
+    """How often a step computes the forward pass: again for each piece of a batch, and again for what it did not keep."""
+    pieces = recipe.machine.micro_batch is not None and recipe.machine.micro_batch < rows
+    return 1 + pieces + recipe.machine.grad_checkpointing
+
+
+def chance_levels(
+    settings: DistillConfig,
+    *,
+    width: int,
+    num_centers: int | None,
+    in_step: int | None,
+    perplexity: float | None,
+    logit_bias: float | None,
+) -> dict[str, float]:
+    """What each loss is for a student that sees nothing: every similarity the same, or vectors at random.
+
+    Args:
+        settings: Of the training.
+        width: Of the teacher's vectors.
+        num_centers: K; None without clusters.
+        in_step: Centers that take part in a step.
+        perplexity: Of the teacher over all centers.
+        logit_bias: The student's, where it has one.
+
+    Returns:
+        By the loss's name, in its own unit; a loss without such a level is not there.
+    """
+    crossed = math.log(settings.batch_size)
+    found: dict[str, float] = {"clip": crossed, "instance_image": crossed, "instance_text": crossed, "icl": crossed}
+    found["feature"] = 4 / width  # squared distance 2 of unit vectors at a right angle, for each of two towers
+    if logit_bias is not None:
+        found["siglip"] = _softplus(-logit_bias) + (settings.batch_size - 1) * _softplus(logit_bias)
+    if num_centers is not None and in_step is not None:
+        found["cluster_cls"] = math.log(num_centers if settings.logq == "both" else in_step)
+        if perplexity is not None and (settings.logq != "none" or in_step == num_centers):
+            found["cluster_kl"] = math.log(num_centers / perplexity)
+    return {name: level for name, level in found.items() if getattr(settings.weights, name) > 0}
+
+
+def expect_disk(trainer: Trainer, *, before: int, soft_rows: int, width: int, free: int) -> Disk:
+    """How much room the run takes.
+
+    Args:
+        trainer: One that has made a step, so that its optimizers hold what they will.
+        before: Bytes of the stages that have not run.
+        soft_rows: Pairs whose soft centers are kept while it trains.
+        width: Of the teacher's vectors.
+        free: Bytes.
+    """
+    student = _bytes(trainer.model.student.state_dict().values())
+    one = checkpoint_bytes(trainer)
+    best = student if trainer.settings.validation.keep == "best" else 0
+    lines = trainer.plan.steps // trainer.settings.log_every + 1
+    return Disk(
+        checkpoint=one,
+        checkpoints=(trainer.machine.keep_checkpoints + 1) * one + best,
+        student=student,
+        soft_centers=soft_rows * (_SINGLE * width + 8),
+        metrics=lines * _METRICS_LINE,
+        before=before,
+        free=free,
+    )
+
+
+def checkpoint_bytes(trainer: Trainer) -> int:
+    """The numbers of everything that moves, of its optimizers, and of the running average."""
+    frozen = {name for name, value in trainer.model.named_parameters() if not value.requires_grad}
+    found = _bytes(value for name, value in trainer.model.state_dict().items() if name not in frozen)
+    for optimizer in trainer.optimizers:
+        found += sum(_bytes(state.values()) for state in optimizer.state.values())
+    if trainer.average is not None:
+        found += _bytes(value for value in trainer.model.student.parameters() if value.requires_grad)
+    return found
+
+
+def embedding_bytes(pairs: int, width: int) -> int:
+    """Image and first caption of each pair, in float16."""
+    return 2 * _HALF * width * pairs
+
+
+def cluster_bytes(pairs: int, centers: int, width: int) -> int:
+    """The centers in float32, a label for each pair, and as much for a round to resume from."""
+    return 2 * (_SINGLE * width * centers + 4 * pairs)
+
+
+def balance_memory(pairs: int, width: int, *, on_cuda: bool) -> tuple[int, int]:
+    """The least and the most bytes that balance holds; docs/scale.md."""
+    codes = (2 * width, 2 * width) if on_cuda else (32, 256)
+    return pairs * (2 * codes[0] + 70), pairs * (2 * (codes[1] + 512) + 70)
+
+
+def cluster_memory(recipe: Recipe, pairs: int, width: int) -> int:
+    """Bytes that cluster holds; docs/scale.md."""
+    settings = recipe.cluster
+    if settings.algorithm == "blocks":
+        return 25 * width * settings.num_centers + 30 * pairs
+    sample = min(pairs, settings.num_centers * settings.max_points_per_center)
+    return _SINGLE * width * (sample + settings.num_centers)
+
+
+def count_parameters(model: nn.Module, head: nn.Module | None) -> dict[str, int]:
+    """Of the image tower, of what is left of the student, and of the cluster head."""
+    image = sum(value.numel() for name, value in model.named_parameters() if name.startswith("visual."))
+    text = sum(value.numel() for value in model.parameters()) - image
+    return {"image": image, "text": text, "head": sum(value.numel() for value in head.parameters()) if head else 0}
+
+
+def _bytes(values: Iterable[object]) -> int:
+    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    return sum(value.numel() * value.element_size() for value in tensors)
+
+
+def _softplus(value: float) -> float:
+    return max(value, 0) + math.log1p(math.exp(-abs(value)))

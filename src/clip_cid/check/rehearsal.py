@@ -1,0 +1,167 @@
+"""The first steps of a training, made and thrown away: what they cost here."""
+
+import contextlib
+import dataclasses
+import itertools
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Generator, Iterator
+
+import torch
+
+from clip_cid.errors import RunError
+from clip_cid.method.fused_cluster_loss import soft_centers
+from clip_cid.training.batches import Batch, Batches
+from clip_cid.training.loop import Measured, Trainer
+
+_READ_SECONDS = 5.0  # a rate that was watched for so long is good enough
+_STEP_SECONDS = 10.0
+_MOST_STEPS = 10
+_MOST_ROUNDS = 4  # batches of each worker
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How fast the batches come when nobody computes."""
+
+    batch: Batch
+    """The first one of the training."""
+    seconds_per_batch: float
+    batches: int
+    """How many were read to find out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """Some steps on one real batch."""
+
+    first: Measured
+    """The first step: the losses of a student that has learned nothing."""
+    seconds_per_step: float
+    """The median of `steps`, after one that does not count."""
+    steps: int
+    centers: int | None
+    """How many take part in a step."""
+    memory_gib: float
+    """The most this process has held, all it has loaded included."""
+    device_memory_gib: float | None
+    """The most tensors have held of the CUDA device."""
+
+
+def batches_to_try(batches: Batches, *, workers: int, steps: int) -> Generator[Batch]:
+    """The first batches of a training of `steps`, as many as reading and rehearsing may want."""
+    return batches.between(0, min(_MOST_ROUNDS * max(workers, 1) + _MOST_STEPS, steps))
+
+
+def read_batches(batches: Iterator[Batch], *, workers: int) -> Reading:
+    """Read the first batch and, where that is quick, more of them.
+
+    Args:
+        batches: As `batches_to_try` gives them; some are left.
+        workers: As many batches are made at once; those in which they start do not count where more are read.
+
+    Raises:
+        DataError: As `Batches.between`.
+    """
+    at_once = max(workers, 1)
+    started = time.monotonic()
+    arrived: list[float] = []
+    first: Batch | None = None
+    for batch in itertools.islice(batches, _MOST_ROUNDS * at_once):
+        first = first or batch
+        arrived.append(time.monotonic())
+        if len(arrived) > at_once and arrived[-1] - started > _READ_SECONDS:
+            break
+    assert first is not None, "a training has a step"
+    if (settled := len(arrived) - at_once) > 0:
+        return Reading(first, (arrived[-1] - arrived[at_once - 1]) / settled, len(arrived))
+    return Reading(first, (arrived[-1] - started) / len(arrived), len(arrived))
+
+
+def soften(batch: Batch, trainer: Trainer) -> tuple[Batch, float]:
+    """The batch with the teacher's soft centers, and how many seconds they took: a training has them from the start."""
+    objective = trainer.model.objective
+    assert objective.head is not None
+    assert batch.teacher_image is not None
+    device = trainer.ranks.device
+    centers, teacher = objective.head.weight.detach(), batch.teacher_image.to(device)
+    started = time.monotonic()
+    found = soft_centers(teacher, centers, scale=objective.head.scale, temperature=objective.temperature)
+    _finish_work(device)
+    return dataclasses.replace(batch, soft_centers=found), time.monotonic() - started
+
+
+def rehearse(trainer: Trainer, batch: Batch, beside: Iterator[Batch]) -> Rehearsal:
+    """Make a few steps.
+
+    Args:
+        trainer: Whose weights will have moved.
+        batch: What the steps are made on.
+        beside: One of these is taken before each step, so that workers make others while it is computed: they share
+            the cores with it, as in the training. There may be fewer.
+
+    Raises:
+        RunError: The step does not fit the device, or its loss is not finite.
+    """
+    device = trainer.ranks.device
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            first, seconds = _timed_steps(trainer, batch, beside)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"A step of {len(batch.rows):,} pairs does not fit {device} ({str(error).splitlines()[0]}).",
+            fix="Set machine.micro_batch, machine.grad_checkpointing: true or a smaller distill.batch_size.",
+        ) from error
+    taken_part = trainer.model.objective.diagnostics().get("centers")
+    return Rehearsal(
+        first=first,
+        seconds_per_step=statistics.median(seconds),
+        steps=len(seconds),
+        centers=None if taken_part is None else int(taken_part),
+        memory_gib=_largest(resource.RUSAGE_SELF),
+        device_memory_gib=torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+    )
+
+
+def worker_memory_gib() -> float:
+    """The most one of this process's ended workers has held, with the pages it shared with it."""
+    return _largest(resource.RUSAGE_CHILDREN)
+
+
+def _timed_steps(trainer: Trainer, batch: Batch, beside: Iterator[Batch]) -> tuple[Measured, list[float]]:
+    seconds: list[float] = []
+    with contextlib.closing(trainer.rehearse(batch)) as steps:
+        first = next(steps)
+        _refuse_sick(first, trainer)
+        while not seconds or (sum(seconds) < _STEP_SECONDS and len(seconds) < _MOST_STEPS):
+            next(beside, None)
+            _finish_work(trainer.ranks.device)
+            started = time.monotonic()
+            next(steps)
+            _finish_work(trainer.ranks.device)
+            seconds.append(time.monotonic() - started)
+    return first, seconds
+
+
+def _refuse_sick(first: Measured, trainer: Trainer) -> None:
+    """Float16 alone may overflow in its first gradients: its scaler then scales less."""
+    sick = [name for name, part in first.parts.items() if not abs(part) < float("inf")]
+    if first.is_finite or (not sick and trainer.precision == torch.float16):
+        return
+    what = f"loss {', '.join(sick)}" if sick else "gradient"
+    raise RunError(
+        f"The {what} of the first step is not finite, before anything is learned.",
+        fix="Try distill.precision: fp32; if it stays so, look at the weights in distill.pretrained and at the pairs.",
+    )
+
+
+def _finish_work(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _largest(whose: int) -> float:
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(whose).ru_maxrss * unit / 2**30

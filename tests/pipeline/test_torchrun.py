@@ -1,0 +1,193 @@
+"""Two processes under torchrun, through the command line, as a user starts them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from safetensors.torch import load_file
+
+from clip_cid import cli
+from clip_cid.run_folder import RunFolder
+
+STEPS = 24
+TEACHER = {
+    "pairs": {"source": ["data/pairs/*.tar"]},
+    "embed": {"teacher": "none"},
+    "distill": {"student": "cid-tiny", "weights": "clip-only", "batch_size": 32, "steps": 4, "warmup_steps": 1},
+    "machine": {"workers": 0, "threads": 1, "tensorboard": "off"},
+}
+STUDENT = {
+    "pairs": {"source": ["data/pairs/*.tar"]},
+    "embed": {"teacher": "run:teacher"},
+    "balance": {"threshold": 0.002},
+    "cluster": {"num_centers": 8, "iterations": 3},
+    "distill": {
+        "student": "cid-tiny",
+        "batch_size": 8,
+        "steps": STEPS,
+        "warmup_steps": 1,
+        "log_every": 1,
+        "head_lr": 1e-3,
+        "sample_rate": 0.5,
+        "alignment": "linear",
+    },
+    "machine": {"workers": 0, "threads": 1, "tensorboard": "off", "checkpoint_minutes": 1e-6},
+}
+PATIENCE = 120  # seconds until hanging processes are ended
+STAGE_FILES = ("student/open_clip_model.safetensors", "student/cid_head.safetensors", "metrics.jsonl")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package"),
+]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run whose stages before distill are done."""
+    path = tmp_path_factory.mktemp("torchrun")
+    (path / "teacher.yaml").write_text(yaml.safe_dump(TEACHER))
+    (path / "student.yaml").write_text(yaml.safe_dump(STUDENT))
+    before = Path.cwd()
+    os.chdir(path)
+    try:
+        assert cli.main(["sample", "data", "--pairs", "60"]) == 0
+        assert cli.main(["run", "teacher", "--recipe", "teacher.yaml"]) == 0
+        for stage in ("embed", "balance", "cluster"):
+            assert cli.main([stage, "earlier", "--recipe", "student.yaml"]) == 0
+    finally:
+        os.chdir(before)
+    return path
+
+
+def torchrun(work: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "-m", "clip_cid", *arguments],
+        cwd=work,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """The exit code and all that was said."""
+    try:
+        said, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        kill_all(process.pid)
+    return process.returncode, said
+
+
+def kill_all(pid: int) -> None:
+    """`kill -9` of a process and of all that it has started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    numbers = [int(number) for number in children.read_text().split()] if children.exists() else []
+    for number in (pid, *numbers):
+        try:
+            os.kill(number, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def start(work: Path, run: str) -> tuple[int, str]:
+    return finished(torchrun(work, "distill", run, "--recipe", "student.yaml"))
+
+
+@pytest.fixture(scope="module")
+def joint(work: Path) -> tuple[int, str]:
+    """A run that two processes have finished."""
+    shutil.copytree(work / "earlier", work / "joint")
+    return start(work, "joint")
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_leave_one_student_one_record_and_one_set_of_words(work: Path, joint: tuple[int, str]):
+    code, said = joint
+    assert code == 0, said
+    folder = work / "joint" / "distill"
+    assert [line["step"] for line in lines_of(folder)] == [*range(1, STEPS + 1)]
+    record = RunFolder(work / "joint").record("distill")
+    assert record is not None
+    assert record.summary["processes"] == 2
+    model: Any = open_clip.create_model_and_transforms(f"local-dir:{folder / 'student'}")[0]
+    assert model.encode_image(torch.zeros(1, 3, *([model.visual.image_size[0]] * 2))).shape[0] == 1
+    for words in ("distill   missing", "the teacher finds", "steps, ", "clip_benchmark eval", "pairs seen"):
+        assert said.count(words) == 1, f"{words}: {said}"
+    assert "Traceback" not in said
+
+
+def test_it_is_the_student_of_one_process(work: Path, joint: tuple[int, str], monkeypatch: pytest.MonkeyPatch):
+    """And all that was learned beside it, the rows of the head that the two had between them included."""
+    monkeypatch.chdir(work)
+    shutil.copytree("earlier", "alone")
+    assert cli.main(["distill", "alone", "--recipe", "student.yaml"]) == 0
+    for name in STAGE_FILES[:2]:
+        ours, theirs = (load_file(Path(run, "distill", name)) for run in ("joint", "alone"))
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            torch.testing.assert_close(
+                ours[key], value, rtol=0.02, atol=2e-3, msg=lambda text, key=key: f"{key} {text}"
+            )
+    assert load_file("joint/distill/student/cid_head.safetensors")["head.weight"].shape[0] == 8
+    for mine, other in zip(lines_of(Path("joint/distill")), lines_of(Path("alone/distill")), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=2e-3)
+
+
+def test_a_second_start_finds_it_up_to_date(work: Path, joint: tuple[int, str]):
+    before = {path: path.stat().st_mtime_ns for path in (work / "joint" / "distill").rglob("*")}
+    code, said = start(work, "joint")
+    assert code == 0, said  # torchrun's is 0 only if every process ends with 0
+    assert said.count("up to date") == 1
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes to kill in Linux's /proc")
+def test_all_killed_in_the_middle_the_same_command_goes_on_to_the_same_weights(work: Path, joint: tuple[int, str]):
+    shutil.copytree(work / "earlier", work / "killed")
+    process = torchrun(work, "distill", "killed", "--recipe", "student.yaml")
+    checkpoints, deadline = work / "killed" / "distill.part" / "checkpoints", time.monotonic() + PATIENCE
+    while not list(checkpoints.glob("step-00000[5-9].pt")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    kill_all(process.pid)
+    process.communicate()
+    assert not (work / "killed" / "distill").exists()
+    reached = max(int(path.stem[5:]) for path in checkpoints.glob("step-*.pt"))
+    assert 5 <= reached < STEPS
+    code, said = start(work, "killed")
+    assert code == 0, said
+    assert "going on where it stopped" in said
+    assert said.count("goes on after step") == 1
+    for name in STAGE_FILES[:2]:
+        ours, theirs = ((work / run / "distill" / name) for run in ("killed", "joint"))
+        mine, others = load_file(ours), load_file(theirs)
+        assert [key for key, value in mine.items() if not torch.equal(value, others[key])] == []
+    ours, theirs = ([line["loss"] for line in lines_of(work / run / "distill")] for run in ("killed", "joint"))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("command", ["run", "cluster"])
+def test_what_is_not_for_several_processes_is_refused(work: Path, joint: tuple[int, str], command: str):
+    code, said = finished(torchrun(work, command, "joint"))
+    assert code != 0
+    assert "torchrun has started several processes, but only the distill stage is for several." in said
+    assert "exitcode  : 2" in said
+    assert "torchrun ... -m clip_cid distill RUN" in said

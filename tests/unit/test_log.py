@@ -1,0 +1,22 @@
+import io
+import logging
+
+import pytest
+from rich.console import Console
+
+from clip_cid import log
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_of_several_processes_only_the_first_speaks_and_shows_a_bar(monkeypatch: pytest.MonkeyPatch, quiet: bool):
+    said = io.StringIO()
+    logger = logging.Logger("as if new")
+    monkeypatch.setattr(log, "_console", Console(file=said, force_terminal=True))
+    monkeypatch.setattr(log, "_logger", logger)
+    log.setup(quiet=quiet)
+    with log.progress("distill", 10) as bar:
+        bar.advance(5, note="a note")
+        log.info("a line")
+        log.warn("a warning")
+    words = [word in said.getvalue() for word in ("a line", "a warning", "a note", "5/10")]
+    assert words == [not quiet] * 4

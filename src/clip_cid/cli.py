@@ -66,7 +66,16 @@ _OF_EVALUATE: tuple[tuple[str, Any, str], ...] = (
     ),
     ("pretrained", str | None, "The open_clip tag of the --model that are plain names."),
 )
-_EXTRAS = {"check": (), "balance": (*_FORCE, *_OF_BALANCE), "evaluate": (*_FORCE, *_OF_EVALUATE)}
+_OF_REPORT: tuple[tuple[str, Any, str], ...] = (
+    ("blur", bool, "Short for --report.blur: every picture of the data is blurred until it is pointed at or clicked."),
+    ("no_images", bool, "Short for --report.no-images: no picture of the data, numbers only."),
+)
+_EXTRAS = {
+    "check": (),
+    "balance": (*_FORCE, *_OF_BALANCE),
+    "evaluate": (*_FORCE, *_OF_EVALUATE),
+    "report": (*_FORCE, *_OF_REPORT),
+}
 _TAKEN_OVER = {"embeddings": "embed", "kept": "balance", "clusters": "cluster"}
 
 
@@ -150,6 +159,10 @@ def _recipe_command(
                 settings[section]["existing"] = existing
         if getattr(flags, "target_removed", None) is not None:
             settings["balance"]["target_removed"] = flags.target_removed
+        if getattr(flags, "blur", False):
+            settings["report"]["blur"] = True
+        if getattr(flags, "no_images", False):
+            settings["report"]["images"] = False
         if models := _models(getattr(flags, "model", ()), getattr(flags, "pretrained", None)):
             settings["evaluate"]["compare"] |= models
             if flags.recipe is None and not (flags.run / pipeline.RECIPE_FILE).is_file():

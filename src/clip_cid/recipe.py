@@ -349,6 +349,8 @@ class ReportConfig(Config):
     """Headline of the page."""
     images: bool = True
     """Off leaves every picture of the data out: numbers only, for sharing."""
+    blur: bool = False
+    """Blur every picture of the data until it is pointed at or clicked, and on paper: web data holds what nobody wants to see unasked."""
     thumbnail_px: Annotated[int, Field(ge=16, le=512)] = 96
     """Long side of a thumbnail."""
 

@@ -175,6 +175,21 @@ def test_a_stage_command_keeps_the_other_sections_of_the_stored_recipe(monkeypat
     assert seen["recipe"].embed.existing == Path("store")
 
 
+@pytest.mark.parametrize(
+    ("flags", "blur", "images"),
+    [([], False, True), (["--blur"], True, True), (["--no-images"], False, False), (["--report.blur"], True, True)],
+)
+def test_a_report_is_blurred_or_without_images_by_a_short_flag(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str], blur: bool, images: bool
+):
+    seen = {}
+    monkeypatch.setattr(pipeline, "run", lambda folder, recipe, **rest: seen.update(recipe=recipe, **rest))
+    (tmp_path / "recipe.yaml").write_text("report: {title: mine}")
+    assert cli.main(["report", str(tmp_path), *flags]) == 0
+    assert (seen["only"], seen["recipe"].report.title) == ("report", "mine")
+    assert (seen["recipe"].report.blur, seen["recipe"].report.images) == (blur, images)
+
+
 def evaluated(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> Recipe:
     """The recipe that `evaluate` runs with."""
     seen = {}

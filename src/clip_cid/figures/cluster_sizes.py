@@ -9,6 +9,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from clip_cid.figures import style
 
+_SMALL_WIDTH = 3.4  # inches; a third of the report's page
 _MAX_POINTS = 400  # a million ranks look the same on paper as these, and weigh 25 MB more
 
 
@@ -47,26 +48,38 @@ def ranks_to_draw(clusters: int) -> Int[np.ndarray, " points"]:
 
 
 def draw(sizes: Mapping[str, Int[np.ndarray, " clusters"]], out: Path) -> dict[str, dict[str, float]]:
-    """Write `cluster_sizes.svg` and `.csv`: size by rank on the same centers, for each named set of images."""
+    """Write `cluster_sizes.svg`, a small one, and `.csv`: size by rank on the same centers, for each named set of images."""
     ranks = ranks_to_draw(len(next(iter(sizes.values()))))
     curves = {name: np.sort(values)[::-1][ranks - 1] for name, values in sizes.items()}
     style.write_csv(out / "cluster_sizes.csv", {"rank": ranks.tolist(), **{n: c.tolist() for n, c in curves.items()}})
     numbers = {name: describe(values) for name, values in sizes.items()}
-    colors = (style.MUTED, style.BLUE)
-    with style.new_figure(3.4) as figure:
+    labels = {name: _label(name, numbers[name]) for name in sizes}
+    _save(out / "cluster_sizes.svg", ranks, curves, labels, width=style.WIDTH)
+    _save(out / "cluster_sizes_small.svg", ranks, curves, {name: name for name in sizes}, width=_SMALL_WIDTH)
+    return numbers
+
+
+def _save(
+    path: Path,
+    ranks: Int[np.ndarray, " points"],
+    curves: Mapping[str, Int[np.ndarray, " points"]],
+    labels: Mapping[str, str],
+    *,
+    width: float,
+) -> None:
+    with style.new_figure(0.62 * width, width=width) as figure:
         axes = figure.add_subplot()
         axes.set(xscale="log", yscale="log", xlabel="cluster, largest first", ylabel="images in it")
-        for (name, curve), color in zip(curves.items(), colors, strict=False):
+        for (name, curve), color in zip(curves.items(), (style.MUTED, style.BLUE), strict=False):
             filled = curve > 0  # an empty cluster has no place on a logarithmic axis; its count is in the numbers
             marker = "." if filled.sum() <= 40 else None
-            axes.plot(ranks[filled], curve[filled], color=color, label=_label(name, numbers[name]), marker=marker)
+            axes.plot(ranks[filled], curve[filled], color=color, label=labels[name], marker=marker)
         for axis, most in ((axes.xaxis, ranks[-1]), (axes.yaxis, max(curve.max() for curve in curves.values()))):
             axis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 200 else (1,)))
             axis.set_minor_locator(NullLocator())
             axis.set_major_formatter(style.plain_ticks())
-        figure.legend(loc="outside upper left")
-        style.save_svg(figure, out / "cluster_sizes.svg")
-    return numbers
+        figure.legend(loc="outside upper left", ncols=1 if width == style.WIDTH else len(curves))
+        style.save_svg(figure, path)
 
 
 def _label(name: str, numbers: Mapping[str, float]) -> str:

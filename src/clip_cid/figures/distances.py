@@ -24,12 +24,13 @@ def draw(distances: Float[np.ndarray, " removed"], *, threshold: float, metric: 
         axes = figure.add_subplot()
         axes.stairs(counts, edges, color=style.BLUE, fill=True, alpha=0.85)
         axes.axvline(threshold, color=style.VERMILLION, linewidth=1.2)
+        on_the_left = threshold > limit / 2
         axes.annotate(
             f"threshold {threshold:g}",
-            *((threshold, 1.0), (-4, -3)),
+            *((threshold, 1.0), (-4 if on_the_left else 4, -3)),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
-            ha="right",
+            ha="right" if on_the_left else "left",
             va="top",
             color=style.VERMILLION,
         )

@@ -26,6 +26,15 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Example:
+    """A kept image and one removed for it, one of `of` pairs that were drawn."""
+
+    kept: Picture
+    removed: Picture
+    of: int
+
+
+@dataclass(frozen=True)
 class SetFacts:
     """What holds a set of duplicates together, as distances."""
 
@@ -70,12 +79,20 @@ def removed_sets(path: Path, thumbnails: Thumbnails) -> list[Gallery]:
 
 
 def removed_pairs(path: Path, thumbnails: Thumbnails) -> dict[str, list[Picture]]:
-    """Kind -> kept and removed images of `removed_pairs.csv` in turn."""
+    """Kind -> kept and removed images of `removed_pairs.csv` in turn, the nearest pair first."""
     found: dict[str, list[Picture]] = {}
     for place, line in enumerate(_lines(path) if path.is_file() else ()):
         words = f"{float(line['distance']):.3f}" if place % 2 else "kept"  # the heading says the kind
         found.setdefault(line["kind"], []).append(_picture(line, words, thumbnails))
     return found
+
+
+def typical_pairs(pairs: Mapping[str, Sequence[Picture]]) -> dict[str, Example]:
+    """Of each kind the pair in the middle: the nearest would flatter the balance, the farthest would wrong it."""
+    return {
+        kind: Example(*found[2 * ((len(found) // 2 - 1) // 2) :][:2], of=len(found) // 2)
+        for kind, found in pairs.items()
+    }
 
 
 def clusters(path: Path, thumbnails: Thumbnails) -> list[Gallery]:

@@ -46,7 +46,10 @@ def render(values: Mapping[str, Any]) -> str:
 
 
 def inline_svg(path: Path, description: str) -> Markup:
-    """One of our figures as a part of the page: in the page's font and colors, light or dark, with its own ids."""
+    """One of our figures as a part of the page: in the page's font and colors, light or dark, with its own ids.
+
+    Each figure may stand on the page once.
+    """
     text = path.read_text(encoding="utf-8")
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)

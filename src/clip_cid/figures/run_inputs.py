@@ -11,6 +11,7 @@ from clip_cid.data.forest_file import FOREST_FILE, StoredForest, read_forest
 from clip_cid.data.pictures import NoPicturesError, Pictures, open_pictures
 from clip_cid.errors import ClipCidError, DataError
 from clip_cid.figures import scores
+from clip_cid.figures.differences import Differences, read_differences
 from clip_cid.models.patches import why_no_patches
 from clip_cid.models.student import Clip, load_clip
 from clip_cid.models.teacher import teacher_reference
@@ -75,6 +76,11 @@ class RunInputs:
         if not self.recipe.uses("evaluate"):
             raise LeftOut(NO_SCORES)
         return scores.read_scores(self.folder.stage("evaluate") / "results.jsonl")
+
+    @cached_property
+    def differences(self) -> Differences:
+        """Between the student and the other models; empty where there are none."""
+        return read_differences(self.folder.stage("evaluate"))
 
     @cached_property
     def forest(self) -> StoredForest:

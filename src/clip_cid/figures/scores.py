@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 
 from clip_cid.errors import DataError
 from clip_cid.figures import style
+from clip_cid.figures.differences import Differences
 
 STUDENT, TEACHER, BASELINE = "student", "teacher", "baseline"
 
@@ -30,6 +31,11 @@ class Score:
     n: int | None = None
     classes: int | None = None
     chance: float | None = None
+    variant: str = ""
+    """How the set differs from the one CLIP was measured on; empty where it does not."""
+    top1: float | None = None
+    imagenet_same_classes: float | None = None
+    """Top-1 accuracy on ImageNet's own images of the classes of a shifted ImageNet; `top1` is the one on the set."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,6 @@ class ScoreRow:
         if STUDENT not in self.by_model or other not in self.by_model:
             return None
         return self.by_model[STUDENT].score - self.by_model[other].score
-
-    def clear(self, other: str) -> bool:
-        """Whether the two intervals are apart, so that the sign of the delta is not in doubt."""
-        a, b = self.by_model[STUDENT], self.by_model[other]
-        if a.low is None or a.high is None or b.low is None or b.high is None:
-            return False
-        return a.low > b.high or b.low > a.high
 
 
 def read_scores(path: Path) -> list[Score]:
@@ -99,8 +98,8 @@ def score_rows(scores: Sequence[Score]) -> list[ScoreRow]:
     return list(rows.values())
 
 
-def write_table(scores: Sequence[Score], path: Path) -> None:
-    """Every number of the results as one CSV, a model's score and interval in three columns."""
+def write_table(scores: Sequence[Score], differences: Differences, path: Path) -> None:
+    """Every number of the results as one CSV: a score or a difference and its interval in three columns."""
     rows, models = score_rows(scores), model_order(scores)
     columns: dict[str, list[object]] = {
         name: [getattr(row, name) for row in rows] for name in ("task", "set", "metric")
@@ -114,17 +113,22 @@ def write_table(scores: Sequence[Score], path: Path) -> None:
             f"{model}_low": [cell.low if cell else None for cell in cells],
             f"{model}_high": [cell.high if cell else None for cell in cells],
         }
-    reference = reference_model(models)
-    if reference is not None:
-        columns[f"delta_to_{reference}"] = [row.delta(reference) for row in rows]
+    for other in models:
+        if STUDENT in models and other != STUDENT:
+            paired = [differences.of(row.task, row.set, row.metric, other) for row in rows]
+            columns |= {
+                f"delta_to_{other}": [row.delta(other) for row in rows],
+                f"delta_to_{other}_low": [gap.low if gap else None for gap in paired],
+                f"delta_to_{other}_high": [gap.high if gap else None for gap in paired],
+            }
     style.write_csv(path, columns)
 
 
-def draw(scores: Sequence[Score], task: str, out: Path) -> dict[str, float]:
+def draw(scores: Sequence[Score], differences: Differences, task: str, out: Path) -> dict[str, float]:
     """Write `scores_TASK.svg` and `.csv` of one task: bars with intervals, and the student's lead over the baseline."""
     rows, models = score_rows(scores), model_order(scores)
     reference = reference_model(models)
-    write_table(scores, out / f"scores_{task}.csv")
+    write_table(scores, differences, out / f"scores_{task}.csv")
     places = np.arange(len(rows), dtype=np.float64)[::-1]
     names = [row.set if task != "retrieval" else f"{row.set}\n{row.metric.replace('_', ' ')}" for row in rows]
     with style.new_figure(0.9 + len(rows) * (0.16 + 0.14 * len(models))) as figure:
@@ -134,7 +138,7 @@ def draw(scores: Sequence[Score], task: str, out: Path) -> dict[str, float]:
         panels[0].set_yticks(places, names, color=style.INK)
         panels[0].set_ylim(-0.6, len(rows) - 0.4)
         if reference is not None:
-            _deltas(panels[1], rows, reference, places)
+            _deltas(panels[1], rows, reference, places, differences)
         colors = style.model_colors(models)
         handles = [Patch(color=colors[model], label=model) for model in models]
         figure.legend(handles=handles, loc="outside upper left", ncols=len(models), handlelength=0.8, handleheight=0.8)
@@ -171,23 +175,27 @@ def _bars(axes: Axes, rows: Sequence[ScoreRow], models: Sequence[str], places: n
     axes.spines["left"].set_visible(False)
 
 
-def _deltas(axes: Axes, rows: Sequence[ScoreRow], reference: str, places: np.ndarray) -> None:
+def _deltas(axes: Axes, rows: Sequence[ScoreRow], reference: str, places: np.ndarray, differences: Differences) -> None:
+    """The lead with its paired interval, faint where that holds 0; the number stands at the interval's end."""
     present = [(d, row, p) for row, p in zip(rows, places, strict=True) if (d := row.delta(reference)) is not None]
-    largest = max((100 * abs(delta) for delta, _, _ in present), default=1.0) or 1.0
+    largest = 0.0
     for delta, row, place in present:
+        paired = differences.of(row.task, row.set, row.metric, reference)
+        low, high = (paired.low, paired.high) if paired else (delta, delta)
         color = style.GREEN if delta > 0 else style.VERMILLION
-        axes.barh(place, 100 * delta, height=0.36, color=color, alpha=1.0 if row.clear(reference) else 0.45)
-        side = "left" if delta >= 0 else "right"
+        axes.barh(place, 100 * delta, height=0.36, color=color, alpha=1.0 if paired and paired.clear else 0.45)
+        axes.plot([100 * low, 100 * high], [place, place], color=style.INK, linewidth=0.8)
         axes.annotate(
             style.signed_points(delta),
-            *((100 * delta, place), (3 if delta >= 0 else -3, 0)),
+            *((100 * (max(high, 0) if delta >= 0 else min(low, 0)), place), (3 if delta >= 0 else -3, 0)),
             textcoords="offset points",
-            ha=side,
+            ha="left" if delta >= 0 else "right",
             va="center",
             fontsize=8,
         )
+        largest = max(largest, 100 * abs(low), 100 * abs(high))
     axes.axvline(0, color=style.INK, linewidth=0.8)
-    axes.set_xlim(-1.7 * largest, 1.7 * largest)
+    axes.set_xlim(-1.7 * (largest or 1.0), 1.7 * (largest or 1.0))
     axes.set_xlabel(f"vs {reference}, points")
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)

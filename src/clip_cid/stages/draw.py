@@ -17,6 +17,7 @@ from clip_cid.figures import (
     contact_sheet,
     distances,
     embedding_map,
+    gain,
     labelled_images,
     losses,
     patch_pca,
@@ -25,6 +26,7 @@ from clip_cid.figures import (
     removed_share,
     scores,
     single_linkage,
+    throughput,
     weights,
 )
 from clip_cid.figures.run_inputs import NO_CLUSTERS, NO_SCORES, LeftOut, RunInputs
@@ -262,9 +264,25 @@ def _scores(task: str) -> Callable[[RunInputs, Path], dict[str, Any]]:
     def draw(inputs: RunInputs, out: Path) -> dict[str, Any]:
         if not any(score.task == task for score in inputs.scores):
             raise LeftOut(NO_SCORES)
-        return scores.draw([score for score in inputs.scores if score.task == task], task, out)
+        return scores.draw([score for score in inputs.scores if score.task == task], inputs.differences, task, out)
 
     return draw
+
+
+def _gain(inputs: RunInputs, out: Path) -> dict[str, Any]:
+    baseline = scores.reference_model(scores.model_order(inputs.scores))
+    if baseline is None:
+        raise LeftOut("there is no model but the teacher to compare the student with")
+    if not inputs.differences.headlines(baseline):
+        raise LeftOut(NO_SCORES)
+    return {"baseline": baseline, "lines": gain.draw(inputs.differences, baseline, out)}
+
+
+def _throughput(inputs: RunInputs, out: Path) -> dict[str, Any]:
+    metrics = losses.read_metrics(inputs.folder.stage("distill") / "metrics.jsonl")
+    if not set(throughput.COLUMNS) <= metrics.keys():
+        raise LeftOut("the training's log does not tell its speed")
+    return throughput.draw(metrics, out)
 
 
 def _radar(inputs: RunInputs, out: Path) -> dict[str, Any]:
@@ -301,13 +319,16 @@ _FIGURES: dict[str, Callable[[RunInputs, Path], dict[str, Any]]] = {
     "distances": _distances,
     "duplicates": _duplicates,
     "embedding_map": _embedding_map,
+    "gain": _gain,
     "losses": _losses,
     "patch_pca": _patch_pca,
     "radar": _radar,
     "removed_share": _removed_share,
+    "scores_knn": _scores("knn"),
     "scores_linear_probe": _scores("linear_probe"),
     "scores_retrieval": _scores("retrieval"),
     "scores_zero_shot": _scores("zero_shot"),
     "single_linkage": _single_linkage,
+    "throughput": _throughput,
     "weights": _weights,
 }

@@ -1,5 +1,6 @@
 """One self-contained HTML page about the run, and its tables as CSV."""
 
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -12,7 +13,9 @@ from clip_cid import log
 from clip_cid.data.pairs import reason_kind
 from clip_cid.data.pictures import NoPicturesError, open_pictures
 from clip_cid.errors import DataError
-from clip_cid.figures import galleries, losses, page, scores, style
+from clip_cid.figures import galleries, losses, page, scores, story, style
+from clip_cid.figures.differences import TASKS, read_differences
+from clip_cid.figures.score_tables import score_tables
 from clip_cid.figures.thumbnails import Thumbnails
 from clip_cid.recipe import Recipe, dump_recipe
 from clip_cid.run_folder import RunFolder, StageRecord, atomic_file
@@ -24,14 +27,11 @@ _SAMPLE_PAIRS = 12
 _REASONS_SHOWN = 20
 _WITH_PICTURES = ("removed_sets", "removed_pairs", "clusters")  # tables that hold keys and captions
 _FIGURES_OF_PICTURES = ("single_linkage", "patch_pca", "activation_maps")
-_TASKS = {
-    "zero_shot": "Zero-shot",
-    "linear_probe": "Linear probe",
-    "knn": "Nearest neighbors",
-    "retrieval": "Retrieval",
-}
 _ALT = {
     "cluster_sizes": "Images in each cluster by rank, before and after balance, on logarithmic axes",
+    "cluster_sizes_small": "Images in each cluster by rank, before and after balance",
+    "gain": "The student's lead over the baseline by way of measuring, with intervals",
+    "throughput": "Pairs a second and share of the time spent waiting for data, by training step",
     "cluster_rounds": "Objective of k-means by round",
     "distances": "Histogram of the removed images' distance to the kept one, with the threshold",
     "removed_share": "Share of the images removed by threshold, with the chosen one",
@@ -42,7 +42,7 @@ _ALT = {
     "single_linkage": "Tree of the links that join one set of duplicates, its pictures below, with the threshold",
     "patch_pca": "Images of some classes, and below them their patches in color as each model sees them",
     "activation_maps": "Images, and below them where each model sees what a prompt names",
-    **{f"scores_{task}": f"{name} scores with intervals, by set and model" for task, name in _TASKS.items()},
+    **{f"scores_{task}": f"{name} scores with intervals, by set and model" for task, name in TASKS.items()},
 }
 
 
@@ -62,9 +62,17 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
     tables = out / "tables"
     tables.mkdir()
     thumbnails, sample, no_pictures = _pictures(folder, draw, recipe)
+    pairs = galleries.removed_pairs(draw / "removed_pairs.csv", thumbnails)
+    measured = _scores(folder, recipe, tables)
+    for path in sorted(draw.glob("*.csv")):
+        if recipe.report.images or path.stem not in _WITH_PICTURES:
+            shutil.copyfile(path, tables / path.name)
     values = {
         "title": recipe.report.title,
         "run": folder.path.name,
+        "digest": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest(),
+        "blur": recipe.report.blur,
+        "story": _story(records, measured, recipe),
         "cards": _cards(records, recipe),
         "summaries": {name: record.summary for name, record in records.items()},
         "figures": _figures(draw, pictures=recipe.report.images),
@@ -75,21 +83,21 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
         "loss_name": losses.display_name,
         "side": recipe.report.thumbnail_px,
         "removed_sets": _gallery(galleries.removed_sets, draw / "removed_sets.csv", thumbnails),
-        "removed_pairs": galleries.removed_pairs(draw / "removed_pairs.csv", thumbnails),
+        "removed_pairs": pairs,
+        "examples": {} if no_pictures else galleries.typical_pairs(pairs),
         "clusters": _gallery(galleries.clusters, draw / "clusters.csv", thumbnails),
         "sample": galleries.sample(sample, thumbnails),
-        "scores": _scores(folder, recipe, tables),
+        "scores": measured,
         "skipped": _skipped(folder, recipe, tables),
         "stages": _stages(records, tables),
         "versions": _versions(records),
         "settings": dump_recipe(recipe),
+        "seeds": _seeds(recipe),
         "commands": _commands(folder),
         "thumbnails": thumbnails,
         "no_pictures": no_pictures,
+        "tables": sorted(path.name for path in tables.iterdir()),
     }
-    for path in sorted(draw.glob("*.csv")):
-        if recipe.report.images or path.stem not in _WITH_PICTURES:
-            shutil.copyfile(path, tables / path.name)
     with atomic_file(out / PAGE) as temporary:
         temporary.write_text(page.render(values), encoding="utf-8")
     shown = folder.path / "report" / PAGE
@@ -173,20 +181,54 @@ def _balance_cards(balance: dict[str, Any], recipe: Recipe) -> list[Card]:
 
 
 def _scores(folder: RunFolder, recipe: Recipe, tables: Path) -> dict[str, Any] | None:
-    """Rows by task, the models, and whom the student is compared with."""
+    """The tables by task, the models, and whom the student is compared with."""
     if not recipe.uses("evaluate"):
         return None
-    found = scores.read_scores(folder.stage("evaluate") / "results.jsonl")
-    scores.write_table(found, tables / "scores.csv")
+    evaluate = folder.stage("evaluate")
+    found, differences = scores.read_scores(evaluate / "results.jsonl"), read_differences(evaluate)
+    scores.write_table(found, differences, tables / "scores.csv")
     models = scores.model_order(found)
-    tasks = []
-    for task in dict.fromkeys(score.task for score in found):
-        rows = [row for row in scores.score_rows(found) if row.task == task]
-        means = (
-            {model: scores.mean_score(rows, model) for model in models} if task != "retrieval" and len(rows) > 1 else {}
-        )
-        tasks.append({"task": task, "name": _TASKS.get(task, task), "rows": rows, "means": means})
-    return {"tasks": tasks, "models": models, "others": [model for model in models if model != scores.STUDENT]}
+    return {
+        "tasks": score_tables(evaluate, found, differences),
+        "models": models,
+        "others": [model for model in models if model != scores.STUDENT],
+    }
+
+
+def _story(records: dict[str, StageRecord], measured: dict[str, Any] | None, recipe: Recipe) -> list[story.Statement]:
+    """What a newcomer should know first; a statement without its numbers in this run is left out."""
+    numbers = records["draw"].summary["figures"]
+    statements = []
+    if "balance" in records:
+        statements.append(story.removed(records["balance"].summary))
+    statements.append(story.flattened(numbers.get("cluster_sizes", {})))
+    if measured is not None:
+        baseline = scores.reference_model(measured["models"])
+        other = None if baseline is None else _trained_elsewhere(recipe.evaluate.compare[baseline])
+        statements.append(story.gained(measured["tasks"], baseline, _trained(records["distill"]), other))
+    return [statement for statement in statements if statement is not None]
+
+
+def _trained_elsewhere(reference: str) -> story.Trained | None:
+    """How a model was trained, if it is the student of a run that is still there."""
+    record = RunFolder(Path(reference.removeprefix("run:"))).record("distill") if reference.startswith("run:") else None
+    return None if record is None else _trained(record)
+
+
+def _trained(record: StageRecord) -> story.Trained:
+    settings = record.settings["distill"]
+    return story.Trained(
+        steps=record.summary["steps"],
+        pairs_seen=record.summary["pairs_seen"],
+        student=settings["student"],
+        losses=tuple(name for name, weight in settings["weights"].items() if weight),
+    )
+
+
+def _seeds(recipe: Recipe) -> dict[str, int]:
+    """Section -> its seed, of those that have one."""
+    sections = {name: getattr(recipe, name) for name in Recipe.model_fields}
+    return {name: section.seed for name, section in sections.items() if "seed" in type(section).model_fields}
 
 
 def _skipped(folder: RunFolder, recipe: Recipe, tables: Path) -> list[tuple[str, str, int]]:

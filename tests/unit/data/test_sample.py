@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_cid.data.sample.captions import COLOR_WORDS, COUNT_WORDS, OBJECT_WORDS, caption, plural
+from clip_cid.data.sample.captions import BACKGROUND_PHRASES, COLOR_WORDS, COUNT_WORDS, OBJECT_WORDS, caption, plural
 from clip_cid.data.sample.drawing import SIZE, draw_scene
 from clip_cid.data.sample.scenes import COLORS, OBJECTS, Scene, SceneBook, Thing, draw_thing
 from clip_cid.data.sample.sets import LABELLED_SETS
-from clip_cid.data.sample.write import SampleSummary, write_sample
+from clip_cid.data.sample.write import SampleSummary, _plan, write_sample
 from clip_cid.errors import DataError
 
 PAIRS = 200
@@ -131,6 +131,24 @@ def test_perceptual_copies_are_near_in_pixels_and_semantic_ones_are_not(sample: 
             difference[pair["kind"]].append(float(np.abs(pair["pixels"] - originals[pair["dup"]]).mean()))
     assert 0 < np.median(difference["perceptual"]) < 0.5 * np.median(difference["semantic"])
     assert min(difference["semantic"]) > 3
+
+
+def test_half_of_the_pairs_captions_name_the_things_alone_and_no_held_out_one_does(sample: Path) -> None:
+    def full(pair: dict[str, Any]) -> bool:
+        places = BACKGROUND_PHRASES[pair["scene"]["background"]]
+        return any(place in pair["text"].lower() for place in places)
+
+    shares = [np.mean([full(pair) for pair in pairs_of(sample / folder)]) for folder in ("pairs", "heldout")]
+    assert 0.4 < shares[0] < 0.6
+    assert shares[1] == 1
+
+
+def test_copies_follow_zipfs_law() -> None:
+    counts = Counter(entry.group for entry in _plan(6_000, random.Random(0)))
+    sizes = sorted(counts.values(), reverse=True)
+    # 2,400 copies by Zipf's law over 3,600 scenes: the first has 2,400 / 8.77 = 274 of them, the tenth a tenth of that.
+    assert sizes[0] == pytest.approx(275, rel=0.2)
+    assert sizes[9] == pytest.approx(28, rel=0.4)
 
 
 def test_concepts_have_a_long_tail() -> None:

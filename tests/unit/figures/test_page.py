@@ -105,3 +105,16 @@ def test_sets_beyond_twelve_fold(tmp_path: Path, members: int, folded: int) -> N
     assert found.facts == galleries.SetFacts(0.06, 0.09, False, 0.05, 70)
     assert found.pictures[0].note == "kept"
     assert found.pictures[1].note == "0.010 semantic"
+
+
+def test_a_typical_pair_is_the_middle_one() -> None:
+    def pictures(count: int) -> list[galleries.Picture]:
+        return [galleries.Picture(f"{pair}{role}", "", None) for pair in range(count) for role in ("kept", "removed")]
+
+    found = galleries.typical_pairs({"five": pictures(5), "four": pictures(4), "one": pictures(1)})
+    captions = {kind: (example.kept.caption, example.removed.caption, example.of) for kind, example in found.items()}
+    assert captions == {
+        "five": ("2kept", "2removed", 5),
+        "four": ("1kept", "1removed", 4),
+        "one": ("0kept", "0removed", 1),
+    }

@@ -7,7 +7,10 @@ import pytest
 
 from clip_cid.errors import DataError
 from clip_cid.figures import scores
+from clip_cid.figures.differences import Difference, Differences
 from clip_cid.figures.scores import Score
+
+NONE = Differences([])
 
 
 def one(model: str, name: str, score: float, *, half: float | None = None, task: str = "zero_shot") -> Score:
@@ -41,14 +44,11 @@ def test_whom_the_student_is_measured_against(models: list[str], reference: str 
     assert scores.reference_model(models) == reference
 
 
-def test_deltas_are_student_minus_other_and_clear_only_when_intervals_are_apart() -> None:
+def test_deltas_are_student_minus_other_and_none_where_one_is_missing() -> None:
     a, b = scores.score_rows(FOUND)
     assert a.delta("teacher") == -0.125
-    assert a.clear("teacher")
     assert a.delta("baseline") == 0.125
-    assert not a.clear("baseline")
     assert b.delta("baseline") is None
-    assert not b.clear("teacher")  # without intervals nothing is clear
 
 
 def test_a_mean_needs_every_set() -> None:
@@ -92,15 +92,18 @@ def test_a_result_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_csv_is_the_table_with_empty_cells_where_nothing_is_known(tmp_path: Path) -> None:
-    scores.draw(FOUND, "zero_shot", tmp_path)
+    paired = Differences([Difference("zero_shot", "a", "top1", "baseline", 0.125, -0.0625, 0.25)])
+    scores.draw(FOUND, paired, "zero_shot", tmp_path)
     with open(tmp_path / "scores_zero_shot.csv", newline="") as handle:
         a, b = csv.DictReader(handle)
     assert (float(a["student"]), float(a["student_low"]), float(a["delta_to_baseline"])) == (0.625, 0.615, 0.125)
+    assert (float(a["delta_to_baseline_low"]), float(a["delta_to_baseline_high"])) == (-0.0625, 0.25)
+    assert (float(a["delta_to_teacher"]), a["delta_to_teacher_low"]) == (-0.125, "")
     assert (b["baseline"], b["delta_to_baseline"], b["student_low"]) == ("", "", "")
 
 
 def test_names_from_data_are_text_in_the_figure(tmp_path: Path) -> None:
-    scores.draw([one("student", "<b>$x^2$</b>", 0.5), one("$m$", "<b>$x^2$</b>", 0.4)], "zero_shot", tmp_path)
+    scores.draw([one("student", "<b>$x^2$</b>", 0.5), one("$m$", "<b>$x^2$</b>", 0.4)], NONE, "zero_shot", tmp_path)
     drawing = (tmp_path / "scores_zero_shot.svg").read_text()
     assert "&lt;b&gt;$x^2$&lt;/b&gt;" in drawing
     assert "<b>" not in drawing
@@ -108,5 +111,5 @@ def test_names_from_data_are_text_in_the_figure(tmp_path: Path) -> None:
 
 
 def test_a_delta_of_zero_can_be_drawn(tmp_path: Path) -> None:
-    summary = scores.draw([one("student", "a", 0.5), one("baseline", "a", 0.5)], "zero_shot", tmp_path)
+    summary = scores.draw([one("student", "a", 0.5), one("baseline", "a", 0.5)], NONE, "zero_shot", tmp_path)
     assert summary == {"student": 0.5, "baseline": 0.5}

@@ -60,13 +60,14 @@ def lines(path: Path) -> list[dict[str, str]]:
 
 def test_a_full_run_has_every_figure_with_its_csv(full: Drawn) -> None:
     out, summary = full.out, full.summary
-    assert set(summary["left_out"]) == {"scores_retrieval"}
+    assert set(summary["left_out"]) == {"scores_retrieval", "scores_knn"}
     curves = {
         "activation_maps",
         "cluster_rounds",
         "cluster_sizes",
         "distances",
         "embedding_map",
+        "gain",
         "losses",
         "patch_pca",
         "removed_share",
@@ -74,9 +75,10 @@ def test_a_full_run_has_every_figure_with_its_csv(full: Drawn) -> None:
         "scores_linear_probe",
         "radar",
         "single_linkage",
+        "throughput",
         "weights",
     }
-    assert {path.stem for path in out.glob("*.svg")} == curves
+    assert {path.stem for path in out.glob("*.svg")} == curves | {"cluster_sizes_small"}
     assert {path.stem for path in out.glob("*.csv")} == curves | {"removed_sets", "removed_pairs", "clusters"}
     assert {path.stem for path in out.glob("*.png")} == {"duplicates", "clusters"}
     assert json.dumps(summary, allow_nan=False)
@@ -117,8 +119,9 @@ def test_the_same_files_give_the_same_bytes(full: Drawn, tmp_path: Path) -> None
 def test_a_plain_run_leaves_out_what_needs_a_teacher_and_says_why(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, **PLAIN)
     plain = redrawn(make_run(tmp_path, recipe), recipe, tmp_path / "out")
-    of_the_student = {"losses", "scores_zero_shot", "scores_linear_probe", "weights", "patch_pca", "activation_maps"}
-    assert set(plain.summary["figures"]) == of_the_student
+    of_scores = {"scores_zero_shot", "scores_linear_probe"}
+    of_the_student = {"losses", "throughput", "weights", "patch_pca", "activation_maps"}
+    assert set(plain.summary["figures"]) == of_the_student | of_scores
     assert plain.summary["left_out"]["duplicates"] == "this recipe does not balance"
     assert plain.summary["left_out"]["cluster_sizes"] == "this recipe does not cluster"
     assert plain.summary["left_out"]["radar"] == "there is one model only"

@@ -1,5 +1,6 @@
 import csv
 import html.parser
+import json
 import re
 import shutil
 import subprocess
@@ -9,7 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fabricated_run import COPIES, GROUPS, HOSTILE, PLAIN, ROWS, fake_clip, make_recipe, make_run, publish
+from fabricated_run import (
+    COPIES,
+    GROUPS,
+    HOSTILE,
+    PLAIN,
+    ROWS,
+    TRAINED,
+    fake_clip,
+    make_recipe,
+    make_run,
+    publish,
+)
 from PIL import Image
 
 from clip_cid.errors import RunError
@@ -85,7 +97,8 @@ def test_nothing_on_the_page_is_fetched_and_nothing_runs(full: tuple[RunFolder, 
     for tag, attributes in page.elements:
         for name in ("src", "href", "xlink:href", "srcset", "data", "poster", "action"):
             value = attributes.get(name)
-            assert value is None or value.startswith(("data:", "#")), (tag, name, value)
+            here = tag == "a" and (value or "").startswith("tables/")  # opened by a click, and beside the page
+            assert value is None or here or value.startswith(("data:", "#")), (tag, name, value)
         assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
     assert not page.all("script")
     assert "@import" not in text
@@ -103,6 +116,9 @@ def test_every_address_inside_the_page_leads_somewhere(full: tuple[RunFolder, Re
         value[1:] for _, a in page.elements for n in ("href", "xlink:href") if (value := a.get(n) or "").startswith("#")
     }
     assert wanted | set(re.findall(r"url\(#([^)]*)\)", text)) <= set(names)
+    assert {"balance", "clusters", "scores"} <= wanted
+    linked = {href for a in page.all("a") if not (href := a["href"] or "").startswith("#")}
+    assert linked == {f"tables/{path.name}" for path in (out / "tables").iterdir()}
 
 
 def test_every_picture_says_what_it_shows(full: tuple[RunFolder, Recipe]) -> None:
@@ -224,7 +240,9 @@ def test_scores_deltas_and_chance_are_in_the_table(full: tuple[RunFolder, Recipe
     text = read(out).text
     assert "set metric images classes chance student baseline teacher vs baseline vs teacher" in text
     plain = text.replace("\N{EN DASH}", "to").replace("\N{MINUS SIGN}", "-")
-    assert "one top-1 1,234 10 10.0 30.0 28.0 to 32.0 37.0 35.0 to 39.0 44.0 42.0 to 46.0 -7.0 -14.0" in plain
+    paired = "-7.0 -10.0 to -4.0 -14.0 -17.0 to -11.0"
+    assert f"one top-1 1,234 10 10.0 30.0 28.0 to 32.0 37.0 35.0 to 39.0 44.0 42.0 to 46.0 {paired}" in plain
+    assert f"lost not measured {5 * 'to '}mean of 3/4 40.0 47.0 54.0 {paired}" in plain
     with open(out / "tables" / "scores.csv", newline="") as handle:
         first = next(csv.DictReader(handle))
     assert (float(first["student"]), float(first["delta_to_baseline"])) == (0.3, pytest.approx(-0.07))
@@ -354,13 +372,15 @@ def test_chained_sets_are_warned_of(full: tuple[RunFolder, Recipe], monkeypatch:
     assert "99 % are within 0.9876" in text
 
 
-def with_summary(patch: pytest.MonkeyPatch, folder: RunFolder, changed: dict[str, Any]) -> None:
-    """The run, with other numbers in the balance stage's summary; None leaves one out."""
+def with_summary(
+    patch: pytest.MonkeyPatch, folder: RunFolder, changed: dict[str, Any], *, stage: str = "balance"
+) -> None:
+    """The run, with other numbers in a stage's summary; None leaves one out."""
     records = {name: folder.record(name) for name in ("embed", "balance", "cluster", "distill", "evaluate", "draw")}
-    balance = records["balance"]
-    assert balance is not None
-    summary = {name: value for name, value in (balance.summary | changed).items() if value is not None}
-    records["balance"] = replace(balance, summary=summary)
+    record = records[stage]
+    assert record is not None
+    summary = {name: value for name, value in (record.summary | changed).items() if value is not None}
+    records[stage] = replace(record, summary=summary)
     patch.setattr(RunFolder, "record", lambda _, stage: records[stage])
 
 
@@ -399,17 +419,146 @@ def test_a_run_that_was_not_drawn_is_named_with_the_command_to_run(tmp_path: Pat
     assert f"clip-cid draw {tmp_path}" in str(error.value)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium to open the page in")
-@pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_opens_the_page_without_complaint(full: tuple[RunFolder, Recipe], tmp_path: Path, width: int) -> None:
+def test_the_first_screen_says_what_was_removed_how_the_clusters_changed_and_who_is_ahead(
+    full: tuple[RunFolder, Recipe],
+) -> None:
     out, _ = write(*full)
+    page = read(out)
+    first = page.text.split("What went in")[0].replace("\N{MINUS SIGN}", "-")
+    assert f"{100 * GROUPS * (COPIES - 1) / (ROWS - 1):.1f} % removed as duplicates" in first
+    assert "belong together, and 81.2 % of all true pairs were found" in first
+    assert "perceptual \N{LEFT DOUBLE QUOTATION MARK}<script>alert(1)</script>" in first
+    assert "semantic \N{LEFT DOUBLE QUOTATION MARK}<script>alert(1)</script>" in first
+    assert "-7.0 points student against baseline" in first
+    assert "40.0 % against 47.0 % (zero-shot, mean of 3/4)" in first
+    assert "over the same images: -10.0 to -4.0. The interval leaves 0 out: the baseline is ahead" in first
+    assert "How the baseline was trained is not known here" in first
+    assert {"gain", "cluster_sizes_small"} <= {attributes.get("id") for attributes in page.all("figure")}
+
+
+def test_equal_steps_are_read_from_the_baselines_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, recipe = drawn(
+        tmp_path, evaluate={"compare": {"baseline": f"run:{tmp_path / 'other'}", "teacher": "run:t"}}
+    )
+    other = RunFolder(tmp_path / "other")
+    other.path.mkdir()
+    part = other.begin("distill", "key", resumable=False)
+    (part / "student").mkdir()
+    plain = make_recipe(tmp_path, **PLAIN).distill.model_dump(mode="json")
+    publish(other, "distill", TRAINED, settings={"distill": plain})
+    text = read(write(folder, recipe)[0]).text
+    assert "The baseline is plain CLIP (its loss alone), the same architecture, at equal steps" in text
+    assert "both took 300 and saw 1,200 pairs" in text
+
+
+def test_without_a_baseline_nothing_is_said_of_a_gain(tmp_path: Path) -> None:
+    folder, recipe = drawn(tmp_path, evaluate={"compare": {"teacher": "run:t"}})
+    page = read(write(folder, recipe)[0])
+    assert "removed as duplicates" in page.text
+    assert "student against" not in page.text
+    assert "gain: there is no model but the teacher" in page.text
+
+
+def test_the_training_tells_its_speed_its_waiting_and_what_it_skipped(
+    full: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, recipe = full
+    text = read(write(folder, recipe)[0]).text
+    # The log's lines are steps 10 to 300, at 1000 + step pairs a second and 1 / step of the time waiting.
+    assert "pairs a second, median 1,155 slowest and fastest 1,010 and 1,300" in text
+    assert "at most 10.0 % steps skipped 0 pairs that could not be read 3" in text
+    assert "steps were skipped" not in text
+    with_summary(monkeypatch, folder, {"skipped_steps": 4}, stage="distill")
+    assert "4 steps were skipped , because their loss or gradient was not finite" in read(write(folder, recipe)[0]).text
+
+
+def test_robustness_and_sets_unlike_clips_are_told(full: tuple[RunFolder, Recipe], tmp_path: Path) -> None:
+    folder, recipe = full
+    results = folder.stage("evaluate") / "results.jsonl"
+    before = results.read_text()
+    shifted = {"top1": 0.4375, "imagenet_same_classes": 0.8125, "variant": "<half> of it"}
+    lines = [json.loads(text) for text in before.splitlines()]
+    lines = [line | shifted if (line["set"], line["task"]) == ("one", "zero_shot") else line for line in lines]
+    try:
+        results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        text = read(write(folder, recipe)[0]).text
+    finally:
+        results.write_text(before)
+    assert "one this set 43.8 43.8 43.8 ImageNet, same classes 81.2 81.2 81.2" in text
+    assert "* one: <half> of it" in text
+    assert "Robustness" not in read(write(folder, recipe)[0]).text
+
+
+def test_blurred_pictures_are_shown_by_pointer_keyboard_or_tap_and_never_on_paper(
+    full: tuple[RunFolder, Recipe],
+) -> None:
+    folder, _ = full
+    plain = read(write(folder, make_recipe(folder.path.parent))[0])
+    assert not [a for _, a in plain.elements if "tabindex" in a]
+    assert "blur" not in (plain.all("body")[0].get("class") or "")
+    out, _ = write(folder, make_recipe(folder.path.parent, report={"blur": True}))
+    page = read(out)
+    assert page.all("body")[0]["class"] == "blur"
+    assert "Pictures of the data are blurred" in page.text
+    figures = page.all("figure")
+    shown = [a for a in figures if {"picture", "of-data"} & set((a.get("class") or "").split())]
+    assert len(shown) > GROUPS * COPIES
+    assert all(a.get("tabindex") == "0" for a in shown)
+    assert {a["id"] for a in shown if "id" in a} == {"single_linkage", "patch_pca", "activation_maps"}
+    assert not [a for a in figures if a not in shown and "tabindex" in a]
+    paper = (out / "report.html").read_text().split("@media print")[1]
+    assert re.search(r"\.blur [^{]*\{ filter: blur\(10px\) !important", paper)
+
+
+def browse(page: Path, work: Path, *, width: int = 1200) -> tuple[np.ndarray, str, set[str]]:
+    """What a browser shows of a page, what it complains of, and which addresses the page made it ask for."""
     assert CHROMIUM is not None
     quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-    command = [CHROMIUM, "--headless", "--no-sandbox", *quiet.split(), f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [f"--window-size={width},1500", "--enable-logging=stderr", f"--screenshot={tmp_path / 'page.png'}"]
-    done = subprocess.run([*command, (out / "report.html").as_uri()], capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in done.stderr
-    with Image.open(tmp_path / "page.png") as shot:
-        colors = shot.convert("RGB").getcolors(maxcolors=1 << 24)
-    assert colors is not None
-    assert len(colors) > 100
+    command = [CHROMIUM, "--headless", "--no-sandbox", *quiet.split(), f"--user-data-dir={work / 'profile'}"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--log-net-log={work / 'net.json'}"]
+    command += [f"--window-size={width},1500", "--enable-logging=stderr", f"--screenshot={work / 'page.png'}"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
+    with Image.open(work / "page.png") as shot:
+        pixels = np.asarray(shot.convert("RGB"), dtype=np.float64)
+    asked = set(re.findall(r'"url":"(https?://[^"]*)', (work / "net.json").read_text()))
+    own = re.compile(r"https?://([a-z0-9-]+\.)*(google|googleapis|gvt1|gstatic)\.com/")  # the browser's, of any page
+    return pixels, done.stderr, {address for address in asked if not own.match(address)}
+
+
+needs_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium to open the page in")
+
+
+@needs_a_browser
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_opens_the_page_without_complaint_or_request(
+    full: tuple[RunFolder, Recipe], tmp_path: Path, width: int
+) -> None:
+    out, _ = write(*full)
+    pixels, said, asked = browse(out / "report.html", tmp_path, width=width)
+    assert "CONSOLE" not in said
+    assert asked == set()
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+
+
+@needs_a_browser
+def test_a_request_and_a_complaint_would_be_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("<img src='http://localhost:9/x.png'><script>console.error('oh')</script>")
+    _, said, asked = browse(page, tmp_path)
+    assert asked == {"http://localhost:9/x.png"}
+    assert "CONSOLE" in said
+
+
+@needs_a_browser
+def test_blurred_pictures_have_no_edges(full: tuple[RunFolder, Recipe], tmp_path: Path) -> None:
+    folder, _ = full
+
+    def edges(blur: bool) -> float:
+        """Steps between neighbors where the page is colorful; its text is not, and the pictures are noise."""
+        out, _ = write(folder, make_recipe(folder.path.parent, report={"blur": blur}))
+        pixels, *_ = browse(out / "report.html", tmp_path)
+        colorful = np.ptp(pixels, axis=2) > 40
+        steps = np.abs(np.diff(pixels, axis=1)).sum(axis=2)
+        return float(steps[colorful[:, 1:]].sum())
+
+    assert edges(blur=True) < 0.5 * edges(blur=False)

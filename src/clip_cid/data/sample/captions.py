@@ -44,13 +44,14 @@ _FULL_TEMPLATES = (
     "{there} {what} {where}",
 )
 _USUAL_SHARE = 0.9
-_BRIEF_SHARE = 0.2
+BRIEF_SHARE = 0.5
+"""Of the captions of the pairs. Only they ask a model to tell shapes: a full one is found by its colors and its place."""
 _SAID_IN_FULL = 0.95
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
-    """One way to say it: a fifth of the captions names the objects and no more, the others describe the picture."""
-    full = rng.random() >= _BRIEF_SHARE
+def caption(scene: Scene, rng: random.Random, *, brief_share: float = BRIEF_SHARE) -> str:
+    """One way to say it: this share of the captions names the objects and no more, the others describe the picture."""
+    full = rng.random() >= brief_share
     what = _what(scene, full, rng)
     there = "there is" if scene.count == 1 else "there are"
     if full:

@@ -19,18 +19,18 @@ from typing import Any
 
 from PIL import Image, ImageEnhance
 
-from clip_cid.data.sample.captions import caption
+from clip_cid.data.sample.captions import BRIEF_SHARE, caption
 from clip_cid.data.sample.drawing import SIZE, draw_scene
 from clip_cid.data.sample.scenes import Scene, SceneBook
 from clip_cid.data.sample.sets import LABELLED_SETS, LabelledSet
 from clip_cid.errors import DataError
 
-VERSION = 1
+VERSION = 2
 """Raised when the same seed would give other files."""
 
 _DUPLICATES = 0.4
 _PERCEPTUAL = 0.5
-_POPULARITY = 0.5
+_POPULARITY = 1.0
 _SEVERAL_CAPTIONS = 0.4
 _SHARD = 2_000
 _MARK = "sample.json"
@@ -120,7 +120,11 @@ def _fill(folder: Path, *, pairs: int, seed: int) -> SampleSummary:
     fresh = len(scenes) - heldout
     samples = (_pair(row, entry, scenes[entry.group], seed) for row, entry in enumerate(entries))
     _write_shards(folder / "pairs", samples, pairs)
-    firsts = (_pair(row, _Entry(fresh + row, "original"), scenes[fresh + row], seed) for row in range(heldout))
+    # A brief caption fits many pictures, and retrieval asks for one.
+    firsts = (
+        _pair(row, _Entry(fresh + row, "original"), scenes[fresh + row], seed, brief_share=0.0)
+        for row in range(heldout)
+    )
     _write_shards(folder / "heldout", firsts, heldout)
     for name, labelled in LABELLED_SETS.items():
         _write_set(folder / "sets" / name, labelled, random.Random(f"{seed}/{name}"), book, pairs)
@@ -148,12 +152,12 @@ def _plan(pairs: int, rng: random.Random) -> list[_Entry]:
     return entries
 
 
-def _pair(row: int, entry: _Entry, scene: Scene, seed: int) -> tuple[str, Members]:
+def _pair(row: int, entry: _Entry, scene: Scene, seed: int, *, brief_share: float = BRIEF_SHARE) -> tuple[str, Members]:
     """Key and files of one pair. Its own random numbers make it independent of all others."""
     first = random.Random(f"{seed}/scene {entry.group}")
     own = random.Random(f"{seed}/pair {row}")
     drawing = own if entry.kind == "semantic" else first
-    captions = _captions(scene, drawing)
+    captions = _captions(scene, drawing, brief_share)
     picture = draw_scene(scene, drawing)
     suffix, image = ("jpg", _jpeg(picture, 90)) if entry.kind != "perceptual" else _saved_again(picture, own)
     fields: dict[str, Any] = {"source": "clip-cid sample", "dup": f"scene-{entry.group:06d}", "kind": entry.kind}
@@ -164,10 +168,10 @@ def _pair(row: int, entry: _Entry, scene: Scene, seed: int) -> tuple[str, Member
     return f"{row:06d}", {suffix: image, "txt": captions[0].encode(), "json": text.encode()}
 
 
-def _captions(scene: Scene, rng: random.Random) -> list[str]:
+def _captions(scene: Scene, rng: random.Random, brief_share: float) -> list[str]:
     """One caption, or for some pairs several different ones."""
     wanted = rng.randint(2, 5) if rng.random() < _SEVERAL_CAPTIONS else 1
-    return list(dict.fromkeys(caption(scene, rng) for _ in range(wanted)))
+    return list(dict.fromkeys(caption(scene, rng, brief_share=brief_share) for _ in range(wanted)))
 
 
 def _saved_again(picture: Image.Image, rng: random.Random) -> tuple[str, bytes]:

@@ -26,7 +26,7 @@ class Group:
 
 
 def score_table(rows: Sequence[Row], task: str, *, groups: Sequence[Group], missing: Mapping[str, str]) -> Row:
-    """The scores of `zero_shot`, `linear_probe` or `knn`, with a mean for every group; `mean` is the first group's.
+    """The scores of `zero_shot`, `linear_probe` or `knn`, with a mean for every group; `mean` is that of the first that was measured.
 
     Args:
         rows: Results of all tasks.
@@ -44,7 +44,8 @@ def score_table(rows: Sequence[Row], task: str, *, groups: Sequence[Group], miss
     about = {row["set"]: {key: row[key] for key in facts} for row in chosen}
     means = [_group_mean(group, scores) for group in groups]
     asked = [name for group in groups for name in group.sets]
-    head = means[0] if means else {"mean": {}, "of": "0/0"}
+    measured = [mean for mean in means if mean["mean"]]
+    head = [*measured, *means, {"mean": {}, "of": "0/0"}][0]
     table = _table(task, about, scores, head["mean"], head["of"], asked, missing)
     return {**table, "intervals": intervals, "groups": means}
 

@@ -56,6 +56,15 @@ def test_sets_of_different_groups_are_never_averaged() -> None:
     ]
 
 
+def test_the_mean_that_is_told_is_of_the_first_group_that_was_measured() -> None:
+    groups = [Group("CLIP's sets", ("w",), 14), Group("other sets", ("x", "y"), 2)]
+    table = score_table(ROWS, "zero_shot", groups=groups, missing={"w": "not there"})
+    assert table["mean_of"] == "2/2"
+    assert table["mean"] == pytest.approx({"a": 0.4, "b": 0.6})
+    nothing = score_table([], "zero_shot", groups=groups, missing={"w": "not there"})
+    assert (nothing["mean"], nothing["mean_of"]) == ({}, "0/14")
+
+
 def test_a_set_that_is_not_as_clip_measured_it_has_a_star_and_a_note() -> None:
     rows = [row("a", "x", "zero_shot", 0.5, variant="half of it"), row("a", "y", "zero_shot", 0.5)]
     table = score_table(rows, "zero_shot", groups=[Group("", ("x", "y"), 2)], missing={})

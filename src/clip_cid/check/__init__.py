@@ -25,6 +25,7 @@ from clip_cid.stages.cluster import available_memory
 from clip_cid.training.batches import Batch
 from clip_cid.training.distributed import Ranks, world_size
 from clip_cid.training.records import make_listeners
+from clip_cid.training.teaching import uses_soft_centers
 
 _AHEAD = 2  # batches that each worker of a DataLoader holds ready
 
@@ -160,7 +161,7 @@ def _with_targets(batch: Batch, recipe: Recipe, tried: work.Tried) -> tuple[Batc
     if tried.invented:
         assert tried.teacher_dim is not None
         batch = work.add_random_targets(batch, recipe, tried.teacher_dim)
-    if not (recipe.uses_clusters and distill.uses_soft_centers(recipe.distill)):
+    if not (recipe.uses_clusters and uses_soft_centers(recipe.distill)):
         return batch, None
     batch, seconds = rehearsal.soften(batch, tried.trainer)
     return batch, seconds / len(batch.rows)

@@ -20,6 +20,7 @@ from clip_cid.run_folder import RunFolder
 from clip_cid.stages import cluster, distill
 from clip_cid.training.batches import Batch, TrainingPairs
 from clip_cid.training.distributed import Ranks
+from clip_cid.training.join import plain_pairs
 from clip_cid.training.loop import Plan, Trainer
 from clip_cid.training.model import Distillation
 from clip_cid.training.parallel import with_joint_statistics
@@ -125,7 +126,7 @@ def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ran
     """
     settings = recipe.distill
     pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
-    training, measured = distill.plain_pairs(pairs), 0
+    training, measured = plain_pairs(pairs), 0
     if share := settings.validation.share:
         training, held_out = hold_out(training, share, batch_size=settings.batch_size, ranks=ranks.size)
         measured = len(held_out.pairs)

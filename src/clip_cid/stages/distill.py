@@ -14,12 +14,11 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 
 from clip_cid import log
-from clip_cid.data.embeddings import EmbeddingStore, rows_in_store
+from clip_cid.data.embeddings import EmbeddingStore
 from clip_cid.data.evaluation_sets import open_set
-from clip_cid.data.pairs import BadSample, Pairs, open_pairs
-from clip_cid.errors import ConfigError, DataError
-from clip_cid.method.cluster_distillation import Shard, calibrated_scale
-from clip_cid.method.fused_cluster_loss import soft_centers
+from clip_cid.data.pairs import open_pairs
+from clip_cid.errors import ConfigError
+from clip_cid.method.cluster_distillation import Shard
 from clip_cid.method.objective import Objective
 from clip_cid.models.device import resolve_device
 from clip_cid.models.export import export_student, usage
@@ -27,19 +26,24 @@ from clip_cid.models.student import Clip, build_student, keep_fewer_activations,
 from clip_cid.models.teacher import weights_sha256
 from clip_cid.recipe import DistillConfig, MachineConfig, Recipe
 from clip_cid.run_folder import RunFolder, read_json, write_json
-from clip_cid.training.batches import Batches, PairDataset, TrainingPairs, unit_teacher_rows
+from clip_cid.training.batches import Batches, PairDataset, TrainingPairs
 from clip_cid.training.distributed import Ranks, join_ranks
+from clip_cid.training.join import distilled_pairs, plain_pairs, read_centers
 from clip_cid.training.loop import CHECKPOINTS, Plan, Trainer
 from clip_cid.training.model import Distillation
 from clip_cid.training.parallel import with_joint_statistics
-from clip_cid.training.soft_targets import soft_targets
+from clip_cid.training.teaching import (
+    USUAL_SCALE,
+    Teaching,
+    read_teacher,
+    teacher_scale,
+    uses_soft_centers,
+    with_soft_centers,
+)
 from clip_cid.training.validation import HeldOut, Validation, hold_out
 
 _DONE = "summary.json"
 _SOFT = "soft_centers"
-_COMPARED_CAPTIONS = 100
-_USUAL_SCALE = 100.0
-_ASKED = 512  # teacher embeddings that tell the perplexity: its mean is then known to a few percent
 
 
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
@@ -70,7 +74,7 @@ class Work:
     clip: Clip
     training: TrainingPairs
     store: EmbeddingStore | None
-    teaching: "Teaching"
+    teaching: Teaching
     trainer: Trainer
 
 
@@ -227,91 +231,6 @@ def _finish(folder: RunFolder, out: Path) -> dict[str, Any]:
     return read_json(out / _DONE)
 
 
-def plain_pairs(pairs: Pairs) -> TrainingPairs:
-    """All pairs, for plain CLIP training without a teacher."""
-    rows = np.setdiff1d(np.arange(len(pairs)), np.fromiter(pairs.known_bad, dtype=np.int64))
-    return TrainingPairs(pairs, rows, left_out=dict(pairs.known_bad))
-
-
-def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: EmbeddingStore) -> TrainingPairs:
-    """The kept pairs, joined by key with what the teacher and the clustering say about them; checked before any step.
-
-    Raises:
-        DataError: The pairs, the embeddings, the kept rows and the labels do not belong together, or a loss needs the
-            teacher's texts where the store has images only.
-    """
-    texts = recipe.uses_teacher_texts
-    if texts:
-        _ = store.texts  # refuses a store without them now, not at the first step
-    kept = read_kept(folder, store) if recipe.balance.enabled else np.flatnonzero(store.ok)
-    place = np.full(store.rows + 1, -1, dtype=np.int64)  # the last entry answers for -1, a pair the store does not have
-    place[kept] = np.arange(len(kept))
-    found = rows_in_store(pairs, store)
-    places = place[found]
-    places[np.fromiter(pairs.known_bad, dtype=np.int64)] = -1
-    rows = np.flatnonzero(places >= 0)
-    if len(rows) < len(kept):
-        log.warn(
-            f"{len(kept) - len(rows):,} of {len(kept):,} kept images are not among the pairs; trained without them"
-        )
-    labels = read_labels(folder, len(kept))[places[rows]] if recipe.uses_clusters else None
-    if not (recipe.uses_teacher_images or texts or recipe.distill.head_perplexity):
-        return TrainingPairs(pairs, rows, labels=labels)
-    num_captions = store.num_captions[found[rows]] if texts else None
-    if texts:
-        _compare_captions(pairs, rows, store, found[rows])
-    return TrainingPairs(pairs, rows, labels, store, found[rows], num_captions)
-
-
-def read_kept(folder: RunFolder, store: EmbeddingStore) -> Int[np.ndarray, " kept"]:
-    """Rows of the store that balance kept.
-
-    Raises:
-        DataError: They are not rows of this store that have embeddings.
-    """
-    path = folder.stage("balance") / "kept.npy"
-    kept = np.load(path, allow_pickle=False)
-    if kept.ndim != 1 or kept.dtype != np.int64 or not len(kept) or kept[0] < 0 or kept[-1] >= store.rows:
-        raise DataError(f"{path}: not rows of a store of {store.rows:,}.", fix="Run the balance stage again.")
-    if (np.diff(kept) <= 0).any() or not store.ok[kept].all():
-        raise DataError(f"{path}: not ascending rows that have embeddings.", fix="Run the balance stage again.")
-    return kept
-
-
-def read_labels(folder: RunFolder, num_kept: int) -> Int[np.ndarray, " kept"]:
-    """The cluster of each kept image.
-
-    Raises:
-        DataError: There is not one label for each.
-    """
-    path = folder.stage("cluster") / "labels.npy"
-    labels = np.load(path, allow_pickle=False)
-    if labels.shape != (num_kept,):
-        raise DataError(
-            f"{path}: {labels.size:,} labels, but {num_kept:,} images were kept.", fix="Run the cluster stage again."
-        )
-    return labels
-
-
-def read_centers(folder: RunFolder, store: EmbeddingStore) -> Float[np.ndarray, "centers dim"]:
-    """The cluster centers, in the teacher's space.
-
-    Raises:
-        DataError: They are of another width, or the labels name others.
-    """
-    path = folder.stage("cluster") / "centers.npy"
-    centers = np.load(path, allow_pickle=False)
-    again = "Run the cluster stage again, on these embeddings."
-    if centers.ndim != 2 or centers.shape[1] != store.dim:
-        raise DataError(f"{path}: shape {centers.shape}, but embeddings of width {store.dim}.", fix=again)
-    if not (np.abs(np.linalg.norm(centers, axis=1) - 1) <= 1e-2).all():  # also false for NaN
-        raise DataError(f"{path}: not all centers are unit vectors.", fix=again)
-    labels = np.load(path.with_name("labels.npy"), allow_pickle=False)
-    if len(labels) and not (labels.min() >= 0 and labels.max() < len(centers)):
-        raise DataError(f"{path}: {len(centers):,} centers, but labels up to {labels.max():,}.", fix=again)
-    return centers.astype(np.float32)
-
-
 def count_steps(settings: DistillConfig, num_pairs: int) -> int:
     """How many full batches the epochs hold together; what is left at the end of one opens the next.
 
@@ -346,93 +265,6 @@ def make_student(settings: DistillConfig, teacher_dim: int | None, machine: Mach
     return clip
 
 
-@dataclasses.dataclass(frozen=True)
-class Teaching:
-    """How sharply the teacher sees the centers."""
-
-    scale: float
-    """sigma."""
-    perplexity: float | None
-    """How many centers the teacher finds likely for an image, on average; None without clusters."""
-
-    @property
-    def summary(self) -> dict[str, float]:
-        return {} if self.perplexity is None else {"head_scale": self.scale, "teacher_perplexity": self.perplexity}
-
-
-def read_teacher(
-    settings: DistillConfig,
-    training: TrainingPairs,
-    store: EmbeddingStore | None,
-    centers: Float[np.ndarray, "centers dim"] | None,
-) -> Teaching:
-    """Sigma, as it is set or calibrated to `head_perplexity`, and the teacher's perplexity over all centers with it.
-
-    Raises:
-        ConfigError: No sigma gives the perplexity asked for.
-    """
-    if store is None or centers is None or training.store_rows is None:
-        return Teaching(settings.head_scale, None)
-    asked = np.unique(np.linspace(0, len(training) - 1, _ASKED).astype(np.int64))
-    rows = training.store_rows[asked]
-    teacher, table = unit_teacher_rows(store.images[rows], rows, "image"), torch.from_numpy(centers)
-    scale = settings.head_scale
-    if settings.head_perplexity is not None:
-        try:
-            scale = calibrated_scale(teacher, table, perplexity=settings.head_perplexity)
-        except ValueError as error:
-            raise ConfigError(
-                f"distill.head_perplexity: {error}.", fix="Choose another, or leave it out and set distill.head_scale."
-            ) from error
-    softened = soft_centers(teacher, table, scale=scale, temperature=settings.temperature)
-    found = Teaching(scale, float(softened.entropy.mean().exp()))
-    log.info(
-        f"distill   the teacher finds {found.perplexity:,.4g} of {len(centers):,} centers likely for an image"
-        f" (perplexity, at sigma {scale:.4g} and temperature {settings.temperature:g})"
-    )
-    return found
-
-
-def uses_soft_centers(settings: DistillConfig) -> bool:
-    """Whether all that `L_kl` needs of the teacher can be computed once: all centers take part, and none moves."""
-    return settings.weights.cluster_kl > 0 and settings.head_lr == 0 and settings.sample_rate == 1
-
-
-def with_soft_centers(
-    training: TrainingPairs,
-    centers: Float[np.ndarray, "centers dim"],
-    settings: DistillConfig,
-    folder: Path,
-    scale: float,
-    key: str,
-    device: torch.device,
-) -> TrainingPairs:
-    """The same pairs with the teacher's soft centers, computed or taken up from a killed attempt."""
-    if training.store is None or training.store_rows is None:
-        return training
-    found = soft_targets(
-        folder,
-        training.store.images,
-        training.store_rows,
-        centers,
-        scale=scale,
-        temperature=settings.temperature,
-        key=key,
-        device=device,
-    )
-    return dataclasses.replace(training, soft_centers=found)
-
-
-def teacher_scale(settings: DistillConfig, teacher: dict[str, Any] | None) -> float:
-    """The teacher's factor from cosines to logits: as set, as stored with its embeddings, or what CLIP models end with."""
-    if settings.teacher_scale is not None or not settings.weights.affinity:
-        return settings.teacher_scale or _USUAL_SCALE
-    if "logit_scale" in (teacher or {}):
-        return float((teacher or {})["logit_scale"])
-    log.info(f"distill   the teacher's logit scale is not stored with these embeddings; {_USUAL_SCALE:g} is taken")
-    return _USUAL_SCALE
-
-
 def make_objective(
     settings: DistillConfig,
     clip: Clip,
@@ -441,7 +273,7 @@ def make_objective(
     *,
     scale: float,
     ranks: Ranks,
-    teacher_scale: float = _USUAL_SCALE,
+    teacher_scale: float = USUAL_SCALE,
 ) -> Objective:
     """What learns beside the student. A head that learns is spread over the ranks: its gradient then stays where it is."""
     shard = None
@@ -488,24 +320,6 @@ def _tell_negatives(settings: DistillConfig, labels: Int[np.ndarray, " rows"], n
             f"distill.sample_rate {settings.sample_rate:g} is {quota:,} of {num_centers:,} centers a step, but a batch of "
             f"{settings.batch_size:,} holds {own:,.0f} of them by itself: its own centers are the only negatives"
         )
-
-
-def _compare_captions(
-    pairs: Pairs, rows: Int[np.ndarray, " rows"], store: EmbeddingStore, store_rows: Int[np.ndarray, " rows"]
-) -> None:
-    """Look into some pairs: their captions must be the ones the teacher has read."""
-    for index in np.unique(np.linspace(0, len(rows) - 1, min(_COMPARED_CAPTIONS, len(rows))).astype(np.int64)):
-        try:
-            ours = pairs.read(int(rows[index])).captions
-        except BadSample:
-            continue  # met again in training, where it is counted
-        embedded = store.captions(int(store_rows[index]))[: int(store.num_captions[store_rows[index]])]
-        theirs = tuple(caption.strip() for caption in embedded)
-        if ours[: len(theirs)] != theirs:
-            raise DataError(
-                f"{pairs.key(int(rows[index]))!r} has the caption {ours[0]!r}, but its embedding is of {theirs[0]!r}.",
-                fix="The captions changed after they were embedded; run the embed stage on these pairs.",
-            )
 
 
 def _key(

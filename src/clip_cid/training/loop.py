@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from clip_cid import log
-from clip_cid.errors import DataError, RunError
+from clip_cid.errors import RunError
 from clip_cid.method.collapse import CollapseAlarm
 from clip_cid.method.objective import weighted_sum
 from clip_cid.recipe import DistillConfig, MachineConfig, Precision
 from clip_cid.run_folder import write_json
 from clip_cid.training import checkpoint
 from clip_cid.training.average import Average
+from clip_cid.training.bad_pairs import BadPairs
 from clip_cid.training.batches import Batch, Batches
-from clip_cid.training.checkpoint import LineFile
 from clip_cid.training.distributed import ALONE, Ranks
 from clip_cid.training.head_rows import HeadRows
 from clip_cid.training.model import Distillation, Seen, backward_in_pieces, step_seed
@@ -109,7 +109,7 @@ class Trainer:
         self.head_rows = HeadRows(model.objective.head, self.optimizers, out / CHECKPOINTS, ranks)
         self.step, self.skipped_steps, self._in_succession = 0, 0, 0
         self.watch = Stopwatch()
-        self.bad_rows: dict[int, str] = {}
+        self.bad = BadPairs(batches.training, out / "skipped.jsonl", max_share=plan.max_bad_share)
         self.last_line: dict[str, Any] = {}
         self.alarm = CollapseAlarm(patience=2 * settings.warmup_steps)
 
@@ -131,7 +131,7 @@ class Trainer:
             self.joint.train()
             waiting = self.watch.waiting(self.batches.between(self.step, self._last_step))
             for batch in batches.enter_context(contextlib.closing(waiting)):
-                self._note_bad(batch.bad)
+                self.bad.note(batch.bad)
                 measured = self._train_step(batch.to(device))
                 self.step += 1
                 bar.advance(size, note=self._note(measured))
@@ -350,7 +350,7 @@ class Trainer:
         """Measure the student; returns whether the training ends here."""
         assert self.validation is not None
         with self.watch.pause(), self._averaged():
-            numbers = self.validation.measure(self.joint, self.model, precision=self.precision, note_bad=self._note_bad)
+            numbers = self.validation.measure(self.joint, self.model, precision=self.precision, note_bad=self.bad.note)
             better = self.best.is_new(numbers, self.step)
             if better and self.settings.validation.keep == "best":
                 self._save_best(numbers)
@@ -400,28 +400,6 @@ class Trainer:
             state |= self.head_rows.of_all(self.step)
         return state
 
-    def _note_bad(self, bad: list[tuple[int, str]]) -> None:
-        """Remember each unreadable pair of this rank; they are written down with the next checkpoint."""
-        self.bad_rows.update(bad)
-        training = self.batches.training
-        total = len(training) + len(training.left_out)
-        if len(self.bad_rows) > self.plan.max_bad_share * total:
-            self._write_bad(self.bad_rows)
-            raise DataError(
-                f"{len(self.bad_rows):,} of {total:,} pairs cannot be read; {self.skipped.path} lists them.",
-                fix=f"Mend or remove them, or raise pairs.max_bad_share (now {self.plan.max_bad_share:g}).",
-            )
-
-    def _write_bad(self, bad: Mapping[int, str]) -> None:
-        known = {int(line["row"]) for line in self.skipped.read()}
-        for row in sorted(bad.keys() - known):
-            self.skipped.append(self._skipped_line(row, bad[row]))
-
-    def _skipped_line(self, row: int, reason: str) -> dict[str, Any]:
-        pairs = self.batches.training.pairs
-        shard = next(shard for shard in pairs.shards if row < shard.first_row + shard.rows)
-        return {"row": row, "key": pairs.key(row), "shard": shard.name, "reason": reason}
-
     def _save_if_due(self, stop: int) -> int:
         """All ranks save together: at the end, when the first one finds it is time, and when any is asked to end.
 
@@ -440,8 +418,7 @@ class Trainer:
         return stop
 
     def _save(self) -> None:
-        for found in self.ranks.all(self.bad_rows):
-            self.bad_rows |= found
+        self.bad.gather(self.ranks)
         self.head_rows.save(self.step)
         elsewhere, model = self._elsewhere(), self.model.state_dict()
         state = {
@@ -458,8 +435,7 @@ class Trainer:
             "waited": self.watch.waited,
         }
         if self.ranks.is_first and self.records is not None:
-            self._write_bad(self.bad_rows)
-            lines = {"metrics_bytes": self.records.sync(), "skipped_bytes": self.skipped.sync()}
+            lines = {"metrics_bytes": self.records.sync(), "skipped_bytes": self.bad.sync()}
             checkpoint.save(self.out / CHECKPOINTS, self.step, {**state, **lines}, keep=self.machine.keep_checkpoints)
         self.head_rows.drop_old()
         self.ranks.wait()
@@ -472,7 +448,7 @@ class Trainer:
             self._open_files(state)
         self.ranks.agree("a checkpoint", None if state is None else state["step"])
         if state is None:
-            self._note_bad(list(self.batches.training.left_out.items()))
+            self.bad.note(list(self.batches.training.left_out.items()))
             return
         missing = load_model(self.model, state["model"])
         assert missing == self._elsewhere()
@@ -484,7 +460,6 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         self.best = Best(**state["best"])
         self.alarm.load_state_dict(state["alarm"])
-        self.bad_rows = {int(line["row"]): line["reason"] for line in self.skipped.read()}
         self.step, self.last_line, self.skipped_steps = state["step"], state["last_line"], state["skipped_steps"]
         self.watch = Stopwatch(seconds=state["seconds"], waited=state["waited"], step=self.step)
         log.info(f"distill   goes on after step {self.step:,} of {self.plan.steps:,}")
@@ -499,7 +474,7 @@ class Trainer:
             )
             size = state["metrics_bytes"] if state else 0
             self.records = Records(self.out / "metrics.jsonl", size=size, listeners=listeners)
-        self.skipped = LineFile(self.out / "skipped.jsonl", size=state["skipped_bytes"] if state else 0)
+        self.bad.open(state["skipped_bytes"] if state else 0)
 
     def _elsewhere(self) -> set[str]:
         """Names of what is not in the file of a checkpoint.
@@ -518,7 +493,7 @@ class Trainer:
             "pairs": len(self.batches.training),
             "pairs_seen": seen,
             "epochs": seen / len(self.batches.training),
-            "unreadable_pairs": len(self.bad_rows),
+            "unreadable_pairs": len(self.bad),
             "skipped_steps": self.skipped_steps,
             "processes": self.ranks.size,
             "seconds": self.watch.seconds,

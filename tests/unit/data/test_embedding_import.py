@@ -21,7 +21,7 @@ from clip_cid.data.pairs import open_pairs
 from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig, parse_recipe
 from clip_cid.run_folder import RunFolder
-from clip_cid.stages import distill
+from clip_cid.training.join import distilled_pairs
 
 DIM = 6
 
@@ -348,7 +348,7 @@ def test_distill_refuses_the_instance_loss_before_it_reads_a_pair(tmp_path: Path
     recipe = parse_recipe({"embed": {"existing": str(tmp_path / "x.npy")}}, where="test")
     pairs = open_pairs(PairsConfig(source=(str(tmp_path / "pairs"),)))
     with pytest.raises(DataError, match="image embeddings only"):
-        distill.distilled_pairs(RunFolder(tmp_path / "run"), recipe, pairs, store)
+        distilled_pairs(RunFolder(tmp_path / "run"), recipe, pairs, store)
 
 
 # The stage and its fingerprint

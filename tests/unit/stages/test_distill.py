@@ -11,13 +11,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from clip_cid.data.embedding_writer import ShardRows, StoreWriter
-from clip_cid.data.embeddings import EmbeddingStore
+from clip_cid.data.embeddings import EmbeddingStore, rows_in_store
 from clip_cid.data.pairs import open_pairs
 from clip_cid.errors import ClipCidError, ConfigError, DataError
 from clip_cid.recipe import DistillConfig, PairsConfig, Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import distill
+from clip_cid.training.join import distilled_pairs
 from clip_cid.training.loop import Trainer
+from clip_cid.training.teaching import teacher_scale, uses_soft_centers
 
 COUNT, DIM, CENTERS = 20, 16, 4
 STUDENT = {
@@ -179,7 +181,7 @@ def test_kept_rows_labels_and_embeddings_are_joined_by_key(case: Case):
     recipe = case.recipe()
     pairs = open_pairs(recipe.pairs)
     store = EmbeddingStore.open(case.folder.stage("embed"))
-    training = distill.distilled_pairs(case.folder, recipe, pairs, store)
+    training = distilled_pairs(case.folder, recipe, pairs, store)
     kept = np.load(case.folder.path / "balance" / "kept.npy").tolist()
     assert training.store_rows is not None
     assert training.labels is not None
@@ -194,7 +196,7 @@ def test_kept_rows_labels_and_embeddings_are_joined_by_key(case: Case):
 def test_a_store_of_these_very_pairs_and_one_in_another_order_are_told_apart(case: Case, tmp_path: Path):
     pairs = open_pairs(case.recipe().pairs)
     turned = EmbeddingStore.open(case.folder.stage("embed"))
-    assert distill.rows_in_store(pairs, turned).tolist() == list(range(COUNT))[::-1]
+    assert rows_in_store(pairs, turned).tolist() == list(range(COUNT))[::-1]
     writer = StoreWriter(tmp_path / "same", teacher={}, pairs=None, dim=DIM, fields=(), num_shards=1)
     vectors = unit_rows(COUNT, seed=1)
     keys, captions = pairs.keys(0, COUNT), [("a caption",)] * COUNT
@@ -203,7 +205,7 @@ def test_a_store_of_these_very_pairs_and_one_in_another_order_are_told_apart(cas
     writer.add(ShardRows("all", vectors, vectors, none, ok, keys, captions, [(24, 20)] * COUNT, {}, []))
     writer.finish()
     same = EmbeddingStore.open(tmp_path / "same")
-    assert distill.rows_in_store(pairs, same).tolist() == list(range(COUNT))
+    assert rows_in_store(pairs, same).tolist() == list(range(COUNT))
 
 
 def test_without_balance_every_embedded_pair_is_trained_on(case: Case):
@@ -211,7 +213,7 @@ def test_without_balance_every_embedded_pair_is_trained_on(case: Case):
     recipe = case.recipe().model_copy(update={"balance": case.recipe().balance.model_copy(update={"enabled": False})})
     pairs = open_pairs(recipe.pairs)
     store = EmbeddingStore.open(case.folder.stage("embed"))
-    training = distill.distilled_pairs(case.folder, recipe, pairs, store)
+    training = distilled_pairs(case.folder, recipe, pairs, store)
     assert training.rows.tolist() == [row for row in range(COUNT) if row != 1]
 
 
@@ -333,7 +335,7 @@ def test_pairs_that_are_gone_are_counted(case: Case, caplog: pytest.LogCaptureFi
     (case.path / "pairs" / "00.png").unlink()
     (case.path / "pairs" / "00.txt").unlink()
     store = EmbeddingStore.open(case.folder.stage("embed"))
-    training = distill.distilled_pairs(case.folder, recipe, open_pairs(recipe.pairs), store)
+    training = distilled_pairs(case.folder, recipe, open_pairs(recipe.pairs), store)
     assert len(training) == 15
     assert "1 of 16 kept images are not among the pairs" in caplog.text
 
@@ -368,7 +370,7 @@ def test_with_all_centers_frozen_the_teacher_is_read_once_and_training_is_the_sa
     [({}, True), ({"head_lr": 1e-6}, False), ({"sample_rate": 0.5}, False), ({"weights": {"cluster_kl": 0}}, False)],
 )
 def test_soft_centers_need_a_frozen_head_all_centers_and_a_divergence(changes: dict[str, Any], soft: bool):
-    assert distill.uses_soft_centers(DistillConfig.model_validate({"sample_rate": 1.0} | changes)) == soft
+    assert uses_soft_centers(DistillConfig.model_validate({"sample_rate": 1.0} | changes)) == soft
 
 
 def test_sigma_can_be_calibrated_and_is_told(case: Case):
@@ -399,10 +401,10 @@ def test_a_device_without_float64_is_refused_where_clusters_are_compared(case: C
 
 def test_the_teachers_own_scale_goes_before_the_usual_one_and_a_set_one_before_both(caplog: pytest.LogCaptureFixture):
     affinity = make_config(weights="open-clip")
-    assert distill.teacher_scale(affinity, {"logit_scale": 17.5}) == 17.5
-    assert distill.teacher_scale(make_config(weights="open-clip", teacher_scale=30), {"logit_scale": 17.5}) == 30
+    assert teacher_scale(affinity, {"logit_scale": 17.5}) == 17.5
+    assert teacher_scale(make_config(weights="open-clip", teacher_scale=30), {"logit_scale": 17.5}) == 30
     assert not caplog.records
-    assert distill.teacher_scale(affinity, {"reference": "elsewhere"}) == 100
+    assert teacher_scale(affinity, {"reference": "elsewhere"}) == 100
     assert "100 is taken" in caplog.text
 
 

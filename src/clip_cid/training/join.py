@@ -1,0 +1,117 @@
+"""The pairs of a run, joined by key with what its earlier stages say about each; checked before any step."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from clip_cid import log
+from clip_cid.data.embeddings import EmbeddingStore, rows_in_store
+from clip_cid.data.pairs import BadSample, Pairs
+from clip_cid.errors import DataError
+from clip_cid.recipe import Recipe
+from clip_cid.run_folder import RunFolder
+from clip_cid.training.batches import TrainingPairs
+
+_COMPARED_CAPTIONS = 100
+
+
+def plain_pairs(pairs: Pairs) -> TrainingPairs:
+    """All pairs, for plain CLIP training without a teacher."""
+    rows = np.setdiff1d(np.arange(len(pairs)), np.fromiter(pairs.known_bad, dtype=np.int64))
+    return TrainingPairs(pairs, rows, left_out=dict(pairs.known_bad))
+
+
+def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: EmbeddingStore) -> TrainingPairs:
+    """The kept pairs, joined by key with what the teacher and the clustering say about them; checked before any step.
+
+    Raises:
+        DataError: The pairs, the embeddings, the kept rows and the labels do not belong together, or a loss needs the
+            teacher's texts where the store has images only.
+    """
+    texts = recipe.uses_teacher_texts
+    if texts:
+        _ = store.texts  # refuses a store without them now, not at the first step
+    kept = read_kept(folder, store) if recipe.balance.enabled else np.flatnonzero(store.ok)
+    place = np.full(store.rows + 1, -1, dtype=np.int64)  # the last entry answers for -1, a pair the store does not have
+    place[kept] = np.arange(len(kept))
+    found = rows_in_store(pairs, store)
+    places = place[found]
+    places[np.fromiter(pairs.known_bad, dtype=np.int64)] = -1
+    rows = np.flatnonzero(places >= 0)
+    if len(rows) < len(kept):
+        log.warn(
+            f"{len(kept) - len(rows):,} of {len(kept):,} kept images are not among the pairs; trained without them"
+        )
+    labels = read_labels(folder, len(kept))[places[rows]] if recipe.uses_clusters else None
+    if not (recipe.uses_teacher_images or texts or recipe.distill.head_perplexity):
+        return TrainingPairs(pairs, rows, labels=labels)
+    num_captions = store.num_captions[found[rows]] if texts else None
+    if texts:
+        _compare_captions(pairs, rows, store, found[rows])
+    return TrainingPairs(pairs, rows, labels, store, found[rows], num_captions)
+
+
+def read_kept(folder: RunFolder, store: EmbeddingStore) -> Int[np.ndarray, " kept"]:
+    """Rows of the store that balance kept.
+
+    Raises:
+        DataError: They are not rows of this store that have embeddings.
+    """
+    path = folder.stage("balance") / "kept.npy"
+    kept = np.load(path, allow_pickle=False)
+    if kept.ndim != 1 or kept.dtype != np.int64 or not len(kept) or kept[0] < 0 or kept[-1] >= store.rows:
+        raise DataError(f"{path}: not rows of a store of {store.rows:,}.", fix="Run the balance stage again.")
+    if (np.diff(kept) <= 0).any() or not store.ok[kept].all():
+        raise DataError(f"{path}: not ascending rows that have embeddings.", fix="Run the balance stage again.")
+    return kept
+
+
+def read_labels(folder: RunFolder, num_kept: int) -> Int[np.ndarray, " kept"]:
+    """The cluster of each kept image.
+
+    Raises:
+        DataError: There is not one label for each.
+    """
+    path = folder.stage("cluster") / "labels.npy"
+    labels = np.load(path, allow_pickle=False)
+    if labels.shape != (num_kept,):
+        raise DataError(
+            f"{path}: {labels.size:,} labels, but {num_kept:,} images were kept.", fix="Run the cluster stage again."
+        )
+    return labels
+
+
+def read_centers(folder: RunFolder, store: EmbeddingStore) -> Float[np.ndarray, "centers dim"]:
+    """The cluster centers, in the teacher's space.
+
+    Raises:
+        DataError: They are of another width, or the labels name others.
+    """
+    path = folder.stage("cluster") / "centers.npy"
+    centers = np.load(path, allow_pickle=False)
+    again = "Run the cluster stage again, on these embeddings."
+    if centers.ndim != 2 or centers.shape[1] != store.dim:
+        raise DataError(f"{path}: shape {centers.shape}, but embeddings of width {store.dim}.", fix=again)
+    if not (np.abs(np.linalg.norm(centers, axis=1) - 1) <= 1e-2).all():  # also false for NaN
+        raise DataError(f"{path}: not all centers are unit vectors.", fix=again)
+    labels = np.load(path.with_name("labels.npy"), allow_pickle=False)
+    if len(labels) and not (labels.min() >= 0 and labels.max() < len(centers)):
+        raise DataError(f"{path}: {len(centers):,} centers, but labels up to {labels.max():,}.", fix=again)
+    return centers.astype(np.float32)
+
+
+def _compare_captions(
+    pairs: Pairs, rows: Int[np.ndarray, " rows"], store: EmbeddingStore, store_rows: Int[np.ndarray, " rows"]
+) -> None:
+    """Look into some pairs: their captions must be the ones the teacher has read."""
+    for index in np.unique(np.linspace(0, len(rows) - 1, min(_COMPARED_CAPTIONS, len(rows))).astype(np.int64)):
+        try:
+            ours = pairs.read(int(rows[index])).captions
+        except BadSample:
+            continue  # met again in training, where it is counted
+        embedded = store.captions(int(store_rows[index]))[: int(store.num_captions[store_rows[index]])]
+        theirs = tuple(caption.strip() for caption in embedded)
+        if ours[: len(theirs)] != theirs:
+            raise DataError(
+                f"{pairs.key(int(rows[index]))!r} has the caption {ours[0]!r}, but its embedding is of {theirs[0]!r}.",
+                fix="The captions changed after they were embedded; run the embed stage on these pairs.",
+            )

@@ -16,7 +16,7 @@ setup: .venv/ready  ## a virtual environment with the package and the developer 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-test: setup  ## the tests (five to seven minutes on 2 cores)
+test: setup  ## the tests (about ten minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 check: setup  ## format, lint, types, and who imports whom

@@ -156,8 +156,7 @@ class Bench:
         out = self.folder / name.replace(" ", "-")
         out.mkdir()
         model = Distillation(self.student().model, objective)
-        batches: Any = SimpleNamespace(batch_size=options.batch, training=SimpleNamespace(left_out={}, rows=range(1)))
-        batches.training = _Rows(self.rows)
+        batches: Any = SimpleNamespace(batch_size=options.batch, training=_Rows(self.rows))
         trainer = Trainer(
             model, batches, settings, Plan(10**6, "benchmark", 0.0), out=out, ranks=Ranks(device=self.device),
             machine=machine,

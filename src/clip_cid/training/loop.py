@@ -176,7 +176,7 @@ class Trainer:
             self.joint, batch, loss_of, micro_batch=self.machine.micro_batch, precision=self.precision, seed=seed
         )
         grad_norm = self._shortened()
-        values = torch.stack([part.detach().double() for part in parts.values()]).tolist()
+        values = torch.stack([part.detach().float() for part in parts.values()]).tolist()
         numbers = self.ranks.mean(dict(zip(parts, values, strict=True)))
         weights = self._weights()
         total = sum(weights[name] * value for name, value in numbers.items())

@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 from clip_cid import log, pipeline
+from clip_cid.engine import torchrun_place
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.recipe import Config, Recipe, commented_recipe, parse_recipe, read_recipe
 from clip_cid.run_folder import RunFolder, atomic_file, disk_full
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    log.setup(quiet=os.environ.get("RANK", "0") != "0")
+    log.setup(quiet=torchrun_place().rank > 0)
     try:
         commands = _commands(_recipe_for(arguments))
         done = tyro.extras.subcommand_cli_from_dict(

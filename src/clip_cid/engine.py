@@ -1,4 +1,7 @@
-"""Block tasks, here or in several processes of this machine. A task is small, pure, and leaves a file of its own."""
+"""Who does the work: block tasks, here or in several processes of this machine, and the place among those of torchrun.
+
+A task is small, pure, and leaves a file of its own.
+"""
 
 import multiprocessing
 import os
@@ -7,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import threadpoolctl
 
@@ -90,3 +93,15 @@ def _end_with_parent() -> None:
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
+
+
+class Place(NamedTuple):
+    """Which of the processes of torchrun this is."""
+
+    rank: int
+    size: int
+
+
+def torchrun_place() -> Place:
+    """The place that torchrun has given this process; without it, the only one."""
+    return Place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -18,6 +17,7 @@ from typing import Any
 import threadpoolctl
 
 from clip_cid import log
+from clip_cid.engine import torchrun_place
 from clip_cid.errors import ConfigError, DataError, RunError
 from clip_cid.recipe import PairsConfig, Recipe, dump_recipe
 from clip_cid.run_folder import RunFolder, StageRecord, atomic_file, disk_full, now
@@ -112,9 +112,10 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
     Raises:
         ClipCidError: As the stages raise it; results of other stages stay whole.
     """
-    if (rank := int(os.environ.get("RANK", "0"))) or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    place = torchrun_place()
+    if place.size > 1:
         _check_ranks(only)
-    if rank:
+    if place.rank > 0:
         _assist(folder, recipe, _BY_NAME[str(only)], force=force)
         return
     with folder.lock(), log.to_file(folder.path / "run.log"):

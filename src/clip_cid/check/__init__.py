@@ -14,6 +14,7 @@ import threadpoolctl
 import torch
 
 from clip_cid.check import captions, doubts, expect, rehearsal, work
+from clip_cid.engine import torchrun_place
 from clip_cid.errors import ConfigError, MissingExtraError
 from clip_cid.models.costs import Costs, count_costs
 from clip_cid.models.device import resolve_device
@@ -23,7 +24,7 @@ from clip_cid.run_folder import RunFolder
 from clip_cid.stages import distill
 from clip_cid.stages.cluster import available_memory
 from clip_cid.training.batches import Batch
-from clip_cid.training.distributed import Ranks, world_size
+from clip_cid.training.distributed import Ranks
 from clip_cid.training.records import make_listeners
 from clip_cid.training.teaching import uses_soft_centers
 
@@ -70,7 +71,7 @@ def check(folder: RunFolder, recipe: Recipe) -> Report:
     Raises:
         ClipCidError: The training could not be begun.
     """
-    if world_size() > 1:
+    if torchrun_place().size > 1:
         raise ConfigError("check is for one process, but torchrun has started several.", fix="Start it by itself.")
     machine = recipe.machine
     if machine.threads:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clip_cid.engine import torchrun_place
 from clip_cid.errors import RunError
 from clip_cid.method.sides import Side
 
@@ -98,11 +99,6 @@ ALONE = Ranks()
 """One process, on the CPU."""
 
 
-def world_size() -> int:
-    """How many processes torchrun has started; 1 without it. Needs no torch of its own, so it is asked before any work."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextlib.contextmanager
 def join_ranks(device: torch.device) -> Generator[Ranks]:
     """Meet the other processes, for as long as the block lasts.
@@ -110,7 +106,7 @@ def join_ranks(device: torch.device) -> Generator[Ranks]:
     Args:
         device: As the recipe has it; each rank of a machine takes the CUDA device of its own number.
     """
-    if world_size() == 1:
+    if torchrun_place().size == 1:
         yield Ranks(device=device)
         return
     if device.type == "cuda":

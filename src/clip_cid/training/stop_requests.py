@@ -16,10 +16,6 @@ class StopRequest:
     def __init__(self) -> None:
         self.number = 0
 
-    @property
-    def requested(self) -> bool:
-        return self.number != 0
-
     def obey(self, step: int) -> None:
         if self.number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -26,10 +26,10 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from clip_cid.data.images import decode_image
+from clip_cid.data.pairs.images import decode_image
 from clip_cid.errors import ClipCidError, DataError
 from clip_cid.figures import contact_sheet, style
-from clip_cid.method.semantic_balance import Balance, PairAgreement, agreement, balance
+from clip_cid.method.balance.semantic_balance import Balance, PairAgreement, agreement, balance
 
 VENDORS = ("noto", "twemoji")
 PIXELS = "pixels"

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from clip_cid.data.embeddings import EmbeddingStore
-from clip_cid.data.images import decode_image
-from clip_cid.data.pairs import open_pairs
-from clip_cid.method.clustering import spherical_kmeans
-from clip_cid.method.collapse import CollapseAlarm
+from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.pairs.images import decode_image
+from clip_cid.data.pairs.pairs import open_pairs
+from clip_cid.method.cluster.clustering import spherical_kmeans
+from clip_cid.method.distill.collapse import CollapseAlarm
 from clip_cid.recipe import read_recipe
 from clip_cid.run_folder import RunFolder
 

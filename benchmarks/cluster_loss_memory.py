@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from clip_cid.method.cluster_distillation import CenterHead
+from clip_cid.method.distill.cluster_distillation import CenterHead
 
 _CENTERS, _DIM = 1500, 128
 

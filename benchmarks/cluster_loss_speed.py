@@ -39,8 +39,8 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from clip_cid.method.cluster_distillation import CenterHead
-from clip_cid.method.fused_cluster_loss import cluster_losses, fused_cluster_loss, soft_centers
+from clip_cid.method.distill.cluster_distillation import CenterHead
+from clip_cid.method.distill.fused_cluster_loss import cluster_losses, fused_cluster_loss, soft_centers
 from clip_cid.method.unit_rows import keep_freed_memory
 
 SCALE = 16.0

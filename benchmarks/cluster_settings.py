@@ -21,7 +21,7 @@ import torch
 import tyro
 
 from clip_cid import pipeline
-from clip_cid.data.embeddings import EmbeddingStore
+from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.recipe import PRESETS, Recipe, parse_recipe, read_recipe
 from clip_cid.run_folder import RunFolder
 

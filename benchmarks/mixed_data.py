@@ -20,8 +20,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from clip_cid.data.embeddings import EmbeddingStore
-from clip_cid.method.semantic_balance import agreement, balance, threshold_on
+from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.method.balance.semantic_balance import agreement, balance
+from clip_cid.method.distances import threshold_on
 
 DATA, LABELLED = Path("data/mixed"), Path("data/mixed-labelled")
 THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.08, 0.10, 0.15, 0.20, 0.25, 0.30)

@@ -12,8 +12,8 @@ from pathlib import Path
 import tyro
 
 from clip_cid.models.export import export_student
-from clip_cid.models.onnx_export import export_onnx
 from clip_cid.models.student import build_student
+from clip_cid.publish.onnx_export import export_onnx
 
 MODELS = ("cid-tiny", "cid-conv", "ViT-B-32", "ViT-B-16-quickgelu", "RN50", "convnext_base", "MobileCLIP-S1")
 

@@ -20,8 +20,8 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from clip_cid import log
-from clip_cid.data.evaluation_sets import open_set
-from clip_cid.data.labelled_images import LabelledImages
+from clip_cid.data.sets.evaluation_sets import open_set
+from clip_cid.data.sets.labelled_images import LabelledImages
 from clip_cid.evaluation.features import Encoder
 from clip_cid.evaluation.linear_probe import linear_probe, tolerance
 from clip_cid.models.student import load_clip

@@ -35,14 +35,14 @@ import torch.nn.functional as F
 import tyro
 from open_clip_train.train import train_one_epoch
 
-from clip_cid.method.fused_cluster_loss import soft_centers
-from clip_cid.method.objective import Objective
+from clip_cid.method.distill.fused_cluster_loss import soft_centers
+from clip_cid.method.distill.objective import Objective
 from clip_cid.models.student import build_student
 from clip_cid.recipe import DistillConfig, MachineConfig
 from clip_cid.training.batches import Batch, SoftTargets, unit_teacher_rows
-from clip_cid.training.distributed import Ranks
 from clip_cid.training.loop import Plan, Trainer
 from clip_cid.training.model import Distillation
+from clip_cid.training.ranks.distributed import Ranks
 
 SMALL = {
     "embed_dim": 512,

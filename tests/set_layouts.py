@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from clip_cid.data.tasks import load_prompts, task_table
+from clip_cid.data.sets.known_sets import load_prompts, task_table
 
 
 def keys_of(task: str) -> list[str]:

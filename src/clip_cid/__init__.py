@@ -7,11 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clip_cid.data.embeddings import EmbeddingStore
+    from clip_cid.data.embeddings.store import EmbeddingStore
     from clip_cid.evaluation.linear_probe import ProbeResult, linear_probe
-    from clip_cid.method.clustering import Clusters, spherical_kmeans
-    from clip_cid.method.fused_cluster_loss import fused_cluster_loss
-    from clip_cid.method.semantic_balance import Balance, balance
+    from clip_cid.method.balance.semantic_balance import Balance, balance
+    from clip_cid.method.cluster.clustering import Clusters, spherical_kmeans
+    from clip_cid.method.distill.fused_cluster_loss import fused_cluster_loss
 
     __version__: str
 
@@ -28,14 +28,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "Balance": "clip_cid.method.semantic_balance",
-    "Clusters": "clip_cid.method.clustering",
-    "EmbeddingStore": "clip_cid.data.embeddings",
+    "Balance": "clip_cid.method.balance.semantic_balance",
+    "Clusters": "clip_cid.method.cluster.clustering",
+    "EmbeddingStore": "clip_cid.data.embeddings.store",
     "ProbeResult": "clip_cid.evaluation.linear_probe",
-    "balance": "clip_cid.method.semantic_balance",
-    "fused_cluster_loss": "clip_cid.method.fused_cluster_loss",
+    "balance": "clip_cid.method.balance.semantic_balance",
+    "fused_cluster_loss": "clip_cid.method.distill.fused_cluster_loss",
     "linear_probe": "clip_cid.evaluation.linear_probe",
-    "spherical_kmeans": "clip_cid.method.clustering",
+    "spherical_kmeans": "clip_cid.method.cluster.clustering",
 }
 
 

@@ -12,10 +12,10 @@ import tyro
 from tyro.conf import Positional
 
 from clip_cid import log, pipeline
-from clip_cid.engine import torchrun_place
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.recipe import Config, Recipe, commented_recipe, parse_recipe, read_recipe
 from clip_cid.run_folder import RunFolder, atomic_file, disk_full
+from clip_cid.tasks import torchrun_place
 
 _ABOUT = """Distil a huge CLIP into a small one on your own image-text data.
 
@@ -208,9 +208,9 @@ def _run(name: str, flags: Any, recipe: Recipe) -> None:
 
 
 def _check(_: str, flags: Any, recipe: Recipe) -> None:
-    from clip_cid.check import check, page
+    from clip_cid.check import check, printout
 
-    page.say(check(RunFolder(flags.run), recipe))
+    printout.say(check(RunFolder(flags.run), recipe))
 
 
 def _flags(section: Config) -> tuple[Any, Any]:
@@ -273,7 +273,7 @@ def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000) -
             run's recipe names them.
         shard_size: Pairs in a tar.
     """
-    from clip_cid.data.subset import export_subset
+    from clip_cid.publish.subset import export_subset
 
     folder = _existing(run)
     recipe = read_recipe(run / pipeline.RECIPE_FILE)
@@ -323,7 +323,7 @@ def export(run: Run, out: Out, onnx: bool = False) -> int:
     """
     student = _existing(run).stage("distill") / "student"
     from clip_cid.models.export import copy_student, usage
-    from clip_cid.models.onnx_export import export_onnx, require_onnx
+    from clip_cid.publish.onnx_export import export_onnx, require_onnx
 
     if onnx:
         require_onnx()
@@ -355,7 +355,7 @@ def push(
         dry_run: Print the model card and upload nothing; needs neither network nor token.
     """
     folder = _existing(run)
-    from clip_cid.models.hub import card_of, push_student
+    from clip_cid.publish.hub import card_of, push_student
 
     if dry_run:
         log.say(card_of(folder, repo, license=license))

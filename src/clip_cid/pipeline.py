@@ -15,10 +15,10 @@ from typing import Any
 import threadpoolctl
 
 from clip_cid import log
-from clip_cid.engine import torchrun_place
 from clip_cid.errors import ConfigError, DataError, RunError
 from clip_cid.recipe import PairsConfig, Recipe, dump_recipe
 from clip_cid.run_folder import RunFolder, StageRecord, atomic_file, digest, disk_full, now
+from clip_cid.tasks import torchrun_place
 
 RECIPE_FILE = "recipe.yaml"
 _PACKAGES = ("clip-cid", "torch", "open_clip_torch", "faiss-cpu", "numpy", "scipy", "scikit-learn", "pillow", "pyarrow")
@@ -337,7 +337,7 @@ def _outside(stage: Stage, recipe: Recipe) -> dict[str, str]:
 
 
 def _pairs_digest(pairs: PairsConfig) -> str:
-    from clip_cid.data.pairs import fingerprint
+    from clip_cid.data.pairs.pairs import fingerprint
 
     return digest(fingerprint(pairs))
 

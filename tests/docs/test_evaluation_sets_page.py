@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from clip_cid.data.tasks import Task, load_prompts, task_table
+from clip_cid.data.sets.known_sets import Task, load_prompts, task_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation_sets.md"
 COLUMNS = "| set | also called | classes | train / val / test | metric | split | layout | licence | where to get it |"

@@ -10,10 +10,10 @@ import numpy as np
 import oracles
 import pytest
 
-from clip_cid import cli, engine
-from clip_cid.data.balance_tables import BalanceTables
-from clip_cid.data.forest_file import read_forest
-from clip_cid.method import pair_plan
+from clip_cid import cli, tasks
+from clip_cid.data.balance.forest_file import read_forest
+from clip_cid.data.balance.tables import BalanceTables
+from clip_cid.method.balance import pair_plan
 from clip_cid.run_folder import RunFolder
 
 FILES = ("kept.npy", "set_of.npy", "forest.parquet", "row_hashes.npy", "sets.parquet", "members.parquet")
@@ -67,14 +67,14 @@ def test_an_interrupted_balance_does_only_what_is_missing(tmp_path, small_chunks
     rows = planted(300)
     whole = balance(tmp_path / "whole", rows)
     done: list[tuple[int, int]] = []
-    original = engine.run_tasks
+    original = tasks.run_tasks
 
     def interrupted(tasks, begin, *, processes, on_done):
         original(tasks[:4], begin, processes=processes, on_done=on_done)
         done.extend(tasks[:4])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "run_tasks", interrupted)
+    monkeypatch.setattr(tasks, "run_tasks", interrupted)
     assert cli.main(["balance", str(tmp_path / "cut"), "--embeddings", source(tmp_path / "cut", rows)]) == 130
     assert not (tmp_path / "cut" / "balance").exists()
 
@@ -83,16 +83,17 @@ def test_an_interrupted_balance_does_only_what_is_missing(tmp_path, small_chunks
         assert not set(tasks) & set(done)
         original(tasks, begin, processes=processes, on_done=on_done)
 
-    monkeypatch.setattr(engine, "run_tasks", watched)
+    monkeypatch.setattr(tasks, "run_tasks", watched)
     assert_equal(balance(tmp_path / "cut", rows), whole)
 
 
 KILLED = """
 import os, signal, sys
-from clip_cid import cli, engine
-from clip_cid.method import pair_plan
+from clip_cid import cli
+from clip_cid import tasks
+from clip_cid.method.balance import pair_plan
 pair_plan._LEAST_CHUNK = 50
-original, left = engine.run_tasks, int(sys.argv[1])
+original, left = tasks.run_tasks, int(sys.argv[1])
 def killed(tasks, begin, *, processes, on_done):
     def count(task):
         global left
@@ -101,7 +102,7 @@ def killed(tasks, begin, *, processes, on_done):
             os.kill(os.getpid(), signal.SIGKILL)
         on_done(task)
     original(tasks, begin, processes=processes, on_done=count)
-engine.run_tasks = killed
+tasks.run_tasks = killed
 sys.exit(cli.main(sys.argv[2:]))
 """
 
@@ -127,7 +128,7 @@ def test_another_threshold_looks_at_no_pair_again(tmp_path, small_chunks, monkey
     rows = planted(300)
     balance(tmp_path / "run", rows, "--balance.max-threshold", "0.2")
     fresh = balance(tmp_path / "fresh", rows, "--balance.threshold", "0.15")
-    monkeypatch.setattr(engine, "run_tasks", None)
+    monkeypatch.setattr(tasks, "run_tasks", None)
     again = balance(tmp_path / "run", rows, "--balance.threshold", "0.15", "--balance.max-threshold", "0.15")
     assert_equal(again, fresh)
 
@@ -170,7 +171,7 @@ def test_new_rows_that_are_all_copies_of_known_ones_need_no_comparison(tmp_path,
     more = np.concatenate([rows, rows[[3, 3, 150]]])
     fresh = balance(tmp_path / "fresh", more)
     earlier = balance(tmp_path / "earlier", rows)
-    monkeypatch.setattr(engine, "run_tasks", None)
+    monkeypatch.setattr(tasks, "run_tasks", None)
     assert_equal(balance(tmp_path / "grown", more, "--balance.grow-from", str(earlier)), fresh)
 
 
@@ -178,13 +179,13 @@ def test_growing_looks_at_new_pairs_only(tmp_path, small_chunks, monkeypatch):
     rows = planted(300)
     earlier = balance(tmp_path / "earlier", rows[:250])
     seen: list[tuple[int, int]] = []
-    original = engine.run_tasks
+    original = tasks.run_tasks
 
     def watched(tasks, begin, *, processes, on_done):
         seen.extend(tasks)
         original(tasks, begin, processes=processes, on_done=on_done)
 
-    monkeypatch.setattr(engine, "run_tasks", watched)
+    monkeypatch.setattr(tasks, "run_tasks", watched)
     balance(tmp_path / "grown", rows, "--balance.grow-from", str(earlier))
     assert {a for a, _ in seen} == {0}  # the one chunk of new rows, against every chunk
     assert len(seen) > 3
@@ -206,9 +207,9 @@ def test_force_makes_the_forest_from_nothing(tmp_path, small_chunks, monkeypatch
     rows = planted(200)
     balance(tmp_path / "run", rows)
     calls: list[int] = []
-    original = engine.run_tasks
+    original = tasks.run_tasks
     monkeypatch.setattr(
-        engine, "run_tasks", lambda tasks, *rest, **named: (calls.append(len(tasks)), original(tasks, *rest, **named))
+        tasks, "run_tasks", lambda tasks, *rest, **named: (calls.append(len(tasks)), original(tasks, *rest, **named))
     )
     balance(tmp_path / "run", rows)
     assert calls == []

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_cid import cli, engine
+from clip_cid import cli, tasks
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import cluster as stage
 
@@ -173,7 +173,7 @@ def test_threads_change_no_bit_of_the_blocks(tmp_path, given):
 
 
 def test_a_sample_too_large_for_the_memory_is_refused_with_the_remedy(tmp_path, given, monkeypatch, capsys):
-    monkeypatch.setattr(engine, "available_memory", lambda: 9000.0)
+    monkeypatch.setattr(tasks, "available_memory", lambda: 9000.0)
     assert cli.main(["cluster", str(tmp_path / "run"), *given]) == 2
     said = capsys.readouterr().err
     assert "FAISS would hold 280 embeddings of width 12" in said

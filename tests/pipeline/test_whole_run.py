@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from clip_cid import cli
-from clip_cid.data.embeddings import EmbeddingStore
+from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.run_folder import RunFolder
 
 TEACHER = {

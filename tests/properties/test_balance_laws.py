@@ -8,8 +8,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from clip_cid.method.pair_plan import Plan
-from clip_cid.method.semantic_balance import agreement, balance, threshold_on
+from clip_cid.method.balance.pair_plan import Plan
+from clip_cid.method.balance.semantic_balance import agreement, balance
+from clip_cid.method.distances import threshold_on
 
 METRICS = ["cosine", "squared_euclidean", "euclidean"]
 
@@ -38,9 +39,9 @@ def points_and_threshold(draw):
 def test_the_fast_balance_is_the_slow_one(data, metric, with_texts):
     rows, threshold = data
     texts = rows[::-1].copy() if with_texts else None
-    on_metric = threshold_on("cosine", threshold, metric)
-    found = balance(rows, threshold=on_metric, metric=metric, text_embeddings=texts)
-    kept, set_of = oracles.balance(rows, on_metric, metric, texts)
+    from_squared = threshold_on("cosine", threshold, metric)
+    found = balance(rows, threshold=from_squared, metric=metric, text_embeddings=texts)
+    kept, set_of = oracles.balance(rows, from_squared, metric, texts)
     assert (found.kept.tolist(), found.set_of.tolist()) == (kept, set_of)
 
 

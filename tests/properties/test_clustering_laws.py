@@ -8,7 +8,7 @@ import oracles
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_cid.method.clustering import Training, assign, spherical_kmeans
+from clip_cid.method.cluster.clustering import Training, assign, spherical_kmeans
 
 
 @st.composite

@@ -7,9 +7,9 @@ import oracles
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_cid.method import set_explanation
-from clip_cid.method.forest import Forest
-from clip_cid.method.set_explanation import chain_summary, explain
+from clip_cid.method.balance import set_explanation
+from clip_cid.method.balance.forest import Forest
+from clip_cid.method.balance.set_explanation import chain_summary, explain
 from clip_cid.method.unit_rows import UnitRows
 
 

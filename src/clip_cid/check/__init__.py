@@ -13,8 +13,8 @@ from pathlib import Path
 import threadpoolctl
 import torch
 
-from clip_cid import engine
-from clip_cid.check import captions, doubts, expect, rehearsal, work
+from clip_cid import tasks
+from clip_cid.check import captions, estimates, likely_mistakes, rehearsal, trial
 from clip_cid.errors import ConfigError, MissingExtraError
 from clip_cid.models.costs import Costs, count_costs
 from clip_cid.models.device import resolve_device
@@ -23,7 +23,7 @@ from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import distill
 from clip_cid.training.batches import Batch
-from clip_cid.training.distributed import Ranks
+from clip_cid.training.ranks.distributed import Ranks
 from clip_cid.training.records import make_listeners
 from clip_cid.training.teaching import uses_soft_centers
 
@@ -44,19 +44,19 @@ class Report:
     sights: captions.Sights
     parameters: dict[str, int]
     student: Costs | None
-    teacher: work.TeacherFacts | None
-    teaching: expect.Teaching | None
+    teacher: trial.TeacherFacts | None
+    teaching: estimates.Teaching | None
     """None where the FLOPs of student or teacher are not known."""
     reading: rehearsal.Reading
     rehearsal: rehearsal.Rehearsal
     worker_memory_gib: float
     chance: dict[str, float]
-    duration: expect.Duration
+    duration: estimates.Duration
     soft_seconds: float | None
     """Of all pairs, before the first step; None where the training uses no soft centers."""
     waiting_bytes: int
     """Of the batches that the workers hold ready."""
-    disk: expect.Disk
+    disk: estimates.Disk
     teacher_dim: int | None
     embed_seconds: float | None
     """What embedding took, where it was done here."""
@@ -70,7 +70,7 @@ def check(folder: RunFolder, recipe: Recipe) -> Report:
     Raises:
         ClipCidError: The training could not be begun.
     """
-    if engine.torchrun_place().size > 1:
+    if tasks.torchrun_place().size > 1:
         raise ConfigError("check is for one process, but torchrun has started several.", fix="Start it by itself.")
     machine = recipe.machine
     if machine.threads:
@@ -94,21 +94,21 @@ def _refuse_bad_listeners(recipe: Recipe) -> None:
 
 
 def _try(folder: RunFolder, recipe: Recipe, asked: Recipe, scratch: Path) -> Report:
-    missing = work.undone(folder, recipe)
+    missing = trial.undone(folder, recipe)
     ranks = Ranks(device=resolve_device(recipe.machine.device))
     distill.refuse_without_float64(ranks.device, recipe)
-    run, out = work.UntouchedRun(folder.path, scratch), scratch / "distill"
+    run, out = trial.UntouchedRun(folder.path, scratch), scratch / "distill"
     out.mkdir()
-    teacher = work.find_teacher(run, recipe, missing)
+    teacher = trial.find_teacher(run, recipe, missing)
     if missing and teacher is not None:
-        tried = work.with_random_targets(run, out, recipe, ranks, teacher)
+        tried = trial.with_random_targets(run, out, recipe, ranks, teacher)
     else:
-        tried = work.from_the_run(run, out, recipe, ranks)
+        tried = trial.from_the_run(run, out, recipe, ranks)
     return _measure(folder, asked, tried, teacher, missing)
 
 
 def _measure(
-    folder: RunFolder, recipe: Recipe, tried: work.Tried, teacher: work.TeacherFacts | None, missing: list[State]
+    folder: RunFolder, recipe: Recipe, tried: trial.Tried, teacher: trial.TeacherFacts | None, missing: list[State]
 ) -> Report:
     trainer, machine, settings = tried.trainer, recipe.machine, recipe.distill
     sights, pairs = captions.look_at(tried.training, tried.clip), len(tried.training)
@@ -118,11 +118,11 @@ def _measure(
         student = count_costs(tried.clip.model, context_length=reading.batch.texts.shape[1])
         batch, soft_seconds = _with_targets(reading.batch, recipe, tried)
         found = rehearsal.rehearse(trainer, batch, beside=batches if machine.workers else iter(()))
-    duration = expect.Duration(
+    duration = estimates.Duration(
         trainer.plan.steps, found.seconds_per_step, reading.seconds_per_batch, overlaps=machine.workers > 0
     )
     width = tried.teacher_dim or tried.clip.dim
-    disk = expect.expect_disk(
+    disk = estimates.expect_disk(
         trainer,
         before=_bytes_before(recipe, missing, pairs, width),
         soft_rows=0 if soft_seconds is None else pairs,
@@ -136,7 +136,7 @@ def _measure(
         pairs=pairs,
         held_out=tried.held_out,
         sights=sights,
-        parameters=expect.count_parameters(tried.clip.model, trainer.model.objective.head),
+        parameters=estimates.count_parameters(tried.clip.model, trainer.model.objective.head),
         student=student,
         teacher=teacher,
         teaching=_teaching(student, teacher, pairs, duration.steps * settings.batch_size),
@@ -156,38 +156,42 @@ def _measure(
     return dataclasses.replace(report, doubts=_doubts(report, folder, tried))
 
 
-def _with_targets(batch: Batch, recipe: Recipe, tried: work.Tried) -> tuple[Batch, float | None]:
+def _with_targets(batch: Batch, recipe: Recipe, tried: trial.Tried) -> tuple[Batch, float | None]:
     """The batch as the losses want it; and where the training has soft centers, the seconds they took for a pair."""
     if tried.invented:
         assert tried.teacher_dim is not None
-        batch = work.add_random_targets(batch, recipe, tried.teacher_dim)
+        batch = trial.add_random_targets(batch, recipe, tried.teacher_dim)
     if not (recipe.uses_clusters and uses_soft_centers(recipe.distill)):
         return batch, None
     batch, seconds = rehearsal.soften(batch, tried.trainer)
     return batch, seconds / len(batch.rows)
 
 
-def _doubts(report: Report, folder: RunFolder, tried: work.Tried) -> list[str]:
+def _doubts(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str]:
     recipe = report.recipe
     settings, machine = recipe.distill, recipe.machine
     found = [
-        *doubts.of_settings(settings, steps=report.duration.steps, pairs=report.pairs, held_out=report.held_out),
-        *doubts.of_machine(settings, machine, report.device),
-        *doubts.of_time(report.duration, machine),
-        *doubts.of_pairs(report.sights, report.reading, max_bad_share=recipe.pairs.max_bad_share),
-        *doubts.of_room(report.disk, folder.path, memory=report.waiting_bytes, available=engine.available_memory()),
-        *doubts.of_evaluation(recipe),
+        *likely_mistakes.of_settings(
+            settings, steps=report.duration.steps, pairs=report.pairs, held_out=report.held_out
+        ),
+        *likely_mistakes.of_machine(settings, machine, report.device),
+        *likely_mistakes.of_time(report.duration, machine),
+        *likely_mistakes.of_pairs(report.sights, report.reading, max_bad_share=recipe.pairs.max_bad_share),
+        *likely_mistakes.of_room(
+            report.disk, folder.path, memory=report.waiting_bytes, available=tasks.available_memory()
+        ),
+        *likely_mistakes.of_evaluation(recipe),
     ]
     if tried.training.labels is not None and (head := tried.trainer.model.objective.head) is not None:
         own = distill.distinct_labels(tried.training.labels, settings.batch_size)
-        found += doubts.of_negatives(settings, num_centers=head.num_centers, own=own)
+        found += likely_mistakes.of_negatives(settings, num_centers=head.num_centers, own=own)
     return found
 
 
-def _chance(recipe: Recipe, tried: work.Tried, found: rehearsal.Rehearsal, width: int) -> dict[str, float]:
+def _chance(recipe: Recipe, tried: trial.Tried, found: rehearsal.Rehearsal, width: int) -> dict[str, float]:
     model = tried.trainer.model
     bias = getattr(model.student, "logit_bias", None)
-    return expect.chance_levels(
+    return estimates.chance_levels(
         recipe.distill,
         width=width,
         num_centers=model.objective.head.num_centers if model.objective.head is not None else None,
@@ -198,14 +202,14 @@ def _chance(recipe: Recipe, tried: work.Tried, found: rehearsal.Rehearsal, width
 
 
 def _teaching(
-    student: Costs | None, teacher: work.TeacherFacts | None, pairs: int, pairs_seen: int
-) -> expect.Teaching | None:
+    student: Costs | None, teacher: trial.TeacherFacts | None, pairs: int, pairs_seen: int
+) -> estimates.Teaching | None:
     if student is None or teacher is None or teacher.costs is None:
         return None
-    return expect.compare_teaching(student, teacher.costs, pairs=pairs, pairs_seen=pairs_seen)
+    return estimates.compare_teaching(student, teacher.costs, pairs=pairs, pairs_seen=pairs_seen)
 
 
-def _unchecked(recipe: Recipe, missing: list[State], teacher: work.TeacherFacts | None) -> list[str]:
+def _unchecked(recipe: Recipe, missing: list[State], teacher: trial.TeacherFacts | None) -> list[str]:
     found: list[str] = []
     names = [state.stage.name for state in missing]
     if "embed" in names and recipe.embed.existing is not None:
@@ -225,8 +229,8 @@ def _unchecked(recipe: Recipe, missing: list[State], teacher: work.TeacherFacts 
 
 def _bytes_before(recipe: Recipe, missing: list[State], pairs: int, width: int) -> int:
     names = {state.stage.name for state in missing}
-    embeddings = expect.embedding_bytes(pairs, width) if "embed" in names and recipe.embed.existing is None else 0
-    centers = expect.cluster_bytes(pairs, recipe.cluster.num_centers, width) if "cluster" in names else 0
+    embeddings = estimates.embedding_bytes(pairs, width) if "embed" in names and recipe.embed.existing is None else 0
+    centers = estimates.cluster_bytes(pairs, recipe.cluster.num_centers, width) if "cluster" in names else 0
     return embeddings + centers
 
 

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator
 import torch
 
 from clip_cid.errors import RunError
-from clip_cid.method.fused_cluster_loss import soft_centers
+from clip_cid.method.distill.fused_cluster_loss import soft_centers
 from clip_cid.training.batches import Batch, Batches
 from clip_cid.training.loop import Measured, Trainer
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clip_cid import log
-from clip_cid.data.pairs import BadSample
+from clip_cid.data.pairs.pairs import BadSample
 from clip_cid.errors import DataError
 from clip_cid.evaluation.towers import after_only, both_features
 from clip_cid.models.student import Clip

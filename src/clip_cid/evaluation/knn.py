@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clip_cid.data.tasks import MetricName
+from clip_cid.data.sets.known_sets import MetricName
 from clip_cid.evaluation.metrics import accuracy
 from clip_cid.evaluation.zero_shot import unit_rows
 

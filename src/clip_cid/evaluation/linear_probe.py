@@ -16,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from clip_cid.data.tasks import MetricName
+from clip_cid.data.sets.known_sets import MetricName
 from clip_cid.evaluation.metrics import accuracy, per_class
 
 GRID = 10.0 ** np.linspace(-6, 6, 97)

@@ -15,11 +15,11 @@ from jaxtyping import Int
 from PIL import Image
 
 from clip_cid import log
-from clip_cid.data.evaluation_sets import EvaluationSet
-from clip_cid.data.images import decode_image
-from clip_cid.data.labelled_images import LabelledImages
-from clip_cid.data.pairs import Pairs
-from clip_cid.data.tasks import task_table
+from clip_cid.data.pairs.images import decode_image
+from clip_cid.data.pairs.pairs import Pairs
+from clip_cid.data.sets.evaluation_sets import EvaluationSet
+from clip_cid.data.sets.known_sets import task_table
+from clip_cid.data.sets.labelled_images import LabelledImages
 from clip_cid.evaluation.features import Encoder, ImageFeatures
 from clip_cid.evaluation.knn import TEMPERATURE, knn
 from clip_cid.evaluation.linear_probe import (

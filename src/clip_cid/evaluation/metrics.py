@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clip_cid.data.tasks import MetricName
+from clip_cid.data.sets.known_sets import MetricName
 
 RESAMPLES = 2_000
 

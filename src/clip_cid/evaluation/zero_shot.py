@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clip_cid.data.tasks import MetricName
+from clip_cid.data.sets.known_sets import MetricName
 from clip_cid.evaluation.metrics import accuracy, per_class
 
 _ROWS = 8_192  # images a block of logits holds

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from clip_cid.data.balance_tables import BalanceTables
+from clip_cid.data.balance.tables import BalanceTables
 from clip_cid.figures import style
 
 Stratum = Literal["largest", "at the threshold", "random"]

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
-from clip_cid.data.forest_file import ForestArrays
+from clip_cid.data.balance.forest_file import ForestArrays
 from clip_cid.figures import style
-from clip_cid.method.set_explanation import on_metric, squared_from
+from clip_cid.method.distances import from_squared, to_squared
 
 _POINTS = 201
 _METRICS = ("cosine", "squared_euclidean", "euclidean")
@@ -23,12 +23,12 @@ def draw(forest: ForestArrays, *, threshold: float, metric: str, out: Path) -> d
 
     Every link of the spanning forest up to a threshold removes one image, so the curve is exact at each of its points.
     """
-    limit = float(on_metric(np.array([forest.limit]), metric)[0])
+    limit = float(from_squared(np.array([forest.limit]), metric)[0])
     grid = np.union1d(np.linspace(0, limit, _POINTS), threshold)
-    squared = squared_from(grid, metric)
+    squared = to_squared(grid, metric)
     removed = np.searchsorted(forest.squared, squared, side="right")
     share = removed / forest.rows
-    scales = {name: on_metric(squared, name).tolist() for name in _METRICS}
+    scales = {name: from_squared(squared, name).tolist() for name in _METRICS}
     columns = {**scales, metric: grid.tolist(), "removed": removed.tolist(), "removed_share": share.tolist()}
     style.write_csv(out / "removed_share.csv", columns)
     chosen = float(share[np.searchsorted(grid, threshold)])
@@ -54,7 +54,7 @@ def draw(forest: ForestArrays, *, threshold: float, metric: str, out: Path) -> d
             _add_scale(axes, metric, other, 1 + 0.2 * place)
         style.save_svg(figure, out / "removed_share.svg")
     nearby = [factor * threshold for factor in _NEARBY if factor * threshold <= limit or factor == 1]
-    shares = np.searchsorted(forest.squared, squared_from(np.array(nearby), metric), side="right") / forest.rows
+    shares = np.searchsorted(forest.squared, to_squared(np.array(nearby), metric), side="right") / forest.rows
     return {
         "limit": limit,
         "threshold": threshold,
@@ -68,7 +68,7 @@ def _add_scale(axes: Axes, metric: str, other: str, height: float) -> None:
 
     def converted(distance: ArrayLike, name_from: str, name_to: str) -> np.ndarray:
         # Matplotlib asks for places left of 0 too, where there is no distance.
-        return on_metric(squared_from(np.maximum(np.asarray(distance, dtype=np.float64), 0), name_from), name_to)
+        return from_squared(to_squared(np.maximum(np.asarray(distance, dtype=np.float64), 0), name_from), name_to)
 
     there = partial(converted, name_from=metric, name_to=other)
     back = partial(converted, name_from=other, name_to=metric)

@@ -4,11 +4,11 @@ from functools import cached_property
 
 import numpy as np
 
-from clip_cid.data.balance_tables import BalanceTables
-from clip_cid.data.embeddings import EmbeddingStore
-from clip_cid.data.evaluation_sets import DIGITS, EvaluationSet, open_set
-from clip_cid.data.forest_file import FOREST_FILE, StoredForest, read_forest
-from clip_cid.data.pictures import NoPicturesError, Pictures, open_pictures
+from clip_cid.data.balance.forest_file import FOREST_FILE, StoredForest, read_forest
+from clip_cid.data.balance.tables import BalanceTables
+from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.pairs.pictures import NoPicturesError, Pictures, open_pictures
+from clip_cid.data.sets.evaluation_sets import DIGITS, EvaluationSet, open_set
 from clip_cid.errors import ClipCidError, DataError
 from clip_cid.figures import scores
 from clip_cid.figures.differences import Differences, read_differences

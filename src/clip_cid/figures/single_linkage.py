@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from matplotlib.axes import Axes
 from scipy.cluster import hierarchy
 
-from clip_cid.data.balance_tables import BalanceTables
-from clip_cid.data.forest_file import ForestArrays
+from clip_cid.data.balance.forest_file import ForestArrays
+from clip_cid.data.balance.tables import BalanceTables
 from clip_cid.figures import style
-from clip_cid.method.set_explanation import on_metric, squared_from
+from clip_cid.method.distances import from_squared, to_squared
 
 MOST_IMAGES = 14
 """More pictures than this side by side cannot be told apart in a column."""
@@ -48,7 +48,7 @@ def choose(tables: BalanceTables, forest: ForestArrays) -> LinkedSet | None:
     if not fitting.any():
         return None
     chosen = int(np.where(fitting, sets["component_size"], 0).argmax())
-    squared = float(squared_from(np.array([tables.threshold]), tables.metric)[0])
+    squared = float(to_squared(np.array([tables.threshold]), tables.metric)[0])
     links = int(np.searchsorted(forest.squared, squared * (1 + _ROUNDING), side="right"))
     left, right = forest.left[:links], forest.right[:links]
     rows, inside = _joined_to(int(sets["kept_row"][chosen]), left, right)
@@ -65,7 +65,7 @@ def choose(tables: BalanceTables, forest: ForestArrays) -> LinkedSet | None:
         distances=distances,
         left=np.searchsorted(rows, left[inside]),
         right=np.searchsorted(rows, right[inside]),
-        heights=on_metric(forest.squared[inside], tables.metric),
+        heights=from_squared(forest.squared[inside], tables.metric),
     )
 
 

@@ -4,12 +4,12 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from clip_cid import log
-from clip_cid.data.balance_tables import BalanceTables
-from clip_cid.data.forest_file import FOREST_FILE, read_forest
+from clip_cid.data.balance.forest_file import FOREST_FILE, read_forest
+from clip_cid.data.balance.tables import BalanceTables
 from clip_cid.errors import RunError
 from clip_cid.figures import removed_share
-from clip_cid.method.forest import Forest
-from clip_cid.method.set_explanation import on_metric, squared_from
+from clip_cid.method.balance.forest import Forest
+from clip_cid.method.distances import from_squared, to_squared
 from clip_cid.run_folder import RunFolder
 
 _FOLDER = "sweep"
@@ -44,7 +44,7 @@ def sweep(folder: RunFolder) -> tuple[list[str], list[list[str]]]:
 
 
 def _line(forest: Forest, images: int, threshold: float, tables: BalanceTables) -> list[str]:
-    squared = min(float(squared_from(np.array([threshold]), tables.metric)[0]), forest.limit)
+    squared = min(float(to_squared(np.array([threshold]), tables.metric)[0]), forest.limit)
     removed = forest.links(squared)
     largest = int(np.bincount(forest.sets(squared)).max())
     scales = [f"{_on_metric(squared, metric):.5g}" for metric in _METRICS]
@@ -53,4 +53,4 @@ def _line(forest: Forest, images: int, threshold: float, tables: BalanceTables) 
 
 
 def _on_metric(squared: float, metric: str) -> float:
-    return float(on_metric(np.array([squared]), metric)[0])
+    return float(from_squared(np.array([squared]), metric)[0])

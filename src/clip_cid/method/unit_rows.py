@@ -160,13 +160,6 @@ def _to_float32(values: np.ndarray) -> Float32[np.ndarray, "n dim"]:
     return torch.from_numpy(np.array(values)).float().numpy()
 
 
-def squared_distances(left: Float[np.ndarray, "n dim"], right: Float[np.ndarray, "n dim"]) -> Float[np.ndarray, " n"]:
-    """The distance that decides: from the differences, so equal rows are at exactly 0 and small distances stay exact."""
-    difference = left - right
-    difference *= difference
-    return difference.sum(axis=1)
-
-
 def cosine_error(dim: int) -> float:
     """No float32 cosine of this width is further than this from the float64 one.
 

@@ -10,28 +10,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_cid import engine, log
-from clip_cid.data.array_folder import has_arrays, load_arrays, new_array, save_array, save_arrays
-from clip_cid.data.balance_tables import write_tables
-from clip_cid.data.duplicate_kinds import classify
-from clip_cid.data.embeddings import EmbeddingStore
-from clip_cid.data.forest_file import FOREST_FILE, read_forest, write_forest
+from clip_cid import log, tasks
+from clip_cid.data.balance.array_folder import has_arrays, load_arrays, new_array, save_array, save_arrays
+from clip_cid.data.balance.forest_file import FOREST_FILE, read_forest, write_forest
+from clip_cid.data.balance.kinds import classify
+from clip_cid.data.balance.tables import write_tables
+from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.errors import ConfigError, DataError
-from clip_cid.method.forest import Forest, Links, join_links, whole_forest
-from clip_cid.method.growth import carry_over, match_rows
-from clip_cid.method.near_pairs import Prepared, Task, near_links, prepare, row_hashes
-from clip_cid.method.pair_plan import make_plan
-from clip_cid.method.semantic_balance import (
-    agreement,
-    check_keep,
-    from_squared,
-    keep_one_of_each,
-    search_limit,
-    threshold_for,
-    threshold_on,
-)
-from clip_cid.method.set_explanation import chain_summary, explain, giant_warning
-from clip_cid.method.sketch import Coding
+from clip_cid.method.balance.forest import Forest, Links, join_links, whole_forest
+from clip_cid.method.balance.known_pairs import carry_over, match_rows
+from clip_cid.method.balance.near_pairs import Prepared, Task, near_links, prepare, row_hashes
+from clip_cid.method.balance.pair_plan import make_plan
+from clip_cid.method.balance.semantic_balance import agreement, check_keep, keep_one_of_each, search_limit
+from clip_cid.method.balance.set_explanation import chain_summary, explain, giant_warning
+from clip_cid.method.codes import Coding
+from clip_cid.method.distances import from_squared, threshold_for, threshold_on
 from clip_cid.method.unit_rows import UnitRows
 from clip_cid.models.device import resolve_device
 from clip_cid.recipe import Metric, Recipe
@@ -188,7 +181,7 @@ class _Forests:
             layout,
             new=~known,
             allocate=functools.partial(new_array, self._work),
-            window_bytes=int(min(_WINDOW_SHARE * engine.available_memory(), _LARGEST_WINDOW)),
+            window_bytes=int(min(_WINDOW_SHARE * tasks.available_memory(), _LARGEST_WINDOW)),
         )
         self._seconds = layout.estimate.seconds if layout.estimate else 0.0
         _save_prepared(self._work, prepared, self._images.lengths, self._seconds)
@@ -198,15 +191,15 @@ class _Forests:
 
     def _run(self, prepared: Prepared) -> None:
         """Do the tasks that no earlier attempt has finished."""
-        tasks = prepared.tasks()
-        if not tasks:  # every new row is identical to one that is known
+        every = prepared.tasks()
+        if not every:  # every new row is identical to one that is known
             return
-        todo = [task for task in tasks if not _links_file(self._work, task).is_file()]
-        work = {task: prepared.work(task) for task in tasks}
+        todo = [task for task in every if not _links_file(self._work, task).is_file()]
+        work = {task: prepared.work(task) for task in every}
         total, rows = sum(work.values()), len(self._images)
         done = total - sum(work[task] for task in todo)
-        if len(todo) < len(tasks):
-            log.info(f"balance   {len(tasks) - len(todo)} of {len(tasks)} tasks were done before")
+        if len(todo) < len(every):
+            log.info(f"balance   {len(every) - len(todo)} of {len(every)} tasks were done before")
         begin = functools.partial(_begin, self._work, self._store.path)
         start = told = int(rows * done / total)
         with log.progress("balance", rows, start=start) as bar:
@@ -218,7 +211,7 @@ class _Forests:
                 bar.advance(now - told)
                 told = now
 
-            engine.run_tasks(todo, begin, processes=self._processes(prepared), on_done=advance)
+            tasks.run_tasks(todo, begin, processes=self._processes(prepared), on_done=advance)
 
     def _processes(self, prepared: Prepared) -> int:
         machine = self._recipe.machine
@@ -226,7 +219,7 @@ class _Forests:
             return 1
         if machine.balance_processes:
             return machine.balance_processes
-        return (machine.threads or engine.available_cores()) if self._seconds > _LONG else 1
+        return (machine.threads or tasks.available_cores()) if self._seconds > _LONG else 1
 
     def _links(self, task: Task) -> Links:
         left, right, squared = np.load(_links_file(self._work, task), allow_pickle=False)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from clip_cid import engine, log
-from clip_cid.data.embeddings import EmbeddingStore
+from clip_cid import log, tasks
+from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.errors import ConfigError, DataError
-from clip_cid.method.cluster_quality import cluster_quality, margin_quantiles, purity, size_quantiles
-from clip_cid.method.clustering import Clusters, Training, spherical_kmeans
+from clip_cid.method.cluster.cluster_quality import cluster_quality, margin_quantiles, purity, size_quantiles
+from clip_cid.method.cluster.clustering import Clusters, Training, spherical_kmeans
 from clip_cid.models.device import resolve_device
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder, atomic_file
@@ -173,7 +173,7 @@ def _fingerprint(store: EmbeddingStore, kept: np.ndarray, recipe: Recipe) -> str
 
 def _check_memory(sample: int, dim: int, recipe: Recipe) -> None:
     """FAISS holds its sample in memory: better told before than killed after an hour."""
-    needed, available = int(4 * dim * sample * _SPARE), engine.available_memory()
+    needed, available = int(4 * dim * sample * _SPARE), tasks.available_memory()
     if needed > available:
         points = int(available / (4 * dim * _SPARE * recipe.cluster.num_centers))
         lower = f", or lower cluster.max_points_per_center to {points:,}" if points else ""

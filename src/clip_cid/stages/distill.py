@@ -14,12 +14,12 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 
 from clip_cid import log
-from clip_cid.data.embeddings import EmbeddingStore
-from clip_cid.data.evaluation_sets import open_set
-from clip_cid.data.pairs import open_pairs
+from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.pairs.pairs import open_pairs
+from clip_cid.data.sets.evaluation_sets import open_set
 from clip_cid.errors import ConfigError
-from clip_cid.method.cluster_distillation import Shard
-from clip_cid.method.objective import Objective
+from clip_cid.method.distill.cluster_distillation import Shard
+from clip_cid.method.distill.objective import Objective
 from clip_cid.models.device import resolve_device
 from clip_cid.models.export import export_student, usage
 from clip_cid.models.student import Clip, build_student, keep_fewer_activations, train_transform
@@ -27,11 +27,11 @@ from clip_cid.models.teacher import weights_sha256
 from clip_cid.recipe import DistillConfig, MachineConfig, Recipe
 from clip_cid.run_folder import RunFolder, read_json, write_json
 from clip_cid.training.batches import Batches, PairDataset, TrainingPairs
-from clip_cid.training.distributed import Ranks, join_ranks
 from clip_cid.training.join import distilled_pairs, plain_pairs, read_centers
 from clip_cid.training.loop import CHECKPOINTS, Plan, Trainer
 from clip_cid.training.model import Distillation
-from clip_cid.training.parallel import with_joint_statistics
+from clip_cid.training.ranks.distributed import Ranks, join_ranks
+from clip_cid.training.ranks.parallel import with_joint_statistics
 from clip_cid.training.teaching import (
     USUAL_SCALE,
     Teaching,

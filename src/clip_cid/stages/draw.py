@@ -19,19 +19,19 @@ from clip_cid.figures import (
     distances,
     embedding_map,
     gain,
-    labelled_images,
     losses,
     patch_pca,
     radar,
     removed_sets,
     removed_share,
     scores,
+    set_images,
     single_linkage,
     throughput,
     weights,
 )
 from clip_cid.figures.run_inputs import NO_CLUSTERS, NO_SCORES, LeftOut, RunInputs
-from clip_cid.method import clustering
+from clip_cid.method.cluster import clustering
 from clip_cid.models import patches
 from clip_cid.models.student import Clip
 from clip_cid.recipe import Recipe
@@ -207,19 +207,19 @@ def _patch_pca(inputs: RunInputs, out: Path) -> dict[str, Any]:
     return {"set": labelled.name, "models": patch_pca.draw(classes, out), "left_out": left_out}
 
 
-def _chosen(inputs: RunInputs, *, classes: int, each: int) -> list[list[labelled_images.LabelledImage]]:
-    found = labelled_images.choose(inputs.labelled, classes=classes, each=each, seed=inputs.recipe.draw.seed)
+def _chosen(inputs: RunInputs, *, classes: int, each: int) -> list[list[set_images.LabelledImage]]:
+    found = set_images.choose(inputs.labelled, classes=classes, each=each, seed=inputs.recipe.draw.seed)
     if not found:
         raise LeftOut(f"no test image of the set {inputs.labelled.name} can be decoded")
     return found
 
 
 def _components(
-    models: dict[str, Clip], images: list[labelled_images.LabelledImage]
+    models: dict[str, Clip], images: list[set_images.LabelledImage]
 ) -> dict[str, patch_pca.PatchComponents]:
     found: dict[str, patch_pca.PatchComponents] = {}
     for name, clip in models.items():
-        tokens = patches.patch_tokens(clip, labelled_images.pixels(clip, images)).float().cpu().numpy()
+        tokens = patches.patch_tokens(clip, set_images.pixels(clip, images)).float().cpu().numpy()
         found[name] = patch_pca.components(tokens, like=next(iter(found.values()), None))
     return found
 
@@ -248,19 +248,17 @@ def _activation_maps(inputs: RunInputs, out: Path) -> dict[str, Any]:
     return {"set": labelled.name, "prompts": prompts, "models": summary, "left_out": left_out}
 
 
-def _prompted(
-    clip: Clip, images: list[labelled_images.LabelledImage], prompts: list[str]
-) -> tuple[np.ndarray, np.ndarray]:
+def _prompted(clip: Clip, images: list[set_images.LabelledImage], prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     model: Any = clip.model
     with torch.inference_mode():
         texts = model.encode_text(clip.tokenizer(prompts).to(clip.device), normalize=True)
-    found = patches.grad_cam(clip, labelled_images.pixels(clip, images), texts.clone())
+    found = patches.grad_cam(clip, set_images.pixels(clip, images), texts.clone())
     maps, cosines = (values.float().cpu().numpy() for values in found)
     return maps, cosines
 
 
-def _as_seen(clip: Clip, images: list[labelled_images.LabelledImage]) -> list[np.ndarray]:
-    return [labelled_images.as_seen(clip, given) for given in labelled_images.pixels(clip, images)]
+def _as_seen(clip: Clip, images: list[set_images.LabelledImage]) -> list[np.ndarray]:
+    return [set_images.as_seen(clip, given) for given in set_images.pixels(clip, images)]
 
 
 def _losses(inputs: RunInputs, out: Path) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clip_cid import log
-from clip_cid.data.embedding_import import import_existing
-from clip_cid.data.embedding_writer import ShardRows, StoreWriter
-from clip_cid.data.embeddings import EmbeddingStore, join
-from clip_cid.data.images import decode_image
-from clip_cid.data.pairs import BadSample, Pairs, Shard, fingerprint, open_pairs, reason_kind
+from clip_cid.data.embeddings.importing import import_existing
+from clip_cid.data.embeddings.store import EmbeddingStore, join
+from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
+from clip_cid.data.pairs.images import decode_image
+from clip_cid.data.pairs.pairs import BadSample, Pairs, Shard, fingerprint, open_pairs, reason_kind
 from clip_cid.errors import DataError, RunError
 from clip_cid.models.teacher import Teacher, load_teacher
 from clip_cid.recipe import MachineConfig, Recipe

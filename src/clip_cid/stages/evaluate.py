@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from clip_cid import log
-from clip_cid.data.evaluation_sets import EvaluationSet, MissingSetError, open_set
-from clip_cid.data.pairs import fingerprint, open_pairs
-from clip_cid.data.sources import find_sources
-from clip_cid.data.tasks import IMAGENET, find_task, task_table
+from clip_cid.data.pairs.pairs import fingerprint, open_pairs
+from clip_cid.data.pairs.sources import find_sources
+from clip_cid.data.sets.evaluation_sets import EvaluationSet, MissingSetError, open_set
+from clip_cid.data.sets.known_sets import IMAGENET, find_task, task_table
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
 from clip_cid.evaluation.comparison import differences

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from clip_cid import log
-from clip_cid.data.pairs import reason_kind
-from clip_cid.data.pictures import NoPicturesError, open_pictures
+from clip_cid.data.pairs.pairs import reason_kind
+from clip_cid.data.pairs.pictures import NoPicturesError, open_pictures
 from clip_cid.errors import DataError
-from clip_cid.figures import galleries, losses, page, scores, story, style
+from clip_cid.figures import losses, scores, style
 from clip_cid.figures.differences import TASKS, read_differences
-from clip_cid.figures.score_tables import score_tables
-from clip_cid.figures.thumbnails import Thumbnails
 from clip_cid.recipe import Recipe, dump_recipe
+from clip_cid.report import galleries, page, story
+from clip_cid.report.score_tables import score_tables
+from clip_cid.report.thumbnails import Thumbnails
 from clip_cid.run_folder import RunFolder, StageRecord, atomic_file
 
 PAGE = "report.html"

@@ -6,7 +6,7 @@ from collections.abc import Generator, Mapping
 import torch
 from torch import Tensor, nn
 
-from clip_cid.training.parallel import like, whole
+from clip_cid.training.ranks.parallel import like, whole
 
 
 class Average:

@@ -5,7 +5,7 @@ from pathlib import Path
 from clip_cid.errors import DataError
 from clip_cid.training.batches import TrainingPairs
 from clip_cid.training.checkpoint import LineFile
-from clip_cid.training.distributed import Ranks
+from clip_cid.training.ranks.distributed import Ranks
 
 
 class BadPairs:

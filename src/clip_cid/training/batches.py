@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clip_cid.data.embeddings import EmbeddingStore
-from clip_cid.data.images import decode_image
-from clip_cid.data.pairs import BadSample, Pairs
+from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.pairs.images import decode_image
+from clip_cid.data.pairs.pairs import BadSample, Pairs
 from clip_cid.errors import ConfigError, DataError
-from clip_cid.method.center_pass import SoftCenters
-from clip_cid.method.objective import Targets
-from clip_cid.training.distributed import ALONE, Ranks
+from clip_cid.method.distill.center_pass import SoftCenters
+from clip_cid.method.distill.objective import Targets
+from clip_cid.training.ranks.distributed import ALONE, Ranks
 
 _TRIES = 100  # this many broken images in a row are not bad luck but a missing disk
 _NORM_TOLERANCE = 0.01  # float16 rounds a unit vector by about 0.0005

@@ -4,8 +4,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clip_cid import log
-from clip_cid.data.embeddings import EmbeddingStore, rows_in_store
-from clip_cid.data.pairs import BadSample, Pairs
+from clip_cid.data.embeddings.store import EmbeddingStore, rows_in_store
+from clip_cid.data.pairs.pairs import BadSample, Pairs
 from clip_cid.errors import DataError
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder

@@ -14,16 +14,14 @@ from torch import Tensor
 
 from clip_cid import log
 from clip_cid.errors import RunError
-from clip_cid.method.collapse import CollapseAlarm
-from clip_cid.method.objective import weighted_sum
+from clip_cid.method.distill.collapse import CollapseAlarm
+from clip_cid.method.distill.objective import weighted_sum
 from clip_cid.recipe import DistillConfig, MachineConfig, Precision
 from clip_cid.run_folder import write_json
 from clip_cid.training import checkpoint
 from clip_cid.training.average import Average
 from clip_cid.training.bad_pairs import BadPairs
 from clip_cid.training.batches import Batch, Batches
-from clip_cid.training.distributed import ALONE, Ranks
-from clip_cid.training.head_rows import HeadRows
 from clip_cid.training.model import Distillation, Seen, backward_in_pieces, step_seed
 from clip_cid.training.optimizer import (
     learning_rate_share,
@@ -32,7 +30,9 @@ from clip_cid.training.optimizer import (
     set_learning_rate,
     shorten_gradients,
 )
-from clip_cid.training.parallel import (
+from clip_cid.training.ranks.distributed import ALONE, Ranks
+from clip_cid.training.ranks.head_rows import HeadRows
+from clip_cid.training.ranks.parallel import (
     forget_whole,
     is_spread,
     join_model,

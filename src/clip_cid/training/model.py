@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from clip_cid.method.objective import LARGEST_SCALE, Objective
-from clip_cid.method.precision import at_least_float32
+from clip_cid.method.distill.objective import LARGEST_SCALE, Objective
+from clip_cid.method.products import at_least_float32
 from clip_cid.training.batches import Batch
 
 Seen = dict[str, Tensor]

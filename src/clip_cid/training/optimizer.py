@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from clip_cid.errors import ConfigError
 from clip_cid.recipe import DistillConfig
-from clip_cid.training.distributed import Ranks
-from clip_cid.training.parallel import local
+from clip_cid.training.ranks.distributed import Ranks
+from clip_cid.training.ranks.parallel import local
 from clip_cid.training.row_adam import RowAdam
 
 

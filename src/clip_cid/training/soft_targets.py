@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 
 from clip_cid import log
-from clip_cid.method.fused_cluster_loss import soft_centers
+from clip_cid.method.distill.fused_cluster_loss import soft_centers
 from clip_cid.method.unit_rows import Rows
 from clip_cid.run_folder import read_json, write_json
 from clip_cid.training.batches import SoftTargets, unit_teacher_rows

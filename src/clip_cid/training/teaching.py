@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 
 from clip_cid import log
-from clip_cid.data.embeddings import EmbeddingStore
+from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.errors import ConfigError
-from clip_cid.method.cluster_distillation import calibrated_scale
-from clip_cid.method.fused_cluster_loss import soft_centers
+from clip_cid.method.distill.cluster_distillation import calibrated_scale
+from clip_cid.method.distill.fused_cluster_loss import soft_centers
 from clip_cid.recipe import DistillConfig
 from clip_cid.training.batches import TrainingPairs, unit_teacher_rows
 from clip_cid.training.soft_targets import soft_targets

@@ -12,19 +12,19 @@ from PIL import Image
 from tiny_sets import tar_set
 
 from clip_cid import cli, pipeline
-from clip_cid.check import check, doubts, page, rehearsal, work
+from clip_cid.check import check, likely_mistakes, printout, rehearsal, trial
 from clip_cid.check.captions import count_truncated
-from clip_cid.check.expect import Duration, chance_levels, compare_teaching
-from clip_cid.data.embedding_writer import ShardRows, StoreWriter
-from clip_cid.data.pairs import open_pairs
+from clip_cid.check.estimates import Duration, chance_levels, compare_teaching
+from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
+from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.errors import ClipCidError, ConfigError, DataError, MissingExtraError, RunError
-from clip_cid.method.objective import Objective, Targets
+from clip_cid.method.distill.objective import Objective, Targets
 from clip_cid.models.costs import Costs, count_costs
 from clip_cid.models.student import build_skeleton, build_student, known_architecture
 from clip_cid.recipe import DistillConfig, MachineConfig, PairsConfig, Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import distill
-from clip_cid.training.distributed import ALONE
+from clip_cid.training.ranks.distributed import ALONE
 
 COUNT, DIM, CENTERS, BATCH = 40, 16, 6, 8
 TOKENS, PATCHES, WIDTH = 8, 4, 32
@@ -319,13 +319,13 @@ def test_tensorboard_that_is_not_installed_is_told(case: Case, monkeypatch: pyte
 
 def test_callbacks_are_found_and_not_called(case: Case, monkeypatch: pytest.MonkeyPatch):
     heard: list[Any] = []
-    monkeypatch.setattr(doubts, "listener", heard.append, raising=False)
-    check(case.folder, case.recipe(machine={"callbacks": ["clip_cid.check.doubts:listener"]}))
+    monkeypatch.setattr(likely_mistakes, "listener", heard.append, raising=False)
+    check(case.folder, case.recipe(machine={"callbacks": ["clip_cid.check.likely_mistakes:listener"]}))
     assert not heard
 
 
 def test_a_loss_that_is_not_finite_at_the_start_is_refused(case: Case, tmp_path: Path):
-    tried = work.from_the_run(case.folder, tmp_path, case.recipe(distill={"sample_rate": 0.5}), ALONE)
+    tried = trial.from_the_run(case.folder, tmp_path, case.recipe(distill={"sample_rate": 0.5}), ALONE)
     with torch.no_grad():
         next(tried.clip.model.parameters()).fill_(float("nan"))
     batch = next(tried.trainer.batches.between(0, 1))
@@ -381,14 +381,14 @@ def test_a_recall_on_few_pairs_is_told_to_be_uncertain(case: Case, tmp_path: Pat
 
 
 def test_workers_need_cores_and_time_and_files_need_room(case: Case, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doubts, "available_cores", lambda: 0)
-    monkeypatch.setattr("clip_cid.engine.available_memory", lambda: 100.0)
+    monkeypatch.setattr(likely_mistakes, "available_cores", lambda: 0)
+    monkeypatch.setattr("clip_cid.tasks.available_memory", lambda: 100.0)
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     report = check(case.folder, case.recipe(machine={"workers": 1}))
     text = "\n".join(report.doubts)
     assert "machine.workers: 1, but this process may use 0 cores" in text
-    assert f"{doubts.size(report.disk.needed)} are needed, but 1.0 kB are free" in text
+    assert f"{likely_mistakes.size(report.disk.needed)} are needed, but 1.0 kB are free" in text
     assert report.waiting_bytes == 2 * BATCH * (3 * 16 * 16 * 4 + TOKENS * 8)
     assert "the batches they hold ready take" in text
 
@@ -397,10 +397,14 @@ def test_a_long_run_needs_checkpoints_on_the_way():
     long = Duration(steps=3600, compute=1.0, reading=0.0, overlaps=True)
     short = Duration(steps=1000, compute=1.0, reading=0.0, overlaps=True)
     rare = MachineConfig(checkpoint_minutes=31)
-    assert [*doubts.of_time(long, MachineConfig(checkpoint_minutes=29))] == [*doubts.of_time(short, rare)] == []
-    (told,) = doubts.of_time(long, rare)
+    assert (
+        [*likely_mistakes.of_time(long, MachineConfig(checkpoint_minutes=29))]
+        == [*likely_mistakes.of_time(short, rare)]
+        == []
+    )
+    (told,) = likely_mistakes.of_time(long, rare)
     assert "the run takes about 60: a kill" in told
-    (told,) = doubts.of_time(Duration(steps=10, compute=1.0, reading=2.0, overlaps=True), MachineConfig())
+    (told,) = likely_mistakes.of_time(Duration(steps=10, compute=1.0, reading=2.0, overlaps=True), MachineConfig())
     assert "50% of the time" in told
 
 
@@ -448,7 +452,7 @@ class TestBeforeTheEmbeddings:
             *("clip", "cluster_cls", "cluster_kl", "instance_image", "instance_text")
         }
         assert "whether the weights of ViT-B-32/laion2b_s34b_b79k load" in report.unchecked[0]
-        page.say(report)
+        printout.say(report)
         assert "Still to run before the training: embed (missing), balance" in capsys.readouterr().out
 
     def test_a_teacher_of_the_hub_is_not_asked_for(self, case: Case, tmp_path: Path, offline: None):
@@ -471,7 +475,7 @@ class TestBeforeTheEmbeddings:
             check(RunFolder(tmp_path / "run"), self.recipe(case, **embed))
 
     def test_centers_that_do_not_fit_are_refused(self, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr("clip_cid.engine.available_memory", lambda: 1000.0)
+        monkeypatch.setattr("clip_cid.tasks.available_memory", lambda: 1000.0)
         with pytest.raises(RunError, match=r"cluster\.num_centers: 6 centers of width 24"):
             check(RunFolder(tmp_path / "run"), case.recipe())
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_sets import CLASSES, TEMPLATES, tar_set, tiny_clip
 
-from clip_cid.data.evaluation_sets import open_set
+from clip_cid.data.sets.evaluation_sets import open_set
 from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
 from clip_cid.evaluation.features import Encoder
 from clip_cid.evaluation.zero_shot import prompt_classifier, zero_shot

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_cid.data.tasks import MetricName
+from clip_cid.data.sets.known_sets import MetricName
 from clip_cid.evaluation.metrics import (
     RESAMPLES,
     accuracy,

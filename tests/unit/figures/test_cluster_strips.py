@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_cid.figures import cluster_strips, galleries
-from clip_cid.figures.thumbnails import Thumbnails
+from clip_cid.figures import cluster_strips
+from clip_cid.report import galleries
+from clip_cid.report.thumbnails import Thumbnails
 
 
 @given(st.lists(st.integers(0, 14), min_size=1, max_size=60))

@@ -13,7 +13,7 @@ from clip_cid.figures import ablation, gain, radar, removed_share, scores, style
 from clip_cid.figures.ablation import AblationTable, Line
 from clip_cid.figures.differences import MEAN, Difference, Differences
 from clip_cid.figures.scores import Score
-from clip_cid.method.forest import Forest
+from clip_cid.method.balance.forest import Forest
 
 MODELS = (
     "student",

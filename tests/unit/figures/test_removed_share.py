@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from clip_cid.figures import removed_share
-from clip_cid.method.forest import Forest
-from clip_cid.method.semantic_balance import Metric, threshold_on
+from clip_cid.method.balance.forest import Forest
+from clip_cid.method.distances import Metric, threshold_on
 
 FOREST = Forest(10, np.array([0, 2, 4, 6]), np.array([1, 3, 5, 7]), np.array([0.0, 0.1, 0.14, 0.2]), 0.24)
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.cluster import hierarchy
 
-from clip_cid.data.balance_tables import BalanceTables, write_tables
-from clip_cid.data.forest_file import StoredForest
+from clip_cid.data.balance.forest_file import StoredForest
+from clip_cid.data.balance.tables import BalanceTables, write_tables
 from clip_cid.figures import single_linkage
 
 

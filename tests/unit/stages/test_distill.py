@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from clip_cid.data.embedding_writer import ShardRows, StoreWriter
-from clip_cid.data.embeddings import EmbeddingStore, rows_in_store
-from clip_cid.data.pairs import open_pairs
+from clip_cid.data.embeddings.store import EmbeddingStore, rows_in_store
+from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
+from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.errors import ClipCidError, ConfigError, DataError
 from clip_cid.recipe import DistillConfig, PairsConfig, Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder

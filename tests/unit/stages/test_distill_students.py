@@ -16,12 +16,12 @@ from test_distill import CENTERS, DIM, STUDENT, Case
 from torch import Tensor
 
 from clip_cid import pipeline
-from clip_cid.data.evaluation_sets import open_set
+from clip_cid.data.sets.evaluation_sets import open_set
 from clip_cid.errors import ConfigError
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import distill
-from clip_cid.training.distributed import ALONE
 from clip_cid.training.loop import Trainer
+from clip_cid.training.ranks.distributed import ALONE
 
 TIMM = {"timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear", "image_size": 32}
 WEIGHTS = "open_clip_model.safetensors"

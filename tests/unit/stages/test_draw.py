@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_sets import folder_set, tiny_clip
 
 from clip_cid.errors import DataError
-from clip_cid.figures import labelled_images, run_inputs
+from clip_cid.figures import run_inputs, set_images
 from clip_cid.models.student import Clip
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
@@ -209,7 +209,7 @@ def test_a_set_whose_images_cannot_be_decoded_shows_nothing(
     full: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch, "patch_pca", "activation_maps")
-    monkeypatch.setattr(labelled_images, "choose", lambda *_, **__: [])
+    monkeypatch.setattr(set_images, "choose", lambda *_, **__: [])
     left_out = redrawn(full.folder, full.recipe, tmp_path / "out").summary["left_out"]
     assert left_out == dict.fromkeys(left_out, "no test image of the set two can be decoded")
     assert len(left_out) == 2

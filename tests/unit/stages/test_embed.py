@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_cid.data import embedding_writer
-from clip_cid.data.embedding_writer import StoreWriter
-from clip_cid.data.embeddings import EmbeddingStore
+from clip_cid.data.embeddings import writer
+from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.embeddings.writer import StoreWriter
 from clip_cid.errors import ConfigError, DataError, RunError
 from clip_cid.models.export import export_student
 from clip_cid.models.student import build_student
@@ -253,7 +253,7 @@ def test_a_full_disk_says_what_is_needed_and_keeps_finished_shards(
 ) -> None:
     settings = recipe(write_tars(tmp_path), teachers[0])
 
-    write = embedding_writer.write_array
+    write = writer.write_array
 
     def full(path: Path, array: Any) -> None:
         if "0001" in path.name:
@@ -261,7 +261,7 @@ def test_a_full_disk_says_what_is_needed_and_keeps_finished_shards(
         write(path, array)
 
     with monkeypatch.context() as patched:
-        patched.setattr(embedding_writer, "write_array", full)
+        patched.setattr(writer, "write_array", full)
         with pytest.raises(RunError, match="the disk is full after 1 of 3 shards") as error:
             run(tmp_path / "run", settings)
     assert "finished shards are kept" in error.value.fix

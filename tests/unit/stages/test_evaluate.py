@@ -14,8 +14,8 @@ import torch
 from tiny_sets import folder_set, pair_tar, samples, tar_set, tiny_clip, write_tar
 
 from clip_cid import pipeline
-from clip_cid.data.evaluation_sets import EvaluationSet, open_set
-from clip_cid.data.labelled_images import LabelledImages
+from clip_cid.data.sets.evaluation_sets import EvaluationSet, open_set
+from clip_cid.data.sets.labelled_images import LabelledImages
 from clip_cid.errors import ConfigError, DataError, RunError
 from clip_cid.evaluation import measure
 from clip_cid.evaluation.features import Encoder

@@ -9,7 +9,7 @@ from tiny_training import make_settings, make_trainer
 from clip_cid.errors import RunError
 from clip_cid.training import checkpoint
 from clip_cid.training.checkpoint import LineFile
-from clip_cid.training.head_shards import WEIGHT, write_rows
+from clip_cid.training.ranks.head_shards import WEIGHT, write_rows
 
 
 def names(folder: Path) -> list[str]:

@@ -9,7 +9,6 @@ from torch import nn
 
 from clip_cid.errors import ConfigError
 from clip_cid.recipe import DistillConfig
-from clip_cid.training.distributed import ALONE
 from clip_cid.training.optimizer import (
     learning_rate_share,
     make_optimizers,
@@ -17,6 +16,7 @@ from clip_cid.training.optimizer import (
     set_learning_rate,
     shorten_gradients,
 )
+from clip_cid.training.ranks.distributed import ALONE
 from clip_cid.training.row_adam import RowAdam
 
 

@@ -20,7 +20,7 @@ from tiny_training import make_batches, make_settings, make_trainer, training_pa
 
 from clip_cid import cli
 from clip_cid.errors import DataError
-from clip_cid.method.objective import PARTS
+from clip_cid.method.distill.objective import PARTS
 from clip_cid.models.student import build_student
 from clip_cid.training.loop import Trainer
 

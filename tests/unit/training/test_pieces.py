@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_training import BATCH, make_batches, make_model, make_settings, make_trainer, training_pairs
 
-from clip_cid.method.objective import weighted_sum
+from clip_cid.method.distill.objective import weighted_sum
 from clip_cid.training.batches import Batch
 from clip_cid.training.model import Distillation, Seen, backward_in_pieces
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clip_cid.errors import DataError
-from clip_cid.method import fused_cluster_loss
+from clip_cid.method.distill import fused_cluster_loss
 from clip_cid.training import soft_targets as module
 from clip_cid.training.soft_targets import soft_targets
 

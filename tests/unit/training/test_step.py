@@ -291,6 +291,6 @@ def test_augmentation_that_would_do_nothing_or_fail_later_is_refused(augmentatio
 
 
 def test_every_weight_has_a_name_in_the_loss():
-    from clip_cid.method.objective import PARTS
+    from clip_cid.method.distill.objective import PARTS
 
     assert tuple(LossWeights.model_fields) == PARTS

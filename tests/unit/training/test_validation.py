@@ -26,8 +26,8 @@ from torch import Tensor
 
 from clip_cid.errors import DataError, RunError
 from clip_cid.training.batches import TrainingPairs
-from clip_cid.training.distributed import Ranks
 from clip_cid.training.loop import Trainer
+from clip_cid.training.ranks.distributed import Ranks
 from clip_cid.training.validation import Best, HeldOut, hold_out
 
 STEPS = 10

@@ -1,0 +1,157 @@
+"""What would not stop a training but is likely a mistake, each in a sentence with its numbers."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from clip_cid.check.captions import Sights
+from clip_cid.check.estimates import Disk, Duration
+from clip_cid.check.rehearsal import Reading
+from clip_cid.data.pairs.pairs import fingerprint
+from clip_cid.data.sets.evaluation_sets import open_set
+from clip_cid.errors import ClipCidError
+from clip_cid.models.student import known_architecture
+from clip_cid.recipe import DistillConfig, MachineConfig, Recipe
+from clip_cid.training.loop import resolve_precision
+
+_WARM_UP = 0.1  # of the steps
+_TRUNCATED = 0.1  # of the captions
+_WAITING = 0.1  # of the time
+_ERROR = 0.025  # of a recall on the held-out pairs, at worst
+_LONG = 1800.0  # seconds: a run one would not like to begin again
+
+
+def of_settings(settings: DistillConfig, *, steps: int, pairs: int, held_out: int) -> Iterator[str]:
+    """Numbers that are at odds with the length of the run."""
+    if settings.warmup_steps > _WARM_UP * steps:
+        yield (
+            f"distill.warmup_steps: {settings.warmup_steps:,} is {settings.warmup_steps / steps:.0%} of the {steps:,} "
+            f"steps; a tenth would be {steps // 10:,}"
+        )
+    if settings.log_every > steps:
+        yield f"distill.log_every: {settings.log_every:,}, but the run has {steps:,} steps: one line of metrics, the last"
+    if settings.batch_size > pairs / 2:
+        yield (
+            f"distill.batch_size: {settings.batch_size:,} of {pairs:,} pairs: every batch is most of the data, and an "
+            f"epoch has {pairs / settings.batch_size:.1f} steps"
+        )
+    if held_out and 0.5 / held_out**0.5 > _ERROR:
+        yield (
+            f"distill.validation.share: {held_out:,} pairs are held out, on which a recall is uncertain by up to "
+            f"{0.5 / held_out**0.5:.1%} (one standard error)"
+        )
+
+
+def of_negatives(settings: DistillConfig, *, num_centers: int, own: float) -> Iterator[str]:
+    """The centers of a batch may fill the sample."""
+    quota = round(settings.sample_rate * num_centers)
+    if settings.sample_rate < 1 and quota <= own:
+        yield (
+            f"distill.sample_rate: {settings.sample_rate:g} is {quota:,} of {num_centers:,} centers a step, but a batch of "
+            f"{settings.batch_size:,} holds {own:,.0f} of them by itself: there are no random negatives"
+        )
+
+
+def of_machine(settings: DistillConfig, machine: MachineConfig, device: torch.device) -> Iterator[str]:
+    """Work that this machine cannot do well."""
+    if machine.workers > (cores := available_cores()):
+        yield f"machine.workers: {machine.workers}, but this process may use {cores} cores"
+    precision = resolve_precision(settings.precision, device)
+    if device.type == "cuda" and precision == torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
+        yield f"distill.precision: bf16, which {torch.cuda.get_device_name(device)} computes in float32 and rounds; fp16 suits it"
+    if device.type == "cpu" and precision == torch.float16:
+        yield "distill.precision: fp16 on the CPU, which gains nothing and overflows; fp32 suits it"
+
+
+def of_time(duration: Duration, machine: MachineConfig) -> Iterator[str]:
+    """Where the time goes, and what a kill would cost."""
+    if duration.wait_share > _WAITING:
+        yield (
+            f"machine.workers: {duration.wait_share:.0%} of the time would go into waiting for pairs to be read and "
+            f"decoded (now {machine.workers} workers of {available_cores()} cores); raise it, or store smaller images"
+        )
+    interval = 60 * machine.checkpoint_minutes
+    if duration.seconds > _LONG and interval > duration.seconds / 2:
+        yield (
+            f"machine.checkpoint_minutes: {machine.checkpoint_minutes:g}, but the run takes about "
+            f"{duration.seconds / 60:,.0f}: a kill would cost most of it"
+        )
+
+
+def of_pairs(sights: Sights, reading: Reading, *, max_bad_share: float) -> Iterator[str]:
+    """Pairs that the student sees in part or not at all."""
+    if sights.truncated > _TRUNCATED * sights.captions:
+        yield (
+            f"{sights.truncated / sights.captions:.0%} of {sights.captions:,} captions are longer than the student's "
+            f"{reading.batch.texts.shape[1]} tokens and lose their end"
+        )
+    rows = len(reading.batch.rows)
+    if len(reading.batch.bad) > max_bad_share * rows:
+        row, reason = reading.batch.bad[0]
+        yield (
+            f"pairs.max_bad_share: {max_bad_share:g}, but {len(reading.batch.bad):,} pairs could not be read for a batch "
+            f"of {rows:,}; row {row:,}: {reason}"
+        )
+
+
+def of_room(disk: Disk, where: Path, *, memory: float, available: float) -> Iterator[str]:
+    """More than there is.
+
+    Args:
+        disk: What is written.
+        where: To this folder.
+        memory: Bytes that the batches under way will take, beyond what was held when `available` was asked for.
+        available: Bytes this process may still take.
+    """
+    if disk.needed > disk.free:
+        yield f"{where}: {size(disk.needed)} are needed, but {size(disk.free)} are free; the run will not end"
+    if memory > available:
+        yield (
+            f"machine.workers: the batches they hold ready take {size(memory)}, but {size(available)} of memory are "
+            "left; lower it"
+        )
+
+
+def of_evaluation(recipe: Recipe) -> Iterator[str]:
+    """Sets and models that evaluate will not find, hours later."""
+    for name, where in recipe.evaluate.sets.items():
+        if problem := _problem_of_set(name, where, recipe):
+            yield problem
+    for name, source in recipe.evaluate.retrieval.items():
+        try:
+            fingerprint(recipe.pairs.model_copy(update={"source": source}))
+        except ClipCidError as error:
+            yield f"evaluate.retrieval.{name}: {error.problem}"
+    for name, reference in recipe.evaluate.compare.items():
+        try:
+            known_architecture(reference)
+        except ClipCidError as error:
+            yield f"evaluate.compare.{name}: {error.problem}"
+
+
+def _problem_of_set(name: str, where: str, recipe: Recipe) -> str:
+    try:
+        cache_dir = recipe.machine.cache_dir
+        found = open_set(name, where, max_pixels=recipe.pairs.max_pixels, splits=("test",), cache_dir=cache_dir)
+        if recipe.evaluate.zero_shot:
+            found.prompts(0)
+    except ClipCidError as error:
+        return error.problem
+    return ""
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def size(count: float) -> str:
+    """Bytes as people say them."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count / 1e3:,.1f} kB"

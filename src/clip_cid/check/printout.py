@@ -1,0 +1,205 @@
+"""A report as people read it: a table for each question, then what looks wrong and what was not looked at."""
+
+from collections.abc import Iterator
+
+from clip_cid import log
+from clip_cid.check import Report, estimates
+from clip_cid.check.likely_mistakes import size
+
+_MEASURED, _COUNTED, _ARITHMETIC = "measured", "counted", "arithmetic"
+_HOW = ("", "", "how it is known")
+Row = tuple[str, str, str]
+
+
+def say(report: Report) -> None:
+    """Print all of it."""
+    log.table(_HOW, [*_pairs(report), *_student(report)], title="Pairs and student")
+    level = "of a student that sees nothing"
+    log.table(("loss", "first step", level), list(_losses(report)), title="Losses")
+    for title, rows in (
+        ("Time", list(_time(report))),
+        ("Memory", list(_memory(report))),
+        ("Disk", list(_disk(report))),
+        ("The teacher: stored embeddings, or online", list(_teacher(report))),
+        ("Stages before the training", list(_before(report))),
+    ):
+        if rows:
+            log.table(_HOW, rows, title=title)
+    for heading, lines in (("Not checked", report.unchecked), ("Doubtful", report.doubts)):
+        if lines:
+            log.say(f"\n{heading}")
+            for line in lines:
+                log.say(f"  - {line}")
+    log.say(f"\n{verdict(report)}")
+
+
+def verdict(report: Report) -> str:
+    """The last line: nothing that is refused gets here."""
+    doubts = f"{len(report.doubts)} doubtful point{'s' if len(report.doubts) != 1 else ''}"
+    if report.undone:
+        names = ", ".join(f"{state.stage.name} ({state.status})" for state in report.undone)
+        return f"The run can begin: {doubts}. Still to run before the training: {names}."
+    return f"The training can begin: {doubts}."
+
+
+def _pairs(report: Report) -> Iterator[Row]:
+    sights, most = report.sights, "at most " if report.undone else ""
+    yield "pairs to train on", f"{most}{report.pairs:,}", _COUNTED
+    if report.held_out:
+        yield "pairs held out", f"{report.held_out:,}", _COUNTED
+    looked = f"{sights.pairs:,} pairs looked at"
+    if sights.unreadable:
+        yield "unreadable", f"{sights.unreadable:,}", looked
+    least, middle, longest = sights.sides
+    yield "short side of the images", f"{least:,} to {longest:,} pixels, median {middle:,}", looked
+    yield "smaller than the student's images", f"{_share(sights.smaller, sights.pairs - sights.unreadable)}", looked
+    yield "bytes of an image", f"{sights.kilobytes:,.1f} kB", looked
+    length = report.reading.batch.texts.shape[1]
+    yield (
+        f"captions longer than {length} tokens",
+        _share(sights.truncated, sights.captions),
+        f"{sights.captions:,} captions",
+    )
+
+
+def _student(report: Report) -> Iterator[Row]:
+    parameters = report.parameters
+    yield "parameters of the image tower", f"{parameters['image']:,}", _COUNTED
+    yield "parameters of the text tower", f"{parameters['text']:,}", _COUNTED
+    if parameters["head"]:
+        learns = "it learns" if report.recipe.distill.head_lr > 0 else "frozen"
+        yield f"numbers in the cluster head ({learns})", f"{parameters['head']:,}", _COUNTED
+    if report.student is None:
+        yield "FLOPs of a pair", "unknown", "a part of the student cannot be counted"
+        return
+    yield "FLOPs of a pair, forward", _flops(report.student.forward), f"{_COUNTED}; both towers, no losses"
+    rows = len(report.reading.batch.rows)
+    again = estimates.forward_passes(report.recipe, rows) - 1
+    whole = report.student.training + again * report.student.forward
+    how = f"{_ARITHMETIC}: {3 + again} x forward" + (", with what is computed again" if again else "")
+    yield "FLOPs of a pair in a step", _flops(whole), how
+
+
+def _losses(report: Report) -> Iterator[Row]:
+    for name, value in report.rehearsal.first.parts.items():
+        chance = report.chance.get(name)
+        note = " (random targets)" if report.undone and name not in ("clip", "siglip") else ""
+        yield name, f"{value:.3f}{note}", "-" if chance is None else f"{chance:.3f}"
+    if report.rehearsal.centers is not None:
+        yield "centers in the step", f"{report.rehearsal.centers:,}", ""
+
+
+def _time(report: Report) -> Iterator[Row]:
+    settings, duration = report.recipe.distill, report.duration
+    batch, most = settings.batch_size, "at most " if report.undone and settings.steps is None else ""
+    steps = f"{_MEASURED}, median of {report.rehearsal.steps} steps on {report.device}"
+    yield "step", _seconds(duration.compute), steps
+    yield "pairs a second, without waiting", f"{batch / duration.compute:,.0f}", steps
+    workers = report.recipe.machine.workers
+    how = f"{_MEASURED}, {report.reading.batches} batches, {workers} workers, nothing else running"
+    yield "reading a batch", _seconds(duration.reading), how
+    overlap = "the longer of both" if duration.overlaps else "one after the other"
+    yield "waiting for data", f"{duration.wait_share:.0%}", f"{_ARITHMETIC}: {overlap}"
+    yield "steps", f"{most}{duration.steps:,}", _ARITHMETIC
+    yield "pairs seen", f"{most}{duration.steps * batch:,}", f"{_ARITHMETIC}: steps x {batch:,}"
+    if report.soft_seconds is not None:
+        yield "soft centers, once", log.duration(report.soft_seconds), f"{_ARITHMETIC}, from those of a batch"
+    hours = f"{duration.seconds / 3600:,.2f} h ({log.duration(duration.seconds)})"
+    yield "the whole training", most + hours, f"{_ARITHMETIC}, without validation and checkpoints"
+
+
+def _memory(report: Report) -> Iterator[Row]:
+    found, workers = report.rehearsal, report.recipe.machine.workers
+    yield "this process, at most", f"{found.memory_gib:,.2f} GiB", _MEASURED
+    if found.device_memory_gib is not None:
+        yield f"{report.device}, at most", f"{found.device_memory_gib:,.2f} GiB", f"{_MEASURED}; tensors only"
+    if workers:
+        how = f"{_MEASURED}; shared pages included"
+        yield f"the largest of {workers} workers", f"{report.worker_memory_gib:,.2f} GiB", how
+        yield "batches they hold ready", size(report.waiting_bytes), f"{_ARITHMETIC}: 2 for each worker"
+
+
+def _disk(report: Report) -> Iterator[Row]:
+    disk, keep = report.disk, report.recipe.machine.keep_checkpoints
+    best = " and the best student" if report.recipe.distill.validation.keep == "best" else ""
+    if disk.before:
+        yield "stages before", size(disk.before), f"{_ARITHMETIC}: embeddings (one caption a pair), centers"
+    if disk.soft_centers:
+        yield "soft centers, while it trains", size(disk.soft_centers), _ARITHMETIC
+    yield "a checkpoint", size(disk.checkpoint), f"{_ARITHMETIC}: weights and the optimizer's state"
+    yield "checkpoints, while it trains", size(disk.checkpoints), f"{_ARITHMETIC}: {keep} kept, one being written{best}"
+    yield "the student it leaves", size(disk.student), _ARITHMETIC
+    yield "metrics", size(disk.metrics), f"{_ARITHMETIC}, at most"
+    yield "needed at most", size(disk.needed), _ARITHMETIC
+    yield "free", size(disk.free), _MEASURED
+
+
+def _teacher(report: Report) -> Iterator[Row]:
+    teacher, teaching = report.teacher, report.teaching
+    if teacher is None:
+        return
+    yield "teacher", teacher.name, "the embeddings" if report.embed_seconds is not None else "the recipe"
+    if teacher.width is not None or report.teacher_dim is not None:
+        width = teacher.width or report.teacher_dim or 0
+        known = "" if teacher.width else " (the student's own; the teacher's is not known)"
+        total = estimates.embedding_bytes(report.pairs, width)
+        yield "embeddings of the pairs to train on", size(total), f"{_ARITHMETIC}: 4 x {width:,} bytes a pair{known}"
+    if report.embed_seconds is not None:
+        yield "embedding all pairs, once", log.duration(report.embed_seconds), f"{_MEASURED}, by the embed stage"
+    if teaching is None or teacher.costs is None or report.student is None:
+        yield "FLOPs of a pair in the teacher", "unknown", "its configuration is not here, or cannot be counted"
+        return
+    yield (
+        "parameters of the teacher",
+        f"{teacher.costs.parameters:,}",
+        f"{_COUNTED}; with stored embeddings none is loaded",
+    )
+    yield "FLOPs of a pair in the teacher", _flops(teacher.costs.forward), f"{_COUNTED}; both towers"
+    yield "embedding these pairs, once", _flops(teaching.embedding_flops), f"{_ARITHMETIC}: pairs x teacher"
+    if report.embed_seconds is None:
+        speed = report.student.training * report.recipe.distill.batch_size / report.duration.compute
+        seconds = teaching.embedding_flops / speed
+        yield "time of that", log.duration(seconds), f"{_ARITHMETIC}, at the speed of the student's steps"
+    ratio = f"{teaching.step_ratio:,.1f} x"
+    yield "a step with the teacher online", ratio, f"{_ARITHMETIC}, FLOPs: (3 x student + teacher) / 3 x student"
+    run = f"{teaching.run_ratio:,.1f} x"
+    yield "all steps so, over stored ones and embedding", run, f"{_ARITHMETIC}, FLOPs"
+    hours = report.duration.steps * report.duration.compute * teaching.step_ratio
+    yield (
+        "the training, with it online",
+        f"{hours / 3600:,.2f} h",
+        f"{_ARITHMETIC}, at the speed of the student's steps",
+    )
+
+
+def _before(report: Report) -> Iterator[Row]:
+    names = {state.stage.name for state in report.undone}
+    width, recipe = report.teacher_dim or 0, report.recipe
+    for state in report.undone:
+        yield state.stage.name, state.status, state.reason
+    if "balance" in names:
+        least, most = estimates.balance_room(report.pairs, width, on_cuda=report.device.type == "cuda")
+        yield (
+            "memory of balance",
+            f"up to {size(estimates.balance_memory(report.pairs))}",
+            f"{_ARITHMETIC}, docs/scale.md",
+        )
+        yield "disk while balance works", f"{size(least)} to {size(most)}", f"{_ARITHMETIC}, docs/scale.md"
+    if "cluster" in names:
+        needed = estimates.cluster_memory(recipe, report.pairs, width)
+        yield "memory of cluster", size(needed), f"{_ARITHMETIC}, docs/scale.md, before balance"
+
+
+def _flops(count: float) -> str:
+    for unit, name in ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs")):
+        if count >= unit:
+            return f"{count / unit:,.2f} {name}"
+    return f"{count / 1e6:,.2f} MFLOPs"
+
+
+def _seconds(seconds: float) -> str:
+    return log.duration(seconds) if seconds >= 1 else f"{1000 * seconds:,.1f} ms"
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count / total:.1%}" if total else "none"

@@ -1,0 +1,180 @@
+"""The training that is tried: the run's own where its stages are done, else one like it with random targets."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clip_cid import pipeline, tasks
+from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.pairs.pairs import open_pairs
+from clip_cid.errors import RunError
+from clip_cid.models.costs import Costs, count_costs
+from clip_cid.models.student import Clip, build_skeleton, known_architecture
+from clip_cid.models.teacher import teacher_reference
+from clip_cid.recipe import Recipe
+from clip_cid.run_folder import RunFolder
+from clip_cid.stages import distill
+from clip_cid.training.batches import Batch, TrainingPairs
+from clip_cid.training.join import plain_pairs
+from clip_cid.training.loop import Plan, Trainer
+from clip_cid.training.model import Distillation
+from clip_cid.training.ranks.distributed import Ranks
+from clip_cid.training.ranks.parallel import with_joint_statistics
+from clip_cid.training.validation import hold_out
+
+_HEAD_COPIES = 3  # of the centers, while the head is made of them
+
+
+class UntouchedRun(RunFolder):
+    """A run that is only read: what would be added to its index of the pairs goes elsewhere."""
+
+    def __init__(self, path: Path, scratch: Path) -> None:
+        super().__init__(path)
+        self._index = scratch / "index"
+        self._index.mkdir()
+        for file in (path / "index").glob("*.arrow"):
+            os.symlink(file.absolute(), self._index / file.name)
+
+    @property
+    def index(self) -> Path:
+        return self._index
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """A training that is ready for its first step, and what it is made of."""
+
+    clip: Clip
+    training: TrainingPairs
+    held_out: int
+    """Pairs to measure on, which are not learned."""
+    trainer: Trainer
+    perplexity: float | None
+    """Of the teacher; None where it is not known yet."""
+    invented: bool
+    """Whether the targets are random."""
+    teacher_dim: int | None
+    """None without a teacher."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherFacts:
+    """What is known of the teacher without its weights."""
+
+    name: str
+    costs: Costs | None
+    width: int | None
+    """None where its configuration would have to be fetched."""
+
+
+def undone(folder: RunFolder, recipe: Recipe) -> list[pipeline.State]:
+    """The stages that the training needs and that are not there, or not as the recipe has them."""
+    needs = next(stage for stage in pipeline.STAGES if stage.name == "distill").needs
+    states = (state for state in pipeline.states(folder, recipe) if state.stage.name in needs)
+    return [state for state in states if state.status not in ("done", "off")]
+
+
+def find_teacher(folder: RunFolder, recipe: Recipe, missing: Sequence[pipeline.State]) -> TeacherFacts | None:
+    """The recipe's teacher; as the embeddings name it where they are there. None without one.
+
+    Raises:
+        ClipCidError: The embeddings are to be computed, and there is no such model.
+    """
+    if not recipe.has_teacher:
+        return None
+    if not any(state.stage.name == "embed" for state in missing):
+        store = EmbeddingStore.open(folder.stage("embed"))
+        made_by = store.info.teacher
+        return _facts(str(made_by.get("reference", "unknown")), made_by.get("model_cfg"), store.dim)
+    if recipe.embed.existing is not None:
+        return TeacherFacts(f"of {recipe.embed.existing}", None, None)
+    reference = teacher_reference(recipe.embed)
+    return _facts(reference, known_architecture(reference), None)
+
+
+def _facts(name: str, model_cfg: dict | None, width: int | None) -> TeacherFacts:
+    if not model_cfg:
+        return TeacherFacts(name, None, width)
+    skeleton = build_skeleton(model_cfg)
+    length = model_cfg["text_cfg"].get("context_length", 77)
+    costs = count_costs(skeleton, context_length=length) if skeleton is not None else None
+    return TeacherFacts(name, costs, width or int(model_cfg["embed_dim"]))
+
+
+def from_the_run(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks) -> Tried:
+    """The very training that `distill` would begin.
+
+    Raises:
+        ClipCidError: As `distill.prepare`.
+    """
+    work = distill.prepare(folder, out, recipe, ranks, soft_centers=False)
+    teacher_dim = work.store.dim if work.store is not None else None
+    validation = work.trainer.validation
+    measured = len(validation.batches.training) if validation is not None and validation.batches is not None else 0
+    return Tried(work.clip, work.training, measured, work.trainer, work.teaching.perplexity, False, teacher_dim)
+
+
+def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, teacher: TeacherFacts) -> Tried:
+    """A training on all pairs, of the size and shape that the recipe's will have; balance will leave fewer pairs.
+
+    Raises:
+        ClipCidError: The pairs, the student or the settings cannot be used, or the centers do not fit the memory.
+    """
+    settings = recipe.distill
+    pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
+    training, measured = plain_pairs(pairs), 0
+    if share := settings.validation.share:
+        training, held_out = hold_out(training, share, batch_size=settings.batch_size, ranks=ranks.size)
+        measured = len(held_out.pairs)
+    steps = distill.count_steps(settings, len(training))
+    clip = distill.make_student(settings, teacher.width, recipe.machine)
+    dim = teacher.width or clip.dim
+    centers = _random_centers(recipe, dim) if recipe.uses_clusters else None
+    objective = distill.make_objective(settings, clip, dim, centers, scale=settings.head_scale, ranks=ranks)
+    model = Distillation(clip.model, objective, lock=settings.lock).train()
+    model.student = with_joint_statistics(model.student, ranks, recipe.machine.micro_batch)
+    trainer = Trainer(
+        model,
+        distill.make_batches(training, clip, recipe, ranks),
+        settings,
+        Plan(steps, "random targets", recipe.pairs.max_bad_share),
+        out=out,
+        ranks=ranks,
+        machine=recipe.machine,
+    )
+    return Tried(clip, training, measured, trainer, None, True, dim)
+
+
+def add_random_targets(batch: Batch, recipe: Recipe, dim: int) -> Batch:
+    """The batch with all that the losses ask of a teacher and a clustering."""
+    rows, generator = len(batch.rows), np.random.default_rng(0)
+    if recipe.uses_teacher_images:
+        batch = dataclasses.replace(batch, teacher_image=torch.from_numpy(_unit_rows(rows, dim, generator)))
+    if recipe.uses_teacher_texts:
+        batch = dataclasses.replace(batch, teacher_text=torch.from_numpy(_unit_rows(rows, dim, generator)))
+    if recipe.uses_clusters:
+        labels = torch.from_numpy(generator.integers(0, recipe.cluster.num_centers, rows))
+        batch = dataclasses.replace(batch, labels=labels)
+    return batch
+
+
+def _random_centers(recipe: Recipe, dim: int) -> np.ndarray:
+    count = recipe.cluster.num_centers
+    needed, available = _HEAD_COPIES * 4 * dim * count, tasks.available_memory()
+    if needed > available:
+        raise RunError(
+            f"cluster.num_centers: {count:,} centers of width {dim:,} take {needed / 1e9:,.1f} GB of memory while the head "
+            f"is made, but {available / 1e9:,.1f} GB are available.",
+            fix="Lower cluster.num_centers, or use a machine with more memory.",
+        )
+    return _unit_rows(count, dim, np.random.default_rng(1))
+
+
+def _unit_rows(count: int, dim: int, generator: np.random.Generator) -> np.ndarray:
+    rows = generator.standard_normal((count, dim), dtype=np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows

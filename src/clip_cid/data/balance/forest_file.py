@@ -1,0 +1,92 @@
+"""The minimum spanning forest of a balance as a Parquet file: one link a line, nearest first."""
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+
+from clip_cid.errors import DataError
+from clip_cid.run_folder import atomic_file
+
+FOREST_FILE = "forest.parquet"
+
+_ROW_GROUP = 1 << 20
+_FIX = "Run the balance stage again, with --force."
+_FIELDS = [pa.field("left", pa.int64()), pa.field("right", pa.int64()), pa.field("squared_distance", pa.float64())]
+_COLUMNS = [field.with_nullable(False) for field in _FIELDS]
+
+
+@runtime_checkable
+class ForestArrays(Protocol):
+    """A forest, whoever made it."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def left(self) -> np.ndarray: ...
+    @property
+    def right(self) -> np.ndarray: ...
+    @property
+    def squared(self) -> np.ndarray: ...
+    @property
+    def limit(self) -> float: ...
+
+
+class StoredForest(NamedTuple):
+    """A forest as it lay in its file, checked; in the order of `clip_cid.method.balance.forest.Forest`'s arguments."""
+
+    rows: int
+    left: Int[np.ndarray, " links"]
+    right: Int[np.ndarray, " links"]
+    squared: Float[np.ndarray, " links"]
+    limit: float
+
+
+def write_forest(path: Path, forest: ForestArrays) -> None:
+    """Write the links, and in the schema's metadata `rows` and `limit`; equal forests give equal bytes."""
+    schema = pa.schema(_COLUMNS, metadata={"rows": str(forest.rows), "limit": repr(float(forest.limit))})
+    table = pa.table([forest.left, forest.right, forest.squared], schema=schema)
+    with atomic_file(path) as temporary, temporary.open("wb") as handle:
+        pq.write_table(table, handle, row_group_size=_ROW_GROUP, use_dictionary=False)
+
+
+def read_forest(path: Path) -> StoredForest:
+    """A forest that `write_forest` wrote: `Forest(*read_forest(path))`.
+
+    Raises:
+        DataError: The file is missing or cut short, or does not hold a forest.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            found = file.schema_arrow
+            if found.remove_metadata() != pa.schema(_COLUMNS):
+                raise DataError(f"{path}: has the columns {_described(found)}, not {_described(_COLUMNS)}.", fix=_FIX)
+            table = file.read()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing.", fix=_FIX) from error
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a whole Parquet file ({error}).", fix=_FIX) from error
+    rows, limit = _head(found.metadata or {}, path)
+    left, right, squared = (column.to_numpy() for column in table.columns)
+    if len(left) and not (left.min() >= 0 and right.max() < rows and (left < right).all()):
+        raise DataError(f"{path}: a link does not join rows 0 <= left < right < {rows:,}.", fix=_FIX)
+    if len(left) and not ((np.diff(squared) >= 0).all() and squared[0] >= 0 and squared[-1] <= limit):
+        raise DataError(f"{path}: squared_distance does not ascend from 0 to the limit {limit:g}.", fix=_FIX)
+    return StoredForest(rows, left, right, squared, limit)
+
+
+def _head(metadata: dict[bytes, bytes], path: Path) -> tuple[int, float]:
+    try:
+        rows, limit = int(metadata[b"rows"]), float(metadata[b"limit"])
+        if rows < 0 or not 0 <= limit < float("inf"):
+            raise ValueError(f"rows {rows}, limit {limit}")
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{path}: its metadata does not name rows and limit ({error!r}).", fix=_FIX) from error
+    return rows, limit
+
+
+def _described(fields: Any) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in fields)

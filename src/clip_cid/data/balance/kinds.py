@@ -1,0 +1,114 @@
+"""Perceptual or semantic: whether a removed image shows nearly the pixels of the kept one, or only means the same.
+
+The paper tells the two apart (Fig. 2a, 2b); a difference hash of both pictures does, for a random sample of the removed.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from clip_cid import log
+from clip_cid.data.balance.pixel_hash import NEAR_BITS, bits_apart, difference_hash
+from clip_cid.data.pairs.pictures import NoPicturesError, Pictures, open_pictures
+from clip_cid.errors import DataError
+from clip_cid.recipe import Recipe
+from clip_cid.run_folder import RunFolder
+
+KINDS = ("", "perceptual", "semantic", "unknown")
+"""Not drawn; pixels nearly equal; pixels differ; one of the two pictures cannot be read."""
+
+_NORMAL_95 = 1.959963984540054
+
+
+@dataclass(frozen=True, eq=False)
+class Kinds:
+    """The kind of each removed image."""
+
+    number: Int[np.ndarray, " removed"]
+    """Its place in `KINDS`, int8."""
+
+    def summary(self) -> dict[str, Any]:
+        """How many were drawn, and the share of each kind among those known, with its 95 % Wilson interval."""
+        _, perceptual, semantic, unknown = np.bincount(self.number, minlength=len(KINDS)).tolist()
+        known = perceptual + semantic
+        found: dict[str, Any] = {"drawn": known + unknown, "unknown": unknown}
+        for kind, images in (("perceptual", perceptual), ("semantic", semantic)):
+            low, high = wilson_interval(images, known)
+            found[kind] = {"images": images, "share": images / known if known else None, "low": low, "high": high}
+        return found
+
+
+def classify(
+    folder: RunFolder,
+    recipe: Recipe,
+    keys: Sequence[str],
+    removed: Int[np.ndarray, " removed"],
+    kept: Int[np.ndarray, " removed"],
+    *,
+    images: int,
+    seed: int,
+    on_progress: Callable[[int], Any] | None = None,
+) -> Kinds | None:
+    """Compare a random sample of the removed images with those kept for them; None, said once, where no pairs can be read.
+
+    Args:
+        folder: The run, for the index of its pairs.
+        recipe: Names the pairs.
+        keys: Of every row of the store.
+        removed: Rows of the store.
+        kept: For each of them, the row kept.
+        images: How many to draw; 0 for none.
+        seed: Of the draw.
+        on_progress: Called with the number of images compared since the last call.
+    """
+    count = min(images, len(removed))
+    if count == 0:
+        return None
+    drawn = np.random.default_rng(seed).choice(len(removed), size=count, replace=False, shuffle=False)
+    drawn = drawn[np.argsort(removed[drawn])]  # the order in which they lie in the pairs
+    number = np.zeros(len(removed), dtype=np.int8)
+    try:
+        rows = np.unique(np.concatenate([removed[drawn], kept[drawn]]))
+        hashes = _Hashes(open_pictures(folder, recipe, {keys[int(row)]: int(row) for row in rows}))
+        for at in drawn.tolist():
+            number[at] = KINDS.index(hashes.kind(keys[int(removed[at])], keys[int(kept[at])]))
+            if on_progress is not None:
+                on_progress(1)
+    except (NoPicturesError, DataError) as error:
+        reason = str(error).splitlines()[0]
+        log.info(f"balance   perceptual and semantic duplicates are not told apart: {reason}")
+        return None
+    return Kinds(number)
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Of a share at 95 %; all of [0, 1] where nothing was tried."""
+    if trials == 0:
+        return 0.0, 1.0
+    share, z2 = successes / trials, _NORMAL_95**2 / trials
+    middle = (share + z2 / 2) / (1 + z2)
+    half = math.sqrt(z2 * share * (1 - share) + z2**2 / 4) / (1 + z2)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+class _Hashes:
+    """Of pictures by key; the one kept for many removed ones is read once."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self._pictures = pictures
+        self._get = functools.cache(self._hash)
+
+    def kind(self, one: str, other: str) -> str:
+        hashes = self._get(one), self._get(other)
+        if hashes[0] is None or hashes[1] is None:
+            return "unknown"
+        return "perceptual" if bits_apart(hashes[0], hashes[1]) <= NEAR_BITS else "semantic"
+
+    def _hash(self, key: str) -> Bool[np.ndarray, "64"] | None:
+        picture = self._pictures.get(key)
+        return None if picture is None else difference_hash(picture)

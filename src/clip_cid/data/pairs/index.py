@@ -1,0 +1,275 @@
+"""The index of all sources: made once for each, kept as memory-mapped Arrow, and searched for rows known to be bad."""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64, UInt64
+
+from clip_cid import log
+from clip_cid.data.pairs import sources, tables, tars
+from clip_cid.data.pairs.sources import Kind, Source
+from clip_cid.errors import DataError
+from clip_cid.recipe import PairsConfig
+from clip_cid.run_folder import atomic_file
+
+_VERSION = 1  # raise it when the same source would give another index
+_OPEN_FILES = 128
+_ROWS_PER_PASS = 1 << 24  # the search for duplicates holds about 50 bytes for each of so many rows
+_BAD_SCHEMA = pa.schema([("row", pa.int64()), ("reason", pa.string())])
+_SCHEMAS: dict[Kind, pa.Schema] = {
+    "tar": tars.TAR_SCHEMA,
+    "table": tables.TABLE_SCHEMA,
+    "folder": tables.FOLDER_SCHEMA,
+}
+
+
+@dataclass(frozen=True)
+class IndexedSource:
+    """A source with its index, as Arrow batches in a file or (no index folder) in memory; a batch is one shard."""
+
+    kind: Kind
+    name: str
+    root: str
+    """The tar itself, or the folder where image paths start."""
+    bytes: int
+    mtime_ns: int
+    index: str | None
+    in_memory: tuple[pa.RecordBatch, ...] = ()
+    rows: tuple[int, ...] = ()
+    """Of each batch."""
+
+    def batch(self, number: int) -> pa.RecordBatch:
+        return self.in_memory[number] if self.index is None else _mapped_batch(self.index, number)
+
+
+@lru_cache(maxsize=_OPEN_FILES)
+def _open_index(path: str) -> pa.RecordBatchFileReader:
+    # without threads of its own, so that a forked process can go on with it
+    return pa.ipc.open_file(pa.memory_map(path), options=pa.ipc.IpcReadOptions(use_threads=False))
+
+
+@lru_cache(maxsize=_OPEN_FILES)
+def _mapped_batch(path: str, number: int) -> pa.RecordBatch:
+    return _open_index(path).get_batch(number)
+
+
+def index_sources(
+    found: Sequence[Source], settings: PairsConfig, *, index: Path | None, cache_dir: Path
+) -> tuple[IndexedSource, ...]:
+    """Index every source, fetching URLs first; what the `index` folder has of unchanged files is not read again.
+
+    Raises:
+        DataError: A source is broken, empty or cannot be fetched.
+    """
+    if index is not None:
+        index.mkdir(parents=True, exist_ok=True)
+    indexed: list[IndexedSource] = []
+    with log.progress("index", len(found), unit="shards") as bar:
+        for source in found:
+            indexed.append(_index_source(source, settings, index, cache_dir, bar))
+            if not sum(indexed[-1].rows):
+                raise DataError(
+                    f"{source.name}: an empty {source.kind}, without a single pair.",
+                    fix=f"Give sources that hold images (.{', .'.join(tars.IMAGE_EXTENSIONS)}) with captions.",
+                )
+            bar.advance(1)
+    return tuple(indexed)
+
+
+def _index_source(
+    source: Source, settings: PairsConfig, index: Path | None, cache_dir: Path, bar: log.Bar
+) -> IndexedSource:
+    path = source.path or _fetched(source.name, cache_dir)
+    status = path.stat()
+    identity: list[Any] = [_VERSION, source.kind, str(path), status.st_size, status.st_mtime_ns]
+    images: list[tables.ListedImage] = []
+    if source.kind == "table":
+        identity += [settings.image_column, settings.caption_column, settings.key_column, settings.keep_fields]
+    elif source.kind == "folder":  # its own size and time say nothing of the files below
+        images = _listed(path)
+        identity = [_VERSION, source.kind, str(path), *((row.image, row.bytes, row.mtime_ns) for row in images)]
+
+    def scan() -> Generator[pa.RecordBatch]:
+        if source.kind == "tar":
+            yield tars.scan_tar(path, source.name)
+        elif source.kind == "folder":
+            yield from tables.folder_rows(images)
+        else:
+            rows = 0
+            for batch in tables.scan_table(path, source.name, settings):
+                yield batch
+                rows += batch.num_rows
+                bar.advance(0, note=f"{rows:,} rows of {source.name}")
+
+    indexed = IndexedSource(
+        kind=source.kind,
+        name=source.name,
+        root=str(path.parent if source.kind == "table" else path),
+        bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        index=None if index is None else str(index.absolute() / f"{path.name[:40]}-{_digest(identity)}.arrow"),
+    )
+    if indexed.index is None:
+        batches = tuple(scan())
+        return replace(indexed, in_memory=batches, rows=tuple(batch.num_rows for batch in batches))
+    if not _usable(Path(indexed.index), _SCHEMAS[source.kind]):
+        _write(Path(indexed.index), _SCHEMAS[source.kind], scan())
+    numbers = range(_open_index(indexed.index).num_record_batches)
+    return replace(indexed, rows=tuple(indexed.batch(number).num_rows for number in numbers))
+
+
+def _fetched(url: str, cache_dir: Path) -> Path:
+    """The local copy of a URL; it is kept only when its index shows that it is whole."""
+    path = sources.cached_path(url, cache_dir)
+    if not path.exists():
+        sources.fetch(url, path, check=lambda part: tars.scan_tar(part, url))
+    return path
+
+
+def _listed(path: Path) -> list[tables.ListedImage]:
+    listing = tables.list_folder(path)
+    if listing.linked_folders:
+        log.warn(f"{path}: {listing.linked_folders:,} linked folders are not followed; name them in pairs.source")
+    if listing.texts_alone:
+        count, example = len(listing.texts_alone), listing.texts_alone[0]
+        log.warn(f"{path}: {count:,} .txt files have no image of their name beside them, such as {example!r}")
+    return listing.images
+
+
+def _usable(path: Path, schema: pa.Schema) -> bool:
+    if not path.exists():
+        return False
+    try:
+        return _open_index(str(path)).schema.equals(schema)
+    except (pa.ArrowException, OSError) as error:
+        log.warn(f"{path}: this index cannot be read ({error}); making it again")
+        return False
+
+
+def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    with (
+        atomic_file(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        for batch in batches:
+            writer.write_batch(batch)
+    _open_index.cache_clear()  # it may hold what was there before
+    _mapped_batch.cache_clear()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]
+
+
+class PairIndex:
+    """All indexed rows as one sequence; holds no object per row, and pickles small."""
+
+    def __init__(self, indexed: tuple[IndexedSource, ...]) -> None:
+        self.sources = indexed
+        self.batches = [(number, part) for number, source in enumerate(indexed) for part in range(len(source.rows))]
+        """For each shard the number of its source, and of its batch there."""
+        rows = [count for source in indexed for count in source.rows]
+        self.first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows, dtype=np.int64)])
+        """For each shard its first row; then the number of all rows."""
+
+    def __len__(self) -> int:
+        return int(self.first_row[-1])
+
+    def source(self, shard: int) -> IndexedSource:
+        return self.sources[self.batches[shard][0]]
+
+    def batch(self, shard: int) -> pa.RecordBatch:
+        source, number = self.batches[shard]
+        return self.sources[source].batch(number)
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """The shard of a row, and the row's place in it."""
+        shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
+        return shard, row - int(self.first_row[shard])
+
+    def key(self, row: int) -> str:
+        shard, place = self.locate(row)
+        return self.batch(shard).column("key")[place].as_py()
+
+    def hashes(self) -> Iterator[UInt64[np.ndarray, " _"]]:
+        """The key hashes of shard after shard."""
+        for shard in range(len(self.batches)):
+            yield self.batch(shard).column("key_hash").to_numpy()
+
+    def known_bad(self, index: Path | None) -> dict[int, str]:
+        """Rows that cannot be used, and why, as the index alone shows; the answer is kept in the folder `index`."""
+        if index is None:
+            return self._find_bad()
+        path = index / f"known-bad-{_digest([Path(source.index or '').name for source in self.sources])}.arrow"
+        if not _usable(path, _BAD_SCHEMA):
+            found = self._find_bad()
+            columns = {"row": list(found), "reason": list(found.values())}
+            _write(path, _BAD_SCHEMA, [pa.RecordBatch.from_pydict(columns, schema=_BAD_SCHEMA)])
+        kept = _mapped_batch(str(path), 0)
+        return dict(zip(kept.column("row").to_pylist(), kept.column("reason").to_pylist(), strict=True))
+
+    def _find_bad(self) -> dict[int, str]:
+        bad: dict[int, str] = {}
+        for row, first in duplicate_keys(self.hashes, len(self), self.key).items():
+            bad[row] = f"duplicate key, first used by row {first:,}"
+        for shard in range(len(self.batches)):
+            problems = self.batch(shard).column("problem")
+            for place in np.flatnonzero(problems.is_valid().to_numpy(zero_copy_only=False)).tolist():
+                bad[int(self.first_row[shard]) + place] = problems[place].as_py()
+        return dict(sorted(bad.items()))
+
+
+def duplicate_keys(
+    hashes: Callable[[], Iterable[UInt64[np.ndarray, " _"]]],
+    rows: int,
+    key: Callable[[int], str],
+    *,
+    rows_per_pass: int = _ROWS_PER_PASS,
+) -> dict[int, int]:
+    """Each row whose key an earlier row has, with the first such row.
+
+    Hashes say where to look, the keys themselves decide. Each pass takes the hashes of one range of values, so memory
+    is bounded however many rows there are.
+    """
+    passes = max(1, math.ceil(rows / rows_per_pass))
+    edges = [number * (1 << 64) // passes for number in range(passes + 1)]
+    first_of: dict[int, int] = {}
+    for low, high in itertools.pairwise(edges):
+        values, numbers = _hashes_between(hashes(), low, high - 1)
+        order = np.argsort(values, kind="stable")
+        values, numbers = values[order], numbers[order]
+        again = np.flatnonzero(values[1:] == values[:-1]) + 1
+        for group in np.split(again, np.flatnonzero(np.diff(again) > 1) + 1):
+            if len(group):
+                same_hash = numbers[group[0] - 1 : group[-1] + 1].tolist()
+                first_of |= _later_rows(same_hash, key)
+    return first_of
+
+
+def _hashes_between(
+    blocks: Iterable[UInt64[np.ndarray, " _"]], low: int, high: int
+) -> tuple[UInt64[np.ndarray, " chosen"], Int64[np.ndarray, " chosen"]]:
+    """The hashes from `low` to `high`, both included, and their row numbers."""
+    values, numbers, first = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], 0
+    for block in blocks:
+        chosen = np.flatnonzero((block >= np.uint64(low)) & (block <= np.uint64(high)))
+        values.append(block[chosen])
+        numbers.append(chosen + first)
+        first += len(block)
+    return np.concatenate(values), np.concatenate(numbers)
+
+
+def _later_rows(rows: list[int], key: Callable[[int], str]) -> dict[int, int]:
+    first_row: dict[str, int] = {}
+    firsts = {row: first_row.setdefault(key(row), row) for row in rows}
+    return {row: first for row, first in firsts.items() if row != first}

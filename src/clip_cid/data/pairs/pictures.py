@@ -1,0 +1,77 @@
+"""Pictures of the data, read back from the pairs by row and key."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image
+
+from clip_cid.data.pairs import images
+from clip_cid.data.pairs.pairs import BadSample, Pairs, open_pairs
+from clip_cid.errors import DataError
+from clip_cid.recipe import Recipe
+from clip_cid.run_folder import RunFolder
+
+_SCAN_ROWS = 100_000
+
+
+class NoPicturesError(Exception):
+    """The pairs' pictures cannot be had; the message is the reason, fit for a page."""
+
+
+class Pictures:
+    """The images of some rows of an embedding store, found in the pairs.
+
+    Where the store was made from these pairs a row is a row; where it was made elsewhere the key decides.
+    """
+
+    def __init__(self, pairs: Pairs, wanted: Mapping[str, int], *, max_pixels: int) -> None:
+        """Find the `wanted` pictures, given as key -> row of the store."""
+        self.pairs, self._max_pixels = pairs, max_pixels
+        self._rows = {key: row for key, row in wanted.items() if row < len(pairs) and pairs.key(row) == key}
+        moved = wanted.keys() - self._rows.keys()
+        for start in range(0, len(pairs), _SCAN_ROWS):
+            if not moved:
+                break
+            keys = pairs.keys(start, min(start + _SCAN_ROWS, len(pairs)))
+            found = {key: row for row, key in enumerate(keys, start=start) if key in moved}
+            self._rows |= found
+            moved -= found.keys()
+
+    def get(self, key: str) -> Image.Image | None:
+        """The decoded image; None where the pairs do not have it, or it cannot be read (any more)."""
+        if key not in self._rows:
+            return None
+        try:
+            return images.decode_image(self.pairs.read(self._rows[key]).image, max_pixels=self._max_pixels)
+        except BadSample:
+            return None
+
+    def sample(self, count: int, *, seed: int) -> dict[str, str]:
+        """Key -> first caption of some pairs drawn at random; broken ones are passed over."""
+        order = np.random.default_rng(seed).choice(len(self.pairs), size=min(2 * count, len(self.pairs)), replace=False)
+        found: dict[str, str] = {}
+        for row in order.tolist():
+            if len(found) == count:
+                break
+            try:
+                pair = self.pairs.read(row)
+            except BadSample:
+                continue
+            found[pair.key] = pair.captions[0]
+            self._rows[pair.key] = row
+        return found
+
+
+def open_pictures(folder: RunFolder, recipe: Recipe, wanted: Mapping[str, int]) -> Pictures:
+    """The pictures of some pairs, given as key -> row of the embedding store.
+
+    Raises:
+        NoPicturesError: The recipe names no pairs, or they are gone or broken.
+    """
+    if not recipe.pairs.source:
+        raise NoPicturesError("the recipe names no pairs")
+    try:
+        pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
+        return Pictures(pairs, wanted, max_pixels=recipe.pairs.max_pixels)
+    except DataError as error:
+        raise NoPicturesError(f"the pairs cannot be read ({error.problem.splitlines()[0]})") from error

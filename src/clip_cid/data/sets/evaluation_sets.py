@@ -1,0 +1,311 @@
+"""The sets models are measured on: found in whatever layout they lie, checked against the table, named where they differ.
+
+A set is indexed and checked when it is opened, before any model runs; images are decoded later, one by one. Nothing is
+unpacked to disk, and nothing is downloaded but what a recipe gives the URL of. `known_sets.toml` has the sets CLIP is measured on;
+a set of any other name is the user's own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+from clip_cid import log
+from clip_cid.data.sets.known_sets import MetricName, Prompts, Task, few, find_task, load_prompts, match_keys, metric_of
+from clip_cid.data.sets.labelled_images import LabelledImages
+from clip_cid.data.sets.readers import ANY_SET, READERS, folders, tars
+from clip_cid.data.sets.readers.reading import Asked, Found, cropped
+from clip_cid.data.sets.remote_sets import fetch_set, is_url
+from clip_cid.errors import ConfigError, DataError
+
+SPLITS = ("train", "val", "test")
+DIGITS = "builtin:digits"
+
+_DIGIT_PROMPTS = ('a photo of the number: "{c}".', 'a low resolution photo of the digit "{c}".', "{c}")
+
+
+class MissingSetError(DataError):
+    """The set is not there at all; an evaluation of several sets goes on without it."""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A labelled set with its class names, its prompts and the metric its scores are given in."""
+
+    name: str
+    where: str
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    """Prompts with `{c}` for the class name; empty when the set came without any."""
+    metric: MetricName
+    splits: dict[str, LabelledImages]
+    task: str | None = None
+    """Its key in the table; None for a set of the user's own."""
+    variant: str = ""
+    """How it differs from what CLIP measured, in words; empty where it does not."""
+    folds: tuple[Int[np.ndarray, " rows"], ...] | None = None
+    """Rows of `train` that are trained on together: one probe each, and the score is their mean (STL10)."""
+    superset_classes: Int[np.ndarray, " classes"] | None = None
+    """Of a set of some of ImageNet's classes, which of the 1,000 they are: ImageNet's accuracy on these compares with the
+    set's. One a class, in label order; ObjectNet's 113 classes are 125 of ImageNet's, in ImageNet's order."""
+    class_keys: tuple[str, ...] = ()
+    """The set's own label of each class: a folder, a WordNet id, a number."""
+
+    def split(self, name: str) -> LabelledImages:
+        """The images of `train`, `val` or `test`.
+
+        Raises:
+            DataError: The set has no such split.
+        """
+        if name not in self.splits:
+            raise DataError(
+                f"{self.where}: the set {self.name} has no {name} split, only {', '.join(self.splits)}.",
+                fix=f"Add the folder {Path(self.where) / name}, or leave out what needs it.",
+            )
+        return self.splits[name]
+
+    def prompts(self, label: int) -> list[str]:
+        """Every template filled with the name of class `label`.
+
+        Raises:
+            DataError: The set came without templates; none is made up, since scores depend on them.
+        """
+        if not self.templates:
+            raise DataError(
+                f"{self.where}: the set {self.name} has no prompts, which zero-shot needs.",
+                fix=f"Write one template a line, such as `a photo of a {{c}}.`, to {self._template_file()}.",
+            )
+        return [template.replace("{c}", self.class_names[label]) for template in self.templates]
+
+    def _template_file(self) -> Path:
+        root = Path(self.where)
+        return root / (tars.TEMPLATES if (root / tars.CLASSES).exists() else folders.TEMPLATES)
+
+
+def open_set(
+    name: str, where: str, *, max_pixels: int, splits: Sequence[str] = SPLITS, cache_dir: Path | None = None
+) -> EvaluationSet:
+    """Index and check a labelled set.
+
+    Args:
+        name: What the recipe calls it; one of the names in the table says which set it is (`find_task`).
+        where: `builtin:digits`, a folder in one of the layouts of docs/evaluation_sets.md, or the URL of one with tars.
+        max_pixels: An image that claims more pixels is refused when it is decoded.
+        splits: Open these only, where they exist; `test` must.
+        cache_dir: Where a set behind a URL is kept; ~/.cache/clip_cid when absent.
+
+    Raises:
+        MissingSetError: There is nothing at `where`.
+        DataError: The layout is not known, or the set contradicts itself or the table: classes, labels, shards, empty or
+            cut files.
+        ConfigError: No such built-in set.
+    """
+    wanted = tuple(split for split in SPLITS if split in splits)
+    if where.startswith("builtin:"):
+        opened = _open_digits(name, where)
+    else:
+        task = find_task(name)
+        root = fetch_set(where, wanted, cache_dir) if is_url(where) else Path(where)
+        if not root.is_dir():
+            raise MissingSetError(f"evaluate.sets.{name}: nothing at {root}.", fix=_layouts(task, root))
+        asked = Asked(name, root, task, wanted, max_pixels)
+        found = _read(asked)
+        opened = _own_set(asked, found) if task is None else _task_set(asked, task, found)
+    _check_classes(opened)
+    return opened
+
+
+def _layouts(task: Task | None, root: Path) -> str:
+    any_set = (
+        f"{root}/{{train,test}}/0.tar with classnames.txt and nshards.txt (CLIP_benchmark's layout), "
+        f"or {root}/{{train,test}}/CLASS/IMAGE.jpg"
+    )
+    if task is None:
+        return f"Put the set there: {any_set}."
+    return f"Put {task.title} there: {root}/{task.layout}; or {any_set}. Where to get it: {task.where}."
+
+
+def _read(asked: Asked) -> Found:
+    own = () if asked.task is None else tuple(READERS[name] for name in asked.task.readers)
+    for reader in (*own, *ANY_SET):
+        found = reader(asked)
+        if found is not None and "test" in found.splits:
+            return found
+    raise DataError(
+        f"{asked.root}: the set {asked.name} has no test split in a layout that is known.",
+        fix=_layouts(asked.task, asked.root),
+    )
+
+
+def _own_set(asked: Asked, found: Found) -> EvaluationSet:
+    return EvaluationSet(
+        name=asked.name,
+        where=str(asked.root),
+        class_names=found.names or found.classes,
+        templates=found.templates,
+        metric=metric_of(asked.name),
+        splits=found.splits,
+        class_keys=found.classes,
+    )
+
+
+def _task_set(asked: Asked, task: Task, found: Found) -> EvaluationSet:
+    """The table's class names by the set's own labels, whatever their order in the files; prompts that lie beside win."""
+    prompts = load_prompts(task.prompts)
+    keys = match_keys(task, found.classes, str(asked.root))
+    notes = [*found.notes, _counted(asked, task, found), *_folds_note(task, found)]
+    if found.templates and found.templates != prompts.templates:
+        notes.append(f"{len(found.templates)} prompts of its own, not CLIP's {len(prompts.templates)}")
+    variant = "; ".join(note for note in notes if note)
+    if variant:
+        log.info(f"{asked.name}: {variant}")
+    return EvaluationSet(
+        name=asked.name,
+        where=str(asked.root),
+        class_names=tuple(prompts.names[key] for key in keys),
+        templates=found.templates or prompts.templates,
+        metric=task.metric,
+        splits={split: cropped(part, task.crop) for split, part in found.splits.items()},
+        task=task.key,
+        variant=variant,
+        folds=found.folds,
+        superset_classes=_superset(prompts, keys),
+        class_keys=tuple(keys),
+    )
+
+
+def _superset(prompts: Prompts, keys: list[str]) -> Int[np.ndarray, " classes"] | None:
+    if prompts.superset is None:
+        return None
+    if len(prompts.superset) != len(keys):
+        return np.array(prompts.superset, dtype=np.int64)
+    position = dict(zip(prompts.names, prompts.superset, strict=True))
+    return np.array([position[key] for key in keys], dtype=np.int64)
+
+
+def _counted(asked: Asked, task: Task, found: Found) -> str:
+    """What to call the numbers of images, empty when they are CLIP's; validation images are to train on."""
+    test = len(found.splits["test"])
+    training = [len(found.splits[split]) for split in ("train", "val") if split in found.splits]
+    train = sum(training) if "train" in found.splits else None
+    expected = sum(task.counts.get(split, 0) for split in ("train", "val") if asked.wants(split))
+    if test == task.counts["test"] and train in (None, expected):
+        return ""
+    for variant in task.variants:
+        if variant.train is None and train == test == variant.test:
+            raise DataError(
+                f"{asked.root}: train and test have {test:,} images each, which is all there are: a probe would be tested "
+                "on what it was trained on.",
+                fix=f"Leave the train split out for zero-shot alone, or lay {task.title} out as {task.layout}.",
+            )
+        if test == variant.test and (train is None or train == variant.train):
+            return variant.words
+    words = f"{test:,} test images, CLIP used {task.counts['test']:,}"
+    if train is not None:
+        words = f"{train:,} training and {test:,} test images, CLIP used {expected:,} and {task.counts['test']:,}"
+    log.warn(f"{asked.name}: {words}; scores do not compare with published ones. {_known_counts(task)}")
+    return words
+
+
+def _known_counts(task: Task) -> str:
+    known = [f"{variant.test:,} test images ({variant.words})" for variant in task.variants if variant.words]
+    return f"Also known: {'; '.join(known)}." if known else "No other counts are known."
+
+
+def _folds_note(task: Task, found: Found) -> list[str]:
+    if task.folds is None or found.folds is not None or "train" not in found.splits:
+        return []
+    return [f"one probe on all {len(found.splits['train']):,} training images, not the mean of {task.folds} folds"]
+
+
+def _check_classes(opened: EvaluationSet) -> None:
+    """Labels and class names say the same, no split is empty, and nothing is tested that is not trained."""
+    count = len(opened.class_names)
+    if count < 2:
+        raise DataError(f"{opened.where}: only {count} class.", fix="There is nothing to tell apart with fewer than 2.")
+    for part in opened.splits.values():
+        _check_labels(part, count, opened.where)
+    classes = {name: set(part.labels.tolist()) for name, part in opened.splits.items()}
+    if "train" in classes:
+        _check_trained(opened, classes)
+    untested = sorted(set(range(count)) - classes["test"])
+    if untested:
+        log.warn(
+            f"{opened.name}: {len(untested)} of {count} classes have no test image ({_few(opened, untested)}); "
+            f"means per class are over the other {count - len(untested)}."
+        )
+
+
+def _check_labels(part: LabelledImages, count: int, where: str) -> None:
+    if len(part) == 0:
+        raise DataError(f"{part.title}: the split has no image.", fix=f"Look at {where}.")
+    outside = np.flatnonzero((part.labels < 0) | (part.labels >= count))
+    if len(outside):
+        row = int(outside[0])
+        raise DataError(
+            f"{part.name(row)}: label {part.labels[row]}, but {where} names {count} classes (0 to {count - 1}); "
+            f"{len(outside):,} of {len(part):,} labels are outside.",
+            fix="Labels count from 0 in the order of classnames.txt; mend whichever is wrong.",
+        )
+
+
+def _check_trained(opened: EvaluationSet, classes: dict[str, set[int]]) -> None:
+    count, seen = len(opened.class_names), set[int]().union(*classes.values())
+    if unseen := sorted(set(range(count)) - seen):
+        raise DataError(
+            f"{opened.where}: {count} class names but images of {len(seen)} classes; none of {_few(opened, unseen)}.",
+            fix="Make classnames.txt and the labels agree: scores of a shifted list of names mean nothing.",
+        )
+    for name, found in classes.items():
+        if untrained := sorted(found - classes["train"]):
+            raise DataError(
+                f"{opened.splits[name].title}: {len(untrained)} classes have {name} images but no training image "
+                f"({_few(opened, untrained)}).",
+                fix="Complete the train split, or leave it out: the set is then measured zero-shot only.",
+            )
+
+
+def _few(opened: EvaluationSet, labels: list[int]) -> str:
+    """The first three class names, for a message."""
+    return few([opened.class_names[label] for label in labels])
+
+
+# --- scikit-learn's digits ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _DigitImages:
+    pixels: UInt8[np.ndarray, "images 8 8"]
+    split: str
+
+    def name(self, row: int) -> str:
+        return f"{DIGITS} {self.split} image {row}"
+
+    def load(self, row: int) -> Image.Image:
+        return Image.fromarray(self.pixels[row]).resize((64, 64), Image.Resampling.BICUBIC).convert("RGB")
+
+
+def _open_digits(name: str, where: str) -> EvaluationSet:
+    """1,797 handwritten digits of 8 x 8 grey pixels, shown at 64 x 64: 898 to train on, 899 to test on.
+
+    The split is drawn once, stratified, with scikit-learn's seed 0, and never changes. The prompts are the ones CLIP used
+    for MNIST and two more.
+    """
+    if where != DIGITS:
+        raise ConfigError(f"evaluate.sets.{name}: no built-in set {where!r}.", fix=f"There is {DIGITS}.")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import StratifiedShuffleSplit
+
+    grey, target = load_digits(return_X_y=True)  # 0 to 16
+    pixels = np.round(grey.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    labels = target.astype(np.int64)
+    train, test = next(StratifiedShuffleSplit(1, test_size=0.5, random_state=0).split(labels, labels))
+    splits = {
+        split: LabelledImages(f"{name}/{split}", labels[rows], f"{DIGITS}-{split}-1", _DigitImages(pixels[rows], split))
+        for split, rows in (("train", train), ("test", test))
+    }
+    classes = tuple("0123456789")
+    return EvaluationSet(name, where, classes, _DIGIT_PROMPTS, metric_of(name), splits, class_keys=classes)

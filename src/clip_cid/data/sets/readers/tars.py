@@ -1,0 +1,116 @@
+"""CLIP_benchmark's WebDataset folders: {train,val,test}/0.tar, 1.tar, ... of images and class numbers."""
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from clip_cid.data.pairs.tars import plain_files
+from clip_cid.data.sets.labelled_images import IMAGE_TYPES, LabelledImages, Member, TarImages, fingerprint
+from clip_cid.data.sets.readers.reading import Asked, Found, lines
+from clip_cid.errors import DataError
+
+CLASSES, TEMPLATES, SHARDS = "classnames.txt", "zeroshot_classification_templates.txt", "nshards.txt"
+
+
+def read_tars(asked: Asked) -> Found | None:
+    """Class names and templates lie beside the splits; labels count from 0 in the order of the class names."""
+    root = asked.root
+    present = [split for split in asked.splits if (root / split).is_dir()]
+    if not (root / CLASSES).exists() and not any((root / split / SHARDS).exists() for split in present):
+        return None
+    classes = lines(root / CLASSES)
+    splits = {split: _split(asked, root / split, split) for split in present}
+    return Found(classes, splits, templates=read_templates(root / TEMPLATES))
+
+
+def read_templates(path: Path) -> tuple[str, ...]:
+    """The prompts of a set; none when the file is absent.
+
+    Raises:
+        DataError: A line has no `{c}`.
+    """
+    if not path.exists():
+        return ()
+    templates = lines(path)
+    for number, template in enumerate(templates, start=1):
+        if "{c}" not in template:
+            raise DataError(
+                f"{path}: line {number} has no {{c}} for the class name: {template!r}.",
+                fix="Write {c} where it belongs.",
+            )
+    return templates
+
+
+def _split(asked: Asked, folder: Path, split: str) -> LabelledImages:
+    tars = _shards(folder)
+    tar_of: list[int] = []
+    members: list[Member] = []
+    keys: list[str] = []
+    labels: list[int] = []
+    for number, tar in enumerate(tars):
+        for key, image, label in _samples(tar):
+            tar_of.append(number)
+            members.append(image)
+            keys.append(key)
+            labels.append(label)
+    images = TarImages(tars, np.array(tar_of, dtype=np.int32), tuple(members), tuple(keys), asked.max_pixels)
+    mark = fingerprint(folder, [tar.name for tar in tars])
+    return LabelledImages(asked.title(split), np.array(labels, dtype=np.int64), mark, images)
+
+
+def shard_count(folder: Path) -> int:
+    """How many tars nshards.txt says a split has."""
+    (text, *more) = lines(folder / SHARDS)
+    if more or not text.isdecimal() or int(text) < 1:
+        raise DataError(f"{folder / SHARDS}: {text!r} is not a number of tars.", fix="Write that number alone.")
+    return int(text)
+
+
+def _shards(folder: Path) -> tuple[Path, ...]:
+    """0.tar, 1.tar, ...: exactly as many as nshards.txt says."""
+    count = shard_count(folder)
+    expected = {f"{number}.tar" for number in range(count)}
+    found = {path.name for path in folder.glob("*.tar")}
+    if expected != found:
+        wrong = [f"{tar} is missing" for tar in sorted(expected - found)] + [
+            f"{tar} is extra" for tar in sorted(found - expected)
+        ]
+        raise DataError(
+            f"{folder}: nshards.txt says {count}, but there are {len(found)} tars ({', '.join(wrong[:3])}).",
+            fix="Copy the missing tars again, or correct nshards.txt.",
+        )
+    return tuple(folder / f"{number}.tar" for number in range(count))
+
+
+def _samples(path: Path) -> list[tuple[str, Member, int]]:
+    """Key, image member and label of every sample of one tar, in tar order."""
+    images: dict[str, Member] = {}
+    labels: dict[str, Member] = {}
+    for member in plain_files(path, str(path)):
+        folder, _, file = member.name.removeprefix("./").rpartition("/")
+        stem, _, suffix = file.partition(".")
+        key = f"{folder}/{stem}" if folder else stem
+        kind = images if suffix.lower() in IMAGE_TYPES else labels if suffix == "cls" else None
+        if kind is None:
+            continue  # side files, such as the .json of some exports
+        if key in kind:
+            raise DataError(f"{path}: two samples have the key {key}.", fix="Make the keys unique.")
+        kind[key] = Member(member.offset_data, member.size)
+    if images.keys() != labels.keys():
+        odd = sorted(images.keys() ^ labels.keys())
+        lacks = "a label (.cls)" if odd[0] in images else "an image (.jpg, .png or .webp)"
+        raise DataError(
+            f"{path}: {len(odd)} of {len(images.keys() | labels.keys())} samples are not whole; {odd[0]} lacks {lacks}.",
+            fix="Export the set again.",
+        )
+    with open(path, "rb") as tar:
+        return [(key, image, _label(tar, labels[key], path, key)) for key, image in images.items()]
+
+
+def _label(tar: BinaryIO, member: Member, path: Path, key: str) -> int:
+    tar.seek(member.offset)
+    text = tar.read(member.size).decode("ascii", errors="replace").strip()
+    if not text.isdecimal():
+        raise DataError(f"{path}: {key}.cls holds {text[:20]!r}, not a class number.", fix="Export the set again.")
+    return int(text)

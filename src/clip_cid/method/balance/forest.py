@@ -1,0 +1,138 @@
+"""The minimum spanning forest of near pairs: one pass over the data, and every smaller threshold is answered from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import minimum_spanning_tree
+
+from clip_cid.method.balance.union_find import UnionFind
+
+
+class Links(NamedTuple):
+    """Pairs of rows, left < right, with their squared Euclidean distances; the same pair may come more than once."""
+
+    left: np.ndarray
+    right: np.ndarray
+    squared: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Forest:
+    """What is left of all pairs of rows at `limit` or nearer; `balance_forest` in docs/method.md.
+
+    For every threshold up to `limit`, the rows joined by links at or below it are the sets that all pairs would give.
+    Links are ordered by distance, then by their rows, which makes the forest the only one there is.
+    """
+
+    rows: int
+    left: Int[np.ndarray, " links"]
+    """The lower row of each link, int64."""
+    right: Int[np.ndarray, " links"]
+    """The higher one, int64."""
+    squared: Float[np.ndarray, " links"]
+    """Squared Euclidean distances of the unit vectors, ascending, float64."""
+    limit: float
+    """The squared distance up to which pairs were looked at."""
+
+    def __post_init__(self) -> None:
+        if not len(self.left) == len(self.right) == len(self.squared):
+            raise ValueError(
+                f"left, right and squared must have one length, got {len(self.left)}, {len(self.right)} and"
+                f" {len(self.squared)}"
+            )
+        if not len(self.left):
+            return
+        if self.left.min() < 0 or self.right.max() >= self.rows or (self.left >= self.right).any():
+            raise ValueError(f"links must join rows 0 <= left < right < {self.rows}")
+        if not ((np.diff(self.squared) >= 0).all() and 0 <= self.squared[0] <= self.squared[-1] <= self.limit):
+            raise ValueError(f"squared must ascend from 0 to the limit {self.limit}")
+
+    def sets(self, squared: float) -> Int[np.ndarray, " rows"]:
+        """The set of each row at this squared threshold, int64; sets are numbered by their smallest rows.
+
+        Raises:
+            ValueError: The threshold is beyond `limit`.
+        """
+        joined = UnionFind(self.rows)
+        links = self.links(squared)
+        joined.union(self.left[:links], self.right[:links])
+        return joined.labels()
+
+    def links(self, squared: float) -> int:
+        """How many links hold at this squared threshold: each of them removes one row.
+
+        Raises:
+            ValueError: The threshold is beyond `limit`.
+        """
+        if squared > self.limit:
+            raise ValueError(f"squared must be at most the forest's limit {self.limit:.6g}, got {squared:.6g}")
+        return int(np.searchsorted(self.squared, squared, side="right"))
+
+    def removed_share(self, squared: float) -> float:
+        """The share of rows that balance removes at this squared threshold, exactly."""
+        return self.links(squared) / self.rows
+
+    def squared_for(self, share: float) -> float:
+        """The smallest squared threshold that removes at least this share of the rows.
+
+        Raises:
+            ValueError: No threshold up to `limit` removes so much; or `share` is not in (0, 1).
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"share must be above 0 and below 1, got {share}")
+        needed = max(1, int(np.ceil(share * self.rows - 1e-9)))
+        if needed > len(self.squared):
+            raise ValueError(
+                f"share must be at most {len(self.squared) / self.rows:.4f}, which the largest distance looked at removes,"
+                f" got {share}"
+            )
+        return float(self.squared[needed - 1])
+
+
+def whole_forest(rows: int, links: Links, limit: float) -> Forest:
+    """The forest of all near pairs, from links of which the pairs at distance 0 may be others of the same connected rows.
+
+    Rows that are equal are all at 0 from each other, so the forest joins each of them to the lowest.
+    """
+    left, right, squared = spanning_links(links)
+    equal = int(np.searchsorted(squared, 0.0, side="right"))
+    same, places = np.unique(np.concatenate([left[:equal], right[:equal]]), return_inverse=True)
+    joined = UnionFind(len(same))
+    joined.union(places[:equal], places[equal:])
+    _, first, number = np.unique(joined.labels(), return_index=True, return_inverse=True)
+    lowest = same[first][number]
+    others = lowest != same
+    order = np.lexsort((same[others], lowest[others]))
+    left = np.concatenate([lowest[others][order], left[equal:]])
+    return Forest(rows, left, np.concatenate([same[others][order], right[equal:]]), squared, limit)
+
+
+def spanning_links(links: Links) -> Links:
+    """The links of the minimum spanning forest under the order (squared, left, right), in that order."""
+    left, right, squared = links
+    order = np.lexsort((right, left, squared))
+    again = np.zeros(len(order), dtype=bool)  # one pair has one distance, so repeats are adjacent
+    again[1:] = (left[order[1:]] == left[order[:-1]]) & (right[order[1:]] == right[order[:-1]])
+    order = order[~again]
+    order = order[_tree_edges(left[order], right[order])]
+    return Links(left[order], right[order], squared[order])
+
+
+def join_links(parts: Sequence[Links]) -> Links:
+    """All links of the parts."""
+    none = Links(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))
+    return Links(*(np.concatenate(column) for column in zip(none, *parts, strict=True)))
+
+
+def _tree_edges(left: Int[np.ndarray, " pairs"], right: Int[np.ndarray, " pairs"]) -> Int[np.ndarray, " links"]:
+    """Which of the pairs, given in ascending order of weight, a minimum spanning forest keeps."""
+    nodes, ends = np.unique(np.concatenate([left, right]), return_inverse=True)
+    tails, heads = ends.reshape(2, -1)
+    # Ranks from 1, not distances: scipy takes a weight of 0 for no edge, which would lose every exact duplicate.
+    ranks = np.arange(1, len(left) + 1, dtype=np.float64)
+    graph = coo_matrix((ranks, (tails, heads)), shape=(len(nodes), len(nodes))).tocsr()
+    return np.sort(minimum_spanning_tree(graph, overwrite=True).data).astype(np.int64) - 1

@@ -1,0 +1,292 @@
+"""Why each removed image was removed: how far it is from the one kept for it, and what holds its set together."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from clip_cid.method.balance.forest import Forest
+from clip_cid.method.distances import from_squared
+from clip_cid.method.unit_rows import UnitRows
+
+EXACT_SIZE = 4096
+"""Every pair of a group of at most this many rows is compared."""
+GIANT_SHARE, GIANT_ROWS, GIANT_BEYOND = 1e-3, 100, 0.1
+"""A set is a giant beyond this share of all rows and from this size, when this share of it is farther than the threshold."""
+
+_CELLS = 1 << 22  # numbers in a temporary array: 32 MB
+_SWEEPS = 8  # two or three are enough nearly always; each one reads the group again
+_TOP = 10
+_QUANTILES = (0.5, 0.9, 0.99)
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Every group of two or more rows, and each of their rows. All distances are squared Euclidean ones of unit vectors."""
+
+    group: Int[np.ndarray, " groups"]
+    """Which of the kept rows each group belongs to, ascending: its number in `set_of`."""
+    kept: Int[np.ndarray, " groups"]
+    """The kept row."""
+    size: Int[np.ndarray, " groups"]
+    component: Int[np.ndarray, " groups"]
+    """The connected set the group lies in: equal for the groups that share one; as numbered by `Forest.sets`."""
+    component_size: Int[np.ndarray, " groups"]
+    farthest: Float[np.ndarray, " groups"]
+    """From the kept row to the farthest other one."""
+    widest: Float[np.ndarray, " groups"]
+    """Between the two rows that are farthest apart; a pair at that distance is always there."""
+    widest_exact: Bool[np.ndarray, " groups"]
+    """No pair is farther apart. False for groups above `EXACT_SIZE`, whose pairs were not all looked at."""
+    weakest: Float[np.ndarray, " groups"]
+    """The longest link of the connected set's spanning tree: below this threshold the set falls apart."""
+    weakest_left: Int[np.ndarray, " groups"]
+    weakest_right: Int[np.ndarray, " groups"]
+    row: Int[np.ndarray, " members"]
+    """Every row of these groups, group by group, ascending within each."""
+    owner: Int[np.ndarray, " members"]
+    """The place of the row's group in the arrays above."""
+    to_kept: Float[np.ndarray, " members"]
+    """From the row to the kept one of its group, which is at 0 itself."""
+
+    @property
+    def removed(self) -> Bool[np.ndarray, " members"]:
+        """Which of the members were removed."""
+        return self.row != self.kept[self.owner]
+
+    def with_rows(self, rows: Int[np.ndarray, " rows"]) -> "Explanation":
+        """The same with row i called `rows[i]`, as when only some rows of a store were balanced."""
+        names = ("kept", "weakest_left", "weakest_right", "row")
+        return replace(self, **{name: rows[getattr(self, name)] for name in names})
+
+    def set_columns(self, metric: str) -> dict[str, np.ndarray]:
+        """One line a group, distances on this scale; `mean` is over the removed rows."""
+        removed = self.removed
+        to_kept = from_squared(self.to_kept[removed], metric)
+        return {
+            "set": self.group,
+            "kept_row": self.kept,
+            "size": self.size,
+            "component": self.component,
+            "component_size": self.component_size,
+            "farthest": from_squared(self.farthest, metric),
+            "mean": np.bincount(self.owner[removed], to_kept, len(self.group)) / (self.size - 1),
+            "widest": from_squared(self.widest, metric),
+            "widest_exact": self.widest_exact,
+            "weakest_link": from_squared(self.weakest, metric),
+            "weakest_left": self.weakest_left,
+            "weakest_right": self.weakest_right,
+        }
+
+    def member_columns(self, metric: str) -> dict[str, np.ndarray]:
+        """One line a member, distances on this scale."""
+        distance = from_squared(self.to_kept, metric)
+        return {"row": self.row, "set": self.group[self.owner], "kept": ~self.removed, "distance": distance}
+
+
+def explain(
+    images: UnitRows,
+    kept: Int[np.ndarray, " kept"],
+    set_of: Int[np.ndarray, " rows"],
+    forest: Forest,
+    squared: float,
+    *,
+    on_progress: Callable[[int], Any] | None = None,
+) -> Explanation:
+    """Measure every group of two or more rows.
+
+    A group is what one kept row stands for: the whole connected set, or the part of it that is nearest when a set is
+    divided among several kept rows.
+
+    Args:
+        images: The rows that were balanced.
+        kept: Ascending.
+        set_of: For each row, the place in `kept` of the row kept for it.
+        forest: Of the same rows.
+        squared: The threshold, a squared distance up to the forest's limit.
+        on_progress: Called with the number of removed rows measured since the last call; in all, rows less kept.
+
+    Raises:
+        ValueError: The arguments do not belong to each other.
+    """
+    _check(len(images), kept, set_of, forest)
+    component_of = forest.sets(squared)
+    if (component_of != component_of[kept[set_of]]).any():
+        row = int(np.flatnonzero(component_of != component_of[kept[set_of]])[0])
+        raise ValueError(f"forest must join each row to the one kept for it at squared {squared:.6g}, not so row {row}")
+    all_sizes = np.bincount(set_of, minlength=len(kept))
+    group = np.flatnonzero(all_sizes > 1)
+    by_set = np.argsort(set_of, kind="stable")
+    row = by_set[all_sizes[set_of[by_set]] > 1]
+    size = all_sizes[group]
+    owner = np.repeat(np.arange(len(group)), size)
+    to_kept, widest = np.empty(len(row)), np.empty(len(group))
+    kept_place = np.flatnonzero(row == kept[set_of[row]])
+    for some, members in _batches(size, images.dim):
+        width = members.shape[1]
+        if width > EXACT_SIZE:
+            for one, own in zip(some.tolist(), members, strict=True):
+                to_kept[own], widest[one] = _sweep(images, row[own], int(kept[group[one]]))
+        else:
+            vectors = images[row[members].ravel()].reshape(*members.shape, images.dim)
+            of_kept = vectors[np.arange(len(some)), kept_place[some] - members[:, 0]]
+            to_kept[members] = _squared_distances(vectors, of_kept[:, None])
+            widest[some] = to_kept[members].max(axis=1) if width == 2 else _widest(vectors)
+        if on_progress is not None:
+            on_progress(len(some) * (width - 1))
+    farthest = np.maximum.reduceat(to_kept, np.cumsum(size) - size) if len(group) else np.empty(0)
+    component = component_of[kept[group]]
+    links = forest.links(squared)
+    last_link = np.full(int(component_of.max()) + 1, -1)
+    last_link[component_of[forest.left[:links]]] = np.arange(links)  # links ascend, and the last one written stays
+    weakest = last_link[component]
+    return Explanation(
+        group=group,
+        kept=kept[group],
+        size=size,
+        component=component,
+        component_size=np.bincount(component_of)[component],
+        farthest=farthest,
+        widest=np.maximum(widest, farthest),  # two ways to round one distance must not contradict each other
+        widest_exact=size <= EXACT_SIZE,
+        weakest=forest.squared[weakest],
+        weakest_left=forest.left[weakest],
+        weakest_right=forest.right[weakest],
+        row=row,
+        owner=owner,
+        to_kept=to_kept,
+    )
+
+
+def chain_summary(explanation: Explanation, *, rows: int, squared: float, metric: str) -> dict[str, Any]:
+    """How much chaining there is: a set joined link by link may hold rows that are far apart.
+
+    Args:
+        explanation: Of all sets.
+        rows: How many rows were balanced.
+        squared: The threshold, a squared distance.
+        metric: The scale of the distances in the answer.
+
+    Returns:
+        `beyond_threshold_share` of the removed rows, quantiles of their `distance` to the kept row (empty when none was
+        removed), the `largest` set, the `top_sizes`, and the `giants`, largest first.
+    """
+    to_kept = explanation.to_kept[explanation.removed]
+    distances = from_squared(to_kept, metric)
+    quantiles = {f"{share:g}": float(np.quantile(distances, share)) for share in _QUANTILES if len(distances)}
+    return {
+        "beyond_threshold_share": float((to_kept > squared).mean()) if len(to_kept) else 0.0,
+        "distance": quantiles | ({"max": float(distances.max())} if len(distances) else {}),
+        "largest": int(explanation.size.max(initial=1)),
+        "top_sizes": np.sort(explanation.size)[::-1][:_TOP].tolist(),
+        "giants": _giants(explanation, rows, squared, metric),
+    }
+
+
+def giant_warning(chains: dict[str, Any], *, metric: str, threshold: float) -> str | None:
+    """What to tell the user of the giants in a chain summary; None when there is none."""
+    if not chains["giants"]:
+        return None
+    first = chains["giants"][0]
+    number = len(chains["giants"])
+    return (
+        f"{number} set{'s' if number > 1 else ''} of chained images: the largest has {first['size']:,} images"
+        f" ({100 * first['share_of_rows']:.1f} % of all), and {100 * first['beyond_threshold_share']:.0f} % of those"
+        f" removed are farther than {threshold:g} from the kept one (up to {first['farthest']:.3g},"
+        f" {metric.replace('_', ' ')})"
+    )
+
+
+def _check(rows: int, kept: Int[np.ndarray, " kept"], set_of: Int[np.ndarray, " rows"], forest: Forest) -> None:
+    if len(set_of) != rows or forest.rows != rows:
+        raise ValueError(f"set_of and forest must be of {rows} rows, got {len(set_of)} and {forest.rows}")
+    if set_of.min() < 0 or set_of.max() >= len(kept):
+        raise ValueError(f"set_of must be 0 to {len(kept) - 1}, got {set_of.min()} to {set_of.max()}")
+    if kept.min() < 0 or kept.max() >= rows or (set_of[kept] != np.arange(len(kept))).any():
+        raise ValueError("kept must hold one row of each set, in the order of the sets")
+
+
+def _batches(
+    sizes: Int[np.ndarray, " groups"], dim: int
+) -> Iterator[tuple[Int[np.ndarray, " some"], Int[np.ndarray, "some size"]]]:
+    """Groups of equal size that fit into memory together, and where their members are listed."""
+    starts = np.cumsum(sizes) - sizes
+    by_size = np.argsort(sizes, kind="stable")
+    sorted_sizes = sizes[by_size]
+    edges = np.flatnonzero(np.diff(sorted_sizes, prepend=0, append=0))
+    for first, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        size = int(sorted_sizes[first])
+        at_once = max(1, _CELLS // dim // size)
+        for start in range(first, stop, at_once):
+            some = by_size[start : min(start + at_once, stop)]
+            yield some, starts[some][:, None] + np.arange(size)
+
+
+def _widest(vectors: Float[np.ndarray, "some size dim"]) -> Float[np.ndarray, " some"]:
+    """The largest distance between two rows of each group: found by the cosines, measured by the difference."""
+    some, size, _ = vectors.shape
+    each = np.arange(some)
+    widest = np.zeros(some)
+    step = max(1, _CELLS // some // size)
+    for start in range(0, size, step):
+        left, right = vectors[:, start : start + step], vectors[:, start:]  # the rest of the matrix is its mirror image
+        cosines = left @ right.transpose(0, 2, 1)
+        i, j = np.divmod(cosines.reshape(some, -1).argmin(axis=1), right.shape[1])
+        np.maximum(widest, _squared_distances(left[each, i], right[each, j]), out=widest)
+    return widest
+
+
+def _sweep(images: UnitRows, rows: Int[np.ndarray, " size"], kept: int) -> tuple[Float[np.ndarray, " size"], float]:
+    """Distances to the kept row, and a lower bound of the widest pair, of a group too large to compare all pairs.
+
+    From the kept row to the row farthest from it, from that one to the one farthest from it, and so on while it helps.
+    In Euclidean terms the bound is at least half of the widest distance.
+    """
+    to_kept = _distances_to(images, rows, kept)
+    widest, at = float(to_kept.max()), int(to_kept.argmax())
+    for _ in range(_SWEEPS):
+        distances = _distances_to(images, rows, int(rows[at]))
+        if distances.max() <= widest:
+            break
+        widest, at = float(distances.max()), int(distances.argmax())
+    return to_kept, widest
+
+
+def _distances_to(images: UnitRows, rows: Int[np.ndarray, " size"], one: int) -> Float[np.ndarray, " size"]:
+    origin = images[np.array([one])]
+    distances = np.empty(len(rows))
+    portion = max(1, _CELLS // images.dim)
+    for start in range(0, len(rows), portion):
+        some = slice(start, start + portion)
+        distances[some] = _squared_distances(images[rows[some]], origin)
+    return distances
+
+
+def _squared_distances(
+    left: Float[np.ndarray, "*left dim"], right: Float[np.ndarray, "*right dim"]
+) -> Float[np.ndarray, "*left"]:
+    """From the differences, not from 1 - cos: equal rows are at exactly 0, and rounding is relative to the distance."""
+    difference = left - right
+    difference *= difference
+    return difference.sum(axis=-1)
+
+
+def _giants(explanation: Explanation, rows: int, squared: float, metric: str) -> list[dict[str, Any]]:
+    beyond = np.bincount(explanation.owner[explanation.to_kept > squared], minlength=len(explanation.group))
+    share = beyond / np.maximum(explanation.size - 1, 1)
+    size = explanation.size
+    found = np.flatnonzero((size > GIANT_SHARE * rows) & (size >= GIANT_ROWS) & (share >= GIANT_BEYOND))
+    largest = found[np.argsort(-size[found], kind="stable")]
+    return [
+        {
+            "set": int(explanation.group[at]),
+            "size": int(size[at]),
+            "share_of_rows": float(size[at] / rows),
+            "beyond_threshold_share": float(share[at]),
+            "farthest": float(from_squared(explanation.farthest[at : at + 1], metric)[0]),
+            "widest": float(from_squared(explanation.widest[at : at + 1], metric)[0]),
+        }
+        for at in largest.tolist()
+    ]

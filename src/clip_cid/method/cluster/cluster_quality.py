@@ -1,0 +1,150 @@
+"""What clusters are worth without knowing their names: how alike their rows are, and how clearly each belongs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Float64, Int
+
+from clip_cid.method.unit_rows import BLOCK_ROWS, Rows, UnitRows
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+_SAMPLE = 10_000
+_CELLS = 1 << 31  # products of the sample with all centers: of a million centers a sample of some two thousand
+_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Cosines between rows of one cluster and between any rows, and how much nearer the own center is than the next."""
+
+    within_cosine: float | None
+    """Mean over all pairs of two rows of one cluster; None where every cluster has one row."""
+    all_pairs_cosine: float | None
+    """Mean over all pairs of two rows."""
+    margins: Float64[np.ndarray, " sample"]
+    """Cosine with the own center less the greatest with another; of a sample of the rows. Empty for a single center."""
+
+
+def cluster_quality(
+    embeddings: Rows, centers: Float[np.ndarray, "centers dim"], labels: Int[np.ndarray, " rows"], *, seed: int = 0
+) -> Quality:
+    r"""A proxy of purity from two passes over the rows; `cluster_cosine` in docs/method.md.
+
+    .. math:: \frac{\sum_j (\|S_j\|^2 - n_j)}{\sum_j n_j (n_j - 1)}, \qquad S_j = \sum_{i: y_i = j} v_i
+
+    is the mean cosine of two different rows of one cluster, since |S_j|^2 sums the cosines of all its pairs and of each
+    row with itself; with one cluster for all rows it is the mean over all pairs. It needs O(rows) time and holds the
+    sums. The margins are of at most 10,000 rows drawn at random, fewer of more than 200,000 centers.
+
+    Raises:
+        ValueError: Labels are not of these rows and centers, or a row is zero or not finite.
+    """
+    rows = UnitRows(embeddings, name="embeddings", any_length=True)
+    if len(labels) != len(rows) or labels.min() < 0 or labels.max() >= len(centers):
+        raise ValueError(f"labels must be of {len(rows)} rows and {len(centers)} centers, got {len(labels)}")
+    within, overall = _mean_cosines(rows, labels, len(centers))
+    return Quality(within, overall, _margins(rows, centers, labels, seed))
+
+
+@dataclass(frozen=True)
+class Purity:
+    """How far clusters agree with classes that they were not made from."""
+
+    share: float
+    """Of the rows, those of the most frequent class of their cluster."""
+    shuffled: float
+    """The same where classes are dealt to the rows at random: what small clusters alone would give."""
+    rows: int
+    """Rows whose class is known; the others count nowhere."""
+    classes: int
+
+
+def purity(labels: Int[np.ndarray, " rows"], classes: Int[np.ndarray, " _"], *, seed: int = 0) -> Purity:
+    """Purity of clusters against known classes; `purity` in docs/method.md.
+
+    Args:
+        labels: The cluster of each row.
+        classes: The class of each row as a number; below 0 where it is not known.
+        seed: Of the shuffled classes.
+
+    Raises:
+        ValueError: The two are of different lengths, or no class is known.
+    """
+    if labels.shape != classes.shape:
+        raise ValueError(f"classes must have the shape {labels.shape} of labels, got {classes.shape}")
+    known = classes >= 0
+    if not known.any():
+        raise ValueError("classes must be known of some row, got none")
+    labels, classes = labels[known], classes[known]
+    mixed = np.random.default_rng([seed, 2]).permutation(classes)
+    return Purity(
+        share=_share_of_most_frequent(labels, classes),
+        shuffled=_share_of_most_frequent(labels, mixed),
+        rows=len(classes),
+        classes=len(np.unique(classes)),
+    )
+
+
+def size_quantiles(sizes: Int[np.ndarray, " clusters"]) -> dict[str, int]:
+    """Sizes at some shares of the clusters, smallest first, each the size of a cluster."""
+    values = np.quantile(sizes, QUANTILES, method="inverted_cdf")
+    return {f"{share:g}": int(value) for share, value in zip(QUANTILES, values, strict=True)}
+
+
+def margin_quantiles(margins: Float64[np.ndarray, " sample"]) -> dict[str, float]:
+    """Margins at the same shares of the sample; empty for a single center."""
+    if not len(margins):
+        return {}
+    return {f"{share:g}": float(np.quantile(margins, share)) for share in QUANTILES}
+
+
+def _share_of_most_frequent(labels: Int[np.ndarray, " rows"], classes: Int[np.ndarray, " rows"]) -> float:
+    width = int(classes.max()) + 1
+    cells, counts = np.unique(labels.astype(np.int64) * width + classes, return_counts=True)
+    starts = np.flatnonzero(np.diff(cells // width, prepend=-1))
+    return float(np.maximum.reduceat(counts, starts).sum() / len(labels))
+
+
+def _mean_cosines(
+    rows: UnitRows, labels: Int[np.ndarray, " rows"], num_centers: int
+) -> tuple[float | None, float | None]:
+    from clip_cid.method.cluster.block_kmeans import (
+        DirectionSums,  # torch, which this module's users load when they need it
+    )
+
+    sums = DirectionSums(num_centers, rows.dim)
+    for block in rows.blocks(BLOCK_ROWS):
+        unit = rows.float32(block)
+        sums.move(unit, np.full(len(unit), -1), labels[block])
+    squares, total = 0.0, np.zeros(rows.dim)
+    for some in sums.blocks():
+        block_sums = sums[some]
+        squares += float((block_sums * block_sums).sum())
+        total += block_sums.sum(axis=0)
+    sizes = sums.sizes.astype(np.float64)
+    own_pairs, pairs = float((sizes * (sizes - 1)).sum()), len(rows) * (len(rows) - 1.0)
+    return (
+        (squares - len(rows)) / own_pairs if own_pairs else None,
+        (float(total @ total) - len(rows)) / pairs if pairs else None,
+    )
+
+
+def _margins(
+    rows: UnitRows, centers: Float[np.ndarray, "centers dim"], labels: Int[np.ndarray, " rows"], seed: int
+) -> Float64[np.ndarray, " sample"]:
+    if len(centers) < 2:
+        return np.empty(0)
+    count = min(len(rows), _SAMPLE, max(1, _CELLS // len(centers)))
+    chosen = np.sort(np.random.default_rng([seed, 1]).choice(len(rows), size=count, replace=False))
+    found = np.empty(count)
+    for start in range(0, count, _BLOCK):
+        some = chosen[start : start + _BLOCK]
+        unit, own = rows[some].astype(np.float32), labels[some].astype(np.int64)
+        other = np.full(len(some), -np.inf, dtype=np.float32)
+        for first in range(0, len(centers), _BLOCK):
+            cosines = unit @ centers[first : first + _BLOCK].astype(np.float32).T
+            here = np.flatnonzero((own >= first) & (own < first + _BLOCK))
+            cosines[here, own[here] - first] = -np.inf
+            other = np.maximum(other, cosines.max(axis=1))
+        found[start : start + _BLOCK] = np.vecdot(unit, centers[own].astype(np.float32)) - other
+    return found

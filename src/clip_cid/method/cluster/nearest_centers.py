@@ -1,0 +1,290 @@
+"""The nearest center of each row at the speed of short products: codes nominate, float32 narrows down, float64 decides."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Generator
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Float64, Int
+
+from clip_cid.method.codes import LEVELS, ROUNDING, CodeType, Coding
+from clip_cid.method.products import int8_product, int8_products_are_right
+from clip_cid.method.unit_rows import FLOAT32_ERROR, UnitRows, product_error
+
+TIED = 1e-9  # centers nearer to equal than this are decided by their number, not by rounding
+BLOCK_ROWS = 1024
+_CENTER_BLOCK = 2048
+_PAIRS = 256  # both sides of so many pairs stay in the cache
+_PAYS_TO_TURN = 1.6  # times smaller steps, from which a turn costs less than the doubtful centers that it saves
+_PAYS_FROM = 96  # centers, from which int8 products save more than the codes of the rows cost
+_WORD = 8  # comparisons that are looked at together
+
+
+class CenterSearch:
+    r"""Finds the nearest of some centers; `shortlist_bound` in docs/method.md.
+
+    .. math:: | v \cdot c_j - s_v s\, q_v \cdot q_j | \le e_v \|c_j\| + (1 + e_v)\, e_j, \qquad e = \| x - s q \|
+
+    v is a row with code q_v, c_j a center less the mean center (which changes no comparison) with code q_j; each e is
+    measured. Where a few columns are much larger than the others, which would leave the codes of the others no levels,
+    all are turned first by an orthogonal matrix. A center further below the best product than twice this bound cannot
+    be the nearest. Those that are left are compared in float32, those that float32 cannot tell apart in float64, and of
+    those equal within 1e-9 the lowest is taken: the labels depend neither on the codes nor on blocks, threads or
+    device. They are decided on the CPU; the products are computed on `device`.
+
+    Args:
+        centers: (centers, dim), as unit rows.
+        device: Of the products.
+        kind: Of the codes; by default int8 on the CPU where its products are right and there are centers enough to pay
+            for the codes, else float32; float16 on other devices.
+    """
+
+    def __init__(self, centers: UnitRows, *, device: str = "cpu", kind: CodeType | None = None) -> None:
+        self._exact, self._device, self._block = centers, torch.device(device), _CENTER_BLOCK
+        self._kind: CodeType = kind if kind is not None else _fastest(self._device, len(centers))
+        self._float32 = np.empty((len(centers), centers.dim), dtype=np.float32)
+        total = np.zeros(centers.dim)
+        for some in centers.blocks(self._block):
+            unit = centers[some]
+            self._float32[some] = unit
+            total += unit.sum(axis=0)
+        self._encode_centers(total / len(centers))
+
+    def nearest(self, images: UnitRows, block: slice) -> tuple[Int[np.ndarray, " n"], Float32[np.ndarray, "n dim"]]:
+        """The nearest center of each row of a block, and the rows in float32."""
+        unit = images.float32(block)
+        rows, columns = self._shortlist(unit)
+        labels = np.empty(len(unit), dtype=np.int64)
+        labels[rows] = columns
+        rows, columns = _contested(rows, columns)
+        if len(rows):
+            values = dots(unit, rows, self._float32, columns)
+            left = values >= _best_of_row(values, rows) - np.float32(2 * _float32_error(images.dim) + TIED)
+            rows, columns = rows[left], columns[left]
+            labels[rows] = columns
+            rows, columns = _contested(rows, columns)
+        if len(rows):
+            here, place = np.unique(rows, return_inverse=True)
+            values = self._exact_dots(images[block.start + here], place, columns)
+            left = np.flatnonzero(values >= _best_of_row(values, rows) - TIED)[::-1]
+            labels[rows[left]] = columns[left]  # backwards, so that the lowest is written last
+        return labels, unit
+
+    def cosines(self, unit: Float64[np.ndarray, "n dim"], labels: Int[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+        """The exact cosine of each row with its center."""
+        return self._exact_dots(unit, np.arange(len(unit)), labels)
+
+    def _encode_centers(self, mean: Float64[np.ndarray, " dim"]) -> None:
+        """Codes of all centers in one step, the largest error of a code, and the greatest length."""
+        blocks = list(self._exact.blocks(self._block))
+        self._mean, self._turn = mean, None
+        largest, of_rows = self._largest(blocks)
+        if self._kind == "int8":
+            self._turn = _Turn(len(mean))
+            turned, turned_of_rows = self._largest(blocks)
+            if largest + of_rows < _PAYS_TO_TURN * (turned + turned_of_rows):
+                self._turn = None
+            else:
+                largest = turned
+        self._step = float(np.float32(largest / LEVELS)) or 1.0
+        self._codes: list[torch.Tensor] = []
+        self._error = self._length = 0.0
+        for some in blocks:
+            short = self._less_mean(some)
+            codes, missed = _encode(short, torch.tensor(self._step), self._kind)
+            self._codes.append(codes.to(self._device))
+            self._error = max(self._error, float(missed.max()))
+            self._length = max(self._length, float(torch.linalg.vector_norm(short, dim=1).max()))
+        self._product_error = Coding(self._kind, len(mean)).product_error
+
+    def _largest(self, blocks: list[slice]) -> tuple[float, float]:
+        """The largest number that a code has to hold: of the centers, and of rows like them on average."""
+        of_centers = max(float(self._less_mean(some).abs().max()) for some in blocks)
+        some = torch.from_numpy(self._float32[blocks[0]])
+        return of_centers, float(self._turned(some).abs().amax(dim=1).mean())
+
+    def _less_mean(self, some: slice) -> Float32[torch.Tensor, "n dim"]:
+        return self._turned(torch.from_numpy((self._float32[some] - self._mean).astype(np.float32)))
+
+    def _turned(self, rows: Float32[torch.Tensor, "n dim"]) -> Float32[torch.Tensor, "n dim"]:
+        return rows if self._turn is None else self._turn(rows)
+
+    def _shortlist(
+        self, unit: Float32[np.ndarray, "n dim"]
+    ) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
+        """Rows and centers of all pairs that may be the nearest, in order; each row has one at least."""
+        tensor = self._turned(torch.from_numpy(unit))
+        step = tensor.abs().amax(dim=1, keepdim=True) / LEVELS if self._kind == "int8" else torch.ones(1)
+        codes, missed = _encode(tensor, step, self._kind)
+        codes = codes.to(self._device)
+        error = missed.numpy().astype(np.float64)
+        slack = error * self._length + (1 + error) * self._error + self._product_error + 4 * FLOAT32_ERROR + TIED
+        slack += 0 if self._turn is None else 3 * self._turn.error
+        if self._kind == "int8":
+            slack /= step[:, 0].numpy().astype(np.float64) * self._step * (1 - ROUNDING)
+        best = np.full(len(unit), -np.inf)
+        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for place, centers in enumerate(self._codes):
+            scores = self._product(codes, centers)
+            best = np.maximum(best, scores.amax(dim=1).cpu().numpy())
+            rows, columns, values = _at_least(scores, best - 2 * slack)
+            found.append((rows, columns + place * self._block, values))
+        if len(found) == 1:
+            return found[0][:2]
+        rows, columns, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        left = np.flatnonzero(values >= (best - 2 * slack)[rows])
+        left = left[np.argsort(rows[left], kind="stable")]  # blocks are in order, so columns stay so
+        return rows[left], columns[left]
+
+    def _product(self, codes: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+        if self._kind == "int8":
+            return int8_product(codes, centers.T)
+        with _full_sums():
+            return codes @ centers.T
+
+    def _exact_dots(
+        self,
+        unit: Float64[np.ndarray, "n dim"],
+        place: Int[np.ndarray, " pairs"],
+        columns: Int[np.ndarray, " pairs"],
+    ) -> Float64[np.ndarray, " pairs"]:
+        values = np.empty(len(columns))
+        for start in range(0, len(columns), _PAIRS):
+            some = slice(start, start + _PAIRS)
+            values[some] = (unit[place[some]] * self._exact[columns[some]]).sum(axis=1)
+        return values
+
+
+class _Turn:
+    """An orthogonal matrix, the Kronecker product of two small random ones: a turn costs little beside a product.
+
+    A number of a turned row is a sum over all numbers of the row, so a large one is spread over all columns.
+    """
+
+    def __init__(self, dim: int) -> None:
+        left = next(size for size in range(math.isqrt(dim), 0, -1) if dim % size == 0)
+        random = np.random.default_rng(0)
+        self._left, self._right = (
+            torch.from_numpy(np.linalg.qr(random.standard_normal((size, size)))[0].astype(np.float32))
+            for size in (left, dim // left)
+        )
+        # Each factor is rounded and summed in float32; entries taken as positive it is sqrt(size) long at most.
+        self.error = 2 * sum(math.sqrt(size) * (product_error(size) + FLOAT32_ERROR) for size in (left, dim // left))
+
+    def __call__(self, rows: Float32[torch.Tensor, "n dim"]) -> Float32[torch.Tensor, "n dim"]:
+        left, right = len(self._left), len(self._right)
+        half = rows.reshape(-1, right) @ self._right
+        return (self._left @ half.view(-1, left, right)).view(-1, left * right)
+
+
+def dots(
+    left: Float32[np.ndarray, "n dim"],
+    rows: Int[np.ndarray, " pairs"],
+    right: Float32[np.ndarray, "m dim"],
+    columns: Int[np.ndarray, " pairs"],
+) -> Float32[np.ndarray, " pairs"]:
+    """The product of each named pair of rows."""
+    values = np.empty(len(rows), dtype=np.float32)
+    for start in range(0, len(rows), _PAIRS):
+        some = slice(start, start + _PAIRS)
+        values[some] = np.vecdot(left[rows[some]], right[columns[some]])
+    return values
+
+
+def _fastest(device: torch.device, centers: int) -> CodeType:
+    if device.type != "cpu":
+        return "float16"
+    return "int8" if centers >= _PAYS_FROM and _int8_is_right() else "float32"
+
+
+_int8_is_right = functools.cache(int8_products_are_right)
+
+
+def _encode(
+    rows: Float[torch.Tensor, "n dim"], step: torch.Tensor, kind: CodeType
+) -> tuple[torch.Tensor, Float[torch.Tensor, " n"]]:
+    """Codes, and the length of what each lacks, rounded up."""
+    if kind == "float32":
+        return rows, torch.zeros(len(rows))
+    if kind == "int8":
+        units = (rows / step).round_()
+        codes, missed = units.to(torch.int8), torch.addcmul(rows, units, step, value=-1)
+    else:
+        codes = rows.half()
+        missed = rows - codes.float()
+    return codes, torch.linalg.vector_norm(missed, dim=1) * (1 + ROUNDING) + ROUNDING
+
+
+@contextlib.contextmanager
+def _full_sums() -> Generator[None]:
+    """Sums of float16 products in float32, whatever the process has allowed: the bound counts on it."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_fp16_reduced_precision_reduction, settings.allow_tf32
+    settings.allow_fp16_reduced_precision_reduction, settings.allow_tf32 = False, False
+    try:
+        yield
+    finally:
+        settings.allow_fp16_reduced_precision_reduction, settings.allow_tf32 = before
+
+
+def _at_least(
+    scores: torch.Tensor, floor: Float64[np.ndarray, " n"]
+) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"], np.ndarray]:
+    """Row, column and value of all scores that reach the floor of their row, in order."""
+    if scores.device.type != "cpu":
+        return _at_least_there(scores, floor)
+    return _at_least_here(scores.numpy(), _floor_as(scores.dtype, floor))
+
+
+def _at_least_here(
+    scores: np.ndarray, floor: np.ndarray
+) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"], np.ndarray]:
+    """Looks at eight comparisons as one word: nearly all are false, and one by one would take half the product's time."""
+    width = -(-scores.shape[1] // _WORD) * _WORD
+    flags = np.zeros((len(scores), width), dtype=bool)
+    np.greater_equal(scores, floor[:, None], out=flags[:, : scores.shape[1]])
+    words = np.flatnonzero(flags.reshape(-1).view(np.uint64))
+    inside = np.flatnonzero(flags.reshape(-1, _WORD)[words])
+    rows, columns = np.divmod(words[inside // _WORD] * _WORD + inside % _WORD, width)
+    return rows, columns, scores[rows, columns]
+
+
+def _at_least_there(
+    scores: torch.Tensor, floor: Float64[np.ndarray, " n"]
+) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"], np.ndarray]:
+    """The same on the device of the scores."""
+    limit = torch.from_numpy(_floor_as(scores.dtype, floor)).to(scores.device)
+    rows, columns = (scores >= limit[:, None]).nonzero(as_tuple=True)
+    return rows.cpu().numpy(), columns.cpu().numpy(), scores[rows, columns].cpu().numpy()
+
+
+def _floor_as(dtype: torch.dtype, floor: Float64[np.ndarray, " n"]) -> np.ndarray:
+    """The floor in the type of the scores; no score that reaches the one fails to reach the other."""
+    if dtype == torch.int32:
+        return np.clip(np.ceil(floor), -(2.0**31), 2.0**31 - 1).astype(np.int32)
+    kind = np.float16 if dtype == torch.float16 else np.float32
+    return np.nextafter(floor.astype(kind), kind(-np.inf))
+
+
+def _contested(
+    rows: Int[np.ndarray, " pairs"], columns: Int[np.ndarray, " pairs"]
+) -> tuple[Int[np.ndarray, " left"], Int[np.ndarray, " left"]]:
+    """The pairs of rows that have more than one."""
+    same = rows[1:] == rows[:-1]
+    several = np.zeros(len(rows), dtype=bool)
+    several[1:] = same
+    several[:-1] |= same
+    return rows[several], columns[several]
+
+
+def _best_of_row(values: Float[np.ndarray, " pairs"], rows: Int[np.ndarray, " pairs"]) -> Float[np.ndarray, " pairs"]:
+    """For each pair the best value of its row; pairs of a row stand together."""
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    return np.repeat(np.maximum.reduceat(values, starts), np.diff(starts, append=len(rows)))
+
+
+def _float32_error(dim: int) -> float:
+    """How far the float32 product of two rounded unit rows may be from the exact one."""
+    return product_error(dim) + 2 * FLOAT32_ERROR + FLOAT32_ERROR**2

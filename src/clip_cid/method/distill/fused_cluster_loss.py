@@ -1,0 +1,241 @@
+"""Both cluster losses against any number of centers, without the logits of student or teacher in memory.
+
+The centers pass by in blocks. Where they are frozen one pass gives losses and gradients: the gradient of a softmax is a
+mean of the centers, and a mean can be added up while the weights are not final yet. Where they move there is a second
+pass. Blocks run over centers and not over rows, because there are many more centers than rows.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from clip_cid.method.distill.center_pass import (
+    Found,
+    Means,
+    Pass,
+    SoftCenters,
+    Work,
+    blocks,
+    reduce_over,
+    slopes_of,
+    suitable_block,
+)
+from clip_cid.method.products import at_least_float32, autocast_off, product
+from clip_cid.method.unit_rows import keep_freed_memory
+
+LogQ = Literal["none", "kl", "both"]
+
+
+class ClusterLosses(NamedTuple):
+    """What one pass over the centers gives."""
+
+    cls: Float[Tensor, ""]
+    """L_cls."""
+    kl: Float[Tensor, ""] | None
+    """L_kl; None where there is nothing to compare with."""
+    own_center: Float[Tensor, ""]
+    """Share of the rows to which no center is nearer than their own."""
+
+
+def fused_cluster_loss(
+    student: Float[Tensor, "batch dim"],
+    teacher: Float[Tensor, "batch dim"],
+    centers: Float[Tensor, "centers dim"],
+    labels: Int[Tensor, " batch"],
+    *,
+    scale: float,
+    temperature: float = 1.0,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    r"""Cross entropy and KL divergence over the centers, in blocks; `L_cls` and `L_kl` in docs/method.md.
+
+    .. math:: L_{cls} = -\frac1B \sum_i \log softmax(\sigma W v_i)[y_i], \qquad
+        L_{kl} = \frac1B \sum_i KL(softmax(\sigma W t_i / \tau) \,\|\, softmax(\sigma W v_i / \tau))
+
+    Gradients reach `student` and, where they require it, `centers` through the student's side; the teacher is
+    detached. The customary factor `temperature**2` is left out. Beside inputs and gradients it takes some 100 MiB
+    on the CPU and up to 2.5 GB on a device, whatever the number of centers.
+
+    Args:
+        student: Unit rows v.
+        teacher: Unit rows t.
+        centers: Unit rows W.
+        labels: The center y of each row.
+        scale: sigma, cosine to logit.
+        temperature: tau, of the divergence only.
+
+    Returns:
+        Two scalars in nats, float32 (float64 for float64 rows). The divergence is never negative and keeps its digits
+        however small it is.
+
+    Raises:
+        ValueError: Shapes do not fit, a label is not a center, or a number is out of its limits.
+    """
+    found = cluster_losses(student, centers, labels, teacher=teacher, scale=scale, temperature=temperature)
+    return found.cls, cast(Tensor, found.kl)
+
+
+def cluster_losses(
+    student: Float[Tensor, "batch dim"],
+    centers: Float[Tensor, "centers dim"],
+    labels: Int[Tensor, " batch"],
+    *,
+    teacher: Float[Tensor, "batch dim"] | SoftCenters | None = None,
+    scale: float,
+    temperature: float = 1.0,
+    log_inclusion: Float[Tensor, " centers"] | None = None,
+    logq: LogQ = "kl",
+    group: dist.ProcessGroup | None = None,
+    block_centers: int | None = None,
+) -> ClusterLosses:
+    r"""`fused_cluster_loss` over a sample of the centers, against soft centers, or with the centers spread over ranks.
+
+    Against `SoftCenters` a divergence is the difference of two logarithms,
+
+    .. math:: KL_i = \log \sum_j \exp(z_{ij} / \tau) - \frac\sigma\tau \langle v_i, \mu_i \rangle - H_i,
+
+    exact to some 1e-6 nats, for half the products; `soft_centre` in docs/method.md.
+
+    Args:
+        student: Unit rows; with `group` the whole batch, the same on every rank, as are `teacher` and the results.
+        centers: Unit rows; with `group` this rank's, possibly none.
+        labels: The center of each row; with `group` -1 where another rank holds it.
+        teacher: Unit rows, or what `soft_centers` says of them; without either there is no divergence.
+        scale: sigma.
+        temperature: tau.
+        log_inclusion: Logarithm of each center's chance to be in the sample.
+        logq: Which losses subtract it: a center's weight in a sum over a sample is one over its chance to be in it. In
+            the divergence that is after the division by the temperature.
+        group: Ranks whose centers together are the softmax. The gradient of `student` is whole on every rank.
+        block_centers: Centers at a time; as many as suit a cache or a device when absent.
+
+    Raises:
+        ValueError: Shapes do not fit, a label is not a center, a number is out of its limits, or soft centers meet
+            centers that move or are a sample.
+    """
+    _check(student, centers, labels, scale, temperature, elsewhere=group is not None)
+    target = teacher.mean if isinstance(teacher, SoftCenters) else teacher
+    if target is not None and target.shape != student.shape:
+        raise ValueError(f"teacher must have the shape {tuple(student.shape)} of student, got {tuple(target.shape)}")
+    if log_inclusion is not None and len(log_inclusion) != len(centers):
+        raise ValueError(f"log_inclusion must be of the {len(centers)} centers, got {len(log_inclusion)}")
+    if isinstance(teacher, SoftCenters):
+        if centers.requires_grad or log_inclusion is not None:
+            raise ValueError("teacher must be rows, not soft centers, where centers move or are a sample")
+        if not math.isclose(teacher.sharpness, scale / temperature):
+            raise ValueError(
+                f"teacher must be soft centers of scale / temperature {scale / temperature:g}, got {teacher.sharpness:g}"
+            )
+    if logq not in get_args(LogQ):
+        raise ValueError(f"logq must be one of {', '.join(get_args(LogQ))}, got {logq!r}")
+    if block_centers is not None and block_centers < 1:
+        raise ValueError(f"block_centers must be at least 1, got {block_centers}")
+    keep_freed_memory()
+    with autocast_off(student):
+        rows = at_least_float32(student if torch.is_grad_enabled() else student.detach())  # else a gradient is computed
+        gap = None
+        if isinstance(teacher, Tensor):
+            # The teacher's logits less the student's, from the difference of the rows: nothing cancels afterwards.
+            gap = (scale / temperature) * (teacher.detach().to(rows.dtype) - rows.detach())
+        correction = None if log_inclusion is None or logq == "none" else log_inclusion.to(rows.dtype)
+        work = Work(
+            scale=scale,
+            temperature=temperature,
+            cls_correction=correction if logq == "both" else None,
+            kl_correction=correction,
+            soft=teacher if isinstance(teacher, SoftCenters) else None,
+            group=group,
+            block_centers=block_centers or suitable_block(rows),
+        )
+        weights = centers.to(rows.dtype) if centers.requires_grad else centers
+        cls, kl, own_center = _FusedLosses.apply(rows, weights, labels.long(), gap, work)
+    return ClusterLosses(cls, None if teacher is None else kl, own_center)
+
+
+def soft_centers(
+    teacher: Float[Tensor, "batch dim"],
+    centers: Float[Tensor, "centers dim"],
+    *,
+    scale: float,
+    temperature: float = 1.0,
+) -> SoftCenters:
+    """What to keep of each teacher row; `soft_centre` in docs/method.md.
+
+    Raises:
+        ValueError: Shapes do not fit, or a number is out of its limits.
+    """
+    _check(teacher, centers, None, scale, temperature, elsewhere=False)
+    with torch.no_grad(), autocast_off(teacher):
+        rows = at_least_float32(teacher)
+        work = Work(scale / temperature, 1.0, None, None, None, None, suitable_block(rows))
+        means = Means(rows, wanted=True)
+        for block in blocks(rows, centers, rows.new_full((len(rows),), -1, dtype=torch.long), None, work):
+            means.add(block.logits, block.centers)
+        log_sum = means.finish(None)
+        pull = work.scale * (rows.double() * means.mean.double()).sum(dim=1)
+        return SoftCenters(means.mean, (log_sum - pull).clamp_(min=0), work.scale)
+
+
+class _FusedLosses(torch.autograd.Function):
+    """One pass where the centers are frozen; where they move their gradient needs the finished sums, so a second one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, centers: Tensor, labels: Tensor, gap: Tensor | None, work: Work
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        to_student, to_centers = ctx.needs_input_grad[:2]
+        one_pass = to_student and not to_centers
+        done = Pass(student, centers, labels, gap, work, wanted=one_pass)
+        ctx.work, ctx.found = work, done.found
+        ctx.gradients = done.gradients() if one_pass else None
+        if to_centers:
+            ctx.save_for_backward(student, centers, labels, gap)
+        first = done.own_first.mean()
+        ctx.mark_non_differentiable(first)
+        cls = F.softplus(done.found.excess, threshold=40)
+        return cls.mean().to(student.dtype), done.found.kl.mean().to(student.dtype), first
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the cluster losses have no second derivative here")  # it would come out as 0
+        if ctx.gradients is not None:
+            parts = zip(grad_outputs, ctx.gradients, strict=False)
+            terms = [grad * part for grad, part in parts if grad is not None and part is not None]
+            return torch.stack(terms).sum(dim=0) if terms else None, None, None, None, None
+        student, centers, labels, gap = ctx.saved_tensors
+        work, found = cast(Work, ctx.work), cast(Found, ctx.found)
+        to_cls, to_kl = (None if grad is None else grad * work.scale / len(student) for grad in grad_outputs[:2])
+        to_kl = None if gap is None else to_kl
+        to_student, to_centers = torch.zeros_like(student), torch.empty_like(centers)
+        for block in blocks(student, centers, labels, None if to_kl is None else gap, work):
+            slopes = slopes_of(block, found, work, to_cls, to_kl)
+            to_student += product(slopes, block.centers)
+            to_centers[block.columns] = product(slopes.T, student)
+        reduce_over(work.group, to_student, dist.ReduceOp.SUM)
+        return to_student, to_centers, None, None, None
+
+
+def _check(
+    student: Tensor, centers: Tensor, labels: Tensor | None, scale: float, temperature: float, *, elsewhere: bool
+) -> None:
+    if len(student) == 0 or (len(centers) == 0 and not elsewhere):
+        raise ValueError(f"there must be rows and centers, got {len(student)} and {len(centers)}")
+    if student.shape[1] != centers.shape[1]:
+        raise ValueError(f"centers must have the width {student.shape[1]} of student, got {centers.shape[1]}")
+    for name, value in (("scale", scale), ("temperature", temperature)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0 and finite, got {value}")
+    if labels is None:
+        return
+    least = -1 if elsewhere else 0
+    if len(labels) != len(student) or int(labels.min()) < least or int(labels.max()) >= len(centers):
+        raise ValueError(
+            f"labels must be {len(student)} centers of {least} to {len(centers) - 1},"
+            f" got {len(labels)} of {int(labels.min())} to {int(labels.max())}"
+        )

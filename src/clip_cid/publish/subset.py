@@ -1,0 +1,428 @@
+"""The balanced list of a run for use elsewhere: its keys and, on request, the kept pairs as WebDataset tars.
+
+    keys.txt               a key a line, in the order of the embedding store
+    keys.parquet           the same, column `key`
+    shards/00000.tar ...   the kept pairs in the order of the pairs, their files byte for byte
+    manifest.json          what it was made from and a digest of each shard; `finished` says whether all is there
+
+A file appears only when it is whole, and each shard follows from the list and its number alone. So after a kill the
+shards that are there are kept when their digests are right, and the others are written.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Int64
+
+from clip_cid import log
+from clip_cid.data.embeddings.files import write_table
+from clip_cid.data.embeddings.store import EmbeddingStore, rows_in_store
+from clip_cid.data.pairs.pairs import BadSample, Pairs, fingerprint, open_pairs
+from clip_cid.data.pairs.tars import IMAGE_EXTENSIONS, METADATA
+from clip_cid.errors import ConfigError, DataError, RunError
+from clip_cid.recipe import PairsConfig, Recipe
+from clip_cid.run_folder import RunFolder, atomic_file, sha256_file, write_json
+
+MANIFEST, KEYS_TEXT, KEYS_TABLE, SHARDS = "manifest.json", "keys.txt", "keys.parquet", "shards"
+_FORMAT, _VERSION = "clip-cid subset", 1
+_JOURNAL = "finished.jsonl"  # in the folder of the shards, while they are being written
+_LINES_AT_ONCE = 100_000
+_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
+
+File = tuple[str, bytes]
+"""A member of a tar: name and contents."""
+_Samples = Callable[[Int64[np.ndarray, " rows"]], Generator[list[File]]]
+"""Gives the files of each of some rows of the pairs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """The balanced list."""
+
+    rows: Int64[np.ndarray, " kept"]
+    """Of the embedding store, ascending."""
+    keys: pa.LargeStringArray
+    identity: dict[str, Any]
+    """How many, and digests: what makes it this list and no other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Which tars there are to be."""
+
+    shard_size: int
+    """Pairs in each tar but the last."""
+    count: int
+    sources: dict[str, Any]
+    """Where the pairs are, and a digest of the names and bytes of their files."""
+
+    @property
+    def described(self) -> dict[str, Any]:
+        return {"shard_size": self.shard_size, "sources": self.sources}
+
+    @property
+    def names(self) -> list[str]:
+        number = -(-self.count // self.shard_size)
+        digits = max(5, len(str(number - 1)))
+        return [f"{SHARDS}/{place:0{digits}d}.tar" for place in range(number)]
+
+    def rows_of(self, shard: int) -> slice:
+        return slice(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
+
+
+def export_subset(folder: RunFolder, recipe: Recipe, out: Path, *, shard_size: int | None) -> str:
+    """Write the kept list of a run, and with `shard_size` its pairs as tars of so many; goes on with what is there.
+
+    Returns:
+        What there is now, in words.
+
+    Raises:
+        ConfigError: `shard_size` is out of its limits or not what `out` was begun with, or there are no pairs to write.
+        RunError: The balance stage has not finished, its files changed, or it is older than the embeddings.
+        DataError: `out` holds something else, kept keys are not among the pairs, or a pair cannot be read.
+    """
+    if shard_size is not None and shard_size < 1:
+        raise ConfigError(
+            f"--shard-size: must be at least 1, got {shard_size}.", fix="Give the number of pairs in a tar."
+        )
+    kept = _read_kept(folder)
+    plan = _plan(recipe.pairs, kept, shard_size)
+    _check_out(out, kept, plan)
+    with RunFolder(out).lock():
+        manifest = _check_out(out, kept, plan)
+        _remove_torn(out)
+        if plan is None:
+            return _export_keys(out, kept, manifest)
+        return _export_shards(folder, recipe, out, kept, plan, manifest)
+
+
+def _export_keys(out: Path, kept: _Kept, manifest: dict[str, Any]) -> str:
+    """The keys alone; tars that are there stay as they are."""
+    shards, finished = manifest.get("shards"), True
+    if not manifest:  # first of all, so that what a kill leaves is known as ours
+        _write_manifest(out, kept, None, finished=False)
+    _write_keys(out, kept)
+    if shards is not None and not manifest["finished"]:
+        finished = False
+        log.warn(f"{out}: its tars are unfinished; --shards --shard-size {shards['shard_size']} goes on with them")
+    _write_manifest(out, kept, shards, finished=finished)
+    return f"{out}: {len(kept.keys):,} keys in {KEYS_TEXT} and {KEYS_TABLE}."
+
+
+def _export_shards(
+    folder: RunFolder, recipe: Recipe, out: Path, kept: _Kept, plan: _Plan, manifest: dict[str, Any]
+) -> str:
+    """The keys and the tars that are not there yet; refused, if at all, before anything is written."""
+    recorded = (manifest.get("shards") or {}).get("files", [])
+    good = _good_shards(out, [*recorded, *_read_journal(out / SHARDS / _JOURNAL)])
+    if all(name in good for name in plan.names):
+        samples, rows = None, kept.rows[:0]
+    else:
+        samples, rows = _samples_to_write(folder, recipe, kept)
+        if not manifest:
+            _write_manifest(out, kept, plan.described, finished=False)
+        _write_journal(out, good.values())
+        _write_manifest(out, kept, plan.described, finished=False)
+    _write_keys(out, kept)
+    files = good if samples is None else _write_shards(out, plan, good, samples, rows)
+    listed = [files[name] for name in plan.names]
+    _write_manifest(out, kept, {**plan.described, "files": listed}, finished=True)
+    (out / SHARDS / _JOURNAL).unlink(missing_ok=True)
+    size = sum(file["bytes"] for file in listed)
+    return f"{out}: {len(kept.keys):,} keys, and their pairs in {len(listed):,} tars of {size / 1e6:,.1f} MB together."
+
+
+def member_stem(key: str) -> str:
+    """A key as the name of a tar's member without extension; `key_of_stem` gives the key back.
+
+    A dot would end the key and a leading slash or `..` would leave the folder, so these are written as %2E and %2F, and
+    so is what other systems take for special. Keys without them stay as they are, whatever their language.
+    """
+    special = r'[.%\\:*?"<>|\x00-\x1f\x7f]'
+    if "" in key.split("/"):  # a slash at an end, or two together
+        special = r'[./%\\:*?"<>|\x00-\x1f\x7f]'
+    stem = re.sub(special, lambda found: f"%{ord(found[0]):02X}", key)
+    return stem.replace("_", "%5F") if METADATA.match(stem) else stem
+
+
+def key_of_stem(stem: str) -> str:
+    """The key that `member_stem` made this of."""
+    return unquote(stem, errors="strict")
+
+
+def _read_kept(folder: RunFolder) -> _Kept:
+    """The kept rows and their keys, which are of one balance stage and of the embeddings that are there now."""
+    balance, again = folder.stage("balance"), f"Run `clip-cid balance {folder.path} --force` and repeat this command."
+    if changed := folder.changed_files("balance", digests=False):
+        raise RunError(f"{balance}: not as the stage left it ({'; '.join(changed)}).", fix=again)
+    try:
+        table = pq.read_table(balance / "kept.parquet", columns=["key", "row"])
+        rows = np.load(balance / "kept.npy", allow_pickle=False)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise RunError(f"{balance}: cannot be read ({error}).", fix=again) from error
+    if rows.dtype != np.int64 or not np.array_equal(rows, table.column("row").to_numpy()):
+        raise RunError(f"{balance}: kept.npy and kept.parquet name different rows.", fix=again)
+    keys = table.column("key").cast(pa.large_string()).combine_chunks()
+    keys = pa.concat_arrays(keys.chunks) if isinstance(keys, pa.ChunkedArray) else keys
+    broken = pc.call_function("match_substring_regex", [keys], pc.MatchSubstringOptions("[\r\n]"))
+    if count := pc.call_function("sum", [broken]).as_py():
+        sample = keys.filter(broken)[0].as_py()
+        raise DataError(
+            f"{balance}: {count:,} keys hold a line break, such as {sample!r}, so they cannot stand one a line.",
+            fix="Give the pairs other keys (pairs.key_column, or file names without line breaks), or read kept.parquet there.",
+        )
+    digest = hashlib.sha256()
+    for line in _lines(keys):
+        digest.update(line)
+    identity = {"count": len(rows), "kept_sha256": sha256_file(balance / "kept.npy"), "keys_sha256": digest.hexdigest()}
+    return _Kept(rows, keys, identity)
+
+
+def _lines(keys: pa.LargeStringArray) -> Generator[bytes]:
+    for start in range(0, len(keys), _LINES_AT_ONCE):
+        yield "".join(f"{key}\n" for key in keys.slice(start, _LINES_AT_ONCE).to_pylist()).encode()
+
+
+def _plan(pairs: PairsConfig, kept: _Kept, shard_size: int | None) -> _Plan | None:
+    if shard_size is None:
+        return None
+    if not pairs.source:
+        raise ConfigError(
+            "--shards: this run has embeddings but no pairs (pairs.source is empty), so there are no files to write.",
+            fix="Leave --shards out for the keys alone, or set pairs.source in the run's recipe.yaml to the pairs the "
+            "embeddings were made from.",
+        )
+    digest = hashlib.sha256(json.dumps(fingerprint(pairs)).encode()).hexdigest()
+    return _Plan(shard_size, len(kept.keys), {"source": list(pairs.source), "sha256": digest})
+
+
+def _check_out(out: Path, kept: _Kept, plan: _Plan | None) -> dict[str, Any]:
+    """The manifest that is at `out`, if it is of this list; nothing when the folder is new or empty.
+
+    Raises:
+        DataError: Something else is there.
+        ConfigError: The tars there are of another size.
+    """
+    other = "Give another folder, or delete this one first."
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: a file, not a folder.", fix=other)
+    if not (out / MANIFEST).is_file():
+        if out.exists() and (names := sorted(path.name for path in out.iterdir() if not path.name.startswith("."))):
+            raise DataError(f"{out}: holds other files, such as {names[0]!r}.", fix=other)
+        return {}
+    try:
+        before = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        if (before["format"], before["version"]) != (_FORMAT, _VERSION):
+            raise ValueError(f"format {before['format']!r}, version {before['version']}")
+        differ = [name for name, value in kept.identity.items() if before[name] != value]
+        planned, _ = before["shards"], before["finished"]
+        same = plan is None or planned is None or {name: planned[name] for name in plan.described} == plan.described
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{out / MANIFEST}: not a subset of this version ({error}).", fix=other) from error
+    if differ:
+        raise DataError(
+            f"{out}: a subset of another run or of another balance ({before['count']:,} keys there, "
+            f"{len(kept.keys):,} now; {', '.join(differ)} differ).",
+            fix=other,
+        )
+    if plan is not None and planned is not None and not same:
+        if planned["sources"] != plan.sources:
+            raise DataError(
+                f"{out}: its tars are of other pairs ({', '.join(planned['sources']['source'])}).", fix=other
+            )
+        raise ConfigError(
+            f"{out}: its tars are of {planned['shard_size']:,} pairs each, not {plan.shard_size:,}.",
+            fix=f"Go on with --shard-size {planned['shard_size']}, or give another folder.",
+        )
+    return before
+
+
+def _remove_torn(out: Path) -> None:
+    """What a killed process was writing."""
+    for torn in [*out.glob(".*.tmp-*"), *(out / SHARDS).glob(".*.tmp-*")]:
+        torn.unlink(missing_ok=True)
+
+
+def _write_keys(out: Path, kept: _Kept) -> None:
+    with atomic_file(out / KEYS_TEXT) as temporary, temporary.open("wb") as handle:
+        handle.writelines(_lines(kept.keys))
+    write_table(out / KEYS_TABLE, pa.table({"key": kept.keys}))
+
+
+def _write_manifest(out: Path, kept: _Kept, shards: dict[str, Any] | None, *, finished: bool) -> None:
+    head = {"format": _FORMAT, "version": _VERSION, "finished": finished}
+    write_json(out / MANIFEST, {**head, **kept.identity, "shards": shards})
+
+
+def _samples_to_write(folder: RunFolder, recipe: Recipe, kept: _Kept) -> tuple[_Samples, Int64[np.ndarray, " kept"]]:
+    """What gives the files of rows of the pairs, and the kept rows."""
+    pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
+    rows = _rows_of_pairs(folder, recipe.pairs, pairs, kept)
+    return pairs.original_files if pairs.kind == "tar" else _MadeSamples(pairs, recipe.pairs.captions_field), rows
+
+
+def _write_shards(
+    out: Path,
+    plan: _Plan,
+    good: dict[str, dict[str, Any]],
+    samples: _Samples,
+    rows: Int64[np.ndarray, " kept"],
+) -> dict[str, dict[str, Any]]:
+    """Every tar that is not among the good ones; returns the record of each by its name."""
+    names, files = plan.names, dict(good)
+    todo = [number for number, name in enumerate(names) if name not in good]
+    if good:
+        log.info(f"subset    {len(good):,} of {len(names):,} tars are there with the right digests")
+    done = sum(file["pairs"] for file in good.values())
+    with log.progress("subset", len(rows), unit="pairs", start=done) as bar:
+        stream = samples(np.concatenate([rows[plan.rows_of(number)] for number in todo]))
+        for number in todo:
+            name, count = names[number], len(rows[plan.rows_of(number)])
+            files[name] = {"name": name, **_write_tar(out / name, itertools.islice(stream, count), bar)}
+            assert files[name]["pairs"] == count, "every row gives a sample"
+            with (out / SHARDS / _JOURNAL).open("a", encoding="utf-8") as handle:
+                handle.write(_journal_line(files[name]))
+    if isinstance(samples, _MadeSamples):
+        samples.tell_unusual()
+    return files
+
+
+def _write_journal(out: Path, files: Iterable[dict[str, Any]]) -> None:
+    (out / SHARDS).mkdir(exist_ok=True)
+    with atomic_file(out / SHARDS / _JOURNAL) as temporary:
+        temporary.write_text("".join(map(_journal_line, files)), encoding="utf-8")
+
+
+def _journal_line(file: dict[str, Any]) -> str:
+    return f"\n{json.dumps(file)}\n"  # begins on a line of its own even behind a torn one
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    """The records that are whole; a kill may have torn the last one."""
+    found: list[dict[str, Any]] = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found += [file] if isinstance(file := json.loads(line), dict) else []
+    return found
+
+
+def _good_shards(out: Path, recorded: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The recorded tars that are as they were written, by name."""
+    latest = {file["name"]: file for file in recorded if {"name", "pairs", "bytes", "sha256"} <= file.keys()}
+    good: dict[str, dict[str, Any]] = {}
+    with log.progress("digest", len(latest), unit="tars") as bar:
+        for name, file in latest.items():
+            path = out / name
+            if path.is_file() and path.stat().st_size == file["bytes"] and sha256_file(path) == file["sha256"]:
+                good[name] = file
+            bar.advance(1)
+    return good
+
+
+def _rows_of_pairs(folder: RunFolder, settings: PairsConfig, pairs: Pairs, kept: _Kept) -> Int64[np.ndarray, " kept"]:
+    """The kept pairs' rows among the pairs, ascending; joined by key.
+
+    Raises:
+        RunError: The embeddings were made again after balance.
+        DataError: Kept keys are not among the pairs, or their pairs cannot be used.
+    """
+    store = EmbeddingStore.open(folder.stage("embed"))
+    if kept.rows.max() >= store.rows or not store.keys.packed.take(pa.array(kept.rows)).equals(kept.keys):
+        raise RunError(
+            f"{folder.path}: the kept keys are not those of the embeddings; embed was run again after balance.",
+            fix=f"Run `clip-cid balance {folder.path}` and repeat this command, into a new folder.",
+        )
+    is_kept = np.zeros(store.rows + 1, dtype=bool)  # the last entry answers for -1, a pair the store does not have
+    is_kept[kept.rows] = True
+    found = rows_in_store(pairs, store, max_absent_share=1.0)
+    usable = is_kept[found]
+    usable[np.fromiter(pairs.known_bad, dtype=np.int64)] = False
+    rows = np.flatnonzero(usable)
+    if len(rows) < len(kept.rows):
+        is_kept[found[rows]] = False
+        missing = store.keys[int(np.flatnonzero(is_kept)[0])]
+        raise DataError(
+            f"{len(kept.rows) - len(rows):,} of {len(kept.rows):,} kept keys are not among the usable pairs of "
+            f"{', '.join(settings.source)}, such as {missing!r}; the pairs' keys look like {pairs.key(0)!r}.",
+            fix="Set pairs.source in the run's recipe.yaml to all the pairs the embeddings were made from (keys must be "
+            "equal), or leave --shards out: the keys need no pairs.",
+        )
+    return rows
+
+
+def _write_tar(path: Path, samples: Iterable[list[File]], bar: log.Bar) -> dict[str, Any]:
+    """Write a tar that depends on nothing but its members' names and bytes; returns how many samples, its size and digest."""
+    pairs = 0
+    with atomic_file(path) as temporary:
+        with tarfile.TarFile(temporary, "w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
+            for files in samples:
+                for name, data in files:
+                    member = tarfile.TarInfo(name)  # owner 0, time 0, mode 644
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+                pairs += 1
+                bar.advance(1)
+        return {"pairs": pairs, "bytes": temporary.stat().st_size, "sha256": sha256_file(temporary)}
+
+
+class _MadeSamples:
+    """The files of pairs from a table or folder: the image as it is, the first caption, and a json with the rest."""
+
+    def __init__(self, pairs: Pairs, captions_field: str) -> None:
+        self._pairs, self._captions_field = pairs, captions_field
+        self._unusual: list[str] = []
+
+    def __call__(self, rows: Int64[np.ndarray, " rows"]) -> Generator[list[File]]:
+        for row in rows.tolist():
+            try:
+                pair = self._pairs.read(row)
+            except BadSample as error:
+                raise DataError(
+                    f"{self._pairs.key(row)!r} was kept, but cannot be read any more: {error.reason}.",
+                    fix="Bring the file back and run the same command again; the finished tars are kept.",
+                ) from error
+            extension = image_extension(self._pairs.image_name(row), pair.image)
+            if extension not in IMAGE_EXTENSIONS:
+                self._unusual.append(pair.key)
+            stem = member_stem(pair.key)
+            described = {**pair.fields, self._captions_field: list(pair.captions), "key": pair.key}
+            yield [
+                (f"{stem}.{extension}", pair.image),
+                (f"{stem}.txt", pair.captions[0].encode()),
+                (f"{stem}.json", json.dumps(described, ensure_ascii=False).encode()),
+            ]
+
+    def tell_unusual(self) -> None:
+        """Say once how many images loaders of tars will not look for."""
+        if self._unusual:
+            log.warn(
+                f"{len(self._unusual):,} images are not .{', .'.join(IMAGE_EXTENSIONS)} and kept their own extension, so "
+                f"most loaders of WebDataset tars will pass over them; the first is {self._unusual[0]!r}"
+            )
+
+
+def image_extension(name: str, image: bytes) -> str:
+    """What an image is called in a tar: its own extension if tars know it, else the one its first bytes ask for."""
+    own = os.path.splitext(name)[1].lower().removeprefix(".")
+    if own in IMAGE_EXTENSIONS:
+        return own
+    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+        return "webp"
+    known = next((extension for magic, extension in _MAGIC.items() if image.startswith(magic)), None)
+    return known or (own if own.isalnum() and own.isascii() else "image")

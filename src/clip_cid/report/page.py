@@ -1,0 +1,65 @@
+"""The report's page: one file, no script, nothing fetched; every word from the data is escaped."""
+
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from clip_cid import log
+from clip_cid.figures import style
+
+_COLORS = {
+    style.PAPER: "paper",
+    style.INK: "ink",
+    style.MUTED: "muted",
+    style.GRID: "line",
+    style.BLUE: "blue",
+    style.VERMILLION: "vermillion",
+    style.GREEN: "green",
+    style.ORANGE: "orange",
+    style.PURPLE: "purple",
+    style.SKY: "sky",
+}
+
+
+def render(values: Mapping[str, Any]) -> str:
+    """The page with these values; a value the template wants and does not get is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("clip_cid", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": lambda value: f"{value:,}",
+        "percent": lambda value: f"{100 * value:.1f}\N{NO-BREAK SPACE}%",
+        "points": style.signed_points,
+        "duration": log.duration,
+    }
+    style_sheet = Markup((resources.files("clip_cid") / "report" / "report.css").read_text(encoding="utf-8"))
+    return environment.get_template("report.html").render(style_sheet=style_sheet, **values)
+
+
+def inline_svg(path: Path, description: str) -> Markup:
+    """One of our figures as a part of the page: in the page's font and colors, light or dark, with its own ids.
+
+    Each figure may stand on the page once.
+    """
+    text = path.read_text(encoding="utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{path.stem}-", text)
+    text = re.sub(r"font-family: [^;\"]+", "font-family: inherit", text)
+    text = re.sub("|".join(_COLORS), lambda match: f"var(--{_COLORS[match[0]]})", text)
+    size = re.match(r'<svg[^>]* viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
+    assert size is not None, "matplotlib always writes a viewBox"
+    opening = (
+        f'<svg viewBox="0 0 {size[1]} {size[2]}" role="img" aria-label="{escape(description)}" '
+        f'style="max-width: {float(size[1]) * 4 / 3:.0f}px">'
+    )
+    return Markup(re.sub(r"\s*\n\s*", " ", re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)))

@@ -1,0 +1,143 @@
+"""What a run shows, for who sees its page for the first time: three statements in numbers, each with what would weaken it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clip_cid.figures.differences import TASKS, Difference, Differences, points
+from clip_cid.report.score_tables import ScoreTable
+
+_WAYS = {"image_to_text_R@1": "image to text R@1", "text_to_image_R@1": "text to image R@1"}
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A number, what it is, and the sentences that say how far to trust it."""
+
+    number: str
+    heading: str
+    sentences: Sequence[str]
+    section: str
+    """Of the page, where the rest stands."""
+    link: str
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.sentences)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a model's training says of itself."""
+
+    steps: int
+    pairs_seen: int
+    student: str
+    losses: tuple[str, ...]
+    """Those with a weight."""
+
+
+def removed(balance: Mapping[str, Any]) -> Statement | None:
+    """How much the balance removed, and whether it was right; None where it removed nothing."""
+    if not balance["removed"]:
+        return None
+    sentences = [
+        f"{balance['removed']:,} of {balance['ok']:,} images are gone: to the teacher, each repeats a kept one."
+    ]
+    truth, kinds = balance.get("truth"), balance.get("kinds")
+    if truth:
+        sentences.append(
+            f"The true groups are known here ({truth['field']}): of the pairs of images put into one set"
+            f" {_percent(truth['precision'])} belong together, and {_percent(truth['recall'])} of all true pairs were found."
+        )
+    if kinds and kinds["perceptual"]["share"] is not None:
+        sentences.append(
+            f"{_percent(kinds['perceptual']['share'])} repeat the pixels (perceptual),"
+            f" {_percent(kinds['semantic']['share'])} only what is shown (semantic)."
+        )
+    if "from" in balance:
+        sentences = [f"{balance['removed']:,} of {balance['ok']:,} images were left out by a list made elsewhere."]
+    return Statement(
+        _percent(balance["removed_share"]), "removed as duplicates", sentences, "balance", "What was removed"
+    )
+
+
+def flattened(sizes: Mapping[str, Mapping[str, float]]) -> Statement | None:
+    """What the balance did to the sizes of the clusters; None where there is no before and after."""
+    if len(sizes) != 2:
+        return None
+    before, after = sizes.values()
+    first, last = f"{before['gini']:.3f}", f"{after['gini']:.3f}"
+    heading = "clusters became more even" if float(last) < float(first) else "clusters did not become more even"
+    sentences = [
+        "Gini coefficient of the cluster sizes before and after the balance, on the same centers: 0 is all equal, near 1 is"
+        " one that holds everything.",
+        f"The largest cluster before has {before['largest']:,.0f} images, the largest after {after['largest']:,.0f};"
+        f" {_percent(after['images'] / before['images'])} of all images stayed.",
+    ]
+    return Statement(f"{first} \N{RIGHTWARDS ARROW} {last}", heading, sentences, "clusters", "All about the clusters")
+
+
+def gained(
+    tables: Sequence[ScoreTable], baseline: str | None, student: Trained, other: Trained | None
+) -> Statement | None:
+    """How far the student is ahead of the baseline by the first task, and whether these images can tell.
+
+    Args:
+        tables: All of the run, in the order of the tasks, so the first one is chosen whatever it says.
+        baseline: The model to compare with; without one there is nothing to state.
+        student: How it was trained.
+        other: How the baseline was trained, as far as that is known.
+    """
+    found = _headline(tables, baseline)
+    if baseline is None or found is None:
+        return None
+    one, ours, theirs = found
+    difference, low, high = points(one)
+    what = ", ".join([TASKS[one.task].lower(), one.set, *([_WAYS[one.metric]] if one.metric in _WAYS else [])])
+    sentences = [
+        f"{_percent(ours)} against {_percent(theirs)} ({what}).",
+        f"95\N{NO-BREAK SPACE}% interval of the difference, over the same images: {low} to {high}.",
+        _verdict(one, baseline),
+        _equal_steps(baseline, student, other),
+    ]
+    return Statement(f"{difference} points", f"student against {baseline}", sentences, "scores", "All scores")
+
+
+def _headline(tables: Sequence[ScoreTable], baseline: str | None) -> tuple[Difference, float, float] | None:
+    """The first task's mean, or the first R@1: the difference and both scores."""
+    if baseline is None or not tables:
+        return None
+    for one in Differences([d for table in tables[:1] for d in table.differences]).headlines(baseline):
+        for table in tables:
+            if table.task != one.task:
+                continue
+            means = {mean.title: mean.by_model for mean in table.means}
+            rows = {(row.set, row.metric): {m: s.score for m, s in row.by_model.items()} for row in table.rows}
+            scores = means.get(one.set) or rows.get((one.set, one.metric), {})
+            if "student" in scores and baseline in scores:
+                return one, scores["student"], scores[baseline]
+    return None
+
+
+def _verdict(one: Difference, baseline: str) -> str:
+    if not one.clear:
+        return f"The interval holds 0: these images cannot tell the student from the {baseline}."
+    return f"The interval leaves 0 out: the {'student' if one.difference > 0 else baseline} is ahead on these images."
+
+
+def _equal_steps(baseline: str, student: Trained, other: Trained | None) -> str:
+    if other is None:
+        return f"How the {baseline} was trained is not known here, so the comparison may be of unequal work."
+    if (other.steps, other.pairs_seen) != (student.steps, student.pairs_seen):
+        return (
+            f"Not of equal work: the student took {student.steps:,} steps and saw {student.pairs_seen:,} pairs, the"
+            f" {baseline} {other.steps:,} and {other.pairs_seen:,}."
+        )
+    plain = "plain CLIP (its loss alone), " if other.losses == ("clip",) else ""
+    same = "the same architecture" if other.student == student.student else f"another architecture ({other.student})"
+    return f"The {baseline} is {plain}{same}, at equal steps: both took {student.steps:,} and saw {student.pairs_seen:,} pairs."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"

@@ -1,0 +1,847 @@
+import bz2
+import gzip
+import io
+import json
+import lzma
+import multiprocessing
+import os
+import pickle
+import tarfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
+from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.writer import TarWriter
+
+from clip_cid.data.pairs import index, tables
+from clip_cid.data.pairs.index import duplicate_keys
+from clip_cid.data.pairs.pairs import BadSample, Pair, Pairs, fingerprint, open_pairs
+from clip_cid.data.pairs.sources import cached_path
+from clip_cid.data.pairs.tars import key_hash, scan_tar
+from clip_cid.errors import DataError
+from clip_cid.recipe import PairsConfig
+
+Member = tuple[str, bytes]
+
+
+def write_tar(path: Path, members: Sequence[Member], *, kind: int = tarfile.USTAR_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def sample(key: str, *, image: str = "jpg", text: str | None = "", **fields: Any) -> list[Member]:
+    """The members of a sample; its image bytes are its key, so that a row out of place shows."""
+    members = [(f"{key}.{image}", f"image of {key}".encode())]
+    if text is not None:
+        members.append((f"{key}.txt", (text or f"caption of {key}").encode()))
+    if fields:
+        members.append((f"{key}.json", json.dumps(fields).encode()))
+    return members
+
+
+def config(*source: Path | str, **settings: Any) -> PairsConfig:
+    return PairsConfig(source=tuple(str(name) for name in source), **settings)
+
+
+def read_all(pairs: Pairs) -> list[Pair | str]:
+    """Each row's pair, or the reason why there is none."""
+
+    def read(row: int) -> Pair | str:
+        try:
+            return pairs.read(row)
+        except BadSample as error:
+            return error.reason
+
+    return [read(row) for row in range(len(pairs))]
+
+
+def reason(pairs: Pairs, row: int) -> str:
+    with pytest.raises(BadSample) as error:
+        pairs.read(row)
+    return error.value.reason
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A shard of three samples."""
+    return write_tar(tmp_path / "small.tar", [*sample("a"), *sample("b", captions=["one", "two"]), *sample("c")])
+
+
+# Tars: order, grouping, captions
+
+
+def test_rows_follow_the_sources_and_the_tar(tmp_path: Path) -> None:
+    first = write_tar(tmp_path / "z.tar", [*sample("z2"), *sample("z1")])
+    second = write_tar(tmp_path / "a.tar", [*sample("a1", image="webp"), *sample("a0", image="PNG")])
+    pairs = open_pairs(config(first, second))
+    assert pairs.keys(0, len(pairs)) == ["z2", "z1", "a1", "a0"]
+    assert [(shard.name, shard.first_row, shard.rows, shard.bytes) for shard in pairs.shards] == [
+        (str(first), 0, 2, first.stat().st_size),
+        (str(second), 2, 2, second.stat().st_size),
+    ]
+    assert pairs.read(2) == Pair("a1", b"image of a1", ("caption of a1",), {})
+
+
+def test_several_captions_come_from_the_json_field_and_the_text_stands_in_for_it(tmp_path: Path) -> None:
+    members = [
+        *sample("list", text="from txt", captions=["one ", "", "two"], dup="x", count=3, none=None, tags=["é"]),
+        *sample("named", text="from txt", captions="only"),
+        *sample("absent", text=" from txt\n", other=1),
+        *sample("null", text="from txt", captions=None),
+        *sample("json only", text=None, captions=["one"]),
+    ]
+    fields = ("dup", "count", "none", "tags", "missing")
+    pairs = open_pairs(config(write_tar(tmp_path / "a.tar", members), keep_fields=fields))
+    captions = [pairs.read(row).captions for row in range(5)]
+    assert captions == [("one", "two"), ("only",), ("from txt",), ("from txt",), ("one",)]
+    assert pairs.read(0).fields == {"dup": "x", "count": "3", "none": "", "tags": '["é"]', "missing": ""}
+
+
+def test_another_captions_field_is_read_when_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", sample("a", syn=["x", "y"], captions=["no"]))
+    assert open_pairs(config(path, captions_field="syn")).read(0).captions == ("x", "y")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_caption(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", b"image"), ("a.txt", b"\xef\xbb\xbfcaption")])
+    assert open_pairs(config(path)).read(0).captions == ("caption",)
+
+
+def test_open_clips_order_of_extensions_picks_the_image(tmp_path: Path) -> None:
+    members = [("a.webp", b"webp"), ("a.png", b"png"), ("a.seg.jpg", b"mask"), ("a.txt", b"caption")]
+    assert open_pairs(config(write_tar(tmp_path / "a.tar", members))).read(0).image == b"png"
+
+
+names = st.text("ab.é/_-", min_size=1, max_size=6).filter(
+    lambda name: (
+        not name.startswith("/") and ".." not in name.split("/") and not any(part == "" for part in name.split("/"))
+    )
+)
+extensions = st.sampled_from(["jpg", "JPG", "png", "txt", "json", "seg.png", "url"])
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    members=st.lists(st.tuples(names, extensions), min_size=1, max_size=12),
+    kind=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)
+def test_rows_and_bytes_are_those_webdataset_reads_in_sequence(
+    members: list[tuple[str, str]], kind: int, tmp_path: Path
+) -> None:
+    named = [(f"{name}.{extension}", f"data {place}".encode()) for place, (name, extension) in enumerate(members)]
+    visible = [(name, data) for name, data in named if not name.rpartition("/")[2].startswith(".")]
+    path = write_tar(tmp_path / "oracle.tar", [*visible, ("last.jpg", b"image"), ("last.txt", b"caption")], kind=kind)
+    with open(path, "rb") as stream:
+        files = tar_file_expander([{"url": str(path), "stream": stream}])
+        try:
+            expected = list(group_by_keys(files))
+        except ValueError:
+            reject()  # a member given twice, which webdataset refuses; ours has a test of its own
+    batch = scan_tar(path, "oracle")
+    data = path.read_bytes()
+    assert batch.column("key").to_pylist() == [read["__key__"] for read in expected]
+    for row, read in zip(batch.to_pylist(), expected, strict=True):
+        image = next((read[extension] for extension in ("jpg", "png", "jpeg", "webp") if extension in read), None)
+        for part, value in {"image": image, "text": read.get("txt"), "json": read.get("json")}.items():
+            at, size = row[f"{part}_at"], row[f"{part}_size"]
+            assert (None if at < 0 else data[at : at + size]) == value
+
+
+def test_tars_of_webdatasets_own_writer_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "written.tar"
+    with TarWriter(str(path)) as writer:
+        for key in ("a", "folder/b"):
+            writer.write({"__key__": key, "jpg": key.encode(), "txt": f"caption {key}"})
+    pairs = open_pairs(config(path))
+    assert [pairs.read(row) for row in range(2)] == [
+        Pair(key, key.encode(), (f"caption {key}",), {}) for key in ("a", "folder/b")
+    ]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_foreign_names_are_whole_keys(tmp_path: Path, kind: int) -> None:
+    key = "folder.with.dots/" + "ключ" * 60
+    pairs = open_pairs(config(write_tar(tmp_path / "a.tar", sample(key), kind=kind)))
+    assert pairs.key(0) == key
+    assert pairs.read(0).image == f"image of {key}".encode()
+
+
+# Bad samples keep their rows
+
+
+def test_every_kind_of_bad_sample_is_named_and_shifts_no_row(tmp_path: Path) -> None:
+    bad = {
+        "no image": [("bad0.txt", b"caption")],
+        "no caption": [("bad1.jpg", b"image")],
+        "the caption is empty": sample("bad2", text=" \n"),
+        "caption 1 is not UTF-8": [("bad3.jpg", b"image"), ("bad3.txt", b"caf\xe9")],
+        "json cannot be read": [*sample("bad4"), ("bad4.json", b"{'a': 1}")],
+        "json holds a list": [*sample("bad5"), ("bad5.json", b"[]")],
+        "caption 2 is a int, not text": sample("bad6", captions=["a", 7]),
+        "field 'captions' holds a dict": sample("bad7", captions={"a": "b"}),
+        "caption 1 is not UTF-8 (half": [*sample("bad8"), ("bad8.json", b'{"captions": ["\\ud800"]}')],
+        "json cannot be read (maximum": [*sample("bad9"), ("bad9.json", b"[" * 100_000)],
+        "duplicate key, first used by row 0": sample("good0"),
+    }
+    members = sample("good0")
+    for place, broken in enumerate(bad.values(), start=1):
+        members += [*broken, *sample(f"good{place}")]
+    pairs = open_pairs(config(write_tar(tmp_path / "a.tar", members)))
+    assert len(pairs) == 2 * len(bad) + 1
+    for place, why in enumerate(bad):
+        assert reason(pairs, 2 * place + 1).startswith(why) or why in reason(pairs, 2 * place + 1)
+    for place in range(len(bad) + 1):
+        assert pairs.read(2 * place).image == f"image of good{place}".encode()
+    assert set(pairs.known_bad) == {1, 3, 21}
+
+
+def test_the_first_of_equal_keys_stays_good_across_shards(tmp_path: Path) -> None:
+    first = write_tar(tmp_path / "0.tar", [*sample("a"), *sample("b"), *sample("a")])
+    second = write_tar(tmp_path / "1.tar", [*sample("b"), *sample("c"), *sample("a")])
+    pairs = open_pairs(config(first, second), index=tmp_path / "index")
+    assert pairs.known_bad == {
+        2: "duplicate key, first used by row 0",
+        3: "duplicate key, first used by row 1",
+        5: "duplicate key, first used by row 0",
+    }
+    assert [isinstance(read, Pair) for read in read_all(pairs)] == [True, True, False, False, True, False]
+    assert open_pairs(config(first, second), index=tmp_path / "index").known_bad == pairs.known_bad
+
+
+def test_a_repeated_member_begins_a_sample_of_a_duplicate_key(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [*sample("a"), ("a.jpg", b"other"), ("a.txt", b"other"), *sample("b")])
+    pairs = open_pairs(config(path))
+    assert pairs.keys(0, 3) == ["a", "a", "b"]
+    assert pairs.read(0).image == b"image of a"
+    assert list(pairs.known_bad) == [1]
+
+
+@given(st.lists(st.text("ab", max_size=3), max_size=40), st.integers(5, 50), st.integers(1, 3))
+def test_duplicates_are_those_a_dictionary_finds_even_when_hashes_collide(
+    keys: list[str], rows_per_pass: int, different_hashes: int
+) -> None:
+    hashes = np.array([key_hash(key) % different_hashes << 62 for key in keys], np.uint64)
+    cut = len(keys) // 2
+    expected: dict[int, int] = {}
+    first: dict[str, int] = {}
+    for row, key in enumerate(keys):
+        if first.setdefault(key, row) != row:
+            expected[row] = first[key]
+    found = duplicate_keys(
+        lambda: [hashes[:cut], hashes[cut:]], len(keys), keys.__getitem__, rows_per_pass=rows_per_pass
+    )
+    assert found == expected
+
+
+def test_when_no_sample_can_be_used_the_first_reason_is_told(tmp_path: Path) -> None:
+    scattered = [("a.jpg", b""), ("b.jpg", b""), ("a.txt", b"x"), ("b.txt", b"x")]
+    with pytest.raises(DataError, match=r"none of the 4 samples can be used; the first, 'a': no caption") as error:
+        open_pairs(config(write_tar(tmp_path / "a.tar", scattered)))
+    assert "--sort=name" in error.value.fix
+
+
+def test_a_key_that_is_not_utf8_is_a_bad_sample_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name in ("caf\xe9.jpg", "caf\xe9.txt", "b.jpg", "b.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"x"))
+    pairs = open_pairs(config(path))
+    assert pairs.keys(0, 2) == ["caf\\xe9", "b"]
+    assert pairs.known_bad == {0: "the key is not UTF-8"}
+
+
+# Broken and hostile tars
+
+
+def test_a_tar_cut_anywhere_is_refused_with_shard_byte_and_remedy(tmp_path: Path) -> None:
+    members = [*sample("a"), ("b.jpg", bytes(1300)), ("b.txt", b"caption"), *sample("long" * 40)]
+    whole = write_tar(tmp_path / "whole.tar", members, kind=tarfile.PAX_FORMAT)
+    data = whole.read_bytes()
+    end = len(data.rstrip(b"\0"))
+    end += -end % 512  # where the last member's padding ends; from there on there are only zeros
+    cut = tmp_path / "cut.tar"
+    for size in [*range(1, end + 512, 61), *range(512, end + 512, 512), 100, 511, 513, end - 1, end, end + 511]:
+        cut.write_bytes(data[:size])
+        with pytest.raises(DataError, match=r"cut\.tar: .*byte") as error:
+            scan_tar(cut, str(cut))
+        assert f"{size:,}" in error.value.problem
+        assert "again" in error.value.fix
+    cut.write_bytes(data[: end + 512])  # one whole zero block is an end
+    assert scan_tar(cut, "cut").equals(scan_tar(whole, "whole"))
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_header_is_refused_or_changes_nothing(data: st.DataObject, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "damaged.tar", [*sample("a"), *sample("b")], kind=tarfile.GNU_FORMAT)
+    intact, content = scan_tar(path, "intact"), bytearray(path.read_bytes())
+    headers = [0, 1024, 2048, 3072]
+    content[data.draw(st.sampled_from(headers)) + data.draw(st.integers(0, 511))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    try:
+        found = scan_tar(path, "damaged")
+    except DataError:
+        return
+    assert found.equals(intact)
+
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("mode", list(COMPRESSORS))
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tar"])
+def test_a_compressed_tar_is_refused_with_the_remedy(tmp_path: Path, small: Path, mode: str, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(COMPRESSORS[mode](small.read_bytes()))
+    with pytest.raises(DataError, match=rf"{name}: compressed with {mode}") as error:
+        open_pairs(config(path))
+    assert "Decompress it once" in error.value.fix
+
+
+@pytest.mark.parametrize("name", ["/etc/a.jpg", "../a.jpg", "x/../../a.jpg", "..", "C:\\a.jpg", "x\\..\\a.jpg"])
+def test_a_member_that_points_outside_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    path = write_tar(tmp_path / "a.tar", [*sample("a"), (name, b"")])
+    with pytest.raises(DataError, match="points outside the archive") as error:
+        open_pairs(config(path))
+    assert repr(name) in error.value.problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [(tarfile.SYMTYPE, "a link"), (tarfile.LNKTYPE, "a link"), (tarfile.FIFOTYPE, "no")]
+)
+def test_a_member_that_is_no_file_is_refused_by_name(tmp_path: Path, kind: bytes, what: str) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        member = tarfile.TarInfo("x.jpg")
+        member.type, member.linkname = kind, "/etc/passwd"
+        tar.addfile(member)
+    with pytest.raises(DataError, match=f"member 'x.jpg' at byte 0 is {what}"):
+        open_pairs(config(path))
+
+
+def test_folders_and_metadata_in_a_tar_are_no_samples(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        folder = tarfile.TarInfo("train")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name in ("__meta__/info.json", "README", "train/._a.jpg", "train/a.jpg", "train/a.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"x"))
+    assert open_pairs(config(path)).keys(0, 1) == ["train/a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "an empty file"),
+        (bytes(10_240), "an empty shard"),
+        (b"x" * 2000, "no readable tar"),
+    ],
+)
+def test_an_empty_shard_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"a.tar: {problem}"):
+        open_pairs(config(path))
+
+
+def test_tars_joined_by_cat_are_refused(tmp_path: Path, small: Path) -> None:
+    path = tmp_path / "joined.tar"
+    path.write_bytes(small.read_bytes() * 2)
+    with pytest.raises(DataError, match="more data behind the end") as error:
+        open_pairs(config(path))
+    assert "--concatenate" in error.value.fix
+
+
+# Sources
+
+
+def test_ranges_and_wildcards_give_shards_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        write_tar(tmp_path / f"s-{number:02d}.tar", sample(f"s{number}"))
+        write_tar(tmp_path / f"t-{number:02d}.tar", sample(f"t{number}"))
+    monkeypatch.chdir(tmp_path)
+    pairs = open_pairs(config("t-{02..00}.tar", "s-*.tar"))
+    assert pairs.keys(0, 6) == ["t2", "t1", "t0", "s0", "s1", "s2"]
+    assert pairs.shards[0].name == "t-02.tar"
+    monkeypatch.chdir("/")
+    assert pairs.read(0).image == b"image of t2"
+
+
+def test_a_real_file_wins_over_the_range_its_name_could_be(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s-{0..1}[a].tar", sample("a"))
+    assert open_pairs(config(path)).keys(0, 1) == ["a"]
+
+
+def test_a_missing_shard_of_a_range_is_named_and_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s-0.tar", sample("a"))
+    pattern = f"{tmp_path}/s-{{0..3}}.tar"
+    for use in (open_pairs, fingerprint):
+        with pytest.raises(DataError, match=r"s-1\.tar: no such file or folder \(3 of the 4 named by"):
+            use(config(pattern))
+
+
+@pytest.mark.parametrize("name", ["nothing.tar", "none-*.tar", "{0..1", "nothing/"])
+def test_a_source_that_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"no such file|do not match"):
+        open_pairs(config(f"{tmp_path}/{name}"))
+
+
+def test_no_source_mixed_kinds_unknown_kinds_and_repeats_are_refused(tmp_path: Path, small: Path) -> None:
+    (tmp_path / "t.csv").write_text("image,caption\n")
+    (tmp_path / "t.doc").write_text("")
+    problems = {
+        (): "source is empty",
+        (small, tmp_path / "t.csv"): "mixes kinds: .*small.tar is a tar, .*t.csv is a table",
+        (tmp_path / "t.doc",): "not a kind of pairs",
+        (small, tmp_path / "sm*.tar"): "names .*small.tar twice",
+    }
+    for source, problem in problems.items():
+        with pytest.raises(DataError, match=problem):
+            open_pairs(config(*source))
+
+
+def test_the_fingerprint_names_every_file_with_its_bytes(tmp_path: Path, small: Path) -> None:
+    assert fingerprint(config(small)) == [(str(small), small.stat().st_size)]
+    assert fingerprint(config("pipe:cat {a,b}.tar")) == [("pipe:cat a.tar", -1), ("pipe:cat b.tar", -1)]
+    folder = make_folder(tmp_path / "f", {"a.jpg": b"123", "a.txt": b"12", "README.md": b""})
+    assert fingerprint(config(folder)) == [(f"{folder}/a.jpg", 5)]
+
+
+# URLs
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("scheme", ["http", "pipe"])
+def test_a_url_is_fetched_once_and_read_from_the_cache(tmp_path: Path, small: Path, served: str, scheme: str) -> None:
+    url = f"{served}/small.tar" if scheme == "http" else f"pipe:cat '{small}'"
+    content, cache = small.read_bytes(), tmp_path / "cache"
+    pairs = open_pairs(config(url), cache_dir=cache)
+    small.unlink()
+    assert pairs.shards[0].name == url
+    assert read_all(open_pairs(config(url), cache_dir=cache)) == read_all(pairs)
+    assert [path.read_bytes() for path in (cache / "shards").iterdir()] == [content]
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("pipe:cat {path}; exit 3", "cannot be fetched .*exit 3"),
+        ("pipe:head -c 2000 {path}", "cut short at byte 2,000"),
+        ("pipe:true", "an empty file"),
+        ("{served}/nothing.tar", "cannot be fetched .*exit 22"),
+        ("s4://bucket/a.tar", "cannot be fetched .*no gopen handler"),
+    ],
+)
+def test_a_failed_fetch_leaves_nothing_in_the_cache(
+    tmp_path: Path, small: Path, served: str, url: str, problem: str
+) -> None:
+    url = url.format(path=small, served=served)
+    with pytest.raises(DataError, match=problem):
+        open_pairs(config(url), cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.*"))
+
+
+def test_urls_that_end_alike_have_files_of_their_own(tmp_path: Path) -> None:
+    assert cached_path("http://a/0.tar?x=1", tmp_path) != cached_path("http://b/0.tar?x=1", tmp_path)
+    assert cached_path("http://a/0.tar?x=1", tmp_path).name.endswith("-0.tar")
+    assert cached_path("pipe:" + "x/../" * 200, tmp_path).parent == tmp_path
+
+
+# Tables
+
+
+def make_images(folder: Path, count: int) -> list[str]:
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    names = [f"images/{number:03d}.jpg" for number in range(count)]
+    for name in names:
+        (folder / name).write_bytes(f"image {name}".encode())
+    return names
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t")])
+def test_a_csv_table_gives_its_rows_in_order(tmp_path: Path, suffix: str, delimiter: str) -> None:
+    images = make_images(tmp_path, 3)
+    path = tmp_path / f"t{suffix}"
+    rows = [["note", "image", "caption"], ["x", images[2], '"a ""quoted"", long\ncaption"'], ["", images[0], "NA"]]
+    rows.append(["é", str(tmp_path / images[1]), "absolute"])
+    path.write_text("\n".join(delimiter.join(row) for row in rows) + "\n")
+    pairs = open_pairs(config(path, keep_fields=("note",)))
+    assert read_all(pairs) == [
+        Pair(images[2], b"image images/002.jpg", ('a "quoted", long\ncaption',), {"note": "x"}),
+        Pair(images[0], b"image images/000.jpg", ("NA",), {"note": ""}),
+        Pair(str(tmp_path / images[1]), b"image images/001.jpg", ("absolute",), {"note": "é"}),
+    ]
+
+
+def test_a_parquet_table_holds_lists_of_captions_and_a_key_of_its_own(tmp_path: Path) -> None:
+    images = make_images(tmp_path, 3)
+    table = pa.table(
+        {"path": images, "texts": [["a", "b "], ["c"], ["", "d"]], "id": [7, 8, 9], "score": [0.5, None, 2.0]}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    settings = {
+        "image_column": "path",
+        "caption_column": "texts",
+        "key_column": "id",
+        "keep_fields": ("score", "texts"),
+    }
+    pairs = open_pairs(config(tmp_path / "t.parquet", **settings), index=tmp_path / "index")
+    assert read_all(pairs) == [
+        Pair("7", b"image images/000.jpg", ("a", "b"), {"score": "0.5", "texts": '["a", "b "]'}),
+        Pair("8", b"image images/001.jpg", ("c",), {"score": "", "texts": '["c"]'}),
+        Pair("9", b"image images/002.jpg", ("d",), {"score": "2.0", "texts": '["", "d"]'}),
+    ]
+
+
+def test_bad_rows_of_a_table_keep_their_place(tmp_path: Path) -> None:
+    images = make_images(tmp_path, 3)
+    (tmp_path / "t.csv").write_bytes(
+        b"image,caption\n"
+        + f"{images[0]},good\n".encode()
+        + b"missing.jpg,caption\nimages,a folder\n,no image\n"
+        + f"{images[0]},again\n{images[1]},".encode()
+        + b"caf\xe9\n"
+        + f"{images[2]},  \ncaf".encode()
+        + b"\xe9.jpg,caption\nhttp://host/a.jpg,caption\n"
+        + f"./{images[2]},good\n".encode()
+    )
+    pairs = open_pairs(config(tmp_path / "t.csv"))
+    assert read_all(pairs)[1:-1] == [
+        f"image '{tmp_path}/missing.jpg' cannot be read (No such file or directory)",
+        f"image '{tmp_path}/images' cannot be read (Is a directory)",
+        "no image (empty image)",
+        "duplicate key, first used by row 0",
+        "caption 1 is not UTF-8 (byte 3)",
+        "the caption is empty",
+        "the key is not UTF-8",
+        f"image '{tmp_path}/http://host/a.jpg' cannot be read (No such file or directory)",
+    ]
+    assert [pairs.read(row).captions for row in (0, 9)] == [("good",), ("good",)]
+    assert sorted(pairs.known_bad) == [3, 4, 7]
+
+
+def test_empty_cells_of_parquet_are_bad_samples(tmp_path: Path) -> None:
+    images = make_images(tmp_path, 4)
+    table = pa.table(
+        {"image": [*images, None], "caption": [["a"], None, [], [None], ["a"]], "id": ["a", "b", "c", "d", "e"]}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    pairs = open_pairs(config(tmp_path / "t.parquet", key_column="id"))
+    no_caption = "no caption (empty caption)"
+    assert pairs.known_bad == {1: no_caption, 2: no_caption, 3: no_caption, 4: "no image (empty image)"}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("with_index", [True, False])
+def test_tables_are_cut_into_shards_that_hold_every_row_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, with_index: bool
+) -> None:
+    monkeypatch.setattr(tables, "SHARD_ROWS", 4)
+    images = make_images(tmp_path, 10)
+    path = tmp_path / f"t{suffix}"
+    if suffix == ".csv":
+        path.write_text("image,caption\n" + "".join(f"{name},of {name}\n" for name in images))
+    else:
+        table = pa.table({"image": images, "caption": [f"of {name}" for name in images]})
+        pyarrow.parquet.write_table(table, path, row_group_size=3)
+    pairs = open_pairs(config(path), index=tmp_path / "index" if with_index else None)
+    assert [(shard.name, shard.first_row, shard.rows) for shard in pairs.shards] == [
+        (f"{path}#00000", 0, 4),
+        (f"{path}#00001", 4, 4),
+        (f"{path}#00002", 8, 2),
+    ]
+    assert pairs.keys(0, 10) == images
+    assert pairs.keys(3, 9) == images[3:9]
+    assert [pairs.read(row).captions[0] for row in range(10)] == [f"of {name}" for name in images]
+
+
+def test_a_table_with_other_columns_or_types_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("Image,caption\na.jpg,x\n")
+    with pytest.raises(DataError, match="column 'image' is not there; the table has Image, caption") as error:
+        open_pairs(config(tmp_path / "t.csv"))
+    assert error.value.fix.startswith("did you mean Image?")
+    with pytest.raises(DataError, match="column 'Note' is not there"):
+        open_pairs(config(tmp_path / "t.csv", image_column="Image", keep_fields=("Note",)))
+    (tmp_path / "twice.csv").write_text("image,caption,caption\na.jpg,x,y\n")
+    with pytest.raises(DataError, match="column 'caption' is there more than once"):
+        open_pairs(config(tmp_path / "twice.csv"))
+    pyarrow.parquet.write_table(pa.table({"image": [1], "caption": ["x"]}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="column 'image' is of type int64"):
+        open_pairs(config(tmp_path / "t.parquet"))
+    pyarrow.parquet.write_table(pa.table({"image": ["a"], "caption": [[1]]}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"column 'caption' is of type list<.*int64>"):
+        open_pairs(config(tmp_path / "t.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("t.csv", b"", "cannot be read .*Empty CSV"),
+        ("t.csv", b"image,caption\n", "an empty table"),
+        ("t.csv", b"image,caption\na.jpg,x\nb.jpg,y,z\n", "cannot be read .*Expected 2 columns, got 3"),
+        ("t.parquet", b"PAR1 and then nothing", "cannot be read"),
+        ("t.parquet", b"", "cannot be read"),
+    ],
+)
+def test_a_broken_table_is_refused(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    for where in (None, tmp_path / "index"):
+        with pytest.raises(DataError, match=f"{name}: .*{problem}"):
+            open_pairs(config(tmp_path / name), index=where)
+
+
+# Folders
+
+
+def make_folder(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_folder_gives_its_images_sorted_with_one_caption_per_line(tmp_path: Path, with_index: bool) -> None:
+    files = {
+        "b/2.jpg": b"b2",
+        "b/2.txt": b"one\r\n\n  two \n",
+        "b.jpeg": b"b",
+        "b.txt": b"\xef\xbb\xbfcaption",
+        "a.x.PNG": b"ax",
+        "a.x.txt": b"caption",
+        "c.webp": b"c",
+        "c.png": b"later",
+        "c.txt": b"caption",
+        "d.jpg": b"d",
+        "e.jpg": b"e",
+        "e.txt": b"\n",
+        ".hidden/x.jpg": b"",
+        "._a.jpg": b"",
+        "notes.md": b"",
+    }
+    folder = make_folder(tmp_path / "f", files)
+    pairs = open_pairs(config(folder, keep_fields=("x",)), index=tmp_path / "index" if with_index else None)
+    assert read_all(pairs) == [
+        Pair("a.x", b"ax", ("caption",), {"x": ""}),
+        Pair("b", b"b", ("caption",), {"x": ""}),
+        Pair("b/2", b"b2", ("one", "two"), {"x": ""}),
+        Pair("c", b"later", ("caption",), {"x": ""}),
+        "duplicate key, first used by row 3",
+        "no caption (.txt beside the image)",
+        "the caption is empty",
+    ]
+    assert [(shard.name, shard.rows) for shard in pairs.shards] == [(f"{folder}#00000", 7)]
+
+
+def test_a_changed_folder_is_listed_again(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "f", {"sub/b.jpg": b"b", "sub/b.txt": b"b"})
+    assert open_pairs(config(folder), index=tmp_path / "index").keys(0, 1) == ["sub/b"]
+    make_folder(folder, {"sub/a.jpg": b"a", "sub/a.txt": b"a"})
+    assert open_pairs(config(folder), index=tmp_path / "index").keys(0, 2) == ["sub/a", "sub/b"]
+
+
+def test_what_a_folder_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_folder(tmp_path / "f", {"a.jpg": b"a", "a.txt": b"a", "README.txt": b""})
+    (folder / "link").symlink_to(tmp_path)
+    open_pairs(config(folder))
+    assert "1 linked folders are not followed" in caplog.text
+    assert "1 .txt files have no image of their name beside them, such as 'README.txt'" in caplog.text
+
+
+def test_odd_entries_of_a_folder_are_no_trap(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "f", {"a.jpg": b"a", "a.txt": b"a", "gone.txt": b"x"})
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "pipe.jpg")  # opening it would wait for ever
+    pairs = open_pairs(config(folder))
+    assert pairs.keys(0, len(pairs)) == ["a", "gone"]
+    assert "cannot be read" in reason(pairs, 1)
+
+
+@pytest.mark.parametrize("files", [{}, {"a.txt": b"caption"}])
+def test_a_folder_without_images_is_refused(tmp_path: Path, files: dict[str, bytes]) -> None:
+    folder = make_folder(tmp_path / "f", {"notes.md": b"", **files})
+    with pytest.raises(DataError, match="an empty folder, without a single pair"):
+        open_pairs(config(folder))
+
+
+# Index, processes, access
+
+
+@pytest.fixture
+def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the tars that are read for an index."""
+    seen: list[str] = []
+    real: Callable[[Path, str], pa.RecordBatch] = scan_tar
+
+    def counted(path: Path, name: str) -> pa.RecordBatch:
+        seen.append(Path(name).name)
+        return real(path, name)
+
+    monkeypatch.setattr(index.tars, "scan_tar", counted)
+    return seen
+
+
+def test_an_index_is_used_again_until_its_tar_changes(tmp_path: Path, scans: list[str]) -> None:
+    tars = [write_tar(tmp_path / f"{name}.tar", sample(name)) for name in "ab"]
+    index = tmp_path / "index"
+    before = read_all(open_pairs(config(*tars), index=index))
+    assert read_all(open_pairs(config(*tars), index=index)) == before
+    assert scans == ["a.tar", "b.tar"]
+    status = tars[0].stat()
+    write_tar(tars[0], sample("c"))  # as many bytes as before
+    os.utime(tars[0], ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert tars[0].stat().st_size == status.st_size
+    assert open_pairs(config(*tars), index=index).keys(0, 2) == ["c", "b"]
+    assert scans == ["a.tar", "b.tar", "a.tar"]
+
+
+def test_another_order_of_the_same_tars_has_its_own_bad_rows(tmp_path: Path) -> None:
+    one = write_tar(tmp_path / "1.tar", sample("a"))
+    two = write_tar(tmp_path / "2.tar", [*sample("b"), *sample("a")])
+    index = tmp_path / "index"
+    assert list(open_pairs(config(one, two), index=index).known_bad) == [2]
+    assert list(open_pairs(config(two, one), index=index).known_bad) == [2]
+    assert open_pairs(config(two, one), index=index).keys(0, 3) == ["b", "a", "a"]
+
+
+def test_an_index_that_cannot_be_read_is_made_again_with_a_word(
+    tmp_path: Path, small: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = read_all(open_pairs(config(small), index=tmp_path / "index"))
+    files = list((tmp_path / "index").iterdir())
+    assert len(files) == 2
+    for file in files:
+        file.unlink()
+        file.write_bytes(b"ARROW1 and then nothing")
+    index._open_index.cache_clear()
+    index._mapped_batch.cache_clear()
+    assert read_all(open_pairs(config(small), index=tmp_path / "index")) == expected
+    assert caplog.text.count("this index cannot be read") == 2
+
+
+def test_no_part_of_an_index_is_left_by_a_broken_tar(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"x" * 3000)
+    with pytest.raises(DataError):
+        open_pairs(config(tmp_path / "a.tar"), index=tmp_path / "index")
+    assert not list((tmp_path / "index").iterdir())
+
+
+def test_a_tar_that_changes_after_it_was_indexed_is_not_read(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [*sample("a"), *sample("b")])
+    pairs = open_pairs(config(path))
+    write_tar(path, [*sample("b"), *sample("a")])
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(DataError, match="changed or went away after it was indexed"):
+        pairs.read(0)
+    path.unlink()
+    with pytest.raises(DataError, match="changed or went away"):
+        pairs.read(0)
+
+
+def test_a_tar_cut_short_while_it_is_open_is_not_read(tmp_path: Path, small: Path) -> None:
+    pairs = open_pairs(config(small))
+    assert pairs.read(0).key == "a"
+    os.truncate(small, 600)
+    with pytest.raises(DataError, match="changed or went away"):
+        pairs.read(2)
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_pairs_come_back_from_a_pickle_and_stay_small(tmp_path: Path, with_index: bool) -> None:
+    path = write_tar(tmp_path / "a.tar", [member for number in range(400) for member in sample(f"{number:020d}")])
+    pairs = open_pairs(config(path), index=tmp_path / "index" if with_index else None)
+    read_all(pairs)
+    pickled = pickle.dumps(pairs)
+    assert read_all(pickle.loads(pickled)) == read_all(pairs)
+    assert not with_index or len(pickled) < 4_000
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_read_what_this_one_reads(tmp_path: Path, method: str) -> None:
+    tars = [
+        write_tar(tmp_path / f"{shard}.tar", [member for row in range(50) for member in sample(f"{shard}-{row}")])
+        for shard in range(2)
+    ]
+    pairs = open_pairs(config(*tars), index=tmp_path / "index")
+    expected = read_all(pairs)  # every file is open when the fork happens
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.map(pairs.read, range(100), chunksize=7) == expected
+
+
+def test_threads_may_read_more_tars_than_stay_open(tmp_path: Path) -> None:
+    count = 150
+    tars = [write_tar(tmp_path / f"{shard:03d}.tar", sample(f"{shard}")) for shard in range(count)]
+    pairs = open_pairs(config(*tars), index=tmp_path / "index")
+    wrong: list[int] = []
+
+    def read_in_order(seed: int) -> None:
+        for row in np.random.default_rng(seed).permutation(count).tolist():
+            if pairs.read(row).image != f"image of {row}".encode():
+                wrong.append(row)
+
+    threads = [threading.Thread(target=read_in_order, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(os.listdir("/proc/self/fd")) < 400
+
+
+def test_relative_paths_hold_when_the_working_folder_changes(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    local = open_pairs(config(small.name), index=Path("index"))
+    fetched = open_pairs(config(f"pipe:cat {small.name}"), index=Path("index"), cache_dir=Path("cache"))
+    monkeypatch.chdir("/")
+    index._open_index.cache_clear()
+    index._mapped_batch.cache_clear()
+    assert read_all(local) == read_all(fetched)
+
+
+def test_rows_out_of_range_are_refused(small: Path) -> None:
+    pairs = open_pairs(config(small))
+    for row in (-1, 3):
+        with pytest.raises(IndexError, match=f"want 0 <= row < 3, got {row}"):
+            pairs.read(row)
+        with pytest.raises(IndexError):
+            pairs.key(row)
+    for start, stop in ((-1, 2), (2, 1), (0, 4)):
+        with pytest.raises(ValueError, match="want 0 <= start <= stop <= 3"):
+            pairs.keys(start, stop)
+    assert pairs.keys(1, 1) == []

@@ -1,0 +1,362 @@
+import dataclasses
+import functools
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hard_rows import KINDS, links_of, slow_forest, spanning_forest, squared_matrix, unit
+
+from clip_cid.data.balance.array_folder import new_array
+from clip_cid.method.balance import near_pairs
+from clip_cid.method.balance.forest import Forest, Links, join_links
+from clip_cid.method.balance.near_pairs import Prepared, near_forest, near_links, prepare, row_hashes
+from clip_cid.method.balance.pair_plan import Plan, lay_out
+from clip_cid.method.unit_rows import UnitRows
+
+PLANS = [
+    Plan("float32"),
+    Plan("float32", chunk_rows=7),
+    Plan("float32", 16, chunk_rows=25),
+    Plan("float32", 32, cells=9),
+    Plan("float32", cells=70, chunk_rows=25),  # more cells than rows
+    Plan("int8"),
+    Plan("int8", 8, chunk_rows=25),
+    Plan("int8", 32, cells=9, chunk_rows=16),
+    Plan("int8", 2, cells=70),
+    Plan("float16"),
+    Plan("float16", 16, cells=1, chunk_rows=25),
+    Plan("float16", 1, cells=30),
+]
+LIMITS = {"euclidean 0.07": 0.07**2, "squared 0.07": 0.07, "cosine 0.07": 0.14, "cosine 0.24": 0.48}
+
+
+def images_of(rows: np.ndarray) -> UnitRows:
+    return UnitRows(rows, name="rows", any_length=True)
+
+
+def forest_by(rows: np.ndarray, limit: float, plan: Plan | None = None) -> Forest:
+    images = images_of(rows)
+    return near_forest(images, limit, layout=lay_out(images, plan or Plan()))
+
+
+def links_by_task(prepared: Prepared, images: UnitRows) -> list[Links]:
+    return [near_links(prepared, images, task) for task in prepared.tasks()]
+
+
+def in_bytes(forest: Forest | Links) -> tuple[bytes, bytes, bytes]:
+    return forest.left.tobytes(), forest.right.tobytes(), forest.squared.tobytes()
+
+
+def crowd(crowded: int, rows: int, dim: int) -> np.ndarray:
+    """Near-identical rows among others, in any order."""
+    rng = np.random.default_rng(3)
+    found = rng.standard_normal((rows, dim))
+    found[:crowded] = found[0] + 1e-2 * rng.standard_normal((crowded, dim))
+    return unit(found)[rng.permutation(rows)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("limit", LIMITS.values(), ids=LIMITS)
+def test_every_plan_finds_the_forest_of_all_pairs_bit_for_bit(kind, limit):
+    rows = KINDS[kind](60, 48)
+    expected = slow_forest(squared_matrix(rows), limit)
+    assert 5 < len(expected) < 60
+    for plan in PLANS:
+        assert links_of(forest_by(rows, limit, plan)) == expected, plan
+
+
+def test_the_forest_says_what_it_is_of():
+    found = forest_by(KINDS["flat"](120, 48), 0.14)
+    assert (found.rows, found.limit) == (120, 0.14)
+    assert (found.left.dtype, found.right.dtype, found.squared.dtype) == (np.int64, np.int64, np.float64)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("rows", [np.ones((1, 3)), np.ones((2, 3)), np.ones((9, 3)), np.eye(3)[:2]])
+def test_a_handful_of_rows_is_no_special_case(plan, rows):
+    assert links_of(forest_by(rows, 0.14, plan)) == slow_forest(squared_matrix(rows), 0.14)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_tasks_cover_every_pair_once(plan):
+    images = images_of(KINDS["identical"](60, 48))
+    prepared = prepare(images, 0.14, lay_out(images, plan))
+    starts, covered = prepared.chunk_starts, np.zeros((60, 60), dtype=int)
+    for a, b in prepared.tasks():
+        one, other = np.meshgrid(*(np.arange(starts[chunk], starts[chunk + 1]) for chunk in (a, b)), indexing="ij")
+        covered[one[one < other], other[one < other]] += 1
+    positions = len(prepared.row_at)
+    assert positions + len(prepared.repeats) == 60
+    assert (covered[:positions, :positions] == np.triu(np.ones((positions, positions)), 1)).all()
+    assert np.diff(starts).max() <= plan.chunk_rows
+    assert sum(map(prepared.work, prepared.tasks())) == positions**2 / 2
+
+
+@pytest.mark.parametrize("plan", [Plan(chunk_rows=20), Plan("int8", 16, cells=9), Plan("int8", 8, cells=70)], ids=str)
+@pytest.mark.parametrize("window_bytes", [1, 300, 10**6])
+def test_codes_and_windows_on_the_disk_and_in_parts_are_those_in_memory(tmp_path, monkeypatch, plan, window_bytes):
+    monkeypatch.setattr(near_pairs, "_TURNED", 8)
+    images = images_of(KINDS["identical"](120, 48))
+    new = np.arange(120) % 5 > 0
+    one = prepare(images, 0.14, lay_out(images, plan), new=new)
+    allocate = functools.partial(new_array, tmp_path / "work")
+    other = prepare(images, 0.14, lay_out(images, plan), new=new, allocate=allocate, window_bytes=window_bytes)
+    for field in dataclasses.fields(Prepared):
+        np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name), strict=True)
+    assert isinstance(other.codes, np.memmap)
+    assert isinstance(other.visits, np.memmap)
+
+
+@pytest.mark.parametrize("plan", [Plan(chunk_rows=20), Plan("int8", 16, cells=9, chunk_rows=20)], ids=str)
+def test_a_task_gives_the_same_whenever_it_is_done_and_their_order_does_not_matter(plan):
+    images = images_of(KINDS["power law"](120, 48))
+    prepared = prepare(images, 0.14, lay_out(images, plan))
+    tasks = prepared.tasks()
+    assert len(tasks) == 21
+    one = {task: near_links(prepared, images, task) for task in tasks}
+    other = {task: near_links(prepared, images, task) for task in reversed(tasks)}
+    assert all(in_bytes(one[task]) == in_bytes(other[task]) for task in tasks)
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(len(tasks))
+        parts = [*(one[tasks[at]] for at in order), prepared.identical()]
+        found = spanning_forest(120, *join_links(parts), 0.14)
+        assert in_bytes(found) == in_bytes(forest_by(KINDS["power law"](120, 48), 0.14))
+
+
+SPLITS = {
+    "the last ones": np.arange(120) >= 100,
+    "the first ones": np.arange(120) < 30,
+    "every third": np.arange(120) % 3 == 0,
+    "one": np.arange(120) == 77,
+    "all": np.ones(120, dtype=bool),
+    "none": np.zeros(120, dtype=bool),
+}
+
+
+@pytest.mark.parametrize("kind", ["power law", "identical"])
+@pytest.mark.parametrize("plan", [Plan(chunk_rows=25), Plan("int8", 16, cells=9, chunk_rows=25), Plan()], ids=str)
+@pytest.mark.parametrize("new", SPLITS.values(), ids=SPLITS)
+def test_the_old_forest_and_the_pairs_of_new_rows_are_the_forest_of_all(kind, plan, new):
+    rows, limit = KINDS[kind](120, 48), 0.48
+    images, old = images_of(rows), np.flatnonzero(~new)
+    parts = []
+    if len(old):
+        before = forest_by(rows[old], limit)
+        parts.append(Links(old[before.left], old[before.right], before.squared))
+    prepared = prepare(images, limit, lay_out(images, plan), new=new)
+    found = links_by_task(prepared, images)
+    for links in found:
+        assert (new[links.left] | new[links.right]).all()  # pairs of two old rows are known, and left out
+    together = spanning_forest(120, *join_links([*parts, prepared.identical(), *found]), limit)
+    assert links_of(together) == slow_forest(squared_matrix(rows), limit)
+
+
+def test_pairs_of_old_rows_are_not_even_looked_at():
+    images = images_of(KINDS["flat"](120, 48))
+    new = np.arange(120) >= 110
+    prepared = prepare(images, 0.48, lay_out(images, Plan(chunk_rows=20)), new=new)
+    looked_at = sum(prepared.work(task) for task in prepared.tasks())
+    assert looked_at == 10 * 110 + 10**2 / 2
+    assert not prepare(images, 0.48, lay_out(images, Plan()), new=np.zeros(120, dtype=bool)).tasks()
+
+
+def test_a_crowd_of_old_and_new_rows_is_exact_as_well():
+    rows, limit = crowd(400, 500, 32), 0.14
+    images, new = images_of(rows), np.arange(500) % 5 == 0
+    old = np.flatnonzero(~new)
+    before = forest_by(rows[old], limit)
+    parts = [Links(old[before.left], old[before.right], before.squared)]
+    found = links_by_task(prepare(images, limit, lay_out(images, Plan(chunk_rows=150)), new=new), images)
+    together = spanning_forest(500, *join_links([*parts, *found]), limit)
+    assert links_of(together) == slow_forest(squared_matrix(rows), limit)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int8])
+def test_rows_of_the_same_bytes_have_the_same_digest_and_others_do_not(dtype):
+    rng = np.random.default_rng(0)
+    rows = rng.integers(-3, 4, (500, 3)).astype(dtype)
+    hashes = row_hashes(rows)
+    names = [row.tobytes() for row in rows]
+    assert hashes.shape == (500, 2)
+    for column in range(2):
+        pairs = set(zip(names, hashes[:, column].tolist(), strict=True))
+        assert len(pairs) == len(set(names)) == len(set(hashes[:, column].tolist()))
+    assert row_hashes(rows[100:103]).tolist() == hashes[100:103].tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_rows_that_differ_in_two_signs_have_two_digests(dtype):
+    """The sign of a number is the highest bit of its word: a sum of words modulo 2^64 sees only how many there are."""
+    row = np.random.default_rng(0).standard_normal(16).astype(dtype)
+    flips = [(a, b) for a in range(16) for b in range(a)]
+    rows = np.repeat(row[None], len(flips), axis=0)
+    for flipped, places in zip(rows, flips, strict=True):
+        flipped[list(places)] *= -1
+    assert len({tuple(pair) for pair in row_hashes(rows).tolist()}) == len(flips) == 120
+
+
+def with_many_repeats() -> np.ndarray:
+    rows = KINDS["flat"](40, 12)[np.random.default_rng(0).integers(0, 40, 150)]
+    return rows.astype(np.float32)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_identical_rows_are_linked_without_a_comparison(plan):
+    rows = with_many_repeats()
+    images = images_of(rows)
+    prepared = prepare(images, 0.14, lay_out(images, plan))
+    assert len(prepared.row_at) == len({row.tobytes() for row in rows})
+    assert links_of(forest_by(rows, 0.14, plan)) == slow_forest(squared_matrix(rows), 0.14)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_rows_of_one_digest_are_told_apart_by_their_bytes(monkeypatch, value):
+    rows = with_many_repeats()
+    expected = in_bytes(forest_by(rows, 0.14))
+    monkeypatch.setattr(near_pairs, "row_hashes", lambda rows: np.full((len(rows), 2), value, dtype=np.uint64))
+    assert in_bytes(forest_by(rows, 0.14)) == expected
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan("int8", 4, cells=3, chunk_rows=4)], ids=str)
+def test_rows_that_are_equal_but_for_the_sign_of_a_zero_are_at_distance_zero(plan):
+    rows = np.array([[0.0, 1.0], [-0.0, 1.0], [-0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, -0.0]])
+    found = forest_by(rows, 0.14, plan)
+    assert found.sets(0.0).tolist() == [0, 0, 0, 0, 1, 1]
+    assert links_of(found) == [(0.0, 0, 1), (0.0, 0, 2), (0.0, 0, 3), (0.0, 4, 5)]
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5, 4.0])
+def test_rows_of_one_direction_and_two_lengths_are_at_distance_zero(factor):
+    rows = np.array([[3.0, 4.0], [3.0, 4.0], [3.0, 4.0], [3.0, 4.0], [5.0, 0.0]])
+    rows[[1, 2]] *= factor
+    assert links_of(forest_by(rows, 0.14)) == [(0.0, 0, 1), (0.0, 0, 2), (0.0, 0, 3)]
+
+
+def counted_distances(monkeypatch) -> list[int]:
+    counts: list[int] = []
+    distances = near_pairs._distances
+
+    def counted(units, i, j):
+        counts.append(len(i))
+        return distances(units, i, j)
+
+    monkeypatch.setattr(near_pairs, "_distances", counted)
+    return counts
+
+
+def test_a_crowd_is_exact_and_most_of_its_pairs_are_never_computed_exactly(monkeypatch):
+    rows = crowd(1500, 2000, 64)
+    expected = slow_forest(squared_matrix(rows), 0.14)
+    assert len(expected) == 1499
+    for plan in (Plan(), Plan("int8", 16, chunk_rows=700)):
+        counts = counted_distances(monkeypatch)
+        assert links_of(forest_by(rows, 0.14, plan)) == expected
+        assert 1499 <= sum(counts) < 0.1 * 1500 * 1499 / 2
+        monkeypatch.undo()
+
+
+def test_a_crowd_that_lies_in_many_cells_is_exact():
+    rows = crowd(500, 700, 64)
+    found = forest_by(rows, 0.14, Plan("int8", 16, cells=20, chunk_rows=300))
+    assert links_of(found) == slow_forest(squared_matrix(rows), 0.14)
+
+
+@pytest.mark.parametrize("rows", [12, 40])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_of_rows_at_equal_distances_each_is_linked_to_the_first(rows, plan):
+    found = forest_by(np.eye(rows), 2.0, plan)
+    assert links_of(found) == [(2.0, 0, i) for i in range(1, rows)]
+    assert not len(forest_by(np.eye(rows), np.nextafter(2.0, 0), plan).squared)
+
+
+def test_a_crowd_at_equal_distances_is_linked_to_its_first():
+    assert links_of(forest_by(np.eye(300), 2.0)) == [(2.0, 0, i) for i in range(1, 300)]
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan("float32", 2, cells=64, chunk_rows=1000)], ids=str)
+def test_a_chain_of_three_thousand_steps_is_one_set(plan):
+    angles = np.cumsum(np.random.default_rng(0).uniform(1.0, 2.0, 3001)) * 1e-3  # of at most 2e-3, along 4.5
+    order = np.random.default_rng(1).permutation(3001)
+    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1)[order]
+    found = forest_by(rows, (2e-3) ** 2, plan)
+    place = np.argsort(order)
+    expected = {(min(a, b), max(a, b)) for a, b in zip(place[:-1].tolist(), place[1:].tolist(), strict=True)}
+    assert set(zip(found.left.tolist(), found.right.tolist(), strict=True)) == expected
+    assert found.sets(found.limit).max() == 0
+    # A step is 2 sin(angle / 2); without the longest of them there are two sets.
+    assert found.squared[-1] == pytest.approx(4 * np.sin(np.diff(angles).max() / 2) ** 2, rel=1e-9)
+    assert found.sets(found.squared[-2]).max() == 1
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16"])
+@pytest.mark.parametrize("data", KINDS)
+@pytest.mark.parametrize("limit", [0.005, 0.14])
+def test_the_way_of_devices_finds_what_the_processor_finds(monkeypatch, kind, data, limit):
+    """`cpu:0` is a device like any other: chunks are put on it, and pairs come back to a thread that measures."""
+    monkeypatch.setattr(near_pairs, "_DEVICE_SIDE", 30)
+    rows = KINDS[data](200, 48)
+    expected = in_bytes(forest_by(rows, limit, Plan("float32", chunk_rows=70)))
+    assert in_bytes(forest_by(rows, limit, Plan(kind, chunk_rows=70, device="cpu:0"))) == expected
+
+
+def test_an_error_in_the_measuring_thread_comes_back(monkeypatch):
+    def broken(*_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(near_pairs, "_distances", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        forest_by(KINDS["power law"](200, 48), 0.14, Plan("float32", chunk_rows=70, device="cpu:0"))
+
+
+def test_the_way_of_devices_by_hand():
+    one = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    other = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]])
+    i, j, products = near_pairs.above_on_device(one @ other.T, 0.79)
+    assert sorted(zip(i.tolist(), j.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 0), (2, 0), (2, 2)]
+    assert products == pytest.approx([1, 0.8, 1, 0.8, 0.96])
+    assert products.dtype == np.float64
+    assert [len(each) for each in near_pairs.above_on_device(one @ other.T, 1.1)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 100])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
+def test_places_above_a_floor_are_all_found(rows, share):
+    products = np.random.default_rng(rows).random((rows, 33)).astype(np.float32)
+    floor = 1.0 - share if share else 2.0
+    found = near_pairs._places_above(products, floor)
+    assert sorted(found.tolist()) == [at for at, value in enumerate(products.ravel().tolist()) if value >= floor]
+
+
+def peak_of(rows: np.ndarray) -> tuple[int, tuple[bytes, bytes, bytes]]:
+    """Bytes of the largest moment, and the links."""
+    images = images_of(rows)
+    prepared = prepare(images, 0.14, lay_out(images, Plan()))
+    tracemalloc.start()
+    found = in_bytes(near_links(prepared, images, (0, 0)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak, found
+
+
+def test_the_links_of_a_clique_are_never_all_in_memory(monkeypatch):
+    """1,124,250 links are 27 MB; they are reduced to 1,499 whenever more than 50,000 have come on top."""
+    rows = crowd(1500, 1500, 4)
+    monkeypatch.setattr(near_pairs, "_SIDE", 128)  # so that no comparison gives many of them at once
+    monkeypatch.setattr(near_pairs, "_PRODUCTS", 128 * 200)
+    monkeypatch.setattr(near_pairs, "_PENDING_PAIRS", 10_000)
+    monkeypatch.setattr(near_pairs, "possible_links", lambda units, i, j, limit: (i, j, []))
+    without, expected = peak_of(rows)
+    monkeypatch.setattr(near_pairs, "_PENDING_LINKS", 50_000)
+    within, found = peak_of(rows)
+    assert found == expected
+    assert without > 40e6
+    assert within < 16e6
+
+
+def test_progress_comes_as_the_work_is_done():
+    images = images_of(KINDS["flat"](100, 48))
+    told: list[int] = []
+    near_forest(images, 0.14, layout=lay_out(images, Plan(chunk_rows=20)), on_progress=told.append)
+    # The 15 tasks of 5 chunks: 5 of 200 pairs and 10 of 400, of 5,000; the first one is 4 of 100 rows.
+    assert told == [4, 8, 8, 8, 8, 4, 8, 8, 8, 4, 8, 8, 4, 8, 4]

@@ -1,0 +1,132 @@
+import csv
+import re
+from pathlib import Path
+
+import jinja2
+import pytest
+
+from clip_cid.figures import style
+from clip_cid.report import galleries, page
+from clip_cid.report.thumbnails import Thumbnails
+
+NO_PICTURES = Thumbnails(None, side=0, budget=0)
+
+
+def draw_line(path: Path, label: str = "x") -> Path:
+    with style.new_figure(2.0) as figure:
+        axes = figure.add_subplot()
+        axes.plot([1, 2], [3, 4], color=style.BLUE, marker="o")
+        axes.set_xlabel(label)
+        style.save_svg(figure, path)
+    return path
+
+
+def test_equal_figures_are_equal_files_without_a_date(tmp_path: Path) -> None:
+    first, second = draw_line(tmp_path / "a.svg").read_text(), draw_line(tmp_path / "b.svg").read_text()
+    assert first == second
+    assert not re.search(r"\d\d:\d\d", first)
+
+
+def test_an_inline_figure_has_its_own_ids_and_no_address_outside(tmp_path: Path) -> None:
+    one, two = (str(page.inline_svg(draw_line(tmp_path / f"{name}.svg"), "d")) for name in ("one", "two"))
+    ids = [set(re.findall(r'\bid="([^"]+)"', text)) for text in (one, two)]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+    for text, names in ((one, ids[0]), (two, ids[1])):
+        assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= names
+        assert "http" not in text
+
+
+def test_an_inline_figure_takes_the_colors_and_the_font_of_the_page(tmp_path: Path) -> None:
+    text = str(page.inline_svg(draw_line(tmp_path / "one.svg"), "d"))
+    assert "var(--blue)" in text
+    assert not re.search(r"#[0-9a-f]{6}\b", text)
+    assert "DejaVu" not in text
+
+
+def test_descriptions_and_labels_cannot_leave_their_place(tmp_path: Path) -> None:
+    text = str(page.inline_svg(draw_line(tmp_path / "one.svg", '</text><script>"'), '"><script>'))
+    assert "<script" not in text
+
+
+def test_every_color_of_a_figure_is_one_that_the_page_knows() -> None:
+    sheet = (Path(page.__file__).parent / "report.css").read_text()
+    assert all(f"--{name}:" in sheet for name in page._COLORS.values())
+    assert set(style.model_colors(["a", "b", "c", "d", "e"]).values()) <= page._COLORS.keys()
+
+
+def test_a_value_that_the_page_lacks_is_an_error() -> None:
+    with pytest.raises(jinja2.UndefinedError):
+        page.render({"title": "only this"})
+
+
+def test_columns_of_unequal_length_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'a': 2, 'b': 1"):
+        style.write_csv(tmp_path / "t.csv", {"a": [1, 2], "b": [1]})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.1, "0.1"), (1, "1"), (2000, "2,000"), (1e6, "1M"), (2.5e9, "2.5B"), (0, "0")]
+)
+def test_ticks_are_written_as_people_write_numbers(value: float, text: str) -> None:
+    assert style.short_number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0123, "+1.2"), (-0.05, "\N{MINUS SIGN}5.0"), (-0.0001, "0.0"), (0, "0.0")]
+)
+def test_differences_are_points_with_a_sign(share: float, text: str) -> None:
+    assert style.signed_points(share) == text
+
+
+def test_long_captions_are_cut_and_empty_ones_become_the_key() -> None:
+    (long, empty) = galleries.sample({"a": "x" * 5000, "b": ""}, NO_PICTURES)
+    assert len(long.caption) == 300
+    assert long.caption.endswith("…")
+    assert empty.caption == "b"
+
+
+@pytest.mark.parametrize(("members", "folded"), [(2, 0), (12, 0), (13, 1), (40, 28)])
+def test_sets_beyond_twelve_fold(tmp_path: Path, members: int, folded: int) -> None:
+    facts = {"farthest": 0.06, "widest_pair": 0.09, "widest_exact": False, "weakest_link": 0.05, "component_size": 70}
+    names = ("stratum", "set", "size", *facts, "place", "row", "distance", "kind", "key", "caption")
+    with open(tmp_path / "t.csv", "w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(names)
+        writer.writerows(
+            ("largest", 7, 50, *facts.values(), place, place, place / 100, "semantic", f"k{place}", "c")
+            for place in range(members)
+        )
+    (found,) = galleries.removed_sets(tmp_path / "t.csv", NO_PICTURES)
+    assert len(found.pictures) + len(found.folded) == members
+    assert len(found.folded) == folded
+    assert found.more == 50 - members
+    assert [one.kept for one in found.pictures] == [True] + [False] * (len(found.pictures) - 1)
+    assert found.span == (0.01, (members - 1) / 100)
+    assert found.facts == galleries.SetFacts(0.06, 0.09, False, 0.05, 70)
+    assert found.pictures[0].note == "kept"
+    assert found.pictures[1].note == "0.010 semantic"
+
+
+@pytest.mark.parametrize("caption", ["two\rlines", "two\r\nlines", "two\nlines", 'a "word", and more', "x" * 200_000])
+def test_a_table_gives_back_any_caption(tmp_path: Path, caption: str) -> None:
+    columns = {"stratum": ["largest"] * 2, "cluster": [3] * 2, "size": [2] * 2, "class": [""] * 2}
+    of_each = {"place": [0, 1], "row": [5, 8], "cosine": [0.9, 0.8], "key": ["a", "b"], "caption": [caption, "next"]}
+    style.write_csv(tmp_path / "t.csv", columns | of_each)
+    assert galleries.rows_by_key(tmp_path / "t.csv") == {"a": 5, "b": 8}
+    (found,) = galleries.clusters(tmp_path / "t.csv", NO_PICTURES)
+    plain = caption.replace("\r\n", "\n").replace("\r", "\n")
+    assert [one.caption for one in found.pictures] == [galleries.short(plain), "next"]
+
+
+def test_a_typical_pair_is_the_middle_one() -> None:
+    def pictures(count: int) -> list[galleries.Picture]:
+        return [galleries.Picture(f"{pair}{role}", "", None) for pair in range(count) for role in ("kept", "removed")]
+
+    found = galleries.typical_pairs({"five": pictures(5), "four": pictures(4), "one": pictures(1)})
+    captions = {kind: (example.kept.caption, example.removed.caption, example.of) for kind, example in found.items()}
+    assert captions == {
+        "five": ("2kept", "2removed", 5),
+        "four": ("1kept", "1removed", 4),
+        "one": ("0kept", "0removed", 1),
+    }

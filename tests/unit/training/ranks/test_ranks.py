@@ -1,0 +1,419 @@
+"""Several processes train what one does: gradients, samples, steps, checkpoints and the files they leave.
+
+One start of two processes runs all cases; the tests read what the ranks have written.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_pieces import EVERY_PART, exact, loss_of
+from tiny_training import (
+    BATCH,
+    CENTERS,
+    make_batches,
+    make_dataset,
+    make_model,
+    make_settings,
+    make_trainer,
+    make_validation,
+    stripes,
+    training_pairs,
+)
+from torch import Tensor, nn
+
+from clip_cid.errors import ClipCidError, ConfigError, DataError, RunError
+from clip_cid.method.distill.objective import weighted_sum
+from clip_cid.training import validation
+from clip_cid.training.batches import Batches
+from clip_cid.training.loop import Trainer
+from clip_cid.training.model import backward_in_pieces
+from clip_cid.training.optimizer import shorten_gradients
+from clip_cid.training.ranks.distributed import ALONE, Ranks, join_ranks
+from clip_cid.training.ranks.parallel import is_spread, join_model, whole, with_joint_statistics
+from clip_cid.training.validation import hold_out
+
+WORLD = 2
+PATIENCE = 180  # seconds until hanging ranks are ended
+STEPS = 8
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+
+CASES: dict[str, dict[str, Any]] = {
+    **{name: {"settings": {"head_lr": 0.0, **settings}} for name, settings in EVERY_PART.items()},
+    "a spread head": {"settings": {"sample_rate": 0.75}},
+    "a spread head, all centers": {"settings": {"sample_rate": 1.0}},
+    "in pieces": {"settings": {}, "micro_batch": 3},
+    "weights spread": {"settings": {}, "fsdp": True},
+    "weights spread, in pieces": {"settings": {"head_lr": 0.0, "alignment": "linear"}, "fsdp": True, "micro_batch": 3},
+}
+TRAININGS: dict[str, dict[str, Any]] = {
+    "joint": {},
+    "spread": {"fsdp": True},
+    "averaged": {"settings": {"ema_decay": 0.9, "head_lr": 0.0}},
+    "spread and averaged": {"settings": {"ema_decay": 0.9, "head_lr": 0.0}, "fsdp": True},
+    # eight pairs are held out, so that none is left over whatever the number of ranks
+    "measured": {"settings": {"validation": {"share": 0.4, "every": 16, "keep": "best"}}},
+    # the step after a measurement must not see the average
+    "spread, averaged and measured": {
+        "settings": {"ema_decay": 0.9, "alignment": "linear", "validation": {"share": 0.4, "every": 16}},
+        "fsdp": True,
+    },
+}
+
+
+class Killed(BaseException):
+    """Ends a run without giving it a chance to save, as SIGKILL does."""
+
+
+# What the ranks do
+
+
+def gradients(case: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Tensor]:
+    """Of the first batch, by parameter, whole; and the common length, as `grad_norm`."""
+    settings = make_settings(**case["settings"])
+    model = make_model(settings, ranks=ranks).double()
+    joint: Any = join_model(model, ranks, fsdp=case.get("fsdp", False) and ranks.size > 1)
+    batch = exact(next(make_batches(training_pairs(folder), ranks=ranks).between(0, 1)))
+
+    def loss(seen: dict[str, Tensor]) -> Tensor:
+        if ranks.size == 1:
+            return loss_of(model, batch, seen)
+        generator = torch.Generator().manual_seed(5)
+        parts = model.objective(seen, batch.targets, gather=ranks.gather, generator=generator)
+        return weighted_sum(parts, model.objective.weights)
+
+    micro = case.get("micro_batch")
+    backward_in_pieces(joint, batch, loss, micro_batch=micro, precision=torch.float32, seed=3)
+    head = model.objective.head
+    spread = head is not None and head.shard is not None
+    parameters = [(value, is_spread(name, value, spread)) for name, value in model.named_parameters()]
+    length = shorten_gradients(parameters, 1.0, ranks)
+    found = {
+        name: whole(value.grad).to_dense()
+        for name, value in model.named_parameters()
+        if value.requires_grad and value.grad is not None
+    }
+    found["grad_norm"] = length
+    if spread:
+        found["objective.head.weight"] = torch.cat(ranks.all(found["objective.head.weight"]))
+    return found
+
+
+def plain_state(trainer: Trainer) -> dict[str, Tensor]:
+    state = whole(dict(trainer.model.state_dict()))
+    head = trainer.model.objective.head
+    if head is not None and head.shard is not None:
+        state["objective.head.weight"] = torch.cat(trainer.ranks.all(state["objective.head.weight"]))
+    return {name: value.clone() for name, value in state.items()}
+
+
+def make(case: dict[str, Any], folder: Path, out: Path, ranks: Ranks, **more: Any) -> Trainer:
+    settings = make_settings(**{"log_every": 1, **case.get("settings", {})})
+    fsdp = case.get("fsdp", False) and ranks.size > 1
+    if share := settings.validation.share:
+        more["training"], held_out = hold_out(training_pairs(folder), share, batch_size=BATCH, ranks=ranks.size)
+        more["validation"] = make_validation(held_out, settings, sets=[stripes()], ranks=ranks)
+    return make_trainer(folder, out, settings=settings, steps=STEPS, patch_dropout=0.0, ranks=ranks, fsdp=fsdp, **more)
+
+
+def train(case: dict[str, Any], folder: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
+    trainer = make(case, folder, out, ranks)
+    summary = trainer.run()
+    found = {"state": plain_state(trainer), "student": trainer.student_state(), "summary": summary}
+    return found | {"beside": trainer.objective_state()}
+
+
+def killed_and_resumed(case: dict[str, Any], folder: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
+    trainer = make(case, folder, out, ranks, minutes=1e-9)
+    before_step(trainer, 5, lambda: throw(Killed()))
+    with contextlib.suppress(Killed):
+        trainer.run()
+    ranks.wait()
+    return train(case, folder, out, ranks)
+
+
+def throw(error: BaseException) -> None:
+    raise error
+
+
+def before_step(trainer: Trainer, step: int, action: Callable[[], object]) -> None:
+    train_step = trainer._train_step
+
+    def acting(batch: Any) -> Any:
+        if trainer.step == step:
+            action()
+        return train_step(batch)
+
+    trainer._train_step = acting
+
+
+def asked_to_end(folder: Path, out: Path, ranks: Ranks) -> str:
+    """Only the last rank is told; all of them stop after the same step."""
+    trainer = make({}, folder, out, ranks)
+    if ranks.rank == ranks.size - 1:
+        before_step(trainer, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    return error_of(trainer.run)
+
+
+def with_a_broken_picture(folder: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
+    training = training_pairs(folder / "broken")
+    ranks.wait()
+    (folder / "broken" / "pairs" / "007.png").write_bytes(b"no picture")
+    ranks.wait()
+    summary = make({}, folder, out, ranks, training=training, max_bad_share=0.05).run()
+    return {"unreadable": summary["unreadable_pairs"], "steps": summary["steps"]}
+
+
+def spread_in_float16(folder: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
+    """Weights that are spread beside a head that is not: the scaler cannot take gradients of both kinds at once."""
+    case = {"settings": {"precision": "fp16", "sample_rate": 1.0}, "fsdp": True}
+    return train(case, folder, out, ranks)["summary"]
+
+
+def with_other_weights(folder: Path, out: Path, ranks: Ranks) -> str:
+    return error_of(lambda: ranks.agree("weights", "a" if ranks.is_first else "b"))
+
+
+def that_cannot_share(folder: Path, out: Path, ranks: Ranks) -> str:
+    training = training_pairs(folder)
+    dataset, how = make_dataset(training), {"seed": 0, "workers": 0, "pin": False}
+    return error_of(lambda: Batches(training, dataset, batch_size=BATCH - 1, ranks=ranks, **how))
+
+
+def that_normalizes_over_the_batch(folder: Path, out: Path, ranks: Ranks) -> str:
+    return error_of(lambda: with_joint_statistics(nn.Sequential(nn.BatchNorm1d(3)), ranks, None))
+
+
+def error_of(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except (ClipCidError, KeyboardInterrupt) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def rank_main(rank: int, folder: Path, port: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(WORLD))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    validation._ROWS = 8  # pictures in several rounds, the last of which are fewer than the ranks
+    with join_ranks(torch.device("cpu")) as ranks:
+        found: dict[str, Any] = {name: gradients(case, folder, ranks) for name, case in CASES.items()}
+        for name, case in TRAININGS.items():
+            found[f"trained {name}"] = train(case, folder, folder / f"{name} 2", ranks)
+            found[f"resumed {name}"] = killed_and_resumed(case, folder, folder / f"{name} again", ranks)
+        others = (
+            asked_to_end,
+            with_a_broken_picture,
+            spread_in_float16,
+            with_other_weights,
+            that_cannot_share,
+            that_normalizes_over_the_batch,
+        )
+        for case in others:
+            found[case.__name__] = case(folder, folder / case.__name__, ranks)
+            ranks.wait()
+        torch.save(found, folder / f"rank-{rank}.pt")
+
+
+# What the tests compare
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    training_pairs(folder)
+    training_pairs(folder / "broken")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context: Any = mp.spawn(rank_main, (folder, port), nprocs=WORLD, join=False)  # pyright: ignore[reportPrivateImportUsage]
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "the ranks hang"
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_have_the_gradient_of_one(found: list[dict[str, Any]], folder: Path, name: str):
+    case = CASES[name]
+    expected = gradients({**case, "micro_batch": None}, folder, ALONE)
+    for rank in found:
+        for key, gradient in expected.items():
+            if key not in rank[name]:
+                assert not gradient.any(), key
+                continue
+            scale = max(float(gradient.abs().max()), 1e-12)
+            torch.testing.assert_close(
+                rank[name][key], gradient, rtol=0, atol=1e-9 * scale, msg=lambda text, key=key: f"{key}: {text}"
+            )
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_two_processes_train_what_one_does(found: list[dict[str, Any]], folder: Path, tmp_path: Path, name: str):
+    alone = train(TRAININGS[name], folder, tmp_path, ALONE)
+    for rank in found:
+        theirs = rank[f"trained {name}"]
+        for kind in ("state", "student"):
+            for key, value in alone[kind].items():
+                torch.testing.assert_close(theirs[kind][key], value, rtol=5e-3, atol=5e-4)
+        assert theirs["summary"]["processes"] == WORLD
+        for key in ("loss", "steps", "pairs_seen", "epochs"):
+            assert theirs["summary"][key] == pytest.approx(alone["summary"][key], rel=1e-4)
+    ours, theirs = (
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (tmp_path, folder / f"{name} 2")
+    )
+    compared = ("step", "loss", "loss/cluster_kl", "grad_norm", "grad_norm/clip", "grad_norm/cluster_kl", "own_center")
+    for mine, other in zip(ours, theirs, strict=True):
+        keys = (*compared, "mean_image_norm", "negatives", "logit_scale") if "loss" in mine else mine
+        for key in keys:
+            assert other[key] == pytest.approx(mine[key], rel=1e-3, abs=1e-6), key
+    assert any("val/retrieval" in line for line in ours) == ("validation" in TRAININGS[name].get("settings", {}))
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_the_first_rank_leaves_all_that_was_learned_beside_the_student(
+    found: list[dict[str, Any]], folder: Path, tmp_path: Path, name: str
+):
+    """Spread over the ranks or not: the rows of the head, the maps into the teacher's space, the scale."""
+    alone, first = train(TRAININGS[name], folder, tmp_path, ALONE)["beside"], found[0][f"trained {name}"]["beside"]
+    assert first.keys() == alone.keys() >= {"instance_logit_scale"}
+    for key, value in alone.items():
+        assert type(first[key]) is Tensor
+        torch.testing.assert_close(first[key], value, rtol=5e-3, atol=5e-4)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_ranks_end_with_equal_weights(found: list[dict[str, Any]], name: str):
+    first, second = (rank[f"trained {name}"]["state"] for rank in found)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_killed_ranks_go_on_exactly(found: list[dict[str, Any]], folder: Path, name: str):
+    for rank in found:
+        for kind in ("state", "student"):
+            straight, resumed = rank[f"trained {name}"][kind], rank[f"resumed {name}"][kind]
+            different = [key for key, value in straight.items() if not torch.equal(value, resumed[key])]
+            assert not different
+    lines = [json.loads(line) for line in (folder / f"{name} again" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "loss" not in line] == ([2, 4, 6, 8] if "measured" in name else [])
+
+
+def test_one_process_goes_on_from_what_two_have_saved(folder: Path, found: list[dict[str, Any]]):
+    """A head that learns is spread over the two."""
+    out = folder / "joint 2"
+    alone = make({}, folder, out, ALONE)
+    alone._resume()
+    state = found[0]["trained joint"]["state"]
+    assert alone.step == STEPS
+    assert all(torch.equal(value, state[key]) for key, value in alone.model.state_dict().items())
+    assert alone.model.objective.head is not None
+    assert len(alone.model.objective.head.weight) == CENTERS
+
+
+def test_one_rank_that_is_asked_to_end_ends_all_after_the_same_step(folder: Path, found: list[dict[str, Any]]):
+    assert [rank["asked_to_end"].split("\n")[0] for rank in found] == [
+        "RunError: Stopped by SIGTERM after step 4, which is saved."
+    ] * WORLD
+    assert [path.name for path in (folder / "asked_to_end" / "checkpoints").glob("*.pt")] == ["step-000004.pt"]
+
+
+def test_a_picture_that_one_rank_cannot_read_is_listed_once(folder: Path, found: list[dict[str, Any]]):
+    lines = (folder / "with_a_broken_picture" / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == [7]
+    assert [rank["with_a_broken_picture"] for rank in found] == [{"unreadable": 1, "steps": STEPS}] * WORLD
+
+
+def test_ranks_with_spread_weights_train_in_float16_what_one_process_does(
+    folder: Path, found: list[dict[str, Any]], tmp_path: Path
+):
+    alone = spread_in_float16(folder, tmp_path, ALONE)
+    for rank in found:
+        theirs = rank["spread_in_float16"]
+        assert (theirs["precision"], theirs["steps"], theirs["skipped_steps"]) == ("float16", STEPS, 0)
+        assert theirs["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+
+
+def test_ranks_that_differ_stop(found: list[dict[str, Any]]):
+    assert [rank["with_other_weights"].split(".")[0] for rank in found] == [
+        "RunError: rank 1 of 2 has other weights than rank 0"
+    ] * WORLD
+
+
+@pytest.mark.parametrize("error", [None, DataError("broken", fix="mend it"), KeyboardInterrupt()])
+def test_a_rank_with_an_error_does_not_wait_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException | None
+):
+    """Taking the group down is a matter of all ranks: with NCCL one alone would hang in it."""
+    calls: list[str] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("init_process_group", None), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(dist, name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with contextlib.suppress(DataError, KeyboardInterrupt), join_ranks(torch.device("cpu")):
+        if error is not None:
+            raise error
+    assert calls == (["destroyed"] if error is None else [])
+
+
+def test_more_processes_than_devices_are_refused_in_words(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with (
+        pytest.raises(ConfigError, match=r"process 2 of this machine has no CUDA device of its own; there are 2"),
+        join_ranks(torch.device("cuda")),
+    ):
+        raise AssertionError("no process should get here")
+
+
+def test_what_ranks_cannot_share_is_told_in_words(found: list[dict[str, Any]]):
+    for rank in found:
+        assert "ConfigError: distill.batch_size: 7 pairs cannot be shared equally by 2" in rank["that_cannot_share"]
+        assert "Set distill.batch_size to 6" in rank["that_cannot_share"]
+        assert "on CUDA only" in rank["that_normalizes_over_the_batch"]
+
+
+def test_batch_normalization_refuses_pieces_and_is_left_alone_in_one_process():
+    student = nn.Sequential(nn.BatchNorm1d(3))
+    assert with_joint_statistics(student, ALONE, None) is student
+    with pytest.raises(ConfigError, match="would do so over each piece instead"):
+        with_joint_statistics(student, ALONE, 4)
+    student.eval()  # a locked tower normalizes by what it knows
+    assert with_joint_statistics(student, ALONE, 4) is student
+
+
+def test_weights_are_not_spread_over_one_process(tmp_path: Path):
+    with pytest.raises(ConfigError, match="there is one process only"):
+        make_trainer(tmp_path, tmp_path / "out", fsdp=True)
+    assert issubclass(RunError, ClipCidError)
+
+
+if __name__ == "__main__":
+    rank_main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -4,7 +4,7 @@ from hard_rows import KINDS, unit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_cid.method import codes
+from clip_cid.method import codes as codes_module
 from clip_cid.method.balance import sketch as sketch_module
 from clip_cid.method.balance.near_pairs import identical_groups
 from clip_cid.method.balance.sketch import Sketch, make_sketch, principal_directions
@@ -164,14 +164,14 @@ def test_with_smaller_errors_codes_would_hide_pairs(monkeypatch, code, share):
     codes, errors = coding.encode(short)
     monkeypatch.setattr(Coding, "encode", lambda *_: (codes, errors * np.float32(share)))
     monkeypatch.setattr(Coding, "product_error", 0.0)
-    monkeypatch.setattr(codes, "ROUNDING", 0.0)
+    monkeypatch.setattr(codes_module, "ROUNDING", 0.0)
     assert (bound_by(coding, short) < cosines).sum() > 100
 
 
 def test_without_the_error_of_products_float32_would_hide_pairs(monkeypatch):
     cosines, rows = read(KINDS["flat"](250, DIM))
     monkeypatch.setattr(Coding, "product_error", 0.0)
-    monkeypatch.setattr(codes, "ROUNDING", 0.0)
+    monkeypatch.setattr(codes_module, "ROUNDING", 0.0)
     assert (bound_by(Coding("float32", DIM, slack=0.0), rows) < cosines).sum() > 100
 
 

@@ -1,5 +1,6 @@
 """A training so small that a step takes milliseconds; run as a script it trains in a process that can be killed."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +19,27 @@ from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
 from clip_cid.data.pairs.pairs import BadSample, Pairs, open_pairs
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, LabelledImages
 from clip_cid.method.distill.cluster_distillation import Shard
-from clip_cid.method.distill.objective import Objective
+from clip_cid.method.distill.objective import Objective, weighted_sum
 from clip_cid.models.student import Clip
 from clip_cid.recipe import DistillConfig, MachineConfig, PairsConfig
-from clip_cid.training.batches import Batches, PairDataset, TrainingPairs
+from clip_cid.training.batches import Batch, Batches, PairDataset, TrainingPairs
 from clip_cid.training.loop import Plan, Trainer
-from clip_cid.training.model import Distillation
+from clip_cid.training.model import Distillation, Seen
 from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.training.validation import HeldOut, Validation
 
 DIM, CENTERS, BATCH = 16, 12, 8
+EVERY_PART: dict[str, dict[str, Any]] = {
+    "the paper's": {},
+    "the paper's, a head that learns": {"head_lr": 1e-3, "sample_rate": 1.0},
+    "the paper's, mapped": {"alignment": "linear"},
+    "the paper's, one scale": {"share_scale": True},
+    "CLIP's": {"weights": "clip-only"},
+    "SigLIP's": {"weights": "siglip-only"},
+    "open_clip's distillation": {"weights": "open-clip"},
+    "CLIP-KD's": {"weights": "clip-kd", "alignment": "linear"},
+    "TinyCLIP's": {"weights": "tiny-clip"},
+}
 
 
 def make_pairs(folder: Path, count: int = 21) -> Pairs:
@@ -194,6 +206,21 @@ def make_model(settings: DistillConfig, *, patch_dropout: float = 0.0, ranks: Ra
     bias = settings.weights.siglip > 0
     student = make_student(seed=settings.seed, patch_dropout=patch_dropout, with_bias=bias)
     return Distillation(student, objective, lock=settings.lock)
+
+
+def exact(batch: Batch) -> Batch:
+    """In float64, where what differs is not rounding."""
+    doubles = {
+        field.name: value.double()
+        for field in dataclasses.fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor) and value.is_floating_point()
+    }
+    return dataclasses.replace(batch, **doubles)
+
+
+def loss_of(model: Distillation, batch: Batch, seen: Seen) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return weighted_sum(model.objective(seen, batch.targets, generator=generator), model.objective.weights)
 
 
 if __name__ == "__main__":

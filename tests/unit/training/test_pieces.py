@@ -1,28 +1,24 @@
 """The gradient of a batch that is in the student piece by piece is that of the batch as a whole, for every part of the loss."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_training import BATCH, make_batches, make_model, make_settings, make_trainer, training_pairs
+from tiny_training import (
+    BATCH,
+    EVERY_PART,
+    exact,
+    loss_of,
+    make_batches,
+    make_model,
+    make_settings,
+    make_trainer,
+    training_pairs,
+)
 
-from clip_cid.method.distill.objective import weighted_sum
 from clip_cid.training.batches import Batch
 from clip_cid.training.model import Distillation, Seen, backward_in_pieces
-
-EVERY_PART = {
-    "the paper's": {},
-    "the paper's, a head that learns": {"head_lr": 1e-3, "sample_rate": 1.0},
-    "the paper's, mapped": {"alignment": "linear"},
-    "the paper's, one scale": {"share_scale": True},
-    "CLIP's": {"weights": "clip-only"},
-    "SigLIP's": {"weights": "siglip-only"},
-    "open_clip's distillation": {"weights": "open-clip"},
-    "CLIP-KD's": {"weights": "clip-kd", "alignment": "linear"},
-    "TinyCLIP's": {"weights": "tiny-clip"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +27,8 @@ def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
     return exact(next(make_batches(training_pairs(folder)).between(0, 1)))
 
 
-def exact(batch: Batch) -> Batch:
-    """In float64, where what differs is not rounding."""
-    doubles = {
-        field.name: value.double()
-        for field in dataclasses.fields(batch)
-        if isinstance(value := getattr(batch, field.name), torch.Tensor) and value.is_floating_point()
-    }
-    return dataclasses.replace(batch, **doubles)
-
-
 def model_of(settings: dict[str, Any], *, patch_dropout: float = 0.0) -> Distillation:
     return make_model(make_settings(**{"head_lr": 0.0, **settings}), patch_dropout=patch_dropout).double()
-
-
-def loss_of(model: Distillation, batch: Batch, seen: Seen) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
-    return weighted_sum(model.objective(seen, batch.targets, generator=generator), model.objective.weights)
 
 
 def gradients(model: Distillation) -> dict[str, torch.Tensor]:

@@ -17,10 +17,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_pieces import EVERY_PART, exact, loss_of
 from tiny_training import (
     BATCH,
     CENTERS,
+    EVERY_PART,
+    exact,
+    loss_of,
     make_batches,
     make_dataset,
     make_model,

@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clip_cid.method.distill.cluster_distillation import CenterHead, sample_centers
-from clip_cid.method.distill.contrastive import contrastive_loss
+from clip_cid.method.distill.contrastive import Side, contrastive_loss, instance_loss
 from clip_cid.method.distill.fused_cluster_loss import fused_cluster_loss
-from clip_cid.method.distill.instance_distillation import instance_loss
 from clip_cid.method.distill.peer_losses import affinity_loss, feature_loss, one_way_instance_loss, siglip_loss
-from clip_cid.method.distill.sides import Side
 
 seeds = st.integers(0, 10_000)
 

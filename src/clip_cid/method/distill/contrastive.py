@@ -1,15 +1,40 @@
-"""The symmetric contrastive loss: CLIP's own, and the two crossed ones of the instance-level loss."""
+"""Contrast within a batch that may be spread over ranks: CLIP's own loss, and the crossed one of the instance level."""
 
+from dataclasses import dataclass, replace
+
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from clip_cid.method.distill.batch_logits import batch_logits, own_columns
-from clip_cid.method.distill.sides import Side
+from clip_cid.method.products import at_least_float32, autocast_off
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: the vectors of one kind, for the rows of this rank and for those of all ranks.
+
+    A loss compares the rows of this rank with all rows and is a mean over the rows of this rank. Ranks hold equally
+    many rows, so the mean of the ranks' losses is the loss of the whole batch. No rank ever has the logits of all rows.
+    """
+
+    own: Shaped[Tensor, "rows ..."]
+    """Rows `first` to `first + rows` of `all`."""
+    all: Shaped[Tensor, "batch ..."]
+    first: int
+
+    @staticmethod
+    def whole(rows: Shaped[Tensor, "rows ..."]) -> "Side":
+        """The side of a batch that lies on one rank."""
+        return Side(rows, rows, 0)
+
+    def detached(self) -> "Side":
+        """The same side without gradient: the teacher's."""
+        return replace(self, own=self.own.detach(), all=self.all.detach())
 
 
 def contrastive_loss(a: Side, b: Side, scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    r"""How well row i of `a` finds row i of `b` among all rows, and the other way round; `L_clip` and `I(a, b)` in docs/method.md.
+    r"""How well row i of `a` picks row i of `b` out of all rows, and the reverse; `L_clip` and `I(a, b)` in docs/method.md.
 
     .. math:: I(a, b) = \tfrac12 [ CE(s\, a b^T, I) + CE(s\, b a^T, I) ]
 
@@ -27,10 +52,63 @@ def contrastive_loss(a: Side, b: Side, scale: Float[Tensor, ""]) -> Float[Tensor
     return (one_way_loss(a, b, scale) + one_way_loss(b, a, scale)) / 2
 
 
+def instance_loss(student: Side, teacher_other: Side, scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    r"""Contrast between the student and the teacher's other modality (paper section 3.3); `L_instance` in docs/method.md.
+
+    .. math:: L_{instance} = \beta\, [ I(v_t, u_s) + I(u_t, v_s) ]
+
+    This is one of the two terms. The first, the student's texts among the teacher's images, is the loss
+    `instance_text`; the second is `instance_image`. The factor beta is their weight and is not applied here. Gradients
+    reach the student and the scale only.
+
+    Args:
+        student: Unit rows of one modality, in the teacher's space.
+        teacher_other: Unit rows of the other modality.
+        scale: The factor s itself.
+
+    Returns:
+        The mean over this rank's rows, in nats; the mean of the ranks' is that of the batch.
+
+    Raises:
+        ValueError: The sides are not of the same rows of a batch.
+    """
+    return contrastive_loss(teacher_other.detached(), student, scale)
+
+
 def one_way_loss(queries: Side, keys: Side, scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """How well each query finds its own key among all: half of `contrastive_loss`.
+    """How well each query picks its own key out of all: half of `contrastive_loss`.
 
     Raises:
         ValueError: The sides are not of the same rows of a batch.
     """
     return F.cross_entropy(batch_logits(queries, keys, scale), own_columns(queries))
+
+
+def batch_logits(queries: Side, keys: Side, scale: Float[Tensor, ""]) -> Float[Tensor, "rows batch"]:
+    """Cosines of this rank's queries with all keys, times the scale.
+
+    They are in float32 at least, whatever the precision of autocast.
+
+    Raises:
+        ValueError: The sides are not of the same rows of a batch.
+    """
+    check_same_rows(queries, keys)
+    with autocast_off(queries.own):
+        return at_least_float32(scale) * (at_least_float32(queries.own) @ at_least_float32(keys.all).T)
+
+
+def own_columns(side: Side) -> Int[Tensor, " rows"]:
+    """The column of `batch_logits` in which each row meets its own pair."""
+    return torch.arange(side.first, side.first + len(side.own), device=side.own.device)
+
+
+def check_same_rows(*sides: Side) -> None:
+    """Row i must be of one pair in all sides; shapes alone would not show it.
+
+    Raises:
+        ValueError: The sides are not of the same rows of a batch.
+    """
+    rows = [(side.first, len(side.own), len(side.all)) for side in sides]
+    first, own, batch = rows[0]
+    if rows.count(rows[0]) != len(rows) or not 0 <= first <= batch - own:
+        raise ValueError(f"sides must be of the same rows of a batch, got (first, rows, batch) {rows}")

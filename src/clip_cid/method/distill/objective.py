@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.cluster_distillation import CenterHead, Shard
-from clip_cid.method.distill.contrastive import contrastive_loss
+from clip_cid.method.distill.contrastive import Side, contrastive_loss, instance_loss
 from clip_cid.method.distill.fused_cluster_loss import LogQ
-from clip_cid.method.distill.instance_distillation import instance_loss
 from clip_cid.method.distill.peer_losses import affinity_loss, feature_loss, one_way_instance_loss, siglip_loss
-from clip_cid.method.distill.sides import Side
 from clip_cid.method.products import at_least_float32, autocast_off
 
 PARTS = (

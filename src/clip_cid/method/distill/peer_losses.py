@@ -40,9 +40,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from clip_cid.method.distill.batch_logits import batch_logits, check_same_rows, detached, own_columns
-from clip_cid.method.distill.contrastive import one_way_loss
-from clip_cid.method.distill.sides import Side
+from clip_cid.method.distill.contrastive import Side, batch_logits, check_same_rows, one_way_loss, own_columns
 from clip_cid.method.products import at_least_float32, autocast_off
 
 
@@ -170,8 +168,8 @@ def one_way_instance_loss(
 
     Source: ICL of CLIP-KD (arXiv 2307.12732).
     """
-    from_images = one_way_loss(student_image, detached(teacher_text), scale)
-    return (from_images + one_way_loss(student_text, detached(teacher_image), scale)) / 2
+    from_images = one_way_loss(student_image, teacher_text.detached(), scale)
+    return (from_images + one_way_loss(student_text, teacher_image.detached(), scale)) / 2
 
 
 class _MeanKL(torch.autograd.Function):

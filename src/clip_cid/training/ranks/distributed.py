@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clip_cid.errors import ConfigError, RunError
-from clip_cid.method.distill.sides import Side
+from clip_cid.method.distill.contrastive import Side
 from clip_cid.tasks import torchrun_place
 
 # Long work of one rank (indexing pairs, a last export) must not end the others that wait for it; of a rank that dies

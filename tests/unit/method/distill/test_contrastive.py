@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_cid.method.distill.contrastive import contrastive_loss
-from clip_cid.method.distill.sides import Side
+from clip_cid.method.distill.contrastive import Side, contrastive_loss, instance_loss
 
 
 def unit_rows(rows: int, dim: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -88,3 +87,28 @@ def test_rows_beyond_the_batch_are_refused():
     side = Side(unit_rows(2, 3, 0), unit_rows(4, 3, 0), 3)
     with pytest.raises(ValueError, match=r"sides must be of the same rows of a batch, got .*\(3, 2, 4\)"):
         contrastive_loss(side, side, torch.tensor(1.0))
+
+
+def test_the_instance_loss_is_the_slow_version_in_both_directions():
+    student, teacher = unit_rows(5, 4, 0), unit_rows(5, 4, 1)
+    computed = instance_loss(Side.whole(student), Side.whole(teacher), torch.tensor(7.0))
+    one_way = oracles.one_way(student.numpy(), teacher.numpy(), 7)
+    other_way = oracles.one_way(teacher.numpy(), student.numpy(), 7)
+    assert one_way != pytest.approx(other_way, rel=1e-2)
+    assert float(computed) == pytest.approx((one_way + other_way) / 2, rel=1e-12)
+
+
+def test_gradients_of_the_instance_loss_reach_the_student_and_the_scale_but_no_teacher():
+    student = unit_rows(5, 4, 0).requires_grad_()
+    teacher, all_teachers = unit_rows(5, 4, 1).requires_grad_(), unit_rows(5, 4, 1).requires_grad_()
+    scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
+
+    def crossed(student: Tensor, scale: Tensor) -> Tensor:
+        return instance_loss(Side.whole(student), Side(teacher, all_teachers, 0), scale)
+
+    assert torch.autograd.gradcheck(crossed, (student, scale))
+    crossed(student, scale).backward()
+    assert teacher.grad is None
+    assert all_teachers.grad is None
+    assert student.grad is not None
+    assert student.grad.abs().max() > 0

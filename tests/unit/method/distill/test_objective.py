@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from clip_cid.method.distill.center_pass import SoftCenters
-from clip_cid.method.distill.contrastive import contrastive_loss
+from clip_cid.method.distill.contrastive import Side, contrastive_loss, instance_loss
 from clip_cid.method.distill.fused_cluster_loss import soft_centers
-from clip_cid.method.distill.instance_distillation import instance_loss
 from clip_cid.method.distill.objective import PARTS, Objective, Targets, weighted_sum
 from clip_cid.method.distill.peer_losses import affinity_loss, feature_loss, one_way_instance_loss, siglip_loss
-from clip_cid.method.distill.sides import Side
 
 ALL = {"clip": 1.0, "cluster_cls": 1.0, "cluster_kl": 1.0, "instance_image": 0.5, "instance_text": 0.5}
 SCALE = torch.tensor(10.0)

@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_cid.method.distill.contrastive import contrastive_loss
-from clip_cid.method.distill.instance_distillation import instance_loss
+from clip_cid.method.distill.contrastive import Side, contrastive_loss, instance_loss
 from clip_cid.method.distill.peer_losses import affinity_loss, feature_loss, one_way_instance_loss, siglip_loss
-from clip_cid.method.distill.sides import Side
 
 # Of the student's image and text, the teacher's image and text, two scales and a bias.
 LOSSES: dict[str, Callable[..., Tensor]] = {

@@ -5,8 +5,6 @@ Its lines are appended to `results.jsonl` first and its answers appear in `answe
 answers is whole, whenever the process was killed.
 """
 
-import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from clip_cid.evaluation.tables import Row
+from clip_cid.journal import Journal
 from clip_cid.run_folder import atomic_file
 
 RESULTS, ANSWERS = "results.jsonl", "answers"
@@ -30,7 +29,8 @@ class Results:
     def __init__(self, folder: Path, earlier: Path | None) -> None:
         self._folder = folder
         (folder / ANSWERS).mkdir(exist_ok=True)
-        _drop_torn_line(folder / RESULTS)
+        self._journal = Journal(folder / RESULTS)
+        self._journal.drop_torn_line()
         self._found: dict[str, tuple[Path, list[Row]]] = {}
         for place in (earlier, folder):
             if place is not None:
@@ -44,7 +44,8 @@ class Results:
         place, found = self._found[key]
         rows = [{**row, "model": model} for row in found]
         if place != self._folder:
-            self._append(rows)
+            self._journal.append(*rows)
+            self._journal.sync()
             name = rows[0]["answers"]
             with atomic_file(self._folder / ANSWERS / name) as temporary:
                 shutil.copyfile(place / ANSWERS / name, temporary)
@@ -56,7 +57,8 @@ class Results:
         title = re.sub(r"[^A-Za-z0-9]+", "-", f"{rows[0]['set']}-{rows[0]['task']}")
         name = f"{title}-{key}.npz"
         lines = [{**row, "key": key, "answers": name} for row in rows]
-        self._append(lines)
+        self._journal.append(*lines)
+        self._journal.sync()
         with atomic_file(self._folder / ANSWERS / name) as temporary, open(temporary, "wb") as handle:
             small: dict[str, Any] = {kind: _small(values) for kind, values in answers.items()}
             np.savez_compressed(handle, **small)
@@ -70,22 +72,11 @@ class Results:
 
     def close(self) -> None:
         """Leave what this evaluation is made of, in its order: no lines or answers of models or sets no longer asked for."""
-        with atomic_file(self._folder / RESULTS) as temporary:
-            temporary.write_text("".join(_line(row) for row in self.rows), encoding="utf-8")
+        self._journal.replace(*self.rows)
         used = {row["answers"] for row in self.rows}
         for path in (self._folder / ANSWERS).iterdir():
             if path.name not in used:
                 path.unlink()
-
-    def _append(self, rows: Sequence[Row]) -> None:
-        with open(self._folder / RESULTS, "a", encoding="utf-8") as handle:
-            handle.write("".join(_line(row) for row in rows))
-            handle.flush()
-            os.fsync(handle.fileno())
-
-
-def _line(row: Row) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def _small(values: np.ndarray) -> np.ndarray:
@@ -93,21 +84,10 @@ def _small(values: np.ndarray) -> np.ndarray:
     return values.astype(np.int16) if values.dtype.kind == "i" and values.max(initial=0) < 2**15 else values
 
 
-def _drop_torn_line(path: Path) -> None:
-    """A kill in the middle of a write leaves a line without an end; the next one must not go on in it."""
-    if path.is_file():
-        data = path.read_bytes()
-        os.truncate(path, data.rfind(b"\n") + 1)
-
-
 def _whole_tasks(folder: Path) -> dict[str, list[Row]]:
     """Key -> the lines of one model with that key, where its answers are there too."""
-    path = folder / RESULTS
-    if not path.is_file():
-        return {}
     by_model: dict[tuple[str, str], dict[str, Row]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(text)
+    for row in Journal(folder / RESULTS).read():
         if "answers" in row and (folder / ANSWERS / row["answers"]).is_file():
             # By metric, because a task killed before its answers were there has left its lines twice.
             by_model.setdefault((row["key"], row["model"]), {})[row["metric"]] = row

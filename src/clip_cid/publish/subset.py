@@ -9,7 +9,6 @@ A file appears only when it is whole, and each shard follows from the list and i
 shards that are there are kept when their digests are right, and the others are written.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -35,6 +34,7 @@ from clip_cid.data.embeddings.store import EmbeddingStore, rows_in_store
 from clip_cid.data.pairs.pairs import BadSample, Pairs, fingerprint, open_pairs
 from clip_cid.data.pairs.tars import IMAGE_EXTENSIONS, METADATA
 from clip_cid.errors import ConfigError, DataError, RunError
+from clip_cid.journal import Journal
 from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.run_folder import RunFolder, atomic_file, sha256_file, write_json
 
@@ -129,20 +129,22 @@ def _export_shards(
 ) -> str:
     """The keys and the tars that are not there yet; refused, if at all, before anything is written."""
     recorded = (manifest.get("shards") or {}).get("files", [])
-    good = _good_shards(out, [*recorded, *_read_journal(out / SHARDS / _JOURNAL)])
+    journal = Journal(out / SHARDS / _JOURNAL)
+    good = _good_shards(out, [*recorded, *journal.read()])
     if all(name in good for name in plan.names):
         samples, rows = None, kept.rows[:0]
     else:
         samples, rows = _samples_to_write(folder, recipe, kept)
         if not manifest:
             _write_manifest(out, kept, plan.described, finished=False)
-        _write_journal(out, good.values())
+        journal.path.parent.mkdir(exist_ok=True)
+        journal.replace(*good.values())
         _write_manifest(out, kept, plan.described, finished=False)
     _write_keys(out, kept)
-    files = good if samples is None else _write_shards(out, plan, good, samples, rows)
+    files = good if samples is None else _write_shards(out, plan, good, samples, rows, journal)
     listed = [files[name] for name in plan.names]
     _write_manifest(out, kept, {**plan.described, "files": listed}, finished=True)
-    (out / SHARDS / _JOURNAL).unlink(missing_ok=True)
+    journal.path.unlink(missing_ok=True)
     size = sum(file["bytes"] for file in listed)
     return f"{out}: {len(kept.keys):,} keys, and their pairs in {len(listed):,} tars of {size / 1e6:,.1f} MB together."
 
@@ -282,6 +284,7 @@ def _write_shards(
     good: dict[str, dict[str, Any]],
     samples: _Samples,
     rows: Int64[np.ndarray, " kept"],
+    journal: Journal,
 ) -> dict[str, dict[str, Any]]:
     """Every tar that is not among the good ones; returns the record of each by its name."""
     names, files = plan.names, dict(good)
@@ -295,31 +298,11 @@ def _write_shards(
             name, count = names[number], len(rows[plan.rows_of(number)])
             files[name] = {"name": name, **_write_tar(out / name, itertools.islice(stream, count), bar)}
             assert files[name]["pairs"] == count, "every row gives a sample"
-            with (out / SHARDS / _JOURNAL).open("a", encoding="utf-8") as handle:
-                handle.write(_journal_line(files[name]))
+            journal.append(files[name])
+            journal.sync()
     if isinstance(samples, _MadeSamples):
         samples.tell_unusual()
     return files
-
-
-def _write_journal(out: Path, files: Iterable[dict[str, Any]]) -> None:
-    (out / SHARDS).mkdir(exist_ok=True)
-    with atomic_file(out / SHARDS / _JOURNAL) as temporary:
-        temporary.write_text("".join(map(_journal_line, files)), encoding="utf-8")
-
-
-def _journal_line(file: dict[str, Any]) -> str:
-    return f"\n{json.dumps(file)}\n"  # begins on a line of its own even behind a torn one
-
-
-def _read_journal(path: Path) -> list[dict[str, Any]]:
-    """The records that are whole; a kill may have torn the last one."""
-    found: list[dict[str, Any]] = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                found += [file] if isinstance(file := json.loads(line), dict) else []
-    return found
 
 
 def _good_shards(out: Path, recorded: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from clip_cid.errors import DataError
+from clip_cid.journal import Journal
 from clip_cid.training.batches import TrainingPairs
-from clip_cid.training.checkpoint import LineFile
 from clip_cid.training.ranks.distributed import Ranks
 
 
@@ -18,7 +18,7 @@ class BadPairs:
     """
 
     def __init__(self, training: TrainingPairs, path: Path, *, max_share: float) -> None:
-        self._training, self._path, self._max_share = training, path, max_share
+        self._training, self._journal, self._max_share = training, Journal(path), max_share
         self._reasons: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -26,8 +26,8 @@ class BadPairs:
 
     def open(self, size: int) -> None:
         """Go on with the list as a checkpoint saw it."""
-        self._lines = LineFile(self._path, size=size)
-        self._reasons = {int(line["row"]): line["reason"] for line in self._lines.read()}
+        self._journal.cut(size)
+        self._reasons = {int(line["row"]): line["reason"] for line in self._journal.read()}
 
     def note(self, bad: list[tuple[int, str]]) -> None:
         """Remember rows, with the reason.
@@ -40,7 +40,7 @@ class BadPairs:
         if len(self) > self._max_share * total:
             self._write()
             raise DataError(
-                f"{len(self):,} of {total:,} pairs cannot be read; {self._path} lists them.",
+                f"{len(self):,} of {total:,} pairs cannot be read; {self._journal.path} lists them.",
                 fix=f"Mend or remove them, or raise pairs.max_bad_share (now {self._max_share:g}).",
             )
 
@@ -52,12 +52,12 @@ class BadPairs:
     def sync(self) -> int:
         """Bring the list to the disk for good; returns its size in bytes."""
         self._write()
-        return self._lines.sync()
+        return self._journal.sync()
 
     def _write(self) -> None:
         pairs = self._training.pairs
-        known = {int(line["row"]) for line in self._lines.read()}
+        known = {int(line["row"]) for line in self._journal.read()}
         for row in sorted(self._reasons.keys() - known):
             shard = next(shard for shard in pairs.shards if row < shard.first_row + shard.rows)
             line = {"row": row, "key": pairs.key(row), "shard": shard.name, "reason": self._reasons[row]}
-            self._lines.append(line)
+            self._journal.append(line)

@@ -4,8 +4,6 @@ What a step draws at random (order, crops, captions, negatives, dropout) is a fu
 number, so a checkpoint holds no generator's state and none can be forgotten.
 """
 
-import json
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,40 +17,6 @@ from clip_cid.run_folder import atomic_file
 
 _FORMAT = 4
 _BEST = "best.pt"
-
-
-class LineFile:
-    """A file of JSON lines that a resumed run goes on with, as if it had never been interrupted."""
-
-    def __init__(self, path: Path, *, size: int = 0) -> None:
-        """Cut `path` to `size` bytes: lines behind a checkpoint belong to steps that will be done again.
-
-        Raises:
-            RunError: The file is shorter than the checkpoint saw it.
-        """
-        self.path = path
-        actual = path.stat().st_size if path.exists() else 0
-        if actual < size:
-            raise RunError(
-                f"{path}: {actual:,} bytes, but the checkpoint was made when it had {size:,}.",
-                fix=f"Something cut this file; delete {path.parent} to train from the start.",
-            )
-        with open(path, "ab") as handle:
-            handle.truncate(size)
-
-    def append(self, line: dict[str, Any]) -> None:
-        """Add a line with a single write, so that a kill of the process cannot tear it."""
-        with open(self.path, "ab") as handle:
-            handle.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-
-    def read(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-
-    def sync(self) -> int:
-        """Bring the lines to the disk for good; returns the size in bytes."""
-        with open(self.path, "ab") as handle:
-            os.fsync(handle.fileno())
-            return handle.tell()
 
 
 def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:

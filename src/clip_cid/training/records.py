@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 
 from clip_cid import log
 from clip_cid.errors import ConfigError, MissingExtraError
-from clip_cid.training.checkpoint import LineFile
+from clip_cid.journal import Journal
 
 Line = dict[str, Any]
 Listener = Callable[[Line], object]
@@ -23,16 +23,16 @@ class Records:
     """
 
     def __init__(self, path: Path, *, size: int, listeners: Sequence[Listener] = ()) -> None:
-        self._lines = LineFile(path, size=size)
-        self._listeners = listeners
+        self._journal, self._listeners = Journal(path), listeners
+        self._journal.cut(size)
 
     def append(self, line: Line) -> None:
-        self._lines.append(line)
+        self._journal.append(line)
         for listener in self._listeners:
             listener(line)
 
     def sync(self) -> int:
-        return self._lines.sync()
+        return self._journal.sync()
 
 
 def make_listeners(

@@ -1,4 +1,3 @@
-import json
 import pickle
 from pathlib import Path
 
@@ -8,7 +7,6 @@ from tiny_training import make_settings, make_trainer
 
 from clip_cid.errors import RunError
 from clip_cid.training import checkpoint
-from clip_cid.training.checkpoint import LineFile
 from clip_cid.training.ranks.head_shards import WEIGHT, write_rows
 
 
@@ -75,32 +73,6 @@ def test_a_failed_write_leaves_the_checkpoints_before_it(tmp_path: Path):
     with pytest.raises((AttributeError, pickle.PicklingError), match="local object"):
         checkpoint.save(tmp_path, 2, {"key": "a", "not plain": lambda: None})
     assert names(tmp_path) == ["step-000001.pt"]
-
-
-def test_lines_behind_the_checkpoint_are_dropped_and_the_file_goes_on(tmp_path: Path):
-    path = tmp_path / "metrics.jsonl"
-    lines = LineFile(path)
-    lines.append({"step": 1})
-    size = lines.sync()
-    lines.append({"step": 2})
-    with path.open("ab") as handle:
-        handle.write(b'{"torn')
-    again = LineFile(path, size=size)
-    assert again.sync() == size
-    again.append({"step": 2, "text": "größer"})
-    assert again.read() == [{"step": 1}, {"step": 2, "text": "größer"}]
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
-
-
-def test_a_fresh_start_forgets_the_lines_of_an_attempt_without_checkpoint(tmp_path: Path):
-    LineFile(tmp_path / "metrics.jsonl").append({"step": 1})
-    assert LineFile(tmp_path / "metrics.jsonl").read() == []
-
-
-def test_a_file_shorter_than_the_checkpoint_saw_it_is_an_error(tmp_path: Path):
-    (tmp_path / "metrics.jsonl").write_bytes(b"{}\n")
-    with pytest.raises(RunError, match="3 bytes, but the checkpoint was made when it had 10"):
-        LineFile(tmp_path / "metrics.jsonl", size=10)
 
 
 def test_rows_that_another_number_of_ranks_has_left_do_not_spoil_a_head(tmp_path: Path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from clip_cid.data.embeddings.files import (
     write_table,
 )
 from clip_cid.errors import ConfigError, DataError
-from clip_cid.run_folder import atomic_file
+from clip_cid.journal import Journal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,7 @@ class StoreWriter:
                 f"pairs.keep_fields: {', '.join(taken)} would hide a column the store has of its own.",
                 fix=f"Rename the field in the data, or leave it out; taken are {', '.join(COLUMNS)}.",
             )
-        self._out = out
+        self._out, self._progress = out, Journal(out / PROGRESS_FILE)
         self._digits = max(4, len(str(num_shards - 1)))
         self._info = StoreInfo(
             teacher=json.loads(json.dumps(teacher)),
@@ -116,7 +115,7 @@ class StoreWriter:
         write_table(self._out / paths["metadata"], _metadata(rows))
         files = {kind: record_file(self._out, path) for kind, path in paths.items()}
         shard = StoreShard(rows.name, len(rows.ok), int(rows.ok.sum()), len(rows.more_texts), files)
-        self._append({"shard": dataclasses.asdict(shard), "skipped": rows.skipped})
+        self._record({"shard": dataclasses.asdict(shard), "skipped": rows.skipped})
         self.shards.append(shard)
         self.skipped += rows.skipped
 
@@ -125,30 +124,26 @@ class StoreWriter:
         info = dataclasses.replace(self._info, shards=tuple(self.shards))
         self.write_skipped()
         write_info(self._out, info)
-        (self._out / PROGRESS_FILE).unlink(missing_ok=True)
+        self._progress.path.unlink(missing_ok=True)
         return info
 
     def write_skipped(self, unfinished: Iterable[dict[str, Any]] = ()) -> Path:
         """List the bad rows so far, and those of a shard that will not be finished; returns where."""
         path = self._out / SKIPPED_FILE
-        with atomic_file(path) as temporary:
-            lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in (*self.skipped, *unfinished)]
-            temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+        Journal(path).replace(*self.skipped, *unfinished)
         return path
 
     def _resume(self) -> None:
         """Take over the shards an earlier process finished, and clear away what it had begun."""
         self._out.mkdir(parents=True, exist_ok=True)
-        progress = self._out / PROGRESS_FILE
-        if progress.is_file():
-            whole = progress.read_bytes().rpartition(b"\n")[0] + b"\n"  # a kill may have torn the last line
-            os.truncate(progress, len(whole))
-            made_from, self.shards, self.skipped = _read_progress(progress, whole)
+        if self._progress.path.is_file():
+            self._progress.drop_torn_line()
+            made_from, self.shards, self.skipped = _read_progress(self._progress)
         elif (self._out / STORE_FILE).is_file():
             made_from, self.shards, self.skipped = _read_finished(self._out)
         else:
             made_from = _made_from(self._info)
-            self._append(made_from)
+            self._record(made_from)
         _check_same(self._out, made_from, _made_from(self._info))
         for shard in self.shards:
             check_shard(self._out, shard, dim=self._info.dim, dtype=self._info.dtype)
@@ -158,11 +153,9 @@ class StoreWriter:
                 if path.relative_to(self._out).as_posix() not in known:
                     path.unlink()
 
-    def _append(self, value: dict[str, Any]) -> None:
-        with (self._out / PROGRESS_FILE).open("ab") as handle:
-            handle.write(json.dumps(value).encode() + b"\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+    def _record(self, value: dict[str, Any]) -> None:
+        self._progress.append(value)
+        self._progress.sync()
 
 
 def _made_from(info: StoreInfo) -> dict[str, Any]:
@@ -170,21 +163,20 @@ def _made_from(info: StoreInfo) -> dict[str, Any]:
     return {"teacher": info.teacher, "pairs": info.pairs, "dim": info.dim, "fields": list(info.fields)}
 
 
-def _read_progress(path: Path, content: bytes) -> tuple[dict[str, Any], list[StoreShard], list[dict[str, Any]]]:
+def _read_progress(progress: Journal) -> tuple[dict[str, Any], list[StoreShard], list[dict[str, Any]]]:
     try:
-        made_from, *finished = [json.loads(line) for line in content.splitlines()]
+        made_from, *finished = progress.read()
         shards = [shard_from_json(entry["shard"]) for entry in finished]
         return made_from, shards, [skipped for entry in finished for skipped in entry["skipped"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a record of finished shards ({error}).", fix=AGAIN) from error
+        raise DataError(f"{progress.path}: not a record of finished shards ({error}).", fix=AGAIN) from error
 
 
 def _read_finished(out: Path) -> tuple[dict[str, Any], list[StoreShard], list[dict[str, Any]]]:
     """The process ended between its last shard and the renaming of the stage's folder."""
     info = read_info(out)
     try:
-        lines = (out / SKIPPED_FILE).read_text(encoding="utf-8").splitlines()
-        return _made_from(info), list(info.shards), [json.loads(line) for line in lines]
+        return _made_from(info), list(info.shards), Journal(out / SKIPPED_FILE).read()
     except (OSError, ValueError) as error:
         raise DataError(f"{out / SKIPPED_FILE}: cannot be read ({error}).", fix=AGAIN) from error
 

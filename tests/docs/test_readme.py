@@ -9,7 +9,7 @@ from clip_cid import cli
 from clip_cid.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 
 def test_the_first_runnable_block_is_on_the_first_screen():

@@ -3,58 +3,26 @@
 Nothing here imports torch: a stage's module is imported only when the stage runs, so `status` and a finished run are quick.
 """
 
-import contextlib
 import dataclasses
 import importlib
 import time
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import threadpoolctl
 
 from clip_cid import log
-from clip_cid.errors import ConfigError, DataError, RunError
-from clip_cid.recipe import PairsConfig, Recipe, dump_recipe
+from clip_cid.errors import ConfigError, RunError
+from clip_cid.recipe import Recipe, dump_recipe
 from clip_cid.run_folder import RunFolder, StageRecord, atomic_file, digest, disk_full, now
+from clip_cid.stage_names import BALANCE, EVALUATE
+from clip_cid.stages.facts import BY_NAME, STAGES, Stage
+from clip_cid.summaries import BalanceSummary, EvaluateSummary, as_json, read_summary
 from clip_cid.tasks import torchrun_place
 
 RECIPE_FILE = "recipe.yaml"
 _PACKAGES = ("clip-cid", "torch", "open_clip_torch", "faiss-cpu", "numpy", "scipy", "scikit-learn", "pillow", "pyarrow")
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A step of the pipeline: its name is its command, its module, its recipe section and its folder."""
-
-    name: str
-    needs: tuple[str, ...]
-    sections: tuple[str, ...]
-    """The recipe sections its result depends on."""
-    version: int = 1
-    """Raised when the same inputs would give other files."""
-    resumable: bool = False
-    grows: bool = False
-    """Builds upon its earlier results, also those of other settings."""
-
-
-STAGES = (
-    Stage("embed", needs=(), sections=("pairs", "embed"), version=2, resumable=True),
-    Stage("balance", needs=("embed",), sections=("balance",), version=2, resumable=True, grows=True),
-    Stage("cluster", needs=("embed", "balance"), sections=("cluster",), version=2, resumable=True),
-    Stage("distill", needs=("embed", "balance", "cluster"), sections=("pairs", "distill"), version=4, resumable=True),
-    Stage("evaluate", needs=("distill",), sections=("pairs", "evaluate"), version=2, resumable=True),
-    Stage("draw", needs=("embed", "balance", "cluster", "distill", "evaluate"), sections=("draw",), version=5),
-    Stage(
-        "report",
-        needs=("embed", "balance", "cluster", "distill", "evaluate", "draw"),
-        sections=("pairs", "report"),
-        version=3,
-    ),
-)
-_BY_NAME = {stage.name: stage for stage in STAGES}
-_JOINT = "distill"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +82,13 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
     if place.size > 1:
         _check_ranks(only)
     if place.rank > 0:
-        _assist(folder, recipe, _BY_NAME[str(only)], force=force)
+        _assist(folder, recipe, BY_NAME[str(only)], force=force)
         return
     with folder.lock(), log.to_file(folder.path / "run.log"):
         active = active_stages(recipe)
-        todo = active if only is None else _with_imports(_BY_NAME[only], recipe, active)
+        todo = active if only is None else _with_imports(BY_NAME[only], recipe, active)
         if only is not None:
-            _check_only(folder, recipe, _BY_NAME[only], todo, active)
+            _check_only(folder, recipe, BY_NAME[only], todo, active)
         with atomic_file(folder.path / RECIPE_FILE) as temporary:
             temporary.write_text(dump_recipe(recipe), encoding="utf-8")
         for stage in todo:
@@ -165,8 +133,8 @@ def _first_whole(stage: Stage, lenders: Sequence[RunFolder]) -> RunFolder | None
 
 def footprint(stage: Stage, recipe: Recipe) -> str:
     """A digest of all settings behind a stage's results: on the same files, equal footprints give equal results."""
-    used = [_BY_NAME[need] for need in stage.needs if recipe.uses(need)]
-    return digest([_settings(stage, recipe), stage.version, *(footprint(need, recipe) for need in used)])
+    used = [BY_NAME[need] for need in stage.needs if recipe.uses(need)]
+    return digest([stage.settings(recipe), stage.version, *(footprint(need, recipe) for need in used)])
 
 
 def verify(folder: RunFolder) -> list[str]:
@@ -187,41 +155,31 @@ def verify(folder: RunFolder) -> list[str]:
 
 
 def headline(record: StageRecord | None) -> str:
-    """The one number of a stage that people ask for."""
+    """The one line of a stage that people ask for, and how long it took."""
     if record is None:
         return ""
-    summary, took = record.summary, log.duration(record.seconds)
-    truth = summary.get("truth")
-    lines = {
-        "embed": lambda: f"{summary['ok']:,} of {summary['images']:,} images embedded in {summary['dim']} dimensions",
-        "balance": lambda: (
-            f"{summary['ok']:,} images -> {summary['kept']:,} kept ({100 * summary['removed_share']:.1f} % removed)"
-            + (f", pair precision {truth['precision']:.3f}, recall {truth['recall']:.3f}" if truth else "")
-        ),
-        "cluster": lambda: f"{summary['images']:,} images in {summary['centers']:,} clusters",
-        "distill": lambda: f"{summary['steps']:,} steps, {summary['pairs_seen']:,} pairs seen",
-        "evaluate": lambda: str(summary.get("headline", "")),
-        "draw": lambda: f"{len(summary.get('figures', []))} figures",
-        "report": lambda: str(summary.get("page", "report.html")),
-    }
-    return f"{lines[record.stage]()} in {took}"
+    return f"{read_summary(BY_NAME[record.stage].summary, record.summary)} in {log.duration(record.seconds)}"
 
 
 def _say_outcome(folder: RunFolder, recipe: Recipe) -> None:
     """What a whole run came to: the removed share against the known truth, and the models' mean scores."""
     records = {stage.name: folder.record(stage.name) for stage in active_stages(recipe)}
-    if (balance := records.get("balance")) is not None and (truth := balance.summary.get("truth")) is not None:
-        log.say(
-            f"Removed {balance.summary['removed_share']:.1%} of the images; {truth['redundant_share']:.1%} are redundant by"
-            f" {truth['field']!r} (pairs in one set: precision {truth['precision']:.3f}, recall {truth['recall']:.3f})."
-        )
-    if (evaluate := records.get("evaluate")) is not None:
-        tasks = list(evaluate.summary["mean_of"])
+
+    if (record := records.get(BALANCE)) is not None:
+        balance = read_summary(BalanceSummary, record.summary)
+        if (truth := balance.truth) is not None:
+            log.say(
+                f"Removed {balance.removed_share:.1%} of the images; {truth.redundant_share:.1%} are redundant by"
+                f" {truth.field!r} (pairs in one set: precision {truth.precision:.3f}, recall {truth.recall:.3f})."
+            )
+
+    if (record := records.get(EVALUATE)) is not None:
+        evaluate = read_summary(EvaluateSummary, record.summary)
         rows: list[list[str]] = []
-        for model, scores in evaluate.summary["models"].items():
-            means = (scores.get(f"{task}_mean", scores.get(task)) for task in tasks)
+        for model, scores in evaluate.models.items():
+            means = (scores.get(f"{task}_mean", scores.get(task)) for task in evaluate.mean_of)
             rows.append([model, *("-" if mean is None else f"{mean:.1%}" for mean in means)])
-        names = (f"{task.replace('_', ' ')} (mean of {evaluate.summary['mean_of'][task]})" for task in tasks)
+        names = (f"{task.replace('_', ' ')} (mean of {sets})" for task, sets in evaluate.mean_of.items())
         log.table(["model", *names], rows)
 
 
@@ -233,14 +191,14 @@ def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, active: tuple[St
     try:
         module = importlib.import_module(f"clip_cid.stages.{stage.name}")
         with threadpoolctl.threadpool_limits(recipe.machine.threads or None):
-            summary: dict[str, Any] = module.run(folder, out, recipe)
+            summary = module.run(folder, out, recipe)
         record = StageRecord(
             stage=stage.name,
             key=key,
             version=stage.version,
-            settings=_settings(stage, recipe),
+            settings=stage.settings(recipe),
             inputs=inputs,
-            summary=summary,
+            summary=summary if isinstance(summary, dict) else as_json(summary),
             versions=_versions(),
             device=_device(recipe),
             started=started,
@@ -258,10 +216,11 @@ def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, active: tuple[St
 
 def _check_ranks(only: str | None) -> None:
     """Several processes of torchrun can share one stage only."""
-    if only != _JOINT:
+    joint = [stage.name for stage in STAGES if stage.joint]
+    if only not in joint:
         raise ConfigError(
-            f"torchrun has started several processes, but only the {_JOINT} stage is for several.",
-            fix=f"Run the other stages first, without torchrun; then: torchrun ... -m clip_cid {_JOINT} RUN.",
+            f"torchrun has started several processes, but only the {joint[0]} stage is for several.",
+            fix=f"Run the other stages first, without torchrun; then: torchrun ... -m clip_cid {joint[0]} RUN.",
         )
 
 
@@ -297,11 +256,6 @@ def _check_only(
             )
 
 
-def _settings(stage: Stage, recipe: Recipe) -> dict[str, Any]:
-    values = recipe.model_dump(mode="json")
-    return {section: values[section] for section in stage.sections}
-
-
 def _inputs(stage: Stage, recipe: Recipe, folder: RunFolder, active: tuple[Stage, ...]) -> dict[str, str]:
     """What the stage reads -> a digest of it: the results of the stages before it, and the files from elsewhere."""
     names = {used.name for used in active}
@@ -310,55 +264,7 @@ def _inputs(stage: Stage, recipe: Recipe, folder: RunFolder, active: tuple[Stage
         record = folder.record(need) if need in names else None
         if record is not None:
             inputs[need] = record.results
-    return {**inputs, **_outside(stage, recipe)}
-
-
-def _outside(stage: Stage, recipe: Recipe) -> dict[str, str]:
-    """Files made elsewhere that the stage reads, each with a cheap digest (names and sizes for large data)."""
-    found: dict[str, str] = {}
-    if stage.name in ("embed", "distill") and recipe.pairs.source:
-        found["pairs"] = _pairs_digest(recipe.pairs)
-    pretrained = recipe.distill.pretrained or ""
-    files: list[Path | None] = {
-        "embed": [recipe.embed.existing, _weights_file(recipe.embed.teacher)],
-        "balance": [recipe.balance.existing, recipe.balance.grow_from],
-        "cluster": [recipe.cluster.existing],
-        "distill": [Path(recipe.distill.student), _weights_file(pretrained) or Path(pretrained)],
-        "evaluate": [_weights_file(reference) for reference in recipe.evaluate.compare.values()],
-    }.get(stage.name, [])
-    if stage.name == "distill":
-        found |= {name: _shallow_listing(Path(where)) for name, where in recipe.distill.validation.sets.items()}
-    if stage.name == "evaluate":
-        found |= {name: _shallow_listing(Path(where)) for name, where in recipe.evaluate.sets.items()}
-        for name, source in recipe.evaluate.retrieval.items():
-            with contextlib.suppress(DataError):  # the stage says what is missing
-                found[name] = _pairs_digest(recipe.pairs.model_copy(update={"source": source}))
-    return found | {str(path): _listing(path) for path in files if path is not None and path.name and path.exists()}
-
-
-def _pairs_digest(pairs: PairsConfig) -> str:
-    from clip_cid.data.pairs.pairs import fingerprint
-
-    return digest(fingerprint(pairs))
-
-
-def _weights_file(reference: str) -> Path | None:
-    """The weights file behind a `run:` or `local-dir:` reference; None for a model from elsewhere."""
-    kind, _, path = reference.partition(":")
-    folders = {"run": Path(path) / "distill" / "student", "local-dir": Path(path)}
-    return folders[kind] / "open_clip_model.safetensors" if kind in folders else None
-
-
-def _listing(path: Path) -> str:
-    """A digest of the names, sizes and times of a file or of all files of a folder."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return digest([(str(file), (status := file.stat()).st_size, status.st_mtime_ns) for file in files])
-
-
-def _shallow_listing(path: Path) -> str:
-    """A digest of an evaluation set without a look at each of a million images: shards, splits and class folders."""
-    entries = sorted([*path.glob("*"), *path.glob("*/*")])
-    return digest([(str(entry), (status := entry.stat()).st_size, status.st_mtime_ns) for entry in entries])
+    return {**inputs, **stage.outside(recipe)}
 
 
 def _key(stage: Stage, recipe: Recipe, folder: RunFolder, active: tuple[Stage, ...]) -> str | None:
@@ -366,7 +272,7 @@ def _key(stage: Stage, recipe: Recipe, folder: RunFolder, active: tuple[Stage, .
     names = {used.name for used in active}
     if any(need in names and not folder.has(need) for need in stage.needs):
         return None
-    parts = [_settings(stage, recipe), _inputs(stage, recipe, folder, active), stage.version]
+    parts = [stage.settings(recipe), _inputs(stage, recipe, folder, active), stage.version]
     return digest(parts)
 
 
@@ -381,7 +287,7 @@ def _reason(
     """Why a finished stage is not current, in words; empty when it is."""
     if record is None:
         return ""
-    if changes := _differences(record.settings, _settings(stage, recipe)):
+    if changes := _differences(record.settings, stage.settings(recipe)):
         return "; ".join(changes)
     if record.version != stage.version:
         return f"made by an older version of {stage.name}"
@@ -391,7 +297,7 @@ def _reason(
     current = _inputs(stage, recipe, folder, active)
     for name in sorted(current.keys() | record.inputs.keys()):
         if current.get(name) != record.inputs.get(name):
-            return f"{name} was run again" if name in _BY_NAME else f"{name} changed on disk"
+            return f"{name} was run again" if name in BY_NAME else f"{name} changed on disk"
     return "; ".join(folder.changed_files(stage.name, digests=False))
 
 

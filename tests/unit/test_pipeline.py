@@ -11,18 +11,64 @@ from clip_cid import pipeline
 from clip_cid.errors import ConfigError, RunError
 from clip_cid.recipe import Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder
+from clip_cid.summaries import (
+    BalanceSummary,
+    ClusterSummary,
+    DistillSummary,
+    DrawSummary,
+    EmbedSummary,
+    EvaluateSummary,
+    Parameters,
+    ReportSummary,
+    Summary,
+)
 
-SUMMARIES: dict[str, dict[str, Any]] = {
-    "embed": {"ok": 4, "images": 4, "dim": 2},
-    "balance": {"ok": 4, "kept": 3, "removed_share": 0.25},
-    "cluster": {"images": 3, "centers": 2},
-    "distill": {"steps": 1, "pairs_seen": 3},
-    "evaluate": {
-        "mean_of": {"zero_shot": "1/2", "retrieval": "1/1"},
-        "models": {"student": {"zero_shot_mean": 0.5, "retrieval": None}},
-    },
-    "draw": {},
-    "report": {},
+SUMMARIES: dict[str, Summary] = {
+    "embed": EmbedSummary(images=4, ok=4, dim=2, teacher="t", bytes=8, skipped={}, images_per_s=1.0),
+    "balance": BalanceSummary(
+        images=4, ok=4, kept=3, removed=1, removed_share=0.25, sets_with_duplicates=1, largest_set=2
+    ),
+    "cluster": ClusterSummary(
+        images=3,
+        centers=2,
+        empty=0,
+        singletons=1,
+        smallest=1,
+        median=1.5,
+        largest=2,
+        gini=0.2,
+        size_quantiles={"0": 1},
+        within_cosine=None,
+        all_pairs_cosine=0.1,
+        margin_quantiles={},
+        margin_sample=0,
+    ),
+    "distill": DistillSummary(
+        steps=1,
+        pairs=3,
+        pairs_seen=3,
+        epochs=1.0,
+        unreadable_pairs=0,
+        skipped_steps=0,
+        processes=1,
+        seconds=1.0,
+        pairs_per_s=3.0,
+        data_wait_share=0.0,
+        losses={"loss": 2.0, "loss/clip": 2.0},
+        collapse_alarm=False,
+        precision="float32",
+        peak_memory_gib=1.0,
+        parameters=Parameters(image=1, text=1),
+        device="cpu",
+    ),
+    "evaluate": EvaluateSummary(
+        models={"student": {"zero_shot_mean": 0.5, "retrieval": None}},
+        mean_of={"zero_shot": "1/2", "retrieval": "1/1"},
+        missing={},
+        headline="student: zero-shot 50.0 %",
+    ),
+    "draw": DrawSummary(figures={}, left_out={}),
+    "report": ReportSummary(page="report.html", bytes=1, picture_bytes=0, no_pictures=None),
 }
 WRITES: dict[str, str] = {}
 """What a stage leaves, where it is not its name."""
@@ -37,7 +83,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def fake_stage(module: str) -> SimpleNamespace:
         name = module.rpartition(".")[2]
 
-        def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
+        def run(folder: RunFolder, out: Path, recipe: Recipe) -> Summary:
             names.append(name)
             (out / "result.txt").write_text(WRITES.get(name, name))
             return SUMMARIES[name]
@@ -200,7 +246,7 @@ def test_a_failing_stage_leaves_the_earlier_results_whole(tmp_path: Path, ran: l
     folder = RunFolder(tmp_path)
     pipeline.run(folder, recipe())
 
-    def fail(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
+    def fail(folder: RunFolder, out: Path, recipe: Recipe) -> Summary:
         (out / "half.txt").write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,0 +1,1 @@
+"""The stages: `facts.py` says what each is, without torch; `STAGE.py` does its work."""

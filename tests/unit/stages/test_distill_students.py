@@ -19,7 +19,9 @@ from clip_cid import pipeline
 from clip_cid.data.sets.evaluation_sets import open_set
 from clip_cid.errors import ConfigError
 from clip_cid.run_folder import RunFolder
+from clip_cid.stage_names import DISTILL
 from clip_cid.stages import distill
+from clip_cid.stages.facts import BY_NAME
 from clip_cid.training.loop import Trainer
 from clip_cid.training.ranks.distributed import ALONE
 
@@ -285,7 +287,7 @@ def test_zero_shot_on_the_way_is_that_of_the_student_that_is_left(case: Case):
 
 def stale(case: Case, before: dict[str, Any], after: dict[str, Any]) -> bool:
     """Whether the change would make the distill stage run again."""
-    (stage,) = [stage for stage in pipeline.STAGES if stage.name == "distill"]
+    stage = BY_NAME[DISTILL]
     recipes = [case.recipe(**changes) for changes in (before, after)]
     for need in ("embed", "balance", "cluster"):
         publish(case.folder, need)
@@ -336,11 +338,11 @@ def test_another_set_to_measure_on_makes_the_stage_stale(case: Case):
 
 
 def other_inputs(case: Case, changes: dict[str, Any], action: Callable[[], object]) -> bool:
-    (stage,) = [stage for stage in pipeline.STAGES if stage.name == "distill"]
-    before = pipeline._outside(stage, case.recipe(**changes))
-    assert pipeline._outside(stage, case.recipe(**changes)) == before
+    outside = BY_NAME[DISTILL].outside
+    before = outside(case.recipe(**changes))
+    assert outside(case.recipe(**changes)) == before
     action()
-    return pipeline._outside(stage, case.recipe(**changes)) != before
+    return outside(case.recipe(**changes)) != before
 
 
 def test_as_many_checkpoints_stay_as_are_asked_for(case: Case, monkeypatch: pytest.MonkeyPatch):

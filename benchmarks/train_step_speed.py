@@ -150,7 +150,7 @@ class Bench:
         )  # fmt: skip
         machine = MachineConfig(tensorboard="off", micro_batch=options.batch // 4 if "pieces" in name else None)
         objective = Objective(
-            weights=settings.weights.model_dump(), student_dim=options.dim, teacher_dim=options.dim,
+            losses=settings.weights.switched_on, student_dim=options.dim, teacher_dim=options.dim,
             centers=None if plain else self.centers, sample_rate=settings.sample_rate,
         )  # fmt: skip
         out = self.folder / name.replace(" ", "-")

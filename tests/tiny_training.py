@@ -21,7 +21,7 @@ from clip_cid.data.sets.evaluation_sets import EvaluationSet, LabelledImages
 from clip_cid.method.distill.cluster_distillation import Shard
 from clip_cid.method.distill.objective import Objective, weighted_sum
 from clip_cid.models.student import Clip
-from clip_cid.recipe import DistillConfig, MachineConfig, PairsConfig
+from clip_cid.recipe import DistillConfig, LossWeights, MachineConfig, PairsConfig
 from clip_cid.training.batches import Batch, Batches, PairDataset, TrainingPairs
 from clip_cid.training.loop import Plan, Trainer
 from clip_cid.training.model import Distillation, Seen
@@ -40,6 +40,8 @@ EVERY_PART: dict[str, dict[str, Any]] = {
     "CLIP-KD's": {"weights": "clip-kd", "alignment": "linear"},
     "TinyCLIP's": {"weights": "tiny-clip"},
 }
+WEIGHTS = LossWeights().model_dump() | {"siglip": 1.0, "affinity": 1.0, "feature": 2000.0, "icl": 1.0}
+"""What a loss weighs in each of `EVERY_PART` that has it."""
 
 
 def make_pairs(folder: Path, count: int = 21) -> Pairs:
@@ -190,7 +192,7 @@ def make_model(settings: DistillConfig, *, patch_dropout: float = 0.0, ranks: Ra
         first, stop = Shard.bounds(CENTERS, ranks.rank, ranks.size)
         centers, shard = centers[first:stop], Shard(first, CENTERS, dist.distributed_c10d._get_default_group())
     objective = Objective(
-        weights=settings.weights.model_dump(),
+        losses=settings.weights.switched_on,
         student_dim=DIM,
         teacher_dim=DIM,
         alignment=settings.alignment,
@@ -203,7 +205,7 @@ def make_model(settings: DistillConfig, *, patch_dropout: float = 0.0, ranks: Ra
         affinity_scale=settings.affinity_scale,
         share_scale=settings.share_scale,
     )
-    bias = settings.weights.siglip > 0
+    bias = settings.weights.any_reads("logit_bias")
     student = make_student(seed=settings.seed, patch_dropout=patch_dropout, with_bias=bias)
     return Distillation(student, objective, lock=settings.lock)
 
@@ -220,7 +222,7 @@ def exact(batch: Batch) -> Batch:
 
 def loss_of(model: Distillation, batch: Batch, seen: Seen) -> Tensor:
     generator = torch.Generator().manual_seed(5)
-    return weighted_sum(model.objective(seen, batch.targets, generator=generator), model.objective.weights)
+    return weighted_sum(model.objective(seen, batch.targets, generator=generator), WEIGHTS)
 
 
 if __name__ == "__main__":

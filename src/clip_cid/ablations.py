@@ -15,6 +15,7 @@ from urllib.parse import quote
 from clip_cid import log, pipeline
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.figures.ablation import AblationTable, Line, notes, write
+from clip_cid.loss_table import LOSSES
 from clip_cid.recipe import PRESETS, Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder, read_json, write_json
 
@@ -166,7 +167,7 @@ def _losses(recipe: Recipe, values: Sequence[str], *, peers: bool) -> Ablation:
         raise ConfigError("--values: the rows of losses are fixed.", fix="Leave it out; --peers adds peers' losses.")
     _refuse_unused(recipe, "cluster", None)
     own = recipe.distill.weights.model_dump()
-    contrastive = ("clip", "siglip")
+    contrastive = [loss.name for loss in LOSSES if not loss.reads_targets]
     parts = LOSS_PARTS["clip + cluster + instance"]
     if silent := [part for part in parts if own[part] == 0]:
         raise ConfigError(

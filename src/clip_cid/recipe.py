@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
 import yaml
 from pydantic import (
@@ -20,10 +20,12 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    create_model,
     model_validator,
 )
 
 from clip_cid.errors import ConfigError
+from clip_cid.loss_table import LOSSES, Reading, rows_of
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Metric = Literal["cosine", "squared_euclidean", "euclidean"]
@@ -120,27 +122,29 @@ class ClusterConfig(Config):
     """Use this folder with centers.npy and labels.npy instead of clustering; `--clusters` on the command line."""
 
 
-class LossWeights(Config):
+_Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_WeightOfEach: type[Config] = create_model(
+    "_WeightOfEach",
+    __base__=Config,
+    **cast(Any, {loss.name: (_Weight, Field(default=loss.weight, description=loss.help)) for loss in LOSSES}),
+)
+
+
+class LossWeights(_WeightOfEach):
     """How the named losses are weighed; 0 switches one off (paper Table 5). The last three are those of peers."""
 
-    clip: NonNegativeFloat = 1.0
-    """Weight of `L_clip`."""
-    siglip: NonNegativeFloat = 0.0
-    """Weight of SigLIP's sigmoid loss, meant for the place of `clip` (whose weight is then 0); the student has a logit bias with it."""
-    cluster_cls: NonNegativeFloat = 1.0
-    """Weight of `L_cls`, the cluster classification."""
-    cluster_kl: NonNegativeFloat = 1.0
-    """Weight of `L_kl`, the alignment of the cluster distributions."""
-    instance_image: NonNegativeFloat = 0.5
-    """Weight of the half of `L_instance` in which the student's images meet the teacher's texts (the paper's beta)."""
-    instance_text: NonNegativeFloat = 0.5
-    """Weight of the half in which the student's texts meet the teacher's images (the paper's beta)."""
-    affinity: NonNegativeFloat = 0.0
-    """Weight of the divergence from the teacher's image-text similarities within the batch (open_clip's distillation, CLIP-KD's CRD, TinyCLIP, MobileCLIP)."""
-    feature: NonNegativeFloat = 0.0
-    """Weight of the mean squared difference of the embeddings (CLIP-KD's FD, which gives it 2000)."""
-    icl: NonNegativeFloat = 0.0
-    """Weight of the instance loss with the student as query only (CLIP-KD's ICL)."""
+    if TYPE_CHECKING:  # the fields come from the table
+
+        def __getattr__(self, name: str) -> float: ...
+
+    @property
+    def switched_on(self) -> tuple[str, ...]:
+        """The losses whose weight is above 0."""
+        return tuple(loss.name for loss in LOSSES if getattr(self, loss.name) > 0)
+
+    def any_reads(self, reading: Reading) -> bool:
+        """Whether a loss that is switched on reads this."""
+        return any(reading in loss.reads for loss in rows_of(self.switched_on))
 
 
 class Preset(NamedTuple):
@@ -412,18 +416,17 @@ class Recipe(Config):
 
     @property
     def uses_clusters(self) -> bool:
-        return self.distill.weights.cluster_cls > 0 or self.distill.weights.cluster_kl > 0
+        return self.distill.weights.any_reads("clusters")
 
     @property
     def uses_teacher_images(self) -> bool:
-        """Whether a loss reads the teacher's image embeddings at train time."""
-        weights = self.distill.weights
-        return any((weights.cluster_kl, weights.instance_text, weights.affinity, weights.feature, weights.icl))
+        """Whether a loss reads the teacher's image embeddings while the student learns."""
+        return self.distill.weights.any_reads("teacher_image")
 
     @property
     def uses_teacher_texts(self) -> bool:
-        weights = self.distill.weights
-        return any((weights.instance_image, weights.affinity, weights.feature, weights.icl))
+        """Whether a loss reads the teacher's text embeddings while the student learns."""
+        return self.distill.weights.any_reads("teacher_text")
 
     def uses(self, stage: str) -> bool:
         """Whether this recipe has the stage: plain CLIP training, for one, has no embed, balance or cluster."""
@@ -444,7 +447,7 @@ class Recipe(Config):
             raise ValueError(
                 "embed.teacher: none, but distill.weights asks for distillation; set distill.weights: clip-only"
             )
-        if not any(weights.model_dump().values()):
+        if not weights.switched_on:
             raise ValueError("distill.weights: all are 0, so there is nothing to learn")
         if self.draw.images_of is not None and self.draw.images_of not in self.evaluate.sets:
             raise ValueError(f"draw.images_of: {self.draw.images_of!r} is not among evaluate.sets")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from clip_cid.loss_table import LOSSES, Loss
+
 ROWS = re.findall(
     r"^\| `(?P<name>[^`]+)`[^|]*\|(?P<status>[^|]*)\|[^|]*\|(?P<symbols>[^|]*)\| `(?P<module>[\w.]+):(?P<function>[\w.]+)` \|$",
     (Path(__file__).parents[2] / "docs" / "method.md").read_text(encoding="utf-8"),
@@ -22,6 +24,12 @@ def test_each_equation_is_where_the_map_says(name, status, symbols, module, func
     assert re.match(r" (given|inferred|our choice)", status)
     source = inspect.getsource(importlib.import_module(module))
     assert all(argument.split("[")[0] in source for argument in re.findall(r"`([^`]+)`", symbols))
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_each_loss_of_the_table_has_its_row_in_the_map(loss: Loss):
+    code = {name: f"{module}:{function}" for name, _, _, module, function in ROWS}
+    assert code[loss.equation] == f"clip_cid.method.distill.{loss.function}"
 
 
 def test_the_map_names_every_equation_of_the_paper():

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from clip_cid.errors import ConfigError
-from clip_cid.recipe import PRESETS, Recipe, commented_recipe, dump_recipe, parse_recipe, read_recipe
+from clip_cid.recipe import PRESETS, LossWeights, Recipe, commented_recipe, dump_recipe, parse_recipe, read_recipe
 
 
 def problems(values: object) -> str:
@@ -90,6 +90,16 @@ def test_settings_of_the_training_that_do_not_fit_are_refused(distill: dict[str,
 
 def test_an_unknown_preset_is_named_with_those_there_are():
     assert "paper-r1, paper-r2, clip-only" in problems({"distill": {"weights": "paper"}})
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_negative_or_not_finite_is_refused(weight: float):
+    assert "distill.weights.clip: input should be" in problems({"distill": {"weights": {"clip": weight}}})
+
+
+def test_a_recipe_without_a_loss_is_refused():
+    off = dict.fromkeys(LossWeights.model_fields, 0.0)
+    assert "distill.weights: all are 0" in problems({"distill": {"weights": off}})
 
 
 def test_distillation_without_a_teacher_is_refused():

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from clip_cid import log
 from clip_cid.check import Report, estimates
 from clip_cid.check.likely_mistakes import size
+from clip_cid.loss_table import LOSSES
 
 _MEASURED, _COUNTED, _ARITHMETIC = "measured", "counted", "arithmetic"
 _HOW = ("", "", "how it is known")
@@ -81,9 +82,10 @@ def _student(report: Report) -> Iterator[Row]:
 
 
 def _losses(report: Report) -> Iterator[Row]:
+    of_targets = {loss.name for loss in LOSSES if loss.reads_targets}
     for name, value in report.rehearsal.first.parts.items():
         chance = report.chance.get(name)
-        note = " (random targets)" if report.undone and name not in ("clip", "siglip") else ""
+        note = " (random targets)" if report.undone and name in of_targets else ""
         yield name, f"{value:.3f}{note}", "-" if chance is None else f"{chance:.3f}"
     if report.rehearsal.centers is not None:
         yield "centers in the step", f"{report.rehearsal.centers:,}", ""

@@ -18,6 +18,7 @@ from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.data.sets.evaluation_sets import open_set
 from clip_cid.errors import ConfigError
+from clip_cid.loss_table import rows_of
 from clip_cid.method.distill.cluster_distillation import Shard
 from clip_cid.method.distill.objective import Objective
 from clip_cid.models.device import resolve_device
@@ -210,15 +211,16 @@ def _leave(
 
 
 def refuse_without_float64(device: torch.device, recipe: Recipe) -> None:
-    """The divergences add up in float64, which Apple's devices do not have.
+    """Some losses are added up in float64, which Apple's devices do not have.
 
     Raises:
-        ConfigError: The recipe has cluster losses or the affinity loss, and the device is one of these.
+        ConfigError: The recipe has such a loss, and the device is one of these.
     """
-    if device.type == "mps" and (recipe.uses_clusters or recipe.distill.weights.affinity > 0):
+    losses = [loss.name for loss in rows_of(recipe.distill.weights.switched_on) if loss.needs_float64]
+    if device.type == "mps" and losses:
         raise ConfigError(
-            "machine.device: mps has no float64, in which the cluster and affinity losses are added up.",
-            fix="Set machine.device: cpu, or distill.weights.cluster_cls, cluster_kl and affinity to 0.",
+            f"machine.device: mps has no float64, in which the losses {', '.join(losses)} are added up.",
+            fix="Set machine.device: cpu, or the weights of these losses to 0 (distill.weights).",
         )
 
 
@@ -253,7 +255,7 @@ def make_student(settings: DistillConfig, teacher_dim: int | None, machine: Mach
         embed_dim=width,
         pretrained=settings.pretrained,
         seed=settings.seed,
-        with_bias=settings.weights.siglip > 0,
+        with_bias=settings.weights.any_reads("logit_bias"),
     )
     if settings.lock != "none" and settings.pretrained is None:
         raise ConfigError(
@@ -283,7 +285,7 @@ def make_objective(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)  # for the maps of `alignment: linear`
         return Objective(
-            weights=settings.weights.model_dump(),
+            losses=settings.weights.switched_on,
             student_dim=clip.dim,
             teacher_dim=teacher_dim,
             alignment=settings.alignment,

@@ -238,7 +238,7 @@ def test_chance_levels_are_the_losses_of_a_student_that_sees_nothing():
     weights = {"clip": 1.0, "cluster_cls": 1.0, "cluster_kl": 1.0, "instance_image": 1.0, "icl": 1.0, "feature": 1.0}
     for logq in ("none", "kl", "both"):
         objective = Objective(
-            weights={**weights, "siglip": 1.0},
+            losses=[*weights, "siglip"],
             student_dim=dim,
             teacher_dim=dim,
             centers=torch.from_numpy(centers),

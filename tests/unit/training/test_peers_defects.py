@@ -20,7 +20,7 @@ from tiny_training import make_batches, make_settings, make_trainer, training_pa
 
 from clip_cid import cli
 from clip_cid.errors import DataError
-from clip_cid.method.distill.objective import PARTS
+from clip_cid.loss_table import LOSSES
 from clip_cid.models.student import build_student
 from clip_cid.training.loop import Trainer
 
@@ -79,13 +79,13 @@ def test_distillation_is_never_off_without_a_word(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize("micro_batch", [None, 3])
 def test_a_student_with_a_bias_takes_every_part_of_the_loss(folder: Path, tmp_path: Path, micro_batch: int | None):
     """Another trainer's distillation did not know the logit bias of SigLIP's kind of model, and crashed."""
-    settings = make_settings(weights=dict.fromkeys(PARTS, 1.0), log_every=1, alignment="linear")
+    settings = make_settings(weights={loss.name: 1.0 for loss in LOSSES}, log_every=1, alignment="linear")
     trainer = make_trainer(folder, tmp_path, settings=settings, steps=STEPS, micro_batch=micro_batch)
     before = trainer.model.student.logit_bias.item()
     trainer.run()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    for line, part in itertools.product(lines, PARTS):
-        assert math.isfinite(line[f"loss/{part}"])
+    for line, loss in itertools.product(lines, LOSSES):
+        assert math.isfinite(line[f"loss/{loss.name}"])
     assert before == -10 != trainer.model.student.logit_bias.item()
 
 

@@ -92,7 +92,9 @@ def cluster_losses(
     group: dist.ProcessGroup | None = None,
     block_centers: int | None = None,
 ) -> ClusterLosses:
-    r"""`fused_cluster_loss` over a sample of the centers, against soft centers, or with the centers spread over ranks.
+    r"""`L_cls` and `L_kl` in docs/method.md, over all centers or a sample, which may be spread over ranks.
+
+    As `fused_cluster_loss`, but it also takes soft centers in place of the teacher.
 
     Against `SoftCenters` a divergence is the difference of two logarithms,
 

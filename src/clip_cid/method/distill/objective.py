@@ -1,7 +1,7 @@
-"""The whole objective: named parts, and their weighted sum."""
+"""The whole objective: what learns beside the student, the losses of a batch by name, and their weighted sum."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -11,30 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from clip_cid.loss_table import Reading, rows_of
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.cluster_distillation import CenterHead, Shard
-from clip_cid.method.distill.contrastive import Side, contrastive_loss, instance_loss
+from clip_cid.method.distill.contrastive import Side
 from clip_cid.method.distill.fused_cluster_loss import LogQ
-from clip_cid.method.distill.peer_losses import affinity_loss, feature_loss, one_way_instance_loss, siglip_loss
 from clip_cid.method.products import at_least_float32, autocast_off
 
-PARTS = (
-    "clip",
-    "siglip",
-    "cluster_cls",
-    "cluster_kl",
-    "instance_image",
-    "instance_text",
-    "affinity",
-    "feature",
-    "icl",
-)
-CLUSTER = ("cluster_cls", "cluster_kl")
-OF_IMAGES = (*CLUSTER, "instance_image", "feature", "icl")
-"""Parts that compare the student's images with vectors of the teacher; for these they are read in its space."""
-OF_TEXTS = ("instance_text", "feature", "icl")
-CROSSED = ("instance_image", "instance_text", "icl")
-"""Parts that share a learned scale."""
 LARGEST_SCALE = 100.0
 FIRST_SCALE = 1 / 0.07
 
@@ -43,7 +26,7 @@ Gather = Callable[[Tensor], Side]
 
 @dataclass(frozen=True)
 class Targets:
-    """What the teacher and the clustering say about the rows of this rank; absent where no part asks for it."""
+    """What the teacher and the clustering say about the rows of this rank; absent where no loss reads it."""
 
     teacher_image: Float[Tensor, "rows teacher"] | None = None
     """Stored embeddings; no gradient flows into them."""
@@ -56,39 +39,40 @@ class Targets:
 
 
 class Objective(nn.Module):
-    r"""Everything that learns beside the student, and the parts of `L_total`, `L_cluster` and `L_instance` in docs/method.md.
+    r"""The losses of `L_total`, `L_cluster` and `L_instance` in docs/method.md, and all that learns beside the student.
 
     .. math:: L_{total} = w_{clip} L_{clip} + w_{cls} L_{cls} + w_{kl} L_{kl} + \beta\, [ I(v_t, u_s) + I(u_t, v_s) ]
 
-    The other parts are those of peers (`peer_losses.py`), for comparison on equal terms. A part whose weight is 0 is
-    neither built nor computed. Parts that compare vectors of student and teacher read the student in the teacher's
-    space: as it is (`native`, both widths equal), or through a learned linear map per modality that no other part sees
-    (`linear`); `alignment` in docs/method.md.
+    It computes the losses it is given, rows of `clip_cid.loss_table`, and builds only what these read; their weights
+    belong to whoever sums them (`weighted_sum`). A loss that compares vectors of student and teacher reads the student
+    in the teacher's space. The student is there already (`native`, both widths equal), or a linear map per modality is
+    learned, which no other loss sees (`linear`); `alignment` in docs/method.md.
 
     Args:
-        weights: By the names in `PARTS`; absent is 0.
+        losses: Names of the losses to compute.
         student_dim: Width of the student's embeddings.
-        teacher_dim: Width of the teacher's embeddings and of the centers; not needed by `clip` and `siglip`.
+        teacher_dim: Width of the teacher's embeddings and of the centers, for the losses that compare vectors.
         alignment: How the student's embeddings reach the teacher's width.
-        centers: Unit rows; needed by the cluster parts; with `shard` this rank's.
+        centers: Unit rows, for the losses of the clusters; with `shard` this rank's.
         shard: Which of all centers these are; absent where they are all of them.
         head_scale: sigma, cosine against the centers to logits.
         train_head: Whether the centers in the head move.
         sample_rate: Share of the centers in a step.
-        logq: Which of the cluster parts corrects for the sampling.
+        logq: Which losses of the clusters correct for the sampling.
         temperature: tau of `L_kl`.
         teacher_scale: The teacher's factor from cosines to logits, for `affinity`.
         affinity_scale: The student's for `affinity`; absent, its own `logit_scale`.
-        share_scale: Whether the crossed parts use the student's `logit_scale` instead of one of their own.
+        share_scale: Whether the losses that cross the modalities use the student's `logit_scale` instead of one of
+            their own.
 
     Raises:
-        ValueError: A weight is unknown or negative, all are 0, or what a part needs is missing or of another width.
+        ValueError: There are no losses, one is unknown, or what a loss reads is missing or of another width.
     """
 
     def __init__(
         self,
         *,
-        weights: Mapping[str, float],
+        losses: Iterable[str],
         student_dim: int,
         teacher_dim: int | None = None,
         alignment: Literal["native", "linear"] = "native",
@@ -104,85 +88,95 @@ class Objective(nn.Module):
         share_scale: bool = False,
     ) -> None:
         super().__init__()
-        self.weights = _checked_weights(weights)
+        self.losses = rows_of(losses)
+        if not self.losses:
+            raise ValueError("there are no losses, so there is nothing to learn")
+        self._functions = {loss.name: loss.resolve() for loss in self.losses if "clusters" not in loss.reads}
         self.sample_rate, self.logq, self.temperature = sample_rate, logq, temperature
         self.teacher_scale, self.affinity_scale = teacher_scale, affinity_scale
-        self.head: CenterHead | None = None
+        self._last: dict[str, Tensor] = {}
+
+        # The maps into the teacher's space.
         self.image_map: nn.Linear | None = None
         self.text_map: nn.Linear | None = None
-        self.instance_logit_scale: nn.Parameter | None = None
-        self._last: dict[str, Tensor] = {}
-        if self._uses(*OF_IMAGES, *OF_TEXTS):
-            if teacher_dim is None:
-                raise ValueError("teacher_dim is needed by the parts that compare student and teacher vectors")
-            if alignment == "native" and student_dim != teacher_dim:
-                raise ValueError(
-                    f"alignment native needs a student as wide as the teacher, {teacher_dim}, got {student_dim}"
-                )
+        images, texts = self._any_reads("aligned_image"), self._any_reads("aligned_text")
+        if images or texts:
+            width = _aligned_width(student_dim, teacher_dim, alignment)
             if alignment == "linear":
-                self.image_map = _linear_map(student_dim, teacher_dim) if self._uses(*OF_IMAGES) else None
-                self.text_map = _linear_map(student_dim, teacher_dim) if self._uses(*OF_TEXTS) else None
-        if self._uses(*CLUSTER):
+                self.image_map = _linear_map(student_dim, width) if images else None
+                self.text_map = _linear_map(student_dim, width) if texts else None
+
+        # The cluster head.
+        self.head: CenterHead | None = None
+        if self._any_reads("clusters"):
             if centers is None or centers.shape[1] != teacher_dim:
                 shape = None if centers is None else tuple(centers.shape)
-                raise ValueError(f"centers must be (K, {teacher_dim}) for the cluster parts, got {shape}")
+                raise ValueError(f"centers must be (K, {teacher_dim}) for the losses of the clusters, got {shape}")
             sparse = train_head and sample_rate < 1
             self.head = CenterHead(centers, scale=head_scale, trainable=train_head, sparse=sparse, shard=shard)
-        if self._uses(*CROSSED) and not share_scale:
-            self.instance_logit_scale = nn.Parameter(torch.tensor(FIRST_SCALE).log())
+
+        # The scale of the losses that cross the modalities.
+        own_scale = self._any_reads("instance_scale") and not share_scale
+        self.instance_logit_scale = nn.Parameter(torch.tensor(FIRST_SCALE).log()) if own_scale else None
 
     def read(
         self, image: Float[Tensor, "rows student"] | None, text: Float[Tensor, "rows student"] | None
     ) -> dict[str, Tensor]:
-        """What the losses see beside the student's own outputs, row by row.
+        """What the losses read beside the student's own outputs, row by row.
 
-        Everything of the objective that learns, but the head, acts here: gradients of rows lead to all of it.
+        Everything of the objective that learns, except the head, acts here: gradients of rows lead to all of it.
 
         Args:
             image: Unit rows.
             text: Unit rows.
 
         Returns:
-            `teacher_space_image` and `teacher_space_text` where a map is learned, `instance_scale` where it is.
+            `aligned_image` and `aligned_text` where a map is learned, `instance_scale` where it is learned.
         """
-        found: dict[str, Tensor] = {}
-        maps = ("teacher_space_image", image, self.image_map), ("teacher_space_text", text, self.text_map)
-        for name, rows, linear in maps:
+        outputs: dict[str, Tensor] = {}
+        for name, rows, linear in (("aligned_image", image, self.image_map), ("aligned_text", text, self.text_map)):
             if rows is not None and linear is not None:
                 with autocast_off(rows):
-                    found[name] = F.normalize(linear(at_least_float32(rows)), dim=1)
+                    outputs[name] = F.normalize(linear(at_least_float32(rows)), dim=1)
         if self.instance_logit_scale is not None:
-            found["instance_scale"] = self.instance_logit_scale.exp()
-        return found
+            outputs["instance_scale"] = self.instance_logit_scale.exp()
+        return outputs
 
     def forward(
         self,
-        seen: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
         targets: Targets,
         *,
         gather: Gather = Side.whole,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """The parts by name, unweighted, each a scalar; only those with a weight above 0.
+        """The losses by name, unweighted, each a scalar.
 
-        Over ranks a part is this rank's share: the mean over the ranks is the part of the whole batch.
+        Over ranks a loss is this rank's share: the mean over the ranks is the loss of the whole batch.
 
         Args:
-            seen: The student's `image` and `text`, unit rows; its `logit_scale`, `exp` already taken; `logit_bias` where
-                it has one; and what `read` returned for these.
+            outputs: The student's `image` and `text`, unit rows; its `logit_scale`, `exp` already taken; `logit_bias`
+                where it has one; and what `read` returned for these.
             targets: For the same rows.
             gather: From a rank's rows to those of all ranks; its gradient is the sum over the ranks.
             generator: Where the negative centers come from; in the same state on every rank.
 
         Raises:
-            ValueError: What a part needs is missing.
+            ValueError: What a loss reads is missing.
         """
-        with autocast_off(seen["image"]):
-            sides = _Sides(seen, targets, gather)
-            self._last = {"mean_image_norm": torch.linalg.vector_norm(sides.image.all.detach().mean(dim=0))}
-            parts = self._cluster_parts(self.head, sides, targets, generator) if self.head is not None else {}
-            parts |= {name: self._part(name, sides, seen) for name in PARTS if name not in CLUSTER and self._uses(name)}
-        return {name: parts[name] for name in PARTS if name in parts}
+        with autocast_off(outputs["image"]):
+            batch = _Batch(outputs, targets, gather, self.affinity_scale, self.teacher_scale)
+            self._last = {"mean_image_norm": torch.linalg.vector_norm(batch.image.all.detach().mean(dim=0))}
+
+            # One pass over the centers gives all losses of the clusters. It comes first: the order in which losses are
+            # computed is that in which their gradients are added up, and it decides the last bits.
+            computed = {} if self.head is None else self._cluster_losses(self.head, batch, generator)
+
+            for loss in self.losses:
+                if loss.name in self._functions:
+                    computed[loss.name] = self._functions[loss.name](*(getattr(batch, name) for name in loss.reads))
+
+        return {loss.name: computed[loss.name] for loss in self.losses}
 
     def diagnostics(self) -> dict[str, float]:
         """`signs_of_collapse` in docs/method.md, of the last `forward`; a collapsed student has a mean image norm near 1.
@@ -191,12 +185,12 @@ class Objective(nn.Module):
         center is the student's first among those of the step. `centers`, `negatives`: how many took part, and how many
         of them at random. `head_drift`: how far the centers moved. `instance_scale`: the learned factor.
         """
-        found = {name: float(value) for name, value in self._last.items()}
+        numbers = {name: float(value) for name, value in self._last.items()}
         if self.head is not None:
-            found["head_drift"] = self.head.drift()
+            numbers["head_drift"] = self.head.drift()
         if self.instance_logit_scale is not None:
-            found["instance_scale"] = float(self.instance_logit_scale.detach().exp())
-        return found
+            numbers["instance_scale"] = float(self.instance_logit_scale.detach().exp())
+        return numbers
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
@@ -204,80 +198,66 @@ class Objective(nn.Module):
         if self.instance_logit_scale is not None:
             self.instance_logit_scale.clamp_(max=math.log(LARGEST_SCALE))
 
-    def _uses(self, *parts: str) -> bool:
-        return any(self.weights[part] > 0 for part in parts)
+    def _any_reads(self, reading: Reading) -> bool:
+        return any(reading in loss.reads for loss in self.losses)
 
-    def _part(self, name: str, sides: "_Sides", seen: Mapping[str, Tensor]) -> Tensor:
-        scale = seen["logit_scale"]
-        crossed = seen.get("instance_scale", scale)
-        if name == "clip":
-            return contrastive_loss(sides.image, sides.text, scale)
-        if name == "siglip":
-            return siglip_loss(sides.image, sides.text, scale, _given(seen.get("logit_bias"), "logit_bias"))
-        if name == "instance_image":
-            return instance_loss(sides.near_image, sides.teacher_text, crossed)
-        if name == "instance_text":
-            return instance_loss(sides.near_text, sides.teacher_image, crossed)
-        if name == "affinity":
-            own = scale if self.affinity_scale is None else torch.full_like(scale, self.affinity_scale)
-            teacher = sides.teacher_image, sides.teacher_text, torch.full_like(scale, self.teacher_scale)
-            return affinity_loss(sides.image, sides.text, own, *teacher)
-        student = sides.near_image, sides.near_text, sides.teacher_image, sides.teacher_text
-        return feature_loss(*student) if name == "feature" else one_way_instance_loss(*student, crossed)
-
-    def _cluster_parts(
-        self, head: CenterHead, sides: "_Sides", targets: Targets, generator: torch.Generator | None
+    def _cluster_losses(
+        self, head: CenterHead, batch: "_Batch", generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        """Both cluster parts on one sample of the centers.
+        """The losses of the clusters, from one sample of the centers.
 
-        Where every rank has all centers it asks for its own rows only. Where each has some of them, all rows pass by
-        each, and every rank has the parts of the whole batch.
+        Where every rank has all centers it reads its own rows only. Where each has some of them, every rank reads all
+        rows, and has the losses of the whole batch.
         """
-        labels = sides.gather(_given(targets.labels, "labels"))
+        labels = batch.clusters
         sample = head.sample(labels.all, rate=self.sample_rate, generator=generator)
-        teacher = targets.soft_centers
+        compares = any(loss.name == "cluster_kl" for loss in self.losses)
+
+        # The rows to read, and what to compare them with.
+        teacher = batch.targets.soft_centers
         if head.shard is None:
-            image = sides.near_image.own
+            image = batch.aligned_image.own
             sample = replace(sample, labels=sample.labels[labels.first : labels.first + len(image)])
-            if teacher is None and self._uses("cluster_kl"):
-                teacher = _stored(targets.teacher_image, "teacher_image")
+            if teacher is None and compares:
+                teacher = _stored(batch.targets.teacher_image, "teacher_image")
         else:
-            image = sides.near_image.all
-            if self._uses("cluster_kl"):
-                teacher = sides.teacher_image.all
-        found = head(image, sample, teacher=teacher, temperature=self.temperature, logq=self.logq)
-        self._last["own_center"] = found.own_center
+            image = batch.aligned_image.all
+            if compares:
+                teacher = batch.teacher_image.all
+
+        losses = head(image, sample, teacher=teacher, temperature=self.temperature, logq=self.logq)
+        self._last["own_center"] = losses.own_center
         self._last["centers"] = torch.tensor(len(sample.index))
         self._last["negatives"] = torch.tensor(sample.num_negatives)
-        parts = {"cluster_cls": found.cls} if self._uses("cluster_cls") else {}
-        if found.kl is not None and self._uses("cluster_kl"):
-            parts["cluster_kl"] = found.kl
-        return parts
+        return {"cluster_cls": losses.cls} | ({} if losses.kl is None else {"cluster_kl": losses.kl})
 
 
-class _Sides:
-    """The rows of a batch as the parts want them, each gathered once and only if a part asks."""
+@dataclass
+class _Batch:
+    """What losses read of a batch: one attribute for each `Reading`, gathered once and only if a loss reads it."""
 
-    def __init__(self, seen: Mapping[str, Tensor], targets: Targets, gather: Gather) -> None:
-        self.seen, self.targets, self.gather = seen, targets, gather
+    outputs: Mapping[str, Tensor]
+    targets: Targets
+    gather: Gather
+    fixed_affinity_scale: float | None
+    fixed_teacher_scale: float
 
     @cached_property
     def image(self) -> Side:
-        return self.gather(at_least_float32(self.seen["image"]))
+        return self.gather(at_least_float32(self.outputs["image"]))
 
     @cached_property
     def text(self) -> Side:
-        return self.gather(at_least_float32(self.seen["text"]))
+        return self.gather(at_least_float32(self.outputs["text"]))
 
     @cached_property
-    def near_image(self) -> Side:
-        """In the teacher's space."""
-        mapped = self.seen.get("teacher_space_image")
+    def aligned_image(self) -> Side:
+        mapped = self.outputs.get("aligned_image")
         return self.image if mapped is None else self.gather(at_least_float32(mapped))
 
     @cached_property
-    def near_text(self) -> Side:
-        mapped = self.seen.get("teacher_space_text")
+    def aligned_text(self) -> Side:
+        mapped = self.outputs.get("aligned_text")
         return self.text if mapped is None else self.gather(at_least_float32(mapped))
 
     @cached_property
@@ -288,28 +268,52 @@ class _Sides:
     def teacher_text(self) -> Side:
         return self.gather(_stored(self.targets.teacher_text, "teacher_text"))
 
+    @cached_property
+    def clusters(self) -> Side:
+        return self.gather(_given(self.targets.labels, "labels"))
 
-def weighted_sum(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    r"""The number to minimize; `L_total` and, over its cluster parts, `L_cluster` in docs/method.md.
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.outputs["logit_scale"]
+
+    @property
+    def logit_bias(self) -> Tensor:
+        return _given(self.outputs.get("logit_bias"), "logit_bias")
+
+    @property
+    def instance_scale(self) -> Tensor:
+        return self.outputs.get("instance_scale", self.logit_scale)
+
+    @property
+    def affinity_scale(self) -> Tensor:
+        fixed = self.fixed_affinity_scale
+        return self.logit_scale if fixed is None else torch.full_like(self.logit_scale, fixed)
+
+    @property
+    def teacher_scale(self) -> Tensor:
+        return torch.full_like(self.logit_scale, self.fixed_teacher_scale)
+
+
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    r"""The number to minimize; `L_total` and, over the losses of the clusters, `L_cluster` in docs/method.md.
 
     .. math:: L_{cluster} = w_{cls} L_{cls} + w_{kl} L_{kl}
 
     Raises:
-        ValueError: There are no parts, or a part has no weight.
+        ValueError: There are no losses, or a loss has no weight.
     """
-    if not parts or not parts.keys() <= weights.keys():
-        raise ValueError(f"weights must name every part, got parts {sorted(parts)} and weights {sorted(weights)}")
-    return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+    if not losses or not losses.keys() <= weights.keys():
+        raise ValueError(f"weights must name every loss, got losses {sorted(losses)} and weights {sorted(weights)}")
+    return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
 
 
-def _checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
-    if unknown := weights.keys() - set(PARTS):
-        raise ValueError(f"weights must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-    if not all(0 <= weight < math.inf for weight in weights.values()):
-        raise ValueError(f"weights must be finite and at least 0, got {dict(weights)}")
-    if not any(weights.values()):
-        raise ValueError("weights are all 0, so there is nothing to learn")
-    return {part: float(weights.get(part, 0.0)) for part in PARTS}
+def _aligned_width(student_dim: int, teacher_dim: int | None, alignment: str) -> int:
+    """The width of the teacher's space, in which student and teacher are to be compared."""
+    if teacher_dim is None:
+        raise ValueError("teacher_dim is needed by the losses that compare student and teacher vectors")
+    if alignment == "native" and student_dim != teacher_dim:
+        raise ValueError(f"alignment native needs a student as wide as the teacher, {teacher_dim}, got {student_dim}")
+    return teacher_dim
 
 
 def _linear_map(student_dim: int, teacher_dim: int) -> nn.Linear:
@@ -326,5 +330,5 @@ def _stored(embedding: Tensor | None, name: str) -> Tensor:
 
 def _given(value: Tensor | None, name: str) -> Tensor:
     if value is None:
-        raise ValueError(f"{name} is needed by a part whose weight is above 0")
+        raise ValueError(f"{name} is missing, and a loss that is computed reads it")
     return value

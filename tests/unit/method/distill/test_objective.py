@@ -1,4 +1,3 @@
-import math
 from typing import Any
 
 import oracles
@@ -6,13 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clip_cid.loss_table import LOSSES
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.contrastive import Side, contrastive_loss, instance_loss
 from clip_cid.method.distill.fused_cluster_loss import soft_centers
-from clip_cid.method.distill.objective import PARTS, Objective, Targets, weighted_sum
+from clip_cid.method.distill.objective import Objective, Targets, weighted_sum
 from clip_cid.method.distill.peer_losses import affinity_loss, feature_loss, one_way_instance_loss, siglip_loss
 
-ALL = {"clip": 1.0, "cluster_cls": 1.0, "cluster_kl": 1.0, "instance_image": 0.5, "instance_text": 0.5}
+PAPER = {"clip": 1.0, "cluster_cls": 1.0, "cluster_kl": 1.0, "instance_image": 0.5, "instance_text": 0.5}
 SCALE = torch.tensor(10.0)
 
 
@@ -51,14 +51,14 @@ def head_logits(rows: torch.Tensor, centers: torch.Tensor):
 
 
 def native(**settings) -> Objective:
-    return Objective(**{"weights": ALL, "student_dim": 8, "teacher_dim": 8, "centers": unit_rows(20, 8, 0)} | settings)
+    return Objective(**{"losses": PAPER, "student_dim": 8, "teacher_dim": 8, "centers": unit_rows(20, 8, 0)} | settings)
 
 
 def test_the_parts_are_the_losses_of_the_paper():
     data, objective = batch(), native(sample_rate=1.0, temperature=2.0)
     parts = parts_of(objective, **data)
     student, teacher = (head_logits(data[name], unit_rows(20, 8, 0)) for name in ("student_image", "teacher_image"))
-    assert list(parts) == list(ALL)
+    assert list(parts) == list(PAPER)
     assert parts["cluster_cls"].item() == pytest.approx(
         oracles.cross_entropy(student, data["labels"].numpy()), rel=1e-5
     )
@@ -75,12 +75,12 @@ def test_the_parts_are_the_losses_of_the_paper():
 
 
 def test_the_parts_of_peers_are_their_losses():
-    weights = {"siglip": 1.0, "affinity": 1.0, "feature": 2000.0, "icl": 1.0}
+    losses = ("siglip", "affinity", "feature", "icl")
     data: dict[str, Any] = batch() | {"logit_bias": torch.tensor(-3.0)}
     sides = {name: Side.whole(value) for name, value in data.items() if value.ndim == 2}
     student, teacher = ((sides[f"{who}_image"], sides[f"{who}_text"]) for who in ("student", "teacher"))
     for own in (None, 50.0):
-        objective = native(weights=weights, teacher_scale=30.0, affinity_scale=own)
+        objective = native(losses=losses, teacher_scale=30.0, affinity_scale=own)
         parts = parts_of(objective, **data)
         scale = SCALE if own is None else torch.tensor(own)
         expected = {
@@ -91,8 +91,8 @@ def test_the_parts_of_peers_are_their_losses():
         }
         torch.testing.assert_close(parts, expected)
         assert objective.head is None
-    with pytest.raises(ValueError, match="logit_bias is needed"):
-        parts_of(native(weights=weights), **batch())
+    with pytest.raises(ValueError, match="logit_bias is missing"):
+        parts_of(native(losses=losses), **batch())
 
 
 def test_the_crossed_parts_may_share_the_students_scale():
@@ -104,7 +104,7 @@ def test_the_crossed_parts_may_share_the_students_scale():
 
 def test_what_compares_logits_alone_needs_no_common_width():
     data = batch(8, 12)
-    objective = Objective(weights={"affinity": 1.0}, student_dim=8)
+    objective = Objective(losses=["affinity"], student_dim=8)
     assert list(parts_of(objective, **data)) == ["affinity"]
     assert not list(objective.parameters())
 
@@ -123,7 +123,7 @@ def test_soft_centers_stand_for_the_teacher_in_the_divergence():
     assert parts_of(objective, **data, soft_centers=wrong)["cluster_kl"].item() != results[0][0]["cluster_kl"].item()
 
 
-@pytest.mark.parametrize("part", [part for part in PARTS if part != "siglip"])
+@pytest.mark.parametrize("part", [loss.name for loss in LOSSES if loss.name != "siglip"])
 def test_a_part_alone_is_built_and_computed_alone(part):
     needed = {
         "clip": set(),
@@ -135,19 +135,19 @@ def test_a_part_alone_is_built_and_computed_alone(part):
         "feature": {"teacher_image", "teacher_text"},
         "icl": {"teacher_image", "teacher_text"},
     }[part]
-    objective = native(weights={**dict.fromkeys(ALL, 0.0), part: 1.0})
+    objective = native(losses=[part])
     data = batch()
     given = {name: data[name] for name in ("student_image", "student_text", "logit_scale", *needed)}
     assert list(parts_of(objective, **given)) == [part]
     assert (objective.head is not None) == part.startswith("cluster")
     assert (objective.instance_logit_scale is not None) == (part in ("instance_image", "instance_text", "icl"))
     for name in needed:
-        with pytest.raises(ValueError, match=f"{name} is needed by a part whose weight is above 0"):
+        with pytest.raises(ValueError, match=f"{name} is missing, and a loss that is computed reads it"):
             parts_of(objective, **{key: value for key, value in given.items() if key != name})
 
 
 def test_plain_clip_needs_no_teacher():
-    objective = Objective(weights={"clip": 1.0}, student_dim=8)
+    objective = Objective(losses=["clip"], student_dim=8)
     assert list(objective.parameters()) == []
     assert list(parts_of(objective, unit_rows(5, 8, 1), unit_rows(5, 8, 2), SCALE)) == ["clip"]
 
@@ -176,8 +176,7 @@ def test_linear_alignment_is_seen_by_the_distillation_parts_only():
 
 
 def test_linear_alignment_learns_one_map_where_only_images_are_compared():
-    weights = {"cluster_cls": 1.0}
-    objective = native(weights=weights, teacher_dim=12, centers=unit_rows(20, 12, 0), alignment="linear")
+    objective = native(losses=["cluster_cls"], teacher_dim=12, centers=unit_rows(20, 12, 0), alignment="linear")
     assert [name for name, p in objective.named_parameters() if p.requires_grad] == ["image_map.weight"]
 
 
@@ -192,7 +191,7 @@ def test_gradients_reach_all_that_learns_and_nothing_of_the_teacher():
     data, objective = batch(), native(train_head=True, alignment="linear", sample_rate=0.5)
     for name in ("student_image", "student_text", "teacher_image", "teacher_text"):
         data[name].requires_grad_()
-    weighted_sum(parts_of(objective, **data), ALL).backward()
+    weighted_sum(parts_of(objective, **data), PAPER).backward()
     learned = [data["student_image"], data["student_text"], *objective.parameters()]
     assert all(tensor.grad is not None and tensor.grad.to_dense().abs().max() > 0 for tensor in learned)
     assert objective.head is not None
@@ -222,7 +221,7 @@ def test_logq_corrects_the_parts_it_names(logq, corrected):
         return parts_of(native(sample_rate=0.5, logq=logq), **batch(), generator=torch.Generator().manual_seed(0))
 
     plain, found = parts("none"), parts(logq)
-    assert {name for name in ALL if plain[name].item() != found[name].item()} == corrected
+    assert {name for name in PAPER if plain[name].item() != found[name].item()} == corrected
 
 
 def test_stored_embeddings_are_read_at_unit_length():
@@ -295,7 +294,7 @@ def test_a_few_steps_bring_the_student_nearer_to_its_centers():
     before = objective.diagnostics()["own_center"]
     for _ in range(25):
         parts = parts_of(objective, **{**data, "student_image": F.normalize(image, dim=1)})
-        loss = weighted_sum(parts, ALL)
+        loss = weighted_sum(parts, PAPER)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -306,23 +305,21 @@ def test_a_few_steps_bring_the_student_nearer_to_its_centers():
 
 def test_the_sum_is_weighted_by_name():
     parts = {"clip": torch.tensor(2.0), "instance_text": torch.tensor(3.0)}
-    assert weighted_sum(parts, {**ALL, "clip": 0.25}).item() == 2.0
-    with pytest.raises(ValueError, match="weights must name every part"):
+    assert weighted_sum(parts, {**PAPER, "clip": 0.25}).item() == 2.0
+    with pytest.raises(ValueError, match="weights must name every loss"):
         weighted_sum(parts, {"clip": 1.0})
-    with pytest.raises(ValueError, match="weights must name every part"):
-        weighted_sum({}, ALL)
+    with pytest.raises(ValueError, match="weights must name every loss"):
+        weighted_sum({}, PAPER)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": {"clip": 0.0}}, "weights are all 0"),
-        ({"weights": {"clip": -1.0}}, "weights must be finite and at least 0"),
-        ({"weights": {"clip": math.nan}}, "weights must be finite and at least 0"),
-        ({"weights": {"alpha": 0.999}}, "weights must be of clip, .*, icl, got alpha"),
-        ({"teacher_dim": None}, "teacher_dim is needed by the parts that compare"),
-        ({"centers": None}, r"centers must be \(K, 8\) for the cluster parts, got None"),
-        ({"centers": torch.eye(9)}, r"centers must be \(K, 8\) for the cluster parts, got \(9, 9\)"),
+        ({"losses": []}, "there are no losses"),
+        ({"losses": ["alpha"]}, "losses must be of clip, .*, icl, got alpha"),
+        ({"teacher_dim": None}, "teacher_dim is needed by the losses that compare"),
+        ({"centers": None}, r"centers must be \(K, 8\) for the losses of the clusters, got None"),
+        ({"centers": torch.eye(9)}, r"centers must be \(K, 8\) for the losses of the clusters, got \(9, 9\)"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):

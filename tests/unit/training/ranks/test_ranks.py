@@ -93,7 +93,7 @@ def gradients(case: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Ten
             return loss_of(model, batch, seen)
         generator = torch.Generator().manual_seed(5)
         parts = model.objective(seen, batch.targets, gather=ranks.gather, generator=generator)
-        return weighted_sum(parts, model.objective.weights)
+        return weighted_sum(parts, settings.weights.model_dump())
 
     micro = case.get("micro_batch")
     backward_in_pieces(joint, batch, loss, micro_batch=micro, precision=torch.float32, seed=3)

@@ -1,0 +1,158 @@
+"""The table of losses, one row each: the recipe makes its weights from it, the objective computes what it names.
+
+A new loss is a function in `method/distill/`, a row here and a row in docs/method.md. It lies below the recipe and does
+not import torch: a row names its function, and the objective imports it (docs/decisions.md, D45).
+"""
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Reading = Literal[
+    "image",
+    "text",
+    "aligned_image",
+    "aligned_text",
+    "teacher_image",
+    "teacher_text",
+    "clusters",
+    "logit_scale",
+    "logit_bias",
+    "instance_scale",
+    "affinity_scale",
+    "teacher_scale",
+]
+"""What a loss may read of a batch.
+
+- `image`, `text`: the student's embeddings; `aligned_image`, `aligned_text`: the same in the teacher's space.
+- `teacher_image`, `teacher_text`: the teacher's stored embeddings.
+- `clusters`: the cluster of each image, and the centers.
+- `logit_scale`, `logit_bias`: learned by the student. `instance_scale`: learned by the objective for the losses that
+  cross the modalities. `affinity_scale`, `teacher_scale`: the two of `affinity`.
+"""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss: its name everywhere, what computes it from what, and how much it counts."""
+
+    name: str
+    weight: float
+    """By default."""
+    equation: str
+    """Its name in docs/method.md."""
+    function: str
+    """`module:name` in `clip_cid.method.distill`."""
+    reads: tuple[Reading, ...]
+    """The arguments of the function, in this order; but one call of `cluster_losses` gives both losses of the clusters."""
+    help: str
+    """What the recipe says about its weight."""
+    needs_float64: bool = False
+    """Whether it is added up in float64, which not every device has."""
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether it needs a teacher or a clustering."""
+        return not {"teacher_image", "teacher_text", "clusters"}.isdisjoint(self.reads)
+
+    def resolve(self) -> Callable[..., Any]:
+        """The function itself; imports torch."""
+        module, name = self.function.split(":")
+        return getattr(importlib.import_module(f"clip_cid.method.distill.{module}"), name)
+
+
+LOSSES = (
+    Loss(
+        name="clip",
+        weight=1.0,
+        equation="L_clip",
+        function="contrastive:contrastive_loss",
+        reads=("image", "text", "logit_scale"),
+        help="Weight of `L_clip`.",
+    ),
+    Loss(
+        name="siglip",
+        weight=0.0,
+        equation="L_siglip",
+        function="peer_losses:siglip_loss",
+        reads=("image", "text", "logit_scale", "logit_bias"),
+        help="Weight of SigLIP's sigmoid loss, meant for the place of `clip` (whose weight is then 0); the student has a"
+        " logit bias with it.",
+    ),
+    Loss(
+        name="cluster_cls",
+        weight=1.0,
+        equation="L_cls",
+        function="fused_cluster_loss:cluster_losses",
+        reads=("aligned_image", "clusters"),
+        needs_float64=True,
+        help="Weight of `L_cls`, the cluster classification.",
+    ),
+    Loss(
+        name="cluster_kl",
+        weight=1.0,
+        equation="L_kl",
+        function="fused_cluster_loss:cluster_losses",
+        reads=("aligned_image", "clusters", "teacher_image"),
+        needs_float64=True,
+        help="Weight of `L_kl`, the alignment of the cluster distributions.",
+    ),
+    Loss(
+        name="instance_image",
+        weight=0.5,
+        equation="L_instance",
+        function="contrastive:instance_loss",
+        reads=("aligned_image", "teacher_text", "instance_scale"),
+        help="Weight of the half of `L_instance` in which the student's images meet the teacher's texts (the paper's"
+        " beta).",
+    ),
+    Loss(
+        name="instance_text",
+        weight=0.5,
+        equation="L_instance",
+        function="contrastive:instance_loss",
+        reads=("aligned_text", "teacher_image", "instance_scale"),
+        help="Weight of the half in which the student's texts meet the teacher's images (the paper's beta).",
+    ),
+    Loss(
+        name="affinity",
+        weight=0.0,
+        equation="L_affinity",
+        function="peer_losses:affinity_loss",
+        reads=("image", "text", "affinity_scale", "teacher_image", "teacher_text", "teacher_scale"),
+        needs_float64=True,
+        help="Weight of the divergence from the teacher's image-text similarities within the batch (open_clip's"
+        " distillation, CLIP-KD's CRD, TinyCLIP, MobileCLIP).",
+    ),
+    Loss(
+        name="feature",
+        weight=0.0,
+        equation="L_feature",
+        function="peer_losses:feature_loss",
+        reads=("aligned_image", "aligned_text", "teacher_image", "teacher_text"),
+        help="Weight of the mean squared difference of the embeddings (CLIP-KD's FD, which gives it 2000).",
+    ),
+    Loss(
+        name="icl",
+        weight=0.0,
+        equation="L_icl",
+        function="peer_losses:one_way_instance_loss",
+        reads=("aligned_image", "aligned_text", "teacher_image", "teacher_text", "instance_scale"),
+        help="Weight of the instance loss with the student as query only (CLIP-KD's ICL).",
+    ),
+)
+"""All losses, in the order in which they are summed and written."""
+
+
+def rows_of(names: Iterable[str]) -> tuple[Loss, ...]:
+    """The rows of these losses, in the order of the table.
+
+    Raises:
+        ValueError: A name is not in the table.
+    """
+    names = set(names)
+    if unknown := names - {loss.name for loss in LOSSES}:
+        known = ", ".join(loss.name for loss in LOSSES)
+        raise ValueError(f"losses must be of {known}, got {', '.join(sorted(unknown))}")
+    return tuple(loss for loss in LOSSES if loss.name in names)

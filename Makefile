@@ -2,11 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests benchmarks
+# One process a core, each with one thread; a file's tests share what they build, so they stay in one process.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+# The tests of numbers: what another processor's kernels could change.
+NUMBERS := tests/properties tests/unit/method tests/unit/evaluation tests/unit/training
 
-.PHONY: help setup test check format demo clean
+.PHONY: help setup quick test test-elsewhere check format demo clean
 
 help:  ## what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 setup: .venv/ready  ## a virtual environment with the package and the developer tools
 
@@ -16,8 +20,16 @@ setup: .venv/ready  ## a virtual environment with the package and the developer 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-test: setup  ## the tests (about ten minutes on 2 cores)
-	$(BIN)/python -m pytest
+quick: setup  ## the tests that take no second, for while you work (under a minute on 2 cores)
+	HYPOTHESIS_PROFILE=quick $(PYTEST) -m 'not slow'
+
+test: setup  ## all tests (under five minutes on 2 cores)
+	$(PYTEST)
+
+test-elsewhere: setup  ## the tests of numbers as another processor would run them, and on other made-up data
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott OMP_NUM_THREADS=3 $(PYTEST) -m 'not slow' $(NUMBERS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell OMP_NUM_THREADS=1 $(PYTEST) -m 'not slow' $(NUMBERS)
+	CLIP_CID_SEED_SHIFT=1000 HYPOTHESIS_PROFILE=elsewhere $(PYTEST) -m 'not slow' --hypothesis-seed=1000 $(NUMBERS)
 
 check: setup  ## format, lint, types, and who imports whom
 	$(BIN)/ruff format --check $(SOURCES)

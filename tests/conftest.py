@@ -1,16 +1,25 @@
-"""Hypothesis profiles: the same examples every time in CI, more of them on request."""
+"""What all tests share: one thread, hypothesis profiles, and other made-up data on request."""
 
 import os
 import signal
 
 import hypothesis
+import other_seeds  # noqa: F401
+from threadpoolctl import threadpool_limits
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; OpenMP reads it when torch is loaded
+# OpenMP reads these when torch is loaded; processes that tests start inherit them. The arrays are so small that threads
+# only get in each other's way, and pytest-xdist has a process for every core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
+threadpool_limits(int(os.environ["OMP_NUM_THREADS"]))  # of NumPy's BLAS, which jaxtyping's plugin has loaded already
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell ignores it for a job in the background, and children inherit that: tests that interrupt would wait forever.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The same examples every time; a few of them for `make quick`; others with `make test-elsewhere`; many on request.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
+hypothesis.settings.register_profile("quick", derandomize=True, deadline=None, max_examples=10)
+hypothesis.settings.register_profile("elsewhere", deadline=None, max_examples=50, database=None)
 hypothesis.settings.register_profile("deep", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -1,7 +1,6 @@
-"""A training so small that a step takes milliseconds; run as a script it trains in a process that can be killed."""
+"""A training so small that a step takes milliseconds."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -223,7 +222,3 @@ def exact(batch: Batch) -> Batch:
 def loss_of(model: Distillation, batch: Batch, seen: Seen) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     return weighted_sum(model.objective(seen, batch.targets, generator=generator), WEIGHTS)
-
-
-if __name__ == "__main__":
-    make_trainer(Path(sys.argv[1]), Path(sys.argv[2]), steps=int(sys.argv[3]), minutes=1e-9, workers=2).run()

@@ -1,13 +1,15 @@
 """The balance stage on embeddings from elsewhere: resumed, shared, grown, swept. Results are compared byte for byte."""
 
 import json
+import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracles
+import processes
 import pytest
 
 from clip_cid import cli, tasks
@@ -87,24 +89,23 @@ def test_an_interrupted_balance_does_only_what_is_missing(tmp_path, small_chunks
     assert_equal(balance(tmp_path / "cut", rows), whole)
 
 
-KILLED = """
-import os, signal, sys
-from clip_cid import cli
-from clip_cid import tasks
-from clip_cid.method.balance import pair_plan
-pair_plan._LEAST_CHUNK = 50
-original, left = tasks.run_tasks, int(sys.argv[1])
-def killed(tasks, begin, *, processes, on_done):
-    def count(task):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        on_done(task)
-    original(tasks, begin, processes=processes, on_done=count)
-tasks.run_tasks = killed
-sys.exit(cli.main(sys.argv[2:]))
-"""
+def killed(left: int, command: list[str]) -> None:
+    """The command, in a process that is killed when `left` tasks are done, before the last of them is noted."""
+    pair_plan._LEAST_CHUNK = 50
+    original = tasks.run_tasks
+
+    def killing(tasks: Any, begin: Any, *, processes: Any, on_done: Any) -> None:
+        def count(task: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            on_done(task)
+
+        original(tasks, begin, processes=processes, on_done=count)
+
+    tasks.run_tasks = killing
+    sys.exit(cli.main(command))
 
 
 def test_a_killed_balance_ends_byte_identical(tmp_path, small_chunks):
@@ -112,8 +113,7 @@ def test_a_killed_balance_ends_byte_identical(tmp_path, small_chunks):
     whole = balance(tmp_path / "whole", rows)
     command = ["balance", str(tmp_path / "cut"), "--embeddings", source(tmp_path / "cut", rows)]
     for after in (1, 3):
-        killed = subprocess.run([sys.executable, "-c", KILLED, str(after), *command], timeout=120, check=False)
-        assert killed.returncode == -signal.SIGKILL
+        assert processes.exit_code(killed, after, command) == -signal.SIGKILL
         assert len(list((tmp_path / "cut" / "balance.part" / "work").glob("links-*"))) == (1 if after == 1 else 4)
     assert_equal(balance(tmp_path / "cut", rows), whole)
 

@@ -1,8 +1,8 @@
 """The cluster stage on embeddings from elsewhere: killed and resumed, refused, reported. Results are compared byte for byte."""
 
 import json
+import os
 import signal
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import oracles
+import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -53,37 +54,45 @@ def assert_equal(one: Path, other: Path) -> None:
     assert sorted(path.name for path in one.iterdir()) == sorted(["manifest.json", *FILES])
 
 
-KILLED = """
-import os, signal, sys
-from clip_cid import cli
-from clip_cid.stages import cluster
-left, where = int(sys.argv[1]), sys.argv[2]
-original = cluster._StateFile.write
-def killed(self, training):
-    global left
-    left -= 1
-    if left == 0 and where == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if left == 0 and where == "within":
-        cluster.np.savez = lambda handle, **arrays: (handle.write(b"half"), handle.flush(), os.kill(os.getpid(), signal.SIGKILL))
-    original(self, training)
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-cluster._StateFile.write = killed
-sys.exit(cli.main(sys.argv[3:]))
-"""
+def killed(left: int, where: str, command: list[str]) -> None:
+    """The command, in a process that is killed before, within or after its `left`-th write of a state."""
+    write = stage._StateFile.write
+
+    def torn(handle: Any, **arrays: Any) -> None:
+        handle.write(b"half")
+        handle.flush()
+        kill()
+
+    def killing(self: Any, training: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0 and where == "before":
+            kill()
+        if left == 0 and where == "within":
+            stage.np.savez = torn
+        write(self, training)
+        if left == 0:
+            kill()
+
+    stage._StateFile.write = killing
+    sys.exit(cli.main(command))
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def assert_killed(left: int, where: str, run: Path, flags: list[str]) -> None:
+    assert processes.exit_code(killed, left, where, ["cluster", str(run), *flags]) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_killed_training_goes_on_after_the_last_round_and_ends_byte_identical(tmp_path, given, algorithm, capsys):
     flags = [*given, "--cluster.algorithm", algorithm]
     whole = cluster(tmp_path / "whole", flags)
-    command = [sys.executable, "-c", KILLED]
     states = 0
     for after, where in ((1, "after"), (2, "within"), (2, "before")):
-        call = [*command, str(after), where, "cluster", str(tmp_path / "cut"), *flags]
-        killed = subprocess.run(call, timeout=120, check=False, capture_output=True)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        assert_killed(after, where, tmp_path / "cut", flags)
         states += after - (where != "after")
         training = np.load(tmp_path / "cut" / "cluster.part" / "work" / "training.npz")
         done = states - (algorithm == "blocks")  # which also keeps its first centers
@@ -112,8 +121,7 @@ def test_a_training_killed_in_the_last_assignment_does_no_round_again(tmp_path, 
 
 def test_half_a_training_of_other_settings_or_rows_is_not_gone_on_with(tmp_path, given):
     state = tmp_path / "cut" / "cluster.part" / "work" / "training.npz"
-    call = [sys.executable, "-c", KILLED, "3", "after", "cluster", str(tmp_path / "cut"), *given]
-    assert subprocess.run(call, timeout=120, check=False).returncode == -signal.SIGKILL
+    assert_killed(3, "after", tmp_path / "cut", given)
     assert state.is_file()
     other = ["--cluster.seed", "7"]
     assert_equal(
@@ -126,8 +134,7 @@ def test_half_a_training_of_other_settings_or_rows_is_not_gone_on_with(tmp_path,
 @pytest.mark.parametrize("damage", ["cut short", "other rows"])
 def test_a_state_that_does_not_fit_is_passed_over_and_said(tmp_path, given, damage):
     whole = cluster(tmp_path / "whole", given)
-    call = [sys.executable, "-c", KILLED, "3", "after", "cluster", str(tmp_path / "cut"), *given]
-    assert subprocess.run(call, timeout=120, check=False).returncode == -signal.SIGKILL
+    assert_killed(3, "after", tmp_path / "cut", given)
     state = tmp_path / "cut" / "cluster.part" / "work" / "training.npz"
     if damage == "cut short":
         state.write_bytes(state.read_bytes()[:-40])

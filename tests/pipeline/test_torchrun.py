@@ -184,10 +184,21 @@ def test_all_killed_in_the_middle_the_same_command_goes_on_to_the_same_weights(w
     assert ours == theirs
 
 
-@pytest.mark.parametrize("command", ["run", "cluster"])
-def test_what_is_not_for_several_processes_is_refused(work: Path, joint: tuple[int, str], command: str):
-    code, said = finished(torchrun(work, command, "joint"))
+REFUSAL = "torchrun has started several processes, but only the distill stage is for several."
+
+
+def test_what_is_not_for_several_processes_is_refused(work: Path, joint: tuple[int, str]):
+    code, said = finished(torchrun(work, "cluster", "joint"))
     assert code != 0
-    assert "torchrun has started several processes, but only the distill stage is for several." in said
+    assert REFUSAL in said
     assert "exitcode  : 2" in said
     assert "torchrun ... -m clip_cid distill RUN" in said
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_whole_run_is_refused_by_every_process(work: Path, monkeypatch: pytest.MonkeyPatch, capsys, rank: str):
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["run", "earlier"]) == 2
+    assert REFUSAL in capsys.readouterr().err

@@ -69,10 +69,6 @@ def statuses(run: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def clip_cid(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "clip_cid", *arguments], capture_output=True, text=True, check=False)
-
-
 def test_every_stage_is_done_and_its_files_are_as_they_were_written(capsys):
     folder = RunFolder(Path("student"))
     assert all(folder.has(stage) for stage in STAGES)
@@ -233,7 +229,7 @@ def test_bad_input_is_two_lines_a_nonzero_exit_and_leaves_earlier_results_whole(
     assert cli.main(["verify", "student"]) == 0
 
 
-def test_ctrl_c_and_a_second_process(tmp_path: Path):
+def test_ctrl_c_and_a_second_process(tmp_path: Path, capsys):
     """A real interrupt in the middle of training: exit 130, a resumable stage, and the lock held meanwhile."""
     run = str(tmp_path / "run")
     given = ["--embeddings", "student/embed", "--kept", "student/balance/kept.npy", "--clusters", "student/cluster"]
@@ -242,11 +238,12 @@ def test_ctrl_c_and_a_second_process(tmp_path: Path):
         metrics = Path(run, "distill.part", "metrics.jsonl")
         while training.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.05)
-        second = clip_cid("distill", run)
+        code = cli.main(["distill", run])
+        second = capsys.readouterr().err
         training.send_signal(signal.SIGINT)
         _, error = training.communicate()
-    assert second.returncode == 1
-    assert f"another process works in this run folder (pid {training.pid}" in second.stderr
+    assert code == 1
+    assert f"another process works in this run folder (pid {training.pid}" in second
     assert training.returncode == 130
     assert "Run the same command again to go on" in error
-    assert "can go on where it stopped" in clip_cid("status", run).stdout
+    assert "can go on where it stopped" in statuses(run, capsys)

@@ -3,14 +3,15 @@ import hashlib
 import io
 import itertools
 import json
-import subprocess
-import sys
+import os
+import signal
 import tarfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -317,35 +318,29 @@ def test_a_killed_export_goes_on_and_leaves_the_same_bytes(
     assert {name: (tmp_path / "out" / "shards" / name).stat().st_mtime_ns for name in times} == times
 
 
+def killed_export(left: int, run: Path, recipe: Recipe, out: Path) -> None:
+    replace = os.replace
+
+    def killing(source: Path, target: Path) -> None:
+        nonlocal left
+        replace(source, target)
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = killing
+    export_subset(RunFolder(run), recipe, out, shard_size=2)
+
+
 def test_a_process_killed_by_the_system_goes_on(tmp_path: Path, run: tuple[RunFolder, Recipe]) -> None:
     """SIGKILL right after each rename in turn, until the command ends by itself."""
     folder, recipe = run
     export_subset(folder, recipe, tmp_path / "whole", shard_size=2)
-    program = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from clip_cid import run_folder\n"
-        "from clip_cid.publish import subset\n"
-        "from clip_cid.recipe import Recipe\n"
-        "replace, left = os.replace, int(sys.argv[4])\n"
-        "def kill_after(a, b):\n"
-        "    global left\n"
-        "    replace(a, b)\n"
-        "    left -= 1\n"
-        "    if left < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "os.replace = kill_after\n"
-        "recipe = Recipe.model_validate_json(sys.argv[2])\n"
-        "subset.export_subset(run_folder.RunFolder(Path(sys.argv[1])), recipe, Path(sys.argv[3]), shard_size=2)\n"
-    )
-    arguments = [str(folder.path), recipe.model_dump_json(), str(tmp_path / "out")]
     codes = []
     for renames in (0, 1, 4, 100):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *arguments, str(renames)], capture_output=True, check=False
-        )
-        codes.append(done.returncode)
-        assert done.returncode in (0, -9), done.stderr
-    assert codes[0] == codes[1] == -9
+        codes.append(processes.exit_code(killed_export, renames, folder.path, recipe, tmp_path / "out"))
+        assert codes[-1] in (0, -signal.SIGKILL)
+    assert codes[0] == codes[1] == -signal.SIGKILL
     assert codes[-1] == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 

@@ -3,16 +3,14 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
-import tiny_training
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
@@ -130,18 +128,21 @@ def test_steps_behind_the_last_checkpoint_are_done_again_and_written_once(
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [3, 6, 9, 10]
 
 
+def train_on(folder: Path, out: Path, threads: int) -> None:
+    """More steps than it is given time for: the schedule must be that of the run it is compared with."""
+    torch.set_num_threads(threads)  # which decides the order of sums
+    make_trainer(folder, out, steps=4000, minutes=1e-9, workers=2).run()
+
+
 def test_a_process_killed_by_the_system_goes_on_exactly(folder: Path, tmp_path: Path, uninterrupted: Trainer):
     """SIGKILL to a real process with workers, at whatever step it had reached."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # which decides the order of sums
-    # more steps than it is given time for: the schedule must be that of the run it is compared with
-    command = [sys.executable, tiny_training.__file__, str(folder), str(tmp_path), "4000"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    process = processes.start(train_on, folder, tmp_path, torch.get_num_threads())
+    deadline = time.monotonic() + processes.PATIENCE
     while not list((tmp_path / "checkpoints").glob("step-*5.pt")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read() if process.stderr else b""
+        assert process.is_alive()
         time.sleep(0.005)
     process.kill()
-    process.communicate()
+    process.join()
     reached = max(int(path.stem[5:]) for path in (tmp_path / "checkpoints").glob("step-*.pt"))
     resumed = make_trainer(folder, tmp_path, steps=4000)
     straight = make_trainer(folder, tmp_path / "straight", steps=4000)

@@ -1,10 +1,14 @@
 import itertools
-import subprocess
+import re
 import sys
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import oracles
+import processes
 import pytest
 import torch
 
@@ -177,42 +181,37 @@ def test_a_memory_map_of_float16_is_read_in_blocks_only(tmp_path):
     assert found.centers.tobytes() == whole.centers.tobytes()
 
 
-MEMORY = """
-import re, sys, threading, time
-import numpy as np
-from clip_cid.method.cluster import block_kmeans
-from clip_cid.method.cluster import cluster_quality
-from clip_cid.method.cluster.clustering import spherical_kmeans
+def anonymous() -> float:
+    """Memory of this process that is no file's, in MB."""
+    return int(re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
 
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
-def watch():
-    global peak
-    while True:
-        peak = max(peak, anonymous())
-        time.sleep(0.005)
+def memory_taken(path: Path) -> float:
+    """At the most, while the rows of a file are clustered."""
+    spherical_kmeans(np.eye(64, dtype=np.float32), num_centers=8, algorithm="blocks", iterations=1)
+    rows, before = np.load(path, mmap_mode="r"), anonymous()
+    peak = before
 
-spherical_kmeans(np.eye(64, dtype=np.float32), num_centers=8, algorithm="blocks", iterations=1)
-rows, before = np.load(sys.argv[1], mmap_mode="r"), anonymous()
-peak = before
-threading.Thread(target=watch, daemon=True).start()
-spherical_kmeans(rows, num_centers=40, algorithm="blocks", iterations=2, max_points_per_center=4000)
-print(peak - before)
-"""
+    def watch() -> None:
+        nonlocal peak
+        while True:
+            peak = max(peak, anonymous())
+            time.sleep(0.005)
+
+    threading.Thread(target=watch, daemon=True).start()
+    spherical_kmeans(rows, num_centers=40, algorithm="blocks", iterations=2, max_points_per_center=4000)
+    return peak - before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """140 MB as float16, of which FAISS would hold 280 MB."""
     out = np.lib.format.open_memmap(tmp_path / "rows.npy", mode="w+", dtype=np.float16, shape=(140_000, 512))
-    rng = np.random.default_rng(0)
+    some = np.random.default_rng(0).standard_normal((10_000, 512), dtype=np.float32)
     for start in range(0, len(out), 10_000):
-        out[start : start + 10_000] = rng.standard_normal((10_000, 512), dtype=np.float32)
+        out[start : start + 10_000] = some
     out.flush()
-    command = [sys.executable, "-c", MEMORY, str(tmp_path / "rows.npy")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert float(done.stdout) < 200
+    assert processes.result(memory_taken, tmp_path / "rows.npy") < 200
 
 
 def test_the_start_gives_each_group_its_share_of_the_centers():

@@ -6,16 +6,15 @@ One start of the processes for each number of ranks runs all cases; the tests re
 import datetime
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import oracles
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +24,6 @@ from clip_cid.training.ranks.head_shards import load_rows, save_shard
 from clip_cid.training.row_adam import RowAdam
 
 WORLDS = (2, 4)
-PATIENCE = 120  # seconds until hanging ranks are ended
 ROWS, DIM = 12, 16  # rows of the whole batch
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
@@ -265,7 +263,7 @@ def rank_work(rank: int, world: int, folder: str) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's name need not resolve to itself
     where = f"file://{folder}/meeting-place"
-    patience = datetime.timedelta(seconds=PATIENCE)
+    patience = datetime.timedelta(seconds=processes.PATIENCE)
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=patience)
     try:
         group = dist.group.WORLD
@@ -290,16 +288,7 @@ def rank_work(rank: int, world: int, folder: str) -> None:
 def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
     """What each rank found, by case."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    context = mp.spawn(rank_work, args=(world, str(folder)), nprocs=world, join=False)  # pyright: ignore[reportPrivateImportUsage]
-    assert context is not None
-    end = time.monotonic() + PATIENCE
-    try:
-        while not context.join(timeout=5):
-            assert time.monotonic() < end, "the ranks hang"
-    finally:
-        for process in context.processes:
-            if process is not None:
-                process.kill()
+    processes.run_ranks(world, rank_work, world, str(folder))
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(world)]
 
 

@@ -2,14 +2,13 @@
 
 import itertools
 import math
-import subprocess
-import sys
 from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import jaxtyping
 import oracles
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -560,43 +559,43 @@ def test_a_label_that_no_rank_or_two_ranks_hold_is_refused(tmp_path):
 
 # Memory
 
-_PEAK = """
-import sys
-import torch
-import torch.nn.functional as F
-from clip_cid.method.distill.fused_cluster_loss import cluster_losses, soft_centers
 
-def status(name):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) / 1024
+def peak_memory() -> float:
+    """Of this process since it was last reset, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
-def once(centers, trained, kind):
-    student = F.normalize(torch.randn(512, 32), dim=1).requires_grad_()
-    teacher = F.normalize(torch.randn(512, 32), dim=1)
-    with torch.no_grad():
-        target = soft_centers(teacher, centers, scale=16.0) if kind == "soft" else teacher
-    weights = centers.detach().requires_grad_(trained)
-    found = cluster_losses(student, weights, torch.randint(len(centers), (512,)), teacher=target, scale=16.0)
-    (found.cls + found.kl).backward()
 
-torch.set_num_threads(2)
-kind = sys.argv[1]
-centers = F.normalize(torch.randn(120_000, 32), dim=1)
-once(centers[:10_000], kind == "trained", kind)  # what the libraries take at first is there from now on
-peaks = []
-for some in (centers[:10_000], centers):  # three blocks, and all
-    open("/proc/self/clear_refs", "w").write("5")
-    once(some, kind == "trained", kind)
-    peaks.append(status("VmHWM"))
-print(peaks[1] - peaks[0])
-"""
+def growth_of_the_peak(kind: str) -> float:
+    """How much more memory all centers take than three blocks of them, in MB."""
+
+    def once(centers: torch.Tensor) -> None:
+        student = F.normalize(torch.randn(512, 32), dim=1).requires_grad_()
+        teacher = F.normalize(torch.randn(512, 32), dim=1)
+        with torch.no_grad():
+            target = soft_centers(teacher, centers, scale=16.0) if kind == "soft" else teacher
+        weights = centers.detach().requires_grad_(kind == "trained")
+        losses = cluster_losses(student, weights, torch.randint(len(centers), (512,)), teacher=target, scale=16.0)
+        assert losses.kl is not None
+        (losses.cls + losses.kl).backward()
+
+    torch.set_num_threads(2)
+    centers = F.normalize(torch.randn(120_000, 32), dim=1)
+    once(centers[:10_000])  # what the libraries take at first is there from now on
+    peaks = []
+    for some in (centers[:10_000], centers):
+        Path("/proc/self/clear_refs").write_text("5")
+        once(some)
+        peaks.append(peak_memory())
+    return peaks[1] - peaks[0]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux' /proc")
 @pytest.mark.parametrize("kind", ["frozen", "trained", "soft"])
 def test_memory_does_not_grow_with_the_number_of_centers(kind):
     """One matrix of logits takes 234 MB here; beyond what three blocks take there are only the gradients of centers, 15 MB."""
-    done = subprocess.run([sys.executable, "-c", _PEAK, kind], capture_output=True, text=True, check=False)
-    if "PermissionError" in done.stderr:
+    try:
+        growth = processes.result(growth_of_the_peak, kind)
+    except PermissionError:
         pytest.skip("this system does not let a process reset its peak memory")
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 234 / 4
+    assert growth < 234 / 4

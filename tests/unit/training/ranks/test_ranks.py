@@ -8,15 +8,14 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tiny_training import (
     BATCH,
     CENTERS,
@@ -46,7 +45,6 @@ from clip_cid.training.ranks.parallel import is_spread, join_model, whole, with_
 from clip_cid.training.validation import hold_out
 
 WORLD = 2
-PATIENCE = 180  # seconds until hanging ranks are ended
 STEPS = 8
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
@@ -247,14 +245,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context: Any = mp.spawn(rank_main, (folder, port), nprocs=WORLD, join=False)  # pyright: ignore[reportPrivateImportUsage]
-    deadline = time.monotonic() + PATIENCE
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "the ranks hang"
-    finally:
-        for process in context.processes:
-            process.kill()
+    processes.run_ranks(WORLD, rank_main, folder, port)
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

@@ -29,7 +29,8 @@ from PIL import Image
 from clip_cid.data.pairs.images import decode_image
 from clip_cid.errors import ClipCidError, DataError
 from clip_cid.figures import contact_sheet, style
-from clip_cid.method.balance.semantic_balance import Balance, PairAgreement, agreement, balance
+from clip_cid.method.balance.pair_agreement import PairAgreement, agreement
+from clip_cid.method.balance.semantic_balance import Balance, balance
 
 VENDORS = ("noto", "twemoji")
 PIXELS = "pixels"

@@ -21,7 +21,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from clip_cid.data.embeddings.store import EmbeddingStore
-from clip_cid.method.balance.semantic_balance import agreement, balance
+from clip_cid.method.balance.pair_agreement import agreement
+from clip_cid.method.balance.semantic_balance import balance
 from clip_cid.method.distances import threshold_on
 
 DATA, LABELLED = Path("data/mixed"), Path("data/mixed-labelled")

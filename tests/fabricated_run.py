@@ -4,6 +4,7 @@ import functools
 import json
 import tempfile
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from clip_cid.data.balance.tables import write_tables
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
 from clip_cid.data.pairs.pairs import open_pairs
+from clip_cid.method.balance.chaining import chain_summary
 from clip_cid.method.balance.forest import Forest
 from clip_cid.method.balance.semantic_balance import Balance, balance
-from clip_cid.method.balance.set_explanation import chain_summary, explain
+from clip_cid.method.balance.set_explanation import explain
 from clip_cid.method.cluster.cluster_quality import cluster_quality, margin_quantiles, size_quantiles
 from clip_cid.method.cluster.clustering import Clusters, spherical_kmeans
 from clip_cid.method.unit_rows import UnitRows
@@ -212,8 +214,8 @@ def _balance(folder: RunFolder, recipe: Recipe, rows: np.ndarray, result: Balanc
         "removed_share": 1 - len(kept) / (ROWS - 1),
         "sets_with_duplicates": int((sizes > 1).sum()),
         "largest_set": int(sizes.max()),
-        "chains": chain_summary(explanation, rows=len(rows), squared=SQUARED, metric="cosine"),
-        "kinds": kinds.summary(),
+        "chains": asdict(chain_summary(explanation, rows=len(rows), squared=SQUARED, metric="cosine")),
+        "kinds": asdict(kinds.summary()),
         "threshold": {"cosine": 0.05, "squared_euclidean": 0.1, "euclidean": 0.1**0.5},
         "truth": {"field": "dup", "precision": 0.9375, "recall": 0.8125},
     }

@@ -15,7 +15,7 @@ import pytest
 from clip_cid import cli, tasks
 from clip_cid.data.balance.forest_file import read_forest
 from clip_cid.data.balance.tables import BalanceTables
-from clip_cid.method.balance import pair_plan
+from clip_cid.method.balance import plan_choice
 from clip_cid.run_folder import RunFolder
 
 FILES = ("kept.npy", "set_of.npy", "forest.parquet", "row_hashes.npy", "sets.parquet", "members.parquet")
@@ -33,7 +33,7 @@ def planted(rows: int, *, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair_plan, "_LEAST_CHUNK", 50)
+    monkeypatch.setattr(plan_choice, "_LEAST_CHUNK", 50)
 
 
 def source(run: Path, rows: np.ndarray) -> str:
@@ -91,7 +91,7 @@ def test_an_interrupted_balance_does_only_what_is_missing(tmp_path, small_chunks
 
 def killed(left: int, command: list[str]) -> None:
     """The command, in a process that is killed when `left` tasks are done, before the last of them is noted."""
-    pair_plan._LEAST_CHUNK = 50
+    plan_choice._LEAST_CHUNK = 50
     original = tasks.run_tasks
 
     def killing(tasks: Any, begin: Any, *, processes: Any, on_done: Any) -> None:
@@ -198,7 +198,7 @@ def test_a_tampered_forest_is_not_built_upon(tmp_path, small_chunks, capfd):
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     flags = ["--embeddings", source(tmp_path / "grown", rows), "--balance.grow-from", str(earlier)]
     assert cli.main(["balance", str(tmp_path / "grown"), *flags]) == 1
-    assert "not there as a finished balance stage wrote it" in capfd.readouterr().err
+    assert "forest.parquet: missing, or changed since a balance stage wrote it" in capfd.readouterr().err
     again = balance(tmp_path / "earlier", rows[:150])  # its own results: made anew
     assert_equal(again, balance(tmp_path / "fresh", rows[:150]))
 

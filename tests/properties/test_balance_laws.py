@@ -1,6 +1,13 @@
-"""Laws of the image semantic balance, over rows that hypothesis chooses (small whole numbers, so that equal rows abound)."""
+"""Laws of the image semantic balance, over rows that hypothesis chooses (small whole numbers, so that equal rows abound).
+
+`balance` keeps its arrays in memory. `in_a_folder` goes the way of the stage: arrays on the disk, and tasks that open what
+they read; it is interrupted and called again.
+"""
 
 import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import oracles
@@ -8,9 +15,15 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from clip_cid.method.balance.pair_plan import Plan
-from clip_cid.method.balance.semantic_balance import agreement, balance
+from clip_cid.data.balance.array_folder import ArrayFolder
+from clip_cid.method.balance.known_pairs import EarlierForest, KnownPairs, known_pairs
+from clip_cid.method.balance.near_pairs import save_links
+from clip_cid.method.balance.pair_agreement import agreement
+from clip_cid.method.balance.pair_plan import Plan, lay_out
+from clip_cid.method.balance.prepared_rows import ChunkPair, PreparedRows
+from clip_cid.method.balance.semantic_balance import Balance, BalanceRule, balance, balance_rows
 from clip_cid.method.distances import threshold_on
+from clip_cid.method.unit_rows import UnitRows
 
 METRICS = ["cosine", "squared_euclidean", "euclidean"]
 
@@ -35,12 +48,72 @@ def points_and_threshold(draw):
     return rows, threshold
 
 
+def in_a_folder(
+    rows: np.ndarray,
+    rule: BalanceRule,
+    *,
+    texts: np.ndarray | None = None,
+    plan: Plan | None = None,
+    known: KnownPairs | None = None,
+    tasks_before: int = 1,
+) -> Balance:
+    """Interrupted after some tasks; the second call does the others, the last one first."""
+    images = unit_rows(rows)
+    done: list[ChunkPair] = []
+    with tempfile.TemporaryDirectory() as path:
+        store = ArrayFolder(Path(path) / "work")
+
+        def run(prepared: PreparedRows, pairs: Sequence[ChunkPair]) -> None:
+            opened = PreparedRows.load(ArrayFolder(store.path))
+            assert opened is not None
+            again = UnitRows(rows, name="rows", any_length=False, lengths=opened.lengths)
+            for pair in pairs:
+                assert pair not in done
+                save_links(store, opened, again, pair)
+                done.append(pair)
+
+        def interrupted(prepared: PreparedRows, missing: Sequence[ChunkPair]) -> None:
+            run(prepared, missing[:tasks_before])
+            raise KeyboardInterrupt
+
+        def call(run_tasks) -> Balance:
+            return balance_rows(
+                images,
+                None if texts is None else unit_rows(texts),
+                rule,
+                layout=None if plan is None else lay_out(images, plan),
+                known=known,
+                store=store,
+                run_tasks=run_tasks,
+            )
+
+        try:
+            return call(interrupted)  # when every row is known, or a copy of one that is
+        except KeyboardInterrupt:
+            return call(lambda prepared, missing: run(prepared, missing[::-1]))
+
+
+def unit_rows(rows: np.ndarray) -> UnitRows:
+    return UnitRows(rows, name="rows", any_length=False)
+
+
+def assert_same(one: Balance, other: Balance) -> None:
+    for name in ("kept", "set_of", "row_hashes"):
+        assert getattr(one, name).tolist() == getattr(other, name).tolist()
+    for name in ("left", "right", "squared"):
+        assert getattr(one.forest, name).tobytes() == getattr(other.forest, name).tobytes()
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["in memory", "in a folder"])
 @given(points_and_threshold(), st.sampled_from(METRICS), st.booleans())
-def test_the_fast_balance_is_the_slow_one(data, metric, with_texts):
+def test_the_fast_balance_is_the_slow_one(stored, data, metric, with_texts):
     rows, threshold = data
     texts = rows[::-1].copy() if with_texts else None
     from_squared = threshold_on("cosine", threshold, metric)
-    found = balance(rows, threshold=from_squared, metric=metric, text_embeddings=texts)
+    if stored:
+        found = in_a_folder(rows, BalanceRule(from_squared, metric), texts=texts, plan=Plan(chunk_rows=5))
+    else:
+        found = balance(rows, threshold=from_squared, metric=metric, text_embeddings=texts)
     kept, set_of = oracles.balance(rows, from_squared, metric, texts)
     assert (found.kept.tolist(), found.set_of.tolist()) == (kept, set_of)
 
@@ -57,11 +130,30 @@ def plans(draw, dim: int):
 def test_the_result_does_not_depend_on_the_plan(data, draws, dtype):
     rows, threshold = data
     planned = balance(rows.astype(dtype), threshold=threshold, plan=draws.draw(plans(rows.shape[1])))
-    chosen = balance(rows.astype(dtype), threshold=threshold)
-    assert planned.kept.tolist() == chosen.kept.tolist()
-    assert planned.set_of.tolist() == chosen.set_of.tolist()
-    for name in ("left", "right", "squared"):
-        assert getattr(planned.forest, name).tobytes() == getattr(chosen.forest, name).tobytes()
+    assert_same(planned, balance(rows.astype(dtype), threshold=threshold))
+
+
+@given(points_and_threshold(), st.data(), st.integers(0, 9))
+def test_the_result_does_not_depend_on_where_arrays_lie_nor_on_interruptions(data, draws, tasks_before):
+    rows, threshold = data
+    plan = draws.draw(plans(rows.shape[1]))
+    stored = in_a_folder(rows, BalanceRule(threshold), plan=plan, tasks_before=tasks_before)
+    assert_same(stored, balance(rows, threshold=threshold))
+
+
+@given(points_and_threshold(), st.data())
+def test_what_an_earlier_balance_of_some_rows_knows_changes_nothing(data, draws):
+    rows, threshold = data
+    was_there = np.array(draws.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))))
+    gone = draws.draw(points(max_rows=3))
+    gone = gone if gone.shape[1] == rows.shape[1] else rows[:0]
+    before = np.concatenate([rows[was_there], gone])
+    assume(len(before))
+    earlier = balance(before, threshold=threshold)
+    rule = BalanceRule(threshold)
+    known = known_pairs(unit_rows(rows), [EarlierForest(earlier.forest, earlier.row_hashes)], rule.limit)
+    grown = in_a_folder(rows, rule, plan=draws.draw(plans(rows.shape[1])), known=known)
+    assert_same(grown, balance(rows, threshold=threshold))
 
 
 @given(points(), st.floats(0.01, 1.9), st.floats(0.001, 1.0))

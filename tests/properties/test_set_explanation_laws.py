@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_cid.method.balance import set_explanation
+from clip_cid.method.balance.chaining import chain_summary
 from clip_cid.method.balance.forest import Forest
-from clip_cid.method.balance.set_explanation import chain_summary, explain
+from clip_cid.method.balance.set_explanation import explain
 from clip_cid.method.unit_rows import UnitRows
 
 
@@ -95,7 +96,7 @@ def test_the_summary_is_that_of_the_removed_rows(data, metric):
     summary = chain_summary(explained(data), rows=len(rows), squared=squared, metric=metric)
     removed = [row for row in range(len(rows)) if kept[set_of[row]] != row]
     far = [float(((rows[row] - rows[kept[set_of[row]]]) ** 2).sum()) > squared for row in removed]
-    assert summary["beyond_threshold_share"] == (np.mean(far) if far else 0)
-    assert summary["largest"] == np.bincount(set_of).max()
-    assert list(summary["distance"].values()) == sorted(summary["distance"].values())
-    assert len(summary["distance"]) == (4 if removed else 0)
+    assert summary.beyond_threshold_share == (np.mean(far) if far else 0)
+    assert summary.largest == np.bincount(set_of).max()
+    assert list(summary.distance.values()) == sorted(summary.distance.values())
+    assert len(summary.distance) == (4 if removed else 0)

@@ -13,11 +13,16 @@ LARGEST: dict[Metric, float] = {"cosine": 2.0, "squared_euclidean": 4.0, "euclid
 Distance = TypeVar("Distance", float, np.ndarray)
 
 
-def squared_distances(left: Float[np.ndarray, "n dim"], right: Float[np.ndarray, "n dim"]) -> Float[np.ndarray, " n"]:
-    """The distance that decides: from the differences, so equal rows are at exactly 0 and small distances stay exact."""
+def squared_distances(
+    left: Float[np.ndarray, "*left dim"], right: Float[np.ndarray, "*right dim"]
+) -> Float[np.ndarray, "*left"]:
+    """The distance that decides: from the differences, so equal rows are at exactly 0 and small distances stay exact.
+
+    The rows on the right may be fewer, where numpy repeats them.
+    """
     difference = left - right
     difference *= difference
-    return difference.sum(axis=1)
+    return difference.sum(axis=-1)
 
 
 def from_squared(squared: Distance, metric: str) -> Distance:

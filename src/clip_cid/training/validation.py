@@ -16,6 +16,7 @@ from clip_cid.errors import DataError
 from clip_cid.evaluation.retrieval import retrieval
 from clip_cid.evaluation.zero_shot import prompt_classifier, zero_shot
 from clip_cid.method.distill.objective import weighted_sum
+from clip_cid.method.mixed_words import MURMUR3, mix_words
 from clip_cid.models.student import Clip
 from clip_cid.training.batches import Batches, TrainingPairs
 from clip_cid.training.model import Distillation, step_seed
@@ -205,9 +206,5 @@ def _numpy(rows: Sequence[Tensor]) -> Float[np.ndarray, "rows dim"]:
 
 
 def _mixed(rows: Int[np.ndarray, " rows"]) -> UInt64[np.ndarray, " rows"]:
-    """A number for each row that looks random and is always the same (the finalizer of MurmurHash3, 64 bits)."""
-    mixed = rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)  # else row 0 would be 0
-    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        mixed ^= mixed >> np.uint64(33)
-        mixed *= np.uint64(factor)
-    return mixed ^ (mixed >> np.uint64(33))
+    """A number for each row that looks random and is always the same."""
+    return mix_words(rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15), MURMUR3)  # else row 0 would be 0

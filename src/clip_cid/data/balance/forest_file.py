@@ -1,4 +1,7 @@
-"""The minimum spanning forest of a balance as a Parquet file: one link a line, nearest first."""
+"""The minimum spanning forest of a balance as a Parquet file: one link a line, nearest first.
+
+Beside it lie the digests of the rows, so that a later balance can take over what the forest says of rows it recognizes.
+"""
 
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -6,12 +9,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt64
 
+from clip_cid.data.balance.array_folder import save_array
 from clip_cid.errors import DataError
-from clip_cid.run_folder import atomic_file
+from clip_cid.run_folder import MANIFEST, atomic_file, read_json, sha256_file
 
-FOREST_FILE = "forest.parquet"
+FOREST_FILE, HASHES_FILE = "forest.parquet", "row_hashes.npy"
 
 _ROW_GROUP = 1 << 20
 _FIX = "Run the balance stage again, with --force."
@@ -61,21 +65,57 @@ def read_forest(path: Path) -> StoredForest:
     """
     try:
         with pq.ParquetFile(path) as file:
-            found = file.schema_arrow
-            if found.remove_metadata() != pa.schema(_COLUMNS):
-                raise DataError(f"{path}: has the columns {_described(found)}, not {_described(_COLUMNS)}.", fix=_FIX)
+            schema = file.schema_arrow
+            if schema.remove_metadata() != pa.schema(_COLUMNS):
+                raise DataError(f"{path}: has the columns {_described(schema)}, not {_described(_COLUMNS)}.", fix=_FIX)
             table = file.read()
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing.", fix=_FIX) from error
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a whole Parquet file ({error}).", fix=_FIX) from error
-    rows, limit = _head(found.metadata or {}, path)
+
+    rows, limit = _head(schema.metadata or {}, path)
     left, right, squared = (column.to_numpy() for column in table.columns)
     if len(left) and not (left.min() >= 0 and right.max() < rows and (left < right).all()):
         raise DataError(f"{path}: a link does not join rows 0 <= left < right < {rows:,}.", fix=_FIX)
     if len(left) and not ((np.diff(squared) >= 0).all() and squared[0] >= 0 and squared[-1] <= limit):
         raise DataError(f"{path}: squared_distance does not ascend from 0 to the limit {limit:g}.", fix=_FIX)
     return StoredForest(rows, left, right, squared, limit)
+
+
+def write_row_hashes(folder: Path, hashes: UInt64[np.ndarray, "rows 2"]) -> None:
+    """The digest of every row of the store; zeros for a row without an embedding."""
+    save_array(folder / HASHES_FILE, hashes)
+
+
+def read_earlier(folder: Path) -> tuple[StoredForest, UInt64[np.ndarray, "rows 2"]]:
+    """The forest of a finished balance stage and the digests of its rows, numbered over the rows with an embedding.
+
+    Raises:
+        DataError: A file is missing, is not as the stage wrote it, or cannot be read.
+    """
+    manifest = folder / MANIFEST
+    written = read_json(manifest)["files"] if manifest.is_file() else {}
+    for path in (folder / FOREST_FILE, folder / HASHES_FILE):
+        recorded = written.get(path.name)
+        if recorded is None or not path.is_file() or sha256_file(path) != recorded["sha256"]:
+            raise DataError(
+                f"{path}: missing, or changed since a balance stage wrote it.",
+                fix="balance.grow_from is the folder RUN/balance of a finished run.",
+            )
+
+    stored = read_forest(folder / FOREST_FILE)
+    again = "Run that balance again."
+    try:
+        hashes = np.load(folder / HASHES_FILE, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / HASHES_FILE}: cannot be read ({error}).", fix=again) from error
+    if hashes.dtype != np.uint64 or hashes.shape != (stored.rows, 2):
+        raise DataError(f"{folder / HASHES_FILE}: not of the forest's {stored.rows:,} rows.", fix=again)
+
+    good = np.flatnonzero(hashes.any(axis=1))
+    left, right = np.searchsorted(good, stored.left), np.searchsorted(good, stored.right)
+    return StoredForest(len(good), left, right, stored.squared, stored.limit), hashes[good]
 
 
 def _head(metadata: dict[bytes, bytes], path: Path) -> tuple[int, float]:

@@ -67,8 +67,10 @@ def write_tables(
     kind = np.zeros(len(members["row"]), dtype=np.int8)
     if kinds is not None:
         kind[~members["kept"]] = kinds
+
     head = {"metric": metric, "threshold": repr(float(threshold))}
     _write(out / SETS_FILE, _SETS, sets, {"kept_key": (keys, "kept_row")}, head)
+
     names = pa.array(KINDS)
     _write(
         out / MEMBERS_FILE,
@@ -80,7 +82,7 @@ def write_tables(
 
 
 class BalanceTables:
-    """Both tables of a run, read when asked for.
+    """Both tables of a run; a column is read when it is used.
 
     Raises:
         DataError: A table is missing or cut short, or has other columns.
@@ -106,15 +108,15 @@ class BalanceTables:
     @cached_property
     def distances(self) -> Float[np.ndarray, " removed"]:
         """From each removed image to the kept one."""
-        found = _columns(_read(self._members, ["kept", "distance"]))
-        return found["distance"][~found["kept"]]
+        columns = _columns(_read(self._members, ["kept", "distance"]))
+        return columns["distance"][~columns["kept"]]
 
     def members(self, sets: Iterable[int]) -> dict[str, np.ndarray]:
         """Row, set, kept, distance and kind of every image of these sets, set by set, ascending rows within each."""
         return self._some(("set", "in", sorted(sets)))
 
     def of_kind(self, kind: str) -> dict[str, np.ndarray]:
-        """The same of the removed images found to be of this kind."""
+        """The same of the removed images of this kind."""
         return self._some(("kind", "=", kind))
 
     def _some(self, wanted: tuple[str, str, Any]) -> dict[str, np.ndarray]:

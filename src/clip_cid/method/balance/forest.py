@@ -5,11 +5,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt64
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from clip_cid.method.balance.union_find import UnionFind
+
+
+class ShareOutOfReach(ValueError):
+    """No threshold up to the forest's limit removes so large a share."""
+
+    def __init__(self, share: float, largest: float) -> None:
+        super().__init__(f"share must be at most {largest:.4f}, which the largest distance removes, got {share}")
+        self.largest = largest
 
 
 class Links(NamedTuple):
@@ -18,6 +26,16 @@ class Links(NamedTuple):
     left: np.ndarray
     right: np.ndarray
     squared: np.ndarray
+
+    def pack(self) -> UInt64[np.ndarray, "3 links"]:
+        """As one array, to be stored."""
+        return np.stack([column.view(np.uint64) for column in self])
+
+    @classmethod
+    def unpack(cls, packed: UInt64[np.ndarray, "3 links"]) -> "Links":
+        """What `pack` packed, bit for bit."""
+        left, right, squared = packed
+        return cls(left.view(np.int64), right.view(np.int64), squared.view(np.float64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +54,7 @@ class Forest:
     squared: Float[np.ndarray, " links"]
     """Squared Euclidean distances of the unit vectors, ascending, float64."""
     limit: float
-    """The squared distance up to which pairs were looked at."""
+    """The squared distance up to which pairs are known."""
 
     def __post_init__(self) -> None:
         if not len(self.left) == len(self.right) == len(self.squared):
@@ -80,26 +98,29 @@ class Forest:
         """The smallest squared threshold that removes at least this share of the rows.
 
         Raises:
-            ValueError: No threshold up to `limit` removes so much; or `share` is not in (0, 1).
+            ShareOutOfReach: No threshold up to `limit` removes so much.
+            ValueError: `share` is not above 0 and below 1.
         """
         if not 0 < share < 1:
             raise ValueError(f"share must be above 0 and below 1, got {share}")
         needed = max(1, int(np.ceil(share * self.rows - 1e-9)))
         if needed > len(self.squared):
-            raise ValueError(
-                f"share must be at most {len(self.squared) / self.rows:.4f}, which the largest distance looked at removes,"
-                f" got {share}"
-            )
+            raise ShareOutOfReach(share, len(self.squared) / self.rows)
         return float(self.squared[needed - 1])
 
 
 def whole_forest(rows: int, links: Links, limit: float) -> Forest:
-    """The forest of all near pairs, from links of which the pairs at distance 0 may be others of the same connected rows.
+    """The forest of all near pairs.
 
-    Rows that are equal are all at 0 from each other, so the forest joins each of them to the lowest.
+    Args:
+        rows: How many there are.
+        links: Of the spanning forest, in parts or whole. Equal rows may be joined in any way.
+        limit: The squared distance up to which pairs are known.
     """
     left, right, squared = spanning_links(links)
     equal = int(np.searchsorted(squared, 0.0, side="right"))
+
+    # Equal rows are all at 0 from each other, so the forest joins each of them to the lowest.
     same, places = np.unique(np.concatenate([left[:equal], right[:equal]]), return_inverse=True)
     joined = UnionFind(len(same))
     joined.union(places[:equal], places[equal:])
@@ -107,31 +128,39 @@ def whole_forest(rows: int, links: Links, limit: float) -> Forest:
     lowest = same[first][number]
     others = lowest != same
     order = np.lexsort((same[others], lowest[others]))
+
     left = np.concatenate([lowest[others][order], left[equal:]])
-    return Forest(rows, left, np.concatenate([same[others][order], right[equal:]]), squared, limit)
+    right = np.concatenate([same[others][order], right[equal:]])
+    return Forest(rows, left, right, squared, limit)
 
 
 def spanning_links(links: Links) -> Links:
     """The links of the minimum spanning forest under the order (squared, left, right), in that order."""
     left, right, squared = links
     order = np.lexsort((right, left, squared))
+
     again = np.zeros(len(order), dtype=bool)  # one pair has one distance, so repeats are adjacent
     again[1:] = (left[order[1:]] == left[order[:-1]]) & (right[order[1:]] == right[order[:-1]])
     order = order[~again]
+
     order = order[_tree_edges(left[order], right[order])]
     return Links(left[order], right[order], squared[order])
 
 
 def join_links(parts: Sequence[Links]) -> Links:
     """All links of the parts."""
-    none = Links(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))
-    return Links(*(np.concatenate(column) for column in zip(none, *parts, strict=True)))
+    return Links(*(np.concatenate(column) for column in zip(no_links(), *parts, strict=True)))
+
+
+def no_links() -> Links:
+    return Links(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))
 
 
 def _tree_edges(left: Int[np.ndarray, " pairs"], right: Int[np.ndarray, " pairs"]) -> Int[np.ndarray, " links"]:
     """Which of the pairs, given in ascending order of weight, a minimum spanning forest keeps."""
     nodes, ends = np.unique(np.concatenate([left, right]), return_inverse=True)
     tails, heads = ends.reshape(2, -1)
+
     # Ranks from 1, not distances: scipy takes a weight of 0 for no edge, which would lose every exact duplicate.
     ranks = np.arange(1, len(left) + 1, dtype=np.float64)
     graph = coo_matrix((ranks, (tails, heads)), shape=(len(nodes), len(nodes))).tocsr()

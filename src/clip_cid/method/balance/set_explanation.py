@@ -8,18 +8,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from clip_cid.method.balance.forest import Forest
-from clip_cid.method.distances import from_squared
+from clip_cid.method.distances import from_squared, squared_distances
 from clip_cid.method.unit_rows import UnitRows
 
 EXACT_SIZE = 4096
 """Every pair of a group of at most this many rows is compared."""
-GIANT_SHARE, GIANT_ROWS, GIANT_BEYOND = 1e-3, 100, 0.1
-"""A set is a giant beyond this share of all rows and from this size, when this share of it is farther than the threshold."""
 
 _CELLS = 1 << 22  # numbers in a temporary array: 32 MB
 _SWEEPS = 8  # two or three are enough nearly always; each one reads the group again
-_TOP = 10
-_QUANTILES = (0.5, 0.9, 0.99)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +35,7 @@ class Explanation:
     widest: Float[np.ndarray, " groups"]
     """Between the two rows that are farthest apart; a pair at that distance is always there."""
     widest_exact: Bool[np.ndarray, " groups"]
-    """No pair is farther apart. False for groups above `EXACT_SIZE`, whose pairs were not all looked at."""
+    """No pair is farther apart. False for groups above `EXACT_SIZE`, whose pairs were not all compared."""
     weakest: Float[np.ndarray, " groups"]
     """The longest link of the connected set's spanning tree: below this threshold the set falls apart."""
     weakest_left: Int[np.ndarray, " groups"]
@@ -113,35 +109,28 @@ def explain(
     """
     _check(len(images), kept, set_of, forest)
     component_of = forest.sets(squared)
-    if (component_of != component_of[kept[set_of]]).any():
-        row = int(np.flatnonzero(component_of != component_of[kept[set_of]])[0])
-        raise ValueError(f"forest must join each row to the one kept for it at squared {squared:.6g}, not so row {row}")
+    apart = np.flatnonzero(component_of != component_of[kept[set_of]])
+    if len(apart):
+        raise ValueError(
+            f"forest must join each row to the one kept for it at squared {squared:.6g}, not so row {apart[0]}"
+        )
+
+    # The members of each group of two or more, one group after the other.
     all_sizes = np.bincount(set_of, minlength=len(kept))
     group = np.flatnonzero(all_sizes > 1)
     by_set = np.argsort(set_of, kind="stable")
     row = by_set[all_sizes[set_of[by_set]] > 1]
     size = all_sizes[group]
-    owner = np.repeat(np.arange(len(group)), size)
-    to_kept, widest = np.empty(len(row)), np.empty(len(group))
-    kept_place = np.flatnonzero(row == kept[set_of[row]])
-    for some, members in _batches(size, images.dim):
-        width = members.shape[1]
-        if width > EXACT_SIZE:
-            for one, own in zip(some.tolist(), members, strict=True):
-                to_kept[own], widest[one] = _sweep(images, row[own], int(kept[group[one]]))
-        else:
-            vectors = images[row[members].ravel()].reshape(*members.shape, images.dim)
-            of_kept = vectors[np.arange(len(some)), kept_place[some] - members[:, 0]]
-            to_kept[members] = _squared_distances(vectors, of_kept[:, None])
-            widest[some] = to_kept[members].max(axis=1) if width == 2 else _widest(vectors)
-        if on_progress is not None:
-            on_progress(len(some) * (width - 1))
+    to_kept, widest = _measure(images, row, size, kept[group], on_progress)
     farthest = np.maximum.reduceat(to_kept, np.cumsum(size) - size) if len(group) else np.empty(0)
+
+    # The longest link of each connected set: links ascend, and the last one written stays.
     component = component_of[kept[group]]
     links = forest.links(squared)
     last_link = np.full(int(component_of.max()) + 1, -1)
-    last_link[component_of[forest.left[:links]]] = np.arange(links)  # links ascend, and the last one written stays
+    last_link[component_of[forest.left[:links]]] = np.arange(links)
     weakest = last_link[component]
+
     return Explanation(
         group=group,
         kept=kept[group],
@@ -155,48 +144,36 @@ def explain(
         weakest_left=forest.left[weakest],
         weakest_right=forest.right[weakest],
         row=row,
-        owner=owner,
+        owner=np.repeat(np.arange(len(group)), size),
         to_kept=to_kept,
     )
 
 
-def chain_summary(explanation: Explanation, *, rows: int, squared: float, metric: str) -> dict[str, Any]:
-    """How much chaining there is: a set joined link by link may hold rows that are far apart.
+def _measure(
+    images: UnitRows,
+    row: Int[np.ndarray, " members"],
+    size: Int[np.ndarray, " groups"],
+    kept: Int[np.ndarray, " groups"],
+    on_progress: Callable[[int], Any] | None,
+) -> tuple[Float[np.ndarray, " members"], Float[np.ndarray, " groups"]]:
+    """From each member to the kept row of its group, and the widest pair of each group."""
+    to_kept, widest = np.empty(len(row)), np.empty(len(size))
+    kept_place = np.flatnonzero(row == np.repeat(kept, size))
 
-    Args:
-        explanation: Of all sets.
-        rows: How many rows were balanced.
-        squared: The threshold, a squared distance.
-        metric: The scale of the distances in the answer.
+    for some, members in _batches(size, images.dim):
+        width = members.shape[1]
+        if width > EXACT_SIZE:
+            for one, own in zip(some.tolist(), members, strict=True):
+                to_kept[own], widest[one] = _sweep(images, row[own], int(kept[one]))
+        else:
+            vectors = images[row[members].ravel()].reshape(*members.shape, images.dim)
+            of_kept = vectors[np.arange(len(some)), kept_place[some] - members[:, 0]]
+            to_kept[members] = squared_distances(vectors, of_kept[:, None])
+            widest[some] = to_kept[members].max(axis=1) if width == 2 else _widest(vectors)
+        if on_progress is not None:
+            on_progress(len(some) * (width - 1))
 
-    Returns:
-        `beyond_threshold_share` of the removed rows, quantiles of their `distance` to the kept row (empty when none was
-        removed), the `largest` set, the `top_sizes`, and the `giants`, largest first.
-    """
-    to_kept = explanation.to_kept[explanation.removed]
-    distances = from_squared(to_kept, metric)
-    quantiles = {f"{share:g}": float(np.quantile(distances, share)) for share in _QUANTILES if len(distances)}
-    return {
-        "beyond_threshold_share": float((to_kept > squared).mean()) if len(to_kept) else 0.0,
-        "distance": quantiles | ({"max": float(distances.max())} if len(distances) else {}),
-        "largest": int(explanation.size.max(initial=1)),
-        "top_sizes": np.sort(explanation.size)[::-1][:_TOP].tolist(),
-        "giants": _giants(explanation, rows, squared, metric),
-    }
-
-
-def giant_warning(chains: dict[str, Any], *, metric: str, threshold: float) -> str | None:
-    """What to tell the user of the giants in a chain summary; None when there is none."""
-    if not chains["giants"]:
-        return None
-    first = chains["giants"][0]
-    number = len(chains["giants"])
-    return (
-        f"{number} set{'s' if number > 1 else ''} of chained images: the largest has {first['size']:,} images"
-        f" ({100 * first['share_of_rows']:.1f} % of all), and {100 * first['beyond_threshold_share']:.0f} % of those"
-        f" removed are farther than {threshold:g} from the kept one (up to {first['farthest']:.3g},"
-        f" {metric.replace('_', ' ')})"
-    )
+    return to_kept, widest
 
 
 def _check(rows: int, kept: Int[np.ndarray, " kept"], set_of: Int[np.ndarray, " rows"], forest: Forest) -> None:
@@ -216,6 +193,7 @@ def _batches(
     by_size = np.argsort(sizes, kind="stable")
     sorted_sizes = sizes[by_size]
     edges = np.flatnonzero(np.diff(sorted_sizes, prepend=0, append=0))
+
     for first, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         size = int(sorted_sizes[first])
         at_once = max(1, _CELLS // dim // size)
@@ -229,12 +207,13 @@ def _widest(vectors: Float[np.ndarray, "some size dim"]) -> Float[np.ndarray, " 
     some, size, _ = vectors.shape
     each = np.arange(some)
     widest = np.zeros(some)
+
     step = max(1, _CELLS // some // size)
     for start in range(0, size, step):
         left, right = vectors[:, start : start + step], vectors[:, start:]  # the rest of the matrix is its mirror image
         cosines = left @ right.transpose(0, 2, 1)
         i, j = np.divmod(cosines.reshape(some, -1).argmin(axis=1), right.shape[1])
-        np.maximum(widest, _squared_distances(left[each, i], right[each, j]), out=widest)
+        np.maximum(widest, squared_distances(left[each, i], right[each, j]), out=widest)
     return widest
 
 
@@ -260,33 +239,5 @@ def _distances_to(images: UnitRows, rows: Int[np.ndarray, " size"], one: int) ->
     portion = max(1, _CELLS // images.dim)
     for start in range(0, len(rows), portion):
         some = slice(start, start + portion)
-        distances[some] = _squared_distances(images[rows[some]], origin)
+        distances[some] = squared_distances(images[rows[some]], origin)
     return distances
-
-
-def _squared_distances(
-    left: Float[np.ndarray, "*left dim"], right: Float[np.ndarray, "*right dim"]
-) -> Float[np.ndarray, "*left"]:
-    """From the differences, not from 1 - cos: equal rows are at exactly 0, and rounding is relative to the distance."""
-    difference = left - right
-    difference *= difference
-    return difference.sum(axis=-1)
-
-
-def _giants(explanation: Explanation, rows: int, squared: float, metric: str) -> list[dict[str, Any]]:
-    beyond = np.bincount(explanation.owner[explanation.to_kept > squared], minlength=len(explanation.group))
-    share = beyond / np.maximum(explanation.size - 1, 1)
-    size = explanation.size
-    found = np.flatnonzero((size > GIANT_SHARE * rows) & (size >= GIANT_ROWS) & (share >= GIANT_BEYOND))
-    largest = found[np.argsort(-size[found], kind="stable")]
-    return [
-        {
-            "set": int(explanation.group[at]),
-            "size": int(size[at]),
-            "share_of_rows": float(size[at] / rows),
-            "beyond_threshold_share": float(share[at]),
-            "farthest": float(from_squared(explanation.farthest[at : at + 1], metric)[0]),
-            "widest": float(from_squared(explanation.widest[at : at + 1], metric)[0]),
-        }
-        for at in largest.tolist()
-    ]

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import tracemalloc
 
 import numpy as np
@@ -7,11 +6,14 @@ import pytest
 import torch
 from hard_rows import KINDS, links_of, slow_forest, spanning_forest, squared_matrix, unit
 
-from clip_cid.data.balance.array_folder import new_array
-from clip_cid.method.balance import near_pairs
+from clip_cid.data.balance.array_folder import ArrayFolder
+from clip_cid.method.balance import cpu_comparison, device_comparison, exact_links, prepared_rows
+from clip_cid.method.balance.array_store import MemoryStore
 from clip_cid.method.balance.forest import Forest, Links, join_links
-from clip_cid.method.balance.near_pairs import Prepared, near_forest, near_links, prepare, row_hashes
+from clip_cid.method.balance.known_pairs import KnownPairs
+from clip_cid.method.balance.near_pairs import near_forest, near_links, save_links
 from clip_cid.method.balance.pair_plan import Plan, lay_out
+from clip_cid.method.balance.prepared_rows import ChunkPair, PreparedRows, prepare
 from clip_cid.method.unit_rows import UnitRows
 
 PLANS = [
@@ -37,11 +39,15 @@ def images_of(rows: np.ndarray) -> UnitRows:
 
 def forest_by(rows: np.ndarray, limit: float, plan: Plan | None = None) -> Forest:
     images = images_of(rows)
-    return near_forest(images, limit, layout=lay_out(images, plan or Plan()))
+    return near_forest(images, limit, layout=lay_out(images, plan or Plan()))[0]
 
 
-def links_by_task(prepared: Prepared, images: UnitRows) -> list[Links]:
-    return [near_links(prepared, images, task) for task in prepared.tasks()]
+def prepared_by(images: UnitRows, limit: float, plan: Plan, *, known: np.ndarray | None = None) -> PreparedRows:
+    return prepare(images, limit, lay_out(images, plan), known=known, store=MemoryStore())
+
+
+def links_by_task(prepared: PreparedRows, images: UnitRows) -> list[Links]:
+    return [near_links(prepared, images, pair) for pair in prepared.chunk_pairs()]
 
 
 def in_bytes(forest: Forest | Links) -> tuple[bytes, bytes, bytes]:
@@ -81,28 +87,28 @@ def test_a_handful_of_rows_is_no_special_case(plan, rows):
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_tasks_cover_every_pair_once(plan):
     images = images_of(KINDS["identical"](60, 48))
-    prepared = prepare(images, 0.14, lay_out(images, plan))
+    prepared = prepared_by(images, 0.14, plan)
     starts, covered = prepared.chunk_starts, np.zeros((60, 60), dtype=int)
-    for a, b in prepared.tasks():
+    for a, b in prepared.chunk_pairs():
         one, other = np.meshgrid(*(np.arange(starts[chunk], starts[chunk + 1]) for chunk in (a, b)), indexing="ij")
         covered[one[one < other], other[one < other]] += 1
     positions = len(prepared.row_at)
     assert positions + len(prepared.repeats) == 60
     assert (covered[:positions, :positions] == np.triu(np.ones((positions, positions)), 1)).all()
     assert np.diff(starts).max() <= plan.chunk_rows
-    assert sum(map(prepared.work, prepared.tasks())) == positions**2 / 2
+    assert sum(map(prepared.work, prepared.chunk_pairs())) == positions**2 / 2
 
 
 @pytest.mark.parametrize("plan", [Plan(chunk_rows=20), Plan("int8", 16, cells=9), Plan("int8", 8, cells=70)], ids=str)
 @pytest.mark.parametrize("window_bytes", [1, 300, 10**6])
 def test_codes_and_windows_on_the_disk_and_in_parts_are_those_in_memory(tmp_path, monkeypatch, plan, window_bytes):
-    monkeypatch.setattr(near_pairs, "_TURNED", 8)
+    monkeypatch.setattr(prepared_rows, "_TURNED", 8)
     images = images_of(KINDS["identical"](120, 48))
-    new = np.arange(120) % 5 > 0
-    one = prepare(images, 0.14, lay_out(images, plan), new=new)
-    allocate = functools.partial(new_array, tmp_path / "work")
-    other = prepare(images, 0.14, lay_out(images, plan), new=new, allocate=allocate, window_bytes=window_bytes)
-    for field in dataclasses.fields(Prepared):
+    known = np.arange(120) % 5 == 0
+    monkeypatch.setattr(ArrayFolder, "window_bytes", window_bytes)
+    one = prepared_by(images, 0.14, plan, known=known)
+    other = prepare(images, 0.14, lay_out(images, plan), known=known, store=ArrayFolder(tmp_path / "work"))
+    for field in dataclasses.fields(PreparedRows):
         np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name), strict=True)
     assert isinstance(other.codes, np.memmap)
     assert isinstance(other.visits, np.memmap)
@@ -111,15 +117,15 @@ def test_codes_and_windows_on_the_disk_and_in_parts_are_those_in_memory(tmp_path
 @pytest.mark.parametrize("plan", [Plan(chunk_rows=20), Plan("int8", 16, cells=9, chunk_rows=20)], ids=str)
 def test_a_task_gives_the_same_whenever_it_is_done_and_their_order_does_not_matter(plan):
     images = images_of(KINDS["power law"](120, 48))
-    prepared = prepare(images, 0.14, lay_out(images, plan))
-    tasks = prepared.tasks()
+    prepared = prepared_by(images, 0.14, plan)
+    tasks = prepared.chunk_pairs()
     assert len(tasks) == 21
     one = {task: near_links(prepared, images, task) for task in tasks}
     other = {task: near_links(prepared, images, task) for task in reversed(tasks)}
     assert all(in_bytes(one[task]) == in_bytes(other[task]) for task in tasks)
     for seed in range(3):
         order = np.random.default_rng(seed).permutation(len(tasks))
-        parts = [*(one[tasks[at]] for at in order), prepared.identical()]
+        parts = [*(one[tasks[at]] for at in order), prepared.identical_links()]
         found = spanning_forest(120, *join_links(parts), 0.14)
         assert in_bytes(found) == in_bytes(forest_by(KINDS["power law"](120, 48), 0.14))
 
@@ -144,21 +150,20 @@ def test_the_old_forest_and_the_pairs_of_new_rows_are_the_forest_of_all(kind, pl
     if len(old):
         before = forest_by(rows[old], limit)
         parts.append(Links(old[before.left], old[before.right], before.squared))
-    prepared = prepare(images, limit, lay_out(images, plan), new=new)
+    prepared = prepared_by(images, limit, plan, known=~new)
     found = links_by_task(prepared, images)
     for links in found:
         assert (new[links.left] | new[links.right]).all()  # pairs of two old rows are known, and left out
-    together = spanning_forest(120, *join_links([*parts, prepared.identical(), *found]), limit)
+    together = spanning_forest(120, *join_links([*parts, prepared.identical_links(), *found]), limit)
     assert links_of(together) == slow_forest(squared_matrix(rows), limit)
 
 
 def test_pairs_of_old_rows_are_not_even_looked_at():
     images = images_of(KINDS["flat"](120, 48))
     new = np.arange(120) >= 110
-    prepared = prepare(images, 0.48, lay_out(images, Plan(chunk_rows=20)), new=new)
-    looked_at = sum(prepared.work(task) for task in prepared.tasks())
-    assert looked_at == 10 * 110 + 10**2 / 2
-    assert not prepare(images, 0.48, lay_out(images, Plan()), new=np.zeros(120, dtype=bool)).tasks()
+    prepared = prepared_by(images, 0.48, Plan(chunk_rows=20), known=~new)
+    assert sum(map(prepared.work, prepared.chunk_pairs())) == 10 * 110 + 10**2 / 2
+    assert not prepared_by(images, 0.48, Plan(), known=np.ones(120, dtype=bool)).chunk_pairs()
 
 
 def test_a_crowd_of_old_and_new_rows_is_exact_as_well():
@@ -167,33 +172,9 @@ def test_a_crowd_of_old_and_new_rows_is_exact_as_well():
     old = np.flatnonzero(~new)
     before = forest_by(rows[old], limit)
     parts = [Links(old[before.left], old[before.right], before.squared)]
-    found = links_by_task(prepare(images, limit, lay_out(images, Plan(chunk_rows=150)), new=new), images)
+    found = links_by_task(prepared_by(images, limit, Plan(chunk_rows=150), known=~new), images)
     together = spanning_forest(500, *join_links([*parts, *found]), limit)
     assert links_of(together) == slow_forest(squared_matrix(rows), limit)
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int8])
-def test_rows_of_the_same_bytes_have_the_same_digest_and_others_do_not(dtype):
-    rng = np.random.default_rng(0)
-    rows = rng.integers(-3, 4, (500, 3)).astype(dtype)
-    hashes = row_hashes(rows)
-    names = [row.tobytes() for row in rows]
-    assert hashes.shape == (500, 2)
-    for column in range(2):
-        pairs = set(zip(names, hashes[:, column].tolist(), strict=True))
-        assert len(pairs) == len(set(names)) == len(set(hashes[:, column].tolist()))
-    assert row_hashes(rows[100:103]).tolist() == hashes[100:103].tolist()
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_rows_that_differ_in_two_signs_have_two_digests(dtype):
-    """The sign of a number is the highest bit of its word: a sum of words modulo 2^64 sees only how many there are."""
-    row = np.random.default_rng(0).standard_normal(16).astype(dtype)
-    flips = [(a, b) for a in range(16) for b in range(a)]
-    rows = np.repeat(row[None], len(flips), axis=0)
-    for flipped, places in zip(rows, flips, strict=True):
-        flipped[list(places)] *= -1
-    assert len({tuple(pair) for pair in row_hashes(rows).tolist()}) == len(flips) == 120
 
 
 def with_many_repeats() -> np.ndarray:
@@ -205,7 +186,7 @@ def with_many_repeats() -> np.ndarray:
 def test_identical_rows_are_linked_without_a_comparison(plan):
     rows = with_many_repeats()
     images = images_of(rows)
-    prepared = prepare(images, 0.14, lay_out(images, plan))
+    prepared = prepared_by(images, 0.14, plan)
     assert len(prepared.row_at) == len({row.tobytes() for row in rows})
     assert links_of(forest_by(rows, 0.14, plan)) == slow_forest(squared_matrix(rows), 0.14)
 
@@ -214,7 +195,7 @@ def test_identical_rows_are_linked_without_a_comparison(plan):
 def test_rows_of_one_digest_are_told_apart_by_their_bytes(monkeypatch, value):
     rows = with_many_repeats()
     expected = in_bytes(forest_by(rows, 0.14))
-    monkeypatch.setattr(near_pairs, "row_hashes", lambda rows: np.full((len(rows), 2), value, dtype=np.uint64))
+    monkeypatch.setattr(prepared_rows, "row_hashes", lambda rows: np.full((len(rows), 2), value, dtype=np.uint64))
     assert in_bytes(forest_by(rows, 0.14)) == expected
 
 
@@ -235,13 +216,13 @@ def test_rows_of_one_direction_and_two_lengths_are_at_distance_zero(factor):
 
 def counted_distances(monkeypatch) -> list[int]:
     counts: list[int] = []
-    distances = near_pairs._distances
+    distances = exact_links._distances
 
     def counted(units, i, j):
         counts.append(len(i))
         return distances(units, i, j)
 
-    monkeypatch.setattr(near_pairs, "_distances", counted)
+    monkeypatch.setattr(exact_links, "_distances", counted)
     return counts
 
 
@@ -294,7 +275,7 @@ def test_a_chain_of_three_thousand_steps_is_one_set(plan):
 @pytest.mark.parametrize("limit", [0.005, 0.14])
 def test_the_way_of_devices_finds_what_the_processor_finds(monkeypatch, kind, data, limit):
     """`cpu:0` is a device like any other: chunks are put on it, and pairs come back to a thread that measures."""
-    monkeypatch.setattr(near_pairs, "_DEVICE_SIDE", 30)
+    monkeypatch.setattr(device_comparison, "_SIDE", 30)
     rows = KINDS[data](200, 48)
     expected = in_bytes(forest_by(rows, limit, Plan("float32", chunk_rows=70)))
     assert in_bytes(forest_by(rows, limit, Plan(kind, chunk_rows=70, device="cpu:0"))) == expected
@@ -304,7 +285,7 @@ def test_an_error_in_the_measuring_thread_comes_back(monkeypatch):
     def broken(*_):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(near_pairs, "_distances", broken)
+    monkeypatch.setattr(exact_links, "_distances", broken)
     with pytest.raises(OSError, match="the disk is gone"):
         forest_by(KINDS["power law"](200, 48), 0.14, Plan("float32", chunk_rows=70, device="cpu:0"))
 
@@ -312,11 +293,11 @@ def test_an_error_in_the_measuring_thread_comes_back(monkeypatch):
 def test_the_way_of_devices_by_hand():
     one = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     other = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]])
-    i, j, products = near_pairs.above_on_device(one @ other.T, 0.79)
+    i, j, products = device_comparison.above_on_device(one @ other.T, 0.79)
     assert sorted(zip(i.tolist(), j.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 0), (2, 0), (2, 2)]
     assert products == pytest.approx([1, 0.8, 1, 0.8, 0.96])
     assert products.dtype == np.float64
-    assert [len(each) for each in near_pairs.above_on_device(one @ other.T, 1.1)] == [0, 0, 0]
+    assert [len(each) for each in device_comparison.above_on_device(one @ other.T, 1.1)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 100])
@@ -324,16 +305,16 @@ def test_the_way_of_devices_by_hand():
 def test_places_above_a_floor_are_all_found(rows, share):
     products = np.random.default_rng(rows).random((rows, 33)).astype(np.float32)
     floor = 1.0 - share if share else 2.0
-    found = near_pairs._places_above(products, floor)
+    found = cpu_comparison._places_above(products, floor)
     assert sorted(found.tolist()) == [at for at, value in enumerate(products.ravel().tolist()) if value >= floor]
 
 
 def peak_of(rows: np.ndarray) -> tuple[int, tuple[bytes, bytes, bytes]]:
     """Bytes of the largest moment, and the links."""
     images = images_of(rows)
-    prepared = prepare(images, 0.14, lay_out(images, Plan()))
+    prepared = prepared_by(images, 0.14, Plan())
     tracemalloc.start()
-    found = in_bytes(near_links(prepared, images, (0, 0)))
+    found = in_bytes(near_links(prepared, images, ChunkPair(0, 0)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak, found
@@ -342,12 +323,12 @@ def peak_of(rows: np.ndarray) -> tuple[int, tuple[bytes, bytes, bytes]]:
 def test_the_links_of_a_clique_are_never_all_in_memory(monkeypatch):
     """1,124,250 links are 27 MB; they are reduced to 1,499 whenever more than 50,000 have come on top."""
     rows = crowd(1500, 1500, 4)
-    monkeypatch.setattr(near_pairs, "_SIDE", 128)  # so that no comparison gives many of them at once
-    monkeypatch.setattr(near_pairs, "_PRODUCTS", 128 * 200)
-    monkeypatch.setattr(near_pairs, "_PENDING_PAIRS", 10_000)
-    monkeypatch.setattr(near_pairs, "possible_links", lambda units, i, j, limit: (i, j, []))
+    monkeypatch.setattr(cpu_comparison, "_SIDE", 128)  # so that no comparison gives many of them at once
+    monkeypatch.setattr(cpu_comparison, "_PRODUCTS", 128 * 200)
+    monkeypatch.setattr(exact_links, "_PENDING_CANDIDATES", 10_000)
+    monkeypatch.setattr(exact_links, "possible_links", lambda units, i, j, limit: (i, j, []))
     without, expected = peak_of(rows)
-    monkeypatch.setattr(near_pairs, "_PENDING_LINKS", 50_000)
+    monkeypatch.setattr(exact_links, "_PENDING_LINKS", 50_000)
     within, found = peak_of(rows)
     assert found == expected
     assert without > 40e6
@@ -360,3 +341,32 @@ def test_progress_comes_as_the_work_is_done():
     near_forest(images, 0.14, layout=lay_out(images, Plan(chunk_rows=20)), on_progress=told.append)
     # The 15 tasks of 5 chunks: 5 of 200 pairs and 10 of 400, of 5,000; the first one is 4 of 100 rows.
     assert told == [4, 8, 8, 8, 8, 4, 8, 8, 8, 4, 8, 8, 4, 8, 4]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_what_an_interrupted_call_left_is_used_only_where_as_much_is_known(tmp_path):
+    """Its tasks leave out pairs that were known then: known no longer, they would be lost."""
+    rows, limit = KINDS["power law"](120, 48), 0.48
+    images, old = images_of(rows), np.arange(90)
+    before = forest_by(rows[old], limit)
+    known = KnownPairs(Links(before.left, before.right, before.squared), np.arange(120) < 90, None)
+    store = ArrayFolder(tmp_path / "work")
+
+    def interrupted(prepared, missing):
+        for pair in missing:
+            save_links(store, prepared, images, pair)
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        near_forest(images, limit, known=known, store=store, run_tasks=interrupted)
+    left = PreparedRows.load(store)
+    resumed, _ = near_forest(images, limit, known=known, store=store)
+    assert left is not None
+    assert left.known.sum() == 90
+    anew, _ = near_forest(images, limit, store=store)
+    farther, _ = near_forest(images, 2 * limit, store=store)
+    assert in_bytes(resumed) == in_bytes(anew) == in_bytes(forest_by(rows, limit))
+    assert in_bytes(farther) == in_bytes(forest_by(rows, 2 * limit))

@@ -7,9 +7,11 @@ import torch
 from hard_rows import KINDS, squared_matrix, unit
 
 from clip_cid.method import products
-from clip_cid.method.balance import pair_plan
+from clip_cid.method.balance import plan_choice
+from clip_cid.method.balance.cell_windows import Windows
 from clip_cid.method.balance.near_pairs import near_forest
-from clip_cid.method.balance.pair_plan import Estimate, Layout, Plan, Windows, lay_out, make_plan
+from clip_cid.method.balance.pair_plan import Estimate, Layout, Plan, lay_out
+from clip_cid.method.balance.plan_choice import make_plan
 from clip_cid.method.codes import Coding
 from clip_cid.method.products import int8_product, int8_products_are_right
 from clip_cid.method.unit_rows import UnitRows
@@ -93,7 +95,7 @@ def test_a_device_gets_whole_rows_in_float16():
 
 
 def test_a_plan_for_many_rows_finds_what_the_plain_one_finds(monkeypatch):
-    monkeypatch.setattr(pair_plan, "_SMALL_WORK", 0)
+    monkeypatch.setattr(plan_choice, "_SMALL_WORK", 0)
     rng = np.random.default_rng(0)
     centers = unit(rng.standard_normal((2500, 32)))
     spread = 10.0 ** rng.uniform(-2, -0.7, (25_000, 1))
@@ -105,10 +107,10 @@ def test_a_plan_for_many_rows_finds_what_the_plain_one_finds(monkeypatch):
     assert (chosen.plan.width is None) == (chosen.sketch is None) or chosen.plan.kind == "int8"
     assert (chosen.plan.cells > 0) == (chosen.centers is not None)
     celled = lay_out(images, Plan("float32", 16, 256, 8192))
-    plain = near_forest(images, 0.14, layout=lay_out(images, Plan("float32")))
+    plain, _ = near_forest(images, 0.14, layout=lay_out(images, Plan("float32")))
     assert 5_000 < len(plain.squared) < 24_000
     for layout in (chosen, celled):
-        found = near_forest(images, 0.14, layout=layout)
+        found, _ = near_forest(images, 0.14, layout=layout)
         for name in ("left", "right", "squared"):
             assert getattr(found, name).tobytes() == getattr(plain, name).tobytes()
 
@@ -190,7 +192,9 @@ def right_and_slow(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | 
 @pytest.fixture
 def cheap_int8(monkeypatch):
     """A machine on which int8 pays for any rows."""
-    monkeypatch.setattr(pair_plan, "_time_of_product", lambda kind, width: width * (1e-13 if kind == "int8" else 1e-9))
+    monkeypatch.setattr(
+        plan_choice, "_time_of_product", lambda kind, width: width * (1e-13 if kind == "int8" else 1e-9)
+    )
 
 
 @pytest.mark.usefixtures("cheap_int8")
@@ -198,7 +202,7 @@ def cheap_int8(monkeypatch):
 def test_a_machine_that_cannot_multiply_int8_gets_float32(monkeypatch, product):
     monkeypatch.setattr(products, "int8_product", product)
     assert not int8_products_are_right()
-    monkeypatch.setattr(pair_plan, "_SMALL_WORK", 0)
+    monkeypatch.setattr(plan_choice, "_SMALL_WORK", 0)
     assert make_plan(images_of(KINDS["rank 8"](2100, 300)), 0.14).plan.kind == "float32"
 
 
@@ -206,7 +210,7 @@ def test_a_machine_that_cannot_multiply_int8_gets_float32(monkeypatch, product):
 def test_a_machine_that_can_gets_int8_where_it_pays(monkeypatch):
     monkeypatch.setattr(products, "int8_product", right_and_slow)
     assert int8_products_are_right()
-    monkeypatch.setattr(pair_plan, "_SMALL_WORK", 0)
+    monkeypatch.setattr(plan_choice, "_SMALL_WORK", 0)
     assert make_plan(images_of(KINDS["rank 8"](2100, 300)), 0.14).plan.kind == "int8"
 
 

@@ -2,10 +2,11 @@ import numpy as np
 import oracles
 import pytest
 
-from clip_cid.method.balance import near_pairs, semantic_balance
+from clip_cid.method.balance import exact_links, kept_rows
 from clip_cid.method.balance.forest import Forest
+from clip_cid.method.balance.pair_agreement import agreement
 from clip_cid.method.balance.pair_plan import Layout, Plan
-from clip_cid.method.balance.semantic_balance import Balance, agreement, balance
+from clip_cid.method.balance.semantic_balance import Balance, balance
 from clip_cid.method.codes import Coding
 from clip_cid.method.distances import threshold_on
 
@@ -150,14 +151,14 @@ def on_either_side(threshold: float, dim: int) -> tuple[np.ndarray, list[bool]]:
 
 def test_of_a_clique_few_distances_are_computed_exactly(monkeypatch):
     computed = 0
-    distances = near_pairs._distances
+    distances = exact_links._distances
 
     def counted(units, i, j):
         nonlocal computed
         computed += len(i)
         return distances(units, i, j)
 
-    monkeypatch.setattr(near_pairs, "_distances", counted)
+    monkeypatch.setattr(exact_links, "_distances", counted)
     rows = planted(1, 1000, 64, noise=1e-2)
     assert len(balance(rows, threshold=0.07).kept) == 1
     assert 999 <= computed < 50_000  # of 499,500 pairs
@@ -171,7 +172,7 @@ def test_what_is_kept_does_not_depend_on_how_much_is_read_at_once(monkeypatch, m
     texts = planted(len(rows), 1, 8, noise=0.0, seed=4)
     expected = balance(rows, threshold=0.02, text_embeddings=texts, keep=keep)
     assert len(np.unique(np.bincount(expected.set_of))) > 2
-    monkeypatch.setattr(semantic_balance, "_MEMBERS", members)
+    monkeypatch.setattr(kept_rows, "_MEMBERS", members)
     monkeypatch.setattr("clip_cid.method.unit_rows._CACHED_NUMBERS", 8 * rows_read)
     found = balance(rows, threshold=0.02, text_embeddings=texts, keep=keep)
     assert found.kept.tolist() == expected.kept.tolist()
@@ -181,7 +182,7 @@ def test_what_is_kept_does_not_depend_on_how_much_is_read_at_once(monkeypatch, m
 def test_a_set_larger_than_a_portion_keeps_the_row_nearest_its_centroid(monkeypatch):
     rows = planted(2, 150, 8, noise=0.02)
     expected = balance(rows, threshold=0.2)
-    monkeypatch.setattr(semantic_balance, "_MEMBERS", 7)
+    monkeypatch.setattr(kept_rows, "_MEMBERS", 7)
     monkeypatch.setattr("clip_cid.method.unit_rows._CACHED_NUMBERS", 8 * 7)
     found = balance(rows, threshold=0.2, text_embeddings=rows)
     kept, set_of = oracles.balance(rows, 0.2, "cosine")
@@ -192,7 +193,7 @@ def test_a_set_larger_than_a_portion_keeps_the_row_nearest_its_centroid(monkeypa
 def test_many_sets_are_kept_portion_by_portion(monkeypatch):
     rows = np.concatenate([planted(40, 2, 16, noise=0.01), planted(20, 3, 16, noise=0.01, seed=5)])
     kept, _ = oracles.balance(rows, 0.02, "cosine")
-    monkeypatch.setattr(semantic_balance, "_MEMBERS", 9)
+    monkeypatch.setattr(kept_rows, "_MEMBERS", 9)
     assert balance(rows, threshold=0.02).kept.tolist() == kept
 
 

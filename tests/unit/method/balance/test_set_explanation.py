@@ -3,10 +3,12 @@ import oracles
 import pytest
 
 from clip_cid.method.balance import set_explanation
+from clip_cid.method.balance.chaining import chain_summary, giant_warning
 from clip_cid.method.balance.forest import Forest
-from clip_cid.method.balance.set_explanation import Explanation, chain_summary, explain, giant_warning
+from clip_cid.method.balance.set_explanation import Explanation, explain
 from clip_cid.method.distances import from_squared
 from clip_cid.method.unit_rows import UnitRows
+from clip_cid.summaries import Chains
 
 
 def circle(degrees: list[float]) -> np.ndarray:
@@ -85,8 +87,9 @@ def test_rows_all_equally_far_apart_are_never_wider_than_far_by_rounding(seed: i
 def test_nothing_removed_is_nothing_to_explain() -> None:
     found = explained(circle([0, 90]), chord(1))
     assert (len(found.group), len(found.row), len(found.farthest)) == (0, 0, 0)
-    summary = chain_summary(found, rows=2, squared=chord(1), metric="cosine")
-    assert summary == {"beyond_threshold_share": 0.0, "distance": {}, "largest": 1, "top_sizes": [], "giants": []}
+    assert chain_summary(found, rows=2, squared=chord(1), metric="cosine") == Chains(
+        beyond_threshold_share=0.0, distance={}, largest=1, top_sizes=[], giants=[]
+    )
     assert {len(column) for column in found.set_columns("cosine").values()} == {0}
 
 
@@ -179,24 +182,26 @@ def test_a_drift_is_a_giant_and_a_tight_set_of_the_same_size_is_not() -> None:
     tight, drift = np.linspace(180, 181, 150), np.linspace(0, 90, 120)
     found = explained(circle([*tight, *drift]), chord(1))
     summary = chain_summary(found, rows=270, squared=chord(1), metric="cosine")
-    assert (summary["largest"], summary["top_sizes"]) == (150, [150, 120])
-    (giant,) = summary["giants"]
-    assert (giant["size"], giant["share_of_rows"]) == (120, pytest.approx(120 / 270))
-    assert giant["beyond_threshold_share"] == pytest.approx(117 / 119)  # only the neighbours of the kept one are near
-    assert giant["widest"] == pytest.approx(1)
+    assert (summary.largest, summary.top_sizes) == (150, [150, 120])
+    (giant,) = summary.giants
+    assert (giant.size, giant.share_of_rows) == (120, pytest.approx(120 / 270))
+    assert giant.beyond_threshold_share == pytest.approx(117 / 119)  # only the neighbours of the kept one are near
+    assert giant.widest == pytest.approx(1)
     beyond = found.to_kept[found.removed] > chord(1)
-    assert summary["beyond_threshold_share"] == pytest.approx(beyond.mean())
-    assert summary["distance"]["max"] == pytest.approx(giant["farthest"])
+    assert summary.beyond_threshold_share == pytest.approx(beyond.mean())
+    assert summary.distance["max"] == pytest.approx(giant.farthest)
     warning = giant_warning(summary, metric="cosine", threshold=0.00015)
     assert warning is not None
-    assert "1 set of chained images: the largest has 120 images (44.4 % of all), and 98 % of those removed" in warning
+    assert (
+        "1 set of chained images: the largest has 120 images (44.4 % of all), and 98 % of its removed images" in warning
+    )
 
 
 def test_a_large_share_of_few_rows_is_no_giant() -> None:
     found = explained(circle(list(range(90))), chord(1.1))
     summary = chain_summary(found, rows=90, squared=chord(1.1), metric="euclidean")
-    assert summary["largest"] == 90
-    assert summary["giants"] == []
+    assert summary.largest == 90
+    assert summary.giants == []
     assert giant_warning(summary, metric="euclidean", threshold=0.1) is None
 
 

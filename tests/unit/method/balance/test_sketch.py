@@ -1,12 +1,9 @@
 import numpy as np
 import pytest
 from hard_rows import KINDS, unit
-from hypothesis import given
-from hypothesis import strategies as st
 
 from clip_cid.method import codes as codes_module
 from clip_cid.method.balance import sketch as sketch_module
-from clip_cid.method.balance.near_pairs import identical_groups
 from clip_cid.method.balance.sketch import Sketch, make_sketch, principal_directions
 from clip_cid.method.codes import Coding, coding_for
 from clip_cid.method.unit_rows import UnitRows
@@ -191,16 +188,3 @@ def test_a_sketch_wider_than_its_directions_is_refused():
     assert make_sketch(directions, 9).width == 9
     with pytest.raises(ValueError, match="width must be at most 9, got 10"):
         make_sketch(directions, 10)
-
-
-def test_identical_groups_by_hand():
-    repeats, firsts = identical_groups(np.array([7, 3, 7, 5, 3, 7], dtype=np.uint64))
-    assert sorted(zip(repeats.tolist(), firsts.tolist(), strict=True)) == [(2, 0), (4, 1), (5, 0)]
-
-
-@given(st.lists(st.sampled_from([0, 1, 2, 2**63, 2**64 - 1]), max_size=30))
-def test_identical_groups_are_what_a_dictionary_gives(hashes):
-    first: dict[int, int] = {}
-    expected = [(i, first[value]) for i, value in enumerate(hashes) if first.setdefault(value, i) != i]
-    repeats, firsts = identical_groups(np.array(hashes, dtype=np.uint64))
-    assert sorted(zip(repeats.tolist(), firsts.tolist(), strict=True)) == expected

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
-from clip_cid import log, pipeline
+from clip_cid import log, pipeline, units
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.figures.ablation import AblationTable, Line, notes, write
 from clip_cid.loss_table import LOSSES
 from clip_cid.recipe import PRESETS, Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder, read_json, write_json
+from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, EMBED, EVALUATE
 
 Name = Literal["threshold", "losses", "clusters", "teacher"]
 Number = TypeVar("Number", int, float)
@@ -45,7 +46,7 @@ _TITLES = {
     "clusters": "Ablation of cluster.num_centers (paper Table 6)",
     "teacher": "Ablation of embed.teacher (paper Table 7)",
 }
-_LAST = "evaluate"
+_LAST = EVALUATE
 _RESULTS, _TABLES = "ablation.json", "tables.txt"
 _METRICS = {
     "zero_shot": "zero-shot",
@@ -97,7 +98,7 @@ def plan(name: Name, recipe: Recipe, *, values: Sequence[str] = (), peers: bool 
     """
     if peers and name != "losses":
         raise ConfigError(f"--peers: {name} compares no losses.", fix="Use it with `clip-cid ablate losses`.")
-    if not recipe.uses("distill") or not recipe.uses(_LAST):
+    if not recipe.uses(DISTILL) or not recipe.uses(_LAST):
         raise ConfigError("ablate: this recipe measures no student.", fix="Name sets in evaluate.sets or retrieval.")
     if name == "losses":
         return _losses(recipe, values, peers=peers)
@@ -106,7 +107,7 @@ def plan(name: Name, recipe: Recipe, *, values: Sequence[str] = (), peers: bool 
 
 def _thresholds(recipe: Recipe, values: Sequence[str]) -> Ablation:
     settings = recipe.balance
-    _refuse_unused(recipe, "balance", settings.existing)
+    _refuse_unused(recipe, BALANCE, settings.existing)
     if not values and settings.target_removed is not None:
         raise ConfigError(
             "balance.target_removed: it takes the place of the threshold, so there is none to scale the paper's by.",
@@ -129,7 +130,7 @@ def _thresholds(recipe: Recipe, values: Sequence[str]) -> Ablation:
 
 
 def _clusters(recipe: Recipe, values: Sequence[str]) -> Ablation:
-    _refuse_unused(recipe, "cluster", recipe.cluster.existing)
+    _refuse_unused(recipe, CLUSTER, recipe.cluster.existing)
     own = recipe.cluster.num_centers
     chosen = _numbers(values, int) or [max(1, round(own * count / _PAPER_CLUSTERS)) for count in CLUSTER_COUNTS]
     changes = {f"{count:,}": {"cluster.num_centers": count} for count in chosen}
@@ -137,14 +138,14 @@ def _clusters(recipe: Recipe, values: Sequence[str]) -> Ablation:
 
 
 def _teachers(recipe: Recipe, values: Sequence[str]) -> Ablation:
-    _refuse_unused(recipe, "embed", recipe.embed.existing)
+    _refuse_unused(recipe, EMBED, recipe.embed.existing)
     changes = {value: _teacher(value) for value in values}
     if len(changes) < 2:
         raise ConfigError(
             f"ablate teacher: {len(changes)} teachers to compare.",
             fix="Name two or more with --values: run:PATH, local-dir:PATH, hf-hub:ORG/NAME, or NAME/TAG of open_clip.",
         )
-    if recipe.uses("balance") and recipe.balance.target_removed is None:
+    if recipe.uses(BALANCE) and recipe.balance.target_removed is None:
         log.warn(
             "a threshold means something else in each teacher's space; balance.target_removed in the recipe removes the"
             " same share for all"
@@ -165,7 +166,7 @@ def _teacher(reference: str) -> dict[str, Any]:
 def _losses(recipe: Recipe, values: Sequence[str], *, peers: bool) -> Ablation:
     if values:
         raise ConfigError("--values: the rows of losses are fixed.", fix="Leave it out; --peers adds peers' losses.")
-    _refuse_unused(recipe, "cluster", None)
+    _refuse_unused(recipe, CLUSTER, None)
     own = recipe.distill.weights.model_dump()
     contrastive = [loss.name for loss in LOSSES if not loss.reads_targets]
     parts = LOSS_PARTS["clip + cluster + instance"]
@@ -242,7 +243,7 @@ def run(ablation: Ablation, recipe: Recipe, out: Path, *, seeds: int) -> None:
             if current in done:
                 continue
             left = _seconds_left(runs, done)
-            about = "" if left is None else f"; about {log.duration(left)} left"
+            about = "" if left is None else f"; about {units.duration(left)} left"
             log.info(f"ablate    run {number} of {len(runs)}: {current.label}, seed {current.seed}{about}")
             _make(current, [other.folder for other in runs if other is not current])
             done.add(current)
@@ -267,7 +268,7 @@ def _make(run: Run, others: Sequence[RunFolder]) -> None:
         error.problem = f"{run.label}, seed {run.seed}: {error.problem}"
         raise
     if (record := run.folder.record(_LAST)) is not None:
-        log.info(f"ablate    {record.summary['headline']}; {log.duration(time.monotonic() - started)}")
+        log.info(f"ablate    {record.summary['headline']}; {units.duration(time.monotonic() - started)}")
 
 
 def preview(ablation: Ablation, recipe: Recipe, out: Path, *, seeds: int) -> None:
@@ -288,7 +289,7 @@ def preview(ablation: Ablation, recipe: Recipe, out: Path, *, seeds: int) -> Non
     ]
     log.table(["stage", "runs that use it", "computed", "still to do"], counts)
     left = _seconds_left(runs, done)
-    words = "how long they take is known after the first" if left is None else f"about {log.duration(left)} left"
+    words = "how long they take is known after the first" if left is None else f"about {units.duration(left)} left"
     log.say(f"{len(runs)} runs, {len(done)} done; {words}.")
 
 
@@ -404,7 +405,7 @@ def _scores(folder: RunFolder) -> dict[str, float]:
 
 
 def _summary(folder: RunFolder) -> dict[str, Any]:
-    record = folder.record("distill")
+    record = folder.record(DISTILL)
     assert record is not None, "only finished runs are asked"
     return {name: record.summary[name] for name in ("pairs", "steps", "collapse_alarm", "seconds")}
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from clip_cid import log, pipeline
+from clip_cid import log, pipeline, units
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.recipe import Config, Recipe, commented_recipe, parse_recipe, read_recipe
 from clip_cid.run_folder import RunFolder, atomic_file, disk_full
@@ -239,7 +239,7 @@ def status(run: Run, recipe: Path | None = None) -> int:
     rows: list[list[str]] = []
     for state in pipeline.states(folder, read_recipe(recipe or run / pipeline.RECIPE_FILE)):
         record = state.record
-        made = f"{record.started}, {log.duration(record.seconds)}" if record else ""
+        made = f"{record.started}, {units.duration(record.seconds)}" if record else ""
         reason = f"{state.reason}; can go on where it stopped" if state.resumes else state.reason
         rows.append([state.stage.name, state.status, reason, made, pipeline.headline(record)])
     log.table(["stage", "status", "reason", "made", "result"], rows, title=str(folder.path))

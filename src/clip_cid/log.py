@@ -11,6 +11,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from clip_cid.units import duration
+
 _console = Console(stderr=True, soft_wrap=True)
 _logger = logging.getLogger("clip_cid")
 _logger.setLevel(logging.INFO)
@@ -93,14 +95,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str |
 def say(text: str) -> None:
     """Print a line of an answer to standard output, as it is."""
     Console(soft_wrap=True).print(text, markup=False, highlight=False)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: `8.2s`, `3m12s`, `2h05m`."""
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 class Bar:

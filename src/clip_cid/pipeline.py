@@ -12,7 +12,7 @@ from typing import Any
 
 import threadpoolctl
 
-from clip_cid import log
+from clip_cid import log, units
 from clip_cid.errors import ConfigError, RunError
 from clip_cid.recipe import Recipe, dump_recipe
 from clip_cid.run_folder import RunFolder, StageRecord, atomic_file, digest, disk_full, now
@@ -158,7 +158,7 @@ def headline(record: StageRecord | None) -> str:
     """The one line of a stage that people ask for, and how long it took."""
     if record is None:
         return ""
-    return f"{read_summary(BY_NAME[record.stage].summary, record.summary)} in {log.duration(record.seconds)}"
+    return f"{read_summary(BY_NAME[record.stage].summary, record.summary)} in {units.duration(record.seconds)}"
 
 
 def _say_outcome(folder: RunFolder, recipe: Recipe) -> None:
@@ -169,8 +169,9 @@ def _say_outcome(folder: RunFolder, recipe: Recipe) -> None:
         balance = read_summary(BalanceSummary, record.summary)
         if (truth := balance.truth) is not None:
             log.say(
-                f"Removed {balance.removed_share:.1%} of the images; {truth.redundant_share:.1%} are redundant by"
-                f" {truth.field!r} (pairs in one set: precision {truth.precision:.3f}, recall {truth.recall:.3f})."
+                f"Removed {units.percent(balance.removed_share)} of the images; {units.percent(truth.redundant_share)}"
+                f" are redundant by {truth.field!r} (pairs in one set: precision {truth.precision:.3f},"
+                f" recall {truth.recall:.3f})."
             )
 
     if (record := records.get(EVALUATE)) is not None:
@@ -178,7 +179,7 @@ def _say_outcome(folder: RunFolder, recipe: Recipe) -> None:
         rows: list[list[str]] = []
         for model, scores in evaluate.models.items():
             means = (scores.get(f"{task}_mean", scores.get(task)) for task in evaluate.mean_of)
-            rows.append([model, *("-" if mean is None else f"{mean:.1%}" for mean in means)])
+            rows.append([model, *("-" if mean is None else units.percent(mean) for mean in means)])
         names = (f"{task.replace('_', ' ')} (mean of {sets})" for task, sets in evaluate.mean_of.items())
         log.table(["model", *names], rows)
 

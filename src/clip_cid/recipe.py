@@ -24,8 +24,10 @@ from pydantic import (
     model_validator,
 )
 
+from clip_cid import units
 from clip_cid.errors import ConfigError
 from clip_cid.loss_table import LOSSES, Reading, rows_of
+from clip_cid.stage_names import EVALUATE
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Metric = Literal["cosine", "squared_euclidean", "euclidean"]
@@ -430,7 +432,7 @@ class Recipe(Config):
 
     def uses(self, stage: str) -> bool:
         """Whether this recipe has the stage: plain CLIP training, for one, has no embed, balance or cluster."""
-        if not self.evaluate.student and stage != "evaluate":
+        if not self.evaluate.student and stage != EVALUATE:
             return False
         used = {
             "embed": self.has_teacher,
@@ -502,9 +504,8 @@ def parse_recipe(values: Any, *, where: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         problems = [_describe(problem) for problem in error.errors()]
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ConfigError(
-            f"{where}: {count}\n" + "\n".join(f"  {problem}" for problem in problems),
+            "\n  ".join([f"{where}: {units.counted(len(problems), 'problem')}", *problems]),
             fix="`clip-cid init FILE` writes a recipe with every setting explained.",
         ) from error
 

@@ -10,6 +10,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, Union
 
+from clip_cid import units
 from clip_cid.errors import RunError
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE, REPORT
 
@@ -136,7 +137,7 @@ class BalanceSummary(Summary):
     truth: BalanceTruth | None = None
 
     def __str__(self) -> str:
-        counts = f"{self.ok:,} images -> {self.kept:,} kept ({100 * self.removed_share:.1f} % removed)"
+        counts = f"{self.ok:,} images -> {self.kept:,} kept ({units.percent(self.removed_share)} removed)"
         if self.truth is None:
             return counts
         return f"{counts}, pair precision {self.truth.precision:.3f}, recall {self.truth.recall:.3f}"

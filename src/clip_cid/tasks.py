@@ -6,6 +6,7 @@ A task is small, pure, and leaves a file of its own.
 import multiprocessing
 import os
 import resource
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -78,6 +79,12 @@ def available_memory() -> float:
     if own != resource.RLIM_INFINITY:
         found.append(float(own))
     return min(found)
+
+
+def peak_memory(whose: int = resource.RUSAGE_SELF) -> float:
+    """The most bytes that this process has held so far; with `RUSAGE_CHILDREN`, that one of its ended children has."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(whose).ru_maxrss * unit
 
 
 def _drain(pool: ProcessPoolExecutor, tasks: list[Any], ahead: int, on_done: Callable[[Any], Any]) -> None:

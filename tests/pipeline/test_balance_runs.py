@@ -241,7 +241,11 @@ def test_the_sweep_prints_the_curve_of_runs_of_their_own(tmp_path, small_chunks,
     for line in lines[::5]:
         cells = [cell.strip() for cell in line.strip("│┃ ").replace("┃", "│").split("│")]
         kept, set_of = oracles.balance(rows, float(cells[-6]) * (1 + 1e-4), "cosine")
-        assert cells[-3:] == [f"{300 - len(kept)}", f"{1 - len(kept) / 300:.2%}", f"{np.bincount(set_of).max()}"]
+        assert cells[-3:] == [
+            f"{300 - len(kept)}",
+            f"{100 * (1 - len(kept) / 300):.2f} %",
+            f"{np.bincount(set_of).max()}",
+        ]
     assert (tmp_path / "run" / "sweep" / "removed_share.svg").stat().st_size > 1000
     assert read_forest(out / "forest.parquet").limit == pytest.approx(0.28)
 

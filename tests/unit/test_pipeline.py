@@ -285,7 +285,7 @@ def test_a_whole_run_ends_with_the_models_mean_scores_and_of_how_many_sets(tmp_p
     pipeline.run(RunFolder(tmp_path), recipe())
     printed = capsys.readouterr().out
     assert "zero shot (mean of 1/2)" in printed
-    assert "student │ 50.0%                   │ -" in printed
+    assert "student │ 50.0 %                  │ -" in printed
 
 
 def lent(tmp_path: Path, lender: Recipe, borrower: Recipe) -> RunFolder:

@@ -21,6 +21,7 @@ from clip_cid.models.device import resolve_device
 from clip_cid.pipeline import State
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
+from clip_cid.stage_names import CLUSTER, EMBED
 from clip_cid.stages import distill
 from clip_cid.training.batches import Batch
 from clip_cid.training.ranks.distributed import Ranks
@@ -212,9 +213,9 @@ def _teaching(
 def _unchecked(recipe: Recipe, missing: list[State], teacher: trial.TeacherFacts | None) -> list[str]:
     found: list[str] = []
     names = [state.stage.name for state in missing]
-    if "embed" in names and recipe.embed.existing is not None:
+    if EMBED in names and recipe.embed.existing is not None:
         found.append(f"embed.existing: {recipe.embed.existing} was not opened; the embed stage does")
-    elif "embed" in names and teacher is not None:
+    elif EMBED in names and teacher is not None:
         found.append(f"whether the weights of {teacher.name} load (they are neither read nor fetched)")
     if names:
         found.append(
@@ -229,13 +230,13 @@ def _unchecked(recipe: Recipe, missing: list[State], teacher: trial.TeacherFacts
 
 def _bytes_before(recipe: Recipe, missing: list[State], pairs: int, width: int) -> int:
     names = {state.stage.name for state in missing}
-    embeddings = estimates.embedding_bytes(pairs, width) if "embed" in names and recipe.embed.existing is None else 0
-    centers = estimates.cluster_bytes(pairs, recipe.cluster.num_centers, width) if "cluster" in names else 0
+    embeddings = estimates.embedding_bytes(pairs, width) if EMBED in names and recipe.embed.existing is None else 0
+    centers = estimates.cluster_bytes(pairs, recipe.cluster.num_centers, width) if CLUSTER in names else 0
     return embeddings + centers
 
 
 def _embed_seconds(folder: RunFolder, missing: list[State]) -> float | None:
-    record = None if any(state.stage.name == "embed" for state in missing) else folder.record("embed")
+    record = None if any(state.stage.name == EMBED for state in missing) else folder.record(EMBED)
     return record.seconds if record is not None and record.summary.get("images_per_s") else None
 
 

@@ -1,11 +1,11 @@
 """What would not stop a training but is likely a mistake, each in a sentence with its numbers."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from clip_cid import tasks, units
 from clip_cid.check.captions import Sights
 from clip_cid.check.estimates import Disk, Duration
 from clip_cid.check.rehearsal import Reading
@@ -27,8 +27,8 @@ def of_settings(settings: DistillConfig, *, steps: int, pairs: int, held_out: in
     """Numbers that are at odds with the length of the run."""
     if settings.warmup_steps > _WARM_UP * steps:
         yield (
-            f"distill.warmup_steps: {settings.warmup_steps:,} is {settings.warmup_steps / steps:.0%} of the {steps:,} "
-            f"steps; a tenth would be {steps // 10:,}"
+            f"distill.warmup_steps: {settings.warmup_steps:,} is {units.percent(settings.warmup_steps / steps, 0)}"
+            f" of the {steps:,} steps; a tenth would be {steps // 10:,}"
         )
     if settings.log_every > steps:
         yield f"distill.log_every: {settings.log_every:,}, but the run has {steps:,} steps: one line of metrics, the last"
@@ -40,7 +40,7 @@ def of_settings(settings: DistillConfig, *, steps: int, pairs: int, held_out: in
     if held_out and 0.5 / held_out**0.5 > _ERROR:
         yield (
             f"distill.validation.share: {held_out:,} pairs are held out, on which a recall is uncertain by up to "
-            f"{0.5 / held_out**0.5:.1%} (one standard error)"
+            f"{units.percent(0.5 / held_out**0.5)} (one standard error)"
         )
 
 
@@ -56,7 +56,7 @@ def of_negatives(settings: DistillConfig, *, num_centers: int, own: float) -> It
 
 def of_machine(settings: DistillConfig, machine: MachineConfig, device: torch.device) -> Iterator[str]:
     """Work that this machine cannot do well."""
-    if machine.workers > (cores := available_cores()):
+    if machine.workers > (cores := tasks.available_cores()):
         yield f"machine.workers: {machine.workers}, but this process may use {cores} cores"
     precision = resolve_precision(settings.precision, device)
     if device.type == "cuda" and precision == torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
@@ -69,8 +69,9 @@ def of_time(duration: Duration, machine: MachineConfig) -> Iterator[str]:
     """Where the time goes, and what a kill would cost."""
     if duration.wait_share > _WAITING:
         yield (
-            f"machine.workers: {duration.wait_share:.0%} of the time would go into waiting for pairs to be read and "
-            f"decoded (now {machine.workers} workers of {available_cores()} cores); raise it, or store smaller images"
+            f"machine.workers: {units.percent(duration.wait_share, 0)} of the time would go into waiting for pairs to be"
+            f" read and decoded (now {machine.workers} workers of {tasks.available_cores()} cores); raise it,"
+            " or store smaller images"
         )
     interval = 60 * machine.checkpoint_minutes
     if duration.seconds > _LONG and interval > duration.seconds / 2:
@@ -84,8 +85,8 @@ def of_pairs(sights: Sights, reading: Reading, *, max_bad_share: float) -> Itera
     """Pairs that the student sees in part or not at all."""
     if sights.truncated > _TRUNCATED * sights.captions:
         yield (
-            f"{sights.truncated / sights.captions:.0%} of {sights.captions:,} captions are longer than the student's "
-            f"{reading.batch.texts.shape[1]} tokens and lose their end"
+            f"{units.percent(sights.truncated / sights.captions, 0)} of {sights.captions:,} captions are longer than the"
+            f" student's {reading.batch.texts.shape[1]} tokens and lose their end"
         )
     rows = len(reading.batch.rows)
     if len(reading.batch.bad) > max_bad_share * rows:
@@ -106,11 +107,11 @@ def of_room(disk: Disk, where: Path, *, memory: float, available: float) -> Iter
         available: Bytes this process may still take.
     """
     if disk.needed > disk.free:
-        yield f"{where}: {size(disk.needed)} are needed, but {size(disk.free)} are free; the run will not end"
+        yield f"{where}: {units.size(disk.needed)} are needed, but {units.size(disk.free)} are free; the run will not end"
     if memory > available:
         yield (
-            f"machine.workers: the batches they hold ready take {size(memory)}, but {size(available)} of memory are "
-            "left; lower it"
+            f"machine.workers: the batches they hold ready take {units.memory(memory)}, but"
+            f" {units.memory(available)} of memory are left; lower it"
         )
 
 
@@ -140,18 +141,3 @@ def _problem_of_set(name: str, where: str, recipe: Recipe) -> str:
     except ClipCidError as error:
         return error.problem
     return ""
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def size(count: float) -> str:
-    """Bytes as people say them."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if count >= unit:
-            return f"{count / unit:,.1f} {name}"
-    return f"{count / 1e3:,.1f} kB"

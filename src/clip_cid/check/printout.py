@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from clip_cid import log
+from clip_cid import log, units
 from clip_cid.check import Report, estimates
-from clip_cid.check.likely_mistakes import size
 from clip_cid.loss_table import LOSSES
+from clip_cid.stage_names import BALANCE, CLUSTER
 
 _MEASURED, _COUNTED, _ARITHMETIC = "measured", "counted", "arithmetic"
 _HOW = ("", "", "how it is known")
@@ -36,7 +36,7 @@ def say(report: Report) -> None:
 
 def verdict(report: Report) -> str:
     """The last line: nothing that is refused gets here."""
-    doubts = f"{len(report.doubts)} doubtful point{'s' if len(report.doubts) != 1 else ''}"
+    doubts = units.counted(len(report.doubts), "doubtful point")
     if report.undone:
         names = ", ".join(f"{state.stage.name} ({state.status})" for state in report.undone)
         return f"The run can begin: {doubts}. Still to run before the training: {names}."
@@ -101,12 +101,12 @@ def _time(report: Report) -> Iterator[Row]:
     how = f"{_MEASURED}, {report.reading.batches} batches, {workers} workers, nothing else running"
     yield "reading a batch", _seconds(duration.reading), how
     overlap = "the longer of both" if duration.overlaps else "one after the other"
-    yield "waiting for data", f"{duration.wait_share:.0%}", f"{_ARITHMETIC}: {overlap}"
+    yield "waiting for data", units.percent(duration.wait_share, 0), f"{_ARITHMETIC}: {overlap}"
     yield "steps", f"{most}{duration.steps:,}", _ARITHMETIC
     yield "pairs seen", f"{most}{duration.steps * batch:,}", f"{_ARITHMETIC}: steps x {batch:,}"
     if report.soft_seconds is not None:
-        yield "soft centers, once", log.duration(report.soft_seconds), f"{_ARITHMETIC}, from those of a batch"
-    hours = f"{duration.seconds / 3600:,.2f} h ({log.duration(duration.seconds)})"
+        yield "soft centers, once", units.duration(report.soft_seconds), f"{_ARITHMETIC}, from those of a batch"
+    hours = f"{duration.seconds / 3600:,.2f} h ({units.duration(duration.seconds)})"
     yield "the whole training", most + hours, f"{_ARITHMETIC}, without validation and checkpoints"
 
 
@@ -118,22 +118,26 @@ def _memory(report: Report) -> Iterator[Row]:
     if workers:
         how = f"{_MEASURED}; shared pages included"
         yield f"the largest of {workers} workers", f"{report.worker_memory_gib:,.2f} GiB", how
-        yield "batches they hold ready", size(report.waiting_bytes), f"{_ARITHMETIC}: 2 for each worker"
+        yield "batches they hold ready", units.size(report.waiting_bytes), f"{_ARITHMETIC}: 2 for each worker"
 
 
 def _disk(report: Report) -> Iterator[Row]:
     disk, keep = report.disk, report.recipe.machine.keep_checkpoints
     best = " and the best student" if report.recipe.distill.validation.keep == "best" else ""
     if disk.before:
-        yield "stages before", size(disk.before), f"{_ARITHMETIC}: embeddings (one caption a pair), centers"
+        yield "stages before", units.size(disk.before), f"{_ARITHMETIC}: embeddings (one caption a pair), centers"
     if disk.soft_centers:
-        yield "soft centers, while it trains", size(disk.soft_centers), _ARITHMETIC
-    yield "a checkpoint", size(disk.checkpoint), f"{_ARITHMETIC}: weights and the optimizer's state"
-    yield "checkpoints, while it trains", size(disk.checkpoints), f"{_ARITHMETIC}: {keep} kept, one being written{best}"
-    yield "the student it leaves", size(disk.student), _ARITHMETIC
-    yield "metrics", size(disk.metrics), f"{_ARITHMETIC}, at most"
-    yield "needed at most", size(disk.needed), _ARITHMETIC
-    yield "free", size(disk.free), _MEASURED
+        yield "soft centers, while it trains", units.size(disk.soft_centers), _ARITHMETIC
+    yield "a checkpoint", units.size(disk.checkpoint), f"{_ARITHMETIC}: weights and the optimizer's state"
+    yield (
+        "checkpoints, while it trains",
+        units.size(disk.checkpoints),
+        f"{_ARITHMETIC}: {keep} kept, one being written{best}",
+    )
+    yield "the student it leaves", units.size(disk.student), _ARITHMETIC
+    yield "metrics", units.size(disk.metrics), f"{_ARITHMETIC}, at most"
+    yield "needed at most", units.size(disk.needed), _ARITHMETIC
+    yield "free", units.size(disk.free), _MEASURED
 
 
 def _teacher(report: Report) -> Iterator[Row]:
@@ -145,9 +149,13 @@ def _teacher(report: Report) -> Iterator[Row]:
         width = teacher.width or report.teacher_dim or 0
         known = "" if teacher.width else " (the student's own; the teacher's is not known)"
         total = estimates.embedding_bytes(report.pairs, width)
-        yield "embeddings of the pairs to train on", size(total), f"{_ARITHMETIC}: 4 x {width:,} bytes a pair{known}"
+        yield (
+            "embeddings of the pairs to train on",
+            units.size(total),
+            f"{_ARITHMETIC}: 4 x {width:,} bytes a pair{known}",
+        )
     if report.embed_seconds is not None:
-        yield "embedding all pairs, once", log.duration(report.embed_seconds), f"{_MEASURED}, by the embed stage"
+        yield "embedding all pairs, once", units.duration(report.embed_seconds), f"{_MEASURED}, by the embed stage"
     if teaching is None or teacher.costs is None or report.student is None:
         yield "FLOPs of a pair in the teacher", "unknown", "its configuration is not here, or cannot be counted"
         return
@@ -161,7 +169,7 @@ def _teacher(report: Report) -> Iterator[Row]:
     if report.embed_seconds is None:
         speed = report.student.training * report.recipe.distill.batch_size / report.duration.compute
         seconds = teaching.embedding_flops / speed
-        yield "time of that", log.duration(seconds), f"{_ARITHMETIC}, at the speed of the student's steps"
+        yield "time of that", units.duration(seconds), f"{_ARITHMETIC}, at the speed of the student's steps"
     ratio = f"{teaching.step_ratio:,.1f} x"
     yield "a step with the teacher online", ratio, f"{_ARITHMETIC}, FLOPs: (3 x student + teacher) / 3 x student"
     run = f"{teaching.run_ratio:,.1f} x"
@@ -179,17 +187,17 @@ def _before(report: Report) -> Iterator[Row]:
     width, recipe = report.teacher_dim or 0, report.recipe
     for state in report.undone:
         yield state.stage.name, state.status, state.reason
-    if "balance" in names:
+    if BALANCE in names:
         least, most = estimates.balance_room(report.pairs, width, on_cuda=report.device.type == "cuda")
         yield (
             "memory of balance",
-            f"up to {size(estimates.balance_memory(report.pairs))}",
+            f"up to {units.size(estimates.balance_memory(report.pairs))}",
             f"{_ARITHMETIC}, docs/scale.md",
         )
-        yield "disk while balance works", f"{size(least)} to {size(most)}", f"{_ARITHMETIC}, docs/scale.md"
-    if "cluster" in names:
+        yield "disk while balance works", f"{units.size(least)} to {units.size(most)}", f"{_ARITHMETIC}, docs/scale.md"
+    if CLUSTER in names:
         needed = estimates.cluster_memory(recipe, report.pairs, width)
-        yield "memory of cluster", size(needed), f"{_ARITHMETIC}, docs/scale.md, before balance"
+        yield "memory of cluster", units.size(needed), f"{_ARITHMETIC}, docs/scale.md, before balance"
 
 
 def _flops(count: float) -> str:
@@ -200,8 +208,8 @@ def _flops(count: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return log.duration(seconds) if seconds >= 1 else f"{1000 * seconds:,.1f} ms"
+    return units.duration(seconds) if seconds >= 1 else f"{1000 * seconds:,.1f} ms"
 
 
 def _share(count: int, total: int) -> str:
-    return f"{count / total:.1%}" if total else "none"
+    return units.percent(count / total) if total else "none"

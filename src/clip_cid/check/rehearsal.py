@@ -5,12 +5,12 @@ import dataclasses
 import itertools
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Generator, Iterator
 
 import torch
 
+from clip_cid import tasks, units
 from clip_cid.errors import RunError
 from clip_cid.method.distill.fused_cluster_loss import soft_centers
 from clip_cid.training.batches import Batch, Batches
@@ -120,14 +120,14 @@ def rehearse(trainer: Trainer, batch: Batch, beside: Iterator[Batch]) -> Rehears
         seconds_per_step=statistics.median(seconds),
         steps=len(seconds),
         centers=None if taken_part is None else int(taken_part),
-        memory_gib=_largest(resource.RUSAGE_SELF),
-        device_memory_gib=torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        memory_gib=units.gib(tasks.peak_memory()),
+        device_memory_gib=units.gib(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None,
     )
 
 
 def worker_memory_gib() -> float:
     """The most one of this process's ended workers has held, with the pages it shared with it."""
-    return _largest(resource.RUSAGE_CHILDREN)
+    return units.gib(tasks.peak_memory(resource.RUSAGE_CHILDREN))
 
 
 def _timed_steps(trainer: Trainer, batch: Batch, beside: Iterator[Batch]) -> tuple[Measured, list[float]]:
@@ -160,8 +160,3 @@ def _refuse_sick(first: Measured, trainer: Trainer) -> None:
 def _finish_work(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _largest(whose: int) -> float:
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(whose).ru_maxrss * unit / 2**30

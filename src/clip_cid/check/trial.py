@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clip_cid import pipeline, tasks
+from clip_cid import pipeline, tasks, units
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.errors import RunError
@@ -17,6 +17,7 @@ from clip_cid.models.student import Clip, build_skeleton, known_architecture
 from clip_cid.models.teacher import teacher_reference
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
+from clip_cid.stage_names import DISTILL, EMBED
 from clip_cid.stages import distill
 from clip_cid.training.batches import Batch, TrainingPairs
 from clip_cid.training.join import plain_pairs
@@ -73,7 +74,7 @@ class TeacherFacts:
 
 def undone(folder: RunFolder, recipe: Recipe) -> list[pipeline.State]:
     """The stages that the training needs and that are not there, or not as the recipe has them."""
-    needs = next(stage for stage in pipeline.STAGES if stage.name == "distill").needs
+    needs = next(stage for stage in pipeline.STAGES if stage.name == DISTILL).needs
     states = (state for state in pipeline.states(folder, recipe) if state.stage.name in needs)
     return [state for state in states if state.status not in ("done", "off")]
 
@@ -86,8 +87,8 @@ def find_teacher(folder: RunFolder, recipe: Recipe, missing: Sequence[pipeline.S
     """
     if not recipe.has_teacher:
         return None
-    if not any(state.stage.name == "embed" for state in missing):
-        store = EmbeddingStore.open(folder.stage("embed"))
+    if not any(state.stage.name == EMBED for state in missing):
+        store = EmbeddingStore.open(folder.stage(EMBED))
         made_by = store.info.teacher
         return _facts(str(made_by.get("reference", "unknown")), made_by.get("model_cfg"), store.dim)
     if recipe.embed.existing is not None:
@@ -167,8 +168,8 @@ def _random_centers(recipe: Recipe, dim: int) -> np.ndarray:
     needed, available = _HEAD_COPIES * 4 * dim * count, tasks.available_memory()
     if needed > available:
         raise RunError(
-            f"cluster.num_centers: {count:,} centers of width {dim:,} take {needed / 1e9:,.1f} GB of memory while the head "
-            f"is made, but {available / 1e9:,.1f} GB are available.",
+            f"cluster.num_centers: {count:,} centers of width {dim:,} take {units.memory(needed)} of memory while the"
+            f" head is made, but {units.memory(available)} are available.",
             fix="Lower cluster.num_centers, or use a machine with more memory.",
         )
     return _unit_rows(count, dim, np.random.default_rng(1))

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clip_cid import log
+from clip_cid import log, units
 from clip_cid.data.pairs.pairs import BadSample
 from clip_cid.errors import DataError
 from clip_cid.evaluation.towers import after_only, both_features
@@ -232,7 +232,7 @@ def _too_many_bad(source: ImageSource, bad: dict[int, str]) -> DataError:
     first = ", ".join(f"{source.name(row)} ({reason})" for row, reason in list(bad.items())[:3])
     return DataError(
         f"{source.title}: {len(bad):,} images so far cannot be decoded, more than "
-        f"{100 * MAX_BAD_SHARE:g} % of {len(source):,}: {first}.",
+        f"{units.percent(MAX_BAD_SHARE, 0)} of {len(source):,}: {first}.",
         fix="Copy the set again from where it came from.",
     )
 

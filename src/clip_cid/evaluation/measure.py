@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from PIL import Image
 
-from clip_cid import log
+from clip_cid import log, units
 from clip_cid.data.pairs.images import decode_image
 from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.data.sets.evaluation_sets import EvaluationSet
@@ -224,8 +224,8 @@ def _say_cost(
     if slow > _WORTH_SAYING:
         log.info(
             f"probe {encoder.name} {labelled.name}: {images:,} images x {train_x.shape[1]:,} features x {classes:,} classes "
-            f"({2 * train_x.nbytes / 2**30:.1f} GiB of memory); a round of the solver takes about {a_round:.2g} s, so {fits} "
-            f"fits of {_ROUNDS[0]} to {_ROUNDS[1]} rounds take {log.duration(quick)} to {log.duration(slow)}"
+            f"({units.memory(2 * train_x.nbytes)} of memory); a round of the solver takes about {a_round:.2g} s, so {fits} "
+            f"fits of {_ROUNDS[0]} to {_ROUNDS[1]} rounds take {units.duration(quick)} to {units.duration(slow)}"
         )
 
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clip_cid import units
+
 Row = dict[str, Any]
 
 MEAN_RECALL = "mean_recall"
@@ -78,11 +80,13 @@ def score_lines(table: Row, models: Sequence[str]) -> tuple[list[str], list[list
     for name, about in table["sets"].items():
         of_set = [(table["scores"].get(model, {}).get(name), model) for model in models]
         cells = ["-" if score is None else _cell(score, table["intervals"][model][name]) for score, model in of_set]
-        lines.append([name + (" *" if about["variant"] else ""), about["metric"], percent(about["chance"]), *cells])
+        lines.append(
+            [name + (" *" if about["variant"] else ""), about["metric"], units.in_percent(about["chance"]), *cells]
+        )
     lines += [[name, "not measured", *("-" for _ in range(1 + len(models)))] for name in table["missing"]]
     for group in table["groups"]:
         star = " *" if any(table["sets"][name]["variant"] for name in group["sets"] if name in table["sets"]) else ""
-        lines.append([group["title"] + star, "", "", *(percent(group["mean"].get(model)) for model in models)])
+        lines.append([group["title"] + star, "", "", *(units.in_percent(group["mean"].get(model)) for model in models)])
     return ["set", "metric", "chance", *models], lines
 
 
@@ -100,8 +104,10 @@ def same_class_lines(rows: Sequence[Row], models: Sequence[str]) -> tuple[list[s
     lines: list[list[str]] = []
     for name in dict.fromkeys(name for _, name in found):
         of_set = [found[model, name] for model in models]
-        lines.append([name, "this set", *(percent(row["top1"]) for row in of_set)])
-        lines.append(["", "ImageNet, same classes", *(percent(row["imagenet_same_classes"]) for row in of_set)])
+        lines.append([name, "this set", *(units.in_percent(row["top1"]) for row in of_set)])
+        lines.append(
+            ["", "ImageNet, same classes", *(units.in_percent(row["imagenet_same_classes"]) for row in of_set)]
+        )
     return ["set", "top1 on", *models], lines
 
 
@@ -121,7 +127,7 @@ def difference_lines(found: Sequence[Row], models: Sequence[str]) -> tuple[list[
 def recall_lines(table: Row, models: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Columns and lines to print: a line for each set, direction and depth."""
     lines = [
-        [name, metric, percent(value["chance"])]
+        [name, metric, units.in_percent(value["chance"])]
         + [_cell(table["scores"][model][name][metric], table["intervals"][model][name][metric]) for model in models]
         for name, metrics in table["sets"].items()
         for metric, value in metrics.items()
@@ -130,15 +136,10 @@ def recall_lines(table: Row, models: Sequence[str]) -> tuple[list[str], list[lis
     return ["set", "metric", "chance", *models], lines
 
 
-def percent(score: float | None) -> str:
-    """A share as people read it; a dash where there is none."""
-    return "-" if score is None else f"{100 * score:.1f}"
-
-
 def _cell(score: float, interval: tuple[float, float]) -> str:
     """A score and its interval in percent: `62.3 (60.1-64.5)`."""
     low, high = interval
-    return f"{percent(score)} ({percent(low)}-{percent(high)})"
+    return f"{units.in_percent(score)} ({units.in_percent(low)}-{units.in_percent(high)})"
 
 
 def _group_mean(group: Group, scores: Mapping[str, Mapping[str, float]]) -> Row:

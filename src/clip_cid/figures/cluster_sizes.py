@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 from matplotlib.ticker import LogLocator, NullLocator
 
+from clip_cid import units
 from clip_cid.figures import style
 
 _SMALL_WIDTH = 3.4  # inches; a third of the report's page
@@ -85,7 +86,7 @@ def _save(
 
 def _label(name: str, numbers: Mapping[str, float], clusters: int) -> str:
     largest = "the largest 1 %" if clusters >= _HUNDRED else "the largest"
-    return f"{name}: Gini {numbers['gini']:.3f}, {100 * numbers['top_1_percent_share']:.1f} % in {largest}"
+    return f"{name}: Gini {numbers['gini']:.3f}, {units.percent(numbers['top_1_percent_share'])} in {largest}"
 
 
 def count(labels: Int[np.ndarray, " images"], clusters: int) -> Int[np.ndarray, " clusters"]:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
+from clip_cid import units
 from clip_cid.data.balance.forest_file import ForestArrays
 from clip_cid.figures import style
 from clip_cid.method.distances import from_squared, to_squared
@@ -39,7 +40,7 @@ def draw(forest: ForestArrays, *, threshold: float, metric: str, out: Path) -> d
         axes.plot([threshold], [100 * chosen], "o", color=style.VERMILLION, markersize=5)
         on_the_left = threshold > grid[-1] / 2
         axes.annotate(
-            f"{threshold:g}: {100 * chosen:.1f} %",
+            f"{threshold:g}: {units.percent(chosen)}",
             *((threshold, 1.0), (-4 if on_the_left else 4, -3)),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",

@@ -17,6 +17,7 @@ from clip_cid.models.student import Clip, load_clip
 from clip_cid.models.teacher import teacher_reference
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
+from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, EVALUATE
 
 NO_CLUSTERS = "this recipe does not cluster"
 NO_SCORES = "this recipe evaluates nothing of the kind"
@@ -37,21 +38,21 @@ class RunInputs:
 
     @cached_property
     def store(self) -> EmbeddingStore:
-        return EmbeddingStore.open(self.folder.stage("embed"))
+        return EmbeddingStore.open(self.folder.stage(EMBED))
 
     @cached_property
     def kept(self) -> np.ndarray:
         """The rows of the store that the clusters and the student see."""
-        if not self.recipe.uses("balance"):
+        if not self.recipe.uses(BALANCE):
             return np.flatnonzero(self.store.ok)
-        return np.load(self.folder.stage("balance") / "kept.npy")
+        return np.load(self.folder.stage(BALANCE) / "kept.npy")
 
     @cached_property
     def balanced(self) -> BalanceTables:
         """The sets of the balance stage."""
-        if not self.recipe.uses("balance"):
+        if not self.recipe.uses(BALANCE):
             raise LeftOut(_NO_BALANCE)
-        folder = self.folder.stage("balance")
+        folder = self.folder.stage(BALANCE)
         if not BalanceTables.exist(folder):
             raise LeftOut(_NOT_KNOWN)
         return BalanceTables(folder)
@@ -66,28 +67,28 @@ class RunInputs:
     @cached_property
     def clusters(self) -> tuple[np.ndarray, np.ndarray]:
         """Centers, and the label of each kept row."""
-        if not self.recipe.uses("cluster"):
+        if not self.recipe.uses(CLUSTER):
             raise LeftOut(NO_CLUSTERS)
-        folder = self.folder.stage("cluster")
+        folder = self.folder.stage(CLUSTER)
         return np.load(folder / "centers.npy", mmap_mode="r"), np.load(folder / "labels.npy")
 
     @cached_property
     def scores(self) -> list[scores.Score]:
-        if not self.recipe.uses("evaluate"):
+        if not self.recipe.uses(EVALUATE):
             raise LeftOut(NO_SCORES)
-        return scores.read_scores(self.folder.stage("evaluate") / "results.jsonl")
+        return scores.read_scores(self.folder.stage(EVALUATE) / "results.jsonl")
 
     @cached_property
     def differences(self) -> Differences:
         """Between the student and the other models; empty where there are none."""
-        return read_differences(self.folder.stage("evaluate"))
+        return read_differences(self.folder.stage(EVALUATE))
 
     @cached_property
     def forest(self) -> StoredForest:
         """Of the balance; its links name rows of the store."""
-        if not BalanceTables.exist(self.folder.stage("balance")):
+        if not BalanceTables.exist(self.folder.stage(BALANCE)):
             raise LeftOut(_NOT_KNOWN)
-        return read_forest(self.folder.stage("balance") / FOREST_FILE)
+        return read_forest(self.folder.stage(BALANCE) / FOREST_FILE)
 
     @cached_property
     def references(self) -> dict[str, str]:

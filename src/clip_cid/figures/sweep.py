@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from clip_cid import log
+from clip_cid import log, units
 from clip_cid.data.balance.forest_file import FOREST_FILE, read_forest
 from clip_cid.data.balance.tables import BalanceTables
 from clip_cid.errors import RunError
@@ -11,6 +11,7 @@ from clip_cid.figures import removed_share
 from clip_cid.method.balance.forest import Forest
 from clip_cid.method.distances import from_squared, to_squared
 from clip_cid.run_folder import RunFolder
+from clip_cid.stage_names import BALANCE
 
 _FOLDER = "sweep"
 _STEPS = 15
@@ -23,8 +24,8 @@ def sweep(folder: RunFolder) -> tuple[list[str], list[list[str]]]:
     Raises:
         RunError: The balance stage has not run, or only took over rows kept elsewhere.
     """
-    balance = folder.stage("balance")
-    record = folder.record("balance")
+    balance = folder.stage(BALANCE)
+    record = folder.record(BALANCE)
     if record is None or not BalanceTables.exist(balance):
         raise RunError(
             f"{balance}: its kept rows were made elsewhere, so other thresholds are not known.",
@@ -49,7 +50,7 @@ def _line(forest: Forest, images: int, threshold: float, tables: BalanceTables) 
     largest = int(np.bincount(forest.sets(squared)).max())
     scales = [f"{_on_metric(squared, metric):.5g}" for metric in _METRICS]
     mark = "->" if threshold == tables.threshold else ""
-    return [mark, *scales, f"{removed:,}", f"{removed / images:.2%}", f"{largest:,}"]
+    return [mark, *scales, f"{removed:,}", units.percent(removed / images, 2), f"{largest:,}"]
 
 
 def _on_metric(squared: float, metric: str) -> float:

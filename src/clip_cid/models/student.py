@@ -30,6 +30,7 @@ from clip_cid import log
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.models.device import resolve_device
 from clip_cid.run_folder import RunFolder
+from clip_cid.stage_names import DISTILL
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -335,7 +336,7 @@ def _pretrained_student(name: str, model_cfg: dict[str, Any], pretrained: str) -
 
 def _folder_of(reference: str) -> Path:
     if reference.startswith(_RUN):
-        return RunFolder(Path(reference.removeprefix(_RUN))).stage("distill") / "student"
+        return RunFolder(Path(reference.removeprefix(_RUN))).stage(DISTILL) / "student"
     return Path(reference.removeprefix(_LOCAL))
 
 

@@ -19,6 +19,7 @@ from clip_cid.models.student import CONFIG_FILE, load_clip
 from clip_cid.publish.model_card import model_card
 from clip_cid.publish.public_names import local_names, public_provenance
 from clip_cid.run_folder import RunFolder
+from clip_cid.stage_names import DISTILL
 
 CARD_FILE = "README.md"
 _NO_CONTENT = {".gitattributes", CARD_FILE}
@@ -97,8 +98,8 @@ def _no_token(problem: str) -> HubError:
 
 def _write_public(run: RunFolder, folder: Path) -> None:
     """The student's folder as the world may see it."""
-    source = run.stage("distill") / "student"
-    if changed := run.changed_files("distill", digests=True):
+    source = run.stage(DISTILL) / "student"
+    if changed := run.changed_files(DISTILL, digests=True):
         raise RunError(
             f"{run.path}: the distill stage is not as it was written ({'; '.join(changed[:3])}).",
             fix=f"Restore it, or train again: `clip-cid distill {run.path} --force`.",

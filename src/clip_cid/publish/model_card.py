@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
-from clip_cid import log
+from clip_cid import log, units
 from clip_cid.errors import DataError, RunError
 from clip_cid.models.student import CONFIG_FILE
 from clip_cid.publish.public_names import public_name, public_provenance
@@ -175,7 +175,7 @@ def _data(records: dict[str, StageRecord]) -> list[tuple[str, str]]:
     if "balance" in records:
         balance = records["balance"].summary
         scales = [f"{value:.4g} ({name.replace('_', ' ')})" for name, value in balance.get("threshold", {}).items()]
-        share = f"{100 * balance['removed_share']:.1f} %"
+        share = units.percent(balance["removed_share"])
         rows += [
             ("threshold of near-duplicates", " = ".join(scales) or "none; the kept rows were made elsewhere"),
             ("near-duplicates removed", f"{balance['removed']:,} ({share})"),
@@ -235,7 +235,7 @@ def _table(task: str, rows: list[dict[str, Any]], folder: Path) -> _Table:
     for row in rows:
         lines.setdefault((row["set"], row["metric"]), {})[row["model"]] = row
     cells = [
-        [name, metric.replace("_", " "), f"{facts['n']:,}", _percent(facts["chance"])]
+        [name, metric.replace("_", " "), f"{facts['n']:,}", units.in_percent(facts["chance"])]
         + [_interval(by_model.get(model)) for model in models]
         for (name, metric), by_model in lines.items()
         for facts in [next(iter(by_model.values()))]
@@ -247,8 +247,4 @@ def _table(task: str, rows: list[dict[str, Any]], folder: Path) -> _Table:
 def _interval(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
-    return f"{_percent(row['score'])} [{_percent(row['low'])}, {_percent(row['high'])}]"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+    return f"{units.in_percent(row['score'])} [{units.in_percent(row['low'])}, {units.in_percent(row['high'])}]"

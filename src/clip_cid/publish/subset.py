@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Int64
 
-from clip_cid import log
+from clip_cid import log, units
 from clip_cid.data.embeddings.files import write_table
 from clip_cid.data.embeddings.store import EmbeddingStore, rows_in_store
 from clip_cid.data.pairs.pairs import BadSample, Pairs, fingerprint, open_pairs
@@ -37,6 +37,7 @@ from clip_cid.errors import ConfigError, DataError, RunError
 from clip_cid.journal import Journal
 from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.run_folder import RunFolder, atomic_file, sha256_file, write_json
+from clip_cid.stage_names import BALANCE, EMBED
 
 MANIFEST, KEYS_TEXT, KEYS_TABLE, SHARDS = "manifest.json", "keys.txt", "keys.parquet", "shards"
 _FORMAT, _VERSION = "clip-cid subset", 1
@@ -145,8 +146,8 @@ def _export_shards(
     listed = [files[name] for name in plan.names]
     _write_manifest(out, kept, {**plan.described, "files": listed}, finished=True)
     journal.path.unlink(missing_ok=True)
-    size = sum(file["bytes"] for file in listed)
-    return f"{out}: {len(kept.keys):,} keys, and their pairs in {len(listed):,} tars of {size / 1e6:,.1f} MB together."
+    together = units.size(sum(file["bytes"] for file in listed))
+    return f"{out}: {len(kept.keys):,} keys, and their pairs in {len(listed):,} tars of {together} together."
 
 
 def member_stem(key: str) -> str:
@@ -169,8 +170,8 @@ def key_of_stem(stem: str) -> str:
 
 def _read_kept(folder: RunFolder) -> _Kept:
     """The kept rows and their keys, which are of one balance stage and of the embeddings that are there now."""
-    balance, again = folder.stage("balance"), f"Run `clip-cid balance {folder.path} --force` and repeat this command."
-    if changed := folder.changed_files("balance", digests=False):
+    balance, again = folder.stage(BALANCE), f"Run `clip-cid balance {folder.path} --force` and repeat this command."
+    if changed := folder.changed_files(BALANCE, digests=False):
         raise RunError(f"{balance}: not as the stage left it ({'; '.join(changed)}).", fix=again)
     try:
         table = pq.read_table(balance / "kept.parquet", columns=["key", "row"])
@@ -325,7 +326,7 @@ def _rows_of_pairs(folder: RunFolder, settings: PairsConfig, pairs: Pairs, kept:
         RunError: The embeddings were made again after balance.
         DataError: Kept keys are not among the pairs, or their pairs cannot be used.
     """
-    store = EmbeddingStore.open(folder.stage("embed"))
+    store = EmbeddingStore.open(folder.stage(EMBED))
     if kept.rows.max() >= store.rows or not store.keys.packed.take(pa.array(kept.rows)).equals(kept.keys):
         raise RunError(
             f"{folder.path}: the kept keys are not those of the embeddings; embed was run again after balance.",

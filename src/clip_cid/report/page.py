@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from clip_cid import log
+from clip_cid import units
 from clip_cid.figures import style
 
 _COLORS = {
@@ -37,12 +37,17 @@ def render(values: Mapping[str, Any]) -> str:
     )
     environment.filters |= {
         "number": lambda value: f"{value:,}",
-        "percent": lambda value: f"{100 * value:.1f}\N{NO-BREAK SPACE}%",
+        "percent": unbroken_percent,
         "points": style.signed_points,
-        "duration": log.duration,
+        "duration": units.duration,
     }
     style_sheet = Markup((resources.files("clip_cid") / "report" / "report.css").read_text(encoding="utf-8"))
     return environment.get_template("report.html").render(style_sheet=style_sheet, **values)
+
+
+def unbroken_percent(share: float) -> str:
+    """A share in percent that no line break separates from its sign."""
+    return units.percent(share).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def inline_svg(path: Path, description: str) -> Markup:

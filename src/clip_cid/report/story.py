@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_cid.figures.differences import TASKS, Difference, Differences, points
+from clip_cid.report.page import unbroken_percent
 from clip_cid.report.score_tables import ScoreTable
 
 _WAYS = {"image_to_text_R@1": "image to text R@1", "text_to_image_R@1": "text to image R@1"}
@@ -48,17 +49,18 @@ def removed(balance: Mapping[str, Any]) -> Statement | None:
     if truth:
         sentences.append(
             f"The true groups are known here ({truth['field']}): of the pairs of images put into one set"
-            f" {_percent(truth['precision'])} belong together, and {_percent(truth['recall'])} of all true pairs were found."
+            f" {unbroken_percent(truth['precision'])} belong together, and"
+            f" {unbroken_percent(truth['recall'])} of all true pairs were found."
         )
     if kinds and kinds["perceptual"]["share"] is not None:
         sentences.append(
-            f"{_percent(kinds['perceptual']['share'])} repeat the pixels (perceptual),"
-            f" {_percent(kinds['semantic']['share'])} only what is shown (semantic)."
+            f"{unbroken_percent(kinds['perceptual']['share'])} repeat the pixels (perceptual),"
+            f" {unbroken_percent(kinds['semantic']['share'])} only what is shown (semantic)."
         )
     if "from" in balance:
         sentences = [f"{balance['removed']:,} of {balance['ok']:,} images were left out by a list made elsewhere."]
     return Statement(
-        _percent(balance["removed_share"]), "removed as duplicates", sentences, "balance", "What was removed"
+        unbroken_percent(balance["removed_share"]), "removed as duplicates", sentences, "balance", "What was removed"
     )
 
 
@@ -73,7 +75,7 @@ def flattened(sizes: Mapping[str, Mapping[str, float]]) -> Statement | None:
         "Gini coefficient of the cluster sizes before and after the balance, on the same centers: 0 is all equal, near 1 is"
         " one that holds everything.",
         f"The largest cluster before has {before['largest']:,.0f} images, the largest after {after['largest']:,.0f};"
-        f" {_percent(after['images'] / before['images'])} of all images stayed.",
+        f" {unbroken_percent(after['images'] / before['images'])} of all images stayed.",
     ]
     return Statement(f"{first} \N{RIGHTWARDS ARROW} {last}", heading, sentences, "clusters", "All about the clusters")
 
@@ -96,7 +98,7 @@ def gained(
     difference, low, high = points(one)
     what = ", ".join([TASKS[one.task].lower(), one.set, *([_WAYS[one.metric]] if one.metric in _WAYS else [])])
     sentences = [
-        f"{_percent(ours)} against {_percent(theirs)} ({what}).",
+        f"{unbroken_percent(ours)} against {unbroken_percent(theirs)} ({what}).",
         f"95\N{NO-BREAK SPACE}% interval of the difference, over the same images: {low} to {high}.",
         _verdict(one, baseline),
         _equal_steps(baseline, student, other),
@@ -137,7 +139,3 @@ def _equal_steps(baseline: str, student: Trained, other: Trained | None) -> str:
     plain = "plain CLIP (its loss alone), " if other.losses == ("clip",) else ""
     same = "the same architecture" if other.student == student.student else f"another architecture ({other.student})"
     return f"The {baseline} is {plain}{same}, at equal steps: both took {student.steps:,} and saw {student.pairs_seen:,} pairs."
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 from jaxtyping import Int
 
-from clip_cid import log, tasks
+from clip_cid import log, tasks, units
 from clip_cid.data.balance.array_folder import ArrayFolder
 from clip_cid.data.balance.forest_file import FOREST_FILE, read_earlier, write_forest, write_row_hashes
 from clip_cid.data.balance.kept_file import read_kept_elsewhere, write_kept
@@ -233,7 +233,7 @@ def _log_chains(chains: Chains, metric: Metric, threshold: float) -> None:
         half, most = chains.distance["0.5"], chains.distance["0.99"]
         log.info(
             f"balance   half of the removed images are within {half:.4g} of the one kept, 99 % within {most:.4g}"
-            f" ({metric.replace('_', ' ')}); {100 * chains.beyond_threshold_share:.2f} % are farther than the threshold"
+            f" ({metric.replace('_', ' ')}); {units.percent(chains.beyond_threshold_share, 2)} are farther than the threshold"
         )
     if (warning := giant_warning(chains, metric=metric, threshold=threshold)) is not None:
         log.warn(f"balance: {warning}; balance.max_radius bounds that distance")
@@ -261,7 +261,7 @@ def _kinds(folder: RunFolder, recipe: Recipe, store: EmbeddingStore, explanation
     log.info(
         f"balance   {shares.drawn:,} removed images compared by their pixels: "
         + ", ".join(
-            f"{100 * one.share:.1f} % {kind} ({100 * one.low:.1f} to {100 * one.high:.1f})"
+            f"{units.percent(one.share)} {kind} ({units.in_percent(one.low)} to {units.in_percent(one.high)})"
             for kind, one in (("perceptual", shares.perceptual), ("semantic", shares.semantic))
             if one.share is not None
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_cid import log, tasks
+from clip_cid import log, tasks, units
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.method.cluster.cluster_quality import cluster_quality, margin_quantiles, purity, size_quantiles
@@ -112,14 +112,14 @@ class _Progress:
     def round(self, training: Training) -> None:
         seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
         if not training.history:
-            log.info(f"cluster   first centers in {log.duration(seconds)}")
+            log.info(f"cluster   first centers in {units.duration(seconds)}")
             return
         last = training.history[-1]
         note = (
             f"objective {last['objective']:.5f} (cosine {1 - last['objective'] / 2:.4f}), {last['empty']:,.0f} empty,"
             f" imbalance {last['imbalance']:.2f}"
         )
-        log.info(f"cluster   round {len(training.history)} of {self._rounds}: {note}, {log.duration(seconds)}")
+        log.info(f"cluster   round {len(training.history)} of {self._rounds}: {note}, {units.duration(seconds)}")
         self._bar.advance(note=note)
 
     def assigned(self, images: int) -> None:
@@ -178,8 +178,8 @@ def _check_memory(sample: int, dim: int, recipe: Recipe) -> None:
         points = int(available / (4 * dim * _SPARE * recipe.cluster.num_centers))
         lower = f", or lower cluster.max_points_per_center to {points:,}" if points else ""
         raise ConfigError(
-            f"cluster.algorithm: FAISS would hold {sample:,} embeddings of width {dim:,} in {needed / 2**30:.1f} GiB of"
-            f" memory, but {available / 2**30:.1f} GiB are available.",
+            f"cluster.algorithm: FAISS would hold {sample:,} embeddings of width {dim:,} in {units.memory(needed)} of"
+            f" memory, but {units.memory(available)} are available.",
             fix=f"Set cluster.algorithm: blocks, which reads them from the disk at every round{lower}.",
         )
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clip_cid import log
+from clip_cid import log, units
 from clip_cid.data.embeddings.importing import import_existing
 from clip_cid.data.embeddings.store import EmbeddingStore, join
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
@@ -272,7 +272,7 @@ def _room(out: Path, writer: StoreWriter, pairs: Pairs, *, dim: int) -> Iterator
     free = shutil.disk_usage(out).free
     if free < needed():
         raise RunError(
-            f"{out}: {_size(needed())} are needed for the embeddings, but {_size(free)} are free.",
+            f"{out}: {units.size(needed())} are needed for the embeddings, but {units.size(free)} are free.",
             fix="Free some room, or use a run folder on another disk.",
         )
     try:
@@ -283,7 +283,8 @@ def _room(out: Path, writer: StoreWriter, pairs: Pairs, *, dim: int) -> Iterator
         done, total = len(writer.shards), len(pairs.shards)
         raise RunError(
             f"{out}: the disk is full after {done:,} of {total:,} shards ({error}).",
-            fix=f"Free at least {_size(max(needed(), 1_000_000))} and run the same command again; the finished shards are kept.",
+            fix=f"Free at least {units.size(max(needed(), 1_000_000))} and run the same command again;"
+            " the finished shards are kept.",
         ) from error
 
 
@@ -313,10 +314,6 @@ def _open(folder: RunFolder, recipe: Recipe) -> Pairs:
 
 def _half(embeddings: Tensor) -> np.ndarray:
     return embeddings.half().cpu().numpy()
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _leave_signals_to_the_parent(_: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_cid import log
+from clip_cid import log, units
 from clip_cid.data.pairs.pairs import fingerprint, open_pairs
 from clip_cid.data.pairs.sources import find_sources
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, MissingSetError, open_set
@@ -22,7 +22,6 @@ from clip_cid.evaluation.tables import (
     Group,
     Row,
     difference_lines,
-    percent,
     recall_lines,
     retrieval_table,
     same_class_lines,
@@ -235,7 +234,7 @@ def _summary(models: list[str], tables: dict[str, Row], asked: _Asked) -> dict[s
     keys = {name: name if name == "retrieval" else f"{name}_mean" for name in tables}
     scores = {model: {keys[name]: table["mean"].get(model) for name, table in tables.items()} for model in models}
     words = [
-        f"{_WORDS[name].lower()} {percent(table['mean'].get(models[0]))} % (mean of {table['mean_of']})"
+        f"{_WORDS[name].lower()} {units.in_percent(table['mean'].get(models[0]))} % (mean of {table['mean_of']})"
         for name, table in tables.items()
     ]
     return {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_cid import log
+from clip_cid import log, units
 from clip_cid.data.pairs.pairs import reason_kind
 from clip_cid.data.pairs.pictures import NoPicturesError, open_pictures
 from clip_cid.errors import DataError
@@ -158,8 +158,8 @@ def _cards(records: dict[str, StageRecord], recipe: Recipe) -> list[Card]:
     )
     seconds = sum(record.seconds for record in records.values())
     slowest = max(records.values(), key=lambda record: record.seconds)
-    note = f"{log.duration(slowest.seconds)} of it {slowest.stage}, on {records['distill'].device}"
-    return [*cards, Card("wall time", log.duration(seconds), note)]
+    note = f"{units.duration(slowest.seconds)} of it {slowest.stage}, on {records['distill'].device}"
+    return [*cards, Card("wall time", units.duration(seconds), note)]
 
 
 def _balance_cards(balance: dict[str, Any], recipe: Recipe) -> list[Card]:
@@ -167,7 +167,7 @@ def _balance_cards(balance: dict[str, Any], recipe: Recipe) -> list[Card]:
     cards = [
         Card("pairs in", f"{balance['images']:,}", f"{skipped:,} skipped" if skipped else "all usable"),
         Card("kept", f"{balance['kept']:,}"),
-        Card("removed", f"{balance['removed']:,}", f"{100 * balance['removed_share']:.1f} % of the usable ones"),
+        Card("removed", f"{balance['removed']:,}", f"{units.percent(balance['removed_share'])} of the usable ones"),
         Card(
             "sets of duplicates",
             f"{balance['sets_with_duplicates']:,}",

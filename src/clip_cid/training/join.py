@@ -9,6 +9,7 @@ from clip_cid.data.pairs.pairs import BadSample, Pairs
 from clip_cid.errors import DataError
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
+from clip_cid.stage_names import BALANCE, CLUSTER
 from clip_cid.training.batches import TrainingPairs
 
 _COMPARED_CAPTIONS = 100
@@ -56,7 +57,7 @@ def read_kept(folder: RunFolder, store: EmbeddingStore) -> Int[np.ndarray, " kep
     Raises:
         DataError: They are not rows of this store that have embeddings.
     """
-    path = folder.stage("balance") / "kept.npy"
+    path = folder.stage(BALANCE) / "kept.npy"
     kept = np.load(path, allow_pickle=False)
     if kept.ndim != 1 or kept.dtype != np.int64 or not len(kept) or kept[0] < 0 or kept[-1] >= store.rows:
         raise DataError(f"{path}: not rows of a store of {store.rows:,}.", fix="Run the balance stage again.")
@@ -71,7 +72,7 @@ def read_labels(folder: RunFolder, num_kept: int) -> Int[np.ndarray, " kept"]:
     Raises:
         DataError: There is not one label for each.
     """
-    path = folder.stage("cluster") / "labels.npy"
+    path = folder.stage(CLUSTER) / "labels.npy"
     labels = np.load(path, allow_pickle=False)
     if labels.shape != (num_kept,):
         raise DataError(
@@ -86,7 +87,7 @@ def read_centers(folder: RunFolder, store: EmbeddingStore) -> Float[np.ndarray, 
     Raises:
         DataError: They are of another width, or the labels name others.
     """
-    path = folder.stage("cluster") / "centers.npy"
+    path = folder.stage(CLUSTER) / "centers.npy"
     centers = np.load(path, allow_pickle=False)
     again = "Run the cluster stage again, on these embeddings."
     if centers.ndim != 2 or centers.shape[1] != store.dim:

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import resource
-import sys
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_cid import log
+from clip_cid import log, tasks, units
 from clip_cid.errors import RunError
 from clip_cid.method.distill.collapse import CollapseAlarm
 from clip_cid.method.distill.objective import weighted_sum
@@ -295,8 +293,8 @@ class Trainer:
 
     def _note(self, measured: Measured) -> str:
         parts = " ".join(f"{name} {value:.3f}" for name, value in measured.parts.items())
-        memory = _memory(self.ranks.device)["memory_gib"]
-        return f"loss {measured.loss:.3f} ({parts}), waits for data {self.watch.wait_share:.0%}, {memory:.1f} GiB"
+        waiting, memory = units.percent(self.watch.wait_share, 0), units.memory(tasks.peak_memory())
+        return f"loss {measured.loss:.3f} ({parts}), waits for data {waiting}, {memory}"
 
     def _record(self, measured: Measured) -> None:
         """A line of metrics.jsonl: every part by name, so that a sick one shows; scales as the factors they are."""
@@ -323,8 +321,8 @@ class Trainer:
             self.records.append(self.last_line)
         if self.watch.is_slow(_SLOW_DATA):
             log.warn(
-                f"distill   {self.watch.wait_share:.0%} of the time goes into waiting for pairs to be read and decoded; "
-                f"raise machine.workers (now {self.machine.workers}), or store smaller images"
+                f"distill   {units.percent(self.watch.wait_share, 0)} of the time goes into waiting for pairs to be read"
+                f" and decoded; raise machine.workers (now {self.machine.workers}), or store smaller images"
             )
 
     def _watch_for_collapse(self, measured: Measured) -> None:
@@ -521,8 +519,7 @@ def _finite(value: float) -> float | None:
 
 def _memory(device: torch.device) -> dict[str, float]:
     """The most memory this process (and, on CUDA, this device) has held so far, in GiB."""
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    peak = {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    peak = {"memory_gib": units.gib(tasks.peak_memory())}
     if device.type == "cuda":
-        peak["device_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        peak["device_memory_gib"] = units.gib(torch.cuda.max_memory_allocated(device))
     return peak

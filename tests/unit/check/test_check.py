@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny_sets import tar_set
 
-from clip_cid import cli, pipeline
+from clip_cid import cli, pipeline, units
 from clip_cid.check import check, likely_mistakes, printout, rehearsal, trial
 from clip_cid.check.captions import count_truncated
 from clip_cid.check.estimates import Duration, chance_levels, compare_teaching
@@ -341,7 +341,7 @@ def test_a_sound_recipe_raises_no_doubt_but_its_tiny_size(case: Case):
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"distill": {"warmup_steps": 2}}, "distill.warmup_steps: 2 is 13% of the 15 steps; a tenth would be 1"),
+        ({"distill": {"warmup_steps": 2}}, "distill.warmup_steps: 2 is 13 % of the 15 steps; a tenth would be 1"),
         ({"distill": {"log_every": 16}}, "distill.log_every: 16, but the run has 15 steps"),
         ({"distill": {"batch_size": 30}}, "distill.batch_size: 30 of 40 pairs"),
         ({"distill": {"sample_rate": 0.2}}, "distill.sample_rate: 0.2 is 1 of 6 centers a step"),
@@ -375,20 +375,20 @@ def test_a_recall_on_few_pairs_is_told_to_be_uncertain(case: Case, tmp_path: Pat
         assert 2 <= report.held_out <= COUNT - report.pairs < COUNT / 2
         assert any(
             f"{report.held_out} pairs are held out, on which a recall is uncertain by up to "
-            f"{math.sqrt(0.25 / report.held_out):.1%}" in line
+            f"{units.percent(math.sqrt(0.25 / report.held_out))}" in line
             for line in report.doubts
         )
 
 
 def test_workers_need_cores_and_time_and_files_need_room(case: Case, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(likely_mistakes, "available_cores", lambda: 0)
+    monkeypatch.setattr("clip_cid.tasks.available_cores", lambda: 0)
     monkeypatch.setattr("clip_cid.tasks.available_memory", lambda: 100.0)
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     report = check(case.folder, case.recipe(machine={"workers": 1}))
     text = "\n".join(report.doubts)
     assert "machine.workers: 1, but this process may use 0 cores" in text
-    assert f"{likely_mistakes.size(report.disk.needed)} are needed, but 1.0 kB are free" in text
+    assert f"{units.size(report.disk.needed)} are needed, but 1.0 kB are free" in text
     assert report.waiting_bytes == 2 * BATCH * (3 * 16 * 16 * 4 + TOKENS * 8)
     assert "the batches they hold ready take" in text
 
@@ -405,7 +405,7 @@ def test_a_long_run_needs_checkpoints_on_the_way():
     (told,) = likely_mistakes.of_time(long, rare)
     assert "the run takes about 60: a kill" in told
     (told,) = likely_mistakes.of_time(Duration(steps=10, compute=1.0, reading=2.0, overlaps=True), MachineConfig())
-    assert "50% of the time" in told
+    assert "50 % of the time" in told
 
 
 def test_captions_are_truncated_exactly_when_they_have_more_tokens(case: Case):
@@ -419,7 +419,7 @@ def test_truncated_captions_are_doubtful(case: Case, tmp_path: Path):
     plain = {"embed": {"teacher": "none", "existing": None}, "pairs": {"source": [str(tmp_path / "pairs")]}}
     report = check(RunFolder(tmp_path / "run"), case.recipe(**plain, distill={"weights": "clip-only"}))
     assert (report.sights.captions, report.sights.truncated) == (COUNT, COUNT)
-    assert any("100% of 40 captions are longer than the student's 8 tokens" in line for line in report.doubts)
+    assert any("100 % of 40 captions are longer than the student's 8 tokens" in line for line in report.doubts)
     assert report.sights.sides == (12, 12, 12)
     assert report.sights.smaller == COUNT  # 12 pixels for a student that sees 16
 

@@ -7,7 +7,6 @@ import pytest
 from clip_cid.evaluation.tables import (
     Group,
     difference_lines,
-    percent,
     recall_lines,
     retrieval_table,
     same_class_lines,
@@ -120,7 +119,3 @@ def test_the_printed_recalls_have_a_line_for_every_direction_and_depth() -> None
         ["x", "text_to_image_R@1", "25.0", "40.0 (30.0-50.0)"],
         ["z", "not measured", "-", "-"],
     ]
-
-
-def test_a_share_is_printed_in_percent() -> None:
-    assert (percent(0.12345), percent(None)) == ("12.3", "-")

@@ -244,7 +244,7 @@ def test_slow_data_is_warned_of_with_the_setting_that_helps(
     monkeypatch.setattr(Stopwatch, "wait_share", property(lambda _: 0.37))
     trainer.run()
     (warning,) = [record.message for record in caplog.records if "waiting for pairs" in record.message]
-    assert "37% of the time" in warning
+    assert "37 % of the time" in warning
     assert "raise machine.workers" in warning
 
 

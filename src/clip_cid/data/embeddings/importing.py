@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from clip_cid import log
+from clip_cid import log, units
 from clip_cid.data.embeddings.files import (
     COLUMNS,
     FOLDERS,
@@ -215,5 +215,5 @@ def _tell(found: Sequence[FoundShard], out: Path, dtype: np.dtype[Any], *, norma
     reasons += [f"{' and '.join(kinds)} become {dtype}"] if kinds else []
     size = sum(one.rows * one.dim for one in converted) * dtype.itemsize
     log.info(
-        f"embed     {len(converted):,} arrays are converted once into {out}, {size / 1e6:,.1f} MB: {'; '.join(reasons)}"
+        f"embed     {len(converted):,} arrays are converted once into {out}, {units.size(size)}: {'; '.join(reasons)}"
     )

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from clip_cid import units
 from clip_cid.method.balance.set_explanation import Explanation
 from clip_cid.method.distances import from_squared
 from clip_cid.summaries import Chains, Giant
@@ -38,11 +39,11 @@ def giant_warning(chains: Chains, *, metric: str, threshold: float) -> str | Non
     """A sentence about the giants; None when there is none."""
     if not chains.giants:
         return None
-    first, number = chains.giants[0], len(chains.giants)
+    first = chains.giants[0]
     return (
-        f"{number} set{'s' if number > 1 else ''} of chained images: the largest has {first.size:,} images"
-        f" ({100 * first.share_of_rows:.1f} % of all), and {100 * first.beyond_threshold_share:.0f} % of its removed images"
-        f" are farther than {threshold:g} from the kept one (up to {first.farthest:.3g}, {metric.replace('_', ' ')})"
+        f"{units.counted(len(chains.giants), 'set')} of chained images: the largest has {first.size:,} images"
+        f" ({units.percent(first.share_of_rows)} of all), and {units.percent(first.beyond_threshold_share, 0)} of its"
+        f" removed images are farther than {threshold:g} from the kept one (up to {first.farthest:.3g}, {metric.replace('_', ' ')})"
     )
 
 

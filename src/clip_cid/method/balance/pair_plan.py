@@ -7,6 +7,7 @@ import faiss
 import numpy as np
 from jaxtyping import Float32, Int
 
+from clip_cid import units
 from clip_cid.method.balance.sketch import Sketch, make_sketch, principal_directions
 from clip_cid.method.codes import CodeType, Coding, coding_for
 from clip_cid.method.unit_rows import FLOAT32_ERROR, UnitRows
@@ -88,7 +89,7 @@ class Layout:
         cost = self.estimate
         return (
             f"{what}{where}{on}: about {cost.pairs:.2g} products and {cost.candidates:.2g} exact distances,"
-            f" {_duration(cost.seconds)} of one {'core' if plan.device == 'cpu' else 'device'}"
+            f" {units.duration(cost.seconds)} of one {'core' if plan.device == 'cpu' else 'device'}"
         )
 
 
@@ -142,9 +143,3 @@ def _some(rows: int, count: int, *, seed: int) -> Int[np.ndarray, " n"]:
     if rows <= count:
         return np.arange(rows)
     return np.sort(np.random.default_rng(seed).choice(rows, size=count, replace=False))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

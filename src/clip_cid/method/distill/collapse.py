@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+from clip_cid import units
+
 _FADE = 0.95  # of what is remembered, by each number: single batches are noisy
 _KL_FADE = 0.8  # one batch's divergence is steady, and falls by orders of magnitude: a longer mean would follow late
 _ONE_POINT = 0.95
@@ -112,7 +114,8 @@ class CollapseAlarm:
         own = self._seen.get("own")
         if own is None or not own.greatest > _FOUND or not own.now < _LOST * own.greatest:
             return None
-        return f"own center lost: first for {own.now:.1%} of the images, after {own.greatest:.1%}"
+        before, now = units.percent(own.greatest), units.percent(own.now)
+        return f"own center lost: first for {now} of the images, after {before}"
 
     def _empty_agreement(self, drift: float, chance: float) -> str | None:
         own, kl = self._seen.get("own"), self._seen.get("kl")
@@ -120,8 +123,9 @@ class CollapseAlarm:
             return None
         if own.now > max(_NO_BETTER * own.greatest, _NEAR_CHANCE * chance):
             return None
-        moved = "" if math.isinf(drift) else f"; the centers moved by {drift:.0%} of their length"
+        moved = "" if math.isinf(drift) else f"; the centers moved by {units.percent(drift, 0)} of their length"
         return (
-            f"empty agreement: L_kl fell from {kl.greatest:.3g} to {kl.now:.3g}, but only {own.now:.1%} of the images"
+            f"empty agreement: L_kl fell from {kl.greatest:.3g} to {kl.now:.3g}, but only"
+            f" {units.percent(own.now)} of the images"
             f" have their own center first{moved}"
         )

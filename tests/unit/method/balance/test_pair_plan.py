@@ -150,11 +150,11 @@ def test_a_plan_is_told_in_a_line(plan, words):
 @pytest.mark.parametrize(
     ("device", "seconds", "time"),
     [
-        ("cpu", 0.04, "0.0 s of one core"),
-        ("cpu", 89, "89.0 s of one core"),
-        ("cpu", 600, "10 min of one core"),
-        ("cpu", 9000, "2.5 h of one core"),
-        ("cuda", 12.34, "12.3 s of one device"),
+        ("cpu", 0.04, "0.0s of one core"),
+        ("cpu", 59, "59.0s of one core"),
+        ("cpu", 600, "10m00s of one core"),
+        ("cpu", 9000, "2h30m of one core"),
+        ("cuda", 12.34, "12.3s of one device"),
     ],
 )
 def test_an_estimate_is_told_with_its_units(device, seconds, time):

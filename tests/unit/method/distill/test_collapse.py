@@ -96,7 +96,7 @@ def test_own_centers_that_are_no_longer_found_are_told_with_their_best():
     told = {step: alarm.update(step, own_center=0.6 if step <= 200 else 0.1) for step in range(1, 260)}
     ((step, message),) = ((step, message) for step, message in told.items() if message is not None)
     assert step == 232  # a mean of 0.1 + 0.5 * 0.95**n is below a third of 0.6 from n = 32 on
-    assert message == "own center lost: first for 19.7% of the images, after 60.0%"
+    assert message == "own center lost: first for 19.7 % of the images, after 60.0 %"
 
 
 @pytest.mark.parametrize("batch", [16, 64, 256])
@@ -130,8 +130,8 @@ def test_the_message_of_an_empty_agreement_has_its_numbers():
     assert alarm.update(20, cluster_kl=0.0, own_center=0.4, head_drift=0.0, centers=200) is None
     alarm.load_state_dict({**alarm.state_dict(), "kl_now": 0.125, "own_now": 0.02})
     assert alarm.update(30, cluster_kl=0.125, own_center=0.02, head_drift=0.4, centers=200) == (
-        "empty agreement: L_kl fell from 4 to 0.125, but only 2.0% of the images have their own center first;"
-        " the centers moved by 40% of their length"
+        "empty agreement: L_kl fell from 4 to 0.125, but only 2.0 % of the images have their own center first;"
+        " the centers moved by 40 % of their length"
     )
 
 

@@ -9,19 +9,11 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from clip_cid import units
 from clip_cid.figures import style
+from clip_cid.method.cluster.cluster_quality import gini
 
 _SMALL_WIDTH = 3.4  # inches; a third of the report's page
 _HUNDRED = 100  # of fewer clusters no one is 1 %
 _MAX_POINTS = 400  # a million ranks look the same on paper as these, and weigh 25 MB more
-
-
-def gini(sizes: Int[np.ndarray, " clusters"]) -> float:
-    """How unequal the clusters are: 0 when all are equally large, near 1 when one holds everything."""
-    if not sizes.sum():
-        raise ValueError("sizes: all clusters are empty")
-    ordered = np.sort(sizes).astype(np.float64)
-    ranks = np.arange(1, len(ordered) + 1)
-    return float((2 * ranks - len(ordered) - 1) @ ordered / (len(ordered) * ordered.sum()))
 
 
 def top_share(sizes: Int[np.ndarray, " clusters"], share: float = 0.01) -> float:

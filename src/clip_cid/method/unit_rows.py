@@ -6,7 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
-NORM_TOLERANCE = 1e-2  # float16 storage moves a length by 1e-4 at most; more is not a stored unit vector
+from clip_cid.unit_length import NORM_TOLERANCE, is_unit
+
 BLOCK_ROWS = 4096
 
 FLOAT32_ERROR = 2.0**-22  # the number, the length and the division are each rounded once
@@ -132,7 +133,7 @@ class UnitRows:
             lengths = np.sqrt(values.sum(axis=1))
         bad = ~np.isfinite(lengths) | (lengths == 0)
         if not any_length:
-            bad |= np.abs(lengths - 1) > NORM_TOLERANCE
+            bad |= ~is_unit(lengths)
         if bad.any():
             first = int(np.flatnonzero(bad)[0])
             limit = "finite and not zero" if any_length else f"of length 1 (within {NORM_TOLERANCE})"

@@ -14,15 +14,15 @@ import numpy as np
 from clip_cid import log, tasks, units
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.errors import ConfigError, DataError
-from clip_cid.method.cluster.cluster_quality import cluster_quality, margin_quantiles, purity, size_quantiles
+from clip_cid.method.cluster.cluster_quality import cluster_quality, gini, margin_quantiles, purity, size_quantiles
 from clip_cid.method.cluster.clustering import Clusters, Training, spherical_kmeans
 from clip_cid.models.device import resolve_device
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder, atomic_file
+from clip_cid.unit_length import is_unit
 
 _WORK = "work"
 _STATE_FILE = "training.npz"
-_NORM_TOLERANCE = 1e-3
 _SPARE = 1.1  # FAISS's own arrays beside the sample
 
 
@@ -228,15 +228,13 @@ def _say(summary: dict[str, Any]) -> None:
 def size_summary(labels: np.ndarray, num_centers: int) -> dict[str, Any]:
     """How evenly the images are spread: Gini 0 is even, 1 is all in one cluster."""
     sizes = np.sort(np.bincount(labels, minlength=num_centers))
-    ranks = np.arange(1, num_centers + 1)
-    gini = float(2 * (ranks * sizes).sum() / (num_centers * sizes.sum()) - (num_centers + 1) / num_centers)
     return {
         "empty": int((sizes == 0).sum()),
         "singletons": int((sizes == 1).sum()),
         "smallest": int(sizes[0]),
         "median": float(np.median(sizes)),
         "largest": int(sizes[-1]),
-        "gini": gini,
+        "gini": gini(sizes),
     }
 
 
@@ -250,9 +248,9 @@ def _read_clusters(folder: Path, *, dim: int, kept: int) -> tuple[np.ndarray, np
         raise DataError(f"{folder}: cannot read centers.npy and labels.npy ({error}).", fix=fix) from error
     if centers.ndim != 2 or centers.shape[1] != dim:
         raise DataError(f"{folder}: centers of shape {centers.shape}, but embeddings of width {dim}.", fix=fix)
-    off = np.abs(np.linalg.norm(centers.astype(np.float64), axis=1) - 1)
-    if not (off <= _NORM_TOLERANCE).all():  # also false for NaN
-        raise DataError(f"{folder}: center {int(np.argmax(off))} is not a unit vector.", fix=fix)
+    wrong = np.flatnonzero(~is_unit(np.linalg.norm(centers.astype(np.float64), axis=1)))
+    if len(wrong):
+        raise DataError(f"{folder}: center {wrong[0]} is not a unit vector.", fix=fix)
     if labels.shape != (kept,):
         raise DataError(f"{folder}: {labels.size:,} labels for {kept:,} kept images.", fix=fix)
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(centers):

@@ -25,9 +25,9 @@ from clip_cid.errors import ConfigError, DataError
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.objective import Targets
 from clip_cid.training.ranks.distributed import ALONE, Ranks
+from clip_cid.unit_length import is_unit
 
 _TRIES = 100  # this many broken images in a row are not bad luck but a missing disk
-_NORM_TOLERANCE = 0.01  # float16 rounds a unit vector by about 0.0005
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,7 +375,7 @@ def unit_teacher_rows(
     """Stored float16 rows as float32 of length 1; a length too far from 1 is not rounding but a wrong vector."""
     single = vectors.astype(np.float32)
     norms = np.linalg.norm(single, axis=1, keepdims=True)
-    wrong = np.flatnonzero(~(np.abs(norms[:, 0] - 1) <= _NORM_TOLERANCE))
+    wrong = np.flatnonzero(~is_unit(norms[:, 0]))
     if len(wrong):
         raise DataError(
             f"The teacher's {what} embedding of row {rows[wrong[0]]:,} has length {norms[wrong[0], 0]:.4g}, not 1.",

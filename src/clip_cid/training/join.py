@@ -11,6 +11,7 @@ from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import BALANCE, CLUSTER
 from clip_cid.training.batches import TrainingPairs
+from clip_cid.unit_length import is_unit
 
 _COMPARED_CAPTIONS = 100
 
@@ -92,7 +93,7 @@ def read_centers(folder: RunFolder, store: EmbeddingStore) -> Float[np.ndarray, 
     again = "Run the cluster stage again, on these embeddings."
     if centers.ndim != 2 or centers.shape[1] != store.dim:
         raise DataError(f"{path}: shape {centers.shape}, but embeddings of width {store.dim}.", fix=again)
-    if not (np.abs(np.linalg.norm(centers, axis=1) - 1) <= 1e-2).all():  # also false for NaN
+    if not is_unit(np.linalg.norm(centers, axis=1)).all():
         raise DataError(f"{path}: not all centers are unit vectors.", fix=again)
     labels = np.load(path.with_name("labels.npy"), allow_pickle=False)
     if len(labels) and not (labels.min() >= 0 and labels.max() < len(centers)):

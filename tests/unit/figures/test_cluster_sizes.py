@@ -8,25 +8,6 @@ from hypothesis import strategies as st
 
 from clip_cid.figures import cluster_sizes
 
-sizes = st.lists(st.integers(0, 1000), min_size=1, max_size=50).filter(any).map(np.array)
-
-
-def test_gini_of_hand_worked_sizes() -> None:
-    assert cluster_sizes.gini(np.array([5, 5, 5, 5])) == 0
-    assert cluster_sizes.gini(np.array([0, 0, 0, 8])) == pytest.approx(3 / 4)
-    assert cluster_sizes.gini(np.array([1, 3])) == pytest.approx(1 / 4)
-
-
-@given(sizes)
-def test_gini_is_half_the_mean_difference_over_the_mean(values: np.ndarray) -> None:
-    differences = np.abs(values[:, None] - values[None, :]).mean()
-    assert cluster_sizes.gini(values) == pytest.approx(differences / (2 * values.mean()), abs=1e-12)
-
-
-def test_gini_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="all clusters are empty"):
-        cluster_sizes.gini(np.zeros(3, dtype=np.int64))
-
 
 def test_the_top_percent_is_at_least_one_cluster() -> None:
     assert cluster_sizes.top_share(np.array([6, 2, 2])) == pytest.approx(0.6)

@@ -24,13 +24,13 @@ from jaxtyping import Bool, Float
 
 from clip_cid.errors import DataError
 from clip_cid.run_folder import atomic_file, sha256_file, write_json
+from clip_cid.unit_length import is_unit
 
 STORE_FILE, SKIPPED_FILE, PROGRESS_FILE = "store.json", "skipped.jsonl", "store.part.jsonl"
 FOLDERS = {"image": "img_emb", "text": "text_emb", "more_text": "more_text_emb", "metadata": "metadata"}
 COLUMNS = ("key", "caption", "captions", "ok", "width", "height")
 AGAIN = "Run the embed stage again, with --force."
 _FORMAT, _VERSION = "clip-cid embedding store", 1
-_NORM_TOLERANCE = 1e-2  # float16 rounds the length of a unit vector by 1e-3 at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +213,7 @@ def check_unit(
         DataError: With the first row that is not.
     """
     norms = np.sqrt(np.einsum("rd,rd->r", vectors, vectors, dtype=np.float32))
-    wrong = np.flatnonzero(ok & ~(np.abs(norms - 1) <= _NORM_TOLERANCE))  # NaN compares false, so it is wrong too
+    wrong = np.flatnonzero(ok & ~is_unit(norms))
     if len(wrong):
         row = int(wrong[0])
         raise DataError(

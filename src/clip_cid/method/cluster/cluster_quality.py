@@ -148,3 +148,12 @@ def _margins(
             other = np.maximum(other, cosines.max(axis=1))
         found[start : start + _BLOCK] = np.vecdot(unit, centers[own].astype(np.float32)) - other
     return found
+
+
+def gini(sizes: Int[np.ndarray, " clusters"]) -> float:
+    """How unequal the clusters are: 0 when all are equally large, near 1 when one holds everything."""
+    if not sizes.sum():
+        raise ValueError("sizes: all clusters are empty")
+    ordered = np.sort(sizes).astype(np.float64)
+    ranks = np.arange(1, len(ordered) + 1)
+    return float((2 * ranks - len(ordered) - 1) @ ordered / (len(ordered) * ordered.sum()))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.fused_cluster_loss import ClusterLosses, LogQ, cluster_losses, soft_centers
 from clip_cid.method.products import at_least_float32
+from clip_cid.unit_length import NORM_TOLERANCE, is_unit
 
 _LARGEST_SCALE = 1000.0
 _WATCHED_ROWS = 4096  # drift is measured on this many rows: a second copy of a million centers would not be worth it
@@ -234,12 +235,14 @@ def _perplexity(teacher: Tensor, centers: Tensor, scale: float) -> float:
 def _unit_centers(centers: Tensor) -> Tensor:
     rows = at_least_float32(centers.detach())
     norms = torch.linalg.vector_norm(rows, dim=1)
-    wrong = ~((norms - 1).abs() <= 1e-2)  # a NaN is wrong too
+    wrong = ~is_unit(norms)
     if len(rows) == 0:
         raise ValueError("centers must have at least one row, got none")
     if wrong.any():
         row = int(wrong.nonzero()[0, 0])
-        raise ValueError(f"centers must have unit rows (within 0.01), but row {row} has length {float(norms[row]):.4g}")
+        raise ValueError(
+            f"centers must have unit rows (within {NORM_TOLERANCE}), but row {row} has length {float(norms[row]):.4g}"
+        )
     return rows / norms[:, None]
 
 

@@ -3,9 +3,11 @@ from collections import Counter
 import numpy as np
 import oracles
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clip_cid.method.cluster import cluster_quality as quality
-from clip_cid.method.cluster.cluster_quality import cluster_quality, margin_quantiles, purity, size_quantiles
+from clip_cid.method.cluster.cluster_quality import cluster_quality, gini, margin_quantiles, purity, size_quantiles
 
 
 def data(rows: int = 60, num_centers: int = 7) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -103,3 +105,20 @@ def test_purity_without_classes_or_of_other_rows_is_refused():
         purity(np.zeros(2, dtype=int), np.full(2, -1))
     with pytest.raises(ValueError, match="shape"):
         purity(np.zeros(3, dtype=int), np.zeros(2, dtype=int))
+
+
+def test_gini_of_hand_worked_sizes() -> None:
+    assert gini(np.array([5, 5, 5, 5])) == 0
+    assert gini(np.array([0, 0, 0, 8])) == pytest.approx(3 / 4)
+    assert gini(np.array([1, 3])) == pytest.approx(1 / 4)
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=50).filter(any).map(np.array))
+def test_gini_is_half_the_mean_difference_over_the_mean(values: np.ndarray) -> None:
+    differences = np.abs(values[:, None] - values[None, :]).mean()
+    assert gini(values) == pytest.approx(differences / (2 * values.mean()), abs=1e-12)
+
+
+def test_gini_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="all clusters are empty"):
+        gini(np.zeros(3, dtype=np.int64))

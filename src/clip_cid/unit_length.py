@@ -1,0 +1,11 @@
+"""Whether stored vectors are unit vectors: one tolerance for every reader of embeddings and centers."""
+
+from typing import Any
+
+NORM_TOLERANCE = 1e-2
+"""float16 moves the length of a unit vector by less than 1e-3; a length farther from 1 is not rounding but a wrong vector."""
+
+
+def is_unit(lengths: Any) -> Any:
+    """Of an array or a tensor of lengths, which are 1 within the tolerance; NaN is not."""
+    return abs(lengths - 1) <= NORM_TOLERANCE

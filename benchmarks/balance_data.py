@@ -104,6 +104,7 @@ def _world(kind: Kind, rows: int, dim: int, random: np.random.Generator) -> _Wor
     spectrum = (spectrum / np.linalg.norm(spectrum)).astype(np.float32)
     noise = np.full(dim, dim**-0.5, dtype=np.float32) if kind == "flat" else spectrum
     mean = _unit(random.standard_normal((1, dim), dtype=np.float32))[0] * (MEAN_COSINE / (1 - MEAN_COSINE)) ** 0.5
+
     clusters, between = {"soft": (rows // 10, 0.2), "tight": (rows // 1000, 0.8), "cont": (0, 0.0)}.get(
         kind, (rows // 100, 0.5)
     )
@@ -111,6 +112,7 @@ def _world(kind: Kind, rows: int, dim: int, random: np.random.Generator) -> _Wor
     if clusters:
         drawn = random.standard_normal((clusters, dim), dtype=np.float32) * spectrum
         centers = (drawn @ turn) * np.float32(between**0.5)
+
     scale = np.ones(dim, dtype=np.float32)
     if kind == "outlier":
         scale[random.choice(dim, 4, replace=False)] = 20
@@ -120,6 +122,8 @@ def _world(kind: Kind, rows: int, dim: int, random: np.random.Generator) -> _Wor
 def _blocks(kind: Kind, rows: int, dim: int, seed: int) -> Iterator[np.ndarray]:
     random = np.random.default_rng([seed, 0])
     world = _world(kind, rows, dim, random)
+
+    # Rows of which a kind has its name.
     special = 0
     if kind == "heavy":
         special = int(0.06 * rows)
@@ -127,6 +131,8 @@ def _blocks(kind: Kind, rows: int, dim: int, seed: int) -> Iterator[np.ndarray]:
     elif kind == "drift":
         special = min(5000, rows // 4)
         yield _walk(special, dim, random)
+
+    # Originals, and behind each block its duplicates.
     copies = _copies(rows - special, random)
     for start in range(0, len(copies), _BLOCK):
         some = copies[start : start + _BLOCK]

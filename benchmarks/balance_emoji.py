@@ -95,6 +95,8 @@ def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     vectors = pixel_vectors(emoji) if options.teacher == PIXELS else teacher_vectors(emoji, options)
     vendor, group = (np.array([getattr(one, field) for one in emoji]) for field in ("vendor", "group"))
+
+    # Each vendor alone, both together, and of both the pairs across.
     lines: list[Line] = []
     together: dict[float, Balance] = {}
     thresholds = {*options.thresholds} | ({options.show} if options.show is not None else set[float]())
@@ -106,6 +108,7 @@ def main(options: Options) -> None:
         found = together[threshold] = balance(vectors, threshold=threshold)
         lines.append(_line("both", found, agreement(found.set_of, group), group))
         lines.append(_line("across", found, across(found.set_of, group, vendor), group))
+
     best = max((line for line in lines if line.rows_of == "both"), key=lambda line: line.f1)
     show = best.threshold if options.show is None else options.show
     text = table(lines, emoji, options) + "\n" + worst_merges(together[show], vectors, emoji, options)
@@ -130,6 +133,7 @@ def read(folder: Path) -> list[Emoji]:
                 f"{folder}: no {vendor}-*.tar there.",
                 fix="Give --data a folder with noto-*.tar and twemoji-*.tar (images with a json that has `dup`).",
             )
+
         for path in tars:
             with tarfile.open(path) as tar:
                 files = {member.name: handle.read() for member in tar if (handle := tar.extractfile(member))}
@@ -231,6 +235,8 @@ def worst_merges(found: Balance, vectors: np.ndarray, emoji: Sequence[Emoji], op
     groups = _groups_in_sets(found.set_of, np.array([one.group for one in emoji]))
     worst = [int(set_) for set_ in np.argsort(-groups, kind="stable")[: options.sets] if groups[set_] > 1]
     unit = _unit(vectors.astype(np.float64))
+
+    # A strip a set: the kept drawing, and of every other group the one nearest it.
     strips = []
     for set_ in worst:
         members, kept = np.flatnonzero(found.set_of == set_), int(found.kept[set_])
@@ -251,6 +257,7 @@ def worst_merges(found: Balance, vectors: np.ndarray, emoji: Sequence[Emoji], op
                 framed=(0,),
             )
         )
+
     if not strips:
         return f"At {found.threshold:g} no set has two true groups: no contact sheet.\n"
     picture: Callable[[str], Image.Image] = lambda key: emoji[int(key)].picture()  # noqa: E731

@@ -48,6 +48,7 @@ def measure(checkout: Path, rows: Path, run: Path) -> Peaks:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
+
     ready_anonymous = anonymous = mapped = ready = 0.0
     while process.poll() is None:
         now = _status(process.pid)
@@ -56,6 +57,7 @@ def measure(checkout: Path, rows: Path, run: Path) -> Peaks:
         if not ready and (run / _READY).is_file():
             ready, ready_anonymous = time.monotonic() - started, anonymous
         time.sleep(0.02)
+
     if process.returncode:
         raise SystemExit(process.stderr.read().decode() if process.stderr else "the balance failed")
     return Peaks(ready_anonymous, anonymous, mapped, ready, time.monotonic() - started)
@@ -93,6 +95,7 @@ def main(
         for checkout in checkouts:
             found[checkout].append(measure(checkout, given, work / "run"))
             digests.add(result(work / "run"))
+
     print(f"{rows:,} x {dim}, {rounds} rounds; results are {'equal' if len(digests) == 1 else 'NOT EQUAL'}")
     print(
         "| checkout | anonymous until the tasks, MiB | over all | mapped | s until the tasks | ratio | s over all | ratio |"

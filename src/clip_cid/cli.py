@@ -13,27 +13,30 @@ from tyro.conf import Positional
 
 from clip_cid import log, pipeline, units
 from clip_cid.errors import ClipCidError, ConfigError, RunError
-from clip_cid.recipe import Config, Recipe, commented_recipe, parse_recipe, read_recipe
+from clip_cid.recipe import Config, Recipe, commented_recipe, one_line, parse_recipe, read_recipe
 from clip_cid.run_folder import RunFolder, atomic_file, disk_full
+from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE, REPORT
 from clip_cid.tasks import torchrun_place
 
 _ABOUT = """Distil a huge CLIP into a small one on your own image-text data.
 
-pairs -> embed -> balance -> cluster -> distill -> evaluate -> draw -> report. `clip-cid run RUN --recipe FILE` does all
-of it and repeats nothing that is up to date; each stage is also a command of its own. Start with `clip-cid init`
-(a recipe with every setting explained) or `clip-cid sample` (pairs to play with). Add --debug to see the traceback of
-an error. Exit code 0 is success, 1 bad data or state, 2 a bad setting."""
+pairs -> embed -> balance -> cluster -> distill -> evaluate -> draw -> report.
+
+`clip-cid run RUN --recipe FILE` runs all stages and repeats nothing that is up to date. Each stage is
+also a command of its own. Start with `clip-cid init` (a recipe with every setting explained) or
+`clip-cid sample` (pairs to try it with). Add --debug to see the traceback of an error. The exit code is
+0 for success, 1 for bad data or state, 2 for a bad setting."""
 
 _STAGE_HELP = {
-    "check": "Try the first steps of a training that is thrown away: mistakes, memory, FLOPs, disk and hours, before it begins.",
+    "check": "Try the first steps of a training, and discard it: shows mistakes, memory, FLOPs, disk and hours beforehand.",
     "run": "Run every stage that is missing or stale, in order, and say why.",
-    "embed": "Compute the teacher's image and text embeddings once and store them.",
-    "balance": "Keep one image of each set of near-duplicates (image semantic balance, paper 3.1).",
-    "cluster": "Spherical k-means over the kept images (paper 3.2, Eq. 1).",
-    "distill": "Train the student from the stored embeddings; leaves a folder open_clip loads.",
-    "evaluate": "Zero-shot, linear probe, neighbors and retrieval of the student and of any models beside it.",
-    "draw": "The figures, from the files of the run.",
-    "report": "One self-contained HTML page about the run.",
+    EMBED: "Compute the teacher's image and text embeddings once and store them.",
+    BALANCE: "Keep one image of each set of near-duplicates (image semantic balance, paper 3.1).",
+    CLUSTER: "Spherical k-means over the kept images (paper 3.2, Eq. 1).",
+    DISTILL: "Train the student from the stored embeddings, into a folder that open_clip loads.",
+    EVALUATE: "Zero-shot, linear probe, neighbors and retrieval of the student and of other models beside it.",
+    DRAW: "Draw the figures, from the files of the run.",
+    REPORT: "Write one self-contained HTML page about the run.",
 }
 
 
@@ -41,57 +44,63 @@ Run = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
 Out = Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
 File = Annotated[Positional[Path], tyro.conf.arg(metavar="FILE")]
 
-_FOLDER = "The run folder, made when it does not exist."
-_UNTOUCHED = "The run folder, which need not exist; nothing of it changes."
+_FOLDER = "The run folder; created when it does not exist."
+_UNTOUCHED = "The run folder. It need not exist, and nothing in it changes."
 _COMMON: tuple[tuple[str, Any, str], ...] = (
-    ("recipe", Path | None, "A recipe file; without it the one stored in the run folder, else the defaults."),
+    ("recipe", Path | None, "A recipe file. Default: the one stored in the run folder, else the default settings."),
     (
         "embeddings",
         Path | None,
-        "Use these embeddings instead of running embed: a store of ours, a clip-retrieval folder (texts and metadata are "
-        "optional), DataComp's .npz shards, a folder of .npy files, or one .npy.",
+        "Use these embeddings instead of running embed: a store of ours, a clip-retrieval folder (texts and "
+        "metadata are optional), DataComp's .npz shards, a folder of .npy files, or one .npy.",
     ),
     ("kept", Path | None, "Use this .npy of kept rows instead of running balance."),
     ("clusters", Path | None, "Use this folder with centers.npy and labels.npy instead of running cluster."),
 )
-_FORCE: tuple[tuple[str, Any, str], ...] = (("force", bool, "Run even what is up to date."),)
+_FORCE: tuple[tuple[str, Any, str], ...] = (("force", bool, "Run even if the results are up to date."),)
 _OF_BALANCE: tuple[tuple[str, Any, str], ...] = (
     (
         "sweep",
         bool,
-        "Then print and draw which share of the images each threshold removes, up to balance.max-threshold.",
+        "Afterwards, print and draw the share of the images that each threshold up to balance.max-threshold removes.",
     ),
-    ("target_removed", float | None, "Short for --balance.target-removed: take the threshold that removes this share."),
+    ("target_removed", float | None, "Same as --balance.target-removed: take the threshold that removes this share."),
 )
 _OF_EVALUATE: tuple[tuple[str, Any, str], ...] = (
     (
         "model",
         tuple[str, ...],
-        "Models to measure too, one or several: an open_clip name (with --pretrained) or NAME/TAG, local-dir:PATH, "
-        "hf-hub:ORG/NAME, run:PATH. In a folder that is no run yet they are all there is to measure.",
+        "One or more models to evaluate too: an open_clip name (with --pretrained) or NAME/TAG, local-dir:PATH, "
+        "hf-hub:ORG/NAME, run:PATH. In a folder that is not a run yet, only these are evaluated.",
     ),
-    ("pretrained", str | None, "The open_clip tag of the --model that are plain names."),
+    ("pretrained", str | None, "The open_clip tag of each --model that is a plain name."),
 )
 _OF_REPORT: tuple[tuple[str, Any, str], ...] = (
-    ("blur", bool, "Short for --report.blur: every picture of the data is blurred until it is pointed at or clicked."),
-    ("no_images", bool, "Short for --report.no-images: no picture, caption or key of the data, numbers only."),
+    (
+        "blur",
+        bool,
+        "Same as --report.blur: blur every picture of the data until the pointer is on it or it is clicked.",
+    ),
+    ("no_images", bool, "Same as --report.no-images: numbers only, no picture, caption or key of the data."),
 )
 _EXTRAS = {
     "check": (),
-    "balance": (*_FORCE, *_OF_BALANCE),
-    "evaluate": (*_FORCE, *_OF_EVALUATE),
-    "report": (*_FORCE, *_OF_REPORT),
+    BALANCE: (*_FORCE, *_OF_BALANCE),
+    EVALUATE: (*_FORCE, *_OF_EVALUATE),
+    REPORT: (*_FORCE, *_OF_REPORT),
 }
-_TAKEN_OVER = {"embeddings": "embed", "kept": "balance", "clusters": "cluster"}
+_IMPORTED = {"embeddings": EMBED, "kept": BALANCE, "clusters": CLUSTER}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    # Threads that spin while they wait are lost to whoever else uses the cores: on a busy machine that is several times slower.
+    # Threads that spin while they wait take the cores from others: on a busy machine all is several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+
     log.setup(quiet=torchrun_place().rank > 0)
     try:
         commands = _commands(_recipe_for(arguments))
@@ -106,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"the disk is full ({error}).\nFree some room and run the same command again.", 1, debug)
     except KeyboardInterrupt:
-        return _fail("stopped.\nRun the same command again to go on; finished work is kept.", 130, debug)
+        return _fail("stopped.\nRun the same command again to resume; finished work is kept.", 130, debug)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
@@ -117,7 +126,7 @@ def _fail(message: str, code: int, debug: bool) -> int:
 
 
 def _recipe_for(arguments: Sequence[str]) -> Recipe:
-    """The recipe that gives the flags their defaults, so it is read before they are parsed."""
+    """The recipe that gives the flags their defaults: it is read before they are parsed."""
     for index, argument in enumerate(arguments):
         if argument == "--recipe" and index + 1 < len(arguments):
             return read_recipe(Path(arguments[index + 1]))
@@ -161,7 +170,9 @@ def _recipe_command(
 
     def start(flags: Any) -> int:
         settings = recipe.model_dump() | {part: dataclasses.asdict(getattr(flags, part)) for part in sections}
-        for flag, section in _TAKEN_OVER.items():
+
+        # Flags that are short for settings.
+        for flag, section in _IMPORTED.items():
             if (existing := getattr(flags, flag)) is not None:
                 settings[section]["existing"] = existing
         if getattr(flags, "target_removed", None) is not None:
@@ -170,10 +181,13 @@ def _recipe_command(
             settings["report"]["blur"] = True
         if getattr(flags, "no_images", False):
             settings["report"]["images"] = False
+
+        # Models to measure; a folder that is not a run has no student.
         if models := _models(getattr(flags, "model", ()), getattr(flags, "pretrained", None)):
             settings["evaluate"]["compare"] |= models
             if flags.recipe is None and not (flags.run / pipeline.RECIPE_FILE).is_file():
                 settings["evaluate"]["student"] = False
+
         act(name, flags, parse_recipe(settings, where="settings"))
         return 0
 
@@ -214,14 +228,14 @@ def _check(_: str, flags: Any, recipe: Recipe) -> None:
 
 
 def _flags(section: Config) -> tuple[Any, Any]:
-    """A section as a plain class without limits, so that our own words say what is wrong with a value; and its default."""
+    """A section as a plain class, and its default. It has no limits: `parse_recipe` says what is wrong with a value."""
     fields: list[tuple[str, Any, Any]] = []
     for name, setting in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, Config):
             fields.append((name, *_flags(value)))
         else:
-            kind = Annotated[setting.annotation, tyro.conf.arg(help=setting.description)]
+            kind = Annotated[setting.annotation, tyro.conf.arg(help=one_line(setting.description))]
             fields.append((name, kind, dataclasses.field(default_factory=lambda value=value: value)))
     flags = dataclasses.make_dataclass(type(section).__name__, fields)
     flags.__doc__ = type(section).__doc__
@@ -229,7 +243,7 @@ def _flags(section: Config) -> tuple[Any, Any]:
 
 
 def status(run: Run, recipe: Path | None = None) -> int:
-    """Where each stage of a run stands, and why.
+    """Show the state of each stage of a run, and why.
 
     Args:
         run: The run folder.
@@ -240,7 +254,7 @@ def status(run: Run, recipe: Path | None = None) -> int:
     for state in pipeline.states(folder, read_recipe(recipe or run / pipeline.RECIPE_FILE)):
         record = state.record
         made = f"{record.started}, {units.duration(record.seconds)}" if record else ""
-        reason = f"{state.reason}; can go on where it stopped" if state.resumes else state.reason
+        reason = f"{state.reason}; can resume" if state.resumes else state.reason
         rows.append([state.stage.name, state.status, reason, made, pipeline.headline(record)])
     log.table(["stage", "status", "reason", "made", "result"], rows, title=str(folder.path))
     return 0
@@ -256,21 +270,21 @@ def verify(run: Run) -> int:
     if problems:
         raise RunError(
             f"{run}: {len(problems)} files are not as they were written: {'; '.join(problems[:5])}",
-            fix=f"Make the stage named first again: `clip-cid {problems[0].partition(':')[0]} {run} --force`.",
+            fix=f"Run the first of these stages again: `clip-cid {problems[0].partition(':')[0]} {run} --force`.",
         )
     return 0
 
 
 def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000) -> int:
-    """Write the balanced list of a run: keys.txt and keys.parquet, and on request the kept pairs themselves as tars.
+    """Write the balanced list of a run, keys.txt and keys.parquet, and with --shards the kept pairs as tars.
 
-    Killed at any instant, the same command goes on where it stopped.
+    When it was killed, the same command resumes it.
 
     Args:
         run: The run folder; its balance stage must have finished.
-        out: The folder to make.
-        shards: Also write the kept pairs as WebDataset tars, their files byte for byte as they are; pairs.source in the
-            run's recipe names them.
+        out: The folder to create.
+        shards: Also write the kept pairs as WebDataset tars. Their files are copied byte for byte from
+            pairs.source of the run's recipe.
         shard_size: Pairs in a tar.
     """
     from clip_cid.publish.subset import export_subset
@@ -290,19 +304,19 @@ def ablate(
     peers: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Vary one thing of a recipe as the paper's Tables 4 to 7 do, with several seeds, into one table with intervals.
+    """Vary one setting of a recipe, as the paper's Tables 4 to 7 do, with several seeds: one table with intervals.
 
-    What does not change between runs is computed once. Killed at any instant, the same command goes on.
+    Stages that are equal in several runs are computed once. When it was killed, the same command resumes it.
 
     Args:
-        table: threshold (of the balance), losses, clusters (their number), or teacher.
-        recipe: A recipe file: what all runs have in common.
+        table: What to vary: threshold (of the balance), losses, clusters (their number), or teacher.
+        recipe: A recipe file: the settings that all runs share.
         out: The folder of the runs and of ablation.md, .csv, .json and .svg.
-        seeds: Runs of each variant, with distill.seed 0, 1, ...; three are the fewest that make an interval useful.
-        values: Thresholds, numbers of clusters, or teachers (run:PATH, local-dir:PATH, hf-hub:ORG/NAME, NAME/TAG)
-            instead of the paper's, which are scaled to the recipe.
-        peers: Also train with the losses of peers (losses only).
-        dry_run: Only say what would be run.
+        seeds: Runs of each variant, with distill.seed 0, 1, ... Use at least three for a useful interval.
+        values: Thresholds, numbers of clusters, or teachers (run:PATH, local-dir:PATH, hf-hub:ORG/NAME,
+            NAME/TAG). Default: the paper's, scaled to the recipe.
+        peers: Also train with the losses of peers (for losses only).
+        dry_run: Only print what would be run.
     """
     from clip_cid import ablations
 
@@ -318,10 +332,11 @@ def export(run: Run, out: Out, onnx: bool = False) -> int:
 
     Args:
         run: The run folder; its distill stage must have finished.
-        out: The folder to make.
-        onnx: Also write both towers as ONNX graphs, each compared with PyTorch; needs `pip install "clip-cid[onnx]"`.
+        out: The folder to create.
+        onnx: Also write both towers as ONNX graphs, and compare each with PyTorch. Needs
+            `pip install "clip-cid[onnx]"`.
     """
-    student = _existing(run).stage("distill") / "student"
+    student = _existing(run).stage(DISTILL) / "student"
     from clip_cid.models.export import copy_student, usage
     from clip_cid.publish.onnx_export import export_onnx, require_onnx
 
@@ -344,15 +359,16 @@ def push(
 ) -> int:
     """Upload the trained student to the Hugging Face Hub, with a model card filled from the run.
 
-    The student is reloaded and compared first, and files and folders in its provenance are cut to their names. Log in
-    before with `hf auth login`, or set HF_TOKEN.
+    First the student is reloaded and compared, and paths in its provenance are cut to their names. Log in
+    with `hf auth login` before, or set HF_TOKEN.
 
     Args:
         run: The run folder; its distill stage must have finished.
-        repo: The repository on the Hub; made when it does not exist.
-        license: The license of the model, as the Hub names it (apache-2.0, cc-by-nc-4.0, ...); unsaid without it.
+        repo: The repository on the Hub; created when it does not exist.
+        license: The license of the model, as the Hub names it (apache-2.0, cc-by-nc-4.0, ...). Without it
+            the model card names none.
         private: Make the repository private.
-        dry_run: Print the model card and upload nothing; needs neither network nor token.
+        dry_run: Print the model card and upload nothing. Needs neither network nor token.
     """
     folder = _existing(run)
     from clip_cid.publish.hub import card_of, push_student
@@ -380,11 +396,11 @@ def init(file: File) -> int:
 
 
 def sample(out: Out, pairs: int = 6000, seed: int = 0) -> int:
-    """Write the embedded sample: captioned scenes with planted duplicates, and labelled sets to evaluate on.
+    """Write a small sample: captioned scenes with planted duplicates, and labelled sets to evaluate on.
 
     Args:
-        out: The folder to make.
-        pairs: Training pairs.
+        out: The folder to create.
+        pairs: Number of training pairs.
         seed: Seed of the scenes.
     """
     from clip_cid.data.sample.write import write_sample

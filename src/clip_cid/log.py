@@ -21,10 +21,12 @@ _PLAIN_SECONDS = 10.0  # how often a bar that nobody watches becomes a line
 
 
 def setup(*, quiet: bool = False) -> None:
-    """Send messages to the terminal; call once, from the command line only, so that a library user's logging is left alone.
+    """Send messages to the terminal.
+
+    Only the command line calls this, once: the logging of a program that imports us is left alone.
 
     Args:
-        quiet: Say nothing: for one of several processes, whose first one speaks for all.
+        quiet: Say nothing: for all but the main one of several processes.
     """
     if _logger.handlers:
         return
@@ -58,7 +60,7 @@ def to_file(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet(answers: Path) -> Iterator[None]:
-    """Leave the console to the caller: of the messages inside only warnings are shown, and answers go into a file."""
+    """Show only the warnings inside; answers go into a file instead of standard output."""
     shown = [handler for handler in _logger.handlers if isinstance(handler, RichHandler | _Lines)]
     before = [handler.level for handler in shown]
     for handler in shown:
@@ -126,7 +128,7 @@ class Bar:
 
 @contextlib.contextmanager
 def progress(what: str, total: int, *, unit: str = "images", start: int = 0) -> Iterator[Bar]:
-    """Show how far a long piece of work is, how fast it goes and how long it will take; `start` units were done before."""
+    """Show how far a long piece of work is, its speed and the time left; `start` units were done before."""
     if not (_console.is_terminal and _logger.handlers and _logger.isEnabledFor(logging.INFO)):
         yield Bar(what, total, unit, start, None)
         return

@@ -1,6 +1,7 @@
-"""The order of the stages; what is stale and why; running what must run.
+"""The order of the stages; which are stale and why; running those.
 
-Nothing here imports torch: a stage's module is imported only when the stage runs, so `status` and a finished run are quick.
+Nothing here imports torch: the module of a stage is imported only when the stage runs, so `status` and
+a finished run are quick.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ class State:
     reason: str
     record: StageRecord | None
     resumes: bool = False
-    """A killed attempt has left work to go on from."""
+    """A killed attempt has left work that can be resumed."""
 
 
 def active_stages(recipe: Recipe) -> tuple[Stage, ...]:
@@ -46,34 +47,37 @@ def active_stages(recipe: Recipe) -> tuple[Stage, ...]:
 def states(folder: RunFolder, recipe: Recipe) -> list[State]:
     """Each stage's state under this recipe, with the reason in words."""
     active = active_stages(recipe)
-    found: list[State] = []
-    again: dict[str, str] = {}  # stages that will run -> why, for those behind them
+    of_stages: list[State] = []
+    will_run: dict[str, str] = {}  # stage -> the reason it gives to those after it
     for stage in STAGES:
         if stage not in active:
-            found.append(State(stage, "off", "not used by this recipe", None))
+            of_stages.append(State(stage, "off", "not used by this recipe", None))
             continue
+
         key, record = _key(stage, recipe, folder, active), folder.record(stage.name)
-        reason = _reason(stage, recipe, folder, record, again, active)
+        reason = _reason(stage, recipe, folder, record, will_run, active)
+        if record is not None and not reason:
+            of_stages.append(State(stage, "done", "", record))
+            continue
+
         resumes = stage.resumable and key is not None and folder.resumes(stage.name, key)
         if record is None:
-            found.append(State(stage, "missing", "has not run yet", None, resumes))
-        elif reason:
-            found.append(State(stage, "stale", reason, record, resumes))
+            of_stages.append(State(stage, "missing", "has not run yet", None, resumes))
+            will_run[stage.name] = f"{stage.name} has not run yet"
         else:
-            found.append(State(stage, "done", "", record))
-            continue
-        again[stage.name] = f"{stage.name} runs again" if record else f"{stage.name} has not run yet"
-    return found
+            of_stages.append(State(stage, "stale", reason, record, resumes))
+            will_run[stage.name] = f"{stage.name} runs again"
+    return of_stages
 
 
 def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bool = False) -> None:
-    """Run what is missing or stale, in order, saying why; stages that are up to date are left alone.
+    """Run the stages that are missing or stale, in order, and say why. Stages that are up to date do not run.
 
     Args:
         folder: The run folder; created when it does not exist.
         recipe: The settings; stored beside the results.
-        only: Run this one stage only; what it needs must be done.
-        force: Run even what is up to date.
+        only: Run this one stage only; the stages it needs must be done.
+        force: Also run stages that are up to date.
 
     Raises:
         ClipCidError: As the stages raise it; results of other stages stay whole.
@@ -84,31 +88,38 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
     if place.rank > 0:
         _assist(folder, recipe, BY_NAME[str(only)], force=force)
         return
+
     with folder.lock(), log.to_file(folder.path / "run.log"):
         active = active_stages(recipe)
         todo = active if only is None else _with_imports(BY_NAME[only], recipe, active)
         if only is not None:
             _check_only(folder, recipe, BY_NAME[only], todo, active)
+
+        # From here on the folder is of this recipe.
         with atomic_file(folder.path / RECIPE_FILE) as temporary:
             temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+
         for stage in todo:
+            forced = force and only in (None, stage.name)
             state = next(state for state in states(folder, recipe) if state.stage is stage)
-            if state.status == "done" and not (force and only in (None, stage.name)):
+            if state.status == "done" and not forced:
                 log.info(f"{stage.name:<9} up to date   {headline(state.record)}")
                 continue
-            if force and only in (None, stage.name):
+            if forced:
                 folder.forget(stage.name)
             why = "forced" if state.status == "done" else f"{state.status}: {state.reason}"
-            log.info(f"{stage.name:<9} {why}; {'going on where it stopped' if state.resumes else 'running'}")
+            log.info(f"{stage.name:<9} {why}; {'resuming' if state.resumes else 'running'}")
             _run_stage(stage, folder, recipe, active)
+
         if only is None:
             _say_outcome(folder, recipe)
 
 
 def take_over(folder: RunFolder, recipe: Recipe, others: Sequence[RunFolder]) -> None:
-    """Adopt what other runs have already computed: the stages, from the first on, that are not current here but are there.
+    """Adopt stages that other runs have finished, from the first on, where they are not current here.
 
-    Equal keys decide. A stage that grows and has no results here yet is given those of other settings to build upon.
+    A stage is adopted where its key is equal. The first one that is not adopted ends this; if it grows and has no
+    results here, it is given those of other settings to build upon.
     """
     with folder.lock():
         active = active_stages(recipe)
@@ -116,13 +127,17 @@ def take_over(folder: RunFolder, recipe: Recipe, others: Sequence[RunFolder]) ->
             key, own = _key(stage, recipe, folder, active), folder.record(stage.name)
             if own is not None and own.key == key:
                 continue
-            found = [(other, record) for other in others if (record := other.record(stage.name)) is not None]
-            if (lender := _first_whole(stage, [other for other, record in found if record.key == key])) is None:
-                inputs = _inputs(stage, recipe, folder, active)
-                near = [other for other, record in found if stage.grows and own is None and record.inputs == inputs]
-                if (lender := _first_whole(stage, near)) is not None:
-                    folder.adopt(stage.name, lender)
+
+            finished = [(other, record) for other in others if (record := other.record(stage.name)) is not None]
+            lender = _first_whole(stage, [other for other, record in finished if record.key == key])
+            if lender is None:
+                if stage.grows and own is None:
+                    inputs = _inputs(stage, recipe, folder, active)
+                    lender = _first_whole(stage, [other for other, record in finished if record.inputs == inputs])
+                    if lender is not None:
+                        folder.adopt(stage.name, lender)
                 return
+
             folder.adopt(stage.name, lender)
             log.info(f"{stage.name:<9} taken over from {lender.path}")
 
@@ -139,19 +154,19 @@ def footprint(stage: Stage, recipe: Recipe) -> str:
 
 def verify(folder: RunFolder) -> list[str]:
     """Read every byte of every finished stage and compare it with its record; returns what differs."""
-    found: list[str] = []
+    changes: list[str] = []
     done = [stage.name for stage in STAGES if folder.has(stage.name)]
     if not done:
         raise RunError(
             f"{folder.path}: no finished stage here.", fix=f"Run `clip-cid run {folder.path} --recipe FILE`."
         )
     for name in done:
-        problems = folder.changed_files(name, digests=True)
-        found += [f"{name}: {problem}" for problem in problems]
+        changed = folder.changed_files(name, digests=True)
+        changes += [f"{name}: {change}" for change in changed]
         record = folder.record(name)
         count = len(record.files) if record else 0
-        log.info(f"{name:<9} {count} files {'as they were written' if not problems else 'CHANGED'}")
-    return found
+        log.info(f"{name:<9} {count} files {'CHANGED' if changed else 'as they were written'}")
+    return changes
 
 
 def headline(record: StageRecord | None) -> str:
@@ -187,6 +202,7 @@ def _say_outcome(folder: RunFolder, recipe: Recipe) -> None:
 def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, active: tuple[Stage, ...]) -> None:
     key, inputs = _key(stage, recipe, folder, active), _inputs(stage, recipe, folder, active)
     assert key is not None, "the stages before it have run"
+
     out = folder.begin(stage.name, key, resumable=stage.resumable)
     started, clock = now(), time.monotonic()
     try:
@@ -226,7 +242,7 @@ def _check_ranks(only: str | None) -> None:
 
 
 def _assist(folder: RunFolder, recipe: Recipe, stage: Stage, *, force: bool) -> None:
-    """Do this process's part of a stage whose folder, record and log the first process keeps."""
+    """Do this process's part of a stage; the main process keeps its folder, record and log."""
     state = next(state for state in states(folder, recipe) if state.stage is stage)
     if state.status != "done" or force:
         module = importlib.import_module(f"clip_cid.stages.{stage.name}")
@@ -235,9 +251,9 @@ def _assist(folder: RunFolder, recipe: Recipe, stage: Stage, *, force: bool) -> 
 
 
 def _with_imports(stage: Stage, recipe: Recipe, active: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """A stage asked for alone, after those it needs that only take over files made elsewhere."""
-    taken_over = {used for used in active if getattr(getattr(recipe, used.name), "existing", None) is not None}
-    return tuple(used for used in active if used is stage or (used.name in stage.needs and used in taken_over))
+    """A stage that runs alone, after those it needs that only import files made elsewhere."""
+    importing = {used for used in active if getattr(getattr(recipe, used.name), "existing", None) is not None}
+    return tuple(used for used in active if used is stage or (used.name in stage.needs and used in importing))
 
 
 def _check_only(
@@ -247,7 +263,8 @@ def _check_only(
     if stage not in active:
         raise ConfigError(
             f"{stage.name}: this recipe does not use the stage.",
-            fix="embed.teacher, balance.enabled, distill.weights, evaluate.sets and evaluate.retrieval decide which there are.",
+            fix="Which stages there are depends on embed.teacher, balance.enabled, distill.weights, evaluate.sets"
+            " and evaluate.retrieval.",
         )
     for state in states(folder, recipe):
         if state.stage.name in stage.needs and state.stage not in todo and state.status not in ("done", "off"):
@@ -282,33 +299,39 @@ def _reason(
     recipe: Recipe,
     folder: RunFolder,
     record: StageRecord | None,
-    again: dict[str, str],
+    will_run: dict[str, str],
     active: tuple[Stage, ...],
 ) -> str:
     """Why a finished stage is not current, in words; empty when it is."""
     if record is None:
         return ""
+
+    # What was asked for.
     if changes := _differences(record.settings, stage.settings(recipe)):
         return "; ".join(changes)
     if record.version != stage.version:
         return f"made by an older version of {stage.name}"
+
+    # What it was made from.
     for need in stage.needs:
-        if need in again:
-            return again[need]
+        if need in will_run:
+            return will_run[need]
     current = _inputs(stage, recipe, folder, active)
     for name in sorted(current.keys() | record.inputs.keys()):
         if current.get(name) != record.inputs.get(name):
             return f"{name} was run again" if name in BY_NAME else f"{name} changed on disk"
+
+    # What it wrote.
     return "; ".join(folder.changed_files(stage.name, digests=False))
 
 
 def _differences(before: Any, after: Any, name: str = "") -> list[str]:
     """Settings that differ, as `balance.threshold 0.07 -> 0.06`."""
     if isinstance(before, dict) and isinstance(after, dict):
-        found: list[str] = []
+        differences: list[str] = []
         for part in sorted(before.keys() | after.keys()):
-            found += _differences(before.get(part), after.get(part), f"{name}.{part}" if name else str(part))
-        return found
+            differences += _differences(before.get(part), after.get(part), f"{name}.{part}" if name else str(part))
+        return differences
     return [] if before == after else [f"{name} {_short(before)} -> {_short(after)}"]
 
 
@@ -318,13 +341,13 @@ def _short(value: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions
 
 
 def _device(recipe: Recipe) -> str:

@@ -1,10 +1,13 @@
 """Every setting of every stage on one page, with its limits and the paper's default.
 
-A recipe is a YAML file of these sections; flags of the same dotted names override it. Settings that change how fast a
-result is made, but not the result, live in `machine` and never make a stage stale.
+A recipe is a YAML file of these sections; flags of the same dotted names override it. Settings in
+`machine` change how fast a result is made, but not the result, and never make a stage stale.
+
+The docstring of a setting is its help: `clip-cid init` and `--help` print it.
 """
 
 import difflib
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +30,7 @@ from pydantic import (
 from clip_cid import units
 from clip_cid.errors import ConfigError
 from clip_cid.loss_table import LOSSES, Reading, rows_of
-from clip_cid.stage_names import EVALUATE
+from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, EVALUATE
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Metric = Literal["cosine", "squared_euclidean", "euclidean"]
@@ -46,7 +49,8 @@ class PairsConfig(Config):
     """Where the image-text pairs are."""
 
     source: tuple[str, ...] = ()
-    """WebDataset tars (or URLs of them), CSV/TSV/Parquet tables, or folders of images with .txt files (a caption a line); all of one kind, brace ranges and wildcards allowed."""
+    """WebDataset tars or their URLs, CSV/TSV/Parquet tables, or folders of images with .txt files
+    (one caption a line). All must be of one kind. Brace ranges and wildcards are allowed."""
     image_column: str = "image"
     """Table only: the column with the image paths, relative to the table."""
     caption_column: str = "caption"
@@ -54,28 +58,34 @@ class PairsConfig(Config):
     key_column: str | None = None
     """Table only: the column with a unique key; the image path when absent."""
     captions_field: str = "captions"
-    """Tars only: the json field with several captions of one image; the .txt alone is used where it is absent."""
+    """Tars only: the json field with several captions of one image. Where it is absent, the .txt
+    alone is used."""
     keep_fields: tuple[str, ...] = ()
-    """Json fields or table columns to carry into the embedding store's metadata, such as a known duplicate group."""
+    """Json fields or table columns to store beside the embeddings, such as a known duplicate
+    group."""
     max_bad_share: Share = 0.01
-    """Stop when more than this share of the pairs is broken (unreadable image, empty caption, duplicate key)."""
+    """Stop when more than this share of the pairs is broken: unreadable image, empty caption or
+    duplicate key."""
     max_pixels: PositiveInt = 89_478_485
-    """An image that claims more pixels than this is refused as a decompression bomb."""
+    """Refuse an image that claims more pixels than this, as a decompression bomb."""
 
 
 class EmbedConfig(Config):
     """Teacher embeddings, computed once and stored (paper sections 3.1 to 3.3)."""
 
     teacher: str = "ViT-bigG-14"
-    """An open_clip model name, `hf-hub:org/name`, `local-dir:path`, a finished run folder as `run:path`, or `none` to train without a teacher."""
+    """An open_clip model name, `hf-hub:org/name`, `local-dir:path`, `run:path` for the student of a
+    finished run, or `none` to train without a teacher."""
     pretrained: str | None = "laion2b_s39b_b160k"
     """The open_clip tag of the weights; ignored for hf-hub:, local-dir: and run:."""
     precision: Precision = "auto"
-    """Arithmetic of the teacher: auto is bf16 on CUDA and fp32 elsewhere. Embeddings are always stored as float16."""
+    """Precision of the teacher: auto is bf16 on CUDA and fp32 elsewhere. Embeddings are always
+    stored as float16."""
     existing: Path | None = None
-    """Use these embeddings instead of computing them: a store of ours, a clip-retrieval or DataComp folder, or .npy files; `--embeddings` on the command line."""
+    """Use these embeddings instead of computing them: a store of ours, a clip-retrieval or DataComp
+    folder, or .npy files. On the command line: `--embeddings`."""
     normalize: bool = False
-    """Scale embeddings taken over from elsewhere to length one; without it rows of another length are refused."""
+    """Scale imported embeddings to length one. When off, rows of another length are refused."""
 
 
 class BalanceConfig(Config):
@@ -84,25 +94,33 @@ class BalanceConfig(Config):
     enabled: bool = True
     """Off keeps every pair, for comparisons."""
     metric: Metric = "cosine"
-    """The scale `threshold` is on: 1 - cos, squared Euclidean, or Euclidean distance of unit vectors (docs/decisions.md, D2)."""
+    """The scale of `threshold`: 1 - cos, squared Euclidean, or Euclidean distance of unit vectors
+    (docs/decisions.md, D2)."""
     threshold: PositiveFloat = 0.07
-    """Images at this distance or nearer join one set."""
+    """Two images at this distance or nearer are put into one set."""
     max_threshold: PositiveFloat | None = None
-    """Pairs are looked for up to this distance, so that every smaller threshold is then answered in seconds; `threshold` when absent, twice that with target_removed."""
+    """Search for pairs up to this distance. Every smaller threshold is then answered in seconds.
+    When absent: `threshold`, or twice that with target_removed."""
     target_removed: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Take the smallest threshold (up to max_threshold) that removes this share of the images, instead of `threshold`."""
+    """Instead of `threshold`: take the smallest threshold (up to max_threshold) that removes this
+    share of the images."""
     keep: Literal["nearest_centroid", "best_caption"] = "nearest_centroid"
-    """Which image of a set stays: the one nearest its centroid (the paper's rule), or the one whose caption the teacher finds most fitting."""
+    """Which image of a set is kept: the one nearest to the centroid (the paper's rule), or the one
+    whose caption is nearest to its image for the teacher."""
     max_radius: PositiveFloat | None = None
-    """Keep more images of a set, until every removed one is within this distance of the one kept for it; off in the paper."""
+    """Keep more images of a set, until every removed image is within this distance of the one kept
+    for it. The paper does not do this."""
     classify: NonNegativeInt = 2_000
-    """Compare the pixels of this many removed images, drawn at random, with the kept ones: perceptual or semantic duplicates; 0 for none."""
+    """Compare the pixels of this many removed images, drawn at random, with the kept ones, to tell
+    perceptual from semantic duplicates. 0 compares none."""
     grow_from: Path | None = None
-    """The balance folder of an earlier run on some of the same images: only pairs with a new image are looked at. What this run itself found before is always used."""
+    """The balance folder of an earlier run on some of the same images: only pairs with a new image
+    are compared. This run's own earlier results are always used."""
     truth_field: str | None = None
-    """A name from pairs.keep_fields, of the field with the true duplicate group: precision and recall of the sets are then reported."""
+    """The field with the true duplicate group, one of pairs.keep_fields. Precision and recall of
+    the sets are then reported."""
     existing: Path | None = None
-    """Use this .npy of kept rows instead of balancing; `--kept` on the command line."""
+    """Use this .npy of kept rows instead of balancing. On the command line: `--kept`."""
 
 
 class ClusterConfig(Config):
@@ -111,17 +129,22 @@ class ClusterConfig(Config):
     num_centers: PositiveInt = 1_000_000
     """K, the number of clusters."""
     algorithm: Literal["faiss", "blocks"] = "faiss"
-    """FAISS on a sample held in memory, or our own k-means, which reads the embeddings in blocks at every round, takes CUDA and gives the same bits for any number of threads."""
+    """`faiss` clusters a sample held in memory. `blocks` is our own k-means: it reads the
+    embeddings in blocks at every round, can use CUDA, and gives the same bits for any number of
+    threads."""
     iterations: PositiveInt = 20
     """Rounds of assignment and update."""
     max_points_per_center: PositiveInt = 256
-    """Train on at most this many images per center, drawn at random; all images are assigned at the end."""
+    """Train on at most this many images per center, drawn at random. All images are assigned at the
+    end."""
     seed: NonNegativeInt = 0
     """Seed of the sample and of the first centers."""
     truth_field: str | None = None
-    """A name from pairs.keep_fields, of the field with the class of an image: the purity of the clusters is then reported."""
+    """The field with the class of an image, one of pairs.keep_fields. The purity of the clusters is
+    then reported."""
     existing: Path | None = None
-    """Use this folder with centers.npy and labels.npy instead of clustering; `--clusters` on the command line."""
+    """Use this folder with centers.npy and labels.npy instead of clustering. On the command line:
+    `--clusters`."""
 
 
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -178,17 +201,19 @@ class ValidationConfig(Config):
     """What is measured while the student learns."""
 
     share: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Share of the pairs held out of the training, for the losses and image-text retrieval on pairs it has not seen."""
+    """Share of the pairs held out of the training. Losses and image-text retrieval are measured on
+    them."""
     every: PositiveInt | None = None
-    """Pairs between two measurements; an epoch when absent."""
+    """Pairs between two measurements. When absent: an epoch."""
     sets: dict[str, str] = {}
-    """Name -> labelled set (as in evaluate.sets) that is classified zero-shot each time."""
+    """Name -> labelled set, as in evaluate.sets. It is classified zero-shot at each measurement."""
     metric: Literal["retrieval", "zero_shot", "loss"] = "retrieval"
-    """What decides which student is the best: mean recall on the held-out pairs, mean zero-shot score, or the held-out loss."""
+    """What decides which student is the best: mean recall on the held-out pairs, mean zero-shot
+    score, or the held-out loss."""
     keep: Literal["last", "best"] = "last"
-    """Which student the run leaves."""
+    """Which student the run keeps."""
     patience: PositiveInt | None = None
-    """Stop after this many measurements without a better student; never when absent."""
+    """Stop after this many measurements without a better student. When absent: never."""
 
     @property
     def measures(self) -> bool:
@@ -199,65 +224,81 @@ class DistillConfig(Config):
     """Train the student: CLIP loss, cluster-level and instance-level distillation (paper sections 3.2 and 3.3)."""
 
     student: str = "ViT-B-32"
-    """An open_clip model name, one of clip_cid's small ones (`cid-tiny`, `cid-small`, `cid-conv`), or the path of a model config in JSON."""
+    """An open_clip model name, one of our small models (`cid-tiny`, `cid-small`, `cid-conv`), or
+    the path of a model config in JSON."""
     pretrained: str | None = None
-    """Start from these weights: an open_clip tag, the folder of an exported student, `run:path`, or `hf-hub:org/name`."""
+    """Start from these weights: an open_clip tag, the folder of an exported student, `run:path`, or
+    `hf-hub:org/name`."""
     lock: Literal["none", "image", "text"] = "none"
-    """Keep one tower as it was loaded by `pretrained`, without dropout: neither its weights nor its statistics move."""
+    """Freeze one tower as it was loaded by `pretrained`: neither its weights nor its statistics
+    change, and it has no dropout."""
     alignment: Literal["native", "linear"] = "native"
-    """How the student meets the teacher's space: its own projection takes the teacher's width, or an extra linear map per modality is learned."""
+    """How the student meets the teacher's space. `native`: its own projection has the teacher's
+    width. `linear`: one more linear map per modality is learned."""
     epochs: PositiveInt = 32
     """Passes over the kept pairs."""
     steps: PositiveInt | None = None
-    """Train for this many steps instead, whatever the number of pairs: for comparisons at equal steps."""
+    """Train for this many steps instead of epochs, whatever the number of pairs: for comparisons at
+    equal steps."""
     batch_size: PositiveInt = 32_768
-    """Pairs per step, of all processes together."""
+    """Pairs per step, over all processes together."""
     lr: PositiveFloat = 1e-3
-    """Peak learning rate (cosine decay after a linear warm-up)."""
+    """Peak learning rate. A linear warm-up comes before it and a cosine decay after it."""
     warmup_steps: NonNegativeInt = 2_000
-    """Steps of the linear warm-up; fewer than the run has."""
+    """Steps of the linear warm-up; must be fewer than the run has."""
     weight_decay: NonNegativeFloat = 0.2
-    """AdamW: weight decay; not of biases, norms, scales and other vectors, nor of the cluster head."""
+    """AdamW: weight decay. It does not apply to biases, norms, scales and other vectors, nor to the
+    cluster head."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """AdamW: how much a step keeps of the running mean of the gradient."""
+    """AdamW: decay of the running mean of the gradient."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
-    """AdamW: how much a step keeps of the running mean of its square."""
+    """AdamW: decay of the running mean of the squared gradient."""
     eps: PositiveFloat = 1e-6
-    """AdamW: added to the root of that square."""
+    """AdamW: added to the root of the mean squared gradient."""
     grad_clip_norm: PositiveFloat | None = 1.0
-    """Gradients longer than this are shortened to it."""
+    """Clip the gradient to this norm."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Leave a running average of the weights with this decay instead of the last ones; it is what is measured, too."""
+    """Keep an exponential moving average of the weights with this decay. It is measured and
+    exported instead of the last weights."""
     weights: LossWeights = LossWeights()
-    """Weights of the losses, or in a recipe the name of a preset: paper-r1, paper-r2, clip-only, siglip-only, open-clip, clip-kd, tiny-clip, mobile-clip, mobile-clip-b."""
+    """Weights of the losses. In a recipe also the name of a preset: paper-r1, paper-r2, clip-only,
+    siglip-only, open-clip, clip-kd, tiny-clip, mobile-clip, mobile-clip-b."""
     schedule: dict[str, tuple[tuple[Share, NonNegativeFloat], ...]] = {}
-    """Name of a loss -> points (share of the run, factor); its weight is multiplied by the factor, straight between the points and level beyond the first and last."""
+    """Name of a loss -> points (share of the run, factor). The weight of the loss is multiplied by
+    the factor: linear between the points, constant before the first and after the last."""
     head_scale: PositiveFloat = 16.0
-    """sigma: cosine against the centers times this are the cluster logits."""
+    """sigma: the cluster logits are the cosines to the centers times this."""
     head_perplexity: Annotated[float, Field(gt=1)] | None = None
-    """Find sigma instead so that the teacher sees this many centers as likely for an image (its perplexity over all of them)."""
+    """Instead of head_scale: choose sigma so that the teacher's distribution over all centers has
+    this perplexity on average, that is, so many likely centers for an image."""
     head_lr: NonNegativeFloat = 0.0
-    """Learning rate of the cluster head; 0 keeps it frozen at the centers."""
+    """Learning rate of the cluster head. 0 keeps it frozen at the centers."""
     sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of the centers that take part in a step: those of the batch, and random negatives."""
     logq: Literal["none", "kl", "both"] = "kl"
-    """Which of the two cluster losses corrects for the sampling of negatives (docs/decisions.md, D6)."""
+    """Which of the two cluster losses corrects for the sampling of negatives (docs/decisions.md,
+    D6)."""
     temperature: PositiveFloat = 1.0
     """tau: softens both distributions of `L_kl`."""
     share_scale: bool = False
-    """Let the instance losses use the student's own learned scale instead of one of theirs."""
+    """Let the instance losses use the student's own learned scale instead of one of their own."""
     teacher_scale: PositiveFloat | None = None
-    """The teacher's factor from cosines to logits, for weights.affinity; its own, which is stored with its embeddings, when absent (100 for embeddings from elsewhere)."""
+    """For weights.affinity: the teacher's factor from cosines to logits. When absent: the one
+    stored with its embeddings, or 100 for imported embeddings."""
     affinity_scale: PositiveFloat | None = None
-    """The student's factor for weights.affinity; its learned one when absent."""
+    """For weights.affinity: the student's factor from cosines to logits. When absent: its learned
+    one."""
     crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Random crops keep at least this share of the image; mild, because the stored embedding saw the whole image."""
+    """Random crops keep at least this share of the image. The default is mild, because the stored
+    embedding is of the whole image."""
     augmentation: dict[str, float] = {}
-    """More of open_clip's training augmentation: color_jitter (strength, with a quarter of it for the hue) and color_jitter_prob, gray_scale_prob; the stored embedding saw the plain image."""
+    """More of open_clip's training augmentation: color_jitter (its strength; the hue gets a quarter
+    of it), color_jitter_prob and gray_scale_prob. The stored embedding is of the plain image."""
     precision: Precision = "auto"
-    """Arithmetic of the student: auto is bf16 on CUDA and fp32 elsewhere."""
+    """Precision of the student: auto is bf16 on CUDA and fp32 elsewhere."""
     skip_limit: NonNegativeInt = 10
-    """A step whose loss or gradient is not finite changes nothing; after more than this many in succession the training stops."""
+    """A step with a loss or gradient that is not finite changes nothing. After more than this many
+    in succession the training stops."""
     validation: ValidationConfig = ValidationConfig()
     """What is measured while the student learns."""
     log_every: PositiveInt = 10
@@ -280,12 +321,15 @@ class DistillConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "DistillConfig":
+        # The schedule of the weights.
         for name, points in self.schedule.items():
             if name not in LossWeights.model_fields:
                 raise ValueError(f"schedule: no loss named {name!r}; there are {', '.join(LossWeights.model_fields)}")
             shares = [share for share, _ in points]
             if not points or shares != sorted(set(shares)):
                 raise ValueError(f"schedule.{name}: needs points (share of the run, factor) of ascending shares")
+
+        # The augmentation.
         if unknown := self.augmentation.keys() - AUGMENTATIONS:
             raise ValueError(f"augmentation: no {', '.join(sorted(unknown))}; there are {', '.join(AUGMENTATIONS)}")
         jitter = [name in self.augmentation for name in ("color_jitter", "color_jitter_prob")]
@@ -295,6 +339,8 @@ class DistillConfig(Config):
         for name, value in self.augmentation.items():
             if not 0 <= value <= limits.get(name, 1.0):
                 raise ValueError(f"augmentation.{name}: must be in [0, {limits.get(name, 1.0):g}], got {value:g}")
+
+        # What is measured decides what can be the best.
         watched = self.validation
         if (watched.keep == "best" or watched.patience) and not watched.measures:
             raise ValueError("validation: keep: best and patience need validation.share or validation.sets")
@@ -311,21 +357,26 @@ class EvaluateConfig(Config):
     """Zero-shot, linear probe, neighbors and retrieval (docs/evaluation.md)."""
 
     sets: dict[str, str] = {}
-    """Name -> labelled set: its folder (CLIP_benchmark's WebDataset layout, train/ and test/ folders of one folder a class, or a known set as it is published), the URL of the first kind, or `builtin:digits`, scikit-learn's; docs/evaluation_sets.md."""
+    """Name -> labelled set. It is `builtin:digits` (of scikit-learn), a folder in CLIP_benchmark's
+    WebDataset layout or its URL, a folder with train/ and test/ of one folder a class, or a known
+    set as it is published; see docs/evaluation_sets.md."""
     retrieval: dict[str, tuple[str, ...]] = {}
-    """Name -> pairs (as in pairs.source) on which image-text retrieval is measured."""
+    """Name -> pairs, as in pairs.source, on which image-text retrieval is measured."""
     zero_shot: bool = True
-    """Classify by the nearest prompt."""
+    """Zero-shot classification by the nearest prompt."""
     linear_probe: bool = True
     """Logistic regression on frozen features."""
     knn: bool = True
-    """Vote of the 20 nearest training images (10, 100 and 200 are written too)."""
+    """Vote of the 20 nearest training images. Scores for 10, 100 and 200 are written too."""
     features: Literal["before_projection", "after_projection"] = "before_projection"
-    """What probe and neighbors see: CLIP's protocol uses the image tower's output before its projection."""
+    """What linear probe and neighbors read. CLIP's protocol uses the output of the image tower
+    before its projection."""
     student: bool = True
-    """Off for a recipe without a student of its own: nothing is trained, only the models of compare are measured."""
+    """Off for a recipe without a student of its own: nothing is trained, and only the models of
+    compare are measured."""
     compare: dict[str, str] = {}
-    """Name -> model evaluated beside the student: `run:path`, `local-dir:path`, `hf-hub:org/name`, or `name/tag` of open_clip."""
+    """Name -> model evaluated beside the student: `run:path`, `local-dir:path`, `hf-hub:org/name`,
+    or `name/tag` of open_clip."""
     seed: NonNegativeInt = 0
     """Seed of hold-outs and intervals."""
 
@@ -346,7 +397,8 @@ class DrawConfig(Config):
     map_images: Annotated[int, Field(ge=30)] = 1_000
     """How many kept images the map of the embeddings shows."""
     images_of: str | None = None
-    """The evaluation set whose images patch PCA and activation maps show; the first one that is there when absent."""
+    """The evaluation set whose images patch PCA and activation maps show. When absent: the first
+    one that is there."""
     seed: NonNegativeInt = 0
     """Seed of what is shown."""
 
@@ -357,9 +409,10 @@ class ReportConfig(Config):
     title: str = "clip-cid report"
     """Headline of the page."""
     images: bool = True
-    """Off leaves pictures, captions and keys of the data out: numbers only, for sharing."""
+    """Off leaves out pictures, captions and keys of the data: numbers only, for sharing."""
     blur: bool = False
-    """Blur every picture of the data until it is pointed at or clicked, and on paper: web data holds what nobody wants to see unasked."""
+    """Blur every picture of the data until the pointer is on it or it is clicked, and on paper: web
+    data holds pictures that nobody wants to see without warning."""
     thumbnail_px: Annotated[int, Field(ge=16, le=512)] = 96
     """Long side of a thumbnail, in pixels."""
 
@@ -368,35 +421,42 @@ class MachineConfig(Config):
     """How the work is done; never what comes out, so nothing here makes a stage stale."""
 
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps; auto takes CUDA where there is one."""
+    """auto, cpu, cuda, cuda:1 or mps. auto takes CUDA where there is one."""
     threads: NonNegativeInt = 0
-    """CPU threads of the arithmetic; 0 leaves it to the libraries, which mostly take one for each core."""
+    """CPU threads of the computations. 0 leaves it to the libraries, most of which take one for
+    each core."""
     workers: NonNegativeInt = 2
     """Processes that decode images; 0 decodes in the main process."""
     embed_batch: PositiveInt = 256
-    """Images that a model sees at once in embed and evaluate."""
+    """Images in a batch of the models in embed and evaluate."""
     distance_block: PositiveInt = 4096
-    """Removed images that draw compares with the centers at once."""
+    """Removed images in a batch that draw compares with the centers."""
     balance_processes: NonNegativeInt = 0
-    """Processes that share the balance's tasks; 0 is one for each core where the work is expected to be long, else one."""
+    """Processes that share the balance's tasks. 0 is one for each core where the work is expected
+    to be long, else one."""
     micro_batch: PositiveInt | None = None
-    """Pairs of a step that are in the student at once, for batches that do not fit; the gradient stays that of the whole batch, for about a third more time."""
+    """Pairs of a step that are in the student at once, for batches that do not fit into memory. The
+    gradient is that of the whole batch; a step takes about a third longer."""
     grad_checkpointing: bool = False
-    """Compute the student's activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    """Compute the student's activations again in the backward pass instead of storing them: less
+    memory, and a step takes about a third longer."""
     compile: bool = False
     """torch.compile for the student; worth it for long runs."""
     fsdp: bool = False
-    """Under torchrun, spread the student's weights and the optimizer's state over the ranks; for students that do not fit one device."""
+    """Under torchrun, spread the student's weights and the optimizer's state over the ranks; for
+    students that do not fit one device."""
     checkpoint_minutes: PositiveFloat = 10.0
     """Minutes between two checkpoints of the training."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    """How many of the last checkpoints stay; at least 2, should the newest be torn."""
+    """How many of the last checkpoints are kept; at least 2, in case the newest is damaged."""
     tensorboard: Literal["auto", "on", "off"] = "auto"
-    """Also write the metrics for TensorBoard, into the folder of the training; auto does where the package is installed."""
+    """Also write the metrics for TensorBoard, into the folder of the training. auto does so where
+    the package is installed."""
     callbacks: tuple[str, ...] = ()
-    """Python functions `package.module:name` that get every line of metrics.jsonl as a dict; docs/training.md sends them to Weights & Biases."""
+    """Python functions `package.module:name` that are called with every line of metrics.jsonl as a
+    dict. docs/training.md sends them to Weights & Biases."""
     cache_dir: Path | None = None
-    """Where shards and evaluation sets from URLs are kept; ~/.cache/clip_cid when absent."""
+    """Where shards and evaluation sets from URLs are kept. When absent: ~/.cache/clip_cid."""
 
 
 class Recipe(Config):
@@ -431,19 +491,20 @@ class Recipe(Config):
         return self.distill.weights.any_reads("teacher_text")
 
     def uses(self, stage: str) -> bool:
-        """Whether this recipe has the stage: plain CLIP training, for one, has no embed, balance or cluster."""
+        """Whether this recipe has the stage: plain CLIP training has no embed, balance or cluster."""
         if not self.evaluate.student and stage != EVALUATE:
             return False
         used = {
-            "embed": self.has_teacher,
-            "balance": self.has_teacher and self.balance.enabled,
-            "cluster": self.has_teacher and self.uses_clusters,
-            "evaluate": bool(self.evaluate.sets or self.evaluate.retrieval),
+            EMBED: self.has_teacher,
+            BALANCE: self.has_teacher and self.balance.enabled,
+            CLUSTER: self.has_teacher and self.uses_clusters,
+            EVALUATE: bool(self.evaluate.sets or self.evaluate.retrieval),
         }
         return used.get(stage, True)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
+        # There is something to learn, and from whom.
         weights = self.distill.weights
         if not self.has_teacher and (self.uses_clusters or self.uses_teacher_images or self.uses_teacher_texts):
             raise ValueError(
@@ -451,18 +512,21 @@ class Recipe(Config):
             )
         if not weights.switched_on:
             raise ValueError("distill.weights: all are 0, so there is nothing to learn")
+
+        # Names that must be among others.
         if self.draw.images_of is not None and self.draw.images_of not in self.evaluate.sets:
             raise ValueError(f"draw.images_of: {self.draw.images_of!r} is not among evaluate.sets")
         balance = self.balance
-        if balance.max_threshold is not None and balance.target_removed is None:
-            low, high = balance.threshold, balance.max_threshold
-            if high < low:
-                raise ValueError(f"balance.max_threshold: {high:g} is below balance.threshold {low:g}")
-        for section, field in (("balance", balance.truth_field), ("cluster", self.cluster.truth_field)):
+        for section, field in ((BALANCE, balance.truth_field), (CLUSTER, self.cluster.truth_field)):
             if field is not None and field not in self.pairs.keep_fields:
                 raise ValueError(
                     f"{section}.truth_field: {field!r} is not among pairs.keep_fields, so it is not stored"
                 )
+
+        if balance.max_threshold is not None and balance.target_removed is None:
+            low, high = balance.threshold, balance.max_threshold
+            if high < low:
+                raise ValueError(f"balance.max_threshold: {high:g} is below balance.threshold {low:g}")
         return self
 
 
@@ -481,7 +545,8 @@ def read_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file, its defaults filled in.
 
     Raises:
-        ConfigError: The file is missing or not YAML, or settings are misspelt or out of limits; all are named at once.
+        ConfigError: The file is missing or not YAML, or settings are misspelt or out of limits; all
+            are named at once.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -499,7 +564,11 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def parse_recipe(values: Any, *, where: str) -> Recipe:
-    """Check plain values (from YAML, JSON or flags) against the page; `where` names their origin in the error."""
+    """The recipe of plain values from YAML, JSON or flags; `where` names their origin in the error.
+
+    Raises:
+        ConfigError: Settings are misspelt or out of limits; all are named at once.
+    """
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -516,17 +585,27 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def commented_recipe() -> str:
-    """A recipe with every setting at its default, its explanation above it and its limits behind it, for `clip-cid init`."""
-    lines = [
-        "# A clip-cid recipe: every setting with its default and, behind it, what else it may be. Delete what you do not change.",
-        "",
-    ]
+    """A recipe for `clip-cid init`: every setting at its default, with its explanation and its limits."""
+    lines = _comment(
+        "A clip-cid recipe: every setting with its default and, behind it, what else it may be."
+        " Delete what you do not change."
+    )
+    lines.append("")
+
     for section, field in Recipe.model_fields.items():
         model = field.default
-        lines += [f"# {(type(model).__doc__ or '').strip()}", f"{section}:"]
-        lines += _commented_section(model, indent="  ")
-        lines.append("")
+        lines += [*_comment(type(model).__doc__), f"{section}:", *_commented_section(model, indent="  "), ""]
     return "\n".join(lines)
+
+
+def one_line(text: str | None) -> str:
+    """A docstring of several lines as one line of help."""
+    return " ".join((text or "").split())
+
+
+def _comment(text: str | None, *, indent: str = "") -> list[str]:
+    mark = f"{indent}# "
+    return textwrap.wrap(one_line(text), 100, initial_indent=mark, subsequent_indent=mark, break_on_hyphens=False)
 
 
 def _commented_section(model: Config, *, indent: str) -> list[str]:
@@ -534,8 +613,7 @@ def _commented_section(model: Config, *, indent: str) -> list[str]:
     schemas = type(model).model_json_schema()["properties"]
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
-        if field.description:
-            lines.append(f"{indent}# {field.description}")
+        lines += _comment(field.description, indent=indent)
         if isinstance(value, Config):
             lines += [f"{indent}{name}:", *_commented_section(value, indent=indent + "  ")]
         else:

@@ -1,7 +1,8 @@
 """The run folder: stage folders that exist only when they are whole, and the record of how each came to be.
 
-A stage fills `balance.part/`; its record is written into that folder as `manifest.json`, and one rename makes results and
-record appear together as `balance/`. A process killed at any instant leaves either the old results or the new ones.
+A stage fills `balance.part/`. Its record is written into that folder as `manifest.json`, and one
+rename makes results and record appear together as `balance/`. A process killed at any instant leaves
+either the old results or the new ones.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Generator
@@ -53,7 +55,7 @@ class StageRecord:
 
     @property
     def results(self) -> str:
-        """A digest of what the stage was asked for and of every byte it left: for the stages behind it, what it is.
+        """A digest of the stage's key and of every byte it wrote: the input of the stages after it.
 
         The key alone would not do: the same training, made again on a GPU, gives another student.
         """
@@ -89,11 +91,11 @@ class RunFolder:
         return self.path / stage
 
     def forget(self, stage: str) -> None:
-        """Do not offer the stage's present results to build upon: it is to be made from nothing."""
+        """From now on `earlier` gives nothing for this stage: it is to be made from nothing."""
         self._forgotten.add(stage)
 
     def earlier(self, stage: str) -> Path | None:
-        """The folder of the stage's present results, about to be replaced, where they are as they were written."""
+        """The stage's present results, which the run is about to replace; None where files have changed."""
         if not self.has(stage) or stage in self._forgotten or self.changed_files(stage, digests=True):
             return None
         return self.path / stage
@@ -128,6 +130,7 @@ class RunFolder:
                 f"{self.path}: cannot be used as a run folder ({error.strerror}).",
                 fix="Give a folder you can write to.",
             ) from error
+
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,6 +140,8 @@ class RunFolder:
                     f"{self.path}: another process works in this run folder ({holder}).",
                     fix="Wait for it to end, or give another folder.",
                 ) from error
+
+            # Say who holds the lock, and put right what an earlier process left.
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()} since {now()}".encode(), 0)
             self._mend()
@@ -160,7 +165,7 @@ class RunFolder:
         return part
 
     def resumes(self, stage: str, key: str) -> bool:
-        """Whether a killed attempt with the same key has left work to go on from."""
+        """Whether a killed attempt with the same key has left work that can be resumed."""
         mark = self.part(stage) / _KEY
         return mark.is_file() and mark.read_text() == key
 
@@ -169,14 +174,15 @@ class RunFolder:
         part = self.part(record.stage)
         names = sorted(path for path in part.rglob("*") if path.is_file() and path.name != _KEY)
         complete = replace(record, files={str(path.relative_to(part)): file_record(path) for path in names})
-        write_json(part / MANIFEST, asdict(complete))  # from here on a killed publish is finished by the next process
+        # From here on a killed publish is finished by the next process.
+        write_json(part / MANIFEST, asdict(complete))
         self._swap(record.stage)
         return complete
 
     def adopt(self, stage: str, other: "RunFolder") -> None:
-        """Take over a stage as another run finished it, record included; hold the lock meanwhile.
+        """Take over a stage as another run finished it, record included; the caller holds the lock.
 
-        The files are linked, not copied, where the file system can: nobody writes into a finished stage.
+        Where the file system can, the files are linked and not copied: nobody writes into a finished stage.
         """
         source, part = other.stage(stage), self.part(stage)
         if part.exists():
@@ -191,18 +197,18 @@ class RunFolder:
         record = self.record(stage)
         if record is None:
             return []
-        found: list[str] = []
+        changes: list[str] = []
         for name, expected in record.files.items():
             path = self.path / stage / name
             if not path.is_file():
-                found.append(f"{name} is missing")
+                changes.append(f"{name} is missing")
             elif (status := path.stat()).st_size != expected.bytes:
-                found.append(f"{name} has {status.st_size:,} bytes, not {expected.bytes:,}")
+                changes.append(f"{name} has {status.st_size:,} bytes, not {expected.bytes:,}")
             elif digests and sha256_file(path) != expected.sha256:
-                found.append(f"{name} has other contents")
+                changes.append(f"{name} has other contents")
             elif not digests and status.st_mtime_ns != expected.mtime_ns and sha256_file(path) != expected.sha256:
-                found.append(f"{name} changed on disk")
-        return found
+                changes.append(f"{name} changed on disk")
+        return changes
 
     def _swap(self, stage: str) -> None:
         """Put a complete work folder in the place of the stage's old results."""
@@ -240,10 +246,15 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def own_mark() -> str:
+    """A part of a temporary name that no other process uses, on this host or another, nor this one twice."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Generator[Path]:
     """A temporary path beside `path` that takes its place, on disk for good, when the block ends well."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp-{own_mark()}")
     try:
         yield temporary
         with open(temporary, "rb") as handle:

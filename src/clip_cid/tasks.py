@@ -1,6 +1,6 @@
-"""Who does the work: block tasks, here or in several processes of this machine, and the place among those of torchrun.
+"""Who does the work: tasks in this process or in several, and this process's place among those of torchrun.
 
-A task is small, pure, and leaves a file of its own.
+A task is small and pure, and leaves a file of its own: whole, or not at all.
 """
 
 import multiprocessing
@@ -13,38 +13,54 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import threadpoolctl
 
 from clip_cid.errors import RunError
 
 Task = TypeVar("Task")
-Work = Callable[[Any], None]
+"""One task: a value that names it, such as two numbers of blocks. It must be picklable."""
+DoTask = Callable[[Any], None]
+"""Does a task and leaves its file."""
 
-_work: Work | None = None
+_do_task: DoTask | None = None  # of a worker process
+
+
+class TaskRunner(Protocol):
+    """A backend that runs tasks, such as `run_tasks` below; another one (Ray, for example) has the same signature.
+
+    It does every task, in any order and wherever the run folder can be reached. It may do a task twice: the file is the
+    same. It calls `begin` once in each process that works and `on_done` in the calling process only. The first error in a
+    task stops those that have not begun, and is raised as it is.
+    """
+
+    def __call__(
+        self, tasks: Sequence[Task], begin: Callable[[], DoTask], *, processes: int, on_done: Callable[[Task], Any]
+    ) -> None: ...
 
 
 def run_tasks(
-    tasks: Sequence[Task], begin: Callable[[], Work], *, processes: int, on_done: Callable[[Task], Any]
+    tasks: Sequence[Task], begin: Callable[[], DoTask], *, processes: int, on_done: Callable[[Task], Any]
 ) -> None:
-    """Do every task, in any order.
+    """Do every task, in any order, on this machine.
 
     Args:
-        tasks: What to do; each is given to the work as it is.
-        begin: Opens what the tasks read, once in each process, and returns the work; it must be picklable.
-        processes: 1 works in this process; with more each has one thread.
+        tasks: The tasks to do.
+        begin: Opens what the tasks read and returns the function that does one; it must be picklable.
+        processes: With 1 the tasks are done in this process; with more, each process has one thread.
         on_done: Called in this process with each finished task.
 
     Raises:
-        RunError: A process died, as when it is killed for memory.
+        RunError: A process died; most often it was killed for want of memory.
     """
     if processes <= 1 or len(tasks) <= 1:
-        work = begin()
+        do_task = begin()
         for task in tasks:
-            work(task)
+            do_task(task)
             on_done(task)
         return
+
     pool = ProcessPoolExecutor(
         min(processes, len(tasks)), multiprocessing.get_context("spawn"), initializer=_begin, initargs=(begin,)
     )
@@ -66,19 +82,25 @@ def available_cores() -> int:
 
 def available_memory() -> float:
     """Bytes that this process may still take: of the machine, its control group, and its own limits."""
-    found = [float("inf")]
+    limits = [float("inf")]
+
+    # The machine.
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        found.append(float(lines["MemAvailable"].split()[0]) * 1024)
+        limits.append(float(lines["MemAvailable"].split()[0]) * 1024)
+
+    # Its control group, whose file cache is given back when memory is short.
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
         cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["file"]
-        found.append(float(limit) - float((group / "memory.current").read_text()) + float(cached))
+        limits.append(float(limit) - float((group / "memory.current").read_text()) + float(cached))
+
+    # The process.
     own, _ = resource.getrlimit(resource.RLIMIT_DATA)
     if own != resource.RLIM_INFINITY:
-        found.append(float(own))
-    return min(found)
+        limits.append(float(own))
+    return min(limits)
 
 
 def peak_memory(whose: int = resource.RUSAGE_SELF) -> float:
@@ -101,16 +123,16 @@ def _drain(pool: ProcessPoolExecutor, tasks: list[Any], ahead: int, on_done: Cal
             on_done(running.pop(future))
 
 
-def _begin(begin: Callable[[], Work]) -> None:
-    global _work
+def _begin(begin: Callable[[], DoTask]) -> None:
+    global _do_task
     threading.Thread(target=_end_with_parent, daemon=True).start()
     threadpoolctl.threadpool_limits(1)
-    _work = begin()
+    _do_task = begin()
 
 
 def _do(task: Any) -> None:
-    assert _work is not None, "the pool has called _begin"
-    _work(task)
+    assert _do_task is not None, "the pool has called _begin"
+    _do_task(task)
 
 
 def _end_with_parent() -> None:

@@ -167,7 +167,7 @@ def test_ctrl_c_is_exit_130_with_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setattr(pipeline, "run", stop)
     assert cli.main(["run", str(tmp_path)]) == 130
-    assert "Run the same command again to go on" in capsys.readouterr().err
+    assert "Run the same command again to resume" in capsys.readouterr().err
 
 
 def test_a_flag_overrides_the_recipe_and_the_recipe_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

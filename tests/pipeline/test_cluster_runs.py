@@ -100,7 +100,7 @@ def test_a_killed_training_goes_on_after_the_last_round_and_ends_byte_identical(
     capsys.readouterr()
     assert_equal(cluster(tmp_path / "cut", flags), whole)
     said = (tmp_path / "cut" / "run.log").read_text()
-    assert "going on where it stopped" in said
+    assert "resuming" in said
     assert f"cluster   going on after round {done} of {ROUNDS}" in said
 
 

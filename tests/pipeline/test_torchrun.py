@@ -174,7 +174,7 @@ def test_all_killed_in_the_middle_the_same_command_goes_on_to_the_same_weights(w
     assert 5 <= reached < STEPS
     code, said = start(work, "killed")
     assert code == 0, said
-    assert "going on where it stopped" in said
+    assert "resuming" in said
     assert said.count("goes on after step") == 1
     for name in STAGE_FILES[:2]:
         ours, theirs = ((work / run / "distill" / name) for run in ("killed", "joint"))

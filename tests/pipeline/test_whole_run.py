@@ -246,4 +246,4 @@ def test_ctrl_c_and_a_second_process(tmp_path: Path, capsys):
     assert f"another process works in this run folder (pid {training.pid}" in second
     assert training.returncode == 130
     assert "Run the same command again to go on" in error
-    assert "can go on where it stopped" in statuses(run, capsys)
+    assert "can resume" in statuses(run, capsys)

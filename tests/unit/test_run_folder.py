@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -258,3 +259,14 @@ def test_killed_while_adopting_the_stage_is_whole_or_absent(tmp_path: Path, dies
         assert folder.has("balance") == (dies_at == 3)
         folder.adopt("balance", lender)
     assert files(folder.stage("balance")) == files(lender.stage("balance"))
+
+
+def test_a_temporary_name_holds_host_process_and_a_part_that_is_never_the_same(tmp_path: Path):
+    seen: list[str] = []
+    for _ in range(2):
+        with atomic_file(tmp_path / "result.txt") as temporary:
+            temporary.write_text("whole")
+            seen.append(temporary.name)
+    assert all(name.startswith(f".result.txt.tmp-{socket.gethostname()}-{os.getpid()}-") for name in seen)
+    assert seen[0] != seen[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["result.txt"]

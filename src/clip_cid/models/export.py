@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clip_cid.errors import RunError
 from clip_cid.models.student import CONFIG_FILE, WEIGHTS_FILE, Clip, load_clip, open_clip_warnings
+from clip_cid.run_folder import own_mark
 
 HEAD_FILE = "cid_head.safetensors"
 
@@ -39,7 +40,7 @@ def export_student(clip: Clip, out: Path, *, head_state: Mapping[str, Tensor], p
     if out.exists() and not _is_ours(out):
         raise RunError(f"{out}: exists and is not an export of clip-cid.", fix="Give another folder, or remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    part, old = (out.with_name(f".{out.name}.{suffix}-{os.getpid()}") for suffix in ("part", "old"))
+    part, old = (out.with_name(f".{out.name}.{suffix}-{own_mark()}") for suffix in ("part", "old"))
     part.mkdir()
     try:
         _write(clip, part, head_state, provenance)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clip_cid.errors import MissingExtraError, RunError
 from clip_cid.models.student import Clip, load_clip
-from clip_cid.run_folder import write_json
+from clip_cid.run_folder import own_mark, write_json
 
 FOLDER, ABOUT = "onnx", "onnx.json"
 OPSET = 20
@@ -108,7 +108,7 @@ def export_onnx(folder: Path) -> dict[str, float]:
     """
     require_onnx()
     clip = load_clip(f"local-dir:{folder}")
-    out, part = folder / FOLDER, folder / f".{FOLDER}.part-{os.getpid()}"
+    out, part = folder / FOLDER, folder / f".{FOLDER}.part-{own_mark()}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:

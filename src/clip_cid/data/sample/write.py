@@ -9,7 +9,6 @@ says original, perceptual or semantic.
 import io
 import itertools
 import json
-import os
 import random
 import shutil
 import tarfile
@@ -25,6 +24,7 @@ from clip_cid.data.sample.drawing import SIZE, draw_scene
 from clip_cid.data.sample.scenes import Scene, SceneBook
 from clip_cid.data.sample.sets import LABELLED_SETS, LabelledSet
 from clip_cid.errors import DataError
+from clip_cid.run_folder import own_mark
 
 VERSION = 3
 """Raised when the same seed would give other files."""
@@ -81,7 +81,7 @@ def write_sample(out: Path, *, pairs: int = 6_000, seed: int = 0) -> SampleSumma
     if (found := _existing(out, pairs=pairs, seed=seed)) is not None:
         return found
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    part = out.with_name(f".{out.name}.part-{own_mark()}")
     shutil.rmtree(part, ignore_errors=True)
     try:
         summary = _fill(part, pairs=pairs, seed=seed)

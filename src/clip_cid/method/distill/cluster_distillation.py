@@ -15,7 +15,7 @@ from clip_cid.method.products import at_least_float32
 from clip_cid.unit_length import NORM_TOLERANCE, is_unit
 
 _LARGEST_SCALE = 1000.0
-_WATCHED_ROWS = 4096  # drift is measured on this many rows: a second copy of a million centers would not be worth it
+_WATCHED_ROWS = 4096  # drift is measured on this many rows: it is not worth a second copy of a million centers
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Shard:
 
     @staticmethod
     def bounds(total: int, rank: int, world: int) -> tuple[int, int]:
-        """First and last (not included) center of a rank; parts differ by one center at most."""
+        """First and last (not included) center of a rank; shards differ by one center at most."""
         return rank * total // world, (rank + 1) * total // world
 
 
@@ -39,14 +39,14 @@ class CenterHead(nn.Module):
 
     .. math:: z = \sigma W v
 
-    The rows of W start as the centers (without this the paper's training collapses) and are read with unit length. The
+    The rows of W start as the centers (without this the paper's training collapses) and are read at unit length. The
     logits are never in memory: `forward` gives the losses.
 
     Args:
         centers: Unit rows from the clustering; with `shard` this rank's.
         scale: sigma. Fixed: on separable labels a learned one grows without bound.
-        trainable: Whether the rows move; if not they take neither gradient nor optimizer state.
-        sparse: Whether a step's gradient is of the rows that took part alone (for `RowAdam`), or of all.
+        trainable: Whether the rows move; frozen rows take neither gradient nor optimizer state.
+        sparse: Whether the gradient of a step holds only the rows that took part (for `RowAdam`), or all rows.
         shard: Which part of all centers these are; absent where they are all of them.
 
     Raises:
@@ -70,10 +70,13 @@ class CenterHead(nn.Module):
             raise ValueError(f"scale must be above 0, got {scale}")
         self.scale, self.sparse, self.shard = scale, sparse, shard
         self.weight = nn.Parameter(_unit_centers(centers), requires_grad=trainable)
+
+        # Where the rows started, to tell how far they have moved. Not in a checkpoint: a head is made of the centers
+        # before its state is loaded.
         watched = torch.linspace(0, len(centers) - 1, min(len(centers), _WATCHED_ROWS), dtype=torch.float64).long()
         self.register_buffer("watched", watched, persistent=False)
         start = self.weight.detach()[watched].clone() if trainable else None
-        self.register_buffer("start_rows", start, persistent=False)  # a head is made of the centers before it is loaded
+        self.register_buffer("start_rows", start, persistent=False)
 
     @property
     def num_centers(self) -> int:
@@ -103,15 +106,17 @@ class CenterHead(nn.Module):
         Raises:
             ValueError: A label is not a center, or `rate` is out of its limits.
         """
-        found = sample_centers(labels, self.num_centers, sample_rate=rate, generator=generator)
+        sample = sample_centers(labels, self.num_centers, sample_rate=rate, generator=generator)
         if self.shard is None:
-            return found
-        index = found.index - self.shard.first
+            return sample
+
+        index = sample.index - self.shard.first
         here = (index >= 0) & (index < len(self.weight))
         index = index[here]
+
         own = labels.long() - self.shard.first
         own = torch.where((own >= 0) & (own < len(self.weight)), torch.searchsorted(index, own), -1)
-        return replace(found, index=index, labels=own, log_inclusion=found.log_inclusion[here])
+        return replace(sample, index=index, labels=own, log_inclusion=sample.log_inclusion[here])
 
     def forward(
         self,
@@ -146,12 +151,12 @@ class CenterHead(nn.Module):
 
 @dataclass(frozen=True)
 class SampledCenters:
-    """The centers that take part in one step; columns of the logits are in this order."""
+    """The centers that take part in one step, in the order of the columns of the logits."""
 
     index: Int[Tensor, " sampled"]
     """Rows of the head, ascending."""
     labels: Int[Tensor, " batch"]
-    """Where each image's own center stands in `index`; -1 where another rank has it."""
+    """The place of each image's own center in `index`; -1 where another rank has it."""
     log_inclusion: Float[Tensor, " sampled"]
     """Logarithm of the chance to be in `index`: 0 for the batch's own centers."""
     num_negatives: int
@@ -183,18 +188,23 @@ def sample_centers(
         raise ValueError(f"labels must be centers 0 to {num_centers - 1}, got {_extent(labels)}")
     if not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate must be above 0 and at most 1, got {sample_rate}")
+
     labels = labels.long()
     positive = labels.unique()
     others = num_centers - len(positive)
     negatives = min(max(round(sample_rate * num_centers) - len(positive), 0), others)
+
+    # The sample: all positives and, of the others, those with the highest random scores.
     index = positive
     if negatives > 0:
         device = labels.device if generator is None else generator.device
         score = torch.rand(num_centers, generator=generator, device=device)
-        score[positive.to(device)] = 2.0  # above every random score, so the batch's own centers always rank first
+        score[positive.to(device)] = 2.0  # above every random score, so positives always rank first
         index = score.topk(len(positive) + negatives).indices.sort().values.to(labels.device)
+
     log_inclusion = torch.full((len(index),), math.log(negatives / others) if negatives else 0.0, device=labels.device)
     log_inclusion[torch.searchsorted(index, positive)] = 0.0
+
     places = torch.searchsorted(index, labels)
     return SampledCenters(index, places, log_inclusion, negatives, complete=len(index) == num_centers)
 
@@ -206,22 +216,24 @@ def calibrated_scale(
 
     .. math:: \exp\Big(\frac1n \sum_i H_i\Big) = \text{perplexity}, \qquad H_i = -\sum_j p_{ij} \log p_{ij}
 
-    The perplexity falls as sigma grows, so sigma is found by bisection to four digits.
+    The perplexity falls as sigma grows, so bisection gives sigma to four digits.
 
     Args:
         teacher: Unit rows, a sample of the data.
         centers: Unit rows.
-        perplexity: How many centers the teacher should see as likely, above 1 and below the number of centers.
+        perplexity: How many centers the teacher should find likely, above 1 and below the number of centers.
 
     Raises:
         ValueError: `perplexity` is out of its limits, or no sigma up to 1,000 is sharp enough.
     """
     if not 1 < perplexity < len(centers):
         raise ValueError(f"perplexity must be above 1 and below the {len(centers)} centers, got {perplexity:g}")
+
     low, high = 0.0, _LARGEST_SCALE
     sharpest = _perplexity(teacher, centers, high)
     if sharpest > perplexity:
         raise ValueError(f"perplexity must be at least {sharpest:.4g} for these centers, got {perplexity:g}")
+
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
         low, high = (middle, high) if _perplexity(teacher, centers, middle) > perplexity else (low, middle)

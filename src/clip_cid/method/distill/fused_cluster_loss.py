@@ -1,8 +1,8 @@
 """Both cluster losses against any number of centers, without the logits of student or teacher in memory.
 
-The centers pass by in blocks. Where they are frozen one pass gives losses and gradients: the gradient of a softmax is a
-mean of the centers, and a mean can be added up while the weights are not final yet. Where they move there is a second
-pass. Blocks run over centers and not over rows, because there are many more centers than rows.
+The centers are read in blocks. Where they are frozen one pass gives losses and gradients: the gradient of a softmax is a
+mean of the centers, and a mean can be added up while the weights are not final yet. Where the centers move there is a
+second pass. Blocks run over centers and not over rows, because there are many more centers than rows.
 """
 
 import math
@@ -15,14 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clip_cid.method.distill.center_pass import (
-    Found,
-    Means,
-    Pass,
+    CenterPass,
+    PassSettings,
+    RowSums,
     SoftCenters,
-    Work,
+    SoftmaxMean,
     blocks,
+    cosine_slopes,
     reduce_over,
-    slopes_of,
     suitable_block,
 )
 from clip_cid.method.products import at_least_float32, autocast_off, product
@@ -37,7 +37,7 @@ class ClusterLosses(NamedTuple):
     cls: Float[Tensor, ""]
     """L_cls."""
     kl: Float[Tensor, ""] | None
-    """L_kl; None where there is nothing to compare with."""
+    """L_kl; None without a teacher."""
     own_center: Float[Tensor, ""]
     """Share of the rows to which no center is nearer than their own."""
 
@@ -57,8 +57,8 @@ def fused_cluster_loss(
         L_{kl} = \frac1B \sum_i KL(softmax(\sigma W t_i / \tau) \,\|\, softmax(\sigma W v_i / \tau))
 
     Gradients reach `student` and, where they require it, `centers` through the student's side; the teacher is
-    detached. The customary factor `temperature**2` is left out. Beside inputs and gradients it takes some 100 MiB
-    on the CPU and up to 2.5 GB on a device, whatever the number of centers.
+    detached. The customary factor `temperature**2` is left out. Beside inputs and gradients it takes some 100 MiB on
+    the CPU and up to 2.5 GB on a device, whatever the number of centers.
 
     Args:
         student: Unit rows v.
@@ -75,8 +75,8 @@ def fused_cluster_loss(
     Raises:
         ValueError: Shapes do not fit, a label is not a center, or a number is out of its limits.
     """
-    found = cluster_losses(student, centers, labels, teacher=teacher, scale=scale, temperature=temperature)
-    return found.cls, cast(Tensor, found.kl)
+    losses = cluster_losses(student, centers, labels, teacher=teacher, scale=scale, temperature=temperature)
+    return losses.cls, cast(Tensor, losses.kl)
 
 
 def cluster_losses(
@@ -120,31 +120,23 @@ def cluster_losses(
             centers that move or are a sample.
     """
     _check(student, centers, labels, scale, temperature, elsewhere=group is not None)
-    target = teacher.mean if isinstance(teacher, SoftCenters) else teacher
-    if target is not None and target.shape != student.shape:
-        raise ValueError(f"teacher must have the shape {tuple(student.shape)} of student, got {tuple(target.shape)}")
-    if log_inclusion is not None and len(log_inclusion) != len(centers):
-        raise ValueError(f"log_inclusion must be of the {len(centers)} centers, got {len(log_inclusion)}")
-    if isinstance(teacher, SoftCenters):
-        if centers.requires_grad or log_inclusion is not None:
-            raise ValueError("teacher must be rows, not soft centers, where centers move or are a sample")
-        if not math.isclose(teacher.sharpness, scale / temperature):
-            raise ValueError(
-                f"teacher must be soft centers of scale / temperature {scale / temperature:g}, got {teacher.sharpness:g}"
-            )
+    _check_options(student, centers, teacher, log_inclusion, scale / temperature)
     if logq not in get_args(LogQ):
         raise ValueError(f"logq must be one of {', '.join(get_args(LogQ))}, got {logq!r}")
     if block_centers is not None and block_centers < 1:
         raise ValueError(f"block_centers must be at least 1, got {block_centers}")
+
     keep_freed_memory()
     with autocast_off(student):
         rows = at_least_float32(student if torch.is_grad_enabled() else student.detach())  # else a gradient is computed
+
+        # The teacher's logits less the student's, from the difference of the rows: nothing cancels afterwards.
         gap = None
         if isinstance(teacher, Tensor):
-            # The teacher's logits less the student's, from the difference of the rows: nothing cancels afterwards.
             gap = (scale / temperature) * (teacher.detach().to(rows.dtype) - rows.detach())
+
         correction = None if log_inclusion is None or logq == "none" else log_inclusion.to(rows.dtype)
-        work = Work(
+        settings = PassSettings(
             scale=scale,
             temperature=temperature,
             cls_correction=correction if logq == "both" else None,
@@ -154,7 +146,8 @@ def cluster_losses(
             block_centers=block_centers or suitable_block(rows),
         )
         weights = centers.to(rows.dtype) if centers.requires_grad else centers
-        cls, kl, own_center = _FusedLosses.apply(rows, weights, labels.long(), gap, work)
+        cls, kl, own_center = _FusedLosses.apply(rows, weights, labels.long(), gap, settings)
+
     return ClusterLosses(cls, None if teacher is None else kl, own_center)
 
 
@@ -173,13 +166,16 @@ def soft_centers(
     _check(teacher, centers, None, scale, temperature, elsewhere=False)
     with torch.no_grad(), autocast_off(teacher):
         rows = at_least_float32(teacher)
-        work = Work(scale / temperature, 1.0, None, None, None, None, suitable_block(rows))
-        means = Means(rows, wanted=True)
-        for block in blocks(rows, centers, rows.new_full((len(rows),), -1, dtype=torch.long), None, work):
+        settings = PassSettings(scale / temperature, 1.0, None, None, None, None, suitable_block(rows))
+        no_labels = rows.new_full((len(rows),), -1, dtype=torch.long)
+
+        means = SoftmaxMean(rows, with_mean=True)
+        for block in blocks(rows, centers, no_labels, None, settings):
             means.add(block.logits, block.centers)
         log_sum = means.finish(None)
-        pull = work.scale * (rows.double() * means.mean.double()).sum(dim=1)
-        return SoftCenters(means.mean, (log_sum - pull).clamp_(min=0), work.scale)
+
+        pull = settings.scale * (rows.double() * means.mean.double()).sum(dim=1)
+        return SoftCenters(means.mean, (log_sum - pull).clamp_(min=0), settings.scale)
 
 
 class _FusedLosses(torch.autograd.Function):
@@ -187,45 +183,52 @@ class _FusedLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, centers: Tensor, labels: Tensor, gap: Tensor | None, work: Work
+        ctx: Any, student: Tensor, centers: Tensor, labels: Tensor, gap: Tensor | None, settings: PassSettings
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        to_student, to_centers = ctx.needs_input_grad[:2]
-        one_pass = to_student and not to_centers
-        done = Pass(student, centers, labels, gap, work, wanted=one_pass)
-        ctx.work, ctx.found = work, done.found
+        student_learns, centers_learn = ctx.needs_input_grad[:2]
+        one_pass = student_learns and not centers_learn
+
+        done = CenterPass(student, centers, labels, gap, settings, with_gradient=one_pass)
+        ctx.settings, ctx.sums = settings, done.sums
         ctx.gradients = done.gradients() if one_pass else None
-        if to_centers:
+        if centers_learn:
             ctx.save_for_backward(student, centers, labels, gap)
-        first = done.own_first.mean()
-        ctx.mark_non_differentiable(first)
-        cls = F.softplus(done.found.excess, threshold=40)
-        return cls.mean().to(student.dtype), done.found.kl.mean().to(student.dtype), first
+
+        own_first = done.own_first.mean()
+        ctx.mark_non_differentiable(own_first)
+        cls = F.softplus(done.sums.excess, threshold=40)
+        return cls.mean().to(student.dtype), done.sums.kl.mean().to(student.dtype), own_first
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError("the cluster losses have no second derivative here")  # it would come out as 0
+
+        # Frozen centers: the gradients are there, and are weighted.
         if ctx.gradients is not None:
-            parts = zip(grad_outputs, ctx.gradients, strict=False)
-            terms = [grad * part for grad, part in parts if grad is not None and part is not None]
+            pairs = zip(grad_outputs, ctx.gradients, strict=False)
+            terms = [weight * gradient for weight, gradient in pairs if weight is not None and gradient is not None]
             return torch.stack(terms).sum(dim=0) if terms else None, None, None, None, None
+
+        # Centers that move: the second pass.
         student, centers, labels, gap = ctx.saved_tensors
-        work, found = cast(Work, ctx.work), cast(Found, ctx.found)
-        to_cls, to_kl = (None if grad is None else grad * work.scale / len(student) for grad in grad_outputs[:2])
-        to_kl = None if gap is None else to_kl
+        settings, sums = cast(PassSettings, ctx.settings), cast(RowSums, ctx.sums)
+        of_cls, of_kl = (None if grad is None else grad * settings.scale / len(student) for grad in grad_outputs[:2])
+        of_kl = None if gap is None else of_kl
         to_student, to_centers = torch.zeros_like(student), torch.empty_like(centers)
-        for block in blocks(student, centers, labels, None if to_kl is None else gap, work):
-            slopes = slopes_of(block, found, work, to_cls, to_kl)
+        for block in blocks(student, centers, labels, None if of_kl is None else gap, settings):
+            slopes = cosine_slopes(block, sums, settings, of_cls, of_kl)
             to_student += product(slopes, block.centers)
             to_centers[block.columns] = product(slopes.T, student)
-        reduce_over(work.group, to_student, dist.ReduceOp.SUM)
+        reduce_over(settings.group, to_student, dist.ReduceOp.SUM)
         return to_student, to_centers, None, None, None
 
 
 def _check(
     student: Tensor, centers: Tensor, labels: Tensor | None, scale: float, temperature: float, *, elsewhere: bool
 ) -> None:
+    """Shapes and numbers; with `elsewhere`, centers and the center of a row may be on another rank."""
     if len(student) == 0 or (len(centers) == 0 and not elsewhere):
         raise ValueError(f"there must be rows and centers, got {len(student)} and {len(centers)}")
     if student.shape[1] != centers.shape[1]:
@@ -235,9 +238,33 @@ def _check(
             raise ValueError(f"{name} must be above 0 and finite, got {value}")
     if labels is None:
         return
+
     least = -1 if elsewhere else 0
     if len(labels) != len(student) or int(labels.min()) < least or int(labels.max()) >= len(centers):
         raise ValueError(
             f"labels must be {len(student)} centers of {least} to {len(centers) - 1},"
             f" got {len(labels)} of {int(labels.min())} to {int(labels.max())}"
         )
+
+
+def _check_options(
+    student: Tensor,
+    centers: Tensor,
+    teacher: Tensor | SoftCenters | None,
+    log_inclusion: Tensor | None,
+    sharpness: float,
+) -> None:
+    """The teacher and the sample fit rows and centers; soft centers are of all centers, frozen, at this sharpness."""
+    target = teacher.mean if isinstance(teacher, SoftCenters) else teacher
+    if target is not None and target.shape != student.shape:
+        raise ValueError(f"teacher must have the shape {tuple(student.shape)} of student, got {tuple(target.shape)}")
+    if log_inclusion is not None and len(log_inclusion) != len(centers):
+        raise ValueError(f"log_inclusion must be of the {len(centers)} centers, got {len(log_inclusion)}")
+
+    if isinstance(teacher, SoftCenters):
+        if centers.requires_grad or log_inclusion is not None:
+            raise ValueError("teacher must be rows, not soft centers, where centers move or are a sample")
+        if not math.isclose(teacher.sharpness, sharpness):
+            raise ValueError(
+                f"teacher must be soft centers of scale / temperature {sharpness:g}, got {teacher.sharpness:g}"
+            )

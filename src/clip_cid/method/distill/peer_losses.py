@@ -1,7 +1,7 @@
 r"""The distillation losses of peers, for comparison with `L_cluster` and `L_instance` on equal terms.
 
 Most peers differ in scales and weights only, so there are four functions. s is the student's own learned scale, S the
-teacher's, c the learned scale that the crossed parts share; the contrastive loss is `L_clip`.
+teacher's, c the learned scale of the losses that cross the modalities. The contrastive loss is `L_clip`.
 
 =========================== ========================= ====================== =======================================
 peer                        function                  scales                 default weight (beside the contrastive)
@@ -19,18 +19,18 @@ CLIP-KD, ICL                `one_way_instance_loss`   c, at first 1/0.07     1 (
 
 open_clip's distillation and CLIP-KD's CRD are the same function with the same scales: they have the same gradients.
 
-What is deliberately otherwise here:
+What differs here on purpose:
 
-- Soft targets give the divergence. All but CLIP-KD take the cross entropy, which is more by the teacher's entropy: a
-  constant, with the same gradient, but it hides how near the student is.
+- Soft targets give the divergence. All but CLIP-KD take the cross entropy, which is larger by the teacher's entropy.
+  That is a constant, so the gradient is the same, but it hides how near the student is.
 - A scale is the factor itself, `exp` taken. CLIP-KD's ICL multiplies by the logarithm instead, 2.66 for 14.3.
 - MobileCLIP averages the probabilities of several teachers; here there is one.
-- Over ranks every loss asks what its own rows say about all rows. CLIP-KD computes the teacher's logits of all rows on
+- Over ranks a loss compares the rows of one rank with all rows. CLIP-KD computes the teacher's logits of all rows on
   each rank.
 - Where widths differ, the student is read through the trainer's `alignment`. CLIP-KD maps vectors that are not yet of
   unit length, and with a bias.
-- The weight 2000 undoes the mean over the width, so it belongs to one: of the squared distance of two vectors it makes
-  2000 / D, which is 3.9 at a width D of 512 and 1.6 at 1280.
+- The weight 2000 undoes the mean over the width, so it fits one width only. The squared distance of two vectors has
+  the weight 2000 / D, which is 3.9 at a width D of 512 and 1.6 at 1280.
 """
 
 from typing import Any
@@ -67,7 +67,7 @@ def siglip_loss(image: Side, text: Side, scale: Float[Tensor, ""], bias: Float[T
         logits = batch_logits(image, text, scale) + at_least_float32(bias)
         columns = torch.arange(logits.shape[1], device=logits.device)
         pairs = columns == own_columns(image)[:, None]
-        # Not softplus of all less the own logits: of a pair that is found, next to nothing would be left.
+        # Not the softplus of all logits less those of the pairs: a pair with a high logit would lose its digits.
         return -F.logsigmoid(torch.where(pairs, logits, -logits)).sum(dim=1).mean()
 
 
@@ -79,12 +79,12 @@ def affinity_loss(
     teacher_text: Side,
     teacher_scale: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    r"""How far the student's distribution over the batch is from the teacher's; `L_affinity` in docs/method.md.
+    r"""The divergence of the student's distribution over the batch from the teacher's; `L_affinity` in docs/method.md.
 
     .. math:: L_{affinity} = \tfrac12 [ KL(softmax(S\, v_t u_t^T) \,\|\, softmax(s\, v_s u_s^T))
         + KL(softmax(S\, u_t v_t^T) \,\|\, softmax(s\, u_s v_s^T)) ]
 
-    Student and teacher may be of different widths: only their logits meet. Gradients reach the student and its scale
+    Student and teacher may have different widths: only their logits are compared. Gradients reach the student and its scale
     only.
 
     Args:
@@ -106,6 +106,7 @@ def affinity_loss(
     (arXiv 2311.17049).
     """
     check_same_rows(student_image, teacher_image)
+
     from_images = _MeanKL.apply(
         batch_logits(student_image, student_text, scale), batch_logits(teacher_image, teacher_text, teacher_scale)
     )
@@ -147,7 +148,7 @@ def one_way_instance_loss(
     teacher_text: Side,
     scale: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    r"""The student looks for the teacher's other modality, never the teacher for the student's; `L_icl` in docs/method.md.
+    r"""The instance loss with the student as query only, never the teacher; `L_icl` in docs/method.md.
 
     .. math:: L_{icl} = \tfrac12 [ CE(c\, \hat v_s u_t^T, I) + CE(c\, \hat u_s v_t^T, I) ]
 
@@ -175,8 +176,8 @@ def one_way_instance_loss(
 class _MeanKL(torch.autograd.Function):
     """KL(softmax(teacher) || softmax(student)), the mean over rows; the teacher's logits have no gradient.
 
-    In float64, because in float32 a difference of two log-softmaxes is noise once the divergence is small; all that stays
-    in memory is the gradient, in the precision of the logits.
+    In float64, because in float32 a difference of two log-softmaxes is noise once the divergence is small. Only the
+    gradient stays in memory, in the precision of the logits.
     """
 
     @staticmethod

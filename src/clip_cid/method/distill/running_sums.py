@@ -1,4 +1,4 @@
-"""What is known of each row while its centers pass by in blocks, and how such knowledge is put together; in float64."""
+"""Sums of exponentials for each row, added up block by block over the centers and joined over ranks; in float64."""
 
 import math
 from dataclasses import dataclass
@@ -27,18 +27,19 @@ class LogSum:
 
         Args:
             logits: Of a block; overwritten.
-            largest: Of each row, if it is known.
+            largest: The largest logit of each row, if it is known.
 
         Returns:
-            What older sums relative to `top` are to be times.
+            The factor by which sums relative to the older `top` must be multiplied.
         """
         largest = logits.amax(dim=1) if largest is None else largest
-        least = torch.finfo(logits.dtype).min  # a row without any: -inf - -inf would be no number
+        least = torch.finfo(logits.dtype).min  # a row without logits: -inf - -inf would be no number
         highest = torch.maximum(self.top, largest.clamp(min=least).double())
-        shrunk = torch.where(self.total > 0, (self.top - highest).exp(), 0.0)
+        rescale = torch.where(self.total > 0, (self.top - highest).exp(), 0.0)
+
         logits.sub_(highest.to(logits.dtype)[:, None]).exp_()
-        self.top, self.total = highest, self.total * shrunk + logits.sum(dim=1).double()
-        return shrunk.to(logits.dtype)[:, None]
+        self.top, self.total = highest, self.total * rescale + logits.sum(dim=1).double()
+        return rescale.to(logits.dtype)[:, None]
 
     def across(self, group: dist.ProcessGroup | None) -> Float64[Tensor, " batch"]:
         """The logarithm; of the sum over all ranks where there are some."""
@@ -51,13 +52,13 @@ class LogSum:
 
 
 class Comparison:
-    r"""Two distributions p and q over the centers, from the logits a of p and the gaps g by which the logits of q are less.
+    r"""Two distributions p and q over the centers; the logits of q are those of p, a, less the gaps g.
 
     .. math:: KL(p \| q) = E_p[g - c] + \log(1 + E_p[expm1(c - g)])
 
     for any c, here one near the mean gap. A difference of two log-softmaxes in float32 is wrong by 0.6 % to several times
-    the value once the divergence is below 1e-3; here what cancels is of the order of the gaps' spread, and added up in
-    float64 from the same weights on both sides.
+    the value once the divergence is below 1e-3. Here what cancels is of the order of the gaps' spread. It is added up in
+    float64, from the same weights on both sides.
 
     Args:
         reference: c of each row.
@@ -77,21 +78,23 @@ class Comparison:
         """Add a block, which is overwritten.
 
         Returns:
-            w expm1(c - g) with w = exp(a - top), and what older sums of such are to be times.
+            w expm1(c - g) with w = exp(a - top), and the factor by which older sums of it must be multiplied.
         """
         highest = torch.maximum(self.top, logits.amax(dim=1).double())
-        shrunk = torch.where(self.total > 0, (self.top - highest).exp(), 0.0)
-        # Not in float32: of two centers that are e^-90 to p one may be much to q.
+        rescale = torch.where(self.total > 0, (self.top - highest).exp(), 0.0)
+
+        # In float64: a center that weighs e^-90 in p may weigh much in q.
         weights = logits.double().sub_(highest[:, None]).exp_()
-        apart = gaps.neg_().add_(self._reference[:, None]).double()
-        self.top, self.total = highest, self.total * shrunk + weights.sum(dim=1)
-        self._gap = self._gap * shrunk - torch.linalg.vecdot(weights, apart)
-        excess = apart.expm1_().mul_(weights)
-        self._excess = self._excess * shrunk + excess.sum(dim=1)
-        return excess, shrunk[:, None]
+        below = gaps.neg_().add_(self._reference[:, None]).double()  # c - g
+
+        self.top, self.total = highest, self.total * rescale + weights.sum(dim=1)
+        self._gap = self._gap * rescale - torch.linalg.vecdot(weights, below)
+        excess = below.expm1_().mul_(weights)
+        self._excess = self._excess * rescale + excess.sum(dim=1)
+        return excess, rescale[:, None]
 
     def across(self, group: dist.ProcessGroup | None) -> None:
-        """Make it one over all ranks, which have the same `reference`."""
+        """Join the sums of all ranks, which have the same `reference`."""
         if group is None:
             return
         top = self.top.clone()
@@ -111,11 +114,11 @@ class Comparison:
         return self._reference + self._gap / self.total
 
     def rate(self, kl: Float64[Tensor, " batch"]) -> Float64[Tensor, " batch"]:
-        """E_p[expm1(c - g)], from the divergence, which is right where exponentials were not."""
+        """E_p[expm1(c - g)], from the divergence, which is right where the exponentials overflow."""
         return torch.expm1(kl - self._gap / self.total)
 
     def divergence(self, log_total_q: Float64[Tensor, " batch"]) -> Float64[Tensor, " batch"]:
-        """KL(p || q) in nats; a large one from the two logarithms, as where an exponential has overflowed."""
+        """KL(p || q) in nats; a large one, or one whose exponentials overflow, from the two logarithms."""
         near = self._gap / self.total + torch.log1p(self._excess / self.total)
         far = self.mean + log_total_q - self.log_total
         return torch.where((far > 1) | ~near.isfinite(), far, near.clamp(min=0))

@@ -229,7 +229,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong(trained):
 def test_without_gradients_none_are_computed(trained, monkeypatch):
     case = a_case(5, 23).copied(trained=trained)
     expected = [float(loss.detach()) for loss in fused(case, scale=16.0)]
-    monkeypatch.setattr(center_pass.Pass, "gradients", lambda _: pytest.fail("gradients under no_grad"))
+    monkeypatch.setattr(center_pass.CenterPass, "gradients", lambda _: pytest.fail("gradients under no_grad"))
     with torch.no_grad():
         found = fused(case, scale=16.0)
     assert [float(loss) for loss in found] == pytest.approx(expected, rel=1e-14)

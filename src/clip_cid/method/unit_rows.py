@@ -31,7 +31,7 @@ class Rows(Protocol):
 
 
 class _Part:
-    """Some rows of an array-like, read when they are asked for."""
+    """Some rows of an array-like, read when they are used."""
 
     def __init__(self, rows: Rows, chosen: Int[np.ndarray, " n"]) -> None:
         self._rows, self._chosen = rows, chosen
@@ -51,7 +51,7 @@ class UnitRows:
         rows: (rows, dim) numbers.
         name: What to call them in an error.
         any_length: Accept rows of any length but zero.
-        lengths: Of these very rows, as an earlier look found them; then nothing is read or checked here.
+        lengths: Of these very rows, measured earlier; then nothing is read or checked here.
 
     Raises:
         ValueError: Not two-dimensional, empty, or a row that is not finite, is zero, or has a wrong length.
@@ -66,6 +66,7 @@ class UnitRows:
         self._rows = rows
         self.name = name
         self.dim = int(shape[1])
+
         if lengths is not None:
             if len(lengths) != shape[0]:
                 raise ValueError(f"lengths must be of the {shape[0]} rows of {name}, got {len(lengths)}")
@@ -75,6 +76,7 @@ class UnitRows:
             self._lengths = np.empty(shape[0], dtype=np.float64)
             for block in self.blocks(self.cached_rows):
                 self._lengths[block] = self._checked_lengths(block, any_length=any_length)
+
         # Of rows much longer or shorter float32 may lose numbers before they are scaled.
         self._fits_float32 = bool(self._lengths.min() > 0.5 and self._lengths.max() < 2)
 
@@ -91,9 +93,9 @@ class UnitRows:
         values = np.asarray(self._rows[rows])
         if values.dtype != np.float16 and not (values.dtype == np.float32 and self._fits_float32):
             return self[rows].astype(np.float32)
-        found = _to_float32(values)
-        found /= self._lengths[rows][:, None].astype(np.float32)
-        return found
+        units = _to_float32(values)
+        units /= self._lengths[rows][:, None].astype(np.float32)
+        return units
 
     def part(self, rows: Int[np.ndarray, " n"]) -> "UnitRows":
         """Some of the rows, in this order; nothing is read or checked again."""
@@ -131,6 +133,7 @@ class UnitRows:
         with np.errstate(over="ignore", invalid="ignore"):
             values *= values
             lengths = np.sqrt(values.sum(axis=1))
+
         bad = ~np.isfinite(lengths) | (lengths == 0)
         if not any_length:
             bad |= ~is_unit(lengths)

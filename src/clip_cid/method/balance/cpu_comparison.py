@@ -71,9 +71,9 @@ class _Comparison:
 
         # Then each by its own floor.
         for start in range(0, len(places), _PLACES):
-            some = places[start : start + _PLACES]
-            i, j = np.divmod(some, products.shape[1])
-            above = products.reshape(-1)[some] >= prepared.coding.floor(self._least, left_errors[i], right_errors[j])
+            part = places[start : start + _PLACES]
+            i, j = np.divmod(part, products.shape[1])
+            above = products.reshape(-1)[part] >= prepared.coding.floor(self._least, left_errors[i], right_errors[j])
             yield i[above], j[above]
 
     def _product(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:

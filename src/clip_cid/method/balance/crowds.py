@@ -12,7 +12,7 @@ from scipy.spatial.distance import squareform
 
 from clip_cid.method.unit_rows import cosine_error
 
-_FEW = 256  # fewer pairs are not worth a look at all of them together
+_FEW = 256  # fewer pairs are not worth being treated as a crowd
 _SECONDS_A_CROWD, _SECONDS_AN_ENTRY, _SECONDS_A_PRODUCT, _SECONDS_A_NUMBER = 4e-4, 2e-8, 2.5e-11, 1.7e-9
 _WHOLE, _RUN = 4096, 1 << 14
 _FAR = 9.0  # beyond any squared distance of unit vectors
@@ -28,7 +28,7 @@ def possible_links(
     the exact forest either. The others, and the pairs of no crowd, come back.
 
     Returns:
-        Both rows of each pair, and the rows of each crowd: of these all pairs were looked at, whether given or not.
+        Both rows of each pair, and the rows of each crowd: of these all pairs were compared, whether given or not.
     """
     if len(i) < _FEW:
         return i, j, []
@@ -36,12 +36,14 @@ def possible_links(
     names = _crowds(labels, i, units.shape[1])
     if not len(names):
         return i, j, []
+
     scattered = ~np.isin(labels[i], names)
     order = np.argsort(labels, kind="stable")
     starts, stops = (np.searchsorted(labels[order], names, side=side) for side in ("left", "right"))
     crowds = [order[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
-    found = [(i[scattered], j[scattered]), *(_crowd_links(units, crowd, limit) for crowd in crowds)]
-    left, right = (np.concatenate(column) for column in zip(*found, strict=True))
+
+    pairs = [(i[scattered], j[scattered]), *(_crowd_links(units, crowd, limit) for crowd in crowds)]
+    left, right = (np.concatenate(column) for column in zip(*pairs, strict=True))
     return left, right, crowds
 
 
@@ -56,10 +58,14 @@ def groups_of_pairs(
     if len(rows) <= min(most_rows, _WHOLE):
         yield np.arange(len(i))
         return
+
+    # In the order of components; within a large one by the first row.
     labels = _components(len(rows), left, right)
     sizes = np.bincount(labels)
     divided = (sizes > _WHOLE).any()
     order = np.lexsort((left, labels[left])) if divided else np.argsort(labels[left], kind="stable")
+
+    # A new group begins where the rows of the components before fill one, or a large component is cut.
     label = labels[left[order]]
     portion = (np.cumsum(sizes) - 1) // most_rows
     run = np.where(sizes[label] > _WHOLE, 1 + (np.arange(len(order)) - np.searchsorted(label, label)) // _RUN, 0)
@@ -88,7 +94,7 @@ def _components(rows: int, i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pa
 
 
 def _crowds(labels: Int[np.ndarray, " rows"], i: Int[np.ndarray, " pairs"], dim: int) -> Int[np.ndarray, " crowds"]:
-    """The components of so many pairs that a look at all their rows together is cheaper."""
+    """The components of so many pairs that comparing all their rows together is cheaper."""
     rows = np.bincount(labels)
     pairs = np.bincount(labels[i], minlength=len(rows))
     together = _SECONDS_A_CROWD + rows.astype(np.float64) ** 2 * (_SECONDS_AN_ENTRY + dim * _SECONDS_A_PRODUCT)
@@ -98,16 +104,20 @@ def _crowds(labels: Int[np.ndarray, " rows"], i: Int[np.ndarray, " pairs"], dim:
 def _crowd_links(
     units: Float[np.ndarray, "rows dim"], rows: Int[np.ndarray, " crowd"], limit: float
 ) -> tuple[Int[np.ndarray, " links"], Int[np.ndarray, " links"]]:
+    # The float32 distances of all pairs, (0, 1), (0, 2), ..., (1, 2), ...
     error = 2 * cosine_error(units.shape[1]) + 2.0**-21  # of a squared distance; the last part is 2 - 2 cos itself
     short = units[rows].astype(np.float32)
     squared = short @ short.T
     squared *= -2
     squared += 2
-    flat = squareform(squared, checks=False).astype(np.float64)  # the pairs (0, 1), (0, 2), ..., (1, 2), ...
+    flat = squareform(squared, checks=False).astype(np.float64)
     flat[flat > limit + error] = _FAR
     np.maximum(flat, 0, out=flat)
+
+    # Pairs no longer than the longest step of the single-linkage tree between their rows.
     longest = cast(np.ndarray, cophenet(linkage(flat, "single")))
     kept = np.flatnonzero((flat <= longest + 2 * error) & (flat < _FAR))
+
     firsts = np.cumsum(np.arange(len(rows) - 1, 0, -1)) - np.arange(len(rows) - 1, 0, -1)
     left = np.searchsorted(firsts, kept, side="right") - 1
     return rows[left], rows[kept - firsts[left] + left + 1]

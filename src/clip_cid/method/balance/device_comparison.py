@@ -45,9 +45,9 @@ def compare_on_device(prepared: PreparedRows, pair: ChunkPair, links: ExactLinks
 def above_on_device(products: torch.Tensor, floor: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Places and values of the products that reach the floor; rows without one are passed over on the device."""
     hits = torch.nonzero(products.amax(dim=1) >= floor).squeeze(1)
-    some = products[hits]
-    at, j = torch.nonzero(some >= floor, as_tuple=True)
-    return hits[at].cpu().numpy(), j.cpu().numpy(), some[at, j].double().cpu().numpy()
+    hit_rows = products[hits]
+    at, j = torch.nonzero(hit_rows >= floor, as_tuple=True)
+    return hits[at].cpu().numpy(), j.cpu().numpy(), hit_rows[at, j].double().cpu().numpy()
 
 
 class _Background:

@@ -93,9 +93,9 @@ def _choose(
     # Two rows are equally near their centroid: without captions the lower one is kept, and nothing need be read.
     undecided = np.flatnonzero(sizes > (2 if texts is None else 1))
     portions = np.cumsum(sizes[undecided]) // _MEMBERS
-    for some in np.split(undecided, np.flatnonzero(np.diff(portions)) + 1) if len(undecided) else []:
-        inside = np.repeat(starts[some], sizes[some]) + _counted(sizes[some])
-        chosen[some] = _choose_some(images, texts, members[inside], sizes[some], keep)
+    for part in np.split(undecided, np.flatnonzero(np.diff(portions)) + 1) if len(undecided) else []:
+        inside = np.repeat(starts[part], sizes[part]) + _counted(sizes[part])
+        chosen[part] = _choose_in_part(images, texts, members[inside], sizes[part], keep)
 
     return chosen
 
@@ -105,7 +105,7 @@ def _counted(sizes: Int[np.ndarray, " sets"]) -> Int[np.ndarray, " members"]:
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
-def _choose_some(
+def _choose_in_part(
     images: UnitRows,
     texts: UnitRows | None,
     members: Int[np.ndarray, " members"],
@@ -126,8 +126,8 @@ def _choose_some(
         cosines = np.full(len(members), -np.inf)
         candidates = np.flatnonzero(tied)
         for start in range(0, len(candidates), images.cached_rows):
-            some = candidates[start : start + images.cached_rows]
-            cosines[some] = (images[members[some]] * texts[members[some]]).sum(axis=1)
+            part = candidates[start : start + images.cached_rows]
+            cosines[part] = (images[members[part]] * texts[members[part]]).sum(axis=1)
         tied &= cosines >= np.maximum.reduceat(cosines, starts)[owner] - _TIED
     first_tied = np.minimum.reduceat(np.where(tied, np.arange(len(members)), len(members)), starts)
     return members[first_tied]
@@ -143,12 +143,12 @@ def _from_centroid(
     portions = [slice(at, at + images.cached_rows) for at in range(0, len(members), images.cached_rows)]
 
     centroids = np.zeros((len(sizes), images.dim))
-    for some in portions:
-        firsts = np.flatnonzero(np.diff(owner[some], prepend=-1))
-        centroids[owner[some][firsts]] += np.add.reduceat(images[members[some]], firsts, axis=0)
+    for part in portions:
+        firsts = np.flatnonzero(np.diff(owner[part], prepend=-1))
+        centroids[owner[part][firsts]] += np.add.reduceat(images[members[part]], firsts, axis=0)
     centroids /= sizes[:, None]
 
     squared = np.empty(len(members))
-    for some in portions:
-        squared[some] = squared_distances(images[members[some]], centroids[owner[some]])
+    for part in portions:
+        squared[part] = squared_distances(images[members[part]], centroids[owner[part]])
     return squared

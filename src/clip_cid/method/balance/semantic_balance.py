@@ -167,7 +167,7 @@ def balance_rows(
         layout: As all that follow, an argument of `near_forest` without an influence on the result.
         device: Where products are computed, for torch.
         known: Links and rows whose pairs need not be compared.
-        store: Where arrays are kept, and found again after an interruption; in memory when None.
+        store: Where arrays are kept, in a folder even over an interruption; in memory when None.
         run_tasks: Runs the tasks; in this process, one by one, when None.
         on_plan: Called with the layout.
         on_progress: Called with the rows' worth of work done.

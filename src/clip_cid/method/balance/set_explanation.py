@@ -160,18 +160,18 @@ def _measure(
     to_kept, widest = np.empty(len(row)), np.empty(len(size))
     kept_place = np.flatnonzero(row == np.repeat(kept, size))
 
-    for some, members in _batches(size, images.dim):
+    for batch, members in _batches(size, images.dim):
         width = members.shape[1]
         if width > EXACT_SIZE:
-            for one, own in zip(some.tolist(), members, strict=True):
+            for one, own in zip(batch.tolist(), members, strict=True):
                 to_kept[own], widest[one] = _sweep(images, row[own], int(kept[one]))
         else:
             vectors = images[row[members].ravel()].reshape(*members.shape, images.dim)
-            of_kept = vectors[np.arange(len(some)), kept_place[some] - members[:, 0]]
+            of_kept = vectors[np.arange(len(batch)), kept_place[batch] - members[:, 0]]
             to_kept[members] = squared_distances(vectors, of_kept[:, None])
-            widest[some] = to_kept[members].max(axis=1) if width == 2 else _widest(vectors)
+            widest[batch] = to_kept[members].max(axis=1) if width == 2 else _widest(vectors)
         if on_progress is not None:
-            on_progress(len(some) * (width - 1))
+            on_progress(len(batch) * (width - 1))
 
     return to_kept, widest
 
@@ -187,7 +187,7 @@ def _check(rows: int, kept: Int[np.ndarray, " kept"], set_of: Int[np.ndarray, " 
 
 def _batches(
     sizes: Int[np.ndarray, " groups"], dim: int
-) -> Iterator[tuple[Int[np.ndarray, " some"], Int[np.ndarray, "some size"]]]:
+) -> Iterator[tuple[Int[np.ndarray, " batch"], Int[np.ndarray, "batch size"]]]:
     """Groups of equal size that fit into memory together, and where their members are listed."""
     starts = np.cumsum(sizes) - sizes
     by_size = np.argsort(sizes, kind="stable")
@@ -198,21 +198,21 @@ def _batches(
         size = int(sorted_sizes[first])
         at_once = max(1, _CELLS // dim // size)
         for start in range(first, stop, at_once):
-            some = by_size[start : min(start + at_once, stop)]
-            yield some, starts[some][:, None] + np.arange(size)
+            batch = by_size[start : min(start + at_once, stop)]
+            yield batch, starts[batch][:, None] + np.arange(size)
 
 
-def _widest(vectors: Float[np.ndarray, "some size dim"]) -> Float[np.ndarray, " some"]:
-    """The largest distance between two rows of each group: found by the cosines, measured by the difference."""
-    some, size, _ = vectors.shape
-    each = np.arange(some)
-    widest = np.zeros(some)
+def _widest(vectors: Float[np.ndarray, "groups size dim"]) -> Float[np.ndarray, " groups"]:
+    """The largest distance between two rows of each group: chosen by the cosines, measured by the difference."""
+    groups, size, _ = vectors.shape
+    each = np.arange(groups)
+    widest = np.zeros(groups)
 
-    step = max(1, _CELLS // some // size)
+    step = max(1, _CELLS // groups // size)
     for start in range(0, size, step):
         left, right = vectors[:, start : start + step], vectors[:, start:]  # the rest of the matrix is its mirror image
         cosines = left @ right.transpose(0, 2, 1)
-        i, j = np.divmod(cosines.reshape(some, -1).argmin(axis=1), right.shape[1])
+        i, j = np.divmod(cosines.reshape(groups, -1).argmin(axis=1), right.shape[1])
         np.maximum(widest, squared_distances(left[each, i], right[each, j]), out=widest)
     return widest
 

@@ -66,15 +66,18 @@ def principal_directions(rows: Float[np.ndarray, "n dim"], count: int) -> Float6
     dim = rows.shape[1]
     guess = np.random.default_rng(0).standard_normal((dim, min(dim, count + _SPARE_DIRECTIONS)), dtype=np.float32)
     rows = rows.astype(np.float32, copy=False)
+
     for again in range(_POWER_ROUNDS):
         if again:
             guess = _orthonormal(guess)
         guess = rows.T @ (rows @ guess)
+
+    # Within the space that these span, the directions in the order of their importance.
     q = _orthonormal(guess.astype(np.float64))
     short = rows @ q.astype(np.float32)
     _, turn = np.linalg.eigh((short.T @ short).astype(np.float64))
-    found = q @ turn[:, ::-1][:, :count]  # orthonormal as both are
-    return np.ascontiguousarray(found.T)
+    directions = q @ turn[:, ::-1][:, :count]  # orthonormal as both are
+    return np.ascontiguousarray(directions.T)
 
 
 def _orthonormal(columns: Float[np.ndarray, "dim count"]) -> Float[np.ndarray, "dim count"]:

@@ -40,11 +40,15 @@ class UnionFind:
         apart = left != right
         if not apart.any():
             return
+
+        # The components of the sets that meet.
         roots, edges = np.unique(np.stack([left[apart], right[apart]]), return_inverse=True)
         edges = edges.reshape(2, -1)
         graph = coo_matrix((np.ones(edges.shape[1], dtype=bool), (edges[0], edges[1])), shape=(len(roots), len(roots)))
         count, component = connected_components(graph, directed=False)
-        order = np.lexsort((-self._members[roots], component))  # the largest set of each component comes first
+
+        # The largest set of each component takes up the others.
+        order = np.lexsort((-self._members[roots], component))
         firsts = roots[order[np.searchsorted(component[order], np.arange(count))]]
         members = np.zeros(count, dtype=np.int64)
         np.add.at(members, component, self._members[roots])

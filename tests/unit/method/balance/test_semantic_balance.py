@@ -4,7 +4,6 @@ import pytest
 
 from clip_cid.method.balance import exact_links, kept_rows
 from clip_cid.method.balance.forest import Forest
-from clip_cid.method.balance.pair_agreement import agreement
 from clip_cid.method.balance.pair_plan import Layout, Plan
 from clip_cid.method.balance.semantic_balance import Balance, balance
 from clip_cid.method.codes import Coding
@@ -403,31 +402,3 @@ def test_texts_of_other_images_are_refused():
         balance(on_circle([0, 1]), text_embeddings=on_circle([0]))
     with pytest.raises(ValueError, match=r"got \(2, 3\)"):
         balance(on_circle([0, 1]), text_embeddings=np.eye(3)[:2])
-
-
-def test_thresholds_on_all_three_scales():
-    assert threshold_on("cosine", 0.07, "squared_euclidean") == pytest.approx(0.14)
-    assert threshold_on("cosine", 0.07, "euclidean") == pytest.approx(0.14**0.5)
-    assert threshold_on("euclidean", 0.07, "cosine") == pytest.approx(0.00245)
-    assert threshold_on("squared_euclidean", 0.07, "cosine") == pytest.approx(0.035)
-    assert threshold_on("cosine", 0.07, "cosine") == 0.07
-
-
-def test_agreement_counts_pairs():
-    found = agreement(np.array([0, 0, 0, 1, 1, 2]), np.array(["a", "a", "b", "b", "b", "c"]))
-    assert (found.set_pairs, found.true_pairs, found.shared_pairs, found.rows) == (4, 4, 2, 6)
-    assert (found.precision, found.recall) == (0.5, 0.5)
-
-
-def test_agreement_leaves_rows_without_a_set_out():
-    found = agreement(np.array([0, 0, -1, -1]), np.array([1, 1, 1, 2]))
-    assert (found.rows, found.precision, found.recall) == (2, 1, 1)
-
-
-def test_agreement_without_pairs_is_no_error():
-    found = agreement(np.array([-1, -1]), np.array([1, 1]))
-    assert (found.rows, found.precision, found.recall) == (0, 1, 1)
-    assert agreement(np.array([0, 1]), np.array([1, 1])).recall == 0
-    assert agreement(np.array([0, 0]), np.array([1, 2])).precision == 0
-    with pytest.raises(ValueError, match=r"truth must have the shape \(2,\) of set_of, got \(1,\)"):
-        agreement(np.array([0, 1]), np.array([1]))

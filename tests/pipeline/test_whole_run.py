@@ -245,5 +245,5 @@ def test_ctrl_c_and_a_second_process(tmp_path: Path, capsys):
     assert code == 1
     assert f"another process works in this run folder (pid {training.pid}" in second
     assert training.returncode == 130
-    assert "Run the same command again to go on" in error
+    assert "Run the same command again to resume" in error
     assert "can resume" in statuses(run, capsys)

@@ -29,13 +29,33 @@ from clip_cid.method.unit_rows import UnitRows
 from clip_cid.models.student import Clip
 from clip_cid.recipe import Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder, StageRecord, write_json
+from clip_cid.summaries import DistillSummary, Parameters, as_json
 
 SQUARED = 0.1
 GROUPS, COPIES, LONE, DIM = 4, 3, 32, 16
 ROWS = GROUPS * COPIES + LONE
 BAD = ROWS - 1
 GROUP = "mean of 3/4"
-TRAINED = {"steps": 300, "pairs": 14, "pairs_seen": 1200, "unreadable_pairs": 3, "skipped_steps": 0}
+TRAINED = as_json(
+    DistillSummary(
+        steps=300,
+        pairs=14,
+        pairs_seen=1200,
+        epochs=85.7,
+        unreadable_pairs=3,
+        skipped_steps=0,
+        processes=1,
+        seconds=60.0,
+        pairs_per_s=20.0,
+        data_wait_share=0.01,
+        losses={},
+        collapse_alarm=False,
+        precision="float32",
+        peak_memory_gib=0.5,
+        parameters=Parameters(image=20_000, text=400_000),
+        device="cpu",
+    )
+)
 HOSTILE = "<script>alert(1)</script> \"quoted\" & 'single'"
 
 
@@ -97,6 +117,11 @@ def _cluster_summary(kept: np.ndarray, clusters: Clusters) -> dict[str, Any]:
         "images": len(kept),
         "centers": len(clusters.centers),
         "empty": 0,
+        "singletons": 0,
+        "smallest": 1,
+        "median": 2.0,
+        "largest": 9,
+        "gini": 0.25,
         "algorithm": "faiss",
         "objective": clusters.objective,
         "history": clusters.history,
@@ -182,7 +207,19 @@ def _embed(folder: RunFolder, recipe: Recipe, embeddings: np.ndarray) -> None:
         )
     )
     writer.finish()
-    publish(folder, "embed", {"images": ROWS, "ok": ROWS - 1, "dim": DIM})
+    publish(
+        folder,
+        "embed",
+        {
+            "images": ROWS,
+            "ok": ROWS - 1,
+            "dim": DIM,
+            "teacher": "run:somewhere",
+            "bytes": 1000,
+            "skipped": {"image <i>cannot</i> be decoded": 1},
+            "images_per_s": 5.0,
+        },
+    )
 
 
 def _balance(folder: RunFolder, recipe: Recipe, rows: np.ndarray, result: Balance) -> None:
@@ -217,7 +254,7 @@ def _balance(folder: RunFolder, recipe: Recipe, rows: np.ndarray, result: Balanc
         "chains": asdict(chain_summary(explanation, rows=len(rows), squared=SQUARED, metric="cosine")),
         "kinds": asdict(kinds.summary()),
         "threshold": {"cosine": 0.05, "squared_euclidean": 0.1, "euclidean": 0.1**0.5},
-        "truth": {"field": "dup", "precision": 0.9375, "recall": 0.8125},
+        "truth": {"field": "dup", "precision": 0.9375, "recall": 0.8125, "redundant_share": 0.2},
     }
     publish(folder, "balance", summary)
 
@@ -252,7 +289,12 @@ def _evaluate(folder: RunFolder, recipe: Recipe) -> None:
                     handle.write(json.dumps(line) + "\n")
     for task in ("zero_shot", "linear_probe"):
         write_json(part / f"{task}.json", _score_table(recipe))
-    summary = {"mean_of": {"zero_shot": "3/4", "linear_probe": "3/4"}, "missing": {"lost": "lost: no such <folder>"}}
+    summary = {
+        "models": {},
+        "mean_of": {"zero_shot": "3/4", "linear_probe": "3/4"},
+        "missing": {"lost": "lost: no such <folder>"},
+        "headline": "student",
+    }
     publish(folder, "evaluate", summary)
 
 
@@ -270,6 +312,8 @@ def _score_table(recipe: Recipe) -> dict[str, Any]:
         )
     ]
     return {
+        "mean": means,
+        "mean_of": "3/4",
         "groups": [{"title": GROUP, "of": "3/4", "sets": list(recipe.evaluate.sets), "mean": means}],
         "missing": {"lost": "lost: no such <folder>"},
         "differences": lines,

@@ -30,6 +30,22 @@ RECIPE: dict[str, Any] = {
     "report": {"title": "ada's secret"},
 }
 
+CLUSTERS: dict[str, Any] = {
+    "images": 900,
+    "centers": 64,
+    "empty": 0,
+    "singletons": 0,
+    "smallest": 3,
+    "median": 14.0,
+    "largest": 40,
+    "gini": 0.25,
+    "size_quantiles": {},
+    "within_cosine": None,
+    "all_pairs_cosine": None,
+    "margin_quantiles": {},
+    "margin_sample": 0,
+}
+
 
 def tiny(folder: Path, *, seed: int = 1, **changed: Any) -> Clip:
     (folder / "tiny.json").write_text(json.dumps(TINY | changed))
@@ -41,15 +57,20 @@ def finished_run(path: Path, *, seed: int = 1, head: bool = True, evaluated: boo
     run = RunFolder(path)
     path.mkdir(parents=True)
     recipe = parse_recipe(RECIPE, where="test").model_dump(mode="json", exclude={"machine"})
-    publish(run, "embed", {"images": 1234, "ok": 1200, "dim": 12}, ())
+    embed = {"images": 1234, "ok": 1200, "dim": 12, "teacher": "none", "bytes": 9, "skipped": {}, "images_per_s": None}
+    publish(run, "embed", embed, ())
     balance = {
+        "images": 1234,
+        "ok": 1200,
+        "sets_with_duplicates": 100,
+        "largest_set": 9,
         "kept": 900,
         "removed": 300,
         "removed_share": 0.25,
         "threshold": {"cosine": 0.05, "squared_euclidean": 0.1, "euclidean": 0.316},
     }
     publish(run, "balance", balance, ("embed",))
-    publish(run, "cluster", {"centers": 64}, ("embed", "balance"))
+    publish(run, "cluster", CLUSTERS, ("embed", "balance"))
     part = run.begin("distill", "distill-1", resumable=False)
     provenance = {
         "recipe": recipe,
@@ -71,6 +92,15 @@ def finished_run(path: Path, *, seed: int = 1, head: bool = True, evaluated: boo
         "pairs": 890,
         "pairs_seen": 48,
         "epochs": 0.0539,
+        "unreadable_pairs": 0,
+        "skipped_steps": 0,
+        "processes": 1,
+        "seconds": 1.0,
+        "pairs_per_s": 48.0,
+        "data_wait_share": 0.0,
+        "collapse_alarm": False,
+        "peak_memory_gib": 0.5,
+        "device": "cpu",
         "precision": "float32",
         "parameters": {"image": 20_000, "text": 400_000},
     }
@@ -123,7 +153,7 @@ def _results(folder: Path) -> None:
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for task in ("zero_shot", "linear_probe", "retrieval"):
         missing = {"flowers": f"{LOCAL}/flowers is not there"} if task == "zero_shot" else {}
-        write_json(folder / f"{task}.json", {"missing": missing})
+        write_json(folder / f"{task}.json", {"mean": {}, "mean_of": "1/2", "missing": missing, "differences": []})
 
 
 def _row(model: str, name: str, task: str, score: float) -> dict[str, Any]:

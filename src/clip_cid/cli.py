@@ -216,7 +216,7 @@ def _models(names: Sequence[str], tag: str | None) -> dict[str, str]:
 def _run(name: str, flags: Any, recipe: Recipe) -> None:
     pipeline.run(RunFolder(flags.run), recipe, only=None if name == "run" else name, force=flags.force)
     if getattr(flags, "sweep", False):
-        from clip_cid.figures.sweep import sweep
+        from clip_cid.report.sweep import sweep
 
         log.table(*sweep(RunFolder(flags.run)))
 
@@ -318,11 +318,11 @@ def ablate(
         peers: Also train with the losses of peers (for losses only).
         dry_run: Only print what would be run.
     """
-    from clip_cid import ablations
+    from clip_cid.ablations import runs, variants
 
     page = read_recipe(recipe)
-    plan = ablations.plan(table, page, values=values, peers=peers)
-    start = ablations.preview if dry_run else ablations.run
+    plan = variants.plan(table, page, values=values, peers=peers)
+    start = runs.preview if dry_run else runs.run
     start(plan, page, out, seeds=seeds)
     return 0
 

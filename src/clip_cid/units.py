@@ -42,3 +42,9 @@ def duration(seconds: float) -> str:
 def counted(count: int, noun: str) -> str:
     """A count with its noun: `1 set`, `2,000 sets`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def signed_points(share: float) -> str:
+    """A difference of two shares of 1 in points: +1.2, 0.0, or with a true minus sign."""
+    points = round(100 * share, 1)
+    return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}") if points else "0.0"

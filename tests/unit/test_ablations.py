@@ -9,11 +9,21 @@ from typing import Any
 
 import pytest
 
-from clip_cid import ablations, log, pipeline
+from clip_cid import log, pipeline
+from clip_cid.ablations import results, runs, variants
 from clip_cid.errors import ConfigError, RunError
 from clip_cid.figures import ablation as figure
 from clip_cid.recipe import Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder, StageRecord
+from clip_cid.summaries import (
+    BalanceSummary,
+    ClusterSummary,
+    DistillSummary,
+    EmbedSummary,
+    EvaluateSummary,
+    Parameters,
+    as_json,
+)
 
 PARTS = ("clip", "cluster_cls", "cluster_kl", "instance_image", "instance_text")
 
@@ -26,8 +36,8 @@ def recipe(**sections: Any) -> Recipe:
     return parse_recipe({**values, **sections}, where="test")
 
 
-def recipes(ablation: ablations.Ablation, page: Recipe, seed: int = 0) -> dict[str, Recipe]:
-    return {variant.label: ablations.recipe_of(ablation, page, variant, seed) for variant in ablation.variants}
+def recipes(ablation: variants.Ablation, page: Recipe, seed: int = 0) -> dict[str, Recipe]:
+    return {variant.label: variants.recipe_of(ablation, page, variant, seed) for variant in ablation.variants}
 
 
 def differing(one: Recipe, other: Recipe) -> set[str]:
@@ -37,7 +47,7 @@ def differing(one: Recipe, other: Recipe) -> set[str]:
 
 
 def test_thresholds_are_those_of_table_4_at_the_papers_threshold():
-    ablation = ablations.plan("threshold", recipe())
+    ablation = variants.plan("threshold", recipe())
     found = recipes(ablation, recipe())
     assert [page.balance.threshold for page in found.values()] == [0.03, 0.04, 0.05, 0.06, 0.07, 0.08]
     assert list(found) == ["0.03", "0.04", "0.05", "0.06", "0.07", "0.08"]
@@ -46,24 +56,24 @@ def test_thresholds_are_those_of_table_4_at_the_papers_threshold():
 
 def test_thresholds_scale_with_the_recipes_own_and_share_one_search_for_pairs():
     page = recipe(balance={"threshold": 0.025})
-    found = recipes(ablations.plan("threshold", page), page)
+    found = recipes(variants.plan("threshold", page), page)
     assert [page.balance.threshold for page in found.values()] == [0.0107, 0.0143, 0.0179, 0.0214, 0.025, 0.0286]
     assert {page.balance.max_threshold for page in found.values()} == {0.0286}
     wide = recipe(balance={"threshold": 0.025, "max_threshold": 0.06})
-    assert {page.balance.max_threshold for page in recipes(ablations.plan("threshold", wide), wide).values()} == {0.06}
+    assert {page.balance.max_threshold for page in recipes(variants.plan("threshold", wide), wide).values()} == {0.06}
 
 
 def test_the_recipes_own_threshold_stays_what_it_is_however_many_digits_it_has():
     """Rounded, it would be another threshold, and a row that is not the recipe would be what all are compared with."""
     page = recipe(balance={"threshold": 0.06215})
-    ablation = ablations.plan("threshold", page)
+    ablation = variants.plan("threshold", page)
     assert ablation.reference == "0.06215"
     assert recipes(ablation, page)["0.06215"].balance.threshold == 0.06215
 
 
 def test_losses_are_the_rows_of_table_5_with_the_recipes_own_weights():
     page = recipe(distill={"weights": {"cluster_kl": 0.3, "instance_text": 0.7}})
-    ablation = ablations.plan("losses", page)
+    ablation = variants.plan("losses", page)
     rows = {name: other.distill.weights for name, other in recipes(ablation, page).items()}
     assert {name: tuple(getattr(row, part) for part in PARTS) for name, row in rows.items()} == {
         "clip": (1, 0, 0, 0, 0),
@@ -80,7 +90,7 @@ def test_losses_are_the_rows_of_table_5_with_the_recipes_own_weights():
 
 
 def test_peers_losses_are_what_their_presets_give_in_a_recipe():
-    found = recipes(ablations.plan("losses", recipe(), peers=True), recipe())
+    found = recipes(variants.plan("losses", recipe(), peers=True), recipe())
     assert list(found)[-4:] == ["open-clip", "clip-kd", "tiny-clip", "mobile-clip"]
     for name in list(found)[-4:]:
         by_name = recipe(distill={"weights": name}, evaluate={"sets": {"digits": "builtin:digits"}})
@@ -89,21 +99,21 @@ def test_peers_losses_are_what_their_presets_give_in_a_recipe():
 
 def test_numbers_of_clusters_scale_table_6_and_the_clustering_has_the_seed_too():
     page = recipe(cluster={"num_centers": 128})
-    ablation = ablations.plan("clusters", page)
+    ablation = variants.plan("clusters", page)
     assert [page.cluster.num_centers for page in recipes(ablation, page).values()] == [13, 64, 128, 640]
     assert ablation.reference == "128"
     assert recipes(ablation, page, seed=2)["64"].cluster.seed == 2
-    million = recipes(ablations.plan("clusters", recipe()), recipe())
+    million = recipes(variants.plan("clusters", recipe()), recipe())
     assert list(million) == ["100,000", "500,000", "1,000,000", "5,000,000"]
 
 
 def test_teachers_take_the_place_of_the_recipes_with_their_weights():
-    ablation = ablations.plan("teacher", recipe(), values=["run:runs/small", "ViT-B-32/openai", "ViT-L-14/tag"])
+    ablation = variants.plan("teacher", recipe(), values=["run:runs/small", "ViT-B-32/openai", "ViT-L-14/tag"])
     found = {name: page.embed for name, page in recipes(ablation, recipe()).items()}
     assert found["run:runs/small"].teacher == "run:runs/small"
     assert (found["ViT-L-14/tag"].teacher, found["ViT-L-14/tag"].pretrained) == ("ViT-L-14", "tag")
     assert ablation.reference == "ViT-B-32/openai"
-    assert ablations.plan("teacher", recipe(), values=["run:a", "run:b"]).reference == "run:a"
+    assert variants.plan("teacher", recipe(), values=["run:a", "run:b"]).reference == "run:a"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +126,7 @@ def test_teachers_take_the_place_of_the_recipes_with_their_weights():
     ],
 )
 def test_a_variant_changes_what_it_is_about_the_seed_and_the_models_beside_the_student(name, values, may_differ):
-    ablation = ablations.plan(name, recipe(), values=values)
+    ablation = variants.plan(name, recipe(), values=values)
     found = set().union(*(differing(page, recipe()) for page in recipes(ablation, recipe(), seed=1).values()))
     assert found == may_differ | {"distill.seed", "evaluate.compare"}
 
@@ -143,15 +153,64 @@ def test_a_variant_changes_what_it_is_about_the_seed_and_the_models_beside_the_s
 )
 def test_what_cannot_be_varied_is_refused_with_the_reason(name, arguments, sections, says):
     with pytest.raises(ConfigError) as error:
-        ablations.plan(name, recipe(**sections), **arguments)
+        variants.plan(name, recipe(**sections), **arguments)
     assert says in error.value.problem
 
 
 def test_thresholds_may_be_named_where_the_recipe_asks_for_a_share():
     page = recipe(balance={"target_removed": 0.4})
-    ablation = ablations.plan("threshold", page, values=["0.05", "0.07"])
+    ablation = variants.plan("threshold", page, values=["0.05", "0.07"])
     assert {other.balance.target_removed for other in recipes(ablation, page).values()} == {None}
     assert ablation.reference == "0.05"  # 0.07 is only a default here, not what the recipe runs with
+
+
+TABLE: dict[str, Any] = {"mean_of": "1/1", "missing": {}, "differences": []}
+SUMMARIES: dict[str, dict[str, Any]] = {
+    "embed": as_json(
+        EmbedSummary(images=9, ok=9, dim=2, teacher="run:t", bytes=90, skipped={}, images_per_s=None),
+    ),
+    "balance": as_json(
+        BalanceSummary(images=9, ok=9, kept=8, removed=1, removed_share=0.1, sets_with_duplicates=1, largest_set=2)
+    ),
+    "cluster": as_json(
+        ClusterSummary(
+            images=8,
+            centers=2,
+            empty=0,
+            singletons=0,
+            smallest=4,
+            median=4.0,
+            largest=4,
+            gini=0.0,
+            size_quantiles={},
+            within_cosine=None,
+            all_pairs_cosine=None,
+            margin_quantiles={},
+            margin_sample=0,
+        )
+    ),
+    "distill": as_json(
+        DistillSummary(
+            steps=5,
+            pairs=8,
+            pairs_seen=40,
+            epochs=5.0,
+            unreadable_pairs=0,
+            skipped_steps=0,
+            processes=1,
+            seconds=1.5,
+            pairs_per_s=26.7,
+            data_wait_share=0.0,
+            losses={},
+            collapse_alarm=False,
+            precision="float32",
+            peak_memory_gib=0.5,
+            parameters=Parameters(image=1, text=1),
+            device="cpu",
+        )
+    ),
+    "evaluate": as_json(EvaluateSummary(models={}, mean_of={}, missing={}, headline="student")),
+}
 
 
 @pytest.fixture
@@ -165,14 +224,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if stage == "evaluate":
             mean = {"student": page.balance.threshold + page.distill.seed / 10}
             for task in ("zero_shot", "retrieval"):
-                (out / f"{task}.json").write_text(json.dumps({"mean": mean, "mean_of": "1/1"}))
-        return {
-            "embed": {"ok": 9, "images": 9, "dim": 2},
-            "balance": {"ok": 9, "kept": 8, "removed_share": 0.1},
-            "cluster": {"images": 8, "centers": 2},
-            "distill": {"steps": 5, "pairs": 8, "pairs_seen": 40, "seconds": 1.5, "collapse_alarm": False},
-            "evaluate": {"headline": "student"},
-        }[stage]
+                (out / f"{task}.json").write_text(json.dumps({**TABLE, "mean": mean}))
+        return SUMMARIES[stage]
 
     def fake_stage(module: str) -> SimpleNamespace:
         stage = module.rpartition(".")[2]
@@ -187,7 +240,7 @@ def ablate(
     out: Path, *, page: Recipe | None = None, seeds: int = 2, values: tuple[str, ...] = ("0.05", "0.07", "0.09")
 ):
     page = page or recipe()
-    ablations.run(ablations.plan("threshold", page, values=values), page, out, seeds=seeds)
+    runs.run(variants.plan("threshold", page, values=values), page, out, seeds=seeds)
 
 
 ONCE = {"embed": 1, "balance": 3, "cluster": 3, "distill": 6, "evaluate": 6}
@@ -207,20 +260,20 @@ def test_every_stage_is_computed_once_for_all_runs_that_share_it_and_never_again
 
 
 def test_losses_share_balance_and_clusters_and_clip_alone_has_none(tmp_path: Path, ran: list[str]):
-    ablations.run(ablations.plan("losses", recipe()), recipe(), tmp_path, seeds=2)
+    runs.run(variants.plan("losses", recipe()), recipe(), tmp_path, seeds=2)
     assert Counter(ran) == {"embed": 1, "balance": 1, "cluster": 1, "distill": 16, "evaluate": 16}
     assert not (tmp_path / "runs" / "clip-seed1" / "cluster").exists()
 
 
 def test_the_preview_counts_what_then_runs_and_writes_nothing(tmp_path: Path, ran: list[str], capsys):
-    ablation = ablations.plan("threshold", recipe(), values=["0.05", "0.07", "0.09"])
-    ablations.preview(ablation, recipe(), tmp_path / "out", seeds=2)
+    ablation = variants.plan("threshold", recipe(), values=["0.05", "0.07", "0.09"])
+    runs.preview(ablation, recipe(), tmp_path / "out", seeds=2)
     printed = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
     assert {cells[0]: int(cells[2]) for cells in printed if cells and cells[0] in ONCE} == ONCE
     assert not (tmp_path / "out").exists()
     ablate(tmp_path / "out", seeds=1)
     capsys.readouterr()
-    ablations.preview(ablation, recipe(), tmp_path / "out", seeds=2)
+    runs.preview(ablation, recipe(), tmp_path / "out", seeds=2)
     printed = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
     left = {cells[0]: int(cells[3]) for cells in printed if cells and cells[0] in ONCE}
     assert left == {"embed": 0, "balance": 0, "cluster": 0, "distill": 3, "evaluate": 3}
@@ -288,7 +341,7 @@ def test_results_hold_every_run_and_the_table_its_mean(tmp_path: Path, ran: list
 
 
 def test_the_table_of_a_stopped_ablation_has_the_finished_runs(tmp_path: Path, ran: list[str], monkeypatch):
-    make, made = ablations._make, []
+    make, made = runs._make, []
 
     def stop_at_the_fifth(*arguments: Any) -> None:
         made.append(arguments)
@@ -296,7 +349,7 @@ def test_the_table_of_a_stopped_ablation_has_the_finished_runs(tmp_path: Path, r
             raise KeyboardInterrupt
         make(*arguments)
 
-    monkeypatch.setattr(ablations, "_make", stop_at_the_fifth)
+    monkeypatch.setattr(runs, "_make", stop_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
         ablate(tmp_path)
     lines = (tmp_path / "ablation.csv").read_text().splitlines()
@@ -317,9 +370,9 @@ def test_an_error_names_the_run_it_stopped(tmp_path: Path, ran: list[str], monke
 def test_teachers_at_one_threshold_are_warned_of(monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
     monkeypatch.setattr(log, "warn", said.append)
-    ablations.plan("teacher", recipe(balance={"target_removed": 0.4}), values=["run:a", "run:b"])
+    variants.plan("teacher", recipe(balance={"target_removed": 0.4}), values=["run:a", "run:b"])
     assert said == []
-    ablations.plan("teacher", recipe(), values=["run:a", "run:b"])
+    variants.plan("teacher", recipe(), values=["run:a", "run:b"])
     assert len(said) == 1
     assert "balance.target_removed" in said[0]
 
@@ -327,13 +380,13 @@ def test_teachers_at_one_threshold_are_warned_of(monkeypatch: pytest.MonkeyPatch
 def test_a_folder_of_another_ablation_is_refused(tmp_path: Path, ran: list[str]):
     ablate(tmp_path, seeds=1)
     with pytest.raises(ConfigError, match="holds the ablation 'threshold'"):
-        ablations.run(ablations.plan("losses", recipe()), recipe(), tmp_path, seeds=1)
+        runs.run(variants.plan("losses", recipe()), recipe(), tmp_path, seeds=1)
 
 
 def test_scores_over_different_sets_are_never_put_into_one_table(tmp_path: Path, ran: list[str], monkeypatch):
-    scores = ablations._scores
+    scores = results._scores
     found = iter([{"zero-shot, mean of 1/2": 0.5}])
-    monkeypatch.setattr(ablations, "_scores", lambda folder: next(found, None) or scores(folder))
+    monkeypatch.setattr(results, "_scores", lambda folder: next(found, None) or scores(folder))
     ablate(tmp_path / "one", seeds=1, values=("0.05",))
     found = iter([{"zero-shot, mean of 1/2": 0.5}] * 2)
     with pytest.raises(RunError, match="measured on different sets"):
@@ -341,7 +394,7 @@ def test_scores_over_different_sets_are_never_put_into_one_table(tmp_path: Path,
 
 
 def test_runs_that_measured_nothing_have_no_table(tmp_path: Path, ran: list[str], monkeypatch):
-    monkeypatch.setattr(ablations, "_scores", lambda folder: {})
+    monkeypatch.setattr(results, "_scores", lambda folder: {})
     with pytest.raises(RunError, match="measured the student on nothing"):
         ablate(tmp_path, seeds=1)
 
@@ -366,14 +419,15 @@ def test_each_group_of_sets_that_may_be_averaged_is_a_metric(tmp_path: Path):
     folder = RunFolder(tmp_path)
     out = folder.begin("evaluate", "key", resumable=False)
     groups = [
-        {"title": "mean of 2/14 (CLIP's sets)", "mean": {"student": 0.5, "teacher": 0.7}},
-        {"title": "mean of 1/1 (other sets)", "mean": {"student": 0.25}},
-        {"title": "mean of 0/5 (shifted ImageNets)", "mean": {}},
+        {"title": "mean of 2/14 (CLIP's sets)", "of": "2/14", "sets": [], "mean": {"student": 0.5, "teacher": 0.7}},
+        {"title": "mean of 1/1 (other sets)", "of": "1/1", "sets": [], "mean": {"student": 0.25}},
+        {"title": "mean of 0/5 (shifted ImageNets)", "of": "0/5", "sets": [], "mean": {}},
     ]
-    (out / "zero_shot.json").write_text(json.dumps({"mean": {"student": 0.5}, "mean_of": "2/14", "groups": groups}))
-    (out / "retrieval.json").write_text(json.dumps({"mean": {"student": 0.125}, "mean_of": "1/1"}))
+    zero_shot = {**TABLE, "mean": {"student": 0.5}, "mean_of": "2/14", "groups": groups}
+    (out / "zero_shot.json").write_text(json.dumps(zero_shot))
+    (out / "retrieval.json").write_text(json.dumps({**TABLE, "mean": {"student": 0.125}}))
     folder.publish(StageRecord("evaluate", "key", 1, {}, {}, {}, {}, "cpu", "2026-01-01T00:00:00+00:00", 1.0))
-    assert ablations._scores(folder) == {
+    assert results._scores(folder) == {
         "zero-shot, mean of 2/14 (CLIP's sets)": 0.5,
         "zero-shot, mean of 1/1 (other sets)": 0.25,
         "mean recall, mean of 1/1": 0.125,

@@ -1,82 +1,85 @@
 """The results of an evaluation on disk: a line for every number, the answers behind it, nothing measured twice.
 
-A task (one model, one set, one way to measure) is recognized by its key, which covers everything its result depends on.
-Its lines are appended to `results.jsonl` first and its answers appear in `answers/` afterwards, at once: a task with
-answers is whole, whenever the process was killed.
+A measurement (one model, one set, one protocol) is recognized by its key, which covers everything its result depends on.
+Its lines are appended to `results.jsonl` first and its answers appear in `answers/` afterwards, at once: a measurement
+with answers is whole, whenever the process was killed.
 """
 
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clip_cid.evaluation.tables import Row
+from clip_cid.evaluation.scores import RESULTS, Score, read_scores
 from clip_cid.journal import Journal
 from clip_cid.run_folder import atomic_file
 
-RESULTS, ANSWERS = "results.jsonl", "answers"
+ANSWERS = "answers"
 
 Answers = Mapping[str, np.ndarray]
 """`predicted` (images, or folds by images) and `labels`; of a retrieval the hits of each image by recall, and its `captions`."""
 
 
 class Results:
-    """The lines of this evaluation, in `folder`; tasks found there or in an earlier evaluation are taken over."""
+    """The scores of this evaluation, in `folder`; those in it already, or of an earlier evaluation, are taken over."""
 
     def __init__(self, folder: Path, earlier: Path | None) -> None:
         self._folder = folder
         (folder / ANSWERS).mkdir(exist_ok=True)
         self._journal = Journal(folder / RESULTS)
         self._journal.drop_torn_line()
-        self._found: dict[str, tuple[Path, list[Row]]] = {}
+        self._known: dict[str, tuple[Path, list[Score]]] = {}
         for place in (earlier, folder):
             if place is not None:
-                self._found |= {key: (place, rows) for key, rows in _whole_tasks(place).items()}
-        self.rows: list[Row] = []
+                self._known |= {key: (place, scores) for key, scores in _whole_measurements(place).items()}
+        self.scores: list[Score] = []
 
-    def take_over(self, key: str, *, model: str) -> list[Row] | None:
-        """The lines of a task measured before, as lines of this evaluation; None when it has not been."""
-        if key not in self._found:
+    def take_over(self, key: str, *, model: str) -> list[Score] | None:
+        """The scores of a measurement made before, as scores of this evaluation; None when there is none."""
+        if key not in self._known:
             return None
-        place, found = self._found[key]
-        rows = [{**row, "model": model} for row in found]
+        place, known = self._known[key]
+        scores = [replace(score, model=model) for score in known]
         if place != self._folder:
-            self._journal.append(*rows)
-            self._journal.sync()
-            name = rows[0]["answers"]
+            self._append(scores)
+            name = str(scores[0].answers)
             with atomic_file(self._folder / ANSWERS / name) as temporary:
                 shutil.copyfile(place / ANSWERS / name, temporary)
-        self.rows += rows
-        return rows
+        self.scores += scores
+        return scores
 
-    def add(self, key: str, rows: Sequence[Row], answers: Answers) -> None:
-        """Write a task that has just been measured."""
-        title = re.sub(r"[^A-Za-z0-9]+", "-", f"{rows[0]['set']}-{rows[0]['task']}")
+    def add(self, key: str, scores: Sequence[Score], answers: Answers) -> None:
+        """Write a measurement that has just been made."""
+        title = re.sub(r"[^A-Za-z0-9]+", "-", f"{scores[0].set}-{scores[0].task}")
         name = f"{title}-{key}.npz"
-        lines = [{**row, "key": key, "answers": name} for row in rows]
-        self._journal.append(*lines)
-        self._journal.sync()
+        written = [replace(score, key=key, answers=name) for score in scores]
+        self._append(written)
         with atomic_file(self._folder / ANSWERS / name) as temporary, open(temporary, "wb") as handle:
             small: dict[str, Any] = {kind: _small(values) for kind, values in answers.items()}
             np.savez_compressed(handle, **small)
-        self._found[key] = (self._folder, lines)
-        self.rows += lines
+        self._known[key] = (self._folder, written)
+        self.scores += written
 
-    def answers(self, row: Row) -> Answers:
-        """The answers behind a line."""
-        with np.load(self._folder / ANSWERS / row["answers"]) as found:
-            return dict(found)
+    def answers(self, score: Score) -> Answers:
+        """The answers behind a score."""
+        with np.load(self._folder / ANSWERS / str(score.answers)) as arrays:
+            return dict(arrays)
 
     def close(self) -> None:
-        """Leave what this evaluation is made of, in its order: no lines or answers of models or sets no longer asked for."""
-        self._journal.replace(*self.rows)
-        used = {row["answers"] for row in self.rows}
+        """Leave what this evaluation is made of, in its order: nothing of models or sets that it does not measure."""
+        self._journal.replace(*(score.line() for score in self.scores))
+        used = {score.answers for score in self.scores}
         for path in (self._folder / ANSWERS).iterdir():
             if path.name not in used:
                 path.unlink()
+
+    def _append(self, scores: Sequence[Score]) -> None:
+        self._journal.append(*(score.line() for score in scores))
+        self._journal.sync()
 
 
 def _small(values: np.ndarray) -> np.ndarray:
@@ -84,14 +87,16 @@ def _small(values: np.ndarray) -> np.ndarray:
     return values.astype(np.int16) if values.dtype.kind == "i" and values.max(initial=0) < 2**15 else values
 
 
-def _whole_tasks(folder: Path) -> dict[str, list[Row]]:
-    """Key -> the lines of one model with that key, where its answers are there too."""
-    by_model: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in Journal(folder / RESULTS).read():
-        if "answers" in row and (folder / ANSWERS / row["answers"]).is_file():
-            # By metric, because a task killed before its answers were there has left its lines twice.
-            by_model.setdefault((row["key"], row["model"]), {})[row["metric"]] = row
-    found: dict[str, list[Row]] = {}
-    for (key, _), rows in by_model.items():
-        found.setdefault(key, list(rows.values()))
-    return found
+def _whole_measurements(folder: Path) -> dict[str, list[Score]]:
+    """Key -> the scores of one model with that key, where its answers are there too."""
+    path = folder / RESULTS
+    by_model: dict[tuple[str, str], dict[str, Score]] = {}
+    for score in read_scores(path) if path.is_file() else ():
+        if score.key and score.answers and (folder / ANSWERS / score.answers).is_file():
+            # By metric, because a measurement killed before its answers were there has left its lines twice.
+            by_model.setdefault((score.key, score.model), {})[score.metric] = score
+
+    whole: dict[str, list[Score]] = {}
+    for (key, _), scores in by_model.items():
+        whole.setdefault(key, list(scores.values()))
+    return whole

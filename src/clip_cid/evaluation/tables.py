@@ -1,12 +1,11 @@
-"""Results row by row -> one table a task, models by sets, with means that say over how many sets they are."""
+"""The tables of an evaluation: one for each protocol, models by sets, with means that say over how many sets they are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clip_cid import units
-
-Row = dict[str, Any]
+from clip_cid.evaluation.protocols import RETRIEVAL
+from clip_cid.evaluation.scores import Difference, GroupMean, Score, TaskSummary
 
 MEAN_RECALL = "mean_recall"
 
@@ -27,146 +26,137 @@ class Group:
         return f"mean of {measured}/{self.of}" + (f" ({self.name})" if self.name else "")
 
 
-def score_table(rows: Sequence[Row], task: str, *, groups: Sequence[Group], missing: Mapping[str, str]) -> Row:
-    """The scores of `zero_shot`, `linear_probe` or `knn`, with a mean for every group; `mean` is that of the first that was measured.
+@dataclass(frozen=True)
+class Table:
+    """All of one protocol."""
+
+    scores: tuple[Score, ...]
+    summary: TaskSummary
+
+    @property
+    def by_set(self) -> dict[str, dict[str, Score]]:
+        """Set -> model -> score, of a protocol with one score a set."""
+        by_set: dict[str, dict[str, Score]] = {}
+        for score in self.scores:
+            by_set.setdefault(score.set, {})[score.model] = score
+        return by_set
+
+    def as_json(self) -> dict[str, Any]:
+        """What the table's file holds."""
+        summary = self.summary
+        sets, scores, intervals = _recall_columns(self) if summary.task == RETRIEVAL else _score_columns(self)
+        whole = {
+            "task": summary.task,
+            "sets": sets,
+            "scores": scores,
+            "mean": dict(summary.mean.by_model),
+            "mean_of": summary.mean.of,
+            "missing": dict(summary.missing),
+            "intervals": intervals,
+        }
+        if summary.task != RETRIEVAL:
+            whole["groups"] = [group.line() for group in summary.groups]
+        return {**whole, "differences": [one.line() for one in summary.differences]}
+
+
+def score_table(
+    scores: Iterable[Score],
+    task: str,
+    *,
+    groups: Sequence[Group],
+    missing: Mapping[str, str],
+    differences: Sequence[Difference] = (),
+) -> Table:
+    """The scores of a protocol on labelled sets, with a mean for every group.
+
+    The mean of the table is that of the first group that was measured.
 
     Args:
-        rows: Results of all tasks.
+        scores: Results of all protocols.
         task: Which of them to take.
         groups: Every set the recipe names, by what may be averaged.
         missing: The sets that gave no result, with the reason.
+        differences: Between the models, on this task.
     """
-    chosen = [row for row in rows if row["task"] == task]
-    scores: dict[str, dict[str, float]] = {}
-    intervals: dict[str, dict[str, tuple[float, float]]] = {}
-    for row in chosen:
-        scores.setdefault(row["model"], {})[row["set"]] = row["score"]
-        intervals.setdefault(row["model"], {})[row["set"]] = (row["low"], row["high"])
-    facts = ("metric", "classes", "chance", "n", "variant")
-    about = {row["set"]: {key: row[key] for key in facts} for row in chosen}
-    means = [_group_mean(group, scores) for group in groups]
-    asked = [name for group in groups for name in group.sets]
-    measured = [mean for mean in means if mean["mean"]]
-    head = [*measured, *means, {"mean": {}, "of": "0/0"}][0]
-    table = _table(task, about, scores, head["mean"], head["of"], asked, missing)
-    return {**table, "intervals": intervals, "groups": means}
+    chosen = tuple(score for score in scores if score.task == task)
+    by_model: dict[str, dict[str, float]] = {}
+    for score in chosen:
+        by_model.setdefault(score.model, {})[score.set] = score.score
+
+    means = tuple(_group_mean(group, by_model) for group in groups)
+    measured = [mean for mean in means if mean.by_model]
+    first = [*measured, *means, GroupMean("mean of 0/0", "0/0", (), {})][0]
+
+    wanted = {name for group in groups for name in group.sets} - {score.set for score in chosen}
+    reasons = {name: reason for name, reason in missing.items() if name in wanted}
+    return Table(chosen, TaskSummary(task, means, first, reasons, tuple(differences)))
 
 
-def retrieval_table(rows: Sequence[Row], *, asked: Sequence[str], missing: Mapping[str, str]) -> Row:
-    """Every recall, and for each set their mean over depths and directions (`mean_recall`)."""
-    chosen = [row for row in rows if row["task"] == "retrieval"]
-    scores: dict[str, dict[str, dict[str, float]]] = {}
-    intervals: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
-    about: dict[str, Row] = {}
-    for row in chosen:
-        model, name = row["model"], row["set"]
-        scores.setdefault(model, {}).setdefault(name, {})[row["metric"]] = row["score"]
-        intervals.setdefault(model, {}).setdefault(name, {})[row["metric"]] = (row["low"], row["high"])
-        about.setdefault(row["set"], {})[row["metric"]] = {"chance": row["chance"], "n": row["n"]}
-    for by_set in scores.values():
-        for recalls in by_set.values():
-            recalls[MEAN_RECALL] = _mean(recalls)
-    means = {name: _mean({set_: by[MEAN_RECALL] for set_, by in by_set.items()}) for name, by_set in scores.items()}
-    table = _table("retrieval", about, scores, means, f"{len(about)}/{len(asked)}", asked, missing)
-    return {**table, "intervals": intervals}
+def retrieval_table(
+    scores: Iterable[Score], *, sets: Sequence[str], missing: Mapping[str, str], differences: Sequence[Difference] = ()
+) -> Table:
+    """Every recall, and for each set their mean over depths and directions (`mean_recall`).
 
-
-def score_lines(table: Row, models: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines to print: sets down, models across; sets without a result stand below, then the means.
-
-    A star stands at sets that are not as CLIP measured them; `variant_notes` says how they differ.
+    Args:
+        scores: Results of all protocols.
+        sets: Every set of pairs the recipe names.
+        missing: The sets that gave no result, with the reason.
+        differences: Between the models, on their recalls.
     """
-    lines: list[list[str]] = []
-    for name, about in table["sets"].items():
-        of_set = [(table["scores"].get(model, {}).get(name), model) for model in models]
-        cells = ["-" if score is None else _cell(score, table["intervals"][model][name]) for score, model in of_set]
-        lines.append(
-            [name + (" *" if about["variant"] else ""), about["metric"], units.in_percent(about["chance"]), *cells]
-        )
-    lines += [[name, "not measured", *("-" for _ in range(1 + len(models)))] for name in table["missing"]]
-    for group in table["groups"]:
-        star = " *" if any(table["sets"][name]["variant"] for name in group["sets"] if name in table["sets"]) else ""
-        lines.append([group["title"] + star, "", "", *(units.in_percent(group["mean"].get(model)) for model in models)])
-    return ["set", "metric", "chance", *models], lines
+    chosen = tuple(score for score in scores if score.task == RETRIEVAL)
+    by_model = {
+        model: _mean([_mean(list(recalls.values())) for recalls in by_set.values()])
+        for model, by_set in _recalls(chosen).items()
+    }
+    measured = list(dict.fromkeys(score.set for score in chosen))
+    of = f"{len(measured)}/{len(sets)}"
+
+    reasons = {name: reason for name, reason in missing.items() if name in sets and name not in measured}
+    mean = GroupMean(f"mean of {of}", of, tuple(measured), by_model)
+    return Table(chosen, TaskSummary(RETRIEVAL, (), mean, reasons, tuple(differences)))
 
 
-def variant_notes(tables: Mapping[str, Row]) -> list[str]:
-    """What the stars of the printed tables stand for."""
-    found: dict[str, str] = {}
-    for table in tables.values():
-        found |= {name: about["variant"] for name, about in table["sets"].items() if about.get("variant")}
-    return [f"* {name}: {words}" for name, words in found.items()]
-
-
-def same_class_lines(rows: Sequence[Row], models: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines to print: each robustness set, and the model's accuracy on ImageNet's images of the same classes."""
-    found = {(row["model"], row["set"]): row for row in rows if row.get("imagenet_same_classes") is not None}
-    lines: list[list[str]] = []
-    for name in dict.fromkeys(name for _, name in found):
-        of_set = [found[model, name] for model in models]
-        lines.append([name, "this set", *(units.in_percent(row["top1"]) for row in of_set)])
-        lines.append(
-            ["", "ImageNet, same classes", *(units.in_percent(row["imagenet_same_classes"]) for row in of_set)]
-        )
-    return ["set", "top1 on", *models], lines
-
-
-def difference_lines(found: Sequence[Row], models: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines to print: how far the first model is ahead of each other one, in points, with its interval."""
-    first, *others = models
-    lines: dict[tuple[str, str], dict[str, str]] = {}
-    for row in found:
-        if row["model"] == first:
-            points = [f"{100 * row[key]:+.1f}" for key in ("difference", "low", "high")]
-            place = (row.get("set") or row["group"], "" if "group" in row else row["metric"])
-            lines.setdefault(place, {})[row["other"]] = f"{points[0]} ({points[1]} to {points[2]})"
-    columns = ["set", "metric", *(f"{first} - {other}" for other in others)]
-    return columns, [[*place, *(cells[other] for other in others)] for place, cells in lines.items()]
-
-
-def recall_lines(table: Row, models: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines to print: a line for each set, direction and depth."""
-    lines = [
-        [name, metric, units.in_percent(value["chance"])]
-        + [_cell(table["scores"][model][name][metric], table["intervals"][model][name][metric]) for model in models]
-        for name, metrics in table["sets"].items()
-        for metric, value in metrics.items()
-    ]
-    lines += [[name, "not measured", *("-" for _ in range(1 + len(models)))] for name in table["missing"]]
-    return ["set", "metric", "chance", *models], lines
-
-
-def _cell(score: float, interval: tuple[float, float]) -> str:
-    """A score and its interval in percent: `62.3 (60.1-64.5)`."""
-    low, high = interval
-    return f"{units.in_percent(score)} ({units.in_percent(low)}-{units.in_percent(high)})"
-
-
-def _group_mean(group: Group, scores: Mapping[str, Mapping[str, float]]) -> Row:
+def _group_mean(group: Group, scores: Mapping[str, Mapping[str, float]]) -> GroupMean:
     by_model = {model: [by_set[name] for name in group.sets if name in by_set] for model, by_set in scores.items()}
     measured = max((len(values) for values in by_model.values()), default=0)
-    means = {model: sum(values) / len(values) for model, values in by_model.items() if values}
-    return {"title": group.title(measured), "of": f"{measured}/{group.of}", "sets": list(group.sets), "mean": means}
+    means = {model: _mean(values) for model, values in by_model.items() if values}
+    return GroupMean(group.title(measured), f"{measured}/{group.of}", group.sets, means)
 
 
-def _table(
-    task: str,
-    about: Row,
-    scores: Mapping[str, Any],
-    means: Mapping[str, float],
-    mean_of: str,
-    asked: Sequence[str],
-    missing: Mapping[str, str],
-) -> Row:
-    return {
-        "task": task,
-        "sets": about,
-        "scores": dict(scores),
-        "mean": dict(means),
-        "mean_of": mean_of,
-        "missing": {name: reason for name, reason in missing.items() if name in asked and name not in about},
+def _recalls(scores: Iterable[Score]) -> dict[str, dict[str, dict[str, float]]]:
+    """Model -> set -> metric -> recall."""
+    recalls: dict[str, dict[str, dict[str, float]]] = {}
+    for score in scores:
+        recalls.setdefault(score.model, {}).setdefault(score.set, {})[score.metric] = score.score
+    return recalls
+
+
+def _score_columns(table: Table) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Facts of each set, scores by model, intervals by model."""
+    facts = ("metric", "classes", "chance", "n", "variant")
+    sets = {score.set: {name: getattr(score, name) for name in facts} for score in table.scores}
+    scores: dict[str, dict[str, float]] = {}
+    intervals: dict[str, dict[str, list[float | None]]] = {}
+    for score in table.scores:
+        scores.setdefault(score.model, {})[score.set] = score.score
+        intervals.setdefault(score.model, {})[score.set] = [score.low, score.high]
+    return sets, scores, intervals
+
+
+def _recall_columns(table: Table) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The same with a level more: each set has several metrics."""
+    sets: dict[str, dict[str, Any]] = {}
+    intervals: dict[str, dict[str, dict[str, list[float | None]]]] = {}
+    for score in table.scores:
+        sets.setdefault(score.set, {})[score.metric] = {"chance": score.chance, "n": score.n}
+        of_model = intervals.setdefault(score.model, {})
+        of_model.setdefault(score.set, {})[score.metric] = [score.low, score.high]
+    scores = {
+        model: {name: {**recalls, MEAN_RECALL: _mean(list(recalls.values()))} for name, recalls in by_set.items()}
+        for model, by_set in _recalls(table.scores).items()
     }
+    return sets, scores, intervals
 
 
-def _mean(scores: Mapping[str, float]) -> float:
-    return sum(scores.values()) / len(scores)
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from scipy.special import stdtrit
 
+from clip_cid import units
 from clip_cid.figures import style
 from clip_cid.run_folder import atomic_file
 
@@ -122,7 +123,7 @@ def _words(estimate: Estimate | None, *, signed: bool = False) -> str:
     """A share in percent, or a difference in points, with what is known of its error."""
     if estimate is None:
         return "-"
-    mean = style.signed_points(estimate.mean) if signed else f"{100 * estimate.mean:.1f}"
+    mean = units.signed_points(estimate.mean) if signed else f"{100 * estimate.mean:.1f}"
     return mean if estimate.half is None else f"{mean} ± {100 * estimate.half:.1f}"
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from matplotlib.ticker import MaxNLocator
 
 from clip_cid.figures import style
+from clip_cid.summaries import KmeansRound
 
 
-def draw(history: Sequence[dict[str, float]], out: Path) -> dict[str, float]:
+def draw(history: Sequence[KmeansRound], out: Path) -> dict[str, float]:
     """Write `cluster_rounds.svg`, and `.csv` with the imbalance and the empty clusters of each round beside it."""
     rounds = list(range(1, len(history) + 1))
-    columns = {name: [round_[name] for round_ in history] for name in ("objective", "imbalance", "empty")}
+    columns = {name: [getattr(one, name) for one in history] for name in ("objective", "imbalance", "empty")}
     style.write_csv(out / "cluster_rounds.csv", {"round": rounds, **columns})
     with style.new_figure(2.6) as figure:
         axes = figure.add_subplot()

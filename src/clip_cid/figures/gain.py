@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
+from clip_cid import units
+from clip_cid.evaluation.protocols import PROTOCOLS
+from clip_cid.evaluation.scores import Difference, Differences
 from clip_cid.figures import style
-from clip_cid.figures.differences import MEAN, TASKS, Difference, Differences, points
 
 _WIDTH = 3.4  # inches; a third of the report's page
 
@@ -47,7 +49,7 @@ def _line(axes: Axes, one: Difference, place: float) -> None:
     axes.plot([100 * one.low, 100 * one.high], [place, place], color=color)
     axes.plot([100 * one.difference], [place], marker="o", color=color, mfc=color if one.clear else style.PAPER)
     axes.annotate(
-        points(one)[0],
+        units.signed_points(one.difference),
         *((100 * one.difference, place), (0, 5)),
         textcoords="offset points",
         ha="center",
@@ -56,7 +58,7 @@ def _line(axes: Axes, one: Difference, place: float) -> None:
 
 
 def _name(one: Difference) -> str:
-    if one.metric == MEAN:
-        return f"{TASKS[one.task]}\n{one.set}"
+    if one.of_group:
+        return f"{PROTOCOLS[one.task].title}\n{one.set}"
     way = "image to text" if one.metric.startswith("image") else "text to image"
     return f"{one.set}\n{way} R@1"

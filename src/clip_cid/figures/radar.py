@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from clip_cid.figures import scores as tables
+from clip_cid.evaluation.scores import STUDENT, Score, ScoreRow, models_of, score_rows
 from clip_cid.figures import style
-from clip_cid.figures.scores import Score, ScoreRow
 
 MIN_SETS = 3
 _LONGEST = 15  # letters of a set's name; its end may tell it from another
@@ -25,13 +24,13 @@ def axis_ranges(values: Float[np.ndarray, "models sets"]) -> Float[np.ndarray, "
 
 def common_rows(scores: Sequence[Score]) -> list[ScoreRow]:
     """The sets of one task where every model has a score."""
-    models = tables.model_order(scores)
-    return [row for row in tables.score_rows(scores) if all(model in row.by_model for model in models)]
+    models = models_of(scores)
+    return [row for row in score_rows(scores) if all(model in row.by_model for model in models)]
 
 
 def draw(scores: Sequence[Score], out: Path) -> dict[str, list[float]]:
     """Write `radar.svg` and `.csv` of the sets of one task where every model has a score; numbers at the tips are the student's."""
-    models = tables.model_order(scores)
+    models = models_of(scores)
     rows = common_rows(scores)
     values = np.array([[row.by_model[model].score for row in rows] for model in models])
     ranges = axis_ranges(values)
@@ -45,7 +44,7 @@ def draw(scores: Sequence[Score], out: Path) -> dict[str, list[float]]:
         for model, curve in reversed(list(zip(models, (values - ranges[0]) / (ranges[1] - ranges[0]), strict=True))):
             color = style.model_colors(models)[model]
             axes.plot(around, np.append(curve, curve[0]), color=color, label=model, marker="o", markersize=3)
-        student = models.index(tables.STUDENT) if tables.STUDENT in models else 0
+        student = models.index(STUDENT) if STUDENT in models else 0
         axes.set_xticks(angles, [])
         for row, value, angle in zip(rows, values[student], angles, strict=True):
             across = _side(-np.sin(angle), "left", "right")

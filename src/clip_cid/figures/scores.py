@@ -1,111 +1,35 @@
-"""Scores of the student beside other models: read, put into a table, drawn with their intervals."""
+"""Scores of the student beside other models: a table of every number, and bars with their intervals."""
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from clip_cid.errors import DataError
+from clip_cid import units
+from clip_cid.evaluation.protocols import RETRIEVAL
+from clip_cid.evaluation.scores import (
+    STUDENT,
+    Differences,
+    Score,
+    ScoreRow,
+    models_of,
+    reference_model,
+    score_rows,
+)
 from clip_cid.figures import style
-from clip_cid.figures.differences import Differences
-
-STUDENT, TEACHER, BASELINE = "student", "teacher", "baseline"
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number of results.jsonl; scores, intervals and chance are shares of 1."""
-
-    model: str
-    set: str
-    task: str
-    metric: str
-    score: float
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-    classes: int | None = None
-    chance: float | None = None
-    variant: str = ""
-    """How the set differs from the one CLIP was measured on; empty where it does not."""
-    top1: float | None = None
-    imagenet_same_classes: float | None = None
-    """Top-1 accuracy on ImageNet's own images of the classes of a shifted ImageNet; `top1` is the one on the set."""
-
-
-@dataclass(frozen=True)
-class ScoreRow:
-    """All models on one set, task and metric."""
-
-    task: str
-    set: str
-    metric: str
-    by_model: dict[str, Score]
-
-    def delta(self, other: str) -> float | None:
-        """Student minus `other`; None where one of them has no score."""
-        if STUDENT not in self.by_model or other not in self.by_model:
-            return None
-        return self.by_model[STUDENT].score - self.by_model[other].score
-
-
-def read_scores(path: Path) -> list[Score]:
-    """The lines of a results.jsonl.
-
-    Raises:
-        DataError: A line is not a result, or its score is not between 0 and 1.
-    """
-    scores = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            line = json.loads(text)
-            score = Score(**{name: line[name] for name in Score.__dataclass_fields__ if name in line})
-            if not all(0 <= v <= 1 for v in (score.score, score.low, score.high, score.chance) if v is not None):
-                raise ValueError(f"score {score.score}, interval {score.low} to {score.high}, chance {score.chance}")
-        except (ValueError, TypeError) as error:
-            raise DataError(
-                f"{path}, line {number}: not a result with shares of 1 ({error}).",
-                fix=f"Run `clip-cid evaluate {path.parent.parent} --force` to make the stage again.",
-            ) from error
-        scores.append(score)
-    return scores
-
-
-def model_order(scores: Sequence[Score]) -> list[str]:
-    """The student first, the teacher last, the others between them as they come."""
-    names = list(dict.fromkeys(score.model for score in scores))
-    place = {STUDENT: 0, TEACHER: 2}
-    return sorted(names, key=lambda name: place.get(name, 1))
-
-
-def reference_model(models: Sequence[str]) -> str | None:
-    """Whom the student is measured against: the model named `baseline`, else the first that is not the teacher."""
-    others = [model for model in models if model not in {STUDENT, TEACHER}]
-    return BASELINE if BASELINE in others else next(iter(others), None)
-
-
-def score_rows(scores: Sequence[Score]) -> list[ScoreRow]:
-    """One row for each task, set and metric, in the order of the results."""
-    rows: dict[tuple[str, str, str], ScoreRow] = {}
-    for score in scores:
-        key = (score.task, score.set, score.metric)
-        rows.setdefault(key, ScoreRow(*key, by_model={})).by_model[score.model] = score
-    return list(rows.values())
 
 
 def write_table(scores: Sequence[Score], differences: Differences, path: Path) -> None:
     """Every number of the results as one CSV: a score or a difference and its interval in three columns."""
-    rows, models = score_rows(scores), model_order(scores)
+    rows, models = score_rows(scores), models_of(scores)
     columns: dict[str, list[object]] = {
         name: [getattr(row, name) for row in rows] for name in ("task", "set", "metric")
     }
     for fact in ("n", "classes", "chance"):
-        columns[fact] = [getattr(next(iter(row.by_model.values())), fact) for row in rows]
+        columns[fact] = [getattr(row.any, fact) for row in rows]
     for model in models:
         cells = [row.by_model.get(model) for row in rows]
         columns |= {
@@ -126,11 +50,11 @@ def write_table(scores: Sequence[Score], differences: Differences, path: Path) -
 
 def draw(scores: Sequence[Score], differences: Differences, task: str, out: Path) -> dict[str, float]:
     """Write `scores_TASK.svg` and `.csv` of one task: bars with intervals, and the student's lead over the baseline."""
-    rows, models = score_rows(scores), model_order(scores)
+    rows, models = score_rows(scores), models_of(scores)
     reference = reference_model(models)
     write_table(scores, differences, out / f"scores_{task}.csv")
     places = np.arange(len(rows), dtype=np.float64)[::-1]
-    names = [row.set if task != "retrieval" else f"{row.set}\n{row.metric.replace('_', ' ')}" for row in rows]
+    names = [row.set if task != RETRIEVAL else f"{row.set}\n{row.metric.replace('_', ' ')}" for row in rows]
     lines = math.ceil(len(models) / style.legend_columns(models))
     with style.new_figure(0.7 + 0.2 * lines + len(rows) * (0.16 + 0.14 * len(models))) as figure:
         both = reference is not None
@@ -168,7 +92,7 @@ def _bars(axes: Axes, rows: Sequence[ScoreRow], models: Sequence[str], places: n
             if score.low is not None and score.high is not None:
                 axes.plot([100 * score.low, 100 * score.high], [offset, offset], color=style.INK, linewidth=0.8)
     for row, place in zip(rows, places, strict=True):
-        chance = next(iter(row.by_model.values())).chance
+        chance = row.any.chance
         if chance is not None:
             axes.plot([100 * chance] * 2, [place - 0.44, place + 0.44], color=style.INK, linewidth=0.9, linestyle=":")
     axes.set_xlabel("score, %")
@@ -188,7 +112,7 @@ def _deltas(axes: Axes, rows: Sequence[ScoreRow], reference: str, places: np.nda
         axes.barh(place, 100 * delta, height=0.36, color=color, alpha=1.0 if paired and paired.clear else 0.45)
         axes.plot([100 * low, 100 * high], [place, place], color=style.INK, linewidth=0.8)
         axes.annotate(
-            style.signed_points(delta),
+            units.signed_points(delta),
             *((100 * (max(high, 0) if delta >= 0 else min(low, 0)), place), (3 if delta >= 0 else -3, 0)),
             textcoords="offset points",
             ha="left" if delta >= 0 else "right",

@@ -118,9 +118,3 @@ def short_number(value: float) -> str:
         if abs(value) >= limit:
             return f"{value / limit:g}{suffix}"
     return f"{value:,.0f}" if abs(value) >= 1 else f"{value:g}"
-
-
-def signed_points(share: float) -> str:
-    """A difference of two shares of 1 in points: +1.2, 0.0, or with a true minus sign."""
-    points = round(100 * share, 1)
-    return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}") if points else "0.0"

@@ -76,7 +76,7 @@ def push_student(run: RunFolder, repo: str, *, license: str | None, private: boo
         folder = Path(temporary) / "student"
         _write_public(run, folder)
         (folder / CARD_FILE).write_text(model_card(run, repo, license=license), encoding="utf-8")
-        with _told(repo):
+        with _hub_errors_in_words(repo):
             return _upload(HfApi(), folder, repo, private=private)
 
 
@@ -157,8 +157,8 @@ def _is_ours(api: HfApi, repo: str) -> bool:
 
 
 @contextlib.contextmanager
-def _told(repo: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into words; what it says never holds the token."""
+def _hub_errors_in_words(repo: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a HubError; its words never hold the token."""
     try:
         yield
     except HfHubHTTPError as error:
@@ -174,18 +174,18 @@ def _told(repo: str) -> Iterator[None]:
 
 
 def _refusal(repo: str, error: HfHubHTTPError) -> HubError:
-    status, said = error.response.status_code, _one_line(error.server_message or error)
+    status, answer = error.response.status_code, _one_line(error.server_message or error)
     if status in (401, 403):
         return HubError(
-            f"{repo}: the Hub does not let this token write here ({status}: {said}).",
+            f"{repo}: the Hub does not let this token write here ({status}: {answer}).",
             fix="Check the name, and that the token has write access to it: `hf auth whoami`, `hf auth login`.",
         )
     if status == 409:
         return HubError(
-            f"{repo}: the name is taken on the Hub, or changed meanwhile ({said}).",
+            f"{repo}: the name is taken on the Hub, or changed meanwhile ({answer}).",
             fix="Run the same command again, or give another name.",
         )
-    return HubError(f"{repo}: the Hub answered {status} ({said}).", fix="Mend what it names, or try again later.")
+    return HubError(f"{repo}: the Hub answered {status} ({answer}).", fix="Mend what it names, or try again later.")
 
 
 def _one_line(error: object) -> str:

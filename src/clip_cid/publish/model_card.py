@@ -1,7 +1,5 @@
 """The model card of a finished student, filled from the records of its run."""
 
-import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,18 +12,22 @@ from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
 from clip_cid import log, units
-from clip_cid.errors import DataError, RunError
+from clip_cid.errors import RunError
+from clip_cid.evaluation.protocols import PROTOCOLS
+from clip_cid.evaluation.scores import (
+    RESULTS,
+    STUDENT,
+    Score,
+    TaskSummary,
+    read_scores,
+    read_task_summaries,
+    score_rows,
+)
 from clip_cid.models.student import CONFIG_FILE
 from clip_cid.publish.public_names import public_name, public_provenance
 from clip_cid.run_folder import RunFolder, StageRecord, read_json
+from clip_cid.summaries import BalanceSummary, ClusterSummary, DistillSummary, EmbedSummary, read_summary
 
-_STUDENT = "student"
-_TASKS = {
-    "zero_shot": "Zero-shot classification",
-    "linear_probe": "Linear probe",
-    "knn": "Nearest neighbors",
-    "retrieval": "Retrieval",
-}
 _SETTINGS = (
     *("batch_size", "lr", "warmup_steps", "weight_decay", "ema_decay", "lock", "temperature", "sample_rate"),
     *("alignment", "seed"),
@@ -76,7 +78,7 @@ def markdown_text(value: object) -> str:
     if isinstance(value, Markup):
         return str(value)
     text = " ".join(str(value).split())
-    return _SPECIAL.sub(lambda found: f"&#{ord(found[0])};", text)
+    return _SPECIAL.sub(lambda special: f"&#{ord(special[0])};", text)
 
 
 def _front_matter(license: str | None, *, distilled: bool) -> str:
@@ -104,7 +106,7 @@ def _render(values: Mapping[str, Any]) -> str:
 
 
 def _records(run: RunFolder) -> dict[str, StageRecord]:
-    """The stages this student comes from, and its own evaluation."""
+    """The stages this student comes from, and its evaluation."""
     distill = run.record("distill")
     assert distill is not None  # the caller has asked for its folder
     records = {"distill": distill}
@@ -127,9 +129,10 @@ def _records(run: RunFolder) -> dict[str, StageRecord]:
 def _values(
     repo: str, config: dict[str, Any], records: dict[str, StageRecord], provenance: dict[str, Any], evaluate: Path
 ) -> dict[str, Any]:
-    recipe, distill = provenance["recipe"], records["distill"]
+    recipe, record = provenance["recipe"], records["distill"]
+    distill = read_summary(DistillSummary, record.summary)
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000).rstrip()
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    longest_fence = max((len(run) for run in re.findall(r"`+", text)), default=0)
     scores = _scores(evaluate) if "evaluate" in records else []
     return {
         "name": repo.rpartition("/")[2],
@@ -138,25 +141,24 @@ def _values(
         "teacher": provenance["teacher"],
         "dim": config["model_cfg"]["embed_dim"],
         "model": _model(config, provenance, distill),
-        "data": _data(records),
+        "data": _data(records, distill),
         "balanced": "balance" in records,
-        "training": _training(recipe["distill"], distill),
+        "training": _training(recipe["distill"], distill, record.device),
         "weights": [(name, f"{weight:g}") for name, weight in recipe["distill"]["weights"].items() if weight],
         "scores": scores,
         "compared": _compared(records.get("evaluate"), scores),
-        "versions": list(distill.versions.items()),
+        "versions": list(record.versions.items()),
         "recipe": text,
-        "fence": "`" * max(3, longest + 1),
+        "fence": "`" * max(3, longest_fence + 1),
     }
 
 
-def _model(config: dict[str, Any], provenance: dict[str, Any], distill: StageRecord) -> list[tuple[str, str]]:
-    parameters, teacher = distill.summary["parameters"], provenance["teacher"]
-    size = config["preprocess_cfg"]["size"]
+def _model(config: dict[str, Any], provenance: dict[str, Any], distill: DistillSummary) -> list[tuple[str, str]]:
+    size, teacher = config["preprocess_cfg"]["size"], provenance["teacher"]
     rows = [
         ("architecture", provenance["recipe"]["distill"]["student"]),
-        ("parameters of the image tower", f"{parameters['image']:,}"),
-        ("parameters of the text tower", f"{parameters['text']:,}"),
+        ("parameters of the image tower", f"{distill.parameters.image:,}"),
+        ("parameters of the text tower", f"{distill.parameters.text:,}"),
         ("width of the embeddings", f"{config['model_cfg']['embed_dim']:,}"),
         ("image size", " x ".join(map(str, size if isinstance(size, list) else [size, size]))),
         ("context length", f"{config['model_cfg']['text_cfg'].get('context_length', 77)} tokens"),
@@ -167,40 +169,40 @@ def _model(config: dict[str, Any], provenance: dict[str, Any], distill: StageRec
     return [*rows, ("teacher", _reference(teacher["reference"])), ("SHA-256 of the teacher's weights", digest)]
 
 
-def _data(records: dict[str, StageRecord]) -> list[tuple[str, str]]:
+def _data(records: dict[str, StageRecord], distill: DistillSummary) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     if "embed" in records:
-        embed = records["embed"].summary
-        rows += [("image-text pairs", f"{embed['images']:,}"), ("of them usable", f"{embed['ok']:,}")]
+        embed = read_summary(EmbedSummary, records["embed"].summary)
+        rows += [("image-text pairs", f"{embed.images:,}"), ("of them usable", f"{embed.ok:,}")]
     if "balance" in records:
-        balance = records["balance"].summary
-        scales = [f"{value:.4g} ({name.replace('_', ' ')})" for name, value in balance.get("threshold", {}).items()]
-        share = units.percent(balance["removed_share"])
+        balance = read_summary(BalanceSummary, records["balance"].summary)
+        thresholds = (balance.threshold or {}).items()
+        scales = [f"{value:.4g} ({name.replace('_', ' ')})" for name, value in thresholds]
         rows += [
             ("threshold of near-duplicates", " = ".join(scales) or "none; the kept rows were made elsewhere"),
-            ("near-duplicates removed", f"{balance['removed']:,} ({share})"),
-            ("kept", f"{balance['kept']:,}"),
+            ("near-duplicates removed", f"{balance.removed:,} ({units.percent(balance.removed_share)})"),
+            ("kept", f"{balance.kept:,}"),
         ]
     if "cluster" in records:
-        rows.append(("clusters of the kept images", f"{records['cluster'].summary['centers']:,}"))
-    return [*rows, ("pairs trained on", f"{records['distill'].summary['pairs']:,}")]
+        clusters = read_summary(ClusterSummary, records["cluster"].summary).centers
+        rows.append(("clusters of the kept images", f"{clusters:,}"))
+    return [*rows, ("pairs trained on", f"{distill.pairs:,}")]
 
 
-def _training(settings: dict[str, Any], distill: StageRecord) -> list[tuple[str, str]]:
-    summary = distill.summary
+def _training(settings: dict[str, Any], distill: DistillSummary, device: str) -> list[tuple[str, str]]:
     rows = [
-        ("steps", f"{summary['steps']:,}"),
-        ("pairs seen", f"{summary['pairs_seen']:,}"),
-        ("passes over the pairs", f"{summary['epochs']:.4g}"),
+        ("steps", f"{distill.steps:,}"),
+        ("pairs seen", f"{distill.pairs_seen:,}"),
+        ("passes over the pairs", f"{distill.epochs:.4g}"),
     ]
     rows += [(name.replace("_", " "), str(settings[name])) for name in _SETTINGS if settings.get(name) is not None]
     if settings.get("schedule"):
         rows.append(("weights of the losses", "follow the schedule in the recipe below"))
-    if "head_scale" in summary:
-        rows.append(("scale of the cluster logits (sigma)", f"{summary['head_scale']:.4g}"))
+    if distill.head_scale is not None:
+        rows.append(("scale of the cluster logits (sigma)", f"{distill.head_scale:.4g}"))
     if settings.get("pretrained"):
         rows.append(("started from", settings["pretrained"]))
-    return [*rows, ("arithmetic", f"{summary['precision']} on {distill.device}")]
+    return [*rows, ("arithmetic", f"{distill.precision} on {device}")]
 
 
 def _compared(evaluate: StageRecord | None, scores: Sequence[_Table]) -> list[tuple[str, str]]:
@@ -215,36 +217,30 @@ def _reference(reference: str) -> str:
     return f"{reference} (a model of the author's own)" if reference.startswith(("run:", "local-dir:")) else reference
 
 
-def _scores(folder: Path) -> list[_Table]:
-    """One table a task: a line for each set and metric, a column for each model."""
-    path = folder / "results.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        grouped = itertools.groupby(sorted(rows, key=lambda row: list(_TASKS).index(row["task"])), lambda r: r["task"])
-        return [_table(task, list(found), folder) for task, found in grouped]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: not the results of an evaluation ({error}).",
-            fix=f"Run `clip-cid evaluate {folder.parent} --force` to make the stage again.",
-        ) from error
+def _scores(evaluate: Path) -> list[_Table]:
+    """One table a protocol: a line for each set and metric, a column for each model."""
+    scores, summaries = read_scores(evaluate / RESULTS), read_task_summaries(evaluate)
+    tables: list[_Table] = []
+    for task in PROTOCOLS:
+        if own := [score for score in scores if score.task == task]:
+            tables.append(_table(own, summaries.get(task)))
+    return tables
 
 
-def _table(task: str, rows: list[dict[str, Any]], folder: Path) -> _Table:
-    models = sorted(dict.fromkeys(row["model"] for row in rows), key=lambda model: model != _STUDENT)
-    lines: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault((row["set"], row["metric"]), {})[row["model"]] = row
-    cells = [
-        [name, metric.replace("_", " "), f"{facts['n']:,}", units.in_percent(facts["chance"])]
-        + [_interval(by_model.get(model)) for model in models]
-        for (name, metric), by_model in lines.items()
-        for facts in [next(iter(by_model.values()))]
+def _table(scores: Sequence[Score], summary: TaskSummary | None) -> _Table:
+    models = sorted(dict.fromkeys(score.model for score in scores), key=lambda model: model != STUDENT)
+    rows = [
+        [row.set, row.metric.replace("_", " "), f"{row.any.n:,}", units.in_percent(row.any.chance)]
+        + [_interval(row.by_model.get(model)) for model in models]
+        for row in score_rows(scores)
     ]
-    missing = ", ".join(read_json(folder / f"{task}.json")["missing"])
-    return _Table(_TASKS[task], ["set", "metric", "n", "chance", *models], cells, missing)
+    missing = ", ".join(summary.missing) if summary else ""
+    return _Table(PROTOCOLS[scores[0].task].title, ["set", "metric", "n", "chance", *models], rows, missing)
 
 
-def _interval(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "-"
-    return f"{units.in_percent(row['score'])} [{units.in_percent(row['low'])}, {units.in_percent(row['high'])}]"
+def _interval(score: Score | None) -> str:
+    return (
+        "-"
+        if score is None
+        else f"{units.in_percent(score.score)} [{units.in_percent(score.low)}, {units.in_percent(score.high)}]"
+    )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-from clip_cid.figures.removed_sets import distance_note
+from clip_cid.report.drawing.removed_sets import distance_note
 from clip_cid.report.thumbnails import Thumbnail, Thumbnails
 
 _FOLD_BEYOND = 12

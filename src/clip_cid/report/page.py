@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ _COLORS = {
 }
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A figure on the page."""
+
+    svg: Markup
+    caption: str
+    section: str
+    of_data: bool
+
+
 def render(values: Mapping[str, Any]) -> str:
     """The page with these values; a value the template wants and does not get is an error."""
     environment = jinja2.Environment(
@@ -38,7 +49,7 @@ def render(values: Mapping[str, Any]) -> str:
     environment.filters |= {
         "number": lambda value: f"{value:,}",
         "percent": unbroken_percent,
-        "points": style.signed_points,
+        "points": units.signed_points,
         "duration": units.duration,
     }
     style_sheet = Markup((resources.files("clip_cid") / "report" / "report.css").read_text(encoding="utf-8"))

@@ -2,23 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from clip_cid.figures.differences import MEAN, TASKS, Difference, Differences, read_table
-from clip_cid.figures.scores import Score, ScoreRow, score_rows
-
-
-@dataclass(frozen=True)
-class GroupMean:
-    """A mean over sets that may be averaged; `title` says over how many of how many: mean of 11/14."""
-
-    title: str
-    by_model: Mapping[str, float]
+from clip_cid.evaluation.protocols import PROTOCOLS
+from clip_cid.evaluation.scores import (
+    MEAN,
+    Difference,
+    Differences,
+    GroupMean,
+    Score,
+    ScoreRow,
+    TaskSummary,
+    score_rows,
+)
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """All of one task."""
+    """All of one protocol."""
 
     task: str
     name: str
@@ -38,8 +38,7 @@ class ScoreTable:
     @property
     def variants(self) -> dict[str, str]:
         """Set -> how it differs from the one CLIP was measured on, where it does."""
-        found = {row.set: next(iter(row.by_model.values())).variant for row in self.rows}
-        return {name: words for name, words in found.items() if words}
+        return {row.set: variant for row in self.rows if (variant := row.any.variant)}
 
     @property
     def shifted(self) -> list[ScoreRow]:
@@ -47,15 +46,19 @@ class ScoreTable:
         return [row for row in self.rows if any(s.imagenet_same_classes is not None for s in row.by_model.values())]
 
 
-def score_tables(evaluate: Path, scores: Sequence[Score], differences: Differences) -> list[ScoreTable]:
-    """The tables of an `evaluate/` folder, in the order of the tasks; `scores` and `differences` are read from it."""
+def score_tables(
+    summaries: Mapping[str, TaskSummary], scores: Sequence[Score], differences: Differences
+) -> list[ScoreTable]:
+    """The tables of an evaluation, in the order of the protocols."""
     rows = score_rows(scores)
-    tables: list[ScoreTable] = []
-    for task, name in TASKS.items():
-        table = read_table(evaluate, task)
-        if table is None:
-            continue
-        means = [GroupMean(group["title"], group["mean"]) for group in table.get("groups", ()) if group["mean"]]
-        own = [row for row in rows if row.task == task]
-        tables.append(ScoreTable(task, name, own, means, table["missing"], differences))
-    return tables
+    return [
+        ScoreTable(
+            task,
+            PROTOCOLS[task].title,
+            rows=[row for row in rows if row.task == task],
+            means=[group for group in summary.groups if group.by_model],
+            missing=summary.missing,
+            differences=differences,
+        )
+        for task, summary in summaries.items()
+    ]

@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clip_cid.figures.differences import TASKS, Difference, Differences, points
+from clip_cid import units
+from clip_cid.evaluation.protocols import PROTOCOLS
+from clip_cid.evaluation.scores import STUDENT, Difference
 from clip_cid.report.page import unbroken_percent
 from clip_cid.report.score_tables import ScoreTable
+from clip_cid.summaries import BalanceSummary, DistillSummary
 
 _WAYS = {"image_to_text_R@1": "image to text R@1", "text_to_image_R@1": "text to image R@1"}
 
@@ -37,30 +40,37 @@ class Trained:
     losses: tuple[str, ...]
     """Those with a weight."""
 
+    @classmethod
+    def of(cls, summary: DistillSummary, settings: Mapping[str, Any]) -> "Trained":
+        """A training by its summary and its `distill:` settings."""
+        losses = tuple(name for name, weight in settings["weights"].items() if weight)
+        return cls(summary.steps, summary.pairs_seen, settings["student"], losses)
 
-def removed(balance: Mapping[str, Any]) -> Statement | None:
+
+def removed(balance: BalanceSummary) -> Statement | None:
     """How much the balance removed, and whether it was right; None where it removed nothing."""
-    if not balance["removed"]:
+    if not balance.removed:
         return None
-    sentences = [
-        f"{balance['removed']:,} of {balance['ok']:,} images are gone: to the teacher, each repeats a kept one."
-    ]
-    truth, kinds = balance.get("truth"), balance.get("kinds")
-    if truth:
+    counts = f"{balance.removed:,} of {balance.ok:,} images"
+    sentences = [f"{counts} were removed: to the teacher, each repeats a kept one."]
+    if (truth := balance.truth) is not None:
         sentences.append(
-            f"The true groups are known here ({truth['field']}): of the pairs of images put into one set"
-            f" {unbroken_percent(truth['precision'])} belong together, and"
-            f" {unbroken_percent(truth['recall'])} of all true pairs were found."
+            f"The data names the true groups ({truth.field}): {unbroken_percent(truth.precision)} of the image pairs that share a set"
+            f" belong together, and {unbroken_percent(truth.recall)} of all true pairs were found."
         )
-    if kinds and kinds["perceptual"]["share"] is not None:
+    if (
+        balance.kinds is not None
+        and balance.kinds.perceptual.share is not None
+        and balance.kinds.semantic.share is not None
+    ):
         sentences.append(
-            f"{unbroken_percent(kinds['perceptual']['share'])} repeat the pixels (perceptual),"
-            f" {unbroken_percent(kinds['semantic']['share'])} only what is shown (semantic)."
+            f"{unbroken_percent(balance.kinds.perceptual.share)} repeat the pixels (perceptual),"
+            f" {unbroken_percent(balance.kinds.semantic.share)} only what is shown (semantic)."
         )
-    if "from" in balance:
-        sentences = [f"{balance['removed']:,} of {balance['ok']:,} images were left out by a list made elsewhere."]
+    if balance.from_ is not None:
+        sentences = [f"{counts} were left out by a list made elsewhere."]
     return Statement(
-        unbroken_percent(balance["removed_share"]), "removed as duplicates", sentences, "balance", "What was removed"
+        unbroken_percent(balance.removed_share), "removed as duplicates", sentences, "balance", "What was removed"
     )
 
 
@@ -72,8 +82,8 @@ def flattened(sizes: Mapping[str, Mapping[str, float]]) -> Statement | None:
     first, last = f"{before['gini']:.3f}", f"{after['gini']:.3f}"
     heading = "clusters became more even" if float(last) < float(first) else "clusters did not become more even"
     sentences = [
-        "Gini coefficient of the cluster sizes before and after the balance, on the same centers: 0 is all equal, near 1 is"
-        " one that holds everything.",
+        "Gini coefficient of the cluster sizes before and after the balance, on the same centers: 0 means all are equal, near 1"
+        " that one cluster holds everything.",
         f"The largest cluster before has {before['largest']:,.0f} images, the largest after {after['largest']:,.0f};"
         f" {unbroken_percent(after['images'] / before['images'])} of all images stayed.",
     ]
@@ -91,49 +101,49 @@ def gained(
         student: How it was trained.
         other: How the baseline was trained, as far as that is known.
     """
-    found = _headline(tables, baseline)
-    if baseline is None or found is None:
+    headline = _headline(tables, baseline)
+    if baseline is None or headline is None:
         return None
-    one, ours, theirs = found
-    difference, low, high = points(one)
-    what = ", ".join([TASKS[one.task].lower(), one.set, *([_WAYS[one.metric]] if one.metric in _WAYS else [])])
+    one, ours, theirs = headline
+    lead, low, high = (units.signed_points(value) for value in (one.difference, one.low, one.high))
+    what = ", ".join([PROTOCOLS[one.task].short, one.set, *([_WAYS[one.metric]] if one.metric in _WAYS else [])])
     sentences = [
         f"{unbroken_percent(ours)} against {unbroken_percent(theirs)} ({what}).",
         f"95\N{NO-BREAK SPACE}% interval of the difference, over the same images: {low} to {high}.",
         _verdict(one, baseline),
         _equal_steps(baseline, student, other),
     ]
-    return Statement(f"{difference} points", f"student against {baseline}", sentences, "scores", "All scores")
+    return Statement(f"{lead} points", f"student against {baseline}", sentences, "scores", "All scores")
 
 
 def _headline(tables: Sequence[ScoreTable], baseline: str | None) -> tuple[Difference, float, float] | None:
-    """The first task's mean, or the first R@1: the difference and both scores."""
+    """The first protocol's mean, or the first R@1: the difference and both scores."""
     if baseline is None or not tables:
         return None
-    for one in Differences([d for table in tables[:1] for d in table.differences]).headlines(baseline):
+    for one in tables[0].differences.headlines(baseline):
         for table in tables:
             if table.task != one.task:
                 continue
             means = {mean.title: mean.by_model for mean in table.means}
             rows = {(row.set, row.metric): {m: s.score for m, s in row.by_model.items()} for row in table.rows}
             scores = means.get(one.set) or rows.get((one.set, one.metric), {})
-            if "student" in scores and baseline in scores:
-                return one, scores["student"], scores[baseline]
+            if STUDENT in scores and baseline in scores:
+                return one, scores[STUDENT], scores[baseline]
     return None
 
 
 def _verdict(one: Difference, baseline: str) -> str:
     if not one.clear:
-        return f"The interval holds 0: these images cannot tell the student from the {baseline}."
-    return f"The interval leaves 0 out: the {'student' if one.difference > 0 else baseline} is ahead on these images."
+        return f"The interval contains 0: these images cannot tell the student from the {baseline}."
+    return f"The interval does not contain 0: the {'student' if one.difference > 0 else baseline} is ahead on these images."
 
 
 def _equal_steps(baseline: str, student: Trained, other: Trained | None) -> str:
     if other is None:
-        return f"How the {baseline} was trained is not known here, so the comparison may be of unequal work."
+        return f"How the {baseline} was trained is not known here, so the comparison may not be at equal steps."
     if (other.steps, other.pairs_seen) != (student.steps, student.pairs_seen):
         return (
-            f"Not of equal work: the student took {student.steps:,} steps and saw {student.pairs_seen:,} pairs, the"
+            f"Not at equal steps: the student took {student.steps:,} steps and saw {student.pairs_seen:,} pairs, the"
             f" {baseline} {other.steps:,} and {other.pairs_seen:,}."
         )
     plain = "plain CLIP (its loss alone), " if other.losses == ("clip",) else ""

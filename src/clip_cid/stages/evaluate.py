@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from clip_cid import log, units
 from clip_cid.data.pairs.pairs import fingerprint, open_pairs
@@ -16,69 +15,64 @@ from clip_cid.errors import ConfigError, DataError
 from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
 from clip_cid.evaluation.comparison import differences
 from clip_cid.evaluation.features import Encoder, prune
-from clip_cid.evaluation.measure import PairSet, Task, retrieval_task, tasks_of
+from clip_cid.evaluation.measurements import Measurement, PairSet, measurements_of, retrieval_measurement
+from clip_cid.evaluation.printed_tables import difference_lines, same_class_lines, table_lines, variant_notes
+from clip_cid.evaluation.protocols import PROTOCOLS, RETRIEVAL, ZERO_SHOT
 from clip_cid.evaluation.results import Results
-from clip_cid.evaluation.tables import (
-    Group,
-    Row,
-    difference_lines,
-    recall_lines,
-    retrieval_table,
-    same_class_lines,
-    score_lines,
-    score_table,
-    variant_notes,
-)
+from clip_cid.evaluation.scores import STUDENT, Difference, Score
+from clip_cid.evaluation.tables import Group, Table, retrieval_table, score_table
 from clip_cid.models.device import resolve_device
 from clip_cid.models.student import load_clip
 from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.run_folder import RunFolder, write_json
-
-STUDENT = "student"
-_WORDS = {"zero_shot": "Zero-shot", "linear_probe": "Linear probe", "knn": "Neighbors", "retrieval": "Retrieval"}
+from clip_cid.stage_names import DISTILL, EVALUATE
+from clip_cid.summaries import EvaluateSummary
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What is asked of every model, and what of it is not there."""
+class _Sets:
+    """What every model is measured on, and what of it is not there."""
 
-    sets: list[EvaluationSet]
+    labelled: list[EvaluationSet]
     retrieval: list[PairSet]
     missing: dict[str, str]
     """Set -> why it is left out of everything."""
 
-    def tasks(self, recipe: Recipe) -> list[Task]:
+    def measurements(self, recipe: Recipe) -> list[Measurement]:
         settings = recipe.evaluate
-        imagenet = next((opened for opened in self.sets if opened.task == IMAGENET), None)
-        found: list[Task] = []
-        for opened in self.sets:
-            found += tasks_of(opened, settings, recipe.machine, imagenet=imagenet)
-        return found + [retrieval_task(pairs, seed=settings.seed) for pairs in self.retrieval]
+        imagenet = next((labelled for labelled in self.labelled if labelled.task == IMAGENET), None)
+        measurements: list[Measurement] = []
+        for labelled in self.labelled:
+            measurements += measurements_of(labelled, settings, recipe.machine, imagenet=imagenet)
+        return measurements + [retrieval_measurement(pairs, seed=settings.seed) for pairs in self.retrieval]
 
 
-def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
-    """Measure every model on every set; writes results.jsonl, a table for each task, differences and CLIP_benchmark's files.
+def run(folder: RunFolder, out: Path, recipe: Recipe) -> EvaluateSummary:
+    """Measure every model on every set; writes results.jsonl, a table for each protocol and CLIP_benchmark's files.
 
-    A task that was measured before, in a killed attempt or in the results about to be replaced, is taken over.
+    What was measured before, in a killed attempt or in the results about to be replaced, is taken over.
     """
     models = _models(folder, recipe)
-    asked = _open_all(recipe)
-    tasks = asked.tasks(recipe)
-    _say_plan(models, asked, tasks)
-    results = Results(out, folder.earlier("evaluate"))
+    sets = _open_all(recipe)
+    measurements = sets.measurements(recipe)
+    _say_plan(models, sets, measurements)
+
+    results = Results(out, folder.earlier(EVALUATE))
     for name, reference in models.items():
-        _measure(_encoder(name, reference, folder, recipe), tasks, results)
+        _measure(_encoder(name, reference, folder, recipe), measurements, results)
     results.close()
-    if stale := prune(_cache(folder), frozenset(entry for row in results.rows for entry in row["cached"])):
+    if stale := prune(_cache(folder), frozenset(entry for score in results.scores for entry in score.cached)):
         log.info(f"evaluate: {stale} cached features of other models or sets deleted")
-    tables = _tables(results, asked, recipe)
+
+    tables = _tables(results, sets, recipe)
     for name, table in tables.items():
-        write_json(out / f"{name}.json", table)
-    write_clip_benchmark(out / "clip_benchmark", results.rows, models)
-    _print(list(models), tables, results.rows)
-    for name, reason in asked.missing.items():
+        write_json(out / PROTOCOLS[name].table_file, table.as_json())
+    write_clip_benchmark(out / "clip_benchmark", results.scores, models)
+
+    _print(list(models), tables, results.scores)
+    for name, reason in sets.missing.items():
         log.say(f"{name} was not measured: {reason}")
-    return _summary(list(models), tables, asked)
+    return _summary(list(models), tables, sets.missing)
 
 
 def _models(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
@@ -90,45 +84,48 @@ def _models(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
         raise ConfigError(
             f"evaluate.compare: a model is named {STUDENT!r}, which is this run's own.", fix="Give it another name."
         )
-    return {STUDENT: f"local-dir:{folder.stage('distill') / 'student'}", **compare}
+    return {STUDENT: f"local-dir:{folder.stage(DISTILL) / 'student'}", **compare}
 
 
-def _open_all(recipe: Recipe) -> _Asked:
+def _open_all(recipe: Recipe) -> _Sets:
     """Index and check everything before the first model runs; sets that are not there are left out and named."""
     settings = recipe.evaluate
-    asked = _Asked([], [], {})
+    sets = _Sets([], [], {})
     trained = settings.linear_probe or settings.knn
     splits = ("train", "val", "test") if trained else ("test",)
+
     for name, where in settings.sets.items():
         try:
-            opened = open_set(
+            labelled = open_set(
                 name, where, max_pixels=recipe.pairs.max_pixels, splits=splits, cache_dir=recipe.machine.cache_dir
             )
         except MissingSetError as error:
-            _leave_out(asked, name, error)
+            _leave_out(sets, name, error)
             continue
-        if trained and "train" not in opened.splits and not _is_shifted(name):
+        if trained and "train" not in labelled.splits and not _is_shifted(name):
             log.warn(f"{name}: no train split at {where}, so no linear probe and no neighbors on it")
-        asked.sets.append(opened)
+        sets.labelled.append(labelled)
+
     for name, source in settings.retrieval.items():
         try:
-            asked.retrieval.append(_open_pairs(name, recipe.pairs.model_copy(update={"source": source}), recipe))
+            sets.retrieval.append(_open_pairs(name, recipe.pairs.model_copy(update={"source": source}), recipe))
         except _MissingPairsError as error:
-            _leave_out(asked, name, error)
-    if not asked.sets and not asked.retrieval:
+            _leave_out(sets, name, error)
+
+    if not sets.labelled and not sets.retrieval:
         raise DataError(
-            f"evaluate: none of {len(asked.missing)} sets is there ({'; '.join(asked.missing.values()) or 'none is named'}).",
+            f"evaluate: none of {len(sets.missing)} sets is there ({'; '.join(sets.missing.values()) or 'none is named'}).",
             fix="Name sets that exist in evaluate.sets or evaluate.retrieval; builtin:digits always does.",
         )
-    return asked
+    return sets
 
 
 class _MissingPairsError(DataError):
     """The pairs of a retrieval set cannot be found."""
 
 
-def _leave_out(asked: _Asked, name: str, error: DataError) -> None:
-    asked.missing[name] = f"{error.problem} {error.fix}"
+def _leave_out(sets: _Sets, name: str, error: DataError) -> None:
+    sets.missing[name] = f"{error.problem} {error.fix}"
     log.warn(f"{error.problem} Left out. {error.fix}")
 
 
@@ -153,29 +150,30 @@ def _encoder(name: str, reference: str, folder: RunFolder, recipe: Recipe) -> En
     return Encoder(name, clip, _cache(folder), device=device, batch_size=machine.embed_batch, workers=machine.workers)
 
 
-def _say_plan(models: dict[str, str], asked: _Asked, tasks: Sequence[Task]) -> None:
-    images = sum(len(split) for opened in asked.sets for split in opened.splits.values())
-    images += sum(len(pairs) for pairs in asked.retrieval)
+def _say_plan(models: Mapping[str, str], sets: _Sets, measurements: Sequence[Measurement]) -> None:
+    images = sum(len(split) for labelled in sets.labelled for split in labelled.splits.values())
+    images += sum(len(pairs) for pairs in sets.retrieval)
     log.info(
-        f"evaluate: {len(models)} models, {len(tasks)} tasks each on {len(asked.sets) + len(asked.retrieval)} sets; "
-        f"{images:,} images to embed for each model, less what was embedded before"
+        f"evaluate: {len(models)} models, {len(measurements)} measurements each on"
+        f" {len(sets.labelled) + len(sets.retrieval)} sets; {images:,} images to embed for each model, less what was"
+        " embedded before"
     )
 
 
-def _measure(encoder: Encoder, tasks: Sequence[Task], results: Results) -> None:
-    """Every task of one model, those measured before only by name."""
+def _measure(encoder: Encoder, measurements: Sequence[Measurement], results: Results) -> None:
+    """Measure one model on everything; what was measured before is taken over."""
     known = 0
-    for task in tasks:
-        key = task.key(encoder)
+    for measurement in measurements:
+        key = measurement.key(encoder)
         if results.take_over(key, model=encoder.name) is not None:
             known += 1
             continue
         encoder.forget_used()
-        rows, answers = task.measure(encoder)
-        cached = encoder.forget_used()
-        results.add(key, [{"model": encoder.name, **row, "cached": cached} for row in rows], answers)
+        scores, answers = measurement.measure(encoder)
+        cached = tuple(encoder.forget_used())
+        results.add(key, [replace(score, cached=cached) for score in scores], answers)
     if known:
-        log.info(f"evaluate: {known} of {len(tasks)} tasks of {encoder.name} were measured before")
+        log.info(f"evaluate: {known} of {len(measurements)} measurements of {encoder.name} were made before")
 
 
 def _groups(task: str, recipe: Recipe) -> list[Group]:
@@ -185,61 +183,67 @@ def _groups(task: str, recipe: Recipe) -> list[Group]:
     shifted = tuple(name for name in named if _is_shifted(name))
     clip = tuple(name for name in named if name not in {*others, *shifted})
     of_shifted = sum(entry.shifted for entry in task_table().values())
-    found = [Group("CLIP's sets", clip, len(task_table()) - of_shifted)] if clip else []
-    found += [Group("other sets" if clip or shifted else "", others, len(others))] if others else []
-    return found + ([Group("shifted ImageNets", shifted, of_shifted)] if shifted and task == "zero_shot" else [])
+
+    groups = [Group("CLIP's sets", clip, len(task_table()) - of_shifted)] if clip else []
+    if others:
+        groups.append(Group("other sets" if clip or shifted else "", others, len(others)))
+    if shifted and task == ZERO_SHOT:
+        groups.append(Group("shifted ImageNets", shifted, of_shifted))
+    return groups
 
 
 def _is_shifted(name: str) -> bool:
-    found = find_task(name)
-    return found is not None and found.shifted
+    entry = find_task(name)
+    return entry is not None and entry.shifted
 
 
-def _tables(results: Results, asked: _Asked, recipe: Recipe) -> dict[str, Row]:
-    """One table for each task the recipe asks for, with the models' differences."""
-    settings, rows = recipe.evaluate, results.rows
-    untrained = {opened.name: "no train split" for opened in asked.sets if "train" not in opened.splits}
-    tables: dict[str, Row] = {}
-    wanted = {"zero_shot": settings.zero_shot, "linear_probe": settings.linear_probe, "knn": settings.knn}
-    for name in (name for name, on in wanted.items() if on):
-        groups = _groups(name, recipe)
-        missing = asked.missing if name == "zero_shot" else {**asked.missing, **untrained}
-        if groups:
-            tables[name] = score_table(rows, name, groups=groups, missing=missing)
-            tables[name]["differences"] = _differences(results, name, groups, recipe)
+def _tables(results: Results, sets: _Sets, recipe: Recipe) -> dict[str, Table]:
+    """One table for each protocol the recipe asks for, with the models' differences."""
+    settings, scores = recipe.evaluate, results.scores
+    untrained = {labelled.name: "no train split" for labelled in sets.labelled if "train" not in labelled.splits}
+    tables: dict[str, Table] = {}
+    for task, protocol in PROTOCOLS.items():
+        if task == RETRIEVAL or not getattr(settings, task):
+            continue
+        missing = {**sets.missing, **untrained} if protocol.needs_training_images else sets.missing
+        if groups := _groups(task, recipe):
+            gaps = _differences(results, task, groups, recipe)
+            tables[task] = score_table(scores, task, groups=groups, missing=missing, differences=gaps)
     if settings.retrieval:
-        tables["retrieval"] = retrieval_table(rows, asked=list(settings.retrieval), missing=asked.missing)
-        tables["retrieval"]["differences"] = _differences(results, "retrieval", [], recipe)
+        gaps = _differences(results, RETRIEVAL, [], recipe)
+        tables[RETRIEVAL] = retrieval_table(
+            scores, sets=list(settings.retrieval), missing=sets.missing, differences=gaps
+        )
     return tables
 
 
-def _differences(results: Results, task: str, groups: Sequence[Group], recipe: Recipe) -> list[Row]:
-    rows = [row for row in results.rows if row["task"] == task]
-    return differences(rows, results.answers, groups=groups, seed=recipe.evaluate.seed)
+def _differences(results: Results, task: str, groups: Sequence[Group], recipe: Recipe) -> list[Difference]:
+    scores = [score for score in results.scores if score.task == task]
+    return differences(scores, results.answers, groups=groups, seed=recipe.evaluate.seed)
 
 
-def _print(models: list[str], tables: dict[str, Row], rows: Sequence[Row]) -> None:
+def _print(models: list[str], tables: Mapping[str, Table], scores: Sequence[Score]) -> None:
     for name, table in tables.items():
-        lines = recall_lines if name == "retrieval" else score_lines
-        log.table(*lines(table, models), title=f"{_WORDS[name]}, in percent")
-        if name == "zero_shot" and (beside := same_class_lines(rows, models))[1]:
-            log.table(*beside, title="Robustness, in percent")
-        if table["differences"]:
-            log.table(*difference_lines(table["differences"], models), title=f"{_WORDS[name]}: differences in points")
+        title = PROTOCOLS[name].title
+        log.table(*table_lines(table, models), title=f"{title}, in percent")
+        if name == ZERO_SHOT and (same_classes := same_class_lines(scores, models))[1]:
+            log.table(*same_classes, title="Robustness, in percent")
+        if gaps := table.summary.differences:
+            log.table(*difference_lines(gaps, models), title=f"{title}: differences in points")
     for note in variant_notes(tables):
         log.say(note)
 
 
-def _summary(models: list[str], tables: dict[str, Row], asked: _Asked) -> dict[str, Any]:
-    keys = {name: name if name == "retrieval" else f"{name}_mean" for name in tables}
-    scores = {model: {keys[name]: table["mean"].get(model) for name, table in tables.items()} for model in models}
+def _summary(models: list[str], tables: Mapping[str, Table], missing: dict[str, str]) -> EvaluateSummary:
+    means = {name: table.summary.mean for name, table in tables.items()}
+    keys = {name: name if name == RETRIEVAL else f"{name}_mean" for name in tables}
     words = [
-        f"{_WORDS[name].lower()} {units.in_percent(table['mean'].get(models[0]))} % (mean of {table['mean_of']})"
-        for name, table in tables.items()
+        f"{PROTOCOLS[name].short} {units.in_percent(mean.by_model.get(models[0]))} % (mean of {mean.of})"
+        for name, mean in means.items()
     ]
-    return {
-        "models": scores,
-        "mean_of": {name: table["mean_of"] for name, table in tables.items()},
-        "missing": asked.missing,
-        "headline": f"{models[0]}: {', '.join(words)}",
-    }
+    return EvaluateSummary(
+        models={model: {keys[name]: mean.by_model.get(model) for name, mean in means.items()} for model in models},
+        mean_of={name: mean.of for name, mean in means.items()},
+        missing=missing,
+        headline=f"{models[0]}: {', '.join(words)}",
+    )

@@ -15,26 +15,29 @@ from tiny_sets import CLASSES, TEMPLATES, tar_set, tiny_clip
 from clip_cid.data.sets.evaluation_sets import open_set
 from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
 from clip_cid.evaluation.features import Encoder
+from clip_cid.evaluation.scores import Score
 from clip_cid.evaluation.zero_shot import prompt_classifier, zero_shot
 
 
-def row(model: str, name: str, task: str, **more: Any) -> dict[str, Any]:
-    return {"model": model, "set": name, "task": task, "metric": "top1", "score": 0.5, **more}
+def score(
+    model: str, name: str, task: str, *, metric: str = "top1", value: float = 0.5, **details: float | None
+) -> Score:
+    return Score(model, name, task, metric, value, details=details)
 
 
-ROWS = [
-    row("student", "cifar10", "zero_shot", top1=0.5, top5=0.9, mean_per_class=0.4),
-    row("student", "faces", "zero_shot", top1=0.7, top5=None, mean_per_class=0.6),
-    row("tag", "cifar10", "linear_probe", top1=0.8, mean_per_class=0.75),
-    row("tag", "coco", "retrieval", metric="text_to_image_R@5", score=0.25),
-    row("tag", "coco", "retrieval", metric="image_to_text_R@10", score=0.35),
-    row("tag", "cifar10", "knn", top1=0.1),
+SCORES = [
+    score("student", "cifar10", "zero_shot", top1=0.5, top5=0.9, mean_per_class=0.4),
+    score("student", "faces", "zero_shot", top1=0.7, top5=None, mean_per_class=0.6),
+    score("tag", "cifar10", "linear_probe", top1=0.8, mean_per_class=0.75),
+    score("tag", "coco", "retrieval", metric="text_to_image_R@5", value=0.25),
+    score("tag", "coco", "retrieval", metric="image_to_text_R@10", value=0.35),
+    score("tag", "cifar10", "knn", top1=0.1),
 ]
 REFERENCES = {"student": "local-dir:runs/x/distill/student", "tag": "ViT-B-32/laion400m_e32"}
 
 
 def written(folder: Path) -> list[dict[str, Any]]:
-    assert write_clip_benchmark(folder, ROWS, REFERENCES) == 4
+    assert write_clip_benchmark(folder, SCORES, REFERENCES) == 4
     files = [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
     return sorted(files, key=lambda file: (file["model"], file["dataset"], file["task"]))
 
@@ -57,8 +60,8 @@ def test_the_keys_are_those_of_clip_benchmark(tmp_path: Path) -> None:
 
 
 def test_names_that_differ_only_in_odd_characters_have_files_of_their_own(tmp_path: Path) -> None:
-    rows = [row("a", name, "zero_shot", top1=0.5, mean_per_class=0.4) for name in ("x/y", "x y", "<x>y")]
-    assert write_clip_benchmark(tmp_path / "cb", rows, {"a": "run:x"}) == 3
+    scores = [score("a", name, "zero_shot", top1=0.5, mean_per_class=0.4) for name in ("x/y", "x y", "<x>y")]
+    assert write_clip_benchmark(tmp_path / "cb", scores, {"a": "run:x"}) == 3
     assert len(list((tmp_path / "cb").iterdir())) == 3
 
 

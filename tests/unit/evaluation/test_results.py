@@ -2,16 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from clip_cid.evaluation.results import ANSWERS, RESULTS, Results
+from clip_cid.evaluation.results import ANSWERS, Results
+from clip_cid.evaluation.scores import RESULTS, Score
 
 
-def row(name: str = "x", task: str = "zero_shot", **more: Any) -> dict[str, Any]:
-    return {"model": "a", "set": name, "task": task, "metric": "top1", "score": 0.5, **more}
+def score(name: str = "x", task: str = "zero_shot", metric: str = "top1") -> Score:
+    return Score("a", name, task, metric, 0.5)
 
 
 PREDICTED = {"predicted": np.array([0, 1, 1]), "labels": np.array([0, 1, 0])}
@@ -24,28 +24,28 @@ def folder(path: Path) -> Path:
 
 def test_what_was_measured_is_found_again_by_its_key(tmp_path: Path) -> None:
     out = folder(tmp_path / "out")
-    Results(out, None).add("k1", [row()], PREDICTED)
+    Results(out, None).add("k1", [score()], PREDICTED)
     again = Results(out, None)
     assert again.take_over("k2", model="a") is None
     (line,) = again.take_over("k1", model="renamed") or []
-    assert (line["model"], line["score"]) == ("renamed", 0.5)
+    assert (line.model, line.score) == ("renamed", 0.5)
     np.testing.assert_array_equal(again.answers(line)["predicted"], [0, 1, 1])
 
 
 def test_a_torn_line_is_dropped_and_the_next_one_is_whole(tmp_path: Path) -> None:
     out = folder(tmp_path / "out")
-    Results(out, None).add("k1", [row()], PREDICTED)
+    Results(out, None).add("k1", [score()], PREDICTED)
     with open(out / RESULTS, "a") as handle:
         handle.write('{"model": "a", "sc')
     again = Results(out, None)
-    again.add("k2", [row("y")], PREDICTED)
+    again.add("k2", [score("y")], PREDICTED)
     assert [json.loads(line)["set"] for line in (out / RESULTS).read_text().splitlines()] == ["x", "y"]
 
 
 def test_lines_without_their_answers_are_measured_again_and_not_doubled(tmp_path: Path) -> None:
     """As after a kill between the lines and the answers, twice."""
     out = folder(tmp_path / "out")
-    recalls = [row(task="retrieval", metric=metric) for metric in ("R@1", "R@5")]
+    recalls = [score(task="retrieval", metric=metric) for metric in ("R@1", "R@5")]
     names: list[str] = []
     for _ in range(2):
         Results(out, None).add("k1", recalls, {"R@1": np.ones(3)})
@@ -54,47 +54,49 @@ def test_lines_without_their_answers_are_measured_again_and_not_doubled(tmp_path
         assert Results(out, None).take_over("k1", model="a") is None
     (tmp_path / names[0]).rename(out / ANSWERS / names[0])
     found = Results(out, None).take_over("k1", model="a") or []
-    assert [line["metric"] for line in found] == ["R@1", "R@5"]
+    assert [line.metric for line in found] == ["R@1", "R@5"]
 
 
 def test_an_earlier_evaluation_is_taken_over_with_its_answers(tmp_path: Path) -> None:
     earlier, out = folder(tmp_path / "earlier"), folder(tmp_path / "out")
     first = Results(earlier, None)
-    first.add("k1", [row()], PREDICTED)
-    first.add("k2", [row("gone")], PREDICTED)
+    first.add("k1", [score()], PREDICTED)
+    first.add("k2", [score("gone")], PREDICTED)
     second = Results(out, earlier)
     assert second.take_over("k1", model="a") is not None
-    second.add("k3", [row("new")], PREDICTED)
+    second.add("k3", [score("new")], PREDICTED)
     second.close()
     assert [json.loads(line)["set"] for line in (out / RESULTS).read_text().splitlines()] == ["x", "new"]
     assert len(list((out / ANSWERS).iterdir())) == 2
-    for line in second.rows:
+    for line in second.scores:
         np.testing.assert_array_equal(second.answers(line)["labels"], [0, 1, 0])
 
 
 def test_closing_leaves_what_this_evaluation_is_made_of(tmp_path: Path) -> None:
     out = folder(tmp_path / "out")
     first = Results(out, None)
-    first.add("old", [row("y")], PREDICTED)
-    first.add("k1", [row()], PREDICTED)
+    first.add("old", [score("y")], PREDICTED)
+    first.add("k1", [score()], PREDICTED)
     second = Results(out, None)
-    second.add("k2", [row("z")], PREDICTED)
+    second.add("k2", [score("z")], PREDICTED)
     second.take_over("k1", model="a")
     second.close()
     assert [json.loads(line)["set"] for line in (out / RESULTS).read_text().splitlines()] == ["z", "x"]
-    assert {path.name for path in (out / ANSWERS).iterdir()} == {line["answers"] for line in second.rows}
+    assert {path.name for path in (out / ANSWERS).iterdir()} == {line.answers for line in second.scores}
 
 
 def test_results_of_a_version_without_answers_are_not_taken_over(tmp_path: Path) -> None:
     earlier = folder(tmp_path / "earlier")
-    (earlier / RESULTS).write_text(json.dumps(row()) + "\n")
+    (earlier / RESULTS).write_text(
+        json.dumps({"model": "a", "set": "x", "task": "zero_shot", "metric": "top1", "score": 0.5}) + "\n"
+    )
     assert Results(folder(tmp_path / "out"), earlier).take_over("k1", model="a") is None
 
 
 @pytest.mark.parametrize(("classes", "kind"), [(1000, np.int16), (2**15 + 1, np.int64)])
 def test_class_numbers_take_two_bytes_where_they_fit(tmp_path: Path, classes: int, kind: type) -> None:
     results = Results(folder(tmp_path / "out"), None)
-    results.add("k", [row()], {"predicted": np.array([0, classes - 1])})
-    found = results.answers(results.rows[0])["predicted"]
+    results.add("k", [score()], {"predicted": np.array([0, classes - 1])})
+    found = results.answers(results.scores[0])["predicted"]
     assert found.dtype == kind
     assert found.tolist() == [0, classes - 1]

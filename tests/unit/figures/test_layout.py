@@ -9,10 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
+from clip_cid.evaluation.scores import MEAN, Difference, Differences, Score
 from clip_cid.figures import ablation, gain, radar, removed_share, scores, style
 from clip_cid.figures.ablation import AblationTable, Line
-from clip_cid.figures.differences import MEAN, Difference, Differences
-from clip_cid.figures.scores import Score
 from clip_cid.method.balance.forest import Forest
 
 MODELS = (
@@ -79,7 +78,9 @@ def test_long_names_leave_room_for_the_radar(tmp_path: Path, drawn: list[Figure]
 
 def test_the_lead_says_points_whatever_the_sets_are_called(tmp_path: Path, drawn: list[Figure]) -> None:
     gain.draw(
-        Differences([Difference("zero_shot", "mean of 14/14 (CLIP's sets)", MEAN, "baseline", 0.1, -0.05, 0.2)]),
+        Differences(
+            [Difference("zero_shot", "mean of 14/14 (CLIP's sets)", MEAN, "student", "baseline", 0.1, -0.05, 0.2)]
+        ),
         "baseline",
         tmp_path,
     )

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from clip_cid.evaluation.scores import Score
 from clip_cid.figures import radar
-from clip_cid.figures.scores import Score
 
 
 def columns(path: Path) -> dict[str, list[str]]:

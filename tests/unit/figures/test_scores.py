@@ -1,14 +1,8 @@
 import csv
-import json
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from clip_cid.errors import DataError
+from clip_cid.evaluation.scores import Difference, Differences, Score, score_rows
 from clip_cid.figures import scores
-from clip_cid.figures.differences import Difference, Differences
-from clip_cid.figures.scores import Score
 
 NONE = Differences([])
 
@@ -27,72 +21,15 @@ FOUND = [
 ]
 
 
-def test_the_student_comes_first_and_the_teacher_last() -> None:
-    assert scores.model_order(FOUND) == ["student", "baseline", "teacher"]
-
-
-@pytest.mark.parametrize(
-    ("models", "reference"),
-    [
-        (["student", "other", "baseline", "teacher"], "baseline"),
-        (["student", "other", "teacher"], "other"),
-        (["student", "teacher"], None),
-        (["student"], None),
-    ],
-)
-def test_whom_the_student_is_measured_against(models: list[str], reference: str | None) -> None:
-    assert scores.reference_model(models) == reference
-
-
-def test_deltas_are_student_minus_other_and_none_where_one_is_missing() -> None:
-    a, b = scores.score_rows(FOUND)
-    assert a.delta("teacher") == -0.125
-    assert a.delta("baseline") == 0.125
-    assert b.delta("baseline") is None
-
-
 def test_a_mean_needs_every_set() -> None:
-    rows = scores.score_rows(FOUND)
+    rows = score_rows(FOUND)
     assert scores.mean_score(rows, "student") == 0.5625
     assert scores.mean_score(rows, "baseline") is None
     assert scores.mean_score([], "student") is None
 
 
-def test_results_are_read_and_what_is_not_needed_is_passed_over(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    line = {
-        "model": "student",
-        "set": "a",
-        "task": "zero_shot",
-        "metric": "top1",
-        "score": 0.5,
-        "C": 3,
-        "bad_images": [],
-    }
-    path.write_text(json.dumps(line) + "\n")
-    assert scores.read_scores(path) == [Score("student", "a", "zero_shot", "top1", 0.5)]
-
-
-@pytest.mark.parametrize(
-    "change", [{"score": 50.0}, {"score": float("nan")}, {"low": -0.1}, {"score": "high"}, {"score": None}]
-)
-def test_a_score_that_is_no_share_of_one_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    path = tmp_path / "results.jsonl"
-    good = {"model": "student", "set": "a", "task": "zero_shot", "metric": "top1", "score": 0.5}
-    path.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
-    with pytest.raises(DataError, match=r"results\.jsonl, line 2"):
-        scores.read_scores(path)
-
-
-def test_a_result_without_a_model_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    path.write_text('{"set": "a", "task": "zero_shot", "metric": "top1", "score": 0.5}\n')
-    with pytest.raises(DataError, match="line 1"):
-        scores.read_scores(path)
-
-
 def test_the_csv_is_the_table_with_empty_cells_where_nothing_is_known(tmp_path: Path) -> None:
-    paired = Differences([Difference("zero_shot", "a", "top1", "baseline", 0.125, -0.0625, 0.25)])
+    paired = Differences([Difference("zero_shot", "a", "top1", "student", "baseline", 0.125, -0.0625, 0.25)])
     scores.draw(FOUND, paired, "zero_shot", tmp_path)
     with open(tmp_path / "scores_zero_shot.csv", newline="") as handle:
         a, b = csv.DictReader(handle)

@@ -115,7 +115,7 @@ def test_the_scores_stand_with_their_intervals_and_a_bar_in_a_name_does_not_brea
     ]
     assert probe[1] == ["cifar|10", "top1", "1,000", "10.0", "75.0 [62.5, 87.5]"]
     assert retrieval[1][:2] == ["heldout", "image to text R@1"]
-    assert "Asked for and not measured: flowers." in card
+    assert "In the recipe but not measured: flowers." in card
     assert '"base" is ViT-B-32/laion400m&#95;e32, "old" is run:old (a model' in card
 
 
@@ -163,14 +163,16 @@ def test_records_of_another_version_are_refused_in_words(tmp_path: Path) -> None
     run = finished_run(tmp_path / "run")
     manifest = run.path / "distill" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"parameters"', '"params"'))
-    with pytest.raises(RunError, match=r"not of this version \(KeyError: 'parameters'\)"):
+    with pytest.raises(
+        RunError, match=r"the summary of the distill stage is not of this version \(KeyError: 'parameters'\)"
+    ):
         model_card(run, "me/x", license=None)
 
 
 def test_broken_results_are_refused(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     (run.path / "evaluate/results.jsonl").write_text('{"model": "student"}\n')
-    with pytest.raises(DataError, match=r"results\.jsonl: not the results of an evaluation"):
+    with pytest.raises(DataError, match=r"results\.jsonl, line 1: not a result with shares of 1"):
         model_card(run, "me/x", license=None)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import jinja2
 import pytest
 
+from clip_cid import units
 from clip_cid.figures import style
 from clip_cid.report import galleries, page
 from clip_cid.report.thumbnails import Thumbnails
@@ -76,7 +77,7 @@ def test_ticks_are_written_as_people_write_numbers(value: float, text: str) -> N
     ("share", "text"), [(0.0123, "+1.2"), (-0.05, "\N{MINUS SIGN}5.0"), (-0.0001, "0.0"), (0, "0.0")]
 )
 def test_differences_are_points_with_a_sign(share: float, text: str) -> None:
-    assert style.signed_points(share) == text
+    assert units.signed_points(share) == text
 
 
 def test_long_captions_are_cut_and_empty_ones_become_the_key() -> None:

@@ -1,79 +1,74 @@
 """The first screen says no more than the numbers do."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from clip_cid.errors import DataError
+from clip_cid.evaluation.scores import Difference, Differences, GroupMean, Score, TaskSummary
 from clip_cid.figures import gain
-from clip_cid.figures.differences import Differences, read_differences
-from clip_cid.figures.scores import Score
 from clip_cid.report import story
 from clip_cid.report.score_tables import ScoreTable, score_tables
 from clip_cid.report.story import Trained
+from clip_cid.summaries import BalanceSummary, BalanceTruth, KindShare, KindShares
 
 OURS = Trained(250, 32_000, "tiny", ("clip", "cluster_kl"))
 PLAIN = Trained(250, 32_000, "tiny", ("clip",))
-BALANCE = {"removed": 30, "ok": 120, "removed_share": 0.25}
+BALANCE = BalanceSummary(
+    images=120, ok=120, kept=90, removed=30, removed_share=0.25, sets_with_duplicates=9, largest_set=7
+)
 
 
-def tables(folder: Path, difference: float, low: float, high: float) -> tuple[list[ScoreTable], Differences]:
+def summaries(difference: float, low: float, high: float) -> dict[str, TaskSummary]:
     """Zero-shot on two sets, their mean `difference` ahead of `baseline`; and a retrieval on which it is 50 points."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pair = {"model": "student", "other": "baseline"}
-    mean = {"group": "mean of 2/2", "metric": "mean", "difference": difference, "low": low, "high": high, **pair}
-    behind = {
-        "model": "baseline",
-        "other": "teacher",
-        "set": "a",
-        "metric": "top1",
-        "difference": 9,
-        "low": 9,
-        "high": 9,
+    first = Difference("zero_shot", "a", "top1", "student", "baseline", 0.9, 0.8, 1.0)
+    mean = Difference("zero_shot", "mean of 2/2", "mean", "student", "baseline", difference, low, high)
+    behind = Difference("zero_shot", "a", "top1", "baseline", "teacher", 9, 9, 9)
+    group = GroupMean("mean of 2/2", "2/2", ("a", "b"), {"student": 0.5, "baseline": 0.5 - difference})
+    recall = Difference("retrieval", "r", "image_to_text_R@1", "student", "baseline", 0.5, 0.4, 0.6)
+    deeper = replace(recall, metric="image_to_text_R@5")
+    return {
+        "zero_shot": TaskSummary("zero_shot", (group,), group, {}, (first, mean, behind)),
+        "retrieval": TaskSummary("retrieval", (), GroupMean("mean of 1/1", "1/1", ("r",), {}), {}, (recall, deeper)),
     }
-    first = {"set": "a", "metric": "top1", "difference": 0.9, "low": 0.8, "high": 1.0, **pair}
-    group = {"title": "mean of 2/2", "mean": {"student": 0.5, "baseline": 0.5 - difference}}
-    write(folder, "zero_shot", {"differences": [first, mean, behind], "groups": [group], "missing": {}})
-    recall = {"set": "r", "metric": "image_to_text_R@1", "difference": 0.5, "low": 0.4, "high": 0.6, **pair}
-    deeper = {**recall, "metric": "image_to_text_R@5"}
-    write(folder, "retrieval", {"differences": [recall, deeper], "missing": {}})
+
+
+def tables(by_task: dict[str, TaskSummary]) -> list[ScoreTable]:
     scores = [
         Score(model, name, task, metric, value)
         for name, task, metric in (("a", "zero_shot", "top1"), ("r", "retrieval", "image_to_text_R@1"))
         for model, value in (("student", 0.75), ("baseline", 0.25))
     ]
-    differences = read_differences(folder)
-    return score_tables(folder, scores, differences), differences
+    return score_tables(by_task, scores, differences(by_task))
 
 
-def write(folder: Path, task: str, table: dict[str, Any]) -> None:
-    (folder / f"{task}.json").write_text(json.dumps(table))
+def differences(by_task: dict[str, TaskSummary]) -> Differences:
+    return Differences(one for summary in by_task.values() for one in summary.differences)
 
 
-def told(tmp_path: Path, *numbers: float, other: Trained | None = PLAIN) -> str:
-    found = story.gained(tables(tmp_path / "evaluate", *numbers)[0], "baseline", OURS, other)
-    assert found is not None
-    return " ".join([found.number, found.heading, found.text]).replace("\N{MINUS SIGN}", "-").replace("\xa0", " ")
+def sentences_of(*numbers: float, other: Trained | None = PLAIN) -> str:
+    statement = story.gained(tables(summaries(*numbers)), "baseline", OURS, other)
+    assert statement is not None
+    text = " ".join([statement.number, statement.heading, statement.text])
+    return text.replace("\N{MINUS SIGN}", "-").replace("\xa0", " ")
 
 
-def test_a_gain_whose_interval_leaves_0_out_is_told_as_one(tmp_path: Path) -> None:
-    text = told(tmp_path, 0.105, 0.08, 0.125)
+def test_a_gain_whose_interval_leaves_0_out_is_told_as_one() -> None:
+    text = sentences_of(0.105, 0.08, 0.125)
     assert text.startswith("+10.5 points student against baseline 50.0 % against 39.5 % (zero-shot, mean of 2/2)")
-    assert "over the same images: +8.0 to +12.5. The interval leaves 0 out: the student is ahead" in text
+    assert "over the same images: +8.0 to +12.5. The interval does not contain 0: the student is ahead" in text
     assert "plain CLIP (its loss alone), the same architecture, at equal steps: both took 250 and saw 32,000" in text
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.01, 0.125), (0.0, 0.1), (-0.1, 0.0)])
-def test_an_interval_that_holds_0_is_no_gain(tmp_path: Path, low: float, high: float) -> None:
-    text = told(tmp_path, 0.105, low, high)
-    assert "The interval holds 0: these images cannot tell the student from the baseline." in text
+def test_an_interval_that_holds_0_is_no_gain(low: float, high: float) -> None:
+    text = sentences_of(0.105, low, high)
+    assert "The interval contains 0: these images cannot tell the student from the baseline." in text
     assert "ahead" not in text
 
 
-def test_a_loss_is_told_as_one(tmp_path: Path) -> None:
-    text = told(tmp_path, -0.105, -0.125, -0.08)
+def test_a_loss_is_told_as_one() -> None:
+    text = sentences_of(-0.105, -0.125, -0.08)
     assert text.startswith("-10.5 points")
     assert "the baseline is ahead" in text
 
@@ -81,35 +76,34 @@ def test_a_loss_is_told_as_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (Trained(500, 32_000, "tiny", ("clip",)), "Not of equal work: the student took 250 steps"),
+        (Trained(500, 32_000, "tiny", ("clip",)), "Not at equal steps: the student took 250 steps"),
         (Trained(250, 16_000, "tiny", ("clip",)), "the baseline 250 and 16,000"),
         (
             Trained(250, 32_000, "large", ("clip",)),
             "plain CLIP (its loss alone), another architecture (large), at equal",
         ),
         (Trained(250, 32_000, "tiny", ("clip", "icl")), "The baseline is the same architecture, at equal steps"),
-        (None, "is not known here, so the comparison may be of unequal work"),
+        (None, "is not known here, so the comparison may not be at equal steps"),
     ],
 )
-def test_equal_steps_are_claimed_only_where_they_are_known(tmp_path: Path, other: Trained | None, words: str) -> None:
-    text = told(tmp_path, 0.1, 0.05, 0.15, other=other)
+def test_equal_steps_are_claimed_only_where_they_are_known(other: Trained | None, words: str) -> None:
+    text = sentences_of(0.1, 0.05, 0.15, other=other)
     assert words in text
-    assert ("equal steps" in text) == (other is not None and (other.steps, other.pairs_seen) == (250, 32_000))
+    same = other is not None and (other.steps, other.pairs_seen) == (250, 32_000)
+    assert ("at equal steps: both took" in text) == same
 
 
-def test_without_a_baseline_or_scores_there_is_no_gain(tmp_path: Path) -> None:
-    found, _ = tables(tmp_path, 0.1, 0.05, 0.15)
-    assert story.gained(found, None, OURS, None) is None
-    assert story.gained(found, "nobody", OURS, None) is None
+def test_without_a_baseline_or_scores_there_is_no_gain() -> None:
+    all_tables = tables(summaries(0.1, 0.05, 0.15))
+    assert story.gained(all_tables, None, OURS, None) is None
+    assert story.gained(all_tables, "nobody", OURS, None) is None
     assert story.gained([], "baseline", OURS, None) is None
 
 
-def test_the_first_task_is_told_and_not_the_one_with_the_largest_gain(tmp_path: Path) -> None:
-    assert "zero-shot" in told(tmp_path, 0.01, -0.05, 0.06)  # although the retrieval is 50 points better
-    (tmp_path / "evaluate" / "zero_shot.json").unlink()
-    folder = tmp_path / "evaluate"
-    scores = [Score(m, "r", "retrieval", "image_to_text_R@1", v) for m, v in (("student", 0.75), ("baseline", 0.25))]
-    only = story.gained(score_tables(folder, scores, read_differences(folder)), "baseline", OURS, None)
+def test_the_first_protocol_is_shown_and_not_the_one_with_the_largest_gain() -> None:
+    assert "zero-shot" in sentences_of(0.01, -0.05, 0.06)  # although the retrieval is 50 points better
+    retrieval_alone = {"retrieval": summaries(0.01, -0.05, 0.06)["retrieval"]}
+    only = story.gained(tables(retrieval_alone), "baseline", OURS, None)
     assert only is not None
     assert only.text.replace("\xa0", " ").startswith("75.0 % against 25.0 % (retrieval, r, image to text R@1).")
 
@@ -118,18 +112,19 @@ def test_what_was_removed_is_told_with_what_is_known_of_it() -> None:
     bare = story.removed(BALANCE)
     assert bare is not None
     assert (bare.number.replace("\xa0", " "), len(bare.sentences)) == ("25.0 %", 1)
-    kinds = {"perceptual": {"share": 0.625}, "semantic": {"share": 0.375}}
-    truth = {"field": "dup", "precision": 0.5, "recall": 0.25}
-    whole = story.removed({**BALANCE, "kinds": kinds, "truth": truth})
+    perceptual, semantic = (KindShare(images=8, share=share, low=0.1, high=0.9) for share in (0.625, 0.375))
+    kinds = KindShares(drawn=9, unknown=1, perceptual=perceptual, semantic=semantic)
+    truth = BalanceTruth(field="dup", precision=0.5, recall=0.25, redundant_share=0.5)
+    whole = story.removed(replace(BALANCE, kinds=kinds, truth=truth))
     assert whole is not None
     text = whole.text.replace("\xa0", " ")
     assert "30 of 120 images" in text
-    assert "50.0 % belong together, and 25.0 % of all true pairs were found" in text
+    assert "50.0 % of the image pairs that share a set belong together, and 25.0 % of all true pairs were found" in text
     assert "62.5 % repeat the pixels (perceptual), 37.5 % only what is shown (semantic)" in text
-    elsewhere = story.removed({**BALANCE, "from": "kept.npy"})
+    elsewhere = story.removed(replace(BALANCE, from_="kept.npy"))
     assert elsewhere is not None
     assert "list made elsewhere" in elsewhere.text
-    assert story.removed({**BALANCE, "removed": 0}) is None
+    assert story.removed(replace(BALANCE, removed=0)) is None
 
 
 @pytest.mark.parametrize(
@@ -155,13 +150,6 @@ def test_clusters_are_called_more_even_only_where_the_number_shown_says_so(
 
 
 def test_the_lines_of_the_gain_are_means_and_first_recalls(tmp_path: Path) -> None:
-    _, differences = tables(tmp_path, 0.1, -0.05, 0.15)
-    numbers = gain.draw(differences, "baseline", tmp_path)
+    numbers = gain.draw(differences(summaries(0.1, -0.05, 0.15)), "baseline", tmp_path)
     assert list(numbers) == ["Zero-shot\nmean of 2/2", "r\nimage to text R@1"]
     assert numbers["Zero-shot\nmean of 2/2"] == {"difference": 0.1, "low": -0.05, "high": 0.15}
-
-
-def test_a_broken_table_is_named(tmp_path: Path) -> None:
-    write(tmp_path, "knn", {"differences": [{"model": "student", "set": "a"}]})
-    with pytest.raises(DataError, match=r"knn\.json: not a table of scores \(KeyError: 'metric'\)"):
-        read_differences(tmp_path)

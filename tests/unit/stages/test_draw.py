@@ -12,11 +12,12 @@ from PIL import Image
 from tiny_sets import folder_set, tiny_clip
 
 from clip_cid.errors import DataError
-from clip_cid.figures import run_inputs, set_images
 from clip_cid.models.student import Clip
 from clip_cid.recipe import Recipe
+from clip_cid.report.drawing import run_inputs, set_images
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import draw
+from clip_cid.summaries import as_json
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,12 +46,12 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
 
 def redrawn(folder: RunFolder, recipe: Recipe, out: Path) -> Drawn:
     out.mkdir()
-    return Drawn(folder, recipe, out, draw.run(folder, out, recipe))
+    return Drawn(folder, recipe, out, as_json(draw.run(folder, out, recipe)))
 
 
 def only(patch: pytest.MonkeyPatch, *names: str) -> None:
     """Draw these figures and no other, for speed."""
-    patch.setattr(draw, "_FIGURES", {name: draw._FIGURES[name] for name in names})
+    patch.setattr(draw, "FIGURES", tuple(figure for figure in draw.FIGURES if figure.name in names))
 
 
 def lines(path: Path) -> list[dict[str, str]]:

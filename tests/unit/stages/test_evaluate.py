@@ -19,12 +19,13 @@ from clip_cid.data.sets.labelled_images import LabelledImages
 from clip_cid.errors import ConfigError, DataError, RunError
 from clip_cid.evaluation import measure
 from clip_cid.evaluation.features import Encoder
-from clip_cid.evaluation.measure import tasks_of
+from clip_cid.evaluation.measurements import measurements_of
 from clip_cid.models.export import export_student
 from clip_cid.models.student import load_clip
 from clip_cid.recipe import Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder, StageRecord, read_json, write_json
 from clip_cid.stages import evaluate
+from clip_cid.summaries import as_json
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def recipe(**evaluate: Any) -> Recipe:
 
 def run(folder: Path, out: Path, **settings: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     out.mkdir()
-    summary = evaluate.run(RunFolder(folder), out, recipe(**settings))
+    summary = as_json(evaluate.run(RunFolder(folder), out, recipe(**settings)))
     json.dumps(summary, allow_nan=False)
     return summary, [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
@@ -222,9 +223,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     measured: list[tuple[str, str]] = []
     add = evaluate.Results.add
 
-    def spy(self: Any, key: str, rows: Any, answers: Any) -> None:
-        measured.append((rows[0]["model"], f"{rows[0]['set']} {rows[0]['task']}"))
-        add(self, key, rows, answers)
+    def spy(self: Any, key: str, scores: Any, answers: Any) -> None:
+        measured.append((scores[0].model, f"{scores[0].set} {scores[0].task}"))
+        add(self, key, scores, answers)
 
     monkeypatch.setattr(evaluate.Results, "add", spy)
     return measured
@@ -376,8 +377,8 @@ def encoder(run_folder: Path, cache: Path) -> Encoder:
 
 def measured_rows(labelled: EvaluationSet, encoder: Encoder, imagenet: EvaluationSet | None = None) -> dict[str, Any]:
     page = recipe(sets={"x": "y"})
-    tasks = tasks_of(labelled, page.evaluate, page.machine, imagenet=imagenet)
-    return {task.name: task.measure(encoder)[0][0] for task in tasks}
+    measurements = measurements_of(labelled, page.evaluate, page.machine, imagenet=imagenet)
+    return {measurement.task: measurement.measure(encoder)[0][0].line() for measurement in measurements}
 
 
 def test_a_shifted_set_has_imagenets_accuracy_on_the_same_classes_beside_it(run_folder: Path, tmp_path: Path) -> None:

@@ -25,10 +25,11 @@ from fabricated_run import (
 from PIL import Image
 
 from clip_cid.errors import RunError
-from clip_cid.figures import run_inputs
 from clip_cid.recipe import Recipe, dump_recipe
+from clip_cid.report.drawing import run_inputs
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import draw, report
+from clip_cid.summaries import as_json
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -76,14 +77,18 @@ def drawn(base: Path, **changed: dict[str, Any]) -> tuple[RunFolder, Recipe]:
     folder = make_run(base, recipe)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_inputs, "load_clip", fake_clip)
-        summary = draw.run(folder, folder.begin("draw", "key", resumable=False), recipe)
-    publish(folder, "draw", summary)
+        redraw(folder, recipe)
     return folder, recipe
+
+
+def redraw(folder: RunFolder, recipe: Recipe) -> None:
+    summary = draw.run(folder, folder.begin("draw", "key", resumable=False), recipe)
+    publish(folder, "draw", as_json(summary))
 
 
 def write(folder: RunFolder, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
     out = folder.begin("report", "key", resumable=False)
-    return out, report.run(folder, out, recipe)
+    return out, as_json(report.run(folder, out, recipe))
 
 
 def read(out: Path) -> Page:
@@ -207,8 +212,8 @@ def test_what_a_validation_measured_is_told(tmp_path: Path) -> None:
     with open(folder.path / "distill" / "metrics.jsonl", "a", encoding="utf-8") as handle:
         handle.write('{"step": 300, "val/loss": 1.25, "val/zero_shot": 0.5, "val/zero_shot/pets": 0.75}\n')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draw, "_FIGURES", {"losses": draw._FIGURES["losses"]})
-        publish(folder, "draw", draw.run(folder, folder.begin("draw", "key", resumable=False), recipe))
+        patch.setattr(draw, "FIGURES", [figure for figure in draw.FIGURES if figure.name == "losses"])
+        redraw(folder, recipe)
     text = read(write(folder, recipe)[0]).text
     assert "What a validation measured is in the second color" in text
     assert "total (validation) 1.250 1.250 zero shot (validation) 0.500 0.500" in text
@@ -228,10 +233,12 @@ def test_retrieval_counts_queries_and_not_images(tmp_path: Path) -> None:
     }
     with open(folder.path / "evaluate" / "results.jsonl", "a", encoding="utf-8") as handle:
         handle.write(json.dumps(line) + "\n")
-    (folder.path / "evaluate" / "retrieval.json").write_text('{"missing": {}, "differences": []}')
+    (folder.path / "evaluate" / "retrieval.json").write_text(
+        '{"mean": {}, "mean_of": "1/1", "missing": {}, "differences": []}'
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draw, "_FIGURES", {})
-        publish(folder, "draw", draw.run(folder, folder.begin("draw", "key", resumable=False), recipe))
+        patch.setattr(draw, "FIGURES", [])
+        redraw(folder, recipe)
     text = read(write(folder, recipe)[0]).text
     assert "Retrieval set metric queries classes" in text
     assert "coco text to image R@1 721" in text
@@ -403,8 +410,10 @@ def test_a_run_balanced_without_kinds_or_chains_has_a_page(
 
 def test_chained_sets_are_warned_of(full: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, recipe = full
-    giant = {"size": 5000, "share_of_rows": 0.25, "beyond_threshold_share": 0.97, "farthest": 1.134}
-    chains = {"giants": [giant], "distance": {"0.99": 0.9876}}
+    giant = {"set": 3, "size": 5000, "share_of_rows": 0.25, "beyond_threshold_share": 0.97, "farthest": 1.134}
+    giant["widest"] = 1.5
+    chains = {"beyond_threshold_share": 0.9, "distance": {"0.99": 0.9876}, "largest": 5000, "top_sizes": [5000]}
+    chains["giants"] = [giant]
     assert "chained images" not in read(write(folder, recipe)[0]).text
     with_summary(monkeypatch, folder, {"chains": chains})
     text = read(write(folder, recipe)[0]).text

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clip_cid.figures import cluster_strips
 from clip_cid.report import galleries
+from clip_cid.report.drawing import cluster_strips
 from clip_cid.report.thumbnails import Thumbnails
 
 

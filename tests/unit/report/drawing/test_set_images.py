@@ -5,7 +5,7 @@ import pytest
 from tiny_sets import CLASSES, folder_set, tiny_clip
 
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, open_set
-from clip_cid.figures import set_images
+from clip_cid.report.drawing import set_images
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_cid.data.balance.tables import BalanceTables, write_tables
-from clip_cid.figures import removed_sets
-from clip_cid.figures.removed_sets import RemovedSet, choose, choose_pairs, distance_note
 from clip_cid.method.balance.forest import Forest
 from clip_cid.method.balance.semantic_balance import Balance, balance
 from clip_cid.method.balance.set_explanation import explain
 from clip_cid.method.unit_rows import UnitRows
+from clip_cid.report.drawing import removed_sets
+from clip_cid.report.drawing.removed_sets import RemovedSet, choose, choose_pairs, distance_note
 
 
 def cosine_of(degrees: float) -> float:

@@ -10,14 +10,23 @@ from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs.pictures import NoPicturesError, Pictures, open_pictures
 from clip_cid.data.sets.evaluation_sets import DIGITS, EvaluationSet, open_set
 from clip_cid.errors import ClipCidError, DataError
-from clip_cid.figures import scores
-from clip_cid.figures.differences import Differences, read_differences
+from clip_cid.evaluation.scores import (
+    RESULTS,
+    STUDENT,
+    TEACHER,
+    Differences,
+    Score,
+    read_scores,
+    read_task_summaries,
+    reference_model,
+)
+from clip_cid.figures import losses
 from clip_cid.models.patches import why_no_patches
 from clip_cid.models.student import Clip, load_clip
 from clip_cid.models.teacher import teacher_reference
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
-from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, EVALUATE
+from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, EMBED, EVALUATE
 
 NO_CLUSTERS = "this recipe does not cluster"
 NO_SCORES = "this recipe evaluates nothing of the kind"
@@ -73,15 +82,21 @@ class RunInputs:
         return np.load(folder / "centers.npy", mmap_mode="r"), np.load(folder / "labels.npy")
 
     @cached_property
-    def scores(self) -> list[scores.Score]:
+    def scores(self) -> list[Score]:
         if not self.recipe.uses(EVALUATE):
             raise LeftOut(NO_SCORES)
-        return scores.read_scores(self.folder.stage(EVALUATE) / "results.jsonl")
+        return read_scores(self.folder.stage(EVALUATE) / RESULTS)
 
     @cached_property
     def differences(self) -> Differences:
         """Between the student and the other models; empty where there are none."""
-        return read_differences(self.folder.stage(EVALUATE))
+        tables = read_task_summaries(self.folder.stage(EVALUATE)).values()
+        return Differences(one for table in tables for one in table.differences)
+
+    @cached_property
+    def metrics(self) -> dict[str, np.ndarray]:
+        """The columns of the training's log."""
+        return losses.read_metrics(self.folder.stage(DISTILL) / "metrics.jsonl")
 
     @cached_property
     def forest(self) -> StoredForest:
@@ -95,12 +110,12 @@ class RunInputs:
         """Teacher, student and baseline, as far as there are any -> what to load."""
         compare, embed = self.recipe.evaluate.compare, self.recipe.embed
         found: dict[str, str] = {}
-        if scores.TEACHER in compare:
-            found[scores.TEACHER] = compare[scores.TEACHER]
+        if TEACHER in compare:
+            found[TEACHER] = compare[TEACHER]
         elif self.recipe.has_teacher and embed.existing is None:
-            found[scores.TEACHER] = teacher_reference(embed)
-        found[scores.STUDENT] = f"local-dir:{self.folder.stage('distill') / 'student'}"
-        baseline = scores.reference_model(list(compare))
+            found[TEACHER] = teacher_reference(embed)
+        found[STUDENT] = f"local-dir:{self.folder.stage(DISTILL) / 'student'}"
+        baseline = reference_model(list(compare))
         return found if baseline is None else {**found, baseline: compare[baseline]}
 
     def clip(self, model: str) -> Clip:
@@ -118,7 +133,7 @@ class RunInputs:
             try:
                 clip = self.clip(model)
             except ClipCidError as error:
-                if model == scores.STUDENT:
+                if model == STUDENT:
                     raise
                 left_out[model] = error.problem
                 continue
@@ -126,8 +141,8 @@ class RunInputs:
                 left_out[model] = reason
             else:
                 found[model] = clip
-        if scores.STUDENT not in found:
-            raise LeftOut(f"the student has no patches to look at: {left_out[scores.STUDENT]}")
+        if STUDENT not in found:
+            raise LeftOut(f"the student has no patches to look at: {left_out[STUDENT]}")
         return found, left_out
 
     @cached_property

@@ -1,0 +1,88 @@
+"""Figures of the training and of the weights it left."""
+
+from pathlib import Path
+
+import numpy as np
+
+from clip_cid.errors import ClipCidError
+from clip_cid.evaluation.scores import STUDENT, TEACHER
+from clip_cid.figures import losses, throughput, weights
+from clip_cid.report.drawing.figure import Figure, Numbers
+from clip_cid.report.drawing.run_inputs import LeftOut, RunInputs
+
+_WITHOUT_LAYER = "image tower has no mlp.c_proj"
+
+
+def _losses(inputs: RunInputs, out: Path) -> Numbers:
+    if not losses.loss_parts(inputs.metrics):
+        raise LeftOut("no step of the training's log has a finite loss")
+    return losses.draw(inputs.metrics, out)
+
+
+def _losses_caption(numbers: Numbers) -> str:
+    caption = (
+        "Each loss by step, unweighted except for the total; where there are two lines of a color, the heavy one is a running"
+        " mean."
+    )
+    if any("val/" in name for name in numbers):
+        caption += (
+            " What a validation measured is in the second color, with the numbers behind its means as thin lines."
+        )
+    return caption
+
+
+def _throughput(inputs: RunInputs, out: Path) -> Numbers:
+    if not set(throughput.COLUMNS) <= inputs.metrics.keys():
+        raise LeftOut("the training's log does not tell its speed")
+    return throughput.draw(inputs.metrics, out)
+
+
+def _weights(inputs: RunInputs, out: Path) -> Numbers:
+    models: dict[str, np.ndarray] = {}
+    layers: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    for name in inputs.references:
+        if name == TEACHER:
+            continue
+        try:
+            parameters = inputs.clip(name).model.state_dict()
+        except ClipCidError as error:
+            if name == STUDENT:
+                raise
+            left_out[name] = error.problem
+            continue
+        layer = weights.last_layer(parameters)
+        if layer is None:
+            left_out[name] = f"its {_WITHOUT_LAYER}."
+        else:
+            models[name], layers[name] = parameters[layer].cpu().double().numpy().ravel(), layer
+
+    if STUDENT not in models:
+        raise LeftOut(f"the student's {_WITHOUT_LAYER}")
+    return {"layers": layers, "models": weights.draw(models, out), "left_out": left_out}
+
+
+FIGURES = (
+    Figure(
+        "losses",
+        _losses,
+        section="training",
+        description="Each loss part by training step",
+        caption=_losses_caption,
+    ),
+    Figure(
+        "throughput",
+        _throughput,
+        section="training",
+        description="Pairs a second and share of the time spent waiting for data, by training step",
+        caption="Between two lines of the log. A training that waits for data is slowed by the reading and decoding of the"
+        " pairs (machine.workers), not by the model.",
+    ),
+    Figure(
+        "weights",
+        _weights,
+        section="training",
+        description="Density of the weights of the last layer of the last block",
+        caption="Density of the weights of the last block's mlp.c_proj in the image tower, on a logarithmic axis.",
+    ),
+)

@@ -19,7 +19,7 @@ def differences(
 ) -> list[Difference]:
     """Every pair of models on every set and metric, and over the sets of every group.
 
-    Intervals are 95 % of a paired percentile bootstrap, of images as in `metrics.bootstrap_draws`. One that holds 0 means
+    Intervals are 95 % of a paired percentile bootstrap, of images as in `metrics.bootstrap_draws`. One that contains 0 means
     that these images cannot tell the two models apart. The interval of a mean redraws the images of every set, not the
     sets: it says nothing about other sets.
 

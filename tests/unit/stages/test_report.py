@@ -482,7 +482,7 @@ def test_the_first_screen_says_what_was_removed_how_the_clusters_changed_and_who
     assert "semantic \N{LEFT DOUBLE QUOTATION MARK}<script>alert(1)</script>" in first
     assert "-7.0 points student against baseline" in first
     assert "40.0 % against 47.0 % (zero-shot, mean of 3/4)" in first
-    assert "over the same images: -10.0 to -4.0. The interval leaves 0 out: the baseline is ahead" in first
+    assert "over the same images: -10.0 to -4.0. The interval does not contain 0: the baseline is ahead" in first
     assert "How the baseline was trained is not known here" in first
     assert {"gain", "cluster_sizes_small"} <= {attributes.get("id") for attributes in page.all("figure")}
 

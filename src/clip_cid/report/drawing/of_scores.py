@@ -22,7 +22,7 @@ def _scores(task: str) -> Callable[[RunInputs, Path], Numbers]:
 
 def _scores_caption(protocol: Protocol) -> Callable[[Numbers], str]:
     def caption(numbers: Numbers) -> str:
-        lead = "; on the right the student's lead with its paired interval, faint where that holds 0."
+        lead = "; on the right the student's lead with its paired interval, faint where that contains 0."
         compared = any(model != STUDENT for model in numbers)
         return f"{protocol.title}: score with its interval, dotted line at chance{lead if compared else '.'}"
 
@@ -76,6 +76,6 @@ FIGURES = (
         _gain,
         section="head",
         description="The student's lead over the baseline by way of measuring, with intervals",
-        caption="All ways of measuring; hollow where the interval holds 0.",
+        caption="All ways of measuring; hollow where the interval contains 0.",
     ),
 )

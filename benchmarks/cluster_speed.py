@@ -65,7 +65,7 @@ def main(options: Options) -> None:
     import numpy as np
     import torch
 
-    print(f"{_processor()}; torch {torch.__version__}, faiss {faiss.__version__}, numpy {np.__version__}; one thread\n")
+    print(f"{processor()}; torch {torch.__version__}, faiss {faiss.__version__}, numpy {np.__version__}; one thread\n")
     print(
         f"{options.rows:,} x {options.dim}, {options.centers:,} centers, {options.repeats} interleaved repeats, median\n"
     )
@@ -135,7 +135,7 @@ def _child(given: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-class _Peak:
+class Peak:
     """The most anonymous memory so far above what there was at the start, in MiB."""
 
     def __init__(self) -> None:
@@ -176,13 +176,13 @@ def run_child(given: dict[str, Any]) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     for start in range(0, len(rows), _BLOCK):  # nobody waits for the disk
         rows[start : start + _BLOCK].max()
-    peak = _Peak()
+    peak = Peak()
     try:
         measured, centers, labels = work(rows, given)
     except (MemoryError, RuntimeError) as error:
         return {**found, "failed": f"{type(error).__name__}: {str(error)[:60]}", "memory": peak.above}
     found |= {**measured, "memory": peak.above}
-    return {**found, "objective": _objective(rows, centers, labels), "empty": len(centers) - len(np.unique(labels))}
+    return {**found, "objective": objective(rows, centers, labels), "empty": len(centers) - len(np.unique(labels))}
 
 
 def _faiss(rows: Any, given: dict[str, Any]) -> tuple[dict[str, float], Any, Any]:
@@ -222,14 +222,13 @@ def _blocks(rows: Any, given: dict[str, Any]) -> tuple[dict[str, float], Any, An
         iterations=given["rounds"],
         seed=given["seed"],
         max_points_per_center=10**6,
-        algorithm="blocks",
         on_state=lambda _: times.append(time.process_time()),
     )
     ended = time.process_time()
     return {"cpu": ended - began, "start": times[0] - began, "assign": ended - times[-1]}, found.centers, found.labels
 
 
-def _objective(rows: Any, centers: Any, labels: Any) -> float:
+def objective(rows: Any, centers: Any, labels: Any) -> float:
     import numpy as np
 
     total = 0.0
@@ -242,7 +241,7 @@ def _objective(rows: Any, centers: Any, labels: Any) -> float:
     return 2 - 2 * total / len(rows)
 
 
-def _processor() -> str:
+def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
     return found[1] if found else platform.processor()

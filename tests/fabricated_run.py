@@ -122,7 +122,6 @@ def _cluster_summary(kept: np.ndarray, clusters: Clusters) -> dict[str, Any]:
         "median": 2.0,
         "largest": 9,
         "gini": 0.25,
-        "algorithm": "faiss",
         "objective": clusters.objective,
         "history": clusters.history,
         "size_quantiles": size_quantiles(np.bincount(clusters.labels, minlength=len(clusters.centers))),

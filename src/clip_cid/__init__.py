@@ -1,6 +1,6 @@
 """CLIP-CID: distill a huge CLIP into a small one on your own image-text data.
 
-The public names are loaded when they are first used, so that importing the package does not import torch or FAISS.
+The public names are loaded when they are first used, so that importing the package does not import torch.
 """
 
 import importlib

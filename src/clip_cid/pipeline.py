@@ -23,7 +23,7 @@ from clip_cid.summaries import BalanceSummary, EvaluateSummary, as_json, read_su
 from clip_cid.tasks import torchrun_place
 
 RECIPE_FILE = "recipe.yaml"
-_PACKAGES = ("clip-cid", "torch", "open_clip_torch", "faiss-cpu", "numpy", "scipy", "scikit-learn", "pillow", "pyarrow")
+_PACKAGES = ("clip-cid", "torch", "open_clip_torch", "numpy", "scipy", "scikit-learn", "pillow", "pyarrow")
 
 
 @dataclasses.dataclass(frozen=True)

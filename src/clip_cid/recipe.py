@@ -36,6 +36,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Metric = Literal["cosine", "squared_euclidean", "euclidean"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _LIMITS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
+_REMOVED = {"cluster.algorithm": "there is one k-means now, so delete this line of the recipe"}
 AUGMENTATIONS = ("color_jitter", "color_jitter_prob", "gray_scale_prob")
 
 
@@ -128,10 +129,6 @@ class ClusterConfig(Config):
 
     num_centers: PositiveInt = 1_000_000
     """K, the number of clusters."""
-    algorithm: Literal["faiss", "blocks"] = "faiss"
-    """`faiss` clusters a sample held in memory. `blocks` is our own k-means: it reads the
-    embeddings in blocks at every round, can use CUDA, and gives the same bits for any number of
-    threads."""
     iterations: PositiveInt = 20
     """Rounds of assignment and update."""
     max_points_per_center: PositiveInt = 256
@@ -637,6 +634,8 @@ def _describe(problem: Any) -> str:
     """One of pydantic's problems in our words; a misspelt name gets the nearest right one."""
     location = tuple(str(part) for part in problem["loc"])
     name = ".".join(location)
+    if name in _REMOVED:
+        return f"{name}: this setting was removed; {_REMOVED[name]}"
     if problem["type"] == "extra_forbidden":
         known = _names_at(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)

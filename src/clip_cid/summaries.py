@@ -189,8 +189,7 @@ class ClusterSummary(Summary):
     margin_quantiles: dict[str, float]
     margin_sample: int
     from_: str | None = None
-    """Where the clusters were made elsewhere: their folder. Algorithm, objective and history are then absent."""
-    algorithm: str | None = None
+    """Where the clusters were made elsewhere: their folder. Objective and history are then absent."""
     objective: float | None = None
     history: list[KmeansRound] | None = None
     truth: ClusterTruth | None = None

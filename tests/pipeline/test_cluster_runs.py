@@ -15,12 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_cid import cli, tasks
+from clip_cid import cli
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import cluster as stage
 
 FILES = ("centers.npy", "labels.npy")
-ALGORITHMS = ("faiss", "blocks")
 ROUNDS = 5
 
 
@@ -86,37 +85,33 @@ def assert_killed(left: int, where: str, run: Path, flags: list[str]) -> None:
     assert processes.exit_code(killed, left, where, ["cluster", str(run), *flags]) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_killed_training_goes_on_after_the_last_round_and_ends_byte_identical(tmp_path, given, algorithm, capsys):
-    flags = [*given, "--cluster.algorithm", algorithm]
-    whole = cluster(tmp_path / "whole", flags)
+def test_a_killed_training_goes_on_after_the_last_round_and_ends_byte_identical(tmp_path, given, capsys):
+    whole = cluster(tmp_path / "whole", given)
     states = 0
     for after, where in ((1, "after"), (2, "within"), (2, "before")):
-        assert_killed(after, where, tmp_path / "cut", flags)
+        assert_killed(after, where, tmp_path / "cut", given)
         states += after - (where != "after")
         training = np.load(tmp_path / "cut" / "cluster.part" / "work" / "training.npz")
-        done = states - (algorithm == "blocks")  # which also keeps its first centers
+        done = states - 1  # the first state has the centers before the first round
         assert len(json.loads(str(training["history"]))[1]) == done
     capsys.readouterr()
-    assert_equal(cluster(tmp_path / "cut", flags), whole)
+    assert_equal(cluster(tmp_path / "cut", given), whole)
     said = (tmp_path / "cut" / "run.log").read_text()
     assert "resuming" in said
-    assert f"cluster   going on after round {done} of {ROUNDS}" in said
+    assert f"cluster   resumes after round {done} of {ROUNDS}" in said
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_training_killed_in_the_last_assignment_does_no_round_again(tmp_path, given, algorithm, monkeypatch):
-    flags = [*given, "--cluster.algorithm", algorithm]
-    whole = cluster(tmp_path / "whole", flags)
+def test_a_training_killed_in_the_last_assignment_does_no_round_again(tmp_path, given, monkeypatch):
+    whole = cluster(tmp_path / "whole", given)
 
     def stop(self: Any, images: int) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(stage._Progress, "assigned", stop)
-        assert cli.main(["cluster", str(tmp_path / "cut"), *flags]) == 130
+        assert cli.main(["cluster", str(tmp_path / "cut"), *given]) == 130
     monkeypatch.setattr(stage._Progress, "round", None)
-    assert_equal(cluster(tmp_path / "cut", flags), whole)
+    assert_equal(cluster(tmp_path / "cut", given), whole)
 
 
 def test_half_a_training_of_other_settings_or_rows_is_not_gone_on_with(tmp_path, given):
@@ -128,7 +123,7 @@ def test_half_a_training_of_other_settings_or_rows_is_not_gone_on_with(tmp_path,
         cluster(tmp_path / "cut", given, *other),
         cluster(tmp_path / "whole", given, *other),
     )
-    assert "going on after" not in (tmp_path / "cut" / "run.log").read_text()
+    assert "resumes after" not in (tmp_path / "cut" / "run.log").read_text()
 
 
 @pytest.mark.parametrize("damage", ["cut short", "other rows"])
@@ -144,18 +139,16 @@ def test_a_state_that_does_not_fit_is_passed_over_and_said(tmp_path, given, dama
         np.savez(state, centers=arrays["centers"], history=np.array(json.dumps(["another", []])))
     assert_equal(cluster(tmp_path / "cut", given), whole)
     said = (tmp_path / "cut" / "run.log").read_text()
-    assert "the training starts anew" in said
-    assert "going on after" not in said
+    assert "the k-means starts anew" in said
+    assert "resumes after" not in said
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_summary_and_the_log_say_how_it_went(tmp_path, given, algorithm):
-    out = cluster(tmp_path / "run", given, "--cluster.algorithm", algorithm)
+def test_the_summary_and_the_log_say_how_it_went(tmp_path, given):
+    out = cluster(tmp_path / "run", given)
     centers, labels = np.load(out / "centers.npy"), np.load(out / "labels.npy")
     rows = np.load(tmp_path / "rows.npy").astype(np.float64)[np.load(tmp_path / "kept.npy")]
     assert labels.tolist() == oracles.nearest(rows, centers)
     summary = summary_of(tmp_path / "run")
-    assert summary["algorithm"] == algorithm
     assert len(summary["history"]) == ROUNDS
     assert summary["objective"] == pytest.approx(oracles.kmeans_objective(rows, centers, labels), abs=1e-6)
     sizes = np.bincount(labels, minlength=64)
@@ -173,24 +166,22 @@ def test_the_summary_and_the_log_say_how_it_went(tmp_path, given, algorithm):
     assert "cluster   mean cosine of two images of a cluster" in said
 
 
-def test_threads_change_no_bit_of_the_blocks(tmp_path, given):
-    flags = [*given, "--cluster.algorithm", "blocks"]
-    one, two = (cluster(tmp_path / n, flags, "--machine.threads", n) for n in ("1", "2"))
+def test_threads_change_no_bit(tmp_path, given):
+    one, two = (cluster(tmp_path / n, given, "--machine.threads", n) for n in ("1", "2"))
     assert_equal(one, two)
 
 
-def test_a_sample_too_large_for_the_memory_is_refused_with_the_remedy(tmp_path, given, monkeypatch, capsys):
-    monkeypatch.setattr(tasks, "available_memory", lambda: 9000.0)
-    assert cli.main(["cluster", str(tmp_path / "run"), *given]) == 2
+def test_a_recipe_that_names_a_k_means_is_told_that_there_is_one(tmp_path, given, capsys):
+    recipe = tmp_path / "old.yaml"
+    recipe.write_text("cluster: {algorithm: faiss}\n")
+    assert cli.main(["cluster", str(tmp_path / "run"), *given, "--recipe", str(recipe)]) == 2
     said = capsys.readouterr().err
-    assert "FAISS would hold 280 embeddings of width 12" in said
-    assert "Set cluster.algorithm: blocks" in said
-    assert "or lower cluster.max_points_per_center to 2" in said
-    cluster(tmp_path / "run", given, "--cluster.algorithm", "blocks")
+    assert "cluster.algorithm: this setting was removed; there is one k-means now, so delete this line" in said
+    assert str(recipe) in said
 
 
 def test_mostly_singletons_are_warned_of_with_numbers(tmp_path, given, capsys):
-    cluster(tmp_path / "run", given, "--cluster.num-centers", "200", "--cluster.algorithm", "blocks")
+    cluster(tmp_path / "run", given, "--cluster.num-centers", "200")
     single = summary_of(tmp_path / "run")["singletons"]
     assert f"{single} of 200 clusters hold one image; 280 images are few" in (tmp_path / "run" / "run.log").read_text()
     assert cli.main(["cluster", str(tmp_path / "run"), *given, "--cluster.num-centers", "281"]) == 2

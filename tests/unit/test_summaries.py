@@ -100,7 +100,6 @@ DISTILL = {
             ClusterSummary,
             CLUSTER
             | {
-                "algorithm": "faiss",
                 "objective": 0.3,
                 "history": [{"objective": 0.3, "imbalance": 1.0, "empty": 0}],
                 "truth": {"field": "c", "share": 1.0, "shuffled": 0.5, "rows": 6, "classes": 2},

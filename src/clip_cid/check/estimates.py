@@ -180,13 +180,9 @@ def balance_room(pairs: int, width: int, *, on_cuda: bool) -> tuple[int, int]:
     return 2 * least * pairs, 2 * most * pairs
 
 
-def cluster_memory(recipe: Recipe, pairs: int, width: int) -> int:
+def cluster_memory(pairs: int, centers: int, width: int) -> int:
     """Bytes that cluster holds; docs/scale.md."""
-    settings = recipe.cluster
-    if settings.algorithm == "blocks":
-        return 25 * width * settings.num_centers + 30 * pairs
-    sample = min(pairs, settings.num_centers * settings.max_points_per_center)
-    return _SINGLE * width * (sample + settings.num_centers)
+    return 25 * width * centers + 30 * pairs
 
 
 def count_parameters(model: nn.Module, head: nn.Module | None) -> dict[str, int]:

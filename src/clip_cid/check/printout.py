@@ -196,7 +196,7 @@ def _before(report: Report) -> Iterator[Row]:
         )
         yield "disk while balance works", f"{units.size(least)} to {units.size(most)}", f"{_ARITHMETIC}, docs/scale.md"
     if CLUSTER in names:
-        needed = estimates.cluster_memory(recipe, report.pairs, width)
+        needed = estimates.cluster_memory(report.pairs, recipe.cluster.num_centers, width)
         yield "memory of cluster", units.size(needed), f"{_ARITHMETIC}, docs/scale.md, before balance"
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Float32
+import torch
+from jaxtyping import Float, Float32, Shaped
 
 from clip_cid.method.unit_rows import FLOAT32_ERROR, product_error
 
@@ -37,15 +38,8 @@ class Coding:
 
     def encode(self, short: Float32[np.ndarray, "n width"]) -> tuple[np.ndarray, Float32[np.ndarray, " n"]]:
         """Codes, and the error e of each row, rounded up."""
-        if self.kind == "float32":
-            return short, np.zeros(len(short), dtype=np.float32)
-        if self.kind == "int8":
-            units = np.clip(np.rint(short / np.float32(self.step)), -LEVELS, LEVELS)
-            codes, missed = units.astype(np.int8), short - np.float32(self.step) * units
-        else:
-            codes = short.astype(self.kind)
-            missed = short - codes.astype(np.float32)
-        return codes, np.sqrt((missed * missed).sum(axis=1)) * np.float32(1 + ROUNDING) + np.float32(ROUNDING)
+        codes, errors = encode(torch.from_numpy(short), torch.tensor(self.step, dtype=torch.float32), self.kind)
+        return codes.numpy(), errors.numpy()
 
     @property
     def unit(self) -> float:
@@ -65,6 +59,21 @@ class Coding:
     ) -> Float[np.ndarray, " pairs"]:
         """The product of codes below which the cosine of rows with these errors is below `least`."""
         return (least - self.slack - ROUNDING - left * (1 + right) - right - self.product_error) / self.unit
+
+
+def encode(
+    rows: Float32[torch.Tensor, "n width"], step: Float32[torch.Tensor, "*_"], kind: CodeType
+) -> tuple[Shaped[torch.Tensor, "n width"], Float32[torch.Tensor, " n"]]:
+    """Codes, and the length of what each lacks, rounded up; `step` is one number, or one for each row."""
+    if kind == "float32":
+        return rows, torch.zeros(len(rows))
+    if kind == "int8":
+        units = (rows / step).round_().clamp_(-LEVELS, LEVELS)
+        codes, missed = units.to(torch.int8), torch.addcmul(rows, units, step, value=-1)
+    else:
+        codes = rows.half()
+        missed = rows - codes.float()
+    return codes, torch.linalg.vector_norm(missed, dim=1) * (1 + ROUNDING) + ROUNDING
 
 
 def coding_for(kind: CodeType, short: Float32[np.ndarray, "n width"], slack: float) -> Coding:

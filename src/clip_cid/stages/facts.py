@@ -93,7 +93,7 @@ STAGES = (
         summaries.ClusterSummary,
         needs=(EMBED, BALANCE),
         sections=("cluster",),
-        version=2,
+        version=3,
         outside=_outside_cluster,
         resumable=True,
     ),

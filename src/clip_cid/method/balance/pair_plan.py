@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, replace
 
-import faiss
 import numpy as np
 from jaxtyping import Float32, Int
 
@@ -19,6 +18,7 @@ CELL_ROUNDS, POINTS_PER_CELL = 4, 16
 
 _SAMPLE, _LARGEST_SAMPLE = 6, 2048  # the first times the root of the number of rows
 _LARGEST_CHUNK = 1 << 20
+_CACHED_SCORES = 1 << 18  # so many stay in the cache
 
 
 @dataclass(frozen=True)
@@ -120,18 +120,27 @@ def make_row_sketch(rows: Float32[np.ndarray, "n dim"], width: int) -> Sketch:
 
 
 def cell_centers(images: UnitRows, layout: Layout, cells: int) -> Float32[np.ndarray, "cells width"]:
-    """Centers of cells, from some of the projected rows."""
+    """A few rounds of k-means on a sample, from centers that are rows; a cell that no row is nearest to stays put."""
     points = layout.projected(images.float32(_some(len(images), POINTS_PER_CELL * cells, seed=3)))
-    search = faiss.Kmeans(
-        points.shape[1],
-        min(cells, len(points)),
-        niter=CELL_ROUNDS,
-        seed=1,
-        min_points_per_centroid=1,
-        max_points_per_centroid=10**6,
-    )
-    search.train(points)
-    return np.ascontiguousarray(search.centroids)
+    centers = points[_some(len(points), cells, seed=1)]
+    block_rows = max(8, _CACHED_SCORES // len(centers))
+    nearest = np.empty(len(points), dtype=np.int64)
+
+    for _ in range(CELL_ROUNDS):
+        half_squares = (centers * centers).sum(axis=1) / 2
+        for start in range(0, len(points), block_rows):
+            block = slice(start, start + block_rows)
+            scores = points[block] @ centers.T
+            scores -= half_squares
+            nearest[block] = scores.argmax(axis=1)
+
+        order = np.argsort(nearest, kind="stable")
+        cells_with_rows, starts = np.unique(nearest[order], return_index=True)
+        sizes = np.diff(starts, append=len(points)).astype(np.float32)
+        centers = centers.copy()
+        centers[cells_with_rows] = np.add.reduceat(points[order], starts) / sizes[:, None]
+
+    return centers
 
 
 def sampled_rows(images: UnitRows) -> Int[np.ndarray, " n"]:

@@ -1,15 +1,16 @@
-"""What clusters are worth without knowing their names: how alike their rows are, and how clearly each belongs."""
+"""What clusters are worth without knowing their names: how similar their rows are, and how clearly each belongs."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
+from clip_cid.method.cluster.kmeans_rounds import DirectionSums
 from clip_cid.method.unit_rows import BLOCK_ROWS, Rows, UnitRows
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _SAMPLE = 10_000
-_CELLS = 1 << 31  # products of the sample with all centers: of a million centers a sample of some two thousand
+_CELLS = 1 << 31  # products of the sample with all centers; with a million centers the sample is about 2,000 rows
 _BLOCK = 2048
 
 
@@ -42,6 +43,7 @@ def cluster_quality(
     rows = UnitRows(embeddings, name="embeddings", any_length=True)
     if len(labels) != len(rows) or labels.min() < 0 or labels.max() >= len(centers):
         raise ValueError(f"labels must be of {len(rows)} rows and {len(centers)} centers, got {len(labels)}")
+
     within, overall = _mean_cosines(rows, labels, len(centers))
     return Quality(within, overall, _margins(rows, centers, labels, seed))
 
@@ -75,11 +77,12 @@ def purity(labels: Int[np.ndarray, " rows"], classes: Int[np.ndarray, " _"], *, 
     known = classes >= 0
     if not known.any():
         raise ValueError("classes must be known of some row, got none")
+
     labels, classes = labels[known], classes[known]
-    mixed = np.random.default_rng([seed, 2]).permutation(classes)
+    shuffled = np.random.default_rng([seed, 2]).permutation(classes)
     return Purity(
         share=_share_of_most_frequent(labels, classes),
-        shuffled=_share_of_most_frequent(labels, mixed),
+        shuffled=_share_of_most_frequent(labels, shuffled),
         rows=len(classes),
         classes=len(np.unique(classes)),
     )
@@ -108,23 +111,22 @@ def _share_of_most_frequent(labels: Int[np.ndarray, " rows"], classes: Int[np.nd
 def _mean_cosines(
     rows: UnitRows, labels: Int[np.ndarray, " rows"], num_centers: int
 ) -> tuple[float | None, float | None]:
-    from clip_cid.method.cluster.block_kmeans import (
-        DirectionSums,  # torch, which this module's users load when they need it
-    )
-
     sums = DirectionSums(num_centers, rows.dim)
     for block in rows.blocks(BLOCK_ROWS):
         unit = rows.float32(block)
         sums.move(unit, np.full(len(unit), -1), labels[block])
-    squares, total = 0.0, np.zeros(rows.dim)
-    for some in sums.blocks():
-        block_sums = sums[some]
-        squares += float((block_sums * block_sums).sum())
-        total += block_sums.sum(axis=0)
+
+    # The squared length of a sum is the sum of the cosines of all pairs, a row with itself among them.
+    own_total, total = 0.0, np.zeros(rows.dim)
+    for block in sums.blocks():
+        directions = sums[block]
+        own_total += float((directions * directions).sum())
+        total += directions.sum(axis=0)
+
     sizes = sums.sizes.astype(np.float64)
     own_pairs, pairs = float((sizes * (sizes - 1)).sum()), len(rows) * (len(rows) - 1.0)
     return (
-        (squares - len(rows)) / own_pairs if own_pairs else None,
+        (own_total - len(rows)) / own_pairs if own_pairs else None,
         (float(total @ total) - len(rows)) / pairs if pairs else None,
     )
 
@@ -135,19 +137,23 @@ def _margins(
     if len(centers) < 2:
         return np.empty(0)
     count = min(len(rows), _SAMPLE, max(1, _CELLS // len(centers)))
-    chosen = np.sort(np.random.default_rng([seed, 1]).choice(len(rows), size=count, replace=False))
-    found = np.empty(count)
+    sample = np.sort(np.random.default_rng([seed, 1]).choice(len(rows), size=count, replace=False))
+
+    margins = np.empty(count)
     for start in range(0, count, _BLOCK):
-        some = chosen[start : start + _BLOCK]
+        some = sample[start : start + _BLOCK]
         unit, own = rows[some].astype(np.float32), labels[some].astype(np.int64)
+
+        # The greatest cosine with a center that is not the row's own, over blocks of centers.
         other = np.full(len(some), -np.inf, dtype=np.float32)
         for first in range(0, len(centers), _BLOCK):
             cosines = unit @ centers[first : first + _BLOCK].astype(np.float32).T
             here = np.flatnonzero((own >= first) & (own < first + _BLOCK))
             cosines[here, own[here] - first] = -np.inf
             other = np.maximum(other, cosines.max(axis=1))
-        found[start : start + _BLOCK] = np.vecdot(unit, centers[own].astype(np.float32)) - other
-    return found
+
+        margins[start : start + _BLOCK] = np.vecdot(unit, centers[own].astype(np.float32)) - other
+    return margins
 
 
 def gini(sizes: Int[np.ndarray, " clusters"]) -> float:

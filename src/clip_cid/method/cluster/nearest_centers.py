@@ -1,15 +1,16 @@
-"""The nearest center of each row at the speed of short products: codes nominate, float32 narrows down, float64 decides."""
+"""The nearest center of each row by short products: codes nominate centers, float32 narrows them down, float64 decides."""
 
 import contextlib
 import functools
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int
+from jaxtyping import Float, Float32, Float64, Int, Int32
 
-from clip_cid.method.codes import LEVELS, ROUNDING, CodeType, Coding
+from clip_cid.method.codes import LEVELS, ROUNDING, CodeType, Coding, encode
 from clip_cid.method.products import int8_product, int8_products_are_right
 from clip_cid.method.unit_rows import FLOAT32_ERROR, UnitRows, product_error
 
@@ -17,9 +18,9 @@ TIED = 1e-9  # centers nearer to equal than this are decided by their number, no
 BLOCK_ROWS = 1024
 _CENTER_BLOCK = 2048
 _PAIRS = 256  # both sides of so many pairs stay in the cache
-_PAYS_TO_TURN = 1.6  # times smaller steps, from which a turn costs less than the doubtful centers that it saves
-_PAYS_FROM = 96  # centers, from which int8 products save more than the codes of the rows cost
-_WORD = 8  # comparisons that are looked at together
+_LEAST_GAIN = 1.6  # an orthogonal matrix pays for itself where it makes the steps of the codes smaller by this factor
+_INT8_FROM = 96  # centers; for fewer the codes of the rows cost more than int8 products save
+_WORD = 8  # comparisons that are tested at once
 
 
 class CenterSearch:
@@ -29,28 +30,41 @@ class CenterSearch:
 
     v is a row with code q_v, c_j a center less the mean center (which changes no comparison) with code q_j; each e is
     measured. Where a few columns are much larger than the others, which would leave the codes of the others no levels,
-    all are turned first by an orthogonal matrix. A center further below the best product than twice this bound cannot
-    be the nearest. Those that are left are compared in float32, those that float32 cannot tell apart in float64, and of
-    those equal within 1e-9 the lowest is taken: the labels depend neither on the codes nor on blocks, threads or
-    device. They are decided on the CPU; the products are computed on `device`.
+    all are multiplied first by an orthogonal matrix. A center whose product is below the best one by more than twice
+    this bound cannot be the nearest. The others are compared in float32, and those that float32 cannot tell apart in
+    float64; of those equal within 1e-9 the lowest is taken. So the labels depend neither on the codes nor on blocks,
+    threads or device. They are decided on the CPU; the products of the codes are computed on `device`.
 
     Args:
         centers: (centers, dim), as unit rows.
         device: Of the products.
-        kind: Of the codes; by default int8 on the CPU where its products are right and there are centers enough to pay
-            for the codes, else float32; float16 on other devices.
     """
 
-    def __init__(self, centers: UnitRows, *, device: str = "cpu", kind: CodeType | None = None) -> None:
+    def __init__(self, centers: UnitRows, *, device: str = "cpu") -> None:
         self._exact, self._device, self._block = centers, torch.device(device), _CENTER_BLOCK
-        self._kind: CodeType = kind if kind is not None else _fastest(self._device, len(centers))
+        self._kind: CodeType = _fastest(self._device, len(centers))
+
         self._float32 = np.empty((len(centers), centers.dim), dtype=np.float32)
         total = np.zeros(centers.dim)
-        for some in centers.blocks(self._block):
-            unit = centers[some]
-            self._float32[some] = unit
+        for block in centers.blocks(self._block):
+            unit = centers[block]
+            self._float32[block] = unit
             total += unit.sum(axis=0)
         self._encode_centers(total / len(centers))
+
+    def assign(
+        self, images: UnitRows, block_rows: int = BLOCK_ROWS, on_assigned: Callable[[int], Any] | None = None
+    ) -> tuple[Int32[np.ndarray, " rows"], Float64[np.ndarray, " rows"]]:
+        """The nearest center of each row, and the exact cosine to it; `on_assigned` gets the number of rows of a block."""
+        labels = np.empty(len(images), dtype=np.int32)
+        cosines = np.empty(len(images), dtype=np.float64)
+        for block in images.blocks(block_rows):
+            labels[block], _ = self.nearest(images, block)
+            unit = images[block]
+            cosines[block] = self._exact_dots(unit, np.arange(len(unit)), labels[block])
+            if on_assigned is not None:
+                on_assigned(len(unit))
+        return labels, cosines
 
     def nearest(self, images: UnitRows, block: slice) -> tuple[Int[np.ndarray, " n"], Float32[np.ndarray, "n dim"]]:
         """The nearest center of each row of a block, and the rows in float32."""
@@ -58,82 +72,91 @@ class CenterSearch:
         rows, columns = self._shortlist(unit)
         labels = np.empty(len(unit), dtype=np.int64)
         labels[rows] = columns
+
+        # Rows with several centers on their list: compare these in float32.
         rows, columns = _contested(rows, columns)
         if len(rows):
-            values = dots(unit, rows, self._float32, columns)
+            values = _dots(unit, rows, self._float32, columns)
             left = values >= _best_of_row(values, rows) - np.float32(2 * _float32_error(images.dim) + TIED)
             rows, columns = rows[left], columns[left]
             labels[rows] = columns
             rows, columns = _contested(rows, columns)
+
+        # Rows with several centers that float32 cannot tell apart: compare these in float64.
         if len(rows):
-            here, place = np.unique(rows, return_inverse=True)
-            values = self._exact_dots(images[block.start + here], place, columns)
+            contested_rows, place = np.unique(rows, return_inverse=True)
+            values = self._exact_dots(images[block.start + contested_rows], place, columns)
             left = np.flatnonzero(values >= _best_of_row(values, rows) - TIED)[::-1]
             labels[rows[left]] = columns[left]  # backwards, so that the lowest is written last
-        return labels, unit
 
-    def cosines(self, unit: Float64[np.ndarray, "n dim"], labels: Int[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
-        """The exact cosine of each row with its center."""
-        return self._exact_dots(unit, np.arange(len(unit)), labels)
+        return labels, unit
 
     def _encode_centers(self, mean: Float64[np.ndarray, " dim"]) -> None:
         """Codes of all centers in one step, the largest error of a code, and the greatest length."""
         blocks = list(self._exact.blocks(self._block))
-        self._mean, self._turn = mean, None
+        self._mean, self._rotation = mean, None
+
+        # Rotate where that makes the numbers that the codes have to hold much smaller.
         largest, of_rows = self._largest(blocks)
         if self._kind == "int8":
-            self._turn = _Turn(len(mean))
-            turned, turned_of_rows = self._largest(blocks)
-            if largest + of_rows < _PAYS_TO_TURN * (turned + turned_of_rows):
-                self._turn = None
+            self._rotation = _Rotation(len(mean))
+            rotated, rotated_of_rows = self._largest(blocks)
+            if largest + of_rows < _LEAST_GAIN * (rotated + rotated_of_rows):
+                self._rotation = None
             else:
-                largest = turned
+                largest = rotated
+
         self._step = float(np.float32(largest / LEVELS)) or 1.0
         self._codes: list[torch.Tensor] = []
         self._error = self._length = 0.0
-        for some in blocks:
-            short = self._less_mean(some)
-            codes, missed = _encode(short, torch.tensor(self._step), self._kind)
+        for block in blocks:
+            short = self._less_mean(block)
+            codes, errors = encode(short, torch.tensor(self._step), self._kind)
             self._codes.append(codes.to(self._device))
-            self._error = max(self._error, float(missed.max()))
+            self._error = max(self._error, float(errors.max()))
             self._length = max(self._length, float(torch.linalg.vector_norm(short, dim=1).max()))
         self._product_error = Coding(self._kind, len(mean)).product_error
 
     def _largest(self, blocks: list[slice]) -> tuple[float, float]:
         """The largest number that a code has to hold: of the centers, and of rows like them on average."""
-        of_centers = max(float(self._less_mean(some).abs().max()) for some in blocks)
-        some = torch.from_numpy(self._float32[blocks[0]])
-        return of_centers, float(self._turned(some).abs().amax(dim=1).mean())
+        of_centers = max(float(self._less_mean(block).abs().max()) for block in blocks)
+        like_rows = torch.from_numpy(self._float32[blocks[0]])
+        return of_centers, float(self._rotated(like_rows).abs().amax(dim=1).mean())
 
-    def _less_mean(self, some: slice) -> Float32[torch.Tensor, "n dim"]:
-        return self._turned(torch.from_numpy((self._float32[some] - self._mean).astype(np.float32)))
+    def _less_mean(self, block: slice) -> Float32[torch.Tensor, "n dim"]:
+        return self._rotated(torch.from_numpy((self._float32[block] - self._mean).astype(np.float32)))
 
-    def _turned(self, rows: Float32[torch.Tensor, "n dim"]) -> Float32[torch.Tensor, "n dim"]:
-        return rows if self._turn is None else self._turn(rows)
+    def _rotated(self, rows: Float32[torch.Tensor, "n dim"]) -> Float32[torch.Tensor, "n dim"]:
+        return rows if self._rotation is None else self._rotation(rows)
 
     def _shortlist(
         self, unit: Float32[np.ndarray, "n dim"]
     ) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
         """Rows and centers of all pairs that may be the nearest, in order; each row has one at least."""
-        tensor = self._turned(torch.from_numpy(unit))
-        step = tensor.abs().amax(dim=1, keepdim=True) / LEVELS if self._kind == "int8" else torch.ones(1)
-        codes, missed = _encode(tensor, step, self._kind)
+        rotated = self._rotated(torch.from_numpy(unit))
+        step = rotated.abs().amax(dim=1, keepdim=True) / LEVELS if self._kind == "int8" else torch.ones(1)
+        codes, errors = encode(rotated, step, self._kind)
         codes = codes.to(self._device)
-        error = missed.numpy().astype(np.float64)
+
+        # How far a product may be from the cosine, in units of a product.
+        error = errors.numpy().astype(np.float64)
         slack = error * self._length + (1 + error) * self._error + self._product_error + 4 * FLOAT32_ERROR + TIED
-        slack += 0 if self._turn is None else 3 * self._turn.error
+        slack += 0 if self._rotation is None else 3 * self._rotation.error
         if self._kind == "int8":
             slack /= step[:, 0].numpy().astype(np.float64) * self._step * (1 - ROUNDING)
+
         best = np.full(len(unit), -np.inf)
-        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        of_blocks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for place, centers in enumerate(self._codes):
             scores = self._product(codes, centers)
             best = np.maximum(best, scores.amax(dim=1).cpu().numpy())
             rows, columns, values = _at_least(scores, best - 2 * slack)
-            found.append((rows, columns + place * self._block, values))
-        if len(found) == 1:
-            return found[0][:2]
-        rows, columns, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
+            of_blocks.append((rows, columns + place * self._block, values))
+        if len(of_blocks) == 1:
+            return of_blocks[0][:2]
+
+        # A later block may have raised the best product of a row.
+        rows, columns, values = (np.concatenate(parts) for parts in zip(*of_blocks, strict=True))
         left = np.flatnonzero(values >= (best - 2 * slack)[rows])
         left = left[np.argsort(rows[left], kind="stable")]  # blocks are in order, so columns stay so
         return rows[left], columns[left]
@@ -152,15 +175,15 @@ class CenterSearch:
     ) -> Float64[np.ndarray, " pairs"]:
         values = np.empty(len(columns))
         for start in range(0, len(columns), _PAIRS):
-            some = slice(start, start + _PAIRS)
-            values[some] = (unit[place[some]] * self._exact[columns[some]]).sum(axis=1)
+            pairs = slice(start, start + _PAIRS)
+            values[pairs] = (unit[place[pairs]] * self._exact[columns[pairs]]).sum(axis=1)
         return values
 
 
-class _Turn:
-    """An orthogonal matrix, the Kronecker product of two small random ones: a turn costs little beside a product.
+class _Rotation:
+    """A random orthogonal matrix, the Kronecker product of two small ones, so that it costs little beside a product.
 
-    A number of a turned row is a sum over all numbers of the row, so a large one is spread over all columns.
+    Each number of a rotated row is a sum over all numbers of the row, so a large one is spread over all columns.
     """
 
     def __init__(self, dim: int) -> None:
@@ -179,7 +202,7 @@ class _Turn:
         return (self._left @ half.view(-1, left, right)).view(-1, left * right)
 
 
-def dots(
+def _dots(
     left: Float32[np.ndarray, "n dim"],
     rows: Int[np.ndarray, " pairs"],
     right: Float32[np.ndarray, "m dim"],
@@ -188,33 +211,18 @@ def dots(
     """The product of each named pair of rows."""
     values = np.empty(len(rows), dtype=np.float32)
     for start in range(0, len(rows), _PAIRS):
-        some = slice(start, start + _PAIRS)
-        values[some] = np.vecdot(left[rows[some]], right[columns[some]])
+        block = slice(start, start + _PAIRS)
+        values[block] = np.vecdot(left[rows[block]], right[columns[block]])
     return values
 
 
 def _fastest(device: torch.device, centers: int) -> CodeType:
     if device.type != "cpu":
         return "float16"
-    return "int8" if centers >= _PAYS_FROM and _int8_is_right() else "float32"
+    return "int8" if centers >= _INT8_FROM and _int8_is_right() else "float32"
 
 
 _int8_is_right = functools.cache(int8_products_are_right)
-
-
-def _encode(
-    rows: Float[torch.Tensor, "n dim"], step: torch.Tensor, kind: CodeType
-) -> tuple[torch.Tensor, Float[torch.Tensor, " n"]]:
-    """Codes, and the length of what each lacks, rounded up."""
-    if kind == "float32":
-        return rows, torch.zeros(len(rows))
-    if kind == "int8":
-        units = (rows / step).round_()
-        codes, missed = units.to(torch.int8), torch.addcmul(rows, units, step, value=-1)
-    else:
-        codes = rows.half()
-        missed = rows - codes.float()
-    return codes, torch.linalg.vector_norm(missed, dim=1) * (1 + ROUNDING) + ROUNDING
 
 
 @contextlib.contextmanager
@@ -241,7 +249,7 @@ def _at_least(
 def _at_least_here(
     scores: np.ndarray, floor: np.ndarray
 ) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"], np.ndarray]:
-    """Looks at eight comparisons as one word: nearly all are false, and one by one would take half the product's time."""
+    """Test eight comparisons as one word: nearly all are false, and one by one they take half the product's time."""
     width = -(-scores.shape[1] // _WORD) * _WORD
     flags = np.zeros((len(scores), width), dtype=bool)
     np.greater_equal(scores, floor[:, None], out=flags[:, : scores.shape[1]])

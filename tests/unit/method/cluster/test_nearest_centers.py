@@ -1,3 +1,5 @@
+from unittest import mock
+
 import numpy as np
 import oracles
 import pytest
@@ -10,10 +12,18 @@ from clip_cid.method.unit_rows import UnitRows
 KINDS = ("int8", "float32", "float16")
 
 
-def searched(rows: np.ndarray, centers: np.ndarray, **options: str) -> list[int]:
+def search_of(centers: np.ndarray, kind: str | None = None) -> CenterSearch:
+    """With codes of this kind, whatever is the fastest here."""
+    unit_centers = UnitRows(centers, name="centers", any_length=True)
+    if kind is None:
+        return CenterSearch(unit_centers)
+    with mock.patch.object(nearest_centers, "_fastest", return_value=kind):
+        return CenterSearch(unit_centers)
+
+
+def searched(rows: np.ndarray, centers: np.ndarray, kind: str | None = None) -> list[int]:
     images = UnitRows(rows, name="embeddings", any_length=True)
-    search = CenterSearch(UnitRows(centers, name="centers", any_length=True), **options)  # pyright: ignore[reportArgumentType]
-    return search.nearest(images, slice(0, len(images)))[0].tolist()
+    return search_of(centers, kind).nearest(images, slice(0, len(images)))[0].tolist()
 
 
 def hard_cases() -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -64,8 +74,8 @@ def test_without_the_margin_the_codes_alone_are_wrong():
     """The check is needed: what the products of codes say is not the order of the cosines."""
     rng = np.random.default_rng(2)
     rows, centers = oracles.unit(rng.standard_normal((3000, 64))), oracles.unit(rng.standard_normal((300, 64)))
-    images, search = UnitRows(rows, name="rows", any_length=True), UnitRows(centers, name="centers", any_length=True)
-    true, careless = CenterSearch(search, kind="int8"), CenterSearch(search, kind="int8")
+    images = UnitRows(rows, name="rows", any_length=True)
+    true, careless = search_of(centers, "int8"), search_of(centers, "int8")
     careless._error = careless._length = careless._product_error = 0.0
     expected = (rows @ centers.T).argmax(axis=1).tolist()
     assert true.nearest(images, slice(0, 3000))[0].tolist() == expected
@@ -77,7 +87,7 @@ def test_every_center_that_may_be_the_nearest_is_on_the_shortlist(kind):
     """The bound itself: no center within its reach of the best is passed over."""
     rng = np.random.default_rng(3)
     rows, centers = oracles.unit(rng.standard_normal((200, 32))), oracles.unit(rng.standard_normal((150, 32)))
-    search = CenterSearch(UnitRows(centers, name="centers", any_length=True), kind=kind)
+    search = search_of(centers, kind)
     found = set(zip(*(part.tolist() for part in search._shortlist(rows.astype(np.float32))), strict=True))
     cosines = rows @ centers.T
     assert {(row, int(cosines[row].argmax())) for row in range(200)} <= found
@@ -86,7 +96,7 @@ def test_every_center_that_may_be_the_nearest_is_on_the_shortlist(kind):
 
 def test_many_centers_are_coded_in_int8_and_few_are_not():
     rows = np.random.default_rng(4).standard_normal((120, 8))
-    kinds = [CenterSearch(UnitRows(rows[:count], name="centers", any_length=True))._kind for count in (5, 120)]
+    kinds = [search_of(rows[:count])._kind for count in (5, 120)]
     assert kinds[0] == "float32"
     assert kinds[1] in ("int8", "float32")  # where int8 products are wrong or absent, float32 stays
 
@@ -130,17 +140,17 @@ def wild(rows: int, dim: int, *, seed: int, shift: float = 0.0) -> np.ndarray:
 def test_large_columns_are_spread_before_they_are_coded(shift, dim):
     rows, centers = wild(60, dim, seed=7, shift=shift), wild(130, dim, seed=8, shift=shift)
     assert searched(rows, centers, kind="int8") == oracles.nearest(rows, centers)
-    search = CenterSearch(UnitRows(centers, name="centers", any_length=True), kind="int8")
-    assert search._turn is not None
+    search = search_of(centers, "int8")
+    assert search._rotation is not None
     even = np.random.default_rng(9).standard_normal((130, dim))
-    assert CenterSearch(UnitRows(even, name="centers", any_length=True), kind="int8")._turn is None
+    assert search_of(even, "int8")._rotation is None
 
 
 @pytest.mark.parametrize("dim", [1, 2, 7, 48, 640])
-def test_a_turn_keeps_products_up_to_its_error(dim):
+def test_a_rotation_keeps_products_up_to_its_error(dim):
     rng = np.random.default_rng(10)
     rows = oracles.unit(rng.standard_normal((50, dim)) * rng.choice([1, 100], dim)).astype(np.float32)
-    turn = nearest_centers._Turn(dim)
-    turned = turn(torch.from_numpy(rows)).numpy().astype(np.float64)
+    rotation = nearest_centers._Rotation(dim)
+    rotated = rotation(torch.from_numpy(rows)).numpy().astype(np.float64)
     exact = rows.astype(np.float64)
-    assert np.abs(turned @ turned.T - exact @ exact.T).max() <= 3 * turn.error < 3e-3
+    assert np.abs(rotated @ rotated.T - exact @ exact.T).max() <= 3 * rotation.error < 3e-3

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int32
 
-from clip_cid.method.cluster.kmeans_rounds import kmeans_rounds
-from clip_cid.method.cluster.nearest_centers import BLOCK_ROWS, CenterSearch
-from clip_cid.method.cluster.starting_centers import two_level_start
-from clip_cid.method.unit_rows import Rows, UnitRows
+from clip_cid.method.unit_rows import BLOCK_ROWS, Rows, UnitRows
+
+if TYPE_CHECKING:
+    from clip_cid.method.cluster.nearest_centers import CenterSearch
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,9 @@ def spherical_kmeans(
     Raises:
         ValueError: An argument is out of its limits, there are more centers than rows, or a row is zero or not finite.
     """
+    from clip_cid.method.cluster.kmeans_rounds import kmeans_rounds  # torch, which `import clip_cid` does without
+    from clip_cid.method.cluster.starting_centers import two_level_start
+
     for name, value, least in (
         ("num_centers", num_centers, 1),
         ("iterations", iterations, 1),
@@ -126,7 +129,9 @@ def assign(
     return _search(centers, rows, device).assign(rows, block_rows)
 
 
-def _search(centers: Float[np.ndarray, "centers dim"], rows: UnitRows, device: str) -> CenterSearch:
+def _search(centers: Float[np.ndarray, "centers dim"], rows: UnitRows, device: str) -> "CenterSearch":
+    from clip_cid.method.cluster.nearest_centers import CenterSearch  # torch
+
     unit_centers = UnitRows(centers, name="centers", any_length=False)
     if unit_centers.dim != rows.dim:
         raise ValueError(f"centers must have the width {rows.dim} of embeddings, got {unit_centers.dim}")

@@ -77,7 +77,7 @@ LOSSES = (
         equation="L_siglip",
         function="peer_losses:siglip_loss",
         reads=("image", "text", "logit_scale", "logit_bias"),
-        help="Weight of SigLIP's sigmoid loss, meant for the place of `clip` (whose weight is then 0); the student has a"
+        help="Weight of SigLIP's sigmoid loss. It is meant to replace `clip`, whose weight is then 0. The student gets a"
         " logit bias with it.",
     ),
     Loss(
@@ -104,8 +104,8 @@ LOSSES = (
         equation="L_instance",
         function="contrastive:instance_loss",
         reads=("aligned_image", "teacher_text", "instance_scale"),
-        help="Weight of the half of `L_instance` in which the student's images meet the teacher's texts (the paper's"
-        " beta).",
+        help="Weight of the half of `L_instance` that compares the student's images with the teacher's texts (the"
+        " paper's beta).",
     ),
     Loss(
         name="instance_text",
@@ -113,7 +113,8 @@ LOSSES = (
         equation="L_instance",
         function="contrastive:instance_loss",
         reads=("aligned_text", "teacher_image", "instance_scale"),
-        help="Weight of the half in which the student's texts meet the teacher's images (the paper's beta).",
+        help="Weight of the half of `L_instance` that compares the student's texts with the teacher's images (the"
+        " paper's beta).",
     ),
     Loss(
         name="affinity",

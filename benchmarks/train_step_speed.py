@@ -162,7 +162,7 @@ class Bench:
             machine=machine,
         )  # fmt: skip
         trainer._resume()
-        trainer.joint.train()
+        trainer.learner.joint.train()
         soft = self._soft_targets() if dense else None
         online = self._teacher() if "online" in name else None
 
@@ -172,7 +172,7 @@ class Bench:
                 if online is not None:
                     batch = online(batch)
                 measured = trainer._train_step(batch.to(self.device))
-                trainer.step += 1
+                trainer.progress.step += 1
                 if trainer._is_recorded(trainer.step):
                     trainer._record(measured)
 

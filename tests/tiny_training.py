@@ -23,7 +23,7 @@ from clip_cid.models.student import Clip
 from clip_cid.recipe import DistillConfig, LossWeights, MachineConfig, PairsConfig
 from clip_cid.training.batches import Batch, Batches, PairDataset, TrainingPairs
 from clip_cid.training.loop import Plan, Trainer
-from clip_cid.training.model import Distillation, Seen
+from clip_cid.training.model import Distillation, Outputs
 from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.training.validation import HeldOut, Validation
 
@@ -219,6 +219,6 @@ def exact(batch: Batch) -> Batch:
     return dataclasses.replace(batch, **doubles)
 
 
-def loss_of(model: Distillation, batch: Batch, seen: Seen) -> Tensor:
+def loss_of(model: Distillation, batch: Batch, seen: Outputs) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     return weighted_sum(model.objective(seen, batch.targets, generator=generator), WEIGHTS)

@@ -439,9 +439,6 @@ class MachineConfig(Config):
     memory, and a step takes about a third longer."""
     compile: bool = False
     """torch.compile for the student; worth it for long runs."""
-    fsdp: bool = False
-    """Under torchrun, spread the student's weights and the optimizer's state over the ranks; for
-    students that do not fit one device."""
     checkpoint_minutes: PositiveFloat = 10.0
     """Minutes between two checkpoints of the training."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2

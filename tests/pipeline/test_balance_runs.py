@@ -65,6 +65,7 @@ def test_the_stage_finds_what_the_slow_version_finds(tmp_path, small_chunks):
     assert not (out / "work").exists()
 
 
+@pytest.mark.resume
 def test_an_interrupted_balance_does_only_what_is_missing(tmp_path, small_chunks, monkeypatch):
     rows = planted(300)
     whole = balance(tmp_path / "whole", rows)
@@ -108,6 +109,7 @@ def killed(left: int, command: list[str]) -> None:
     sys.exit(cli.main(command))
 
 
+@pytest.mark.resume
 def test_a_killed_balance_ends_byte_identical(tmp_path, small_chunks):
     rows = planted(300)
     whole = balance(tmp_path / "whole", rows)

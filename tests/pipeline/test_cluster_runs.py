@@ -85,6 +85,7 @@ def assert_killed(left: int, where: str, run: Path, flags: list[str]) -> None:
     assert processes.exit_code(killed, left, where, ["cluster", str(run), *flags]) == -signal.SIGKILL
 
 
+@pytest.mark.resume
 def test_a_killed_training_goes_on_after_the_last_round_and_ends_byte_identical(tmp_path, given, capsys):
     whole = cluster(tmp_path / "whole", given)
     states = 0
@@ -101,6 +102,7 @@ def test_a_killed_training_goes_on_after_the_last_round_and_ends_byte_identical(
     assert f"cluster   resumes after round {done} of {ROUNDS}" in said
 
 
+@pytest.mark.resume
 def test_a_training_killed_in_the_last_assignment_does_no_round_again(tmp_path, given, monkeypatch):
     whole = cluster(tmp_path / "whole", given)
 

@@ -279,6 +279,7 @@ def test_the_preview_counts_what_then_runs_and_writes_nothing(tmp_path: Path, ra
     assert left == {"embed": 0, "balance": 0, "cluster": 0, "distill": 3, "evaluate": 3}
 
 
+@pytest.mark.resume
 @pytest.mark.parametrize("stop_after", [1, 4, 6, 13, 18])
 def test_stopped_before_any_stage_the_same_command_goes_on(tmp_path: Path, ran: list[str], monkeypatch, stop_after):
     run_stage = pipeline._run_stage
@@ -296,6 +297,7 @@ def test_stopped_before_any_stage_the_same_command_goes_on(tmp_path: Path, ran: 
     assert Counter(stage for stage in ran if stage != "stopped") == ONCE
 
 
+@pytest.mark.resume
 def test_killed_while_it_takes_over_a_stage_it_takes_it_over_again(tmp_path: Path, ran: list[str], monkeypatch):
     copytree = shutil.copytree
 

@@ -67,6 +67,7 @@ class Killed(BaseException):
     """Stands for the process dying at that call."""
 
 
+@pytest.mark.resume
 @pytest.mark.parametrize("dies_at", range(6))
 def test_killed_at_any_rename_of_publish_the_old_or_the_new_results_are_there(
     tmp_path: Path, dies_at: int, monkeypatch: pytest.MonkeyPatch
@@ -102,6 +103,7 @@ def test_killed_at_any_rename_of_publish_the_old_or_the_new_results_are_there(
         assert not list(tmp_path.glob("*.old"))
 
 
+@pytest.mark.resume
 def test_a_resumable_stage_finds_its_work_again_only_under_the_same_key(tmp_path: Path):
     folder = RunFolder(tmp_path)
     part = folder.begin("embed", "k1", resumable=True)
@@ -231,6 +233,7 @@ def test_making_an_adopted_stage_again_leaves_the_lenders_as_it_was(tmp_path: Pa
     assert lender.changed_files("balance", digests=True) == []
 
 
+@pytest.mark.resume
 @pytest.mark.parametrize("dies_at", range(4))
 def test_killed_while_adopting_the_stage_is_whole_or_absent(tmp_path: Path, dies_at: int, monkeypatch):
     lender, folder = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")

@@ -16,17 +16,17 @@ import torch
 from clip_cid import tasks
 from clip_cid.check import captions, estimates, likely_mistakes, rehearsal, trial
 from clip_cid.errors import ConfigError, MissingExtraError
-from clip_cid.models.costs import Costs, count_costs
+from clip_cid.models.costs import Costs, count_costs, count_parameters
 from clip_cid.models.device import resolve_device
 from clip_cid.pipeline import State
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import CLUSTER, EMBED
-from clip_cid.stages import distill
+from clip_cid.training.assemble import distinct_labels, refuse_without_float64
 from clip_cid.training.batches import Batch
 from clip_cid.training.ranks.distributed import Ranks
 from clip_cid.training.records import make_listeners
-from clip_cid.training.teaching import uses_soft_centers
+from clip_cid.training.soft_targets import uses_soft_centers
 
 _AHEAD = 2  # batches that each worker of a DataLoader holds ready
 
@@ -46,8 +46,6 @@ class Report:
     parameters: dict[str, int]
     student: Costs | None
     teacher: trial.TeacherFacts | None
-    teaching: estimates.Teaching | None
-    """None where the FLOPs of student or teacher are not known."""
     reading: rehearsal.Reading
     rehearsal: rehearsal.Rehearsal
     worker_memory_gib: float
@@ -77,13 +75,12 @@ def check(folder: RunFolder, recipe: Recipe) -> Report:
     if machine.threads:
         torch.set_num_threads(machine.threads)
     _refuse_bad_listeners(recipe)
-    alone = machine.model_copy(update={"fsdp": False, "callbacks": (), "tensorboard": "off"})
-    alone = recipe.model_copy(update={"machine": alone})
+    unheard = machine.model_copy(update={"callbacks": (), "tensorboard": "off"})
     with (
         tempfile.TemporaryDirectory(prefix="clip-cid-check-") as scratch,
         threadpoolctl.threadpool_limits(machine.threads or None),
     ):
-        return _try(folder, alone, recipe, Path(scratch))
+        return _try(folder, recipe.model_copy(update={"machine": unheard}), recipe, Path(scratch))
 
 
 def _refuse_bad_listeners(recipe: Recipe) -> None:
@@ -94,10 +91,11 @@ def _refuse_bad_listeners(recipe: Recipe) -> None:
         raise MissingExtraError("machine.tensorboard: on", "tensorboard")
 
 
-def _try(folder: RunFolder, recipe: Recipe, asked: Recipe, scratch: Path) -> Report:
+def _try(folder: RunFolder, recipe: Recipe, original: Recipe, scratch: Path) -> Report:
     missing = trial.undone(folder, recipe)
     ranks = Ranks(device=resolve_device(recipe.machine.device))
-    distill.refuse_without_float64(ranks.device, recipe)
+    refuse_without_float64(ranks.device, recipe)
+
     run, out = trial.UntouchedRun(folder.path, scratch), scratch / "distill"
     out.mkdir()
     teacher = trial.find_teacher(run, recipe, missing)
@@ -105,31 +103,39 @@ def _try(folder: RunFolder, recipe: Recipe, asked: Recipe, scratch: Path) -> Rep
         tried = trial.with_random_targets(run, out, recipe, ranks, teacher)
     else:
         tried = trial.from_the_run(run, out, recipe, ranks)
-    return _measure(folder, asked, tried, teacher, missing)
+    return _measure(folder, original, tried, teacher, missing)
 
 
 def _measure(
     folder: RunFolder, recipe: Recipe, tried: trial.Tried, teacher: trial.TeacherFacts | None, missing: list[State]
 ) -> Report:
-    trainer, machine, settings = tried.trainer, recipe.machine, recipe.distill
-    sights, pairs = captions.look_at(tried.training, tried.clip), len(tried.training)
+    trainer, clip, machine = tried.trainer, tried.training.clip, recipe.machine
+    training = tried.training.inputs.pairs
+    sights, pairs = captions.look_at(training, clip), len(training)
+
+    # Measure: reading of batches, then steps on the first of them.
     to_try = rehearsal.batches_to_try(trainer.batches, workers=machine.workers, steps=trainer.plan.steps)
     with contextlib.closing(to_try) as batches:
         reading = rehearsal.read_batches(batches, workers=machine.workers)
-        student = count_costs(tried.clip.model, context_length=reading.batch.texts.shape[1])
+        student = count_costs(clip.model, context_length=reading.batch.texts.shape[1])
         batch, soft_seconds = _with_targets(reading.batch, recipe, tried)
-        found = rehearsal.rehearse(trainer, batch, beside=batches if machine.workers else iter(()))
+        rehearsed = rehearsal.rehearse(trainer, batch, beside=batches if machine.workers else iter(()))
+
+    # Estimate what follows from that.
     duration = estimates.Duration(
-        trainer.plan.steps, found.seconds_per_step, reading.seconds_per_batch, overlaps=machine.workers > 0
+        trainer.plan.steps, rehearsed.seconds_per_step, reading.seconds_per_batch, overlaps=machine.workers > 0
     )
-    width = tried.teacher_dim or tried.clip.dim
-    disk = estimates.expect_disk(
+    width = tried.teacher_dim or clip.dim
+    disk = estimates.estimate_disk(
         trainer,
         before=_bytes_before(recipe, missing, pairs, width),
         soft_rows=0 if soft_seconds is None else pairs,
         width=width,
         free=shutil.disk_usage(_existing_parent(folder.path)).free,
     )
+    head = trainer.model.objective.head
+    in_head = sum(value.numel() for value in head.parameters()) if head is not None else 0
+
     report = Report(
         recipe=recipe,
         device=trainer.ranks.device,
@@ -137,14 +143,13 @@ def _measure(
         pairs=pairs,
         held_out=tried.held_out,
         sights=sights,
-        parameters=estimates.count_parameters(tried.clip.model, trainer.model.objective.head),
+        parameters={**count_parameters(clip.model), "head": in_head},
         student=student,
         teacher=teacher,
-        teaching=_teaching(student, teacher, pairs, duration.steps * settings.batch_size),
         reading=reading,
-        rehearsal=found,
+        rehearsal=rehearsed,
         worker_memory_gib=rehearsal.worker_memory_gib(),
-        chance=_chance(recipe, tried, found, width),
+        chance=_chance(recipe, tried, rehearsed, width),
         duration=duration,
         soft_seconds=None if soft_seconds is None else soft_seconds * pairs,
         waiting_bytes=_AHEAD * machine.workers * _bytes_of(batch.images, batch.texts),
@@ -160,8 +165,7 @@ def _measure(
 def _with_targets(batch: Batch, recipe: Recipe, tried: trial.Tried) -> tuple[Batch, float | None]:
     """The batch as the losses want it; and where the training has soft centers, the seconds they took for a pair."""
     if tried.invented:
-        assert tried.teacher_dim is not None
-        batch = trial.add_random_targets(batch, recipe, tried.teacher_dim)
+        batch = trial.add_random_targets(batch, recipe, tried.teacher_dim or tried.training.clip.dim)
     if not (recipe.uses_clusters and uses_soft_centers(recipe.distill)):
         return batch, None
     batch, seconds = rehearsal.soften(batch, tried.trainer)
@@ -171,7 +175,7 @@ def _with_targets(batch: Batch, recipe: Recipe, tried: trial.Tried) -> tuple[Bat
 def _doubts(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str]:
     recipe = report.recipe
     settings, machine = recipe.distill, recipe.machine
-    found = [
+    doubts = [
         *likely_mistakes.of_settings(
             settings, steps=report.duration.steps, pairs=report.pairs, held_out=report.held_out
         ),
@@ -183,49 +187,40 @@ def _doubts(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str]:
         ),
         *likely_mistakes.of_evaluation(recipe),
     ]
-    if tried.training.labels is not None and (head := tried.trainer.model.objective.head) is not None:
-        own = distill.distinct_labels(tried.training.labels, settings.batch_size)
-        found += likely_mistakes.of_negatives(settings, num_centers=head.num_centers, own=own)
-    return found
+    labels, head = tried.training.inputs.pairs.labels, tried.trainer.model.objective.head
+    if labels is not None and head is not None:
+        own = distinct_labels(labels, settings.batch_size)
+        doubts += likely_mistakes.of_negatives(settings, num_centers=head.num_centers, own=own)
+    return doubts
 
 
-def _chance(recipe: Recipe, tried: trial.Tried, found: rehearsal.Rehearsal, width: int) -> dict[str, float]:
+def _chance(recipe: Recipe, tried: trial.Tried, rehearsed: rehearsal.Rehearsal, width: int) -> dict[str, float]:
     model = tried.trainer.model
     bias = getattr(model.student, "logit_bias", None)
     return estimates.chance_levels(
         recipe.distill,
         width=width,
         num_centers=model.objective.head.num_centers if model.objective.head is not None else None,
-        in_step=found.centers,
-        perplexity=tried.perplexity,
+        in_step=rehearsed.centers,
+        perplexity=tried.training.sharpness.perplexity,
         logit_bias=None if bias is None else float(bias.detach()),
     )
 
 
-def _teaching(
-    student: Costs | None, teacher: trial.TeacherFacts | None, pairs: int, pairs_seen: int
-) -> estimates.Teaching | None:
-    if student is None or teacher is None or teacher.costs is None:
-        return None
-    return estimates.compare_teaching(student, teacher.costs, pairs=pairs, pairs_seen=pairs_seen)
-
-
 def _unchecked(recipe: Recipe, missing: list[State], teacher: trial.TeacherFacts | None) -> list[str]:
-    found: list[str] = []
+    unchecked: list[str] = []
     names = [state.stage.name for state in missing]
     if EMBED in names and recipe.embed.existing is not None:
-        found.append(f"embed.existing: {recipe.embed.existing} was not opened; the embed stage does")
+        unchecked.append(f"embed.existing: {recipe.embed.existing} was not opened; the embed stage does")
     elif EMBED in names and teacher is not None:
-        found.append(f"whether the weights of {teacher.name} load (they are neither read nor fetched)")
+        unchecked.append(f"whether the weights of {teacher.name} load (they are neither read nor fetched)")
     if names:
-        found.append(
+        unchecked.append(
             f"what {', '.join(names)} will leave: how many pairs stay, the join, the captions the teacher has read"
         )
-    if recipe.machine.fsdp:
-        found.append("machine.fsdp: the steps were made in one process, with everything on one device")
     if recipe.distill.validation.measures:
-        found.append("the time of the measurements on the way (distill.validation)")
-    return found
+        unchecked.append("the time of the measurements on the way (distill.validation)")
+    return unchecked
 
 
 def _bytes_before(recipe: Recipe, missing: list[State], pairs: int, width: int) -> int:

@@ -5,9 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from clip_cid.models.costs import Costs
 from clip_cid.recipe import DistillConfig, Recipe
 from clip_cid.training.loop import Trainer
 
@@ -61,32 +59,10 @@ class Disk:
         return self.checkpoints + self.student + self.soft_centers + self.metrics + self.before
 
 
-@dataclass(frozen=True)
-class Teaching:
-    """Stored embeddings against a teacher that looks at every batch anew, in FLOPs."""
-
-    step_ratio: float
-    """A step with the teacher, over a step without."""
-    run_ratio: float
-    """All steps with the teacher, over all without and the embeddings made once."""
-    embedding_flops: int
-    """Of all pairs, once."""
-
-
-def compare_teaching(student: Costs, teacher: Costs, *, pairs: int, pairs_seen: int) -> Teaching:
-    """Both ways see the same batches, and the student costs the same in both."""
-    learning, once = pairs_seen * student.training, pairs * teacher.forward
-    return Teaching(
-        step_ratio=1 + teacher.forward / student.training,
-        run_ratio=(learning + pairs_seen * teacher.forward) / (learning + once),
-        embedding_flops=once,
-    )
-
-
 def forward_passes(recipe: Recipe, rows: int) -> int:
-    """How often a step computes the forward pass: again for each piece of a batch, and again for what it did not keep."""
-    pieces = recipe.machine.micro_batch is not None and recipe.machine.micro_batch < rows
-    return 1 + pieces + recipe.machine.grad_checkpointing
+    """How often a step computes the forward pass: again for micro-batches, and again for activations it did not keep."""
+    in_micro_batches = recipe.machine.micro_batch is not None and recipe.machine.micro_batch < rows
+    return 1 + in_micro_batches + recipe.machine.grad_checkpointing
 
 
 def chance_levels(
@@ -112,18 +88,18 @@ def chance_levels(
         By the loss's name, in its own unit; a loss without such a level is not there.
     """
     crossed = math.log(settings.batch_size)
-    found: dict[str, float] = {"clip": crossed, "instance_image": crossed, "instance_text": crossed, "icl": crossed}
-    found["feature"] = 4 / width  # squared distance 2 of unit vectors at a right angle, for each of two towers
+    levels: dict[str, float] = {"clip": crossed, "instance_image": crossed, "instance_text": crossed, "icl": crossed}
+    levels["feature"] = 4 / width  # squared distance 2 of unit vectors at a right angle, for each of two towers
     if logit_bias is not None:
-        found["siglip"] = _softplus(-logit_bias) + (settings.batch_size - 1) * _softplus(logit_bias)
+        levels["siglip"] = _softplus(-logit_bias) + (settings.batch_size - 1) * _softplus(logit_bias)
     if num_centers is not None and in_step is not None:
-        found["cluster_cls"] = math.log(num_centers if settings.logq == "both" else in_step)
+        levels["cluster_cls"] = math.log(num_centers if settings.logq == "both" else in_step)
         if perplexity is not None and (settings.logq != "none" or in_step == num_centers):
-            found["cluster_kl"] = math.log(num_centers / perplexity)
-    return {name: level for name, level in found.items() if getattr(settings.weights, name) > 0}
+            levels["cluster_kl"] = math.log(num_centers / perplexity)
+    return {name: level for name, level in levels.items() if getattr(settings.weights, name) > 0}
 
 
-def expect_disk(trainer: Trainer, *, before: int, soft_rows: int, width: int, free: int) -> Disk:
+def estimate_disk(trainer: Trainer, *, before: int, soft_rows: int, width: int, free: int) -> Disk:
     """How much room the run takes.
 
     Args:
@@ -149,14 +125,14 @@ def expect_disk(trainer: Trainer, *, before: int, soft_rows: int, width: int, fr
 
 
 def checkpoint_bytes(trainer: Trainer) -> int:
-    """The numbers of everything that moves, of its optimizers, and of the running average."""
+    """The numbers of everything that moves, of its optimizers, and of the EMA."""
     frozen = {name for name, value in trainer.model.named_parameters() if not value.requires_grad}
-    found = _bytes(value for name, value in trainer.model.state_dict().items() if name not in frozen)
-    for optimizer in trainer.optimizers:
-        found += sum(_bytes(state.values()) for state in optimizer.state.values())
-    if trainer.average is not None:
-        found += _bytes(value for value in trainer.model.student.parameters() if value.requires_grad)
-    return found
+    total = _bytes(value for name, value in trainer.model.state_dict().items() if name not in frozen)
+    for optimizer in trainer.learner.optimizers:
+        total += sum(_bytes(state.values()) for state in optimizer.state.values())
+    if trainer.learner.ema is not None:
+        total += _bytes(value for value in trainer.model.student.parameters() if value.requires_grad)
+    return total
 
 
 def embedding_bytes(pairs: int, width: int) -> int:
@@ -183,13 +159,6 @@ def balance_room(pairs: int, width: int, *, on_cuda: bool) -> tuple[int, int]:
 def cluster_memory(pairs: int, centers: int, width: int) -> int:
     """Bytes that cluster holds; docs/scale.md."""
     return 25 * width * centers + 30 * pairs
-
-
-def count_parameters(model: nn.Module, head: nn.Module | None) -> dict[str, int]:
-    """Of the image tower, of what is left of the student, and of the cluster head."""
-    image = sum(value.numel() for name, value in model.named_parameters() if name.startswith("visual."))
-    text = sum(value.numel() for value in model.parameters()) - image
-    return {"image": image, "text": text, "head": sum(value.numel() for value in head.parameters()) if head else 0}
 
 
 def _bytes(values: Iterable[object]) -> int:

@@ -14,7 +14,7 @@ from clip_cid.data.sets.evaluation_sets import open_set
 from clip_cid.errors import ClipCidError
 from clip_cid.models.student import known_architecture
 from clip_cid.recipe import DistillConfig, MachineConfig, Recipe
-from clip_cid.training.loop import resolve_precision
+from clip_cid.training.step import resolve_precision
 
 _WARM_UP = 0.1  # of the steps
 _TRUNCATED = 0.1  # of the captions
@@ -135,9 +135,9 @@ def of_evaluation(recipe: Recipe) -> Iterator[str]:
 def _problem_of_set(name: str, where: str, recipe: Recipe) -> str:
     try:
         cache_dir = recipe.machine.cache_dir
-        found = open_set(name, where, max_pixels=recipe.pairs.max_pixels, splits=("test",), cache_dir=cache_dir)
+        test = open_set(name, where, max_pixels=recipe.pairs.max_pixels, splits=("test",), cache_dir=cache_dir)
         if recipe.evaluate.zero_shot:
-            found.prompts(0)
+            test.prompts(0)
     except ClipCidError as error:
         return error.problem
     return ""

@@ -21,7 +21,7 @@ def say(report: Report) -> None:
         ("Time", list(_time(report))),
         ("Memory", list(_memory(report))),
         ("Disk", list(_disk(report))),
-        ("The teacher: stored embeddings, or online", list(_teacher(report))),
+        ("The teacher", list(_teacher(report))),
         ("Stages before the training", list(_before(report))),
     ):
         if rows:
@@ -111,10 +111,10 @@ def _time(report: Report) -> Iterator[Row]:
 
 
 def _memory(report: Report) -> Iterator[Row]:
-    found, workers = report.rehearsal, report.recipe.machine.workers
-    yield "this process, at most", f"{found.memory_gib:,.2f} GiB", _MEASURED
-    if found.device_memory_gib is not None:
-        yield f"{report.device}, at most", f"{found.device_memory_gib:,.2f} GiB", f"{_MEASURED}; tensors only"
+    rehearsed, workers = report.rehearsal, report.recipe.machine.workers
+    yield "this process, at most", f"{rehearsed.memory_gib:,.2f} GiB", _MEASURED
+    if rehearsed.device_memory_gib is not None:
+        yield f"{report.device}, at most", f"{rehearsed.device_memory_gib:,.2f} GiB", f"{_MEASURED}; tensors only"
     if workers:
         how = f"{_MEASURED}; shared pages included"
         yield f"the largest of {workers} workers", f"{report.worker_memory_gib:,.2f} GiB", how
@@ -141,10 +141,11 @@ def _disk(report: Report) -> Iterator[Row]:
 
 
 def _teacher(report: Report) -> Iterator[Row]:
-    teacher, teaching = report.teacher, report.teaching
+    teacher = report.teacher
     if teacher is None:
         return
     yield "teacher", teacher.name, "the embeddings" if report.embed_seconds is not None else "the recipe"
+
     if teacher.width is not None or report.teacher_dim is not None:
         width = teacher.width or report.teacher_dim or 0
         known = "" if teacher.width else " (the student's own; the teacher's is not known)"
@@ -156,30 +157,18 @@ def _teacher(report: Report) -> Iterator[Row]:
         )
     if report.embed_seconds is not None:
         yield "embedding all pairs, once", units.duration(report.embed_seconds), f"{_MEASURED}, by the embed stage"
-    if teaching is None or teacher.costs is None or report.student is None:
+
+    if teacher.costs is None:
         yield "FLOPs of a pair in the teacher", "unknown", "its configuration is not here, or cannot be counted"
         return
-    yield (
-        "parameters of the teacher",
-        f"{teacher.costs.parameters:,}",
-        f"{_COUNTED}; with stored embeddings none is loaded",
-    )
+    parameters = f"{teacher.costs.parameters:,}"
+    yield "parameters of the teacher", parameters, f"{_COUNTED}; with stored embeddings none is loaded"
     yield "FLOPs of a pair in the teacher", _flops(teacher.costs.forward), f"{_COUNTED}; both towers"
-    yield "embedding these pairs, once", _flops(teaching.embedding_flops), f"{_ARITHMETIC}: pairs x teacher"
-    if report.embed_seconds is None:
+    embedding = report.pairs * teacher.costs.forward
+    yield "embedding these pairs, once", _flops(embedding), f"{_ARITHMETIC}: pairs x teacher"
+    if report.embed_seconds is None and report.student is not None:
         speed = report.student.training * report.recipe.distill.batch_size / report.duration.compute
-        seconds = teaching.embedding_flops / speed
-        yield "time of that", units.duration(seconds), f"{_ARITHMETIC}, at the speed of the student's steps"
-    ratio = f"{teaching.step_ratio:,.1f} x"
-    yield "a step with the teacher online", ratio, f"{_ARITHMETIC}, FLOPs: (3 x student + teacher) / 3 x student"
-    run = f"{teaching.run_ratio:,.1f} x"
-    yield "all steps so, over stored ones and embedding", run, f"{_ARITHMETIC}, FLOPs"
-    hours = report.duration.steps * report.duration.compute * teaching.step_ratio
-    yield (
-        "the training, with it online",
-        f"{hours / 3600:,.2f} h",
-        f"{_ARITHMETIC}, at the speed of the student's steps",
-    )
+        yield "time of that", units.duration(embedding / speed), f"{_ARITHMETIC}, at the speed of the student's steps"
 
 
 def _before(report: Report) -> Iterator[Row]:

@@ -14,7 +14,9 @@ from clip_cid import tasks, units
 from clip_cid.errors import RunError
 from clip_cid.method.distill.fused_cluster_loss import soft_centers
 from clip_cid.training.batches import Batch, Batches
-from clip_cid.training.loop import Measured, Trainer
+from clip_cid.training.loop import Trainer
+from clip_cid.training.metrics import peak_memory
+from clip_cid.training.step import Measured
 
 _READ_SECONDS = 5.0  # a rate that was watched for so long is good enough
 _STEP_SECONDS = 10.0
@@ -75,6 +77,7 @@ def read_batches(batches: Iterator[Batch], *, workers: int) -> Reading:
         if len(arrived) > at_once and arrived[-1] - started > _READ_SECONDS:
             break
     assert first is not None, "a training has a step"
+
     if (settled := len(arrived) - at_once) > 0:
         return Reading(first, (arrived[-1] - arrived[at_once - 1]) / settled, len(arrived))
     return Reading(first, (arrived[-1] - started) / len(arrived), len(arrived))
@@ -88,9 +91,9 @@ def soften(batch: Batch, trainer: Trainer) -> tuple[Batch, float]:
     device = trainer.ranks.device
     centers, teacher = objective.head.weight.detach(), batch.teacher_image.to(device)
     started = time.monotonic()
-    found = soft_centers(teacher, centers, scale=objective.head.scale, temperature=objective.temperature)
+    softened = soft_centers(teacher, centers, scale=objective.head.scale, temperature=objective.temperature)
     _finish_work(device)
-    return dataclasses.replace(batch, soft_centers=found), time.monotonic() - started
+    return dataclasses.replace(batch, soft_centers=softened), time.monotonic() - started
 
 
 def rehearse(trainer: Trainer, batch: Batch, beside: Iterator[Batch]) -> Rehearsal:
@@ -114,14 +117,15 @@ def rehearse(trainer: Trainer, batch: Batch, beside: Iterator[Batch]) -> Rehears
             f"A step of {len(batch.rows):,} pairs does not fit {device} ({str(error).splitlines()[0]}).",
             fix="Set machine.micro_batch, machine.grad_checkpointing: true or a smaller distill.batch_size.",
         ) from error
-    taken_part = trainer.model.objective.diagnostics().get("centers")
+
+    centers, memory = trainer.model.objective.diagnostics().get("centers"), peak_memory(device)
     return Rehearsal(
         first=first,
         seconds_per_step=statistics.median(seconds),
         steps=len(seconds),
-        centers=None if taken_part is None else int(taken_part),
-        memory_gib=units.gib(tasks.peak_memory()),
-        device_memory_gib=units.gib(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None,
+        centers=None if centers is None else int(centers),
+        memory_gib=memory["memory_gib"],
+        device_memory_gib=memory.get("device_memory_gib"),
     )
 
 
@@ -148,7 +152,7 @@ def _timed_steps(trainer: Trainer, batch: Batch, beside: Iterator[Batch]) -> tup
 def _refuse_sick(first: Measured, trainer: Trainer) -> None:
     """Float16 alone may overflow in its first gradients: its scaler then scales less."""
     sick = [name for name, part in first.parts.items() if not abs(part) < float("inf")]
-    if first.is_finite or (not sick and trainer.precision == torch.float16):
+    if first.is_finite or (not sick and trainer.learner.precision == torch.float16):
         return
     what = f"loss {', '.join(sick)}" if sick else "gradient"
     raise RunError(

@@ -13,19 +13,16 @@ from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.errors import RunError
 from clip_cid.models.costs import Costs, count_costs
-from clip_cid.models.student import Clip, build_skeleton, known_architecture
+from clip_cid.models.student import build_skeleton, known_architecture
 from clip_cid.models.teacher import teacher_reference
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import DISTILL, EMBED
-from clip_cid.stages import distill
-from clip_cid.training.batches import Batch, TrainingPairs
+from clip_cid.training.assemble import Inputs, Training, assemble, count_steps, make_student, prepare, split_off
+from clip_cid.training.batches import Batch
 from clip_cid.training.join import plain_pairs
-from clip_cid.training.loop import Plan, Trainer
-from clip_cid.training.model import Distillation
+from clip_cid.training.loop import Trainer
 from clip_cid.training.ranks.distributed import Ranks
-from clip_cid.training.ranks.parallel import with_joint_statistics
-from clip_cid.training.validation import hold_out
 
 _HEAD_COPIES = 3  # of the centers, while the head is made of them
 
@@ -49,17 +46,21 @@ class UntouchedRun(RunFolder):
 class Tried:
     """A training that is ready for its first step, and what it is made of."""
 
-    clip: Clip
-    training: TrainingPairs
-    held_out: int
-    """Pairs to measure on, which are not learned."""
-    trainer: Trainer
-    perplexity: float | None
-    """Of the teacher; None where it is not known yet."""
+    training: Training
     invented: bool
     """Whether the targets are random."""
     teacher_dim: int | None
     """None without a teacher."""
+
+    @property
+    def trainer(self) -> Trainer:
+        return self.training.trainer
+
+    @property
+    def held_out(self) -> int:
+        """Pairs to measure on, which are not learned from."""
+        held_out = self.training.inputs.held_out
+        return len(held_out.pairs) if held_out is not None else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +111,11 @@ def from_the_run(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks) -> 
     """The very training that `distill` would begin.
 
     Raises:
-        ClipCidError: As `distill.prepare`.
+        ClipCidError: As `assemble.prepare`.
     """
-    work = distill.prepare(folder, out, recipe, ranks, soft_centers=False)
-    teacher_dim = work.store.dim if work.store is not None else None
-    validation = work.trainer.validation
-    measured = len(validation.batches.training) if validation is not None and validation.batches is not None else 0
-    return Tried(work.clip, work.training, measured, work.trainer, work.teaching.perplexity, False, teacher_dim)
+    training = prepare(folder, out, recipe, ranks, soft_centers=False)
+    store = training.inputs.store
+    return Tried(training, invented=False, teacher_dim=store.dim if store is not None else None)
 
 
 def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, teacher: TeacherFacts) -> Tried:
@@ -125,33 +124,19 @@ def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ran
     Raises:
         ClipCidError: The pairs, the student or the settings cannot be used, or the centers do not fit the memory.
     """
-    settings = recipe.distill
     pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
-    training, measured = plain_pairs(pairs), 0
-    if share := settings.validation.share:
-        training, held_out = hold_out(training, share, batch_size=settings.batch_size, ranks=ranks.size)
-        measured = len(held_out.pairs)
-    steps = distill.count_steps(settings, len(training))
-    clip = distill.make_student(settings, teacher.width, recipe.machine)
-    dim = teacher.width or clip.dim
-    centers = _random_centers(recipe, dim) if recipe.uses_clusters else None
-    objective = distill.make_objective(settings, clip, dim, centers, scale=settings.head_scale, ranks=ranks)
-    model = Distillation(clip.model, objective, lock=settings.lock).train()
-    model.student = with_joint_statistics(model.student, ranks, recipe.machine.micro_batch)
-    trainer = Trainer(
-        model,
-        distill.make_batches(training, clip, recipe, ranks),
-        settings,
-        Plan(steps, "random targets", recipe.pairs.max_bad_share),
-        out=out,
-        ranks=ranks,
-        machine=recipe.machine,
-    )
-    return Tried(clip, training, measured, trainer, None, True, dim)
+    inputs = Inputs(*split_off(plain_pairs(pairs), recipe.distill, ranks))
+    steps = count_steps(recipe.distill, len(inputs.pairs))
+    clip = make_student(recipe.distill, teacher.width, recipe.machine)
+    teacher_dim = teacher.width or clip.dim
+    if recipe.uses_clusters:
+        inputs = dataclasses.replace(inputs, centers=_random_centers(recipe, teacher_dim))
+    training = assemble(inputs, clip, teacher_dim, out, recipe, ranks, steps=steps, soft_centers=False)
+    return Tried(training, invented=True, teacher_dim=teacher_dim)
 
 
 def add_random_targets(batch: Batch, recipe: Recipe, dim: int) -> Batch:
-    """The batch with all that the losses ask of a teacher and a clustering."""
+    """The batch with all that the losses read of a teacher and a clustering."""
     rows, generator = len(batch.rows), np.random.default_rng(0)
     if recipe.uses_teacher_images:
         batch = dataclasses.replace(batch, teacher_image=torch.from_numpy(_unit_rows(rows, dim, generator)))

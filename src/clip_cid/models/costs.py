@@ -31,6 +31,12 @@ class Costs:
         return (1 + _BACKWARD) * self.forward
 
 
+def count_parameters(student: torch.nn.Module) -> dict[str, int]:
+    """Numbers in the image tower, and in everything else, which is the text's."""
+    image = sum(value.numel() for name, value in student.named_parameters() if name.startswith("visual."))
+    return {"image": image, "text": sum(value.numel() for value in student.parameters()) - image}
+
+
 def count_costs(model: torch.nn.Module, *, context_length: int) -> Costs | None:
     """Count by a pass of shapes without numbers, which takes no time and no memory.
 

@@ -1,343 +1,80 @@
 """Train the student: CLIP loss, cluster-level and instance-level distillation (paper sections 3.2 and 3.3)."""
 
-import dataclasses
-import hashlib
-import json
 import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from jaxtyping import Float, Int
+from torch import Tensor
 
 from clip_cid import log
-from clip_cid.data.embeddings.store import EmbeddingStore
-from clip_cid.data.pairs.pairs import open_pairs
-from clip_cid.data.sets.evaluation_sets import open_set
-from clip_cid.errors import ConfigError
-from clip_cid.loss_table import rows_of
-from clip_cid.method.distill.cluster_distillation import Shard
-from clip_cid.method.distill.objective import Objective
+from clip_cid.models.costs import count_parameters
 from clip_cid.models.device import resolve_device
 from clip_cid.models.export import export_student, usage
-from clip_cid.models.student import Clip, build_student, keep_fewer_activations, train_transform
-from clip_cid.models.teacher import weights_sha256
-from clip_cid.recipe import DistillConfig, MachineConfig, Recipe
+from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder, read_json, write_json
-from clip_cid.training.batches import Batches, PairDataset, TrainingPairs
-from clip_cid.training.join import distilled_pairs, plain_pairs, read_centers
-from clip_cid.training.loop import CHECKPOINTS, Plan, Trainer
-from clip_cid.training.model import Distillation
-from clip_cid.training.ranks.distributed import Ranks, join_ranks
-from clip_cid.training.ranks.parallel import with_joint_statistics
-from clip_cid.training.teaching import (
-    USUAL_SCALE,
-    Teaching,
-    read_teacher,
-    teacher_scale,
-    uses_soft_centers,
-    with_soft_centers,
-)
-from clip_cid.training.validation import HeldOut, Validation, hold_out
+from clip_cid.training.assemble import SOFT_CENTERS, Training, make_student, prepare, refuse_without_float64
+from clip_cid.training.loop import CHECKPOINTS
+from clip_cid.training.ranks.distributed import join_ranks
 
 _DONE = "summary.json"
-_SOFT = "soft_centers"
 
 
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
     """Train on the kept pairs and export; writes `student/`, `metrics.jsonl`, `skipped.jsonl` and `summary.json`.
 
-    Under torchrun every process calls this; the first one keeps the records and exports.
+    Under torchrun every process calls this; the main process keeps the records and exports.
     """
     machine = recipe.machine
     if machine.threads:
         torch.set_num_threads(machine.threads)
+
     with join_ranks(resolve_device(machine.device)) as ranks:
         refuse_without_float64(ranks.device, recipe)
         if ranks.all((out / _DONE).is_file())[0]:
-            return _finish(folder, out) if ranks.is_first else {}
-        work = prepare(folder, out, recipe, ranks)
-        summary = {**work.trainer.run(), **work.teaching.summary}
-        state, beside = work.trainer.student_state(), work.trainer.objective_state()
-        if ranks.is_first:
-            _leave(work, out, recipe, summary, state, beside)
+            return _finish(folder, out) if ranks.is_main else {}
+
+        training = prepare(folder, out, recipe, ranks)
+        summary = {**training.trainer.run(), **training.sharpness.summary}
+        student, beside = training.trainer.student_state(), training.trainer.objective_state()
+        if ranks.is_main:
+            _export(training, out, recipe, summary, student, beside)
         ranks.wait()
-    return _finish(folder, out) if ranks.is_first else {}
+
+    return _finish(folder, out) if ranks.is_main else {}
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """All that a training consists of, checked and ready for its first step."""
-
-    clip: Clip
-    training: TrainingPairs
-    store: EmbeddingStore | None
-    teaching: Teaching
-    trainer: Trainer
-
-
-def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, *, soft_centers: bool = True) -> Work:
-    """Open and check everything, join it and build the student; nothing has been learned yet.
-
-    Args:
-        folder: With the stages before this one.
-        out: Where the training works.
-        recipe: The settings.
-        ranks: Who trains together.
-        soft_centers: Whether to compute these now, where the training uses them: it takes a pass over all images.
-
-    Raises:
-        ConfigError: Settings do not fit each other or the data.
-        DataError: The data contradict themselves or each other.
-        RunError: A stage before this one has not finished, or ranks differ.
-    """
-    settings, machine = recipe.distill, recipe.machine
-    with ranks.first_alone():
-        pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=machine.cache_dir)
-    store = EmbeddingStore.open(folder.stage("embed")) if recipe.has_teacher else None
-    training = plain_pairs(pairs) if store is None else distilled_pairs(folder, recipe, pairs, store)
-    centers = read_centers(folder, store) if store is not None and recipe.uses_clusters else None
-    held_out: HeldOut | None = None
-    if share := settings.validation.share:
-        training, held_out = hold_out(training, share, batch_size=settings.batch_size, ranks=ranks.size)
-    steps = count_steps(settings, len(training))
-    teacher_dim = store.dim if store is not None else None
-    clip = make_student(settings, teacher_dim, machine)
-    teaching = read_teacher(settings, training, store, centers)
-    own_scale = teacher_scale(settings, store.info.teacher if store is not None else None)
-    objective = make_objective(
-        settings, clip, teacher_dim, centers, scale=teaching.scale, teacher_scale=own_scale, ranks=ranks
-    )
-    model = Distillation(clip.model, objective, lock=settings.lock).train()  # but for the tower that is locked
-    model.student = with_joint_statistics(model.student, ranks, machine.micro_batch)
-    if centers is not None and training.labels is not None:
-        _tell_negatives(settings, training.labels, len(centers))
-    key = _key(settings, training, store, centers)
-    ranks.agree("data or settings", key)
-    ranks.agree("weights", weights_sha256(clip.model) if ranks.size > 1 else None)
-    if soft_centers and centers is not None and uses_soft_centers(settings):
-        with ranks.first_alone():
-            training = with_soft_centers(training, centers, settings, out / _SOFT, teaching.scale, key, ranks.device)
-    batches = make_batches(training, clip, recipe, ranks)
-    validation = _validation(clip, held_out, recipe, ranks)
-    trainer = Trainer(
-        model,
-        batches,
-        settings,
-        Plan(steps, key, recipe.pairs.max_bad_share),
-        out=out,
-        ranks=ranks,
-        machine=machine,
-        validation=validation,
-    )
-    return Work(clip, training, store, teaching, trainer)
-
-
-def make_batches(training: TrainingPairs, clip: Clip, recipe: Recipe, ranks: Ranks) -> Batches:
-    """The batches the student learns from."""
-    settings = recipe.distill
-    transform = train_transform(clip, crop_scale=settings.crop_scale, more=settings.augmentation)
-    return Batches(
-        training,
-        _dataset(training, clip, recipe, transform),
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        workers=recipe.machine.workers,
-        pin=ranks.device.type == "cuda",
-        ranks=ranks,
-    )
-
-
-def _validation(clip: Clip, held_out: HeldOut | None, recipe: Recipe, ranks: Ranks) -> Validation | None:
-    """What to measure on the way; sets are opened now, so that a missing one is told before the first step."""
-    settings = recipe.distill
-    if not settings.validation.measures:
-        return None
-    sets = [
-        open_set(name, where, max_pixels=recipe.pairs.max_pixels, splits=("test",), cache_dir=recipe.machine.cache_dir)
-        for name, where in settings.validation.sets.items()
-    ]
-    for labelled in sets:
-        labelled.prompts(0)
-    batches = None
-    if held_out is not None:
-        batches = Batches(
-            held_out.pairs,
-            _dataset(held_out.pairs, clip, recipe, clip.preprocess),
-            batch_size=held_out.batch_size,
-            seed=settings.seed,
-            workers=recipe.machine.workers,
-            pin=ranks.device.type == "cuda",
-            ranks=ranks,
-        )
-    return Validation(clip, batches, sets, settings.weights.model_dump(), settings.seed, ranks)
-
-
-def _dataset(training: TrainingPairs, clip: Clip, recipe: Recipe, transform: Any) -> PairDataset:
-    return PairDataset(
-        training,
-        transform=transform,
-        tokenizer=clip.tokenizer,
-        max_pixels=recipe.pairs.max_pixels,
-        seed=recipe.distill.seed,
-    )
-
-
-def _leave(
-    work: Work,
+def _export(
+    training: Training,
     out: Path,
     recipe: Recipe,
     summary: dict[str, Any],
-    state: dict[str, torch.Tensor],
-    beside: dict[str, torch.Tensor],
+    student: dict[str, Tensor],
+    beside: dict[str, Tensor],
 ) -> None:
     """Export the student with its final weights, in a model that knows nothing of ranks."""
-    teacher_dim = work.store.dim if work.store is not None else None
-    clip = make_student(recipe.distill, teacher_dim, recipe.machine.model_copy(update={"grad_checkpointing": False}))
-    clip.model.load_state_dict(state)
+    store = training.inputs.store
+    machine = recipe.machine.model_copy(update={"grad_checkpointing": False})
+    clip = make_student(recipe.distill, store.dim if store is not None else None, machine)
+    clip.model.load_state_dict(student)
     clip.model.eval()
-    teacher = work.store.info.teacher if work.store is not None else None
-    export_student(
-        clip,
-        out / "student",
-        head_state=beside,
-        provenance=_provenance(recipe, summary["steps"], summary["pairs_seen"], teacher),
-    )
-    device = str(work.trainer.ranks.device)
-    write_json(out / _DONE, {**summary, "parameters": count_parameters(clip.model), "device": device})
 
+    teacher = store.info.teacher if store is not None else None
+    provenance = _provenance(recipe, summary["steps"], summary["pairs_seen"], teacher)
+    export_student(clip, out / "student", head_state=beside, provenance=provenance)
 
-def refuse_without_float64(device: torch.device, recipe: Recipe) -> None:
-    """Some losses are added up in float64, which Apple's devices do not have.
-
-    Raises:
-        ConfigError: The recipe has such a loss, and the device is one of these.
-    """
-    losses = [loss.name for loss in rows_of(recipe.distill.weights.switched_on) if loss.needs_float64]
-    if device.type == "mps" and losses:
-        raise ConfigError(
-            f"machine.device: mps has no float64, in which the losses {', '.join(losses)} are added up.",
-            fix="Set machine.device: cpu, or the weights of these losses to 0 (distill.weights).",
-        )
+    parameters = count_parameters(clip.model)
+    write_json(out / _DONE, {**summary, "parameters": parameters, "device": str(training.trainer.ranks.device)})
 
 
 def _finish(folder: RunFolder, out: Path) -> dict[str, Any]:
     """The export is there: only now may the checkpoints go, so that no kill can lose the training."""
     if (out / CHECKPOINTS).exists():
         shutil.rmtree(out / CHECKPOINTS)
-    shutil.rmtree(out / _SOFT, ignore_errors=True)
+    shutil.rmtree(out / SOFT_CENTERS, ignore_errors=True)
     log.info(usage(folder.path / "distill" / "student"))
     return read_json(out / _DONE)
-
-
-def count_steps(settings: DistillConfig, num_pairs: int) -> int:
-    """How many full batches the epochs hold together; what is left at the end of one opens the next.
-
-    Raises:
-        ConfigError: There are not enough pairs for one batch.
-    """
-    if settings.batch_size > num_pairs:
-        raise ConfigError(
-            f"distill.batch_size: {settings.batch_size:,}, but there are {num_pairs:,} pairs to train on.",
-            fix=f"Set distill.batch_size to at most {num_pairs:,}, or give more pairs.",
-        )
-    return settings.steps or settings.epochs * num_pairs // settings.batch_size
-
-
-def make_student(settings: DistillConfig, teacher_dim: int | None, machine: MachineConfig) -> Clip:
-    """The student, on the CPU; as wide as the teacher when it is to meet it without a map."""
-    width = teacher_dim if settings.alignment == "native" else None
-    clip = build_student(
-        settings.student,
-        embed_dim=width,
-        pretrained=settings.pretrained,
-        seed=settings.seed,
-        with_bias=settings.weights.any_reads("logit_bias"),
-    )
-    if settings.lock != "none" and settings.pretrained is None:
-        raise ConfigError(
-            f"distill.lock: {settings.lock}, but nothing is loaded, so the tower would stay at random weights.",
-            fix="Set distill.pretrained, or distill.lock: none.",
-        )
-    if machine.grad_checkpointing:
-        keep_fewer_activations(clip)
-    return clip
-
-
-def make_objective(
-    settings: DistillConfig,
-    clip: Clip,
-    teacher_dim: int | None,
-    centers: Float[np.ndarray, "centers dim"] | None,
-    *,
-    scale: float,
-    ranks: Ranks,
-    teacher_scale: float = USUAL_SCALE,
-) -> Objective:
-    """What learns beside the student. A head that learns is spread over the ranks: its gradient then stays where it is."""
-    shard = None
-    if centers is not None and settings.head_lr > 0 and ranks.size > 1:
-        first, stop = Shard.bounds(len(centers), ranks.rank, ranks.size)
-        shard, centers = Shard(first, len(centers), dist.distributed_c10d._get_default_group()), centers[first:stop]
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(settings.seed)  # for the maps of `alignment: linear`
-        return Objective(
-            losses=settings.weights.switched_on,
-            student_dim=clip.dim,
-            teacher_dim=teacher_dim,
-            alignment=settings.alignment,
-            centers=torch.from_numpy(centers) if centers is not None else None,
-            shard=shard,
-            head_scale=scale,
-            train_head=settings.head_lr > 0,
-            sample_rate=settings.sample_rate,
-            logq=settings.logq,
-            temperature=settings.temperature,
-            teacher_scale=teacher_scale,
-            affinity_scale=settings.affinity_scale,
-            share_scale=settings.share_scale,
-        )
-
-
-def distinct_labels(labels: Int[np.ndarray, " rows"], batch_size: int) -> float:
-    """How many different clusters a random batch has on average."""
-    shares = np.bincount(labels) / len(labels)
-    return float((1 - (1 - shares) ** batch_size).sum())
-
-
-def count_parameters(student: torch.nn.Module) -> dict[str, int]:
-    """Numbers in the image tower, and in everything else, which is the text's."""
-    image = sum(value.numel() for name, value in student.named_parameters() if name.startswith("visual."))
-    return {"image": image, "text": sum(value.numel() for value in student.parameters()) - image}
-
-
-def _tell_negatives(settings: DistillConfig, labels: Int[np.ndarray, " rows"], num_centers: int) -> None:
-    """Say once when the centers of the batch fill the sample, so that no random negatives take part."""
-    quota, own = round(settings.sample_rate * num_centers), distinct_labels(labels, settings.batch_size)
-    if quota <= own:
-        log.info(
-            f"distill.sample_rate {settings.sample_rate:g} is {quota:,} of {num_centers:,} centers a step, but a batch of "
-            f"{settings.batch_size:,} holds {own:,.0f} of them by itself: its own centers are the only negatives"
-        )
-
-
-def _key(
-    settings: DistillConfig,
-    training: TrainingPairs,
-    store: EmbeddingStore | None,
-    centers: Float[np.ndarray, "centers dim"] | None,
-) -> str:
-    """Digest of everything that decides the result."""
-    digest = hashlib.sha256(json.dumps(settings.model_dump(mode="json"), sort_keys=True).encode())
-    for rows in (training.rows, training.labels, training.store_rows, centers):
-        digest.update(
-            b"none" if rows is None else np.ascontiguousarray(rows).data
-        )  # not a copy: centers may be gigabytes
-    digest.update(json.dumps(store.info.teacher if store is not None else None, sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 def _provenance(recipe: Recipe, steps: int, pairs_seen: int, teacher: dict[str, Any] | None) -> dict[str, Any]:

@@ -24,18 +24,11 @@ from clip_cid.data.pairs.pairs import BadSample, Pairs
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.objective import Targets
+from clip_cid.training.batch_order import Place, batch_places
 from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.unit_length import is_unit
 
 _TRIES = 100  # this many broken images in a row are not bad luck but a missing disk
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a batch finds a pair: the epoch, and the index among the training rows."""
-
-    epoch: int
-    index: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +83,7 @@ class TrainingPairs:
     rows: Int[np.ndarray, " rows"]
     """Rows of `pairs`."""
     labels: Int[np.ndarray, " rows"] | None = None
-    """The cluster of each; None when no part of the loss asks for it. Likewise for what follows."""
+    """The cluster of each; None when no loss reads it. Likewise for what follows."""
     store: EmbeddingStore | None = None
     """The teacher's embeddings."""
     store_rows: Int[np.ndarray, " rows"] | None = None
@@ -144,57 +137,6 @@ class Batch:
         if self.soft_centers is not None:
             moved["soft_centers"] = self.soft_centers.to(device)
         return dataclasses.replace(self, **moved)
-
-
-def epoch_orders(
-    num_rows: int, batch_size: int, *, seed: int, first_epoch: int = 0
-) -> Iterator[tuple[int, Int[np.ndarray, " rows"]]]:
-    """Each epoch with the order of its rows: a seeded permutation, in which no batch holds a row twice.
-
-    A batch that crosses the border of two epochs begins with the last rows of the one before. Where the new
-    permutation would repeat one of these within that batch, it changes place with a row a little further on: two
-    copies of one pair are not negatives of each other.
-    """
-    # An exchange reaches at most two batches into an epoch, so from three on it never touches the epoch's last rows,
-    # and the epoch before the first is enough to start from.
-    start = max(first_epoch - 1, 0) if num_rows >= 3 * batch_size else 0
-    last = np.empty(0, dtype=np.int64)
-    for epoch in itertools.count(start):
-        order = np.arange(num_rows, dtype=np.int32 if num_rows < 2**31 else np.int64)
-        np.random.default_rng((seed, epoch)).shuffle(order)
-        carried = epoch * num_rows % batch_size
-        if carried and len(last):
-            room = batch_size - carried
-            repeated = np.flatnonzero(np.isin(order[:room], last[-carried:]))
-            fresh = room + np.flatnonzero(~np.isin(order[room : room + batch_size], last[-carried:]))[: len(repeated)]
-            order[repeated], order[fresh] = order[fresh], order[repeated]
-        last = order[-batch_size:].copy()
-        if epoch >= first_epoch:
-            yield epoch, order
-
-
-def batch_places(num_rows: int, batch_size: int, *, seed: int, first_step: int = 0) -> Iterator[list[Place]]:
-    """The places of each batch from `first_step` on, without end.
-
-    Epochs follow each other without a gap: the rows left at the end of one open the first batch of the next, so after
-    `step` steps exactly `step * batch_size` pairs were seen and each epoch holds every row once.
-
-    Raises:
-        ValueError: A batch is empty or larger than an epoch.
-    """
-    if not 0 < batch_size <= num_rows:
-        raise ValueError(f"batch_size: must be in [1, {num_rows}] (the rows), got {batch_size}")
-    first_epoch, at = divmod(first_step * batch_size, num_rows)
-    orders = epoch_orders(num_rows, batch_size, seed=seed, first_epoch=first_epoch)
-    epoch, order = next(orders)
-    while True:
-        places = [Place(epoch, int(index)) for index in order[at : at + batch_size]]
-        at += batch_size
-        if at >= num_rows:
-            at -= num_rows
-            epoch, order = next(orders)
-            places += [Place(epoch, int(index)) for index in order[:at]]
-        yield places
 
 
 class PairDataset(Dataset[Item | Failure]):
@@ -311,6 +253,7 @@ class Batches:
         """Add what the teacher and the clustering say about each pair."""
         if isinstance(items, Failure):
             raise DataError(items.problem, fix=items.fix)
+
         training, index = self.training, items.indices.numpy()
         batch = Batch(training.rows[index], items.bad, items.images, items.texts)
         if training.labels is not None:
@@ -323,6 +266,7 @@ class Batches:
             if training.num_captions is not None:
                 texts = training.store.text_for(rows, items.captions.numpy())
                 batch = dataclasses.replace(batch, teacher_text=unit_teacher_rows(texts, rows, "text"))
+
         if training.soft_centers is not None:
             batch = dataclasses.replace(batch, soft_centers=training.soft_centers.of(index))
         return batch
@@ -343,17 +287,17 @@ class _Sampler:
 
 def stack(items: list[Item | Failure]) -> Items | Failure:
     """The items of a batch as one, or the first of its failures."""
-    found: list[Item] = []
+    readable: list[Item] = []
     for item in items:
         if isinstance(item, Failure):
             return item
-        found.append(item)
+        readable.append(item)
     return Items(
-        images=torch.stack([item.image for item in found]),
-        texts=torch.stack([item.text for item in found]),
-        indices=torch.tensor([item.index for item in found]),
-        captions=torch.tensor([item.caption for item in found]),
-        bad=[bad for item in found for bad in item.bad],
+        images=torch.stack([item.image for item in readable]),
+        texts=torch.stack([item.text for item in readable]),
+        indices=torch.tensor([item.index for item in readable]),
+        captions=torch.tensor([item.caption for item in readable]),
+        bad=[bad for item in readable for bad in item.bad],
     )
 
 

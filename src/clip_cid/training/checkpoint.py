@@ -1,4 +1,4 @@
-"""Everything needed to go on exactly: after a kill at any instant the run ends with the weights it would have had.
+"""The files of checkpoints: each is whole or not there, and damage is noticed before anything is loaded.
 
 What a step draws at random (order, crops, captions, negatives, dropout) is a function of the seed and the step's
 number, so a checkpoint holds no generator's state and none can be forgotten.
@@ -15,7 +15,7 @@ from clip_cid import log
 from clip_cid.errors import RunError
 from clip_cid.run_folder import atomic_file
 
-_FORMAT = 4
+_FORMAT = 5
 _BEST = "best.pt"
 
 
@@ -71,7 +71,7 @@ def load_newest(folder: Path, *, key: str) -> dict[str, Any] | None:
         left_by_a_kill.unlink()
     for _, path in _newest_first(folder):
         if problem := _damage(path):
-            log.warn(f"{path.name} is damaged ({problem}); going on from the checkpoint before it")
+            log.warn(f"{path.name} is damaged ({problem}); resuming from the checkpoint before it")
             path.unlink()
             continue
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

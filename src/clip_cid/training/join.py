@@ -32,24 +32,28 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
     texts = recipe.uses_teacher_texts
     if texts:
         _ = store.texts  # refuses a store without them now, not at the first step
+
+    # The place of each pair among the kept rows; -1 where balance removed it, or where it has no embedding.
     kept = read_kept(folder, store) if recipe.balance.enabled else np.flatnonzero(store.ok)
     place = np.full(store.rows + 1, -1, dtype=np.int64)  # the last entry answers for -1, a pair the store does not have
     place[kept] = np.arange(len(kept))
-    found = rows_in_store(pairs, store)
-    places = place[found]
+    store_rows = rows_in_store(pairs, store)
+    places = place[store_rows]
     places[np.fromiter(pairs.known_bad, dtype=np.int64)] = -1
     rows = np.flatnonzero(places >= 0)
     if len(rows) < len(kept):
         log.warn(
             f"{len(kept) - len(rows):,} of {len(kept):,} kept images are not among the pairs; trained without them"
         )
+
+    # What the clustering and the teacher say about each, as far as a loss reads it.
     labels = read_labels(folder, len(kept))[places[rows]] if recipe.uses_clusters else None
     if not (recipe.uses_teacher_images or texts or recipe.distill.head_perplexity):
         return TrainingPairs(pairs, rows, labels=labels)
-    num_captions = store.num_captions[found[rows]] if texts else None
+    num_captions = store.num_captions[store_rows[rows]] if texts else None
     if texts:
-        _compare_captions(pairs, rows, store, found[rows])
-    return TrainingPairs(pairs, rows, labels, store, found[rows], num_captions)
+        _compare_captions(pairs, rows, store, store_rows[rows])
+    return TrainingPairs(pairs, rows, labels, store, store_rows[rows], num_captions)
 
 
 def read_kept(folder: RunFolder, store: EmbeddingStore) -> Int[np.ndarray, " kept"]:

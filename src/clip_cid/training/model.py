@@ -3,30 +3,28 @@
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from clip_cid.method.distill.objective import LARGEST_SCALE, Objective
 from clip_cid.method.products import at_least_float32
 from clip_cid.training.batches import Batch
 
-Seen = dict[str, Tensor]
-"""What the losses see of a batch: rows (with two axes) and learned numbers (with none), by name."""
+Outputs = dict[str, Tensor]
+"""What the losses read of a batch: rows (with two axes) and learned numbers (with none), by name."""
 
 
 class Distillation(nn.Module):
     """Everything that learns, in one module: the student and what the objective adds to it.
 
-    Its outputs are all that the losses need, the learned scales included. So the gradient of everything in it but the
-    cluster head is that of its outputs, whoever has computed that, from however many pieces.
+    Its outputs are all that the losses need, the learned scales included. So the gradient of everything in it, except
+    the cluster head, follows from the gradient of its outputs.
     """
 
     def __init__(self, student: nn.Module, objective: Objective, *, lock: str = "none") -> None:
@@ -43,20 +41,23 @@ class Distillation(nn.Module):
         texts: Int[Tensor, "rows context"] | None,
         *,
         precision: torch.dtype,
-    ) -> Seen:
+    ) -> Outputs:
         """See `Objective.forward`; without images or without texts, what is left."""
         device = next(self.student.parameters()).device.type
-        seen: Seen = {}
+        outputs: Outputs = {}
+
         with torch.autocast(device, dtype=precision, enabled=precision != torch.float32):
             if images is not None:
-                seen["image"] = self.student.encode_image(images)
+                outputs["image"] = self.student.encode_image(images)
             if texts is not None:
-                seen["text"] = self.student.encode_text(texts)
-        seen = {name: F.normalize(at_least_float32(rows), dim=-1) for name, rows in seen.items()}
-        seen["logit_scale"] = self.student.logit_scale.exp().sum()  # of shape () or (1,)
+                outputs["text"] = self.student.encode_text(texts)
+        outputs = {name: F.normalize(at_least_float32(rows), dim=-1) for name, rows in outputs.items()}
+
+        outputs["logit_scale"] = self.student.logit_scale.exp().sum()  # of shape () or (1,)
         if (bias := getattr(self.student, "logit_bias", None)) is not None:
-            seen["logit_bias"] = bias.sum()
-        return seen | self.objective.read(seen.get("image"), seen.get("text"))
+            outputs["logit_bias"] = bias.sum()
+
+        return outputs | self.objective.read(outputs.get("image"), outputs.get("text"))
 
     def train(self, mode: bool = True) -> "Distillation":
         super().train(mode)
@@ -71,10 +72,10 @@ class Distillation(nn.Module):
         self.objective.clamp_scale()
 
 
-def backward_in_pieces(
+def backward_in_micro_batches(
     model: nn.Module,
     batch: Batch,
-    loss_of: Callable[[Seen], Tensor],
+    loss_of: Callable[[Outputs], Tensor],
     *,
     micro_batch: int | None,
     precision: torch.dtype,
@@ -82,9 +83,9 @@ def backward_in_pieces(
 ) -> None:
     """Leave the gradient of a loss over the whole batch, with `micro_batch` pairs in the student at once.
 
-    The loss sees the outputs of all pairs, whatever the pieces, so every term of it is exact; what it asks of each
-    output is then led back piece by piece (the two passes of GradCache, arXiv 2101.06983). The learned scales enter
-    the loss once and get their gradient once. A batch in one piece takes one pass.
+    The loss reads the outputs of all pairs, whatever the micro-batches, so every term of it is exact. Its gradient is
+    then back-propagated one micro-batch at a time (the two passes of GradCache, arXiv 2101.06983). The learned scales
+    enter the loss once and get their gradient once. A batch that fits at once takes one pass.
 
     Args:
         model: A `Distillation`, or what wraps it to join ranks.
@@ -94,26 +95,30 @@ def backward_in_pieces(
         precision: Of the student.
         seed: Of what the student draws at random (dropout); equal in both passes.
     """
-    pieces = list(_pieces(batch, micro_batch))
-    outputs: list[Seen] = []
-    for number, (images, texts) in enumerate(pieces):
-        torch.manual_seed(_seed(seed, number))
-        with torch.set_grad_enabled(len(pieces) == 1):
+    size = micro_batch or len(batch.rows)
+    micro_batches = list(zip(batch.images.split(size), batch.texts.split(size), strict=True))
+    once = len(micro_batches) == 1
+
+    # First pass: the outputs of the whole batch, and the gradient of the loss in them.
+    outputs: list[Outputs] = []
+    for number, (images, texts) in enumerate(micro_batches):
+        torch.manual_seed(_micro_batch_seed(seed, number))
+        with torch.set_grad_enabled(once):
             outputs.append(model(images, texts, precision=precision))
-    leaves = {name: _joined([seen[name] for seen in outputs]) for name in outputs[0]}
+    leaves = {name: _joined([part[name] for part in outputs]) for name in outputs[0]}
     loss_of(leaves).backward()
-    starts = range(0, len(batch.rows), len(pieces[0][0]))
-    for number, ((images, texts), start) in enumerate(zip(pieces, starts, strict=True)):
-        last = number == len(pieces) - 1
+
+    # Second pass: from the outputs into the model. Ranks exchange gradients once, with the last micro-batch.
+    for number, (images, texts) in enumerate(micro_batches):
+        last = number == len(micro_batches) - 1
         with contextlib.nullcontext() if last else _without_exchange(model):
-            if len(pieces) > 1:
-                torch.manual_seed(_seed(seed, number))
-                seen = model(images, texts, precision=precision)
+            if once:
+                part = outputs[0]
             else:
-                seen = outputs[0]
-            _backward(seen, leaves, slice(start, start + len(images)), with_scales=last)
-    if isinstance(model, FSDPModule):
-        _exchange_scales(model)
+                torch.manual_seed(_micro_batch_seed(seed, number))
+                part = model(images, texts, precision=precision)
+            rows = slice(number * size, number * size + len(images))
+            _backward(part, leaves, rows, with_scales=last)
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -121,63 +126,40 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return _digest(f"{seed} step {step}" + (f" rank {rank}" if rank else ""))
 
 
-def _seed(seed: int, piece: int) -> int:
-    return _digest(f"{seed} piece {piece}") if piece else seed
+def _micro_batch_seed(seed: int, number: int) -> int:
+    return _digest(f"{seed} piece {number}") if number else seed
 
 
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
 
-def _pieces(batch: Batch, size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from zip(batch.images.split(size or len(batch.rows)), batch.texts.split(size or len(batch.rows)), strict=True)
-
-
 def _joined(values: list[Tensor]) -> Tensor:
-    """The rows of all pieces, or the number that is the same in each, as a leaf that collects its gradient."""
+    """The rows of all micro-batches, or the number that is the same in each, as a leaf that collects its gradient."""
     value = torch.cat(values) if values[0].ndim else values[0]
     return value.detach().requires_grad_()
 
 
-def _backward(seen: Seen, leaves: Mapping[str, Tensor], rows: slice, *, with_scales: bool) -> None:
-    """Lead what the loss asks of the outputs back into the model.
+def _backward(part: Outputs, leaves: Mapping[str, Tensor], rows: slice, *, with_scales: bool) -> None:
+    """Back-propagate the gradient of a micro-batch's outputs into the model.
 
-    Where it asks nothing, 0: every parameter then has a gradient, as those who join ranks expect.
+    Where the loss does not depend on an output, its gradient is 0: every parameter then has a gradient, as DDP expects.
     """
     outputs: list[Tensor] = []
     gradients: list[Tensor] = []
-    for name, output in seen.items():
+    for name, output in part.items():
         if not output.requires_grad or (output.ndim == 0 and not with_scales):
             continue
-        asked = leaves[name].grad
-        asked = torch.zeros_like(leaves[name]) if asked is None else asked
+        gradient = leaves[name].grad
+        gradient = torch.zeros_like(leaves[name]) if gradient is None else gradient
         outputs.append(output)
-        gradients.append(asked[rows] if output.ndim else asked)
+        gradients.append(gradient[rows] if output.ndim else gradient)
     torch.autograd.backward(outputs, gradients)
 
 
-@contextlib.contextmanager
-def _without_exchange(model: Any) -> Iterator[None]:
-    """Gradients add up on each rank; they are exchanged after the last piece."""
-    if isinstance(model, DistributedDataParallel):
-        with model.no_sync():
-            yield
-    elif isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(False)
-        yield
-        model.set_requires_gradient_sync(True)
-    else:
-        yield
-
-
-def _exchange_scales(model: nn.Module) -> None:
-    """The mean over the ranks of the gradients of learned numbers, which cannot be spread over them."""
-    gradients = [value.grad for value in model.parameters() if value.ndim == 0 and value.grad is not None]
-    if gradients:
-        table = torch.stack(gradients)
-        dist.all_reduce(table)
-        for gradient, mean in zip(gradients, table / dist.get_world_size(), strict=True):
-            gradient.copy_(mean)
+def _without_exchange(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Gradients add up on each rank for as long as the block lasts."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def _tower(student: Any, lock: str) -> list[nn.Module]:

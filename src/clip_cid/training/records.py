@@ -1,4 +1,4 @@
-"""Where the numbers of a training go: metrics.jsonl first of all, then TensorBoard and whoever else listens."""
+"""The records of a training: metrics.jsonl, with TensorBoard and other listeners behind it, and the pairs that cannot be read."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -6,33 +6,97 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from clip_cid import log
-from clip_cid.errors import ConfigError, MissingExtraError
+from clip_cid.errors import ConfigError, DataError, MissingExtraError
 from clip_cid.journal import Journal
+from clip_cid.training.batches import TrainingPairs
+from clip_cid.training.ranks.distributed import Ranks
 
 Line = dict[str, Any]
 Listener = Callable[[Line], object]
 
 
+EMPTY = {"bytes": 0}
+"""The state of a file of lines before the first step."""
+
+
 class Records:
-    """The lines of a training. The file is the record: it is cut to what a checkpoint saw, and written before others hear.
+    """metrics.jsonl. The file is the record: a line is written before the listeners get it.
 
     Args:
-        path: metrics.jsonl.
-        size: Bytes of it that are to stay.
+        path: The file.
         listeners: Get every line once it is written.
     """
 
-    def __init__(self, path: Path, *, size: int, listeners: Sequence[Listener] = ()) -> None:
+    def __init__(self, path: Path, listeners: Sequence[Listener] = ()) -> None:
         self._journal, self._listeners = Journal(path), listeners
-        self._journal.cut(size)
 
     def append(self, line: Line) -> None:
         self._journal.append(line)
         for listener in self._listeners:
             listener(line)
 
-    def sync(self) -> int:
-        return self._journal.sync()
+    def state_dict(self) -> dict[str, int]:
+        return {"bytes": self._journal.sync()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Drop the lines behind the checkpoint: their steps will be done again."""
+        self._journal.cut(state["bytes"])
+
+
+class BadPairs:
+    """skipped.jsonl, the pairs that cannot be read: each is listed once, and too many end the training.
+
+    Each rank remembers those it has met. The list is written with every checkpoint, by the main process for all ranks.
+
+    Args:
+        training: The pairs to train on.
+        path: The file.
+        max_share: More than this share of them end the training.
+    """
+
+    def __init__(self, training: TrainingPairs, path: Path, *, max_share: float) -> None:
+        self._training, self._journal, self._max_share = training, Journal(path), max_share
+        self._reasons: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def note(self, bad: list[tuple[int, str]]) -> None:
+        """Remember rows, with the reason.
+
+        Raises:
+            DataError: There are too many.
+        """
+        self._reasons.update(bad)
+        total = len(self._training) + len(self._training.left_out)
+        if len(self) > self._max_share * total:
+            self._write()
+            raise DataError(
+                f"{len(self):,} of {total:,} pairs cannot be read; {self._journal.path} lists them.",
+                fix=f"Mend or remove them, or raise pairs.max_bad_share (now {self._max_share:g}).",
+            )
+
+    def gather(self, ranks: Ranks) -> None:
+        """Add what the other ranks have met."""
+        for reasons in ranks.all(self._reasons):
+            self._reasons |= reasons
+
+    def state_dict(self) -> dict[str, int]:
+        self._write()
+        return {"bytes": self._journal.sync()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue the list as it was at the checkpoint."""
+        self._journal.cut(state["bytes"])
+        self._reasons = {int(line["row"]): line["reason"] for line in self._journal.read()}
+
+    def _write(self) -> None:
+        pairs = self._training.pairs
+        listed = {int(line["row"]) for line in self._journal.read()}
+        for row in sorted(self._reasons.keys() - listed):
+            shard = next(shard for shard in pairs.shards if row < shard.first_row + shard.rows)
+            line = {"row": row, "key": pairs.key(row), "shard": shard.name, "reason": self._reasons[row]}
+            self._journal.append(line)
 
 
 def make_listeners(
@@ -44,32 +108,32 @@ def make_listeners(
         callbacks: `package.module:name` each.
         tensorboard: Whether to write for it.
         folder: Where its files go.
-        step: Of the checkpoint that is gone on from; what was written for later steps is taken back.
+        step: Of the checkpoint that is resumed; what was written for later steps is taken back.
 
     Raises:
         ConfigError: A callback cannot be imported or called.
-        MissingExtraError: TensorBoard is asked for and not installed.
+        MissingExtraError: `tensorboard` is on, and the package is not installed.
     """
-    found = [_callback(name) for name in callbacks]
+    listeners = [_callback(name) for name in callbacks]
     if tensorboard != "off" and (writer := _tensorboard(folder, step, needed=tensorboard == "on")) is not None:
-        found.append(writer)
-    return found
+        listeners.append(writer)
+    return listeners
 
 
 def _callback(name: str) -> Listener:
     module, _, function = name.partition(":")
     try:
-        found: Any = importlib.import_module(module)
+        callback: Any = importlib.import_module(module)
         for part in function.split("."):
-            found = getattr(found, part)
+            callback = getattr(callback, part)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"machine.callbacks: {name!r} cannot be imported ({error}).",
             fix="Write package.module:function; the folder of a module of your own must be on PYTHONPATH.",
         ) from error
-    if not callable(found):
+    if not callable(callback):
         raise ConfigError(f"machine.callbacks: {name!r} is not a function.", fix="Name one that takes a dict.")
-    return cast(Listener, found)
+    return cast(Listener, callback)
 
 
 def _tensorboard(folder: Path, step: int, *, needed: bool) -> Listener | None:

@@ -22,7 +22,7 @@ class StopRequest:
         if self.number:
             raise RunError(
                 f"Stopped by {signal.Signals(self.number).name} after step {step:,}, which is saved.",
-                fix="Run the same command again to go on from there.",
+                fix="Run the same command again to resume from there.",
             )
 
 

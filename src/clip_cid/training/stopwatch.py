@@ -12,11 +12,19 @@ _SETTLED = 60.0  # seconds: workers that start, and files that are read for the 
 class Stopwatch:
     """Time of the training and how much of it was spent waiting for data: over all attempts, and since the last line."""
 
-    def __init__(self, *, seconds: float = 0.0, waited: float = 0.0, step: int = 0) -> None:
-        self._before, self.waited = seconds, waited
+    def __init__(self) -> None:
+        self._before, self.waited = 0.0, 0.0
         self._began = self._saved = time.monotonic()
-        self._lap = (seconds, waited, step)
-        self._told = False
+        self._lap = (0.0, 0.0, 0)
+        self._warned = False
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from the time of the attempts before this one; what this one took so far does not count."""
+        self._before, self.waited = state["seconds"], state["waited"]
+        self._began = self._saved = time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -35,7 +43,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def pause(self) -> Generator[None]:
-        """What is done meanwhile is no training, and does not count."""
+        """Time that is no training, and does not count."""
         began = time.monotonic()
         try:
             yield
@@ -44,9 +52,9 @@ class Stopwatch:
 
     def is_slow(self, share: float) -> bool:
         """Whether more than this share of the time was spent waiting; true once at most, and not of the first minute."""
-        if self._told or self.seconds < _SETTLED or self.wait_share <= share:
+        if self._warned or self.seconds < _SETTLED or self.wait_share <= share:
             return False
-        self._told = True
+        self._warned = True
         return True
 
     def lap(self, step: int) -> tuple[float, float, int]:

@@ -89,15 +89,18 @@ class Validation:
         """
         distillation.eval()
         try:
-            found = {} if self.batches is None else self._pairs(model, distillation, self.batches, precision, note_bad)
+            numbers = Numbers()
+            if self.batches is not None:
+                numbers |= self._pairs(model, distillation, self.batches, precision, note_bad)
             for labelled in self.sets:
-                found[f"val/zero_shot/{labelled.name}"] = self._zero_shot(model, labelled, precision)
+                numbers[f"val/zero_shot/{labelled.name}"] = self._zero_shot(model, labelled, precision)
         finally:
             distillation.train()
-        scores = [value for name, value in found.items() if name.startswith("val/zero_shot/")]
-        found |= {"val/zero_shot": float(np.mean(scores))} if scores else {}
+
+        scores = [value for name, value in numbers.items() if name.startswith("val/zero_shot/")]
+        numbers |= {"val/zero_shot": float(np.mean(scores))} if scores else {}
         # devices may differ in a last bit, and ranks that disagree about the best student would wait for each other
-        return self.ranks.all(found)[0]
+        return self.ranks.all(numbers)[0]
 
     def _pairs(
         self, model: nn.Module, distillation: Distillation, batches: Batches, precision: torch.dtype, note_bad: NoteBad
@@ -107,13 +110,14 @@ class Validation:
         for batch in batches.in_order():
             note_bad(batch.bad)
             batch = batch.to(device)
-            seen = model(batch.images, batch.texts, precision=precision)
+            outputs = model(batch.images, batch.texts, precision=precision)
             generator = torch.Generator(device).manual_seed(step_seed(self.seed, len(parts)))
-            found = distillation.objective(seen, batch.targets, gather=self.ranks.gather, generator=generator)
-            total = weighted_sum(found, self.weights).item()
-            parts.append({**{f"loss/{name}": part.item() for name, part in found.items()}, "loss": total})
+            losses = distillation.objective(outputs, batch.targets, gather=self.ranks.gather, generator=generator)
+            total = weighted_sum(losses, self.weights).item()
+            parts.append({**{f"loss/{name}": part.item() for name, part in losses.items()}, "loss": total})
             for name, into in (("image", images), ("text", texts)):
-                into.append(self.ranks.gather(seen[name]).all.float().cpu().numpy())
+                into.append(self.ranks.gather(outputs[name]).all.float().cpu().numpy())
+
         mean = self.ranks.mean({name: float(np.mean([part[name] for part in parts])) for name in parts[0]})
         recalls = _recalls(np.concatenate(images), np.concatenate(texts))
         return {f"val/{name}": value for name, value in {**mean, **recalls}.items()}
@@ -126,7 +130,8 @@ class Validation:
             model(None, self.clip.tokenizer(prompts[start : start + _ROWS]).to(self.ranks.device), precision=precision)
             for start in range(0, len(prompts), _ROWS)
         ]
-        prompted = _numpy([seen["text"] for seen in texts])
+        prompted = _numpy([outputs["text"] for outputs in texts])
+
         rows, images = self._images(model, test, precision)
         if not (np.isfinite(prompted).all() and np.isfinite(images).all()):
             return math.nan
@@ -136,20 +141,21 @@ class Validation:
     def _images(
         self, model: nn.Module, source: LabelledImages, precision: torch.dtype
     ) -> tuple[Int[np.ndarray, " images"], Float[np.ndarray, "images dim"]]:
-        """Embeddings of the images that can be read, shared by the ranks; all ranks ask the model equally often."""
+        """Embeddings of the images that can be read, shared by the ranks; all ranks call the model equally often."""
         rounds = -(-len(source) // (self.ranks.size * _ROWS))
         own: list[tuple[list[int], np.ndarray]] = []
         for number in range(rounds):
             start = (number * self.ranks.size + self.ranks.rank) * _ROWS
             rows, pixels = self._decode(source, range(start, min(start + _ROWS, len(source))))
-            seen = model(torch.stack(pixels).to(self.ranks.device), None, precision=precision)
-            own.append((rows, _numpy([seen["image"]])[: len(rows)]))
+            outputs = model(torch.stack(pixels).to(self.ranks.device), None, precision=precision)
+            own.append((rows, _numpy([outputs["image"]])[: len(rows)]))
+
         every = [part for parts in self.ranks.all(own) for part in parts]
         rows = np.array([row for rows, _ in every for row in rows], dtype=np.int64)
         return rows, np.concatenate([images for _, images in every])
 
     def _decode(self, source: LabelledImages, wanted: range) -> tuple[list[int], list[Tensor]]:
-        """Those that can be read; where there are none a blank, so that every rank has something to ask."""
+        """Those that can be read; where there are none a blank, so that every rank has something to embed."""
         rows: list[int] = []
         pixels: list[Tensor] = []
         for row in wanted:
@@ -176,7 +182,7 @@ class Best:
     """Measurements without a better one."""
 
     def is_new(self, numbers: Numbers, step: int) -> bool:
-        """Take up a measurement; returns whether it is the best, which no number that is not finite is."""
+        """Count a measurement; returns whether it is the best so far. A number that is not finite never is."""
         value = numbers[f"val/{self.metric}"]
         better = self.value is None or (value < self.value if self.metric == "loss" else value > self.value)
         if better := better and math.isfinite(value):
@@ -184,6 +190,12 @@ class Best:
         else:
             self.since += 1
         return better
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "step": self.step, "since": self.since}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self.step, self.since = state["value"], state["step"], state["since"]
 
     @property
     def is_past(self) -> bool:
@@ -194,10 +206,10 @@ class Best:
 def _recalls(images: Float[np.ndarray, "images dim"], texts: Float[np.ndarray, "images dim"]) -> Numbers:
     if not (np.isfinite(images).all() and np.isfinite(texts).all()):
         return {"retrieval": math.nan}
-    found = {recall.metric: recall.score for recall in retrieval(images, texts, np.arange(len(images)))}
+    recalls = {recall.metric: recall.score for recall in retrieval(images, texts, np.arange(len(images)))}
     return {
-        **{f"retrieval/{name}": score for name, score in found.items()},
-        "retrieval": float(np.mean([*found.values()])),
+        **{f"retrieval/{name}": score for name, score in recalls.items()},
+        "retrieval": float(np.mean([*recalls.values()])),
     }
 
 

@@ -14,16 +14,17 @@ from tiny_sets import tar_set
 from clip_cid import cli, pipeline, units
 from clip_cid.check import check, likely_mistakes, printout, rehearsal, trial
 from clip_cid.check.captions import count_truncated
-from clip_cid.check.estimates import Duration, chance_levels, compare_teaching
+from clip_cid.check.estimates import Duration, chance_levels
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.errors import ClipCidError, ConfigError, DataError, MissingExtraError, RunError
 from clip_cid.method.distill.objective import Objective, Targets
-from clip_cid.models.costs import Costs, count_costs
+from clip_cid.models.costs import count_costs
 from clip_cid.models.student import build_skeleton, build_student, known_architecture
 from clip_cid.recipe import DistillConfig, MachineConfig, PairsConfig, Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import distill
+from clip_cid.training.assemble import prepare
 from clip_cid.training.ranks.distributed import ALONE
 
 COUNT, DIM, CENTERS, BATCH = 40, 16, 6, 8
@@ -132,14 +133,6 @@ def test_flops_of_known_models_are_those_of_open_clips_own_table(name: str, giga
     assert costs.forward / 1e9 == pytest.approx(giga, rel=1e-3)
 
 
-def test_a_stored_teacher_saves_what_the_published_flops_say():
-    student, teacher = Costs(int(8.82e9), int(5.96e9), 0), Costs(int(967.5e9), int(97.86e9), 0)
-    found = compare_teaching(student, teacher, pairs=1000, pairs_seen=32_000)
-    assert found.step_ratio == pytest.approx(25.0, abs=0.05)
-    assert found.run_ratio == pytest.approx(14.3, abs=0.05)
-    assert found.embedding_flops == 1000 * teacher.forward
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_of_the_run_changes(case: Case, workers: int):
     for file in (case.folder.path / "index").glob("known-bad-*"):
@@ -165,7 +158,7 @@ def test_a_run_that_does_not_exist_is_not_made(case: Case, tmp_path: Path):
 def test_losses_and_sizes_are_those_of_the_training_itself(case: Case, tmp_path: Path, changes: dict[str, Any]):
     recipe = case.recipe(distill=changes)
     report = check(case.folder, recipe)
-    prepared = distill.prepare(case.folder, tmp_path, recipe, ALONE)
+    prepared = prepare(case.folder, tmp_path, recipe, ALONE)
     prepared.trainer.run()
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert report.rehearsal.first.parts == {
@@ -216,7 +209,7 @@ def test_hours_are_steps_times_what_a_step_takes():
 
 
 def test_batches_come_as_fast_as_they_are_made(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    prepared = distill.prepare(case.folder, tmp_path, case.recipe(), ALONE)
+    prepared = prepare(case.folder, tmp_path, case.recipe(), ALONE)
     clock = iter(np.cumsum([0.0, 9.0, 0.5, 0.5, 0.5]))  # the first one takes long, as worker processes start
     monkeypatch.setattr(rehearsal, "_MOST_ROUNDS", 4)
     monkeypatch.setattr(rehearsal, "_READ_SECONDS", 100.0)
@@ -327,7 +320,7 @@ def test_callbacks_are_found_and_not_called(case: Case, monkeypatch: pytest.Monk
 def test_a_loss_that_is_not_finite_at_the_start_is_refused(case: Case, tmp_path: Path):
     tried = trial.from_the_run(case.folder, tmp_path, case.recipe(distill={"sample_rate": 0.5}), ALONE)
     with torch.no_grad():
-        next(tried.clip.model.parameters()).fill_(float("nan"))
+        next(tried.training.clip.model.parameters()).fill_(float("nan"))
     batch = next(tried.trainer.batches.between(0, 1))
     with pytest.raises(RunError, match=r"The loss clip, .* of the first step is not finite"):
         rehearsal.rehearse(tried.trainer, batch, iter(()))
@@ -444,10 +437,9 @@ class TestBeforeTheEmbeddings:
         assert [state.stage.name for state in report.undone] == ["embed", "balance", "cluster"]
         assert report.teacher_dim == 512
         assert report.disk.before == 4 * 512 * COUNT + 2 * (4 * 512 * CENTERS + 4 * COUNT)
-        assert report.teaching is not None
-        assert report.student is not None
-        ratio = 1 + 14.78e9 / (3 * report.student.forward)
-        assert report.teaching.step_ratio == pytest.approx(ratio, rel=1e-3)
+        assert report.teacher is not None
+        assert report.teacher.costs is not None
+        assert report.teacher.costs.forward == pytest.approx(14.78e9, rel=1e-3)
         assert report.rehearsal.first.parts.keys() == {
             *("clip", "cluster_cls", "cluster_kl", "instance_image", "instance_text")
         }
@@ -459,7 +451,6 @@ class TestBeforeTheEmbeddings:
         report = check(RunFolder(tmp_path / "run"), self.recipe(case, teacher="hf-hub:some/model"))
         assert report.teacher is not None
         assert report.teacher.costs is None
-        assert report.teaching is None
 
     @pytest.mark.parametrize(
         ("embed", "says"),
@@ -491,7 +482,7 @@ def test_the_command_prints_all_sections_and_ends_with_0(case: Case, capsys: pyt
     (case.path / "r.yaml").write_text(case.recipe().model_dump_json())
     assert cli.main(["check", str(case.folder.path), "--recipe", str(case.path / "r.yaml"), *flags]) == 0
     said = capsys.readouterr().out
-    for words in ("Losses", "the whole training", "a checkpoint", "stored embeddings", "Doubtful", "log_every: 99"):
+    for words in ("Losses", "the whole training", "a checkpoint", "The teacher", "Doubtful", "log_every: 99"):
         assert words in said, words
     assert "The training can begin: " in said
 

@@ -32,6 +32,7 @@ def test_what_was_measured_is_found_again_by_its_key(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.answers(line)["predicted"], [0, 1, 1])
 
 
+@pytest.mark.resume
 def test_a_torn_line_is_dropped_and_the_next_one_is_whole(tmp_path: Path) -> None:
     out = folder(tmp_path / "out")
     Results(out, None).add("k1", [score()], PREDICTED)

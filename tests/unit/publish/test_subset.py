@@ -298,6 +298,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(Pairs, "original_files", until)
 
 
+@pytest.mark.resume
 @pytest.mark.parametrize("number", range(7))
 def test_a_killed_export_goes_on_and_leaves_the_same_bytes(
     tmp_path: Path, run: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch, number: int
@@ -332,6 +333,7 @@ def killed_export(left: int, run: Path, recipe: Recipe, out: Path) -> None:
     export_subset(RunFolder(run), recipe, out, shard_size=2)
 
 
+@pytest.mark.resume
 def test_a_process_killed_by_the_system_goes_on(tmp_path: Path, run: tuple[RunFolder, Recipe]) -> None:
     """SIGKILL right after each rename in turn, until the command ends by itself."""
     folder, recipe = run
@@ -376,6 +378,7 @@ def test_tars_are_added_to_keys_and_keys_alone_leave_the_tars(tmp_path: Path, ru
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+@pytest.mark.resume
 def test_an_export_killed_before_its_manifest_goes_on(
     tmp_path: Path, run: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:

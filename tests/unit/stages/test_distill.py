@@ -17,9 +17,10 @@ from clip_cid.errors import ClipCidError, ConfigError, DataError
 from clip_cid.recipe import DistillConfig, PairsConfig, Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import distill
+from clip_cid.training import assemble
 from clip_cid.training.join import distilled_pairs
 from clip_cid.training.loop import Trainer
-from clip_cid.training.teaching import teacher_scale, uses_soft_centers
+from clip_cid.training.soft_targets import teacher_scale, uses_soft_centers
 
 COUNT, DIM, CENTERS = 20, 16, 4
 STUDENT = {
@@ -147,6 +148,7 @@ def test_the_stage_leaves_a_student_that_open_clip_loads_and_the_numbers_people_
     assert load_file(out / "student" / "cid_head.safetensors").keys() == {"instance_logit_scale"}
 
 
+@pytest.mark.resume
 def test_a_killed_stage_gives_the_student_of_an_uninterrupted_one(case: Case, monkeypatch: pytest.MonkeyPatch):
     case.run("whole")
     train_step = Trainer._train_step
@@ -169,6 +171,7 @@ def test_a_killed_stage_gives_the_student_of_an_uninterrupted_one(case: Case, mo
     assert weights[0] == weights[1]
 
 
+@pytest.mark.resume
 def test_killed_after_the_export_nothing_is_trained_again(case: Case, monkeypatch: pytest.MonkeyPatch):
     first = case.run()
     trained_again: list[Trainer] = []
@@ -266,9 +269,9 @@ def test_a_batch_larger_than_the_data_is_named_in_numbers(case: Case):
 
 
 def test_steps_are_counted_over_all_epochs_together():
-    assert distill.count_steps(DistillConfig(batch_size=6, epochs=3), 16) == 8
-    assert distill.count_steps(DistillConfig(batch_size=6, epochs=3), 6) == 3
-    assert distill.count_steps(DistillConfig(batch_size=6, epochs=3, steps=100), 16) == 100
+    assert assemble.count_steps(DistillConfig(batch_size=6, epochs=3), 16) == 8
+    assert assemble.count_steps(DistillConfig(batch_size=6, epochs=3), 6) == 3
+    assert assemble.count_steps(DistillConfig(batch_size=6, epochs=3, steps=100), 16) == 100
 
 
 def break_labels(case: Case) -> None:
@@ -342,7 +345,7 @@ def test_pairs_that_are_gone_are_counted(case: Case, caplog: pytest.LogCaptureFi
 
 def test_distinct_labels_of_a_batch_by_hand():
     # two pairs of four, of clusters with 1/2, 1/4, 1/4 of the images: 3/4 + 7/16 + 7/16
-    assert distill.distinct_labels(np.array([0, 0, 1, 2]), 2) == pytest.approx(1.625)
+    assert assemble.distinct_labels(np.array([0, 0, 1, 2]), 2) == pytest.approx(1.625)
 
 
 @pytest.mark.parametrize(("sample_rate", "told"), [(0.5, True), (1.0, False)])
@@ -358,7 +361,7 @@ def test_with_all_centers_frozen_the_teacher_is_read_once_and_training_is_the_sa
     case: Case, monkeypatch: pytest.MonkeyPatch
 ):
     soft = case.run("soft")
-    monkeypatch.setattr(distill, "uses_soft_centers", lambda _: False)
+    monkeypatch.setattr(assemble, "uses_soft_centers", lambda _: False)
     plain = case.run("plain")
     for name in ("loss", "loss/cluster_cls", "loss/cluster_kl", "loss/instance_image", "loss/instance_text"):
         assert soft[name] == pytest.approx(plain[name], rel=1e-4), name
@@ -393,10 +396,10 @@ def test_sigma_is_calibrated_even_where_nothing_else_needs_the_teacher(case: Cas
 def test_a_device_without_float64_is_refused_where_clusters_are_compared(case: Case):
     mps, cpu = torch.device("mps"), torch.device("cpu")
     with pytest.raises(ConfigError, match="mps has no float64") as error:
-        distill.refuse_without_float64(mps, case.recipe())
+        assemble.refuse_without_float64(mps, case.recipe())
     assert "Set machine.device: cpu" in str(error.value)
-    distill.refuse_without_float64(cpu, case.recipe())
-    distill.refuse_without_float64(mps, case.recipe(weights={"cluster_cls": 0, "cluster_kl": 0}))
+    assemble.refuse_without_float64(cpu, case.recipe())
+    assemble.refuse_without_float64(mps, case.recipe(weights={"cluster_cls": 0, "cluster_kl": 0}))
 
 
 def test_the_teachers_own_scale_goes_before_the_usual_one_and_a_set_one_before_both(caplog: pytest.LogCaptureFixture):

@@ -20,8 +20,8 @@ from clip_cid.data.sets.evaluation_sets import open_set
 from clip_cid.errors import ConfigError
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import DISTILL
-from clip_cid.stages import distill
 from clip_cid.stages.facts import BY_NAME
+from clip_cid.training.assemble import Training, prepare
 from clip_cid.training.loop import Trainer
 from clip_cid.training.ranks.distributed import ALONE
 
@@ -48,10 +48,10 @@ def load(folder: Path) -> Any:
     return open_clip.create_model_and_transforms(f"local-dir:{folder}")[0]
 
 
-def prepared(case: Case, out: str = "prepared", **changes: Any) -> distill.Work:
+def prepared(case: Case, out: str = "prepared", **changes: Any) -> Training:
     path = case.folder.path / out
     path.mkdir(exist_ok=True)
-    return distill.prepare(case.folder, path, case.recipe(**changes), ALONE)
+    return prepare(case.folder, path, case.recipe(**changes), ALONE)
 
 
 def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -144,7 +144,7 @@ def test_a_tower_of_timm_is_trained_and_left(case: Case, name: str):
 
 def test_batch_normalization_is_over_the_whole_batch_or_locked(case: Case):
     student = write_student(case, timm_model_name="test_efficientnet", **TIMM)
-    with pytest.raises(ConfigError, match="normalizes over the batch, and would do so over each piece"):
+    with pytest.raises(ConfigError, match="normalizes over the batch, and would normalize over each micro-batch"):
         prepared(case, student=student, machine={"micro_batch": 4})
     case.run("distill", student=student, steps=2)
     (case.folder.path / "distill" / "manifest.json").write_text("{}")
@@ -159,11 +159,11 @@ def test_batch_normalization_is_over_the_whole_batch_or_locked(case: Case):
 # Memory: activations computed again
 
 
-def first_gradients(work: distill.Work) -> dict[str, Tensor]:
-    trainer: Any = work.trainer
-    trainer.joint.train()
+def first_gradients(training: Training) -> dict[str, Tensor]:
+    trainer: Any = training.trainer
+    trainer.learner.joint.train()
     trainer.records = None
-    for optimizer in trainer.optimizers:  # they stay away from the weights; the gradients are looked at
+    for optimizer in trainer.learner.optimizers:  # they stay away from the weights; the gradients are looked at
         optimizer.step = lambda *_: None
     trainer._train_step(next(trainer.batches.between(0, 1)))
     return {name: value.grad.clone() for name, value in trainer.model.student.named_parameters()}
@@ -214,23 +214,23 @@ def test_a_compiled_student_trains_as_the_plain_one(case: Case):
         torch.testing.assert_close(compiled[name], value, rtol=1e-2, atol=1e-3)
 
 
-# The average, held-out pairs, what is measured on the way
+# The EMA, held-out pairs, what is measured on the way
 
 
-def test_the_average_is_what_is_exported(case: Case, monkeypatch: pytest.MonkeyPatch):
+def test_the_ema_is_what_is_exported(case: Case, monkeypatch: pytest.MonkeyPatch):
     kept: dict[str, dict[str, Tensor]] = {}
     student_state = Trainer.student_state
 
     def watched(self: Trainer) -> Any:
-        assert self.average is not None
-        state: Any = self.average.state_dict()["mean"]
-        kept.update(average={**state}, last=state_of(self.model.student))
+        assert self.learner.ema is not None
+        state: Any = self.learner.ema.state_dict()["mean"]
+        kept.update(ema={**state}, last=state_of(self.model.student))
         return student_state(self)
 
     monkeypatch.setattr(Trainer, "student_state", watched)
     case.run(ema_decay=0.9)
     weights = load_file(exported(case) / WEIGHTS)
-    assert all(torch.equal(value, weights[name]) for name, value in kept["average"].items())
+    assert all(torch.equal(value, weights[name]) for name, value in kept["ema"].items())
     assert not torch.equal(weights["visual.proj"], kept["last"]["visual.proj"])
 
 
@@ -306,7 +306,6 @@ def test_how_a_machine_does_the_work_makes_nothing_stale(case: Case):
         "micro_batch": 2,
         "grad_checkpointing": True,
         "compile": True,
-        "fsdp": True,
         "checkpoint_minutes": 1.0,
         "keep_checkpoints": 5,
         "tensorboard": "auto",

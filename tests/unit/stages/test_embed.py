@@ -211,6 +211,7 @@ def test_no_usable_pair_at_all_is_an_error_at_any_limit(tmp_path: Path, teachers
         run(tmp_path / "run", recipe(source, teachers[0], pairs={"max_bad_share": 1}))
 
 
+@pytest.mark.resume
 @pytest.mark.parametrize("shards", [0, 1, 2])
 def test_a_killed_run_goes_on_and_leaves_the_same_bytes(
     tmp_path: Path, teachers: list[str], monkeypatch: pytest.MonkeyPatch, shards: int

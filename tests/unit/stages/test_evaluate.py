@@ -231,6 +231,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return measured
 
 
+@pytest.mark.resume
 def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

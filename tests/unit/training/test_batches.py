@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tiny_training import BATCH, make_batches, make_dataset, make_pairs, tokenize, training_pairs
 
 from clip_cid.errors import DataError
-from clip_cid.training.batches import Batch, Failure, Item, Place, TrainingPairs, batch_places, epoch_orders
+from clip_cid.training.batch_order import Place, batch_places, epoch_orders
+from clip_cid.training.batches import Batch, Failure, Item, TrainingPairs
 
 sizes = st.integers(1, 12).flatmap(lambda batch: st.tuples(st.integers(batch, 60), st.just(batch)))
 

@@ -1,5 +1,6 @@
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from tiny_training import make_settings, make_trainer
 from clip_cid.errors import RunError
 from clip_cid.training import checkpoint
 from clip_cid.training.ranks.head_shards import WEIGHT, write_rows
+
+pytestmark = pytest.mark.resume
 
 
 def names(folder: Path) -> list[str]:
@@ -66,6 +69,39 @@ def test_a_checkpoint_of_other_work_is_refused_and_left_alone(tmp_path: Path):
         checkpoint.load_newest(tmp_path / "checkpoints", key="b")
     assert f"Delete {tmp_path}" in error.value.fix
     assert names(tmp_path / "checkpoints") == ["step-000007.pt"]
+
+
+def test_a_checkpoint_of_another_format_is_refused_in_words_and_left_alone(tmp_path: Path):
+    path = checkpoint.save(tmp_path / "checkpoints", 7, {"key": "a"})
+    torch.save({**torch.load(path, weights_only=True), "format": 4}, path)
+    with pytest.raises(RunError, match="another version of clip-cid") as error:
+        checkpoint.load_newest(tmp_path / "checkpoints", key="a")
+    assert f"Delete {tmp_path}" in error.value.fix
+    assert names(tmp_path / "checkpoints") == ["step-000007.pt"]
+
+
+def test_every_part_of_the_state_is_saved_and_loads_what_it_has_saved(tmp_path: Path):
+    settings = make_settings(ema_decay=0.9, precision="fp16")
+    trainer = make_trainer(tmp_path, tmp_path / "out", steps=4, settings=settings)
+    trainer.run()
+    state = checkpoint.load_newest(tmp_path / "out" / "checkpoints", key="tiny")
+    assert state is not None
+    assert state["parts"].keys() == trainer._parts().keys()
+    again = make_trainer(tmp_path, tmp_path / "out", steps=4, settings=settings)
+    again._resume()
+    for name, part in again._parts().items():
+        if name != "watch":  # time goes on
+            assert equal(part.state_dict(), state["parts"][name]), name
+
+
+def equal(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, torch.Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(equal(value, theirs[name]) for name, value in ours.items())
+    if isinstance(ours, list):
+        return len(ours) == len(theirs) and all(map(equal, ours, theirs))
+    return ours == theirs
 
 
 def test_a_failed_write_leaves_the_checkpoints_before_it(tmp_path: Path):

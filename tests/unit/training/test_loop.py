@@ -28,7 +28,8 @@ from torch import Tensor
 
 from clip_cid.errors import DataError, RunError
 from clip_cid.training.batches import Batch
-from clip_cid.training.loop import Trainer, resolve_precision
+from clip_cid.training.loop import Trainer
+from clip_cid.training.step import resolve_precision
 
 STEPS = 10
 
@@ -90,6 +91,7 @@ def kill_before(trainer: Trainer, step: int) -> None:
         before_step(trainer, step, die).run()
 
 
+@pytest.mark.resume
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(folder: Path, uninterrupted: Trainer):
     again = make_trainer(folder, folder / "again", steps=STEPS)
     torch.manual_seed(99)  # what other code draws must not matter
@@ -102,6 +104,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(folder: Pa
     )
 
 
+@pytest.mark.resume
 @pytest.mark.parametrize("kills", [(1,), (4,), (9,), (3, 5, 6)])
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
     folder: Path, tmp_path: Path, uninterrupted: Trainer, kills: tuple[int, ...]
@@ -111,11 +114,14 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
     resumed = make_trainer(folder, tmp_path, steps=STEPS)
     resumed.run()
     assert_equal(weights_of(resumed), weights_of(uninterrupted))
-    assert resumed.optimizers[0].param_groups[0]["lr"] == uninterrupted.optimizers[0].param_groups[0]["lr"]
+    assert (
+        resumed.learner.optimizers[0].param_groups[0]["lr"] == uninterrupted.learner.optimizers[0].param_groups[0]["lr"]
+    )
     ours, theirs = (read_lines(path / "metrics.jsonl") for path in (tmp_path, folder / "whole"))
     assert without_times(ours) == without_times(theirs)
 
 
+@pytest.mark.resume
 def test_steps_behind_the_last_checkpoint_are_done_again_and_written_once(
     folder: Path, tmp_path: Path, uninterrupted: Trainer
 ):
@@ -134,6 +140,8 @@ def train_on(folder: Path, out: Path, threads: int) -> None:
     make_trainer(folder, out, steps=4000, minutes=1e-9, workers=2).run()
 
 
+@pytest.mark.resume
+@pytest.mark.resume
 def test_a_process_killed_by_the_system_goes_on_exactly(folder: Path, tmp_path: Path, uninterrupted: Trainer):
     """SIGKILL to a real process with workers, at whatever step it had reached."""
     process = processes.start(train_on, folder, tmp_path, torch.get_num_threads())
@@ -290,15 +298,15 @@ def test_a_gradient_that_is_no_number_once_changes_nothing_and_is_counted(folder
 
     def watched(batch: Batch) -> Any:
         states[trainer.step] = copy.deepcopy(
-            (weights_of(trainer), [optimizer.state_dict()["state"] for optimizer in trainer.optimizers])
+            (weights_of(trainer), [optimizer.state_dict()["state"] for optimizer in trainer.learner.optimizers])
         )
         if trainer.step != at:
             return train_step(batch)
         hook = trainer.model.student.ln_final.weight.register_hook(lambda gradient: gradient * math.inf)
         measured = train_step(batch)
         hook.remove()
-        assert trainer.average is not None
-        assert trainer.average.state_dict()["steps"] == at
+        assert trainer.learner.ema is not None
+        assert trainer.learner.ema.state_dict()["steps"] == at
         return measured
 
     trainer._train_step = watched
@@ -313,6 +321,7 @@ def test_a_gradient_that_is_no_number_once_changes_nothing_and_is_counted(folder
     assert json.loads((tmp_path / f"nonfinite-step-{at + 1}.json").read_text())["what"] == "gradient"
 
 
+@pytest.mark.resume
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, RunError), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_polite_kill_finishes_the_step_and_saves_it(
     folder: Path,
@@ -355,9 +364,9 @@ def test_a_frozen_head_has_no_place_in_the_checkpoint(folder: Path, tmp_path: Pa
     trainer = make_trainer(folder, tmp_path, settings=settings, steps=STEPS)
     trainer.run()
     state = torch.load(tmp_path / "checkpoints" / "step-000010.pt", weights_only=True)
-    assert "objective.head.weight" not in state["model"]
+    assert "objective.head.weight" not in state["parts"]["model"]
     again = make_trainer(folder, tmp_path, settings=settings, steps=STEPS)
-    assert again.run()["loss"] == trainer.last_line["loss"]  # nothing is left to do
+    assert again.run()["loss"] == trainer.progress.last_line["loss"]  # nothing is left to do
     assert_equal(weights_of(again), weights_of(trainer))
 
 
@@ -368,7 +377,7 @@ def test_half_precision_trains_nearly_as_single_does(
     trainer = make_trainer(folder, tmp_path, settings=make_settings(precision=precision), steps=STEPS)
     summary = trainer.run()
     assert summary["precision"] == {"bf16": "bfloat16", "fp16": "float16"}[precision]
-    assert summary["loss"] == pytest.approx(uninterrupted.last_line["loss"], rel=0.05)
+    assert summary["loss"] == pytest.approx(uninterrupted.progress.last_line["loss"], rel=0.05)
     assert all(value.dtype == torch.float32 for value in trainer.model.parameters())
 
 
@@ -378,6 +387,7 @@ def test_auto_precision_is_half_on_cuda_only():
     assert np.isclose(torch.finfo(resolve_precision("bf16", torch.device("cpu"))).eps, 2**-7)
 
 
+@pytest.mark.resume
 def test_a_collapse_is_told_once_in_its_line_and_in_the_summary(folder: Path, tmp_path: Path):
     """All images at one point from the start: the alarm's patience is twice the warm-up of 2 steps."""
     settings = make_settings(log_every=1, warmup_steps=2)

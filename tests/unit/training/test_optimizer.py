@@ -10,14 +10,14 @@ from torch import nn
 from clip_cid.errors import ConfigError
 from clip_cid.recipe import DistillConfig
 from clip_cid.training.optimizer import (
+    RowAdam,
+    clip_gradients,
     learning_rate_share,
     make_optimizers,
     parameter_groups,
     set_learning_rate,
-    shorten_gradients,
 )
 from clip_cid.training.ranks.distributed import ALONE
-from clip_cid.training.row_adam import RowAdam
 
 
 class Head(nn.Module):
@@ -116,8 +116,8 @@ def test_gradients_are_shortened_together_dense_and_sparse():
     dense.grad = torch.tensor([3.0, 0.0])
     rows, values = torch.tensor([[4, 1, 4]]), torch.tensor([[1.0], [0.0], [3.0]])  # row 4 twice: 4 together
     table.grad = torch.sparse_coo_tensor(rows, values, (5, 1), check_invariants=True)
-    assert float(shorten_gradients([(dense, False), (table, False)], 10.0, ALONE)) == pytest.approx(5)
+    assert float(clip_gradients([(dense, False), (table, False)], 10.0, ALONE)) == pytest.approx(5)
     assert dense.grad.tolist() == [3, 0]
-    shorten_gradients([(dense, False), (table, False)], 1.0, ALONE)
+    clip_gradients([(dense, False), (table, False)], 1.0, ALONE)
     assert dense.grad.tolist() == pytest.approx([0.6, 0])
     assert table.grad.to_dense()[:, 0].tolist() == pytest.approx([0, 0, 0, 0, 0.8])

@@ -1,7 +1,7 @@
 """Defects that were found in other trainers of CLIP students, and that are not to come back here.
 
-Two have their tests elsewhere: the learned scale that gets its gradient once for each piece of a batch
-(`test_pieces.py`, every objective), and parts of the loss that differ between ranks (`test_ranks.py`).
+Two have their tests elsewhere: the learned scale that gets its gradient once for each micro-batch
+(`test_micro_batches.py`, every objective), and parts of the loss that differ between ranks (`test_ranks.py`).
 """
 
 import itertools
@@ -141,6 +141,7 @@ def test_weights_that_are_not_there_are_an_error(tmp_path: Path):
         build_student(str(tmp_path / "tiny.json"), embed_dim=None, pretrained=str(tmp_path))
 
 
+@pytest.mark.resume
 def test_what_learns_beside_the_student_is_in_the_checkpoint_with_its_moments(folder: Path, tmp_path: Path):
     """Another trainer's maps and scales were not saved: a resumed run began them at random, with the old moments."""
     settings = make_settings(alignment="linear", head_lr=0.0)
@@ -148,15 +149,16 @@ def test_what_learns_beside_the_student_is_in_the_checkpoint_with_its_moments(fo
     trainer.run()
     state = torch.load(tmp_path / "checkpoints" / f"step-{STEPS:06d}.pt", weights_only=True)
     beside = {"objective.image_map.weight", "objective.text_map.weight", "objective.instance_logit_scale"}
-    assert beside <= state["model"].keys()
+    assert beside <= state["parts"]["model"].keys()
     learned = sum(value.requires_grad for value in trainer.model.parameters())
-    assert sum(len(optimizer["state"]) for optimizer in state["optimizers"]) == learned
+    moments = [part["state"] for name, part in state["parts"].items() if name.startswith("optimizer")]
+    assert sum(map(len, moments)) == learned
     again = make_trainer(folder, tmp_path, settings=settings, steps=STEPS)
     with torch.no_grad():
         for value in again.model.parameters():
             value.add_(1.0)
     again._resume()
-    assert all(torch.equal(again.model.state_dict()[name], state["model"][name]) for name in beside)
+    assert all(torch.equal(again.model.state_dict()[name], state["parts"]["model"][name]) for name in beside)
 
 
 def test_a_scale_is_used_with_its_exponential(folder: Path):
@@ -177,6 +179,7 @@ def test_a_scale_is_used_with_its_exponential(folder: Path):
     assert abs(part - by_scale[1]) > 0.05
 
 
+@pytest.mark.resume
 @pytest.mark.parametrize("kill", [1, 3, 6])
 def test_a_resumed_run_sees_the_batches_that_follow_and_no_others(folder: Path, tmp_path: Path, kill: int):
     """Another trainer said that it went forward, but only counted from another number: its data began anew."""

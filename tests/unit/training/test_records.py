@@ -49,6 +49,7 @@ def kill_before(trainer: Trainer, step: int) -> None:
         trainer.run()
 
 
+@pytest.mark.resume
 def test_a_function_hears_every_line_once_after_it_is_written(folder: Path, tmp_path: Path):
     settings = make_settings(log_every=2)
     kill_before(
@@ -64,7 +65,7 @@ def test_a_listener_that_fails_does_so_with_its_line_already_on_file(tmp_path: P
     def fail(line: dict[str, Any]) -> None:
         raise ZeroDivisionError
 
-    records = Records(tmp_path / "metrics.jsonl", size=0, listeners=[fail])
+    records = Records(tmp_path / "metrics.jsonl", [fail])
     with pytest.raises(ZeroDivisionError):
         records.append({"step": 1})
     assert lines_of(tmp_path / "metrics.jsonl") == [{"step": 1}]
@@ -134,6 +135,7 @@ def test_tensorboard_gets_every_number_under_its_step(
     assert writer.flushed == len(expected)
 
 
+@pytest.mark.resume
 def test_tensorboard_keeps_the_line_of_the_checkpoint_and_forgets_what_is_done_again(
     folder: Path, tmp_path: Path, tensorboard: list[FakeWriter]
 ):

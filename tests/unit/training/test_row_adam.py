@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_cid.training.row_adam import RowAdam
+from clip_cid.training.optimizer import RowAdam
 
 BETAS, EPS = (0.9, 0.98), 1e-6
 
@@ -147,6 +147,7 @@ def test_a_dense_gradient_is_refused():
         RowAdam([weight], lr=0.1).step()
 
 
+@pytest.mark.resume
 def test_after_a_restart_it_goes_on_bit_by_bit():
     taken = steps(12)
     whole, before = table(), table()

@@ -44,6 +44,7 @@ def test_they_are_the_teachers_mean_center_and_entropy_row_by_row(tmp_path: Path
     assert (found.mean.dtype, found.entropy.dtype) == (np.float32, np.float64)
 
 
+@pytest.mark.resume
 def test_a_killed_attempt_goes_on_where_it_was_and_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

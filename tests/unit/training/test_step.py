@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from clip_cid.models.student import Clip, train_transform
 from clip_cid.recipe import ConfigError, parse_recipe
-from clip_cid.training import loop, stopwatch
+from clip_cid.training import stopwatch
 from clip_cid.training.batches import Batch
 from clip_cid.training.loop import Trainer
 from clip_cid.training.model import step_seed
 from clip_cid.training.optimizer import scheduled
+from clip_cid.training.ranks.parallel import running_statistics
 from clip_cid.training.stopwatch import Stopwatch
 
 
@@ -131,25 +132,26 @@ def test_an_overflow_of_float16_halves_the_scale_and_is_not_counted_as_a_skipped
     settings = make_settings(precision="fp16", log_every=1)
     states: dict[int, dict[str, Tensor]] = {}
     trainer = weights_at(overflowing(make_trainer(folder, tmp_path, settings=settings, steps=6), 2), states)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    trainer.learner.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     summary = trainer.run()
-    assert trainer.scaler.get_scale() == 32
+    assert trainer.learner.scaler.get_scale() == 32
     assert summary["skipped_steps"] == 0
     assert not list(tmp_path.glob("nonfinite*"))
     moved = [any(not torch.equal(states[at][name], states[at + 1][name]) for name in states[0]) for at in range(5)]
     assert moved == [True, True, False, True, True]
 
 
+@pytest.mark.resume
 def test_the_scale_of_float16_grows_after_enough_finite_steps_in_succession_only(folder: Path, tmp_path: Path):
     settings = make_settings(precision="fp16")
     trainer = overflowing(make_trainer(folder, tmp_path, settings=settings, steps=8, minutes=1e-9), 2)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=4)
+    trainer.learner.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=4)
     scales: list[float] = []
     train_step = trainer._train_step
 
     def step(batch: Batch) -> Any:
         measured = train_step(batch)
-        scales.append(trainer.scaler.get_scale())
+        scales.append(trainer.learner.scaler.get_scale())
         return measured
 
     trainer._train_step = step
@@ -157,13 +159,13 @@ def test_the_scale_of_float16_grows_after_enough_finite_steps_in_succession_only
     assert scales == [64, 64, 32, 32, 32, 32, 64, 64]  # two finite steps before the overflow count for nothing
     again = make_trainer(folder, tmp_path, settings=settings, steps=8)
     again._resume()
-    assert again.scaler.get_scale() == 64
+    assert again.learner.scaler.get_scale() == 64
 
 
 def test_an_overflow_at_the_smallest_scale_is_an_illness_and_is_counted(folder: Path, tmp_path: Path):
     settings = make_settings(precision="fp16")
     trainer = overflowing(make_trainer(folder, tmp_path, settings=settings, steps=5), 2)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    trainer.learner.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     assert trainer.run()["skipped_steps"] == 1
 
 
@@ -181,7 +183,7 @@ def test_a_skipped_step_leaves_the_statistics_of_batch_normalization(folder: Pat
         return found * math.nan if trainer.step == 1 else found
 
     student.norm, student.encode_image = norm, encode
-    trainer._statistics = loop.running_statistics(student)
+    trainer.learner.statistics = running_statistics(student)
     seen: list[list[Tensor]] = []
     train_step = trainer._train_step
     trainer._train_step = lambda batch: (train_step(batch), seen.append([v.clone() for v in norm.buffers()]))[0]

@@ -161,7 +161,7 @@ def test_the_numbers_are_those_of_a_computation_of_its_own(folder: Path, tmp_pat
     assert 0 < line["val/zero_shot"] < 1
 
 
-def test_with_an_average_it_is_the_average_that_is_measured(folder: Path, tmp_path: Path):
+def test_with_an_ema_it_is_the_ema_that_is_measured(folder: Path, tmp_path: Path):
     settings = make_settings(
         ema_decay=0.9, validation={"sets": {"stripes": "here"}, "metric": "zero_shot", "every": 16}
     )
@@ -172,24 +172,24 @@ def test_with_an_average_it_is_the_average_that_is_measured(folder: Path, tmp_pa
 
     def watched(*arguments: Any, **more: Any) -> Any:
         found = measure(*arguments, **more)
-        state: Any = trainer.average and trainer.average.state_dict()
+        state: Any = trainer.learner.ema and trainer.learner.ema.state_dict()
         assert found["val/zero_shot"] == by_hand(trainer.model.student)
         seen.append((trainer.model.student.visual.proj.clone(), state["mean"]["visual.proj"].clone(), before[-1]))
         return found
 
     before: list[Tensor] = []
-    move = trainer._move
+    update = trainer.learner.update
 
-    def moved(measured: Any, batch: Any) -> None:
-        move(measured, batch)
+    def updated() -> None:
+        update()
         before.append(trainer.model.student.visual.proj.clone())
 
-    trainer._move = moved
+    trainer.learner.update = updated
     object.__setattr__(validation, "measure", watched)
     trainer.run()
     assert len(seen) == 5
     for measured, aside, raw in seen:
-        assert torch.equal(aside, raw)  # the weights wait where the average was
+        assert torch.equal(aside, raw)  # the weights wait where the EMA was
         assert not torch.equal(measured, raw)
 
 
@@ -332,6 +332,7 @@ def test_patience_ends_the_training_and_starting_it_again_does_nothing(folder: P
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.resume
 @pytest.mark.parametrize(("kills", "minutes"), [((5,), 1e-9), ((2, 4, 6), 1e-9), ((6,), 60.0)])
 def test_a_killed_training_finds_the_best_student_of_an_uninterrupted_one(
     folder: Path, tmp_path: Path, kills: tuple[int, ...], minutes: float
@@ -355,6 +356,7 @@ def test_a_killed_training_finds_the_best_student_of_an_uninterrupted_one(
     assert ours == theirs
 
 
+@pytest.mark.resume
 def test_killed_between_the_last_measurement_and_its_checkpoint(folder: Path, tmp_path: Path):
     """The decision to stop is made again, and is the same."""
     trainer, seen = planned(folder, tmp_path, PLAN, validation=PATIENT)

@@ -30,7 +30,7 @@ class Ranks:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def gather(self, rows: Tensor) -> Side:
@@ -61,10 +61,10 @@ class Ranks:
 
     def all(self, value: _Value) -> list[_Value]:
         """A plain value of each rank, on every rank."""
-        found: list[Any] = [value] * self.size
+        values: list[Any] = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Until all are here."""
@@ -72,22 +72,22 @@ class Ranks:
             self.largest(0)  # on the CPU's group: a rank that waits leaves its device alone
 
     @contextlib.contextmanager
-    def first_alone(self) -> Generator[None]:
-        """The first rank does the work, then the others, which find it done."""
-        if not self.is_first:
+    def main_first(self) -> Generator[None]:
+        """The main process runs the block, then the others, which find its work done."""
+        if not self.is_main:
             self.wait()
         yield
-        if self.is_first:
+        if self.is_main:
             self.wait()
 
     def agree(self, what: str, value: Any) -> None:
         """Make sure that all ranks have the same.
 
         Raises:
-            RunError: They have not; a training that went on would be wrong without a sign.
+            RunError: They have not; a training that continued would be wrong without a sign.
         """
-        found = self.all(value)
-        others = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
+        values = self.all(value)
+        others = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
         if others:
             raise RunError(
                 f"rank {others[0]} of {self.size} has other {what} than rank 0.",
@@ -129,7 +129,7 @@ def join_ranks(device: torch.device) -> Generator[Ranks]:
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows; backwards, what all ranks ask of this rank's rows, added up."""
+    """All ranks' rows; backwards, the sum over all ranks of the gradients in this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, size: int, rank: int) -> Tensor:

@@ -15,7 +15,7 @@ from clip_cid.training.ranks.head_shards import WEIGHT, load_rows, num_rows, sav
 class HeadRows:
     """Saves and loads the rows and what the optimizer keeps of each; does nothing where there is no head that learns.
 
-    A checkpoint of any number of ranks can be gone on from by any other.
+    A checkpoint can be resumed with any number of ranks.
 
     Args:
         head: All centers or this rank's part of them.
@@ -43,15 +43,14 @@ class HeadRows:
                 self._of(step), self._head, self._by_row(self._optimizer().state.get(self._head.weight, {})), step=step
             )
             self._ranks.wait()
-            if (
-                self._ranks.is_first
-            ):  # of an attempt with another number of ranks, killed before its checkpoint was whole
+            if self._ranks.is_main:
+                # what an attempt with another number of ranks has left, killed before its checkpoint was whole
                 for path in self._of(step).glob("head-*"):
                     if not path.stem.endswith(f"-of-{self._ranks.size:05d}"):
                         path.unlink()
 
     def load(self, step: int) -> None:
-        """Take up this rank's rows.
+        """Load this rank's rows.
 
         Raises:
             RunError: As `load_rows`.
@@ -59,12 +58,12 @@ class HeadRows:
         if self._head is None:
             return
         first = 0 if self._head.shard is None else self._head.shard.first
-        found = load_rows(self._of(step), first, first + len(self._head.weight))
+        rows = load_rows(self._of(step), first, first + len(self._head.weight))
         with torch.no_grad():
-            self._head.weight.copy_(found.pop(WEIGHT))
+            self._head.weight.copy_(rows.pop(WEIGHT))
         device = self._head.weight.device
-        if found:
-            self._optimizer().state[self._head.weight].update({name: value.to(device) for name, value in found.items()})
+        if rows:
+            self._optimizer().state[self._head.weight].update({name: value.to(device) for name, value in rows.items()})
 
     def of_all(self, step: int) -> dict[str, Tensor]:
         """The rows of all ranks, as they were saved; by the name that the head's weight has in the objective.
@@ -93,7 +92,7 @@ class HeadRows:
 
     def drop_old(self) -> None:
         """Remove the rows of checkpoints that are no more."""
-        if self._ranks.is_first:
+        if self._ranks.is_main:
             for folder in self._folder.glob("step-*.head"):
                 if not folder.with_suffix(".pt").exists():
                     shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""The rows of a head spread over ranks, as one file of each rank: any number of ranks can go on from them.
+"""The rows of a head spread over ranks, as one file of each rank: any number of ranks can resume from them.
 
 A shard holds the rows of the centers and, where they learn, what the optimizer keeps of each row. The rows that drift is
 measured from are not kept: they are the centers of the clustering, which a head is made of before it is loaded, and
@@ -108,15 +108,16 @@ def load_rows(folder: Path, first: int, stop: int) -> dict[str, Tensor]:
     parts = _whole_head(folder)
     if not 0 <= first <= stop <= parts[-1].stop:
         raise _broken(folder, f"rows {first:,} to {stop:,} are wanted, but the head has {parts[-1].stop:,}")
-    found: dict[str, list[Tensor]] = {}
+
+    pieces: dict[str, list[Tensor]] = {}
     for part in parts:
         start, end = (min(max(row, part.first), part.stop) - part.first for row in (first, stop))
         if start == end and part is not parts[0]:  # the first one always: of no rows there are still width and type
             continue
         with safe_open(part.path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
-                found.setdefault(name, []).append(file.get_slice(name)[start:end])
-    return {name: torch.cat(pieces) for name, pieces in found.items()}
+                pieces.setdefault(name, []).append(file.get_slice(name)[start:end])
+    return {name: torch.cat(rows) for name, rows in pieces.items()}
 
 
 def num_rows(folder: Path) -> int:
@@ -133,12 +134,16 @@ def _whole_head(folder: Path) -> list[_Part]:
     named = {path: match for path in sorted(folder.glob("head-*")) if (match := _NAME.fullmatch(path.name))}
     if not named:
         raise _broken(folder, "there are no shards of a head")
+
+    # One file of each rank, and of one number of ranks.
     ranks = sorted({int(match[2]) for match in named.values()})
     if len(ranks) > 1:
         raise _broken(folder, f"there are shards of {' and of '.join(map(str, ranks))} ranks")
     missing = sorted(set(range(ranks[0])) - {int(match[1]) for match in named.values()})
     if missing:
         raise _broken(folder, f"{len(named)} of {ranks[0]} shards; missing: {', '.join(map(str, missing))}")
+
+    # One head: the shards agree, and their rows follow each other.
     parts = sorted((_read(path) for path in named), key=lambda part: (part.first, part.count))
     at = 0
     for part in parts:
@@ -177,5 +182,5 @@ def _broken(path: Path, problem: str) -> RunError:
     folder = path.parent if path.suffix == ".safetensors" else path
     return RunError(
         f"{path}: {problem}.",
-        fix=f"Delete {folder} to go on from what was saved before it, or train from the start.",
+        fix=f"Delete {folder} to resume from what was saved before it, or train from the start.",
     )

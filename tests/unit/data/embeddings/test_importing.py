@@ -170,6 +170,7 @@ def test_the_only_model_or_the_only_array_of_an_npz_is_taken(tmp_path: Path) -> 
         import_existing(tmp_path / "d.npz", tmp_path / "out d")
 
 
+@pytest.mark.resume
 def test_a_killed_conversion_goes_on_behind_the_last_shard(tmp_path: Path) -> None:
     write_datacomp(tmp_path / "in")
     whole = taken(tmp_path / "in", tmp_path / "whole")

@@ -210,6 +210,7 @@ def test_a_store_can_be_sent_to_a_worker(finished: Path) -> None:
     assert copy.keys[7] == "k7"
 
 
+@pytest.mark.resume
 @pytest.mark.parametrize("finished_shards", [0, 1, 2, 3])
 def test_a_killed_writer_goes_on_and_leaves_the_same_bytes(
     tmp_path: Path, finished: Path, finished_shards: int

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from clip_cid.method.distill.cluster_distillation import CenterHead, Shard, sample_centers
 from clip_cid.method.distill.fused_cluster_loss import cluster_losses, soft_centers
+from clip_cid.training.optimizer import RowAdam
 from clip_cid.training.ranks.head_shards import load_rows, save_shard
-from clip_cid.training.row_adam import RowAdam
 
 WORLDS = (2, 4)
 ROWS, DIM = 12, 16  # rows of the whole batch

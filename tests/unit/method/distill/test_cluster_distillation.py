@@ -86,6 +86,7 @@ def test_drift_of_many_centers_is_measured_on_some():
     assert head.drift() == pytest.approx(0.25)
 
 
+@pytest.mark.resume
 def test_drift_goes_on_after_a_restart():
     head = CenterHead(unit_rows(6, 4, 0), trainable=True)
     with torch.no_grad():

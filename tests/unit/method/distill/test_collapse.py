@@ -157,6 +157,7 @@ lines = st.lists(
 )
 
 
+@pytest.mark.resume
 @given(lines, st.integers(0, 11))
 def test_a_restored_alarm_goes_on_as_the_one_that_was_saved(curve, cut):
     whole, first, second = CollapseAlarm(patience=300), CollapseAlarm(patience=300), CollapseAlarm(patience=300)

@@ -274,6 +274,7 @@ def test_all_parts_are_computed_in_float32_under_autocast(dtype):
     torch.testing.assert_close(found, plain, rtol=0, atol=0)
 
 
+@pytest.mark.resume
 def test_the_state_goes_on_where_it_was():
     first, second = native(train_head=True, alignment="linear"), native(train_head=True, alignment="linear")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The shards of a spread head: any number of ranks goes on from what any other number wrote."""
+"""The shards of a spread head: any number of ranks resumes from what any other number wrote."""
 
 import itertools
 import json
@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from clip_cid.errors import RunError
 from clip_cid.method.distill.cluster_distillation import CenterHead, Shard
 from clip_cid.run_folder import atomic_file
+from clip_cid.training.optimizer import RowAdam
 from clip_cid.training.ranks import head_shards
 from clip_cid.training.ranks.head_shards import load_rows, num_rows, save_shard, write_rows
-from clip_cid.training.row_adam import RowAdam
 
 TOTAL = 11
 ROWS = {
@@ -40,6 +40,7 @@ def name_of(rank: int, ranks: int) -> str:
     return f"head-{rank:05d}-of-{ranks:05d}.safetensors"
 
 
+@pytest.mark.resume
 @pytest.mark.parametrize(("before", "after"), list(itertools.product((1, 2, 3, 4, 13), repeat=2)))
 def test_any_number_of_ranks_goes_on_from_any_other(tmp_path: Path, before, after):
     """13 ranks for 11 centers: some have none, as writer and as reader."""
@@ -83,6 +84,7 @@ def test_half_precision_rows_stay_what_they_are(tmp_path: Path):
     assert load_rows(tmp_path, 2, 5)["weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.resume
 def test_a_killed_write_leaves_the_shard_of_before(tmp_path: Path, monkeypatch):
     write(tmp_path, spread(2), step=1)
 
@@ -103,7 +105,7 @@ def refused(folder: Path, words: str, first: int = 0, stop: int = TOTAL) -> None
     with pytest.raises(RunError, match=words) as error:
         load_rows(folder, first, stop)
     assert str(folder) in error.value.problem
-    assert error.value.fix == f"Delete {folder} to go on from what was saved before it, or train from the start."
+    assert error.value.fix == f"Delete {folder} to resume from what was saved before it, or train from the start."
 
 
 def test_a_folder_without_shards_is_named(tmp_path: Path):
@@ -215,6 +217,7 @@ def test_what_the_optimizer_does_not_keep_by_row_cannot_be_spread(tmp_path: Path
         write_rows(tmp_path, {**ROWS, "step": kept}, first=0, total=TOTAL, rank=0, ranks=1)
 
 
+@pytest.mark.resume
 def test_what_a_killed_write_left_is_no_shard(tmp_path: Path):
     write(tmp_path, spread(2))
     with atomic_file(tmp_path / name_of(0, 3)) as temporary:

@@ -33,15 +33,15 @@ from tiny_training import (
 )
 from torch import Tensor, nn
 
-from clip_cid.errors import ClipCidError, ConfigError, DataError, RunError
+from clip_cid.errors import ClipCidError, ConfigError, DataError
 from clip_cid.method.distill.objective import weighted_sum
 from clip_cid.training import validation
 from clip_cid.training.batches import Batches
 from clip_cid.training.loop import Trainer
-from clip_cid.training.model import backward_in_pieces
-from clip_cid.training.optimizer import shorten_gradients
+from clip_cid.training.model import backward_in_micro_batches
+from clip_cid.training.optimizer import clip_gradients
 from clip_cid.training.ranks.distributed import ALONE, Ranks, join_ranks
-from clip_cid.training.ranks.parallel import is_spread, join_model, whole, with_joint_statistics
+from clip_cid.training.ranks.parallel import join_model, with_joint_statistics, with_spread
 from clip_cid.training.validation import hold_out
 
 WORLD = 2
@@ -53,21 +53,17 @@ CASES: dict[str, dict[str, Any]] = {
     **{name: {"settings": {"head_lr": 0.0, **settings}} for name, settings in EVERY_PART.items()},
     "a spread head": {"settings": {"sample_rate": 0.75}},
     "a spread head, all centers": {"settings": {"sample_rate": 1.0}},
-    "in pieces": {"settings": {}, "micro_batch": 3},
-    "weights spread": {"settings": {}, "fsdp": True},
-    "weights spread, in pieces": {"settings": {"head_lr": 0.0, "alignment": "linear"}, "fsdp": True, "micro_batch": 3},
+    "in micro-batches": {"settings": {}, "micro_batch": 3},
+    "mapped, in micro-batches": {"settings": {"head_lr": 0.0, "alignment": "linear"}, "micro_batch": 3},
 }
 TRAININGS: dict[str, dict[str, Any]] = {
     "joint": {},
-    "spread": {"fsdp": True},
-    "averaged": {"settings": {"ema_decay": 0.9, "head_lr": 0.0}},
-    "spread and averaged": {"settings": {"ema_decay": 0.9, "head_lr": 0.0}, "fsdp": True},
+    "with an EMA": {"settings": {"ema_decay": 0.9, "head_lr": 0.0}},
     # eight pairs are held out, so that none is left over whatever the number of ranks
     "measured": {"settings": {"validation": {"share": 0.4, "every": 16, "keep": "best"}}},
-    # the step after a measurement must not see the average
-    "spread, averaged and measured": {
+    # the step after a measurement must not see the EMA
+    "with an EMA, measured": {
         "settings": {"ema_decay": 0.9, "alignment": "linear", "validation": {"share": 0.4, "every": 16}},
-        "fsdp": True,
     },
 }
 
@@ -80,10 +76,11 @@ class Killed(BaseException):
 
 
 def gradients(case: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Tensor]:
-    """Of the first batch, by parameter, whole; and the common length, as `grad_norm`."""
+    """Of the first batch, by parameter, whole; and the common norm, as `grad_norm`."""
     settings = make_settings(**case["settings"])
+    torch.manual_seed(0)  # for the maps of `alignment: linear`
     model = make_model(settings, ranks=ranks).double()
-    joint: Any = join_model(model, ranks, fsdp=case.get("fsdp", False) and ranks.size > 1)
+    joint: Any = join_model(model, ranks)
     batch = exact(next(make_batches(training_pairs(folder), ranks=ranks).between(0, 1)))
 
     def loss(seen: dict[str, Tensor]) -> Tensor:
@@ -94,24 +91,21 @@ def gradients(case: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Ten
         return weighted_sum(parts, settings.weights.model_dump())
 
     micro = case.get("micro_batch")
-    backward_in_pieces(joint, batch, loss, micro_batch=micro, precision=torch.float32, seed=3)
-    head = model.objective.head
-    spread = head is not None and head.shard is not None
-    parameters = [(value, is_spread(name, value, spread)) for name, value in model.named_parameters()]
-    length = shorten_gradients(parameters, 1.0, ranks)
+    backward_in_micro_batches(joint, batch, loss, micro_batch=micro, precision=torch.float32, seed=3)
+    norm = clip_gradients(with_spread(model), 1.0, ranks)
     found = {
-        name: whole(value.grad).to_dense()
+        name: value.grad.to_dense()
         for name, value in model.named_parameters()
         if value.requires_grad and value.grad is not None
     }
-    found["grad_norm"] = length
-    if spread:
+    found["grad_norm"] = norm
+    if model.objective.head is not None and model.objective.head.shard is not None:
         found["objective.head.weight"] = torch.cat(ranks.all(found["objective.head.weight"]))
     return found
 
 
 def plain_state(trainer: Trainer) -> dict[str, Tensor]:
-    state = whole(dict(trainer.model.state_dict()))
+    state = dict(trainer.model.state_dict())
     head = trainer.model.objective.head
     if head is not None and head.shard is not None:
         state["objective.head.weight"] = torch.cat(trainer.ranks.all(state["objective.head.weight"]))
@@ -120,11 +114,10 @@ def plain_state(trainer: Trainer) -> dict[str, Tensor]:
 
 def make(case: dict[str, Any], folder: Path, out: Path, ranks: Ranks, **more: Any) -> Trainer:
     settings = make_settings(**{"log_every": 1, **case.get("settings", {})})
-    fsdp = case.get("fsdp", False) and ranks.size > 1
     if share := settings.validation.share:
         more["training"], held_out = hold_out(training_pairs(folder), share, batch_size=BATCH, ranks=ranks.size)
         more["validation"] = make_validation(held_out, settings, sets=[stripes()], ranks=ranks)
-    return make_trainer(folder, out, settings=settings, steps=STEPS, patch_dropout=0.0, ranks=ranks, fsdp=fsdp, **more)
+    return make_trainer(folder, out, settings=settings, steps=STEPS, patch_dropout=0.0, ranks=ranks, **more)
 
 
 def train(case: dict[str, Any], folder: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
@@ -175,14 +168,14 @@ def with_a_broken_picture(folder: Path, out: Path, ranks: Ranks) -> dict[str, An
     return {"unreadable": summary["unreadable_pairs"], "steps": summary["steps"]}
 
 
-def spread_in_float16(folder: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
-    """Weights that are spread beside a head that is not: the scaler cannot take gradients of both kinds at once."""
-    case = {"settings": {"precision": "fp16", "sample_rate": 1.0}, "fsdp": True}
+def in_float16(folder: Path, out: Path, ranks: Ranks) -> dict[str, Any]:
+    """Weights that are whole on each rank beside a head that is spread."""
+    case = {"settings": {"precision": "fp16", "sample_rate": 1.0}}
     return train(case, folder, out, ranks)["summary"]
 
 
 def with_other_weights(folder: Path, out: Path, ranks: Ranks) -> str:
-    return error_of(lambda: ranks.agree("weights", "a" if ranks.is_first else "b"))
+    return error_of(lambda: ranks.agree("weights", "a" if ranks.is_main else "b"))
 
 
 def that_cannot_share(folder: Path, out: Path, ranks: Ranks) -> str:
@@ -216,7 +209,7 @@ def rank_main(rank: int, folder: Path, port: int) -> None:
         others = (
             asked_to_end,
             with_a_broken_picture,
-            spread_in_float16,
+            in_float16,
             with_other_weights,
             that_cannot_share,
             that_normalizes_over_the_batch,
@@ -305,8 +298,9 @@ def test_ranks_end_with_equal_weights(found: list[dict[str, Any]], name: str):
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
+@pytest.mark.resume
 @pytest.mark.parametrize("name", TRAININGS)
-def test_killed_ranks_go_on_exactly(found: list[dict[str, Any]], folder: Path, name: str):
+def test_killed_ranks_resume_exactly(found: list[dict[str, Any]], folder: Path, name: str):
     for rank in found:
         for kind in ("state", "student"):
             straight, resumed = rank[f"trained {name}"][kind], rank[f"resumed {name}"][kind]
@@ -317,7 +311,8 @@ def test_killed_ranks_go_on_exactly(found: list[dict[str, Any]], folder: Path, n
     assert [line["step"] for line in lines if "loss" not in line] == ([2, 4, 6, 8] if "measured" in name else [])
 
 
-def test_one_process_goes_on_from_what_two_have_saved(folder: Path, found: list[dict[str, Any]]):
+@pytest.mark.resume
+def test_one_process_resumes_from_what_two_have_saved(folder: Path, found: list[dict[str, Any]]):
     """A head that learns is spread over the two."""
     out = folder / "joint 2"
     alone = make({}, folder, out, ALONE)
@@ -342,12 +337,10 @@ def test_a_picture_that_one_rank_cannot_read_is_listed_once(folder: Path, found:
     assert [rank["with_a_broken_picture"] for rank in found] == [{"unreadable": 1, "steps": STEPS}] * WORLD
 
 
-def test_ranks_with_spread_weights_train_in_float16_what_one_process_does(
-    folder: Path, found: list[dict[str, Any]], tmp_path: Path
-):
-    alone = spread_in_float16(folder, tmp_path, ALONE)
+def test_ranks_train_in_float16_what_one_process_does(folder: Path, found: list[dict[str, Any]], tmp_path: Path):
+    alone = in_float16(folder, tmp_path, ALONE)
     for rank in found:
-        theirs = rank["spread_in_float16"]
+        theirs = rank["in_float16"]
         assert (theirs["precision"], theirs["steps"], theirs["skipped_steps"]) == ("float16", STEPS, 0)
         assert theirs["loss"] == pytest.approx(alone["loss"], rel=1e-3)
 
@@ -393,19 +386,13 @@ def test_what_ranks_cannot_share_is_told_in_words(found: list[dict[str, Any]]):
         assert "on CUDA only" in rank["that_normalizes_over_the_batch"]
 
 
-def test_batch_normalization_refuses_pieces_and_is_left_alone_in_one_process():
+def test_batch_normalization_refuses_micro_batches_and_is_left_alone_in_one_process():
     student = nn.Sequential(nn.BatchNorm1d(3))
     assert with_joint_statistics(student, ALONE, None) is student
-    with pytest.raises(ConfigError, match="would do so over each piece instead"):
+    with pytest.raises(ConfigError, match="would normalize over each micro-batch"):
         with_joint_statistics(student, ALONE, 4)
     student.eval()  # a locked tower normalizes by what it knows
     assert with_joint_statistics(student, ALONE, 4) is student
-
-
-def test_weights_are_not_spread_over_one_process(tmp_path: Path):
-    with pytest.raises(ConfigError, match="there is one process only"):
-        make_trainer(tmp_path, tmp_path / "out", fsdp=True)
-    assert issubclass(RunError, ClipCidError)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from tiny_training import make_settings, make_student, make_trainer
 from torch import Tensor, nn
 
-from clip_cid.training.average import Average
+from clip_cid.training.ema import EMA
 from clip_cid.training.loop import Trainer
 
 STEPS = 10
@@ -30,63 +30,64 @@ def move(module: nn.Module, generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("decay", [0.5, 0.99])
 def test_it_is_the_running_mean_of_a_plain_loop_in_float64(decay: float):
-    """Step t keeps min(decay, (1 + t) / (10 + t)) of the average."""
+    """Step t keeps min(decay, (1 + t) / (10 + t)) of the EMA."""
     module, generator = nn.Linear(3, 2), torch.Generator().manual_seed(0)
-    average = Average(module, decay=decay)
+    ema = EMA(module, decay=decay)
     expected = {name: value.double().numpy() for name, value in parameters_of(module).items()}
     for step in range(1, 30):
         move(module, generator)
-        average.update()
+        ema.update()
         keep = min(decay, (1 + step) / (10 + step))
         for name, value in parameters_of(module).items():
             expected[name] = keep * expected[name] + (1 - keep) * value.double().numpy()
-    with average.in_place():
+    with ema.in_place():
         for name, value in parameters_of(module).items():
             np.testing.assert_allclose(value.numpy(), expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_the_weights_come_back_bit_for_bit_even_from_a_block_that_raises():
     module, generator = make_student(), torch.Generator().manual_seed(0)
-    average = Average(module, decay=0.9)
+    ema = EMA(module, decay=0.9)
     move(module, generator)
-    average.update()
-    weights, mean = parameters_of(module), copy.deepcopy(average.state_dict())
-    with pytest.raises(ZeroDivisionError), average.in_place():  # noqa: PT012
+    ema.update()
+    weights, mean = parameters_of(module), copy.deepcopy(ema.state_dict())
+    with pytest.raises(ZeroDivisionError), ema.in_place():  # noqa: PT012
         assert not torch.equal(parameters_of(module)["text_projection"], weights["text_projection"])
         raise ZeroDivisionError
     assert all(torch.equal(value, weights[name]) for name, value in parameters_of(module).items())
-    torch.testing.assert_close(average.state_dict(), mean, rtol=0, atol=0)
+    torch.testing.assert_close(ema.state_dict(), mean, rtol=0, atol=0)
 
 
-def test_its_state_goes_on_where_it_was():
+@pytest.mark.resume
+def test_its_state_resumes_where_it_was():
     first, generator = nn.Linear(3, 2), torch.Generator().manual_seed(0)
-    average = Average(first, decay=0.7)
+    ema = EMA(first, decay=0.7)
     for _ in range(3):
         move(first, generator)
-        average.update()
+        ema.update()
     second = copy.deepcopy(first)
-    again = Average(second, decay=0.7)
-    again.load_state_dict(copy.deepcopy(average.state_dict()))
-    for module, one in ((first, average), (second, again)):
+    again = EMA(second, decay=0.7)
+    again.load_state_dict(copy.deepcopy(ema.state_dict()))
+    for module, one in ((first, ema), (second, again)):
         move(module, torch.Generator().manual_seed(5))
         one.update()
-    torch.testing.assert_close(again.state_dict(), average.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(again.state_dict(), ema.state_dict(), rtol=0, atol=0)
 
 
-def test_what_does_not_learn_is_not_averaged():
+def test_what_does_not_learn_has_no_ema():
     module = nn.Linear(3, 2)
     module.bias.requires_grad_(False)
-    assert average_of(module).keys() == {"weight"}
+    assert ema_of(module).keys() == {"weight"}
 
 
-def average_of(module: nn.Module) -> dict[str, Tensor]:
-    state: Any = Average(module, decay=0.9).state_dict()["mean"]
+def ema_of(module: nn.Module) -> dict[str, Tensor]:
+    state: Any = EMA(module, decay=0.9).state_dict()["mean"]
     return state
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("average")
+    return tmp_path_factory.mktemp("ema")
 
 
 def watched(trainer: Trainer, seen: list[dict[str, Tensor]], *, kill_at: int | None = None) -> Trainer:
@@ -103,7 +104,8 @@ def watched(trainer: Trainer, seen: list[dict[str, Tensor]], *, kill_at: int | N
     return trainer
 
 
-def test_a_run_leaves_the_average_of_its_weights_whether_it_was_killed_or_not(folder: Path, tmp_path: Path):
+@pytest.mark.resume
+def test_a_run_leaves_the_ema_of_its_weights_whether_it_was_killed_or_not(folder: Path, tmp_path: Path):
     settings, seen = make_settings(ema_decay=0.6), list[dict[str, Tensor]]()
     whole = watched(make_trainer(folder, tmp_path / "whole", settings=settings, steps=STEPS), seen)
     whole.run()

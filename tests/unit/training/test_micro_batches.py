@@ -1,4 +1,4 @@
-"""The gradient of a batch that is in the student piece by piece is that of the batch as a whole, for every part of the loss."""
+"""The gradient of a batch in micro-batches is that of the batch as a whole, for every loss."""
 
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from tiny_training import (
 )
 
 from clip_cid.training.batches import Batch
-from clip_cid.training.model import Distillation, Seen, backward_in_pieces
+from clip_cid.training.model import Distillation, Outputs, backward_in_micro_batches
 
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
-    folder = tmp_path_factory.mktemp("pieces")
+    folder = tmp_path_factory.mktemp("micro")
     return exact(next(make_batches(training_pairs(folder)).between(0, 1)))
 
 
@@ -39,9 +39,9 @@ def gradients(model: Distillation) -> dict[str, torch.Tensor]:
     }
 
 
-def in_pieces(model: Distillation, batch: Batch, size: int | None) -> dict[str, torch.Tensor]:
+def in_micro_batches(model: Distillation, batch: Batch, size: int | None) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    backward_in_pieces(
+    backward_in_micro_batches(
         model,
         batch,
         lambda seen: loss_of(model, batch, seen),
@@ -54,12 +54,12 @@ def in_pieces(model: Distillation, batch: Batch, size: int | None) -> dict[str, 
 
 @pytest.mark.parametrize("size", [None, 4, 3, 1])
 @pytest.mark.parametrize("name", EVERY_PART)
-def test_pieces_have_the_gradient_of_the_whole(batch: Batch, name: str, size: int | None):
-    """The learned scales included: with k pieces another trainer gives them k times their gradient."""
+def test_micro_batches_have_the_gradient_of_the_whole(batch: Batch, name: str, size: int | None):
+    """The learned scales included: with k micro-batches another trainer gives them k times their gradient."""
     model = model_of(EVERY_PART[name])
     loss_of(model, batch, model(batch.images, batch.texts, precision=torch.float32)).backward()
     expected = gradients(model)
-    found = in_pieces(model, batch, size)
+    found = in_micro_batches(model, batch, size)
     assert found.keys() == expected.keys()
     assert "student.logit_scale" in found
     for key, gradient in expected.items():
@@ -69,15 +69,15 @@ def test_pieces_have_the_gradient_of_the_whole(batch: Batch, name: str, size: in
         )
 
 
-def test_what_a_piece_draws_at_random_is_the_same_in_both_passes(batch: Batch):
-    """Patches dropped at random: one graph over all pieces, each drawn as the two passes draw it, has the same gradient."""
+def test_what_a_micro_batch_draws_at_random_is_the_same_in_both_passes(batch: Batch):
+    """Patches dropped at random: one graph over all micro-batches, each drawn as the two passes draw it, has the same gradient."""
     model = model_of({}, patch_dropout=0.5)
-    outputs: list[Seen] = []
+    outputs: list[Outputs] = []
     seeds: list[int] = []
     manual_seed = torch.manual_seed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), manual_seed(seed))[1])
-        found = in_pieces(model, batch, 4)
+        found = in_micro_batches(model, batch, 4)
     first, second, *again = seeds
     assert again == [first, second]
     assert first != second
@@ -92,16 +92,16 @@ def test_what_a_piece_draws_at_random_is_the_same_in_both_passes(batch: Batch):
     torch.testing.assert_close(found, gradients(model), rtol=1e-9, atol=1e-12)
 
 
-def test_a_training_in_pieces_is_the_training(tmp_path: Path):
+def test_a_training_in_micro_batches_is_the_training(tmp_path: Path):
     settings = make_settings(log_every=1)
     whole = make_trainer(tmp_path, tmp_path / "whole", settings=settings, steps=6, patch_dropout=0.0)
-    pieces = make_trainer(tmp_path, tmp_path / "pieces", settings=settings, steps=6, patch_dropout=0.0, micro_batch=3)
-    for trainer in (whole, pieces):
+    split = make_trainer(tmp_path, tmp_path / "split", settings=settings, steps=6, patch_dropout=0.0, micro_batch=3)
+    for trainer in (whole, split):
         trainer.run()
     for name, value in whole.model.state_dict().items():
-        torch.testing.assert_close(pieces.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
-    assert pieces.last_line["loss"] == pytest.approx(whole.last_line["loss"], rel=1e-4)
-    assert pieces.last_line["grad_norm"] == pytest.approx(whole.last_line["grad_norm"], rel=1e-3)
+        torch.testing.assert_close(split.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    assert split.progress.last_line["loss"] == pytest.approx(whole.progress.last_line["loss"], rel=1e-4)
+    assert split.progress.last_line["grad_norm"] == pytest.approx(whole.progress.last_line["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("lock", ["image", "text"])
@@ -126,9 +126,9 @@ def test_the_batch_divides_as_told(batch: Batch):
     sizes: list[int] = []
     model = model_of({})
     model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    in_pieces(model, batch, 3)
+    in_micro_batches(model, batch, 3)
     assert sizes == [3, 3, 2, 3, 3, 2]
     assert sum(sizes) == 2 * BATCH
     sizes.clear()
-    in_pieces(model, batch, None)
+    in_micro_batches(model, batch, None)
     assert sizes == [BATCH]

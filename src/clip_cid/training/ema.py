@@ -1,4 +1,4 @@
-"""A running average of the weights, which is often the better student."""
+"""The exponential moving average (EMA) of the weights, which is often the better student."""
 
 import contextlib
 from collections.abc import Generator, Mapping
@@ -6,18 +6,16 @@ from collections.abc import Generator, Mapping
 import torch
 from torch import Tensor, nn
 
-from clip_cid.training.ranks.parallel import like, whole
 
-
-class Average:
-    """An exponential running average of what learns in a student, beside it.
+class EMA:
+    """The EMA of what learns in a student, beside it.
 
     At first it follows quickly: the decay of a step is at most (1 + steps) / (10 + steps), so that the random start is
     forgotten.
 
     Args:
         student: Its parameters now; names and places stay those of this module.
-        decay: How much of the average a step keeps.
+        decay: How much of the EMA a step keeps.
     """
 
     def __init__(self, student: nn.Module, *, decay: float) -> None:
@@ -27,7 +25,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take up the weights of another step."""
+        """Add the weights of another step."""
         self._steps += 1
         weight = 1 - min(self._decay, (1 + self._steps) / (10 + self._steps))
         for name, mean in self._mean.items():
@@ -35,7 +33,7 @@ class Average:
 
     @contextlib.contextmanager
     def in_place(self) -> Generator[None]:
-        """The student has the average's weights for as long as the block lasts."""
+        """The student has the EMA's weights for as long as the block lasts."""
         self._exchange()
         try:
             yield
@@ -43,8 +41,7 @@ class Average:
             self._exchange()
 
     def state_dict(self) -> dict[str, object]:
-        """All of it as plain tensors; every rank calls this."""
-        return {"steps": self._steps, "mean": whole(self._mean)}
+        return {"steps": self._steps, "mean": self._mean}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         steps, mean = state["steps"], state["mean"]
@@ -53,7 +50,7 @@ class Average:
         assert mean.keys() == self._mean.keys()
         self._steps = steps
         for name, value in self._mean.items():
-            value.copy_(like(mean[name], value))
+            value.copy_(mean[name])
 
     @torch.no_grad()
     def _exchange(self) -> None:

@@ -1,0 +1,356 @@
+"""A training, assembled from its recipe: the pairs with what the teacher says about them, student, objective, trainer.
+
+`read_inputs` opens what a training learns from, `assemble` builds the rest around it. `clip-cid check` tries the same
+assembly, with random inputs where a run has none yet.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+
+from clip_cid import log
+from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.pairs.pairs import open_pairs
+from clip_cid.data.sets.evaluation_sets import open_set
+from clip_cid.errors import ConfigError
+from clip_cid.loss_table import rows_of
+from clip_cid.method.distill.cluster_distillation import Shard
+from clip_cid.method.distill.objective import Objective
+from clip_cid.models.student import Clip, build_student, keep_fewer_activations, train_transform
+from clip_cid.models.teacher import weights_sha256
+from clip_cid.recipe import DistillConfig, MachineConfig, Recipe
+from clip_cid.run_folder import RunFolder
+from clip_cid.training.batches import Batches, PairDataset, TrainingPairs
+from clip_cid.training.join import distilled_pairs, plain_pairs, read_centers
+from clip_cid.training.loop import Plan, Trainer
+from clip_cid.training.model import Distillation
+from clip_cid.training.ranks.distributed import Ranks
+from clip_cid.training.ranks.parallel import with_joint_statistics
+from clip_cid.training.soft_targets import (
+    USUAL_SCALE,
+    Sharpness,
+    measure_sharpness,
+    teacher_scale,
+    uses_soft_centers,
+    with_soft_centers,
+)
+from clip_cid.training.validation import HeldOut, Validation, hold_out
+
+SOFT_CENTERS = "soft_centers"
+"""The folder of these, beside the checkpoints."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a training learns from, checked and joined."""
+
+    pairs: TrainingPairs
+    held_out: HeldOut | None
+    """To measure on."""
+    store: EmbeddingStore | None = None
+    """The teacher's embeddings."""
+    centers: Float[np.ndarray, "centers dim"] | None = None
+    """Of the clusters, where a loss reads them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """All that a training consists of, checked and ready for its first step."""
+
+    inputs: Inputs
+    clip: Clip
+    """The student."""
+    sharpness: Sharpness
+    trainer: Trainer
+
+
+def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, *, soft_centers: bool = True) -> Training:
+    """The training of a run; nothing has been learned yet.
+
+    Args:
+        folder: With the stages before the training.
+        out: Where the training works.
+        recipe: The settings.
+        ranks: Who trains together.
+        soft_centers: Whether to compute these now, where the training uses them: it takes a pass over all images.
+
+    Raises:
+        ConfigError: Settings do not fit each other or the data.
+        DataError: The data contradict themselves or each other.
+        RunError: A stage before this one has not finished, or ranks differ.
+    """
+    inputs = read_inputs(folder, recipe, ranks)
+    steps = count_steps(recipe.distill, len(inputs.pairs))  # before the student is built, which takes longer
+    teacher_dim = inputs.store.dim if inputs.store is not None else None
+    clip = make_student(recipe.distill, teacher_dim, recipe.machine)
+    return assemble(inputs, clip, teacher_dim, out, recipe, ranks, steps=steps, soft_centers=soft_centers)
+
+
+def read_inputs(folder: RunFolder, recipe: Recipe, ranks: Ranks) -> Inputs:
+    """Open the pairs and join them with what the stages before the training say about each.
+
+    Raises:
+        DataError: The data contradict themselves or each other.
+        RunError: A stage before this one has not finished.
+    """
+    with ranks.main_first():
+        pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
+    store = EmbeddingStore.open(folder.stage("embed")) if recipe.has_teacher else None
+    training = plain_pairs(pairs) if store is None else distilled_pairs(folder, recipe, pairs, store)
+    centers = read_centers(folder, store) if store is not None and recipe.uses_clusters else None
+    training, held_out = split_off(training, recipe.distill, ranks)
+    return Inputs(training, held_out, store, centers)
+
+
+def split_off(training: TrainingPairs, settings: DistillConfig, ranks: Ranks) -> tuple[TrainingPairs, HeldOut | None]:
+    """The pairs to train on, and those to measure on where the recipe holds some out.
+
+    Raises:
+        DataError: As `hold_out`.
+    """
+    if not (share := settings.validation.share):
+        return training, None
+    return hold_out(training, share, batch_size=settings.batch_size, ranks=ranks.size)
+
+
+def assemble(
+    inputs: Inputs,
+    clip: Clip,
+    teacher_dim: int | None,
+    out: Path,
+    recipe: Recipe,
+    ranks: Ranks,
+    *,
+    steps: int,
+    soft_centers: bool,
+) -> Training:
+    """Build the training around its inputs and its student; see `prepare`.
+
+    Args:
+        inputs: What it learns from.
+        clip: The student.
+        teacher_dim: Width of the teacher's embeddings and of the centers; None without a teacher.
+        out: Where it works.
+        recipe: The settings.
+        ranks: Who trains together.
+        steps: Of the whole run.
+        soft_centers: Whether to compute these now, where the training uses them.
+    """
+    settings, machine = recipe.distill, recipe.machine
+    training, store, centers = inputs.pairs, inputs.store, inputs.centers
+
+    # What learns: the student, and the objective beside it.
+    sharpness = measure_sharpness(settings, training, store, centers)
+    objective = make_objective(
+        settings,
+        clip,
+        teacher_dim,
+        centers,
+        scale=sharpness.scale,
+        teacher_scale=teacher_scale(settings, store.info.teacher if store is not None else None),
+        ranks=ranks,
+    )
+    model = Distillation(clip.model, objective, lock=settings.lock).train()  # except for the tower that is locked
+    model.student = with_joint_statistics(model.student, ranks, machine.micro_batch)
+    if centers is not None and training.labels is not None:
+        _warn_of_negatives(settings, training.labels, len(centers))
+
+    # All ranks must train the same.
+    key = _key(settings, training, store, centers)
+    ranks.agree("data or settings", key)
+    ranks.agree("weights", weights_sha256(clip.model) if ranks.size > 1 else None)
+
+    # What is read on the way: batches with the teacher's soft centers, and what to measure on.
+    if soft_centers and centers is not None and uses_soft_centers(settings):
+        with ranks.main_first():
+            training = with_soft_centers(
+                training, centers, settings, out / SOFT_CENTERS, sharpness.scale, key, ranks.device
+            )
+    trainer = Trainer(
+        model,
+        make_batches(training, clip, recipe, ranks),
+        settings,
+        Plan(steps, key, recipe.pairs.max_bad_share),
+        out=out,
+        ranks=ranks,
+        machine=machine,
+        validation=_validation(clip, inputs.held_out, recipe, ranks),
+    )
+    return Training(dataclasses.replace(inputs, pairs=training), clip, sharpness, trainer)
+
+
+def count_steps(settings: DistillConfig, num_pairs: int) -> int:
+    """How many full batches the epochs hold together; what is left at the end of one opens the next.
+
+    Raises:
+        ConfigError: There are not enough pairs for one batch.
+    """
+    if settings.batch_size > num_pairs:
+        raise ConfigError(
+            f"distill.batch_size: {settings.batch_size:,}, but there are {num_pairs:,} pairs to train on.",
+            fix=f"Set distill.batch_size to at most {num_pairs:,}, or give more pairs.",
+        )
+    return settings.steps or settings.epochs * num_pairs // settings.batch_size
+
+
+def make_student(settings: DistillConfig, teacher_dim: int | None, machine: MachineConfig) -> Clip:
+    """The student, on the CPU; as wide as the teacher where it is compared without a map."""
+    width = teacher_dim if settings.alignment == "native" else None
+    clip = build_student(
+        settings.student,
+        embed_dim=width,
+        pretrained=settings.pretrained,
+        seed=settings.seed,
+        with_bias=settings.weights.any_reads("logit_bias"),
+    )
+
+    if settings.lock != "none" and settings.pretrained is None:
+        raise ConfigError(
+            f"distill.lock: {settings.lock}, but nothing is loaded, so the tower would stay at random weights.",
+            fix="Set distill.pretrained, or distill.lock: none.",
+        )
+
+    if machine.grad_checkpointing:
+        keep_fewer_activations(clip)
+    return clip
+
+
+def make_objective(
+    settings: DistillConfig,
+    clip: Clip,
+    teacher_dim: int | None,
+    centers: Float[np.ndarray, "centers dim"] | None,
+    *,
+    scale: float,
+    ranks: Ranks,
+    teacher_scale: float = USUAL_SCALE,
+) -> Objective:
+    """What learns beside the student. A head that learns is spread over the ranks: its gradient then stays where it is."""
+    shard = None
+    if centers is not None and settings.head_lr > 0 and ranks.size > 1:
+        first, stop = Shard.bounds(len(centers), ranks.rank, ranks.size)
+        shard, centers = Shard(first, len(centers), dist.distributed_c10d._get_default_group()), centers[first:stop]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)  # for the maps of `alignment: linear`
+        return Objective(
+            losses=settings.weights.switched_on,
+            student_dim=clip.dim,
+            teacher_dim=teacher_dim,
+            alignment=settings.alignment,
+            centers=torch.from_numpy(centers) if centers is not None else None,
+            shard=shard,
+            head_scale=scale,
+            train_head=settings.head_lr > 0,
+            sample_rate=settings.sample_rate,
+            logq=settings.logq,
+            temperature=settings.temperature,
+            teacher_scale=teacher_scale,
+            affinity_scale=settings.affinity_scale,
+            share_scale=settings.share_scale,
+        )
+
+
+def make_batches(training: TrainingPairs, clip: Clip, recipe: Recipe, ranks: Ranks) -> Batches:
+    """The batches the student learns from."""
+    settings = recipe.distill
+    transform = train_transform(clip, crop_scale=settings.crop_scale, more=settings.augmentation)
+    return Batches(
+        training,
+        _dataset(training, clip, recipe, transform),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        workers=recipe.machine.workers,
+        pin=ranks.device.type == "cuda",
+        ranks=ranks,
+    )
+
+
+def _validation(clip: Clip, held_out: HeldOut | None, recipe: Recipe, ranks: Ranks) -> Validation | None:
+    """What to measure on the way; sets are opened now, so that a missing one is an error before the first step."""
+    settings = recipe.distill
+    if not settings.validation.measures:
+        return None
+
+    sets = [
+        open_set(name, where, max_pixels=recipe.pairs.max_pixels, splits=("test",), cache_dir=recipe.machine.cache_dir)
+        for name, where in settings.validation.sets.items()
+    ]
+    for labelled in sets:
+        labelled.prompts(0)
+
+    batches = None
+    if held_out is not None:
+        batches = Batches(
+            held_out.pairs,
+            _dataset(held_out.pairs, clip, recipe, clip.preprocess),
+            batch_size=held_out.batch_size,
+            seed=settings.seed,
+            workers=recipe.machine.workers,
+            pin=ranks.device.type == "cuda",
+            ranks=ranks,
+        )
+    return Validation(clip, batches, sets, settings.weights.model_dump(), settings.seed, ranks)
+
+
+def _dataset(training: TrainingPairs, clip: Clip, recipe: Recipe, transform: Any) -> PairDataset:
+    return PairDataset(
+        training,
+        transform=transform,
+        tokenizer=clip.tokenizer,
+        max_pixels=recipe.pairs.max_pixels,
+        seed=recipe.distill.seed,
+    )
+
+
+def refuse_without_float64(device: torch.device, recipe: Recipe) -> None:
+    """Some losses are added up in float64, which Apple's devices do not have.
+
+    Raises:
+        ConfigError: The recipe has such a loss, and the device is one of these.
+    """
+    losses = [loss.name for loss in rows_of(recipe.distill.weights.switched_on) if loss.needs_float64]
+    if device.type == "mps" and losses:
+        raise ConfigError(
+            f"machine.device: mps has no float64, in which the losses {', '.join(losses)} are added up.",
+            fix="Set machine.device: cpu, or the weights of these losses to 0 (distill.weights).",
+        )
+
+
+def distinct_labels(labels: Int[np.ndarray, " rows"], batch_size: int) -> float:
+    """How many different clusters a random batch has on average."""
+    shares = np.bincount(labels) / len(labels)
+    return float((1 - (1 - shares) ** batch_size).sum())
+
+
+def _warn_of_negatives(settings: DistillConfig, labels: Int[np.ndarray, " rows"], num_centers: int) -> None:
+    """Say once when the centers of a batch fill the sample, so that no random negatives take part."""
+    quota, own = round(settings.sample_rate * num_centers), distinct_labels(labels, settings.batch_size)
+    if quota <= own:
+        log.info(
+            f"distill.sample_rate {settings.sample_rate:g} is {quota:,} of {num_centers:,} centers a step, but a batch of "
+            f"{settings.batch_size:,} holds {own:,.0f} of them by itself: its own centers are the only negatives"
+        )
+
+
+def _key(
+    settings: DistillConfig,
+    training: TrainingPairs,
+    store: EmbeddingStore | None,
+    centers: Float[np.ndarray, "centers dim"] | None,
+) -> str:
+    """Digest of everything that decides the result."""
+    digest = hashlib.sha256(json.dumps(settings.model_dump(mode="json"), sort_keys=True).encode())
+    for rows in (training.rows, training.labels, training.store_rows, centers):
+        digest.update(
+            b"none" if rows is None else np.ascontiguousarray(rows).data
+        )  # not a copy: centers may be gigabytes
+    digest.update(json.dumps(store.info.teacher if store is not None else None, sort_keys=True).encode())
+    return digest.hexdigest()

@@ -86,10 +86,12 @@ def _thresholds(recipe: Recipe, values: Sequence[str]) -> Ablation:
             "balance.target_removed: it takes the place of the threshold, so there is none to scale the paper's by.",
             fix="Name thresholds with --values.",
         )
+
     scale = settings.threshold / _PAPER_THRESHOLD
     chosen = _numbers(values, float) or [
         settings.threshold if value == _PAPER_THRESHOLD else float(f"{scale * value:.3g}") for value in THRESHOLDS
     ]
+
     furthest = max(*chosen, settings.max_threshold or 0)  # one search for pairs answers all of them
     changes = {
         f"{value:g}": {
@@ -99,6 +101,7 @@ def _thresholds(recipe: Recipe, values: Sequence[str]) -> Ablation:
         }
         for value in chosen
     }
+
     return _ablation("threshold", changes, own=f"{settings.threshold:g}" if settings.target_removed is None else None)
 
 

@@ -101,11 +101,13 @@ class Encoder:
         wanted = ("before", "after") if before else ("after",)
         if not all((entry / f"{kind}.npy").is_file() for kind in wanted) or not (entry / "rows.json").is_file():
             self._compute(source, entry, before=before)
+
         bad = {int(row): reason for row, reason in read_json(entry / "rows.json")["bad"].items()}
         arrays = {kind: np.load(entry / f"{kind}.npy", mmap_mode="r") for kind in wanted}
         rows = np.setdiff1d(np.arange(len(source)), np.array(sorted(bad), dtype=np.int64))
         if bad:
             arrays = {kind: array[rows] for kind, array in arrays.items()}
+
         named = tuple(f"{source.name(row)}: {bad[row]}" for row in sorted(bad))
         self._say_bad(source, named)
         return ImageFeatures(rows, arrays.get("before"), arrays["after"], named)
@@ -133,15 +135,16 @@ class Encoder:
             )
 
     def _encode(self, title: str, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
-        found: list[np.ndarray] = []
+        blocks: list[np.ndarray] = []
         model: Any = self.clip.model
         with log.progress(f"texts {self.name} {title}", len(texts), unit="texts") as bar, torch.inference_mode():
             for start in range(0, len(texts), self.batch_size):
                 batch = list(texts[start : start + self.batch_size])
                 vectors = model.encode_text(self.clip.tokenizer(batch).to(self.device), normalize=True)
-                found.append(vectors.float().cpu().numpy())
+                blocks.append(vectors.float().cpu().numpy())
                 bar.advance(len(batch))
-        vectors = np.concatenate(found)
+
+        vectors = np.concatenate(blocks)
         wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(wrong):
             raise DataError(
@@ -167,21 +170,26 @@ class Encoder:
             taps = stack.enter_context(both_features(self.clip)) if before else after_only(self.clip)
             bar = stack.enter_context(log.progress(f"features {self.name} {source.title}", len(source)))
             stack.enter_context(torch.inference_mode())
+
             arrays: dict[str, np.memmap] = {}
             for rows, pixels, broken in self._batches(source):
                 bad.update(broken)
                 if len(bad) > limit:
                     raise _too_many_bad(source, bad)
+
                 if len(rows):
-                    found: dict[str, Tensor] = dict(zip(("before", "after"), taps(pixels.to(self.device)), strict=True))
+                    tapped: dict[str, Tensor] = dict(
+                        zip(("before", "after"), taps(pixels.to(self.device)), strict=True)
+                    )
                     for kind, path in paths.items():
-                        values = found[kind].float().cpu().numpy()
+                        values = tapped[kind].float().cpu().numpy()
                         if kind not in arrays:
                             arrays[kind] = open_memmap(path, "w+", np.float32, (len(source), values.shape[1]))
                             arrays[kind][:] = np.nan  # what is read by mistake cannot pass for a feature
                         _check_finite(self.name, source, rows, values)
                         arrays[kind][rows] = values
                 bar.advance(len(rows) + len(broken))
+
             for array in arrays.values():
                 array.flush()
         write_json(entry / "rows.json", {"title": source.title, "model": self.name, "bad": bad})

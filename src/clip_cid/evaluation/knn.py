@@ -72,9 +72,11 @@ def knn(
         raise ValueError(f"test_x has width {test_x.shape[1]}, but train_x has width {train_x.shape[1]}")
     if not neighbors or min(neighbors) < 1:
         raise ValueError(f"neighbors must be 1 or more, got {neighbors}")
+
     ks = sorted({min(k, len(train_y)) for k in neighbors})
     predicted = _predictions(train_x, train_y, test_x, ks, on_images)
     scores = {k: accuracy(predicted[k] == test_y, test_y, metric=metric) for k in ks}
+
     main = min(MAIN, len(train_y))
     main = main if main in scores else ks[-1]
     return KnnResult(scores[main], metric, main, scores, predicted[main], predicted[main] == test_y)
@@ -88,7 +90,7 @@ def _predictions(
     on_images: Callable[[int], Any] | None,
 ) -> dict[int, Int[np.ndarray, " test"]]:
     train, classes = unit_rows(train_x, name="train_x"), int(train_y.max()) + 1
-    found: dict[int, list[np.ndarray]] = {k: [] for k in ks}
+    answers: dict[int, list[np.ndarray]] = {k: [] for k in ks}
     step = max(1, _CELLS // len(train))
     for start in range(0, len(test_x), step):
         similarity = unit_rows(test_x[start : start + step], name="test_x") @ train.T
@@ -98,10 +100,10 @@ def _predictions(
         for k in ks:
             votes = np.zeros((len(similarity), classes))
             np.add.at(votes, (np.arange(len(votes))[:, None], train_y[nearest[:, :k]]), weights[:, :k])
-            found[k].append(votes.argmax(axis=1))
+            answers[k].append(votes.argmax(axis=1))
         if on_images is not None:
             on_images(len(similarity))
-    return {k: np.concatenate(parts) for k, parts in found.items()}
+    return {k: np.concatenate(parts) for k, parts in answers.items()}
 
 
 def _nearest(similarity: Float[np.ndarray, "block train"], k: int) -> Int[np.ndarray, "block k"]:

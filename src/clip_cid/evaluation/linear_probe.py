@@ -124,6 +124,8 @@ def linear_probe(
     """
     train = _checked(train_x, train_y, name="train")
     test = _checked(test_x, test_y, name="test", train=train)
+
+    # What to fit on, what to choose C on, and what the final fit sees.
     if val is None:
         (fit, choose), whole = _hold_out(train, seed), train
         validation = f"{len(choose.y):,} of {len(train.y):,} held out, seed {seed}"
@@ -131,6 +133,7 @@ def linear_probe(
         fit, choose = train, _checked(*val, name="val", train=train)
         whole = _Part(np.concatenate([fit.x, choose.x]), np.concatenate([fit.y, choose.y]))
         validation = "given"
+
     products = train.x.size * len(np.unique(train.y))
     with threadpool_limits(limits=threads if products >= _WORTH_THREADS else 1), _solver_on(device):
         scores, unconverged, rounds = _scores_by_index(_at(fit, device), _at(choose, device), metric, on_fit)
@@ -139,6 +142,7 @@ def linear_probe(
         if on_fit is not None:
             on_fit()
         predicted = _predicted(model, _at(test, device))
+
     correct = np.equal(predicted, test.y)
     return ProbeResult(
         score=accuracy(correct, test.y, metric=metric),
@@ -274,8 +278,8 @@ def _fit(part: _Part, *, index: int) -> tuple[LogisticRegression, bool]:
 
 
 def _predicted(model: LogisticRegression, part: _Part) -> Int[np.ndarray, " images"]:
-    found: Any = model.predict(part.x)
-    return found.cpu().numpy() if isinstance(found, torch.Tensor) else found
+    predicted: Any = model.predict(part.x)
+    return predicted.cpu().numpy() if isinstance(predicted, torch.Tensor) else predicted
 
 
 def _rounds(model: LogisticRegression) -> int:

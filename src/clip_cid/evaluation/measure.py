@@ -183,6 +183,7 @@ def _score(
     names, classes = labelled.class_names, len(labelled.class_names)
     every_label = np.broadcast_to(labels, predicted.shape).ravel()  # of several folds the mistakes of all
     mistakes = confusions(predicted.ravel(), every_label)
+
     return Score(
         model=encoder.name,
         set=labelled.name,

@@ -53,18 +53,20 @@ def retrieval(
     image_rows, text_rows = unit_rows(images, name="images"), unit_rows(texts, name="texts")
     captions = np.bincount(image_of, minlength=len(images))
     ones = np.ones(len(images))
-    found: list[Recall] = []
+    recalls: list[Recall] = []
+
     counts = _joined(_image_to_text(image_rows, text_rows, image_of))
     for depth in DEPTHS:
         hits = _chance_of_hit(*counts, depth)
         blind = _chance_of_hit(np.zeros_like(captions), len(texts) - captions, captions, depth)
-        found.append(_recall(f"image_to_text_R@{depth}", hits, ones, float(blind.mean()), len(images), seed))
+        recalls.append(_recall(f"image_to_text_R@{depth}", hits, ones, float(blind.mean()), len(images), seed))
+
     counts = _joined(_text_to_image(image_rows, text_rows, image_of))
     for depth in DEPTHS:
         hits = np.bincount(image_of, weights=_chance_of_hit(*counts, depth), minlength=len(images))
         blind = min(1.0, depth / len(images))
-        found.append(_recall(f"text_to_image_R@{depth}", hits, captions.astype(float), blind, len(texts), seed))
-    return found
+        recalls.append(_recall(f"text_to_image_R@{depth}", hits, captions.astype(float), blind, len(texts), seed))
+    return recalls
 
 
 def _check(

@@ -74,6 +74,7 @@ def draw(
     """Write `embedding_map.svg` and `.csv`: one point an image of the store, in color where it is of `clusters` (with sizes)."""
     columns = {"row": rows.tolist(), "x": points[:, 0].tolist(), "y": points[:, 1].tolist(), "cluster": labels.tolist()}
     style.write_csv(out / "embedding_map.csv", columns)
+
     with style.new_figure(4.4) as figure:
         axes = figure.add_subplot()
         others = ~np.isin(labels, list(clusters))
@@ -86,6 +87,7 @@ def draw(
         axes.spines[:].set_visible(False)
         figure.legend(loc="outside upper left", ncols=4, handletextpad=0.2, columnspacing=1.2, markerscale=1.6)
         style.save_svg(figure, out / "embedding_map.svg")
+
     return {
         "images": len(rows),
         "clusters": [

@@ -27,6 +27,7 @@ def draw(differences: Differences, other: str, out: Path) -> dict[str, dict[str,
         {"measure": names, "other": [other] * len(found)}
         | {name: [getattr(one, name) for one in found] for name in numbers},
     )
+
     places = np.arange(len(found))[::-1]
     with style.new_figure(0.8 + 0.33 * len(found), width=_WIDTH) as figure:
         axes = figure.add_subplot()
@@ -40,6 +41,7 @@ def draw(differences: Differences, other: str, out: Path) -> dict[str, dict[str,
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         style.save_svg(figure, out / "gain.svg")
+
     return {name: {n: getattr(one, n) for n in numbers} for name, one in zip(names, found, strict=True)}
 
 

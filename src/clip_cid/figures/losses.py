@@ -38,6 +38,7 @@ def read_metrics(path: Path) -> dict[str, Float[np.ndarray, " lines"]]:
             losses = {name: line[name] for name in line if _is_loss(name)}
             own = {name for name in losses if not name.startswith(_VALIDATION)}
             step, trains = line["step"], bool(own)
+
             if not losses or not all(value is None or math.isfinite(value) for value in losses.values()):
                 raise ValueError(f"step {step}, {losses}")
             if step <= last[trains] or step < last[not trains]:
@@ -52,6 +53,7 @@ def read_metrics(path: Path) -> dict[str, Float[np.ndarray, " lines"]]:
         lines.append(line)
         last[trains] = step
         parts = own if trains else parts
+
     names = sorted({name for line in lines for name, value in line.items() if isinstance(value, int | float)})
     return {name: np.array([_number(line.get(name)) for line in lines]) for name in names}
 
@@ -85,11 +87,14 @@ def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[
     steps = metrics["step"]
     cells = {part: [None if math.isnan(value) else value for value in metrics[part].tolist()] for part in parts}
     style.write_csv(out / "losses.csv", {"step": [int(step) for step in steps], **cells})
+
+    # A panel for each part, with what a validation measured of it.
     panels: dict[str, list[str]] = {}
     for part in parts:
         panels.setdefault(_plain(part).partition("/")[0], []).append(part)
     if panels.get("loss") == ["loss"] and len([part for part in parts if part.startswith(_PART)]) == 1:
         del panels["loss"]  # one part alone is the total again
+
     rows = math.ceil(len(panels) / 2)
     with style.new_figure(1.75 * rows if len(panels) > 1 else 3.0) as figure:
         grid = figure.subplots(rows, min(2, len(panels)), squeeze=False, sharex=True)
@@ -108,6 +113,7 @@ def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[
             ]
             figure.legend(handles=handles, loc="outside upper right", ncols=2)
         style.save_svg(figure, out / "losses.svg")
+
     known = {part: _known(steps, metrics[part])[1] for part in parts if not _is_detail(part)}
     return {part: {"first": float(values[0]), "last": float(values[-1])} for part, values in known.items()}
 

@@ -153,6 +153,7 @@ def draw(classes: Sequence[ClassPatches], out: Path) -> dict[str, dict[str, floa
     }
     painted = {key: colors(found) for key, found in aligned.items()}
     _write_table(classes, aligned, painted, out / "patch_pca.csv")
+
     bands = [
         image_grid.Band(
             heading=shown.name,
@@ -162,6 +163,7 @@ def draw(classes: Sequence[ClassPatches], out: Path) -> dict[str, dict[str, floa
         for shown in classes
     ]
     image_grid.draw(bands, out / "patch_pca.svg")
+
     return {
         model: {
             "foreground_share": float(np.mean([aligned[c.name, model].foreground.mean() for c in classes])),

@@ -36,6 +36,7 @@ def draw(scores: Sequence[Score], out: Path) -> dict[str, list[float]]:
     ranges = axis_ranges(values)
     columns = {"set": [row.set for row in rows], "axis_from": ranges[0].tolist(), "axis_to": ranges[1].tolist()}
     style.write_csv(out / "radar.csv", columns | dict(zip(models, values.tolist(), strict=True)))
+
     angles = np.linspace(0, 2 * np.pi, len(rows), endpoint=False)
     around = np.append(angles, angles[0])
     with style.new_figure(4.4) as figure:
@@ -44,6 +45,8 @@ def draw(scores: Sequence[Score], out: Path) -> dict[str, list[float]]:
         for model, curve in reversed(list(zip(models, (values - ranges[0]) / (ranges[1] - ranges[0]), strict=True))):
             color = style.model_colors(models)[model]
             axes.plot(around, np.append(curve, curve[0]), color=color, label=model, marker="o", markersize=3)
+
+        # The names of the sets, with the student's scores, stand outside the circle.
         student = models.index(STUDENT) if STUDENT in models else 0
         axes.set_xticks(angles, [])
         for row, value, angle in zip(rows, values[student], angles, strict=True):
@@ -51,9 +54,11 @@ def draw(scores: Sequence[Score], out: Path) -> dict[str, list[float]]:
             upright = _side(-np.cos(angle), "bottom", "top")
             axes.text(angle, 1.06, f"{_cut(row.set)}\n{100 * value:.1f}", ha=across, va=upright)
         axes.spines["polar"].set_visible(False)
+
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles[::-1], labels[::-1], loc="outside upper left", handlelength=1.2)
         style.save_svg(figure, out / "radar.svg")
+
     return dict(zip(models, values.tolist(), strict=True))
 
 

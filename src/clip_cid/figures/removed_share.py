@@ -32,12 +32,15 @@ def draw(forest: ForestArrays, *, threshold: float, metric: str, out: Path) -> d
     scales = {name: from_squared(squared, name).tolist() for name in _METRICS}
     columns = {**scales, metric: grid.tolist(), "removed": removed.tolist(), "removed_share": share.tolist()}
     style.write_csv(out / "removed_share.csv", columns)
+
     chosen = float(share[np.searchsorted(grid, threshold)])
+
     with style.new_figure(3.6) as figure:
         axes = figure.add_subplot()
         axes.plot(grid, 100 * share, color=style.BLUE)
         axes.axvline(threshold, color=style.VERMILLION, linewidth=1.2)
         axes.plot([threshold], [100 * chosen], "o", color=style.VERMILLION, markersize=5)
+
         on_the_left = threshold > grid[-1] / 2
         axes.annotate(
             f"{threshold:g}: {units.percent(chosen)}",
@@ -48,12 +51,14 @@ def draw(forest: ForestArrays, *, threshold: float, metric: str, out: Path) -> d
             va="top",
             color=style.VERMILLION,
         )
+
         axes.set(xlabel=f"threshold, {_name(metric)}", ylabel="removed images, %", xlim=(0, grid[-1]))
         axes.set_ylim(0, 115 * max(float(share[-1]), 0.01))  # room for the words above the curve
         axes.grid(axis="x", visible=False)
         for place, other in enumerate(name for name in _METRICS if name != metric):
             _add_scale(axes, metric, other, 1 + 0.2 * place)
         style.save_svg(figure, out / "removed_share.svg")
+
     nearby = [factor * threshold for factor in _NEARBY if factor * threshold <= limit or factor == 1]
     shares = np.searchsorted(forest.squared, to_squared(np.array(nearby), metric), side="right") / forest.rows
     return {

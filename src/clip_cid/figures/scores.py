@@ -30,6 +30,7 @@ def write_table(scores: Sequence[Score], differences: Differences, path: Path) -
     }
     for fact in ("n", "classes", "chance"):
         columns[fact] = [getattr(row.any, fact) for row in rows]
+
     for model in models:
         cells = [row.by_model.get(model) for row in rows]
         columns |= {
@@ -37,6 +38,7 @@ def write_table(scores: Sequence[Score], differences: Differences, path: Path) -
             f"{model}_low": [cell.low if cell else None for cell in cells],
             f"{model}_high": [cell.high if cell else None for cell in cells],
         }
+
     for other in models:
         if STUDENT in models and other != STUDENT:
             paired = [differences.of(row.task, row.set, row.metric, other) for row in rows]
@@ -45,6 +47,7 @@ def write_table(scores: Sequence[Score], differences: Differences, path: Path) -
                 f"delta_to_{other}_low": [gap.low if gap else None for gap in paired],
                 f"delta_to_{other}_high": [gap.high if gap else None for gap in paired],
             }
+
     style.write_csv(path, columns)
 
 
@@ -53,22 +56,26 @@ def draw(scores: Sequence[Score], differences: Differences, task: str, out: Path
     rows, models = score_rows(scores), models_of(scores)
     reference = reference_model(models)
     write_table(scores, differences, out / f"scores_{task}.csv")
+
     places = np.arange(len(rows), dtype=np.float64)[::-1]
     names = [row.set if task != RETRIEVAL else f"{row.set}\n{row.metric.replace('_', ' ')}" for row in rows]
     lines = math.ceil(len(models) / style.legend_columns(models))
     with style.new_figure(0.7 + 0.2 * lines + len(rows) * (0.16 + 0.14 * len(models))) as figure:
         both = reference is not None
         panels = figure.subplots(1, 2 if both else 1, squeeze=False, sharey=True, width_ratios=[2.2, 1][: 1 + both])[0]
+
         _bars(panels[0], rows, models, places)
         panels[0].set_yticks(places, names, color=style.INK)
         panels[0].set_ylim(-0.6, len(rows) - 0.4)
         if reference is not None:
             _deltas(panels[1], rows, reference, places, differences)
+
         colors = style.model_colors(models)
         handles = [Patch(color=colors[model], label=model) for model in models]
         across = style.legend_columns(models)
         figure.legend(handles=handles, loc="outside upper left", ncols=across, handlelength=0.8, handleheight=0.8)
         style.save_svg(figure, out / f"scores_{task}.svg")
+
     return {model: mean for model in models if (mean := mean_score(rows, model)) is not None}
 
 
@@ -91,10 +98,13 @@ def _bars(axes: Axes, rows: Sequence[ScoreRow], models: Sequence[str], places: n
         for (score, _), offset in zip(present, offsets, strict=True):
             if score.low is not None and score.high is not None:
                 axes.plot([100 * score.low, 100 * score.high], [offset, offset], color=style.INK, linewidth=0.8)
+
+    # Chance, as a dotted line across the bars of a row.
     for row, place in zip(rows, places, strict=True):
         chance = row.any.chance
         if chance is not None:
             axes.plot([100 * chance] * 2, [place - 0.44, place + 0.44], color=style.INK, linewidth=0.9, linestyle=":")
+
     axes.set_xlabel("score, %")
     axes.set_xlim(left=0)
     axes.grid(axis="y", visible=False)
@@ -120,6 +130,7 @@ def _deltas(axes: Axes, rows: Sequence[ScoreRow], reference: str, places: np.nda
             fontsize=8,
         )
         largest = max(largest, 100 * abs(low), 100 * abs(high))
+
     axes.axvline(0, color=style.INK, linewidth=0.8)
     axes.set_xlim(-1.7 * (largest or 1.0), 1.7 * (largest or 1.0))
     axes.set_xlabel(f"vs {reference}, points")

@@ -48,10 +48,14 @@ def choose(tables: BalanceTables, forest: ForestArrays) -> LinkedSet | None:
     if not fitting.any():
         return None
     chosen = int(np.where(fitting, sets["component_size"], 0).argmax())
+
+    # The links within the threshold, and the images that they join to the kept one.
     squared = float(to_squared(np.array([tables.threshold]), tables.metric)[0])
     links = int(np.searchsorted(forest.squared, squared * (1 + _ROUNDING), side="right"))
     left, right = forest.left[:links], forest.right[:links]
     rows, inside = _joined_to(int(sets["kept_row"][chosen]), left, right)
+
+    # Of the joined images those removed, and how far each is from the kept one.
     own = tables.members(sets["set"][sets["component"] == sets["component"][chosen]].tolist())
     removed = own["row"][~own["kept"]]
     places = np.searchsorted(rows, removed)
@@ -59,6 +63,7 @@ def choose(tables: BalanceTables, forest: ForestArrays) -> LinkedSet | None:
     kept[places] = False
     distances = np.zeros(len(rows))
     distances[places] = own["distance"][~own["kept"]]
+
     return LinkedSet(
         rows=rows,
         kept=kept,
@@ -117,14 +122,17 @@ def draw(
     tree = hierarchy.dendrogram(linkage(linked.left, linked.right, linked.heights), no_plot=True)
     order = tree["leaves"]
     _write_table(linked, out / "single_linkage.csv")
+
     side = min(0.75, (style.WIDTH - 0.7) / len(order) - 0.04)
     height = _TREE + side + _WORDS
+
     with style.new_figure(height) as figure:
         figure.set_layout_engine("none")
         box = (0.6 / style.WIDTH, (side + _WORDS) / height, (style.WIDTH - 0.7) / style.WIDTH, (_TREE - 0.1) / height)
         axes = figure.add_axes(box)
         _tree(axes, tree["icoord"], tree["dcoord"], threshold, metric)
         axes.set_xlim(0, 10 * len(order))
+
         step = (style.WIDTH - 0.7) / len(order)
         for place, leaf in enumerate(order):
             left = 0.6 + step * place + (step - side) / 2
@@ -135,6 +143,7 @@ def draw(
             small = {"fontsize": 7.5, "ha": "center", "va": "top"}
             across = (left + side / 2) / style.WIDTH
             figure.text(across, (_WORDS - 0.09) / height, words, color=color, **small)
+
         style.save_svg(figure, out / "single_linkage.svg")
     return {"images": len(order), "longest_link": float(linked.heights[-1]), "farthest": float(linked.distances.max())}
 

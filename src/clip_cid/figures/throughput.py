@@ -26,8 +26,10 @@ def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[
     trained = ~np.isnan(metrics["pairs_per_s"])
     steps = metrics["step"][trained]
     speed, waiting, skipped = (metrics[name][trained] for name in COLUMNS)
+
     cells = {name: metrics[name][trained].tolist() for name in COLUMNS}
     style.write_csv(out / "throughput.csv", {"step": steps.astype(int).tolist(), **cells})
+
     with style.new_figure(1.75) as figure:
         for axes, values, title in zip(
             figure.subplots(1, 2), (speed, 100 * waiting), ("pairs a second", "waiting for data, %"), strict=True
@@ -40,6 +42,7 @@ def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[
             axes.yaxis.set_major_formatter(style.plain_ticks())
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         style.save_svg(figure, out / "throughput.svg")
+
     return {
         "median_pairs_per_s": float(np.median(speed)),
         "slowest_pairs_per_s": float(speed.min()),

@@ -134,6 +134,7 @@ def _values(
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000).rstrip()
     longest_fence = max((len(run) for run in re.findall(r"`+", text)), default=0)
     scores = _scores(evaluate) if "evaluate" in records else []
+
     return {
         "name": repo.rpartition("/")[2],
         "repo": repo,

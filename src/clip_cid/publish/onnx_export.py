@@ -188,6 +188,7 @@ def _about(clip: Clip, gaps: dict[str, float]) -> dict[str, Any]:
     model: Any = clip.model
     towers = _towers(clip)
     bias = getattr(model, "logit_bias", None)
+
     return {
         "towers": {
             tower.name: {

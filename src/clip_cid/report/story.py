@@ -53,6 +53,7 @@ def removed(balance: BalanceSummary) -> Statement | None:
         return None
     counts = f"{balance.removed:,} of {balance.ok:,} images"
     sentences = [f"{counts} were removed: to the teacher, each repeats a kept one."]
+
     if (truth := balance.truth) is not None:
         sentences.append(
             f"The data names the true groups ({truth.field}): {unbroken_percent(truth.precision)} of the image pairs that share a set"
@@ -67,8 +68,10 @@ def removed(balance: BalanceSummary) -> Statement | None:
             f"{unbroken_percent(balance.kinds.perceptual.share)} repeat the pixels (perceptual),"
             f" {unbroken_percent(balance.kinds.semantic.share)} only what is shown (semantic)."
         )
+
     if balance.from_ is not None:
         sentences = [f"{counts} were left out by a list made elsewhere."]
+
     return Statement(
         unbroken_percent(balance.removed_share), "removed as duplicates", sentences, "balance", "What was removed"
     )

@@ -57,11 +57,12 @@ def choose(tables: BalanceTables, *, sets: int, seed: int) -> list[RemovedSet]:
     table = tables.sets
     chosen = _strata(table["size"], table["weakest_link"], sets, seed)
     members = tables.members(table["set"][index] for _, index in chosen)
-    found = []
+
+    sets_shown: list[RemovedSet] = []
     for stratum, index in chosen:
         own = np.flatnonzero((members["set"] == table["set"][index]) & ~members["kept"])
         shown = own[np.argsort(members["distance"][own], kind="stable")][:_MOST_SHOWN]
-        found.append(
+        sets_shown.append(
             RemovedSet(
                 stratum=stratum,
                 set=int(table["set"][index]),
@@ -77,12 +78,12 @@ def choose(tables: BalanceTables, *, sets: int, seed: int) -> list[RemovedSet]:
                 kinds=members["kind"][shown].tolist(),
             )
         )
-    return found
+    return sets_shown
 
 
 def choose_pairs(tables: BalanceTables, *, pairs: int, seed: int) -> list[RemovedPair]:
     """Up to `pairs` of each kind at random, each of another set, nearest first."""
-    found: list[RemovedPair] = []
+    drawn_pairs: list[RemovedPair] = []
     for kind in PAIR_KINDS:
         members = tables.of_kind(kind)
         order = np.random.default_rng(seed).permutation(len(members["row"]))
@@ -90,7 +91,7 @@ def choose_pairs(tables: BalanceTables, *, pairs: int, seed: int) -> list[Remove
         drawn = order[np.sort(first)[:pairs]]
         nearest_first = drawn[np.argsort(members["distance"][drawn], kind="stable")]
         places = np.searchsorted(tables.sets["set"], members["set"])
-        found += [
+        drawn_pairs += [
             RemovedPair(
                 kind=kind,
                 kept=int(tables.sets["kept_row"][places[at]]),
@@ -99,7 +100,7 @@ def choose_pairs(tables: BalanceTables, *, pairs: int, seed: int) -> list[Remove
             )
             for at in nearest_first.tolist()
         ]
-    return found
+    return drawn_pairs
 
 
 def distance_note(distance: float, kind: str) -> str:
@@ -129,6 +130,7 @@ def write_table(sets: Sequence[RemovedSet], keys: dict[int, str], captions: dict
         for chosen in sets
         for place, (row, distance, kind) in enumerate(_images(chosen))
     ]
+
     _write_lines(lines, path)
 
 
@@ -156,12 +158,12 @@ def _strata(
 ) -> list[tuple[Stratum, int]]:
     each = -(-sets // len(STRATA))
     left = np.ones(len(counts), dtype=bool)
-    found: list[tuple[Stratum, int]] = []
+    picked: list[tuple[Stratum, int]] = []
     random = np.random.default_rng(seed).permutation(len(counts))
     # No link is longer than the threshold, and the farthest image of a chain says nothing about it.
     orders = (np.argsort(-counts, kind="stable"), np.argsort(-weakest, kind="stable"), random)
     for stratum, order in zip(STRATA, orders, strict=True):
-        chosen = order[left[order]][: min(each, sets - len(found))]
+        chosen = order[left[order]][: min(each, sets - len(picked))]
         left[chosen] = False
-        found.extend((stratum, int(index)) for index in chosen)
-    return found
+        picked.extend((stratum, int(index)) for index in chosen)
+    return picked

@@ -109,14 +109,14 @@ class RunInputs:
     def references(self) -> dict[str, str]:
         """Teacher, student and baseline, as far as there are any -> what to load."""
         compare, embed = self.recipe.evaluate.compare, self.recipe.embed
-        found: dict[str, str] = {}
+        references: dict[str, str] = {}
         if TEACHER in compare:
-            found[TEACHER] = compare[TEACHER]
+            references[TEACHER] = compare[TEACHER]
         elif self.recipe.has_teacher and embed.existing is None:
-            found[TEACHER] = teacher_reference(embed)
-        found[STUDENT] = f"local-dir:{self.folder.stage(DISTILL) / 'student'}"
+            references[TEACHER] = teacher_reference(embed)
+        references[STUDENT] = f"local-dir:{self.folder.stage(DISTILL) / 'student'}"
         baseline = reference_model(list(compare))
-        return found if baseline is None else {**found, baseline: compare[baseline]}
+        return references if baseline is None else {**references, baseline: compare[baseline]}
 
     def clip(self, model: str) -> Clip:
         """One of `references`, loaded once."""
@@ -127,7 +127,7 @@ class RunInputs:
     @cached_property
     def patched(self) -> tuple[dict[str, Clip], dict[str, str]]:
         """The models whose patches can be looked at, and why the others cannot."""
-        found: dict[str, Clip] = {}
+        with_patches: dict[str, Clip] = {}
         left_out: dict[str, str] = {}
         for model in self.references:
             try:
@@ -140,10 +140,10 @@ class RunInputs:
             if reason := why_no_patches(clip):
                 left_out[model] = reason
             else:
-                found[model] = clip
-        if STUDENT not in found:
+                with_patches[model] = clip
+        if STUDENT not in with_patches:
             raise LeftOut(f"the student has no patches to look at: {left_out[STUDENT]}")
-        return found, left_out
+        return with_patches, left_out
 
     @cached_property
     def labelled(self) -> EvaluationSet:

@@ -26,7 +26,7 @@ def choose(labelled: EvaluationSet, *, classes: int, each: int, seed: int) -> li
     """Up to `each` images of up to `classes` classes, all at random; images that cannot be decoded are passed over."""
     test = labelled.split("test")
     random = np.random.default_rng(seed)
-    found: list[list[LabelledImage]] = []
+    by_class: list[list[LabelledImage]] = []
     for label in random.permutation(len(labelled.class_names)).tolist():
         own: list[LabelledImage] = []
         for row in random.permutation(np.flatnonzero(test.labels == label)).tolist():
@@ -37,10 +37,10 @@ def choose(labelled: EvaluationSet, *, classes: int, each: int, seed: int) -> li
             except BadSample:
                 continue
         if own:
-            found.append(own)
-        if len(found) == classes:
+            by_class.append(own)
+        if len(by_class) == classes:
             break
-    return found
+    return by_class
 
 
 def pixels(clip: Clip, images: list[LabelledImage]) -> Float[Tensor, "images 3 height width"]:

@@ -1,10 +1,8 @@
 """Each loss part by step."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -12,50 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from clip_cid.errors import DataError
 from clip_cid.figures import style
 
 _ORDER = ("loss", "clip", "cluster_cls", "cluster_kl", "instance")
 """The parts in the order of the paper, by the beginning of their names; others come behind them."""
 _NAMES = {"loss": "total", "clip": "CLIP", "cluster_cls": "cluster classification", "cluster_kl": "cluster KL"}
-_PART, _VALIDATION = "loss/", "val/"
+_PART, VALIDATION = "loss/", "val/"
 
 
-def read_metrics(path: Path) -> dict[str, Float[np.ndarray, " lines"]]:
-    """The columns of a metrics.jsonl: `step`, `loss`, its parts, `lr`, ...; a value a line lacks, or null, is NaN.
-
-    A line with nothing but `val/` is a validation's, and may be of the same step as a training's.
-
-    Raises:
-        DataError: A line is not a JSON object, a loss is not finite, parts come or go, or the steps do not rise.
-    """
-    lines: list[dict[str, Any]] = []
-    parts: set[str] | None = None
-    last = {True: -math.inf, False: -math.inf}  # training, validation -> step
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            line = json.loads(text)
-            losses = {name: line[name] for name in line if _is_loss(name)}
-            own = {name for name in losses if not name.startswith(_VALIDATION)}
-            step, trains = line["step"], bool(own)
-
-            if not losses or not all(value is None or math.isfinite(value) for value in losses.values()):
-                raise ValueError(f"step {step}, {losses}")
-            if step <= last[trains] or step < last[not trains]:
-                raise ValueError(f"step {step}, after {max(last.values())}")
-            if trains and own != (parts or own):
-                raise ValueError(f"its parts are {', '.join(sorted(own))}")
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}, line {number}: not the losses of a later step ({error}).",
-                fix=f"Run `clip-cid distill {path.parent.parent} --force` to make the stage again.",
-            ) from error
-        lines.append(line)
-        last[trains] = step
-        parts = own if trains else parts
-
-    names = sorted({name for line in lines for name, value in line.items() if isinstance(value, int | float)})
-    return {name: np.array([_number(line.get(name)) for line in lines]) for name in names}
+def is_loss(name: str) -> bool:
+    """Whether a column of the training's log is a loss, or what a validation measured."""
+    return name == "loss" or name.startswith((_PART, VALIDATION))
 
 
 def running_mean(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarray, " n"]:
@@ -68,13 +33,13 @@ def running_mean(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarr
 
 def loss_parts(metrics: Mapping[str, Float[np.ndarray, " lines"]]) -> list[str]:
     """The columns that are losses: the total, then the parts in the order of the paper, then those of a validation."""
-    return sorted(filter(_is_loss, metrics), key=_place)
+    return sorted(filter(is_loss, metrics), key=_place)
 
 
 def display_name(part: str) -> str:
     """What a column is called in words: `loss/instance_image` is `instance image`, `val/clip` is `CLIP (validation)`."""
     plain = _plain(part)
-    return _NAMES.get(plain, plain.replace("_", " ")) + (" (validation)" if part.startswith(_VALIDATION) else "")
+    return _NAMES.get(plain, plain.replace("_", " ")) + (" (validation)" if part.startswith(VALIDATION) else "")
 
 
 def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[str, dict[str, float]]:
@@ -106,7 +71,7 @@ def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[
         for axes in grid.flat[max(0, len(panels) - grid.shape[1]) : len(panels)]:
             axes.tick_params(labelbottom=True)
             axes.set_xlabel("step")
-        if any(part.startswith(_VALIDATION) for part in parts):
+        if any(part.startswith(VALIDATION) for part in parts):
             handles = [
                 Line2D([], [], color=color, label=name)
                 for color, name in ((style.BLUE, "training"), (style.VERMILLION, "validation"))
@@ -118,17 +83,9 @@ def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[
     return {part: {"first": float(values[0]), "last": float(values[-1])} for part, values in known.items()}
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _is_loss(name: str) -> bool:
-    return name == "loss" or name.startswith((_PART, _VALIDATION))
-
-
 def _plain(part: str) -> str:
     """The part without where it was measured: `val/loss/clip`, `val/clip` and `loss/clip` are `clip`."""
-    return part.removeprefix(_VALIDATION).removeprefix(_PART)
+    return part.removeprefix(VALIDATION).removeprefix(_PART)
 
 
 def _is_detail(part: str) -> bool:
@@ -139,7 +96,7 @@ def _is_detail(part: str) -> bool:
 def _place(part: str) -> tuple[bool, int, str]:
     plain = _plain(part)
     begins = [place for place, name in enumerate(_ORDER) if plain == name or plain.startswith(f"{name}_")]
-    return part.startswith(_VALIDATION), begins[0] if begins else len(_ORDER), part
+    return part.startswith(VALIDATION), begins[0] if begins else len(_ORDER), part
 
 
 def _known(
@@ -152,7 +109,7 @@ def _known(
 def _panel(axes: Axes, curves: Mapping[str, tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]]) -> None:
     for part, (steps, values) in curves.items():
         window = max(1, len(steps) // 25)
-        color = style.VERMILLION if part.startswith(_VALIDATION) else style.BLUE
+        color = style.VERMILLION if part.startswith(VALIDATION) else style.BLUE
         if _is_detail(part):
             axes.plot(steps, values, color=color, alpha=0.35, linewidth=0.8)
         elif window == 1:

@@ -17,7 +17,7 @@ def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[
     """Write `throughput.svg` and `.csv`: pairs a second and the share of the time spent waiting, between two lines of the log.
 
     Args:
-        metrics: As `losses.read_metrics` gives them; needs `step` and `COLUMNS`, NaN in the lines of a validation.
+        metrics: The columns of the training's log; needs `step` and `COLUMNS`, NaN in the lines of a validation.
         out: Folder of the figure.
 
     Returns:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import ImageOps
 
 from clip_cid.figures import contact_sheet, distances, removed_share, single_linkage
-from clip_cid.report.drawing import removed_sets
+from clip_cid.report.drawing import linked_set, removed_sets
 from clip_cid.report.drawing.figure import Figure, Numbers
 from clip_cid.report.drawing.run_inputs import LeftOut, RunInputs
 
@@ -86,7 +86,7 @@ def _set_strip(one: removed_sets.RemovedSet, threshold: float, keys: dict[int, s
 
 def _single_linkage(inputs: RunInputs, out: Path) -> Numbers:
     tables = inputs.removed
-    linked = single_linkage.choose(tables, inputs.forest)
+    linked = linked_set.choose(tables, inputs.forest)
     if linked is None:
         raise LeftOut(f"every set has more than {single_linkage.MOST_IMAGES} images")
     pictures = _leaf_pictures(inputs, linked.rows.tolist())

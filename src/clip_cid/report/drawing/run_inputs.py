@@ -20,11 +20,11 @@ from clip_cid.evaluation.scores import (
     read_task_summaries,
     reference_model,
 )
-from clip_cid.figures import losses
 from clip_cid.models.patches import why_no_patches
 from clip_cid.models.student import Clip, load_clip
 from clip_cid.models.teacher import teacher_reference
 from clip_cid.recipe import Recipe
+from clip_cid.report.drawing.training_log import read_metrics
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, EMBED, EVALUATE
 
@@ -96,7 +96,7 @@ class RunInputs:
     @cached_property
     def metrics(self) -> dict[str, np.ndarray]:
         """The columns of the training's log."""
-        return losses.read_metrics(self.folder.stage(DISTILL) / "metrics.jsonl")
+        return read_metrics(self.folder.stage(DISTILL) / "metrics.jsonl")
 
     @cached_property
     def forest(self) -> StoredForest:

@@ -5,7 +5,7 @@ SOURCES := src tests benchmarks
 # One process a core, each with one thread; a file's tests share what they build, so they stay in one process.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # The tests of numbers: what another processor's kernels could change.
-NUMBERS := tests/properties tests/unit/method tests/unit/evaluation tests/unit/training
+NUMBERS := tests/golden tests/properties tests/unit/method tests/unit/evaluation tests/unit/training
 
 .PHONY: help setup quick test test-elsewhere check format demo clean
 

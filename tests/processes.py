@@ -4,6 +4,7 @@ They see the environment that the server was started with, and no import hook th
 """
 
 import multiprocessing
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -54,6 +55,12 @@ def result(work: Callable[..., Any], *arguments: Any) -> Any:
     """What `work` returns in a process of its own."""
     with CONTEXT.Pool(1) as pool:
         return pool.apply_async(_do, (work, *arguments)).get(PATIENCE)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run_ranks(count: int, work: Callable[..., object], *arguments: Any) -> None:

@@ -50,6 +50,7 @@ def test_help_names_every_command_and_imports_neither_torch_nor_open_clip():
         assert f"• {command} " in done.stdout
 
 
+@pytest.mark.slow
 def test_help_is_quick():
     def processor_seconds(*command: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -82,6 +83,7 @@ def test_debug_adds_the_traceback(tmp_path: Path):
     assert "Traceback" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -106,6 +108,7 @@ def test_settings_at_odds_with_each_other_are_exit_2(tmp_path: Path):
     assert "set distill.weights: clip-only" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_without_pairs_says_so(tmp_path: Path):
     done = clip_cid("run", "out", cwd=tmp_path)
     assert done.returncode in (1, 2)
@@ -113,6 +116,7 @@ def test_a_run_without_pairs_says_so(tmp_path: Path):
     assert len(done.stderr.strip().splitlines()) <= 4
 
 
+@pytest.mark.slow
 def test_init_writes_a_recipe_that_runs_are_made_from_and_never_overwrites(tmp_path: Path):
     assert clip_cid("init", "mine.yaml", cwd=tmp_path).returncode == 0
     before = (tmp_path / "mine.yaml").read_text()
@@ -122,6 +126,7 @@ def test_init_writes_a_recipe_that_runs_are_made_from_and_never_overwrites(tmp_p
     assert (tmp_path / "mine.yaml").read_text() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [["status", "no"], ["verify", "no"], ["subset", "no", "out"], ["export", "no", "out"], ["push", "no", "me/x"]],
@@ -148,6 +153,7 @@ def test_the_help_of_a_command_says_what_it_takes(command: str, taught: list[str
     assert all(word in text for word in taught)
 
 
+@pytest.mark.slow
 def test_an_unknown_command_is_exit_2():
     assert clip_cid("distil").returncode == 2
 

@@ -38,6 +38,8 @@ STUDENT = {
     },
     "machine": {"workers": 0, "threads": 1},
 }
+pytestmark = pytest.mark.slow
+
 STAGES = ["embed", "balance", "cluster", "distill", "evaluate", "draw", "report"]
 
 

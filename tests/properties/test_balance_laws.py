@@ -104,6 +104,7 @@ def assert_same(one: Balance, other: Balance) -> None:
         assert getattr(one.forest, name).tobytes() == getattr(other.forest, name).tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [False, True], ids=["in memory", "in a folder"])
 @given(points_and_threshold(), st.sampled_from(METRICS), st.booleans())
 def test_the_fast_balance_is_the_slow_one(stored, data, metric, with_texts):
@@ -126,6 +127,7 @@ def plans(draw, dim: int):
     return Plan(kind, width, cells=draw(st.sampled_from([0, 1, 4])), chunk_rows=draw(st.integers(1, 15)))
 
 
+@pytest.mark.slow
 @given(points_and_threshold(), st.data(), st.sampled_from([np.float16, np.float32, np.float64]))
 def test_the_result_does_not_depend_on_the_plan(data, draws, dtype):
     rows, threshold = data

@@ -343,6 +343,7 @@ def test_a_result_changed_on_disk_is_not_taken_over(tmp_path: Path, ran: list[st
     assert not folder.has("balance")
 
 
+@pytest.mark.slow
 def test_equal_footprints_are_equal_keys(tmp_path: Path, ran: list[str]):
     """Without a look at any file: footprints agree exactly where the keys of finished runs do."""
     pages = [

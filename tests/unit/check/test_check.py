@@ -120,6 +120,7 @@ def test_flops_of_a_pair_are_those_counted_by_hand(case: Case):
     assert report.student.training == 3 * report.student.forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "giga"), [("ViT-B-32", 14.78), ("ViT-bigG-14", 1065.36), ("RN50", 18.18)])
 def test_flops_of_known_models_are_those_of_open_clips_own_table(name: str, giga: float):
     model_cfg = known_architecture(
@@ -147,6 +148,7 @@ def test_a_run_that_does_not_exist_is_not_made(case: Case, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -180,6 +182,7 @@ def test_losses_and_sizes_are_those_of_the_training_itself(case: Case, tmp_path:
     )
 
 
+@pytest.mark.slow
 def test_disk_of_the_student_and_the_soft_centers(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     report = check(case.folder, case.recipe())
     soft: list[int] = []
@@ -430,6 +433,7 @@ class TestBeforeTheEmbeddings:
     def recipe(self, case: Case, **embed: Any) -> Recipe:
         return case.recipe(embed={"existing": None, **embed}, distill={"weights": "paper-r1"})
 
+    @pytest.mark.slow
     def test_what_can_be_told_is_told(self, case: Case, tmp_path: Path, offline: None, capsys: pytest.CaptureFixture):
         report = check(
             RunFolder(tmp_path / "run"), self.recipe(case, teacher="ViT-B-32", pretrained="laion2b_s34b_b79k")
@@ -477,6 +481,7 @@ def test_a_stage_that_is_stale_counts_as_not_done(case: Case):
     assert report.parameters["head"] == 5 * DIM
 
 
+@pytest.mark.slow
 def test_the_command_prints_all_sections_and_ends_with_0(case: Case, capsys: pytest.CaptureFixture):
     flags = ["--machine.workers", "0", "--distill.log-every", "99"]
     (case.path / "r.yaml").write_text(case.recipe().model_dump_json())

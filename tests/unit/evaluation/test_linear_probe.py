@@ -71,6 +71,7 @@ def small_digits() -> tuple[np.ndarray, np.ndarray]:
     return pixels, labels[order]
 
 
+@pytest.mark.slow
 def test_fifteen_fits_lose_at_most_two_images_against_all_ninety_seven() -> None:
     """On exact minima (Newton's method in float64), so that the accuracy of each C is the same on every processor."""
     pixels, labels = small_digits()
@@ -145,6 +146,7 @@ def clip_era_solution(x: np.ndarray, y: np.ndarray, C: float) -> Callable[[np.nd
     return lambda test: (test @ flat[:-classes].reshape(classes, dim).T + flat[-classes:]).argmax(axis=1)
 
 
+@pytest.mark.slow
 def test_the_tolerance_gives_the_classifier_of_clips_time_and_the_default_does_not() -> None:
     (x, y), (test_x, _) = (blobs(count, dim=64, classes=10, seed=count) for count in (600, 2000))
     C = 1000.0
@@ -325,6 +327,7 @@ def test_every_fit_is_told_so_that_a_long_probe_shows_how_far_it_is() -> None:
     assert len(told) == len(result.curve) + 1 <= MOST_FITS
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not array_api_supported(), reason="scikit-learn 1.9 and later fit on tensors")
 def test_a_probe_on_a_device_gives_what_the_plain_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[type] = []
@@ -348,6 +351,7 @@ def test_a_probe_on_a_device_gives_what_the_plain_one_gives(monkeypatch: pytest.
     assert isinstance(there.predicted, np.ndarray)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not array_api_supported(), reason="scikit-learn 1.9 and later fit on tensors")
 def test_one_fit_on_a_device_gives_the_same_weights() -> None:
     """The same C, so that no choice is in between: float32 products differ in their last bits only."""

@@ -103,6 +103,7 @@ def test_no_other_turn_fits_better(seed: int) -> None:
         assert least <= misfit(own.coordinates @ turn) + 1e-9
 
 
+@pytest.mark.slow
 @given(seeds)
 def test_a_finer_grid_of_the_same_patches_is_aligned_with_the_coarse_one(seed: int) -> None:
     tokens, _ = planted(seed)

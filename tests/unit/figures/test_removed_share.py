@@ -18,6 +18,7 @@ def table(out: Path) -> dict[str, np.ndarray]:
     return {name: np.array([float(line[name]) for line in lines]) for name in lines[0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", get_args(Metric))
 def test_the_curve_is_the_share_that_each_threshold_removes(metric: Metric, tmp_path: Path) -> None:
     threshold = threshold_on("squared_euclidean", 0.14, metric) * (1 + 1e-12)

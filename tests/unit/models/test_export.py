@@ -74,6 +74,7 @@ def test_a_compiled_student_is_exported_under_its_plain_names(tmp_path: Path) ->
     assert load_file(tmp_path / "student" / "open_clip_model.safetensors").keys() == clip.model.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_an_earlier_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
     export_student(tiny(tmp_path), tmp_path / "student", head_state={}, provenance={"run": 1})
     export_student(tiny(tmp_path), tmp_path / "student", head_state={}, provenance={"run": 2})

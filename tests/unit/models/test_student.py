@@ -110,6 +110,7 @@ def test_a_configuration_that_is_not_json_is_refused(tmp_path: Path) -> None:
         build_student(str(tmp_path / "x.json"), embed_dim=None)
 
 
+@pytest.mark.slow
 def test_a_student_can_start_from_an_exported_one(tmp_path: Path, tiny: Clip, exported: Path) -> None:
     path = str(tmp_path / "tiny.json")
     clip = build_student(path, embed_dim=None, pretrained=str(exported), seed=99)

@@ -66,6 +66,7 @@ def received(repo: Repo, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_arrives_is_the_student_and_loads(server: FakeHub, run: RunFolder, tmp_path: Path) -> None:
     address = push(run)
     repo = server.repos["me/tiny"]
@@ -104,6 +105,7 @@ def test_nothing_of_this_machine_arrives(server: FakeHub, run: RunFolder) -> Non
     assert provenance["teacher"]["weights_sha256"] == "abc123"
 
 
+@pytest.mark.slow
 def test_a_second_push_replaces_the_first_with_the_head_that_was_its(server: FakeHub, run: RunFolder, tmp_path: Path):
     push(run)
     other = finished_run(tmp_path / "other", seed=2, head=False)
@@ -114,6 +116,7 @@ def test_a_second_push_replaces_the_first_with_the_head_that_was_its(server: Fak
     assert len(repo.commits) == 3
 
 
+@pytest.mark.slow
 def test_pushing_the_same_again_makes_no_commit(server: FakeHub, run: RunFolder) -> None:
     assert push(run) == push(run)
     assert len(server.repos["me/tiny"].commits) == 2
@@ -154,6 +157,7 @@ def test_an_empty_repository_made_by_hand_is_filled(server: FakeHub, run: RunFol
     assert WEIGHTS in server.repos["me/tiny"].files
 
 
+@pytest.mark.slow
 def test_a_namespace_that_is_not_the_users_is_refused(server: FakeHub, run: RunFolder) -> None:
     with pytest.raises(HubError, match=r"does not let this token write here \(403: .*under them"):
         push(run, "them/tiny")
@@ -195,6 +199,7 @@ def test_a_license_the_hub_does_not_know_uploads_nothing(server: FakeHub, run: R
     assert server.blobs == {}
 
 
+@pytest.mark.slow
 def test_an_error_of_the_hub_is_told(server: FakeHub, run: RunFolder) -> None:
     for part in ("/objects/batch", "/lfs/", "/commit/"):
         server.broken = part
@@ -259,6 +264,7 @@ def test_dry_run_prints_the_card_and_asks_nobody(
     assert server.requests == []
 
 
+@pytest.mark.slow
 def test_the_command_pushes_and_the_lines_of_the_card_load_it_from_the_hub(run: RunFolder, tmp_path: Path) -> None:
     """As a user: two fresh processes that know the Hub and the token from their environment only."""
     with fake_hub() as running:

@@ -62,6 +62,7 @@ def answers(graph: Path, **inputs: np.ndarray) -> np.ndarray:
     return np.asarray(output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 11])
 def test_graphs_answer_as_open_clip_does_for_pictures_and_captions(graphs: Path, student: Path, rows: int) -> None:
     source = f"local-dir:{student}"
@@ -76,11 +77,13 @@ def test_graphs_answer_as_open_clip_does_for_pictures_and_captions(graphs: Path,
     np.testing.assert_allclose(answers(graphs / "text.onnx", tokens=tokens.numpy()), text.numpy(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_embeddings_have_length_one(graphs: Path) -> None:
     pixels = np.random.default_rng(0).standard_normal((4, 3, 48, 48)).astype(np.float32)
     np.testing.assert_allclose(np.linalg.norm(answers(graphs / "image.onnx", pixels=pixels), axis=1), 1, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_file_beside_them_says_how_to_feed_them(graphs: Path, student: Path, onnx: Any) -> None:
     about = json.loads((graphs / "onnx.json").read_text())
     config = json.loads((student / "open_clip_config.json").read_text())
@@ -98,6 +101,7 @@ def test_the_file_beside_them_says_how_to_feed_them(graphs: Path, student: Path,
     assert sorted(path.name for path in graphs.iterdir()) == ["image.onnx", "onnx.json", "text.onnx"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tower", "change", "said"),
     [
@@ -132,6 +136,7 @@ def _change_weights(onnx: Any, path: Path, change: float) -> None:
     onnx.save(graph, path)
 
 
+@pytest.mark.slow
 def test_a_graph_for_one_batch_size_only_is_refused(onnx: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fixed(module: Any, example: Any, **options: Any) -> Any:
         return real(module, example, **(options | {"dynamic_shapes": None}))
@@ -160,6 +165,7 @@ def test_without_the_extra_the_command_says_what_to_install_before_it_writes(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_writes_them_beside_the_student_and_tells_the_difference(
     onnx: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,7 @@ def lines(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(handle))
 
 
+@pytest.mark.slow
 def test_a_full_run_has_every_figure_with_its_csv(full: Drawn) -> None:
     out, summary = full.out, full.summary
     assert set(summary["left_out"]) == {"scores_retrieval", "scores_knn"}
@@ -110,6 +111,7 @@ def test_the_sets_shown_are_the_planted_duplicates(full: Drawn) -> None:
     assert sorted(map(sorted, shown.values())) == sorted(map(sorted, planted))
 
 
+@pytest.mark.slow
 def test_the_same_files_give_the_same_bytes(full: Drawn, tmp_path: Path) -> None:
     again = redrawn(full.folder, full.recipe, tmp_path / "again")
     assert again.summary == full.summary
@@ -225,6 +227,7 @@ def test_a_log_without_a_finite_loss_has_no_curve(tmp_path: Path, monkeypatch: p
     assert left_out == {"losses": "no step of the training's log has a finite loss"}
 
 
+@pytest.mark.slow
 def test_each_model_is_loaded_once(full: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
     only(monkeypatch, "patch_pca", "activation_maps", "weights")

@@ -127,6 +127,7 @@ def test_a_convolutional_teacher_whose_image_size_is_one_number_embeds_too(tmp_p
     assert run(tmp_path / "run", settings)["ok"] == len(CAPTIONS)
 
 
+@pytest.mark.slow
 def test_neither_batch_nor_workers_change_the_store(tmp_path: Path, teachers: list[str]) -> None:
     source = write_tars(tmp_path)
     stores: list[EmbeddingStore] = []
@@ -305,6 +306,7 @@ def test_a_bug_in_a_worker_is_not_swallowed(
         run(tmp_path / "run", recipe(write_tars(tmp_path), teachers[0], workers=1))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_an_error_with_a_remedy(
     tmp_path: Path, teachers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,7 @@ def read(out: Path) -> Page:
     return Page((out / "report.html").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_nothing_on_the_page_is_fetched_and_nothing_runs(full: tuple[RunFolder, Recipe]) -> None:
     out, _ = write(*full)
     text = (out / "report.html").read_text(encoding="utf-8")
@@ -244,6 +245,7 @@ def test_retrieval_counts_queries_and_not_images(tmp_path: Path) -> None:
     assert "coco text to image R@1 721" in text
 
 
+@pytest.mark.slow
 def test_models_without_patches_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "its image tower is a <Thing>."
     monkeypatch.setattr(
@@ -332,6 +334,7 @@ def test_pictures_stop_at_the_budget_and_are_counted(
     assert "pictures were left out to keep the page small" in read(out).text
 
 
+@pytest.mark.slow
 def test_a_picture_lost_since_is_an_empty_place_and_counted(tmp_path: Path) -> None:
     folder, recipe = drawn(tmp_path)
     (tmp_path / "pairs" / "001.png").write_bytes(b"no longer an image")
@@ -341,6 +344,7 @@ def test_a_picture_lost_since_is_an_empty_place_and_counted(tmp_path: Path) -> N
     assert "1 pictures could not be read" in text
 
 
+@pytest.mark.slow
 def test_a_plain_run_has_a_page_without_the_missing_parts(tmp_path: Path) -> None:
     folder, recipe = drawn(tmp_path, **PLAIN)
     out, _ = write(folder, recipe)
@@ -435,6 +439,7 @@ def with_summary(
     patch.setattr(RunFolder, "record", lambda _, stage: records[stage])
 
 
+@pytest.mark.slow
 def test_a_run_that_evaluates_nothing_has_a_page(tmp_path: Path) -> None:
     folder, recipe = drawn(tmp_path, evaluate={"sets": {}, "compare": {}})
     out, _ = write(folder, recipe)
@@ -487,6 +492,7 @@ def test_the_first_screen_says_what_was_removed_how_the_clusters_changed_and_who
     assert {"gain", "cluster_sizes_small"} <= {attributes.get("id") for attributes in page.all("figure")}
 
 
+@pytest.mark.slow
 def test_equal_steps_are_read_from_the_baselines_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, recipe = drawn(
         tmp_path, evaluate={"compare": {"baseline": f"run:{tmp_path / 'other'}", "teacher": "run:t"}}
@@ -502,6 +508,7 @@ def test_equal_steps_are_read_from_the_baselines_own_run(tmp_path: Path, monkeyp
     assert "both took 300 and saw 1,200 pairs" in text
 
 
+@pytest.mark.slow
 def test_without_a_baseline_nothing_is_said_of_a_gain(tmp_path: Path) -> None:
     folder, recipe = drawn(tmp_path, evaluate={"compare": {"teacher": "run:t"}})
     page = read(write(folder, recipe)[0])

@@ -61,6 +61,7 @@ def write_pairs(path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_distillation_is_never_off_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """A teacher named without its weights made another trainer drop the distillation, train plain CLIP and exit with 0."""
     source = ["--pairs.source", write_pairs(tmp_path / "pairs")]
@@ -111,6 +112,7 @@ def write_recipe(tmp_path: Path, **distill: Any) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_two_processes_with_one_seed_see_the_same_batches(folder: Path):
     """Another trainer seeded its shuffle with the process's number and the time."""
     batches = make_batches(training_pairs(folder), workers=2).between(0, 4)

@@ -109,6 +109,7 @@ def test_without_pairs_there_are_no_kinds_and_one_line_says_so(
         assert reason in message
 
 
+@pytest.mark.slow
 def test_the_known_duplicates_of_the_sample_are_told_apart(tmp_path: Path) -> None:
     write_sample(tmp_path / "sample", pairs=600)
     recipe = recipe_of(tmp_path / "sample" / "pairs" / "pairs-0000.tar")
@@ -174,6 +175,7 @@ COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy", COPIES)
 def test_a_copy_is_near_its_original(copy: str) -> None:
     originals = [photo(seed) for seed in range(PICTURES)]

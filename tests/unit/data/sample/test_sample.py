@@ -160,6 +160,7 @@ def test_concepts_have_a_long_tail() -> None:
     assert counts[OBJECTS[0]] > 3 * counts[OBJECTS[-1]]
 
 
+@pytest.mark.slow
 def test_a_few_scenes_have_many_copies_and_most_have_none(tmp_path: Path) -> None:
     write_sample(tmp_path / "sample", pairs=400)
     sizes = sorted(Counter(pair["dup"] for pair in pairs_of(tmp_path / "sample" / "pairs")).values())

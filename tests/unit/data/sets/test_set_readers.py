@@ -70,6 +70,7 @@ def classes_shown(found: EvaluationSet, split: str) -> list[tuple[int, str]]:
     return [(class_shown(part.load(row)), found.class_keys[part.labels[row]]) for row in range(len(part))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_image_gets_the_label_and_the_name_of_the_class_it_shows(layout: str, written: Any) -> None:
     task = LAYOUTS[layout][0]
@@ -179,6 +180,7 @@ def test_a_row_of_an_array_set_is_the_same_pixels_as_torchvisions(written: Any) 
     assert np.asarray(ours.load(0))[1, 0, 0] == 77  # down the column, not along the row
 
 
+@pytest.mark.slow
 def test_sun397_and_caltech_hold_what_torchvision_finds_without_a_split(written: Any) -> None:
     for layout, other in (("sun397", theirs.SUN397), ("caltech101", theirs.Caltech101)):
         found = opened(layout, written(layout))
@@ -208,6 +210,7 @@ def test_caltech101_is_30_images_a_class_and_the_rest_and_says_who_drew_them(wri
     assert not names["train"] & names["test"]
 
 
+@pytest.mark.slow
 def test_eurosat_is_1000_and_500_images_a_class_and_has_clips_counts(tmp_path: Path) -> None:
     eurosat(tmp_path)
     found = opened("eurosat", tmp_path)

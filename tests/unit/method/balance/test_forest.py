@@ -33,6 +33,7 @@ def test_the_forest_is_the_one_that_kruskal_finds(listed):
     assert links_of(forest_of(listed)) == kruskal(SIZE, listed)
 
 
+@pytest.mark.slow
 @given(pairs, st.randoms(use_true_random=False))
 def test_neither_the_order_of_pairs_nor_their_repetition_matters(listed, random):
     again = listed + [pair for pair in listed if random.random() < 0.5]

@@ -226,6 +226,7 @@ def counted_distances(monkeypatch) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 def test_a_crowd_is_exact_and_most_of_its_pairs_are_never_computed_exactly(monkeypatch):
     rows = crowd(1500, 2000, 64)
     expected = slow_forest(squared_matrix(rows), 0.14)
@@ -320,6 +321,7 @@ def peak_of(rows: np.ndarray) -> tuple[int, tuple[bytes, bytes, bytes]]:
     return peak, found
 
 
+@pytest.mark.slow
 def test_the_links_of_a_clique_are_never_all_in_memory(monkeypatch):
     """1,124,250 links are 27 MB; they are reduced to 1,499 whenever more than 50,000 have come on top."""
     rows = crowd(1500, 1500, 4)

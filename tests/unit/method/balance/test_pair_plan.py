@@ -94,6 +94,7 @@ def test_a_device_gets_whole_rows_in_float16():
     assert (layout.sketch, layout.centers) == (None, None)
 
 
+@pytest.mark.slow
 def test_a_plan_for_many_rows_finds_what_the_plain_one_finds(monkeypatch):
     monkeypatch.setattr(plan_choice, "_SMALL_WORK", 0)
     rng = np.random.default_rng(0)
@@ -197,6 +198,7 @@ def cheap_int8(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cheap_int8")
 @pytest.mark.parametrize("product", [wrapping, saturating, missing, gone])
 def test_a_machine_that_cannot_multiply_int8_gets_float32(monkeypatch, product):

@@ -87,6 +87,7 @@ def test_a_sketch_that_forgot_what_is_left_would_hide_pairs():
     assert (cosines > products(sketch.project(rows)) + sketch.slack).mean() > 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wider_sketch_of_its_own_rows_says_no_more(kind):
     """Not a law of any rows, but the reason for widths: the mean bound falls towards the mean cosine."""

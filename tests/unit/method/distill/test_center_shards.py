@@ -26,7 +26,10 @@ from clip_cid.training.ranks.head_shards import load_rows, save_shard
 WORLDS = (2, 4)
 ROWS, DIM = 12, 16  # rows of the whole batch
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package"),
+]
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ def float32_bound(scale: float, temperature: float) -> float:
 # Values and gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("logq", [None, "none", "kl", "both"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -285,6 +286,7 @@ def test_the_size_of_the_blocks_does_not_matter(seed, rows, columns, block, scal
             torch.testing.assert_close(part, same, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @given(SEEDS, st.permutations(range(17)), SCALES, TEMPERATURES, st.booleans())
 def test_the_order_of_the_centers_does_not_matter(seed, order, scale, temperature, trained):
     case, how = a_case(5, 17, seed=seed), {"scale": scale, "temperature": temperature, "block_centers": 4}
@@ -308,6 +310,7 @@ def test_the_divergence_of_a_copy_is_exactly_0_and_so_is_its_gradient(seed, colu
     assert not any(part.any() for part in gradients(kl, copy))
 
 
+@pytest.mark.slow
 @given(SEEDS, st.integers(1, 40), st.floats(0.01, 300), st.floats(0.1, 10), st.floats(0, 1))
 def test_neither_loss_is_ever_negative_nor_a_gradient_infinite(seed, columns, scale, temperature, nearness):
     case = a_case(4, columns, seed=seed, nearness=nearness, dim=3).to(torch.float32)
@@ -318,6 +321,7 @@ def test_neither_loss_is_ever_negative_nor_a_gradient_infinite(seed, columns, sc
             assert all(part.isfinite().all() for part in gradients(loss, copy))
 
 
+@pytest.mark.slow
 @given(SEEDS, st.integers(2, 12), st.floats(64, 600), st.floats(0, 1), st.booleans())
 @settings(max_examples=200)
 def test_the_losses_are_the_dense_ones_however_sharp_the_distributions_are(seed, columns, scale, nearness, trained):
@@ -590,6 +594,7 @@ def growth_of_the_peak(kind: str) -> float:
     return peaks[1] - peaks[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux' /proc")
 @pytest.mark.parametrize("kind", ["frozen", "trained", "soft"])
 def test_memory_does_not_grow_with_the_number_of_centers(kind):

@@ -53,6 +53,7 @@ def test_a_chain_is_wider_than_the_threshold(tmp_path: Path) -> None:
     assert chain.farthest == chain.distances[-1]
 
 
+@pytest.mark.slow
 @given(degrees=st.lists(st.floats(0, 359), min_size=3, max_size=40), sets=st.integers(1, 9), seed=st.integers(0, 3))
 def test_sets_shown_are_whole_different_and_nearest_first(
     tmp_path_factory: pytest.TempPathFactory, degrees: list[float], sets: int, seed: int

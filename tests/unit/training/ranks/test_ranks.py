@@ -47,7 +47,10 @@ from clip_cid.training.validation import hold_out
 WORLD = 2
 STEPS = 8
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package"),
+]
 
 CASES: dict[str, dict[str, Any]] = {
     **{name: {"settings": {"head_lr": 0.0, **settings}} for name, settings in EVERY_PART.items()},
@@ -233,12 +236,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes.run_ranks(WORLD, rank_main, folder, port)
+    processes.run_ranks(WORLD, rank_main, folder, processes.free_port())
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

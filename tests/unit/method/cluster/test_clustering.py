@@ -324,6 +324,7 @@ def memory_taken(path: Path) -> float:
     return peak - before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """140 MB as float16; k-means in memory would hold 280 MB of float32."""

@@ -65,6 +65,7 @@ def test_the_stage_finds_what_the_slow_version_finds(tmp_path, small_chunks):
     assert not (out / "work").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 def test_an_interrupted_balance_does_only_what_is_missing(tmp_path, small_chunks, monkeypatch):
     rows = planted(300)
@@ -109,6 +110,7 @@ def killed(left: int, command: list[str]) -> None:
     sys.exit(cli.main(command))
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 def test_a_killed_balance_ends_byte_identical(tmp_path, small_chunks):
     rows = planted(300)
@@ -120,12 +122,14 @@ def test_a_killed_balance_ends_byte_identical(tmp_path, small_chunks):
     assert_equal(balance(tmp_path / "cut", rows), whole)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path, small_chunks):
     rows = planted(300)
     alone = balance(tmp_path / "alone", rows)
     assert_equal(balance(tmp_path / "shared", rows, "--machine.balance-processes", "2"), alone)
 
 
+@pytest.mark.slow
 def test_another_threshold_looks_at_no_pair_again(tmp_path, small_chunks, monkeypatch):
     rows = planted(300)
     balance(tmp_path / "run", rows, "--balance.max-threshold", "0.2")
@@ -135,6 +139,7 @@ def test_another_threshold_looks_at_no_pair_again(tmp_path, small_chunks, monkey
     assert_equal(again, fresh)
 
 
+@pytest.mark.slow
 def test_a_larger_threshold_than_is_known_looks_again(tmp_path, small_chunks):
     rows = planted(300)
     balance(tmp_path / "run", rows, "--balance.threshold", "0.05")
@@ -142,6 +147,7 @@ def test_a_larger_threshold_than_is_known_looks_again(tmp_path, small_chunks):
     assert_equal(again, balance(tmp_path / "fresh", rows, "--balance.threshold", "0.15"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -159,6 +165,7 @@ def test_rows_that_come_and_go_give_what_a_run_from_scratch_gives(tmp_path, smal
     assert_equal(grown, balance(tmp_path / "fresh", rows[after]))
 
 
+@pytest.mark.slow
 def test_a_changed_row_is_a_new_row(tmp_path, small_chunks):
     rows = planted(300)
     earlier = balance(tmp_path / "earlier", rows)
@@ -193,6 +200,7 @@ def test_growing_looks_at_new_pairs_only(tmp_path, small_chunks, monkeypatch):
     assert len(seen) > 3
 
 
+@pytest.mark.slow
 def test_a_tampered_forest_is_not_built_upon(tmp_path, small_chunks, capfd):
     rows = planted(200)
     earlier = balance(tmp_path / "earlier", rows[:150])
@@ -219,6 +227,7 @@ def test_force_makes_the_forest_from_nothing(tmp_path, small_chunks, monkeypatch
     assert calls == [10]  # four chunks
 
 
+@pytest.mark.slow
 def test_the_target_share_is_met_by_the_smallest_threshold(tmp_path, small_chunks, capfd):
     rows = planted(300)
     out = balance(tmp_path / "run", rows, "--target-removed", "0.2", "--balance.max-threshold", "0.1")
@@ -235,6 +244,7 @@ def test_the_target_share_is_met_by_the_smallest_threshold(tmp_path, small_chunk
     assert "Give a larger balance.max_threshold" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_sweep_prints_the_curve_of_runs_of_their_own(tmp_path, small_chunks, capfd):
     rows = planted(300)
     out = balance(tmp_path / "run", rows, "--balance.max-threshold", "0.14", "--sweep")
@@ -262,6 +272,7 @@ def test_a_radius_keeps_more_and_says_which(tmp_path, small_chunks):
     assert len(np.load(plain / "kept.npy")) == 1 < len(np.load(out / "kept.npy"))
 
 
+@pytest.mark.slow
 def test_the_giant_of_a_drift_is_warned_of_in_numbers(tmp_path, capfd):
     angles = np.deg2rad(np.linspace(0, 170, 400))
     rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)

@@ -85,6 +85,7 @@ def assert_killed(left: int, where: str, run: Path, flags: list[str]) -> None:
     assert processes.exit_code(killed, left, where, ["cluster", str(run), *flags]) == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 def test_a_killed_training_goes_on_after_the_last_round_and_ends_byte_identical(tmp_path, given, capsys):
     whole = cluster(tmp_path / "whole", given)
@@ -116,6 +117,7 @@ def test_a_training_killed_in_the_last_assignment_does_no_round_again(tmp_path, 
     assert_equal(cluster(tmp_path / "cut", given), whole)
 
 
+@pytest.mark.slow
 def test_half_a_training_of_other_settings_or_rows_is_not_gone_on_with(tmp_path, given):
     state = tmp_path / "cut" / "cluster.part" / "work" / "training.npz"
     assert_killed(3, "after", tmp_path / "cut", given)
@@ -128,6 +130,7 @@ def test_half_a_training_of_other_settings_or_rows_is_not_gone_on_with(tmp_path,
     assert "resumes after" not in (tmp_path / "cut" / "run.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut short", "other rows"])
 def test_a_state_that_does_not_fit_is_passed_over_and_said(tmp_path, given, damage):
     whole = cluster(tmp_path / "whole", given)

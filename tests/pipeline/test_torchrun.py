@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -160,21 +162,41 @@ def test_a_second_start_finds_it_up_to_date(work: Path, joint: tuple[int, str]):
 
 
 @pytest.mark.resume
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes to kill in Linux's /proc")
+def start_ranks(work: Path, words: Path) -> list[BaseProcess]:
+    """What torchrun starts, without it."""
+    port = processes.free_port()
+    return [processes.start(distill_as_rank, rank, port, work, words) for rank in range(2)]
+
+
+def distill_as_rank(rank: int, port: int, work: Path, words: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.chdir(work)
+    with open(words, "a") as handle:
+        os.dup2(handle.fileno(), sys.stdout.fileno())
+        os.dup2(handle.fileno(), sys.stderr.fileno())
+    sys.exit(cli.main(["distill", "killed", "--recipe", "student.yaml"]))
+
+
 def test_all_killed_in_the_middle_the_same_command_goes_on_to_the_same_weights(work: Path, joint: tuple[int, str]):
     shutil.copytree(work / "earlier", work / "killed")
-    process = torchrun(work, "distill", "killed", "--recipe", "student.yaml")
+    ranks = start_ranks(work, work / "first words")
     checkpoints, deadline = work / "killed" / "distill.part" / "checkpoints", time.monotonic() + PATIENCE
     while not list(checkpoints.glob("step-00000[5-9].pt")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0]
+        assert all(rank.is_alive() for rank in ranks), (work / "first words").read_text()
         time.sleep(0.005)
-    kill_all(process.pid)
-    process.communicate()
+    for rank in ranks:
+        rank.kill()
+        rank.join()
     assert not (work / "killed" / "distill").exists()
     reached = max(int(path.stem[5:]) for path in checkpoints.glob("step-*.pt"))
     assert 5 <= reached < STEPS
-    code, said = start(work, "killed")
-    assert code == 0, said
+    ranks = start_ranks(work, work / "second words")
+    for rank in ranks:
+        rank.join(PATIENCE)
+        rank.kill()
+    said = (work / "second words").read_text()
+    assert [rank.exitcode for rank in ranks] == [0, 0], said
     assert "; resuming" in said
     assert said.count("resuming after step") == 1
     for name in STAGE_FILES[:2]:

@@ -246,6 +246,7 @@ def ablate(
 ONCE = {"embed": 1, "balance": 3, "cluster": 3, "distill": 6, "evaluate": 6}
 
 
+@pytest.mark.slow
 def test_every_stage_is_computed_once_for_all_runs_that_share_it_and_never_again(tmp_path: Path, ran: list[str]):
     ablate(tmp_path)
     assert Counter(ran) == ONCE
@@ -259,12 +260,14 @@ def test_every_stage_is_computed_once_for_all_runs_that_share_it_and_never_again
         assert pipeline.verify(RunFolder(folder)) == []
 
 
+@pytest.mark.slow
 def test_losses_share_balance_and_clusters_and_clip_alone_has_none(tmp_path: Path, ran: list[str]):
     runs.run(variants.plan("losses", recipe()), recipe(), tmp_path, seeds=2)
     assert Counter(ran) == {"embed": 1, "balance": 1, "cluster": 1, "distill": 16, "evaluate": 16}
     assert not (tmp_path / "runs" / "clip-seed1" / "cluster").exists()
 
 
+@pytest.mark.slow
 def test_the_preview_counts_what_then_runs_and_writes_nothing(tmp_path: Path, ran: list[str], capsys):
     ablation = variants.plan("threshold", recipe(), values=["0.05", "0.07", "0.09"])
     runs.preview(ablation, recipe(), tmp_path / "out", seeds=2)
@@ -279,6 +282,7 @@ def test_the_preview_counts_what_then_runs_and_writes_nothing(tmp_path: Path, ra
     assert left == {"embed": 0, "balance": 0, "cluster": 0, "distill": 3, "evaluate": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 @pytest.mark.parametrize("stop_after", [1, 4, 6, 13, 18])
 def test_stopped_before_any_stage_the_same_command_goes_on(tmp_path: Path, ran: list[str], monkeypatch, stop_after):
@@ -297,6 +301,7 @@ def test_stopped_before_any_stage_the_same_command_goes_on(tmp_path: Path, ran: 
     assert Counter(stage for stage in ran if stage != "stopped") == ONCE
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 def test_killed_while_it_takes_over_a_stage_it_takes_it_over_again(tmp_path: Path, ran: list[str], monkeypatch):
     copytree = shutil.copytree
@@ -315,6 +320,7 @@ def test_killed_while_it_takes_over_a_stage_it_takes_it_over_again(tmp_path: Pat
     assert all(pipeline.verify(RunFolder(folder)) == [] for folder in (tmp_path / "runs").iterdir())
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_runs_again_what_depends_on_it_and_shares_that_too(tmp_path: Path, ran: list[str]):
     ablate(tmp_path)
     ran.clear()
@@ -322,6 +328,7 @@ def test_a_changed_recipe_runs_again_what_depends_on_it_and_shares_that_too(tmp_
     assert Counter(ran) == {"cluster": 3, "distill": 6, "evaluate": 6}
 
 
+@pytest.mark.slow
 def test_more_seeds_and_values_only_add_runs(tmp_path: Path, ran: list[str]):
     ablate(tmp_path, seeds=1)
     ran.clear()
@@ -329,6 +336,7 @@ def test_more_seeds_and_values_only_add_runs(tmp_path: Path, ran: list[str]):
     assert Counter(ran) == {"balance": 1, "cluster": 1, "distill": 5, "evaluate": 5}
 
 
+@pytest.mark.slow
 def test_results_hold_every_run_and_the_table_its_mean(tmp_path: Path, ran: list[str], capsys):
     ablate(tmp_path)
     results = json.loads((tmp_path / "ablation.json").read_text())
@@ -406,6 +414,7 @@ def test_no_seed_is_refused(tmp_path: Path):
         ablate(tmp_path, seeds=0)
 
 
+@pytest.mark.slow
 def test_changed_pairs_are_embedded_again_once(tmp_path: Path, ran: list[str]):
     table = tmp_path / "pairs.csv"
     table.write_text("image,caption\na.jpg,a cat\n")

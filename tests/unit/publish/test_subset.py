@@ -192,6 +192,7 @@ def test_the_manifest_names_each_tar_with_its_digest(tmp_path: Path, run: tuple[
     assert shards["sources"]["source"] == list(run[1].pairs.source)
 
 
+@pytest.mark.slow
 def test_webdataset_and_our_own_reader_read_the_tars_and_the_pixels_are_equal(
     tmp_path: Path, run: tuple[RunFolder, Recipe]
 ) -> None:
@@ -333,6 +334,7 @@ def killed_export(left: int, run: Path, recipe: Recipe, out: Path) -> None:
     export_subset(RunFolder(run), recipe, out, shard_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 def test_a_process_killed_by_the_system_goes_on(tmp_path: Path, run: tuple[RunFolder, Recipe]) -> None:
     """SIGKILL right after each rename in turn, until the command ends by itself."""
@@ -433,6 +435,7 @@ def test_no_pair_in_a_tar_is_refused(tmp_path: Path, run: tuple[RunFolder, Recip
 # Tars from tables and folders
 
 
+@pytest.mark.slow
 def test_a_table_becomes_tars_with_the_image_as_it_is_and_the_key_in_the_json(tmp_path: Path) -> None:
     keys = ["dir/a.b.jpg", "/abs/../c.PNG", "é d", "noext"]
     images = [picture(0, "JPEG"), picture(1), picture(2, "WEBP"), picture(3, "JPEG")]
@@ -535,6 +538,7 @@ keys = st.text(
 )
 
 
+@pytest.mark.slow
 @given(keys)
 def test_every_key_makes_a_safe_name_that_gives_the_key_back(key: str) -> None:
     stem = member_stem(key)

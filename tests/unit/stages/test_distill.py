@@ -121,6 +121,7 @@ def case(tmp_path: Path) -> Case:
     return Case(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_stage_leaves_a_student_that_open_clip_loads_and_the_numbers_people_ask_for(case: Case):
     summary = case.run()
     out = case.folder.path / "distill.part"
@@ -148,6 +149,7 @@ def test_the_stage_leaves_a_student_that_open_clip_loads_and_the_numbers_people_
     assert load_file(out / "student" / "cid_head.safetensors").keys() == {"instance_logit_scale"}
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 def test_a_killed_stage_gives_the_student_of_an_uninterrupted_one(case: Case, monkeypatch: pytest.MonkeyPatch):
     case.run("whole")
@@ -171,6 +173,7 @@ def test_a_killed_stage_gives_the_student_of_an_uninterrupted_one(case: Case, mo
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 def test_killed_after_the_export_nothing_is_trained_again(case: Case, monkeypatch: pytest.MonkeyPatch):
     first = case.run()
@@ -229,6 +232,7 @@ def test_a_baseline_trains_on_the_kept_pairs_and_reads_nothing_of_the_teacher(ca
     assert not (case.folder.path / "distill.part" / "student" / "cid_head.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_plain_clip_needs_no_stage_before_it_and_lists_the_pairs_it_leaves_out(tmp_path: Path):
     case = Case(tmp_path)
     (tmp_path / "pairs" / "03.txt").unlink()
@@ -253,6 +257,7 @@ def test_a_linear_map_lets_the_student_keep_its_width(case: Case):
     assert beside["image_map.weight"].shape == beside["text_map.weight"].shape == (DIM, 24)
 
 
+@pytest.mark.slow
 def test_a_trained_student_of_another_width_cannot_be_native(case: Case):
     case.run(alignment="linear")
     weights = case.folder.path / "distill.part" / "student"
@@ -348,6 +353,7 @@ def test_distinct_labels_of_a_batch_by_hand():
     assert assemble.distinct_labels(np.array([0, 0, 1, 2]), 2) == pytest.approx(1.625)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sample_rate", "told"), [(0.5, True), (1.0, False)])
 def test_it_is_told_when_a_batch_fills_the_sample_of_centers(
     case: Case, caplog: pytest.LogCaptureFixture, sample_rate: float, told: bool
@@ -357,6 +363,7 @@ def test_it_is_told_when_a_batch_fills_the_sample_of_centers(
     assert ("its own centers are the only negatives" in caplog.text) == told
 
 
+@pytest.mark.slow
 def test_with_all_centers_frozen_the_teacher_is_read_once_and_training_is_the_same(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ):
@@ -376,6 +383,7 @@ def test_soft_centers_need_a_frozen_head_all_centers_and_a_divergence(changes: d
     assert uses_soft_centers(DistillConfig.model_validate({"sample_rate": 1.0} | changes)) == soft
 
 
+@pytest.mark.slow
 def test_sigma_can_be_calibrated_and_is_told(case: Case):
     plain, sharp = case.run("plain"), case.run("sharp", head_perplexity=1.5)
     assert plain["head_scale"] == 16
@@ -388,6 +396,7 @@ def test_sigma_can_be_calibrated_and_is_told(case: Case):
         case.run("wrong", head_perplexity=9)
 
 
+@pytest.mark.slow
 def test_sigma_is_calibrated_even_where_nothing_else_needs_the_teacher(case: Case):
     weights = {"clip": 1, "cluster_cls": 1, "cluster_kl": 0, "instance_image": 0, "instance_text": 0}
     assert case.run(weights=weights, head_perplexity=2.0)["teacher_perplexity"] == pytest.approx(2, rel=1e-2)

@@ -1,5 +1,6 @@
 """Students of every kind, from nothing or from weights: what is trained, what is refused, what is left."""
 
+import functools
 import json
 import math
 import shutil
@@ -61,6 +62,7 @@ def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
 # Students of the sigmoid kind
 
 
+@pytest.mark.slow
 def test_a_fresh_student_for_the_sigmoid_loss_starts_as_siglip_does_and_keeps_its_bias(case: Case):
     fresh = prepared(case, weights="siglip-only").trainer.model.student
     assert fresh.logit_bias.item() == -10
@@ -115,6 +117,7 @@ def test_a_locked_tower_is_left_as_it_was_loaded(finished: Case, lock: str):
     assert same == (image if lock == "image" else before.keys() - image - {"logit_scale"})
 
 
+@pytest.mark.slow
 def test_a_text_tower_of_its_own_is_trained_left_and_locked(case: Case):
     """As SigLIP's and those with a Hugging Face text model have it; here it is open_clip's transformer."""
     path = case.path / "custom.json"
@@ -142,6 +145,7 @@ def test_a_tower_of_timm_is_trained_and_left(case: Case, name: str):
     assert model.encode_image(torch.zeros(1, 3, 32, 32)).shape == (1, DIM)
 
 
+@pytest.mark.slow
 def test_batch_normalization_is_over_the_whole_batch_or_locked(case: Case):
     student = write_student(case, timm_model_name="test_efficientnet", **TIMM)
     with pytest.raises(ConfigError, match="normalizes over the batch, and would normalize over each micro-batch"):
@@ -203,10 +207,17 @@ def test_a_tower_that_cannot_compute_again_is_refused(case: Case, monkeypatch: p
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_student_trains_as_the_plain_one(case: Case):
-    found = [case.run(out, steps=2, machine={"compile": out == "compiled"}) for out in ("plain", "compiled")]
+@pytest.mark.parametrize(("backend", "lock"), [("aot_eager", "none"), ("inductor", "text")])
+def test_a_compiled_student_trains_as_the_plain_one(
+    case: Case, monkeypatch: pytest.MonkeyPatch, backend: str, lock: str
+):
+    """The whole student with the kernels of PyTorch; with compiled ones, which take a second each to make, less of it."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    if backend != "inductor":
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    found = [case.run(out, steps=2, lock=lock, machine={"compile": out == "compiled"}) for out in ("plain", "compiled")]
     assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=1e-4)
     plain, compiled = (load_file(exported(case, out) / WEIGHTS) for out in ("plain", "compiled"))
     assert plain.keys() == compiled.keys()
@@ -234,6 +245,7 @@ def test_the_ema_is_what_is_exported(case: Case, monkeypatch: pytest.MonkeyPatch
     assert not torch.equal(weights["visual.proj"], kept["last"]["visual.proj"])
 
 
+@pytest.mark.slow
 def test_held_out_pairs_are_never_trained_on(case: Case, monkeypatch: pytest.MonkeyPatch):
     trained, measured = set[int](), set[int]()
     train_step = Trainer._train_step
@@ -259,6 +271,7 @@ def test_held_out_pairs_are_never_trained_on(case: Case, monkeypatch: pytest.Mon
     }
 
 
+@pytest.mark.slow
 def test_zero_shot_on_the_way_is_that_of_the_student_that_is_left(case: Case):
     """By open_clip and numpy alone, on scikit-learn's digits."""
     case.run(steps=4, validation={"sets": {"digits": "builtin:digits"}, "metric": "zero_shot"})
@@ -323,6 +336,7 @@ def grow(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b" ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["run:{run}", "local-dir:{run}/distill/student", "{run}/distill/student"])
 def test_other_weights_to_start_from_make_the_stage_stale(finished: Case, how: str):
     changes = {"pretrained": how.format(run=finished.folder.path)}
@@ -344,6 +358,7 @@ def other_inputs(case: Case, changes: dict[str, Any], action: Callable[[], objec
     return outside(case.recipe(**changes)) != before
 
 
+@pytest.mark.slow
 def test_as_many_checkpoints_stay_as_are_asked_for(case: Case, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Trainer, "student_state", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):

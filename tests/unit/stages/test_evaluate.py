@@ -51,6 +51,7 @@ def run(folder: Path, out: Path, **settings: Any) -> tuple[dict[str, Any], list[
     return summary, [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_model_is_measured_on_every_set_by_every_task(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,6 +232,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return measured
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

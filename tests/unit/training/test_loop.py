@@ -91,6 +91,7 @@ def kill_before(trainer: Trainer, step: int) -> None:
         before_step(trainer, step, die).run()
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(folder: Path, uninterrupted: Trainer):
     again = make_trainer(folder, folder / "again", steps=STEPS)
@@ -140,6 +141,7 @@ def train_on(folder: Path, out: Path, threads: int) -> None:
     make_trainer(folder, out, steps=4000, minutes=1e-9, workers=2).run()
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 @pytest.mark.resume
 def test_a_process_killed_by_the_system_goes_on_exactly(folder: Path, tmp_path: Path, uninterrupted: Trainer):
@@ -188,6 +190,7 @@ def oracle_parts(
     return parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["clip-only", "paper-r1"])
 def test_twenty_steps_are_those_of_a_plain_loop_written_by_hand(folder: Path, tmp_path: Path, weights: str):
     settings = make_settings(weights=weights, head_lr=0, sample_rate=1.0, log_every=1, warmup_steps=5)
@@ -220,6 +223,7 @@ def test_twenty_steps_are_those_of_a_plain_loop_written_by_hand(folder: Path, tm
         assert torch.allclose(trainer.model.student.state_dict()[name], value, atol=2e-5), name
 
 
+@pytest.mark.slow
 def test_the_loss_goes_down_and_every_part_has_its_line(folder: Path, tmp_path: Path):
     settings = make_settings(log_every=7, lr=3e-3)
     summary = make_trainer(folder, tmp_path, settings=settings, steps=60).run()
@@ -288,6 +292,7 @@ def test_losses_that_stay_no_number_stop_the_run_and_leave_what_is_needed_to_do_
     assert seen[0] == batch.rows.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 5])
 def test_a_gradient_that_is_no_number_once_changes_nothing_and_is_counted(folder: Path, tmp_path: Path, at: int):
     """The skipped step leaves weights, moments and average as they were; what comes later is that of a loop without it."""

@@ -211,6 +211,7 @@ def test_the_first_rank_has_the_numbers_of_all(folder: Path, tmp_path: Path):
     assert agreed == {name: number + 1e-7 for name, number in own.items()}
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing_of_the_training(folder: Path, tmp_path: Path):
     watched = make_settings(validation={"sets": {"stripes": "here"}, "metric": "zero_shot", "every": 8})
     found = []
@@ -332,6 +333,7 @@ def test_patience_ends_the_training_and_starting_it_again_does_nothing(folder: P
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 @pytest.mark.parametrize(("kills", "minutes"), [((5,), 1e-9), ((2, 4, 6), 1e-9), ((6,), 60.0)])
 def test_a_killed_training_finds_the_best_student_of_an_uninterrupted_one(
@@ -356,6 +358,7 @@ def test_a_killed_training_finds_the_best_student_of_an_uninterrupted_one(
     assert ours == theirs
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 def test_killed_between_the_last_measurement_and_its_checkpoint(folder: Path, tmp_path: Path):
     """The decision to stop is made again, and is the same."""

@@ -161,7 +161,6 @@ def test_a_second_start_finds_it_up_to_date(work: Path, joint: tuple[int, str]):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.resume
 def start_ranks(work: Path, words: Path) -> list[BaseProcess]:
     """What torchrun starts, without it."""
     port = processes.free_port()
@@ -178,6 +177,7 @@ def distill_as_rank(rank: int, port: int, work: Path, words: Path) -> None:
     sys.exit(cli.main(["distill", "killed", "--recipe", "student.yaml"]))
 
 
+@pytest.mark.resume
 def test_all_killed_in_the_middle_the_same_command_goes_on_to_the_same_weights(work: Path, joint: tuple[int, str]):
     shutil.copytree(work / "earlier", work / "killed")
     ranks = start_ranks(work, work / "first words")

@@ -62,14 +62,14 @@ def killed(left: int, where: str, command: list[str]) -> None:
         handle.flush()
         kill()
 
-    def killing(self: Any, training: Any) -> None:
+    def killing(self: Any, state: Any) -> None:
         nonlocal left
         left -= 1
         if left == 0 and where == "before":
             kill()
         if left == 0 and where == "within":
             stage.np.savez = torn
-        write(self, training)
+        write(self, state)
         if left == 0:
             kill()
 

@@ -19,13 +19,14 @@ from clip_cid.method.cluster.clustering import Clusters, KMeansState, spherical_
 from clip_cid.models.device import resolve_device
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder, atomic_file
+from clip_cid.summaries import ClusterSummary, ClusterTruth, KmeansRound
 from clip_cid.unit_length import is_unit
 
 _WORK = "work"
 _STATE_FILE = "training.npz"
 
 
-def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
+def run(folder: RunFolder, out: Path, recipe: Recipe) -> ClusterSummary:
     """Centers and the cluster of each kept image; writes `centers.npy` and `labels.npy`.
 
     While it runs, `work/training.npz` holds the centers after the last finished round.
@@ -36,26 +37,30 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
 
     if settings.existing is not None:
         centers, labels = _read_clusters(settings.existing, dim=store.dim, kept=len(kept))
-        origin: dict[str, Any] = {"from": str(settings.existing)}
+        origin: dict[str, Any] = {"from_": str(settings.existing)}
     else:
         clusters = _cluster(store, kept, out, recipe)
         centers, labels = clusters.centers, clusters.labels
-        origin = {"objective": clusters.objective, "history": clusters.history}
+        history = [KmeansRound(**stats) for stats in clusters.history]
+        origin = {"objective": clusters.objective, "history": history}
 
     np.save(out / "centers.npy", centers)
     np.save(out / "labels.npy", labels)
     shutil.rmtree(out / _WORK, ignore_errors=True)
 
-    summary = {
-        "images": len(kept),
-        "centers": len(centers),
+    truth = None
+    if settings.truth_field is not None:
+        classes, _ = store.classes(settings.truth_field)
+        truth = _against_truth(classes[kept], labels, settings.truth_field)
+
+    summary = ClusterSummary(
+        images=len(kept),
+        centers=len(centers),
         **size_summary(labels, len(centers)),
         **_quality(store, kept, centers, labels),
         **origin,
-    }
-    if settings.truth_field is not None:
-        classes, _ = store.classes(settings.truth_field)
-        summary |= _against_truth(classes[kept], labels, settings.truth_field)
+        truth=truth,
+    )
     _log(summary)
     return summary
 
@@ -191,35 +196,35 @@ def _quality(store: EmbeddingStore, kept: np.ndarray, centers: np.ndarray, label
     }
 
 
-def _against_truth(classes: np.ndarray, labels: np.ndarray, field: str) -> dict[str, Any]:
+def _against_truth(classes: np.ndarray, labels: np.ndarray, field: str) -> ClusterTruth | None:
     """Purity against the classes that the data itself names."""
     if (classes < 0).all():
         log.warn(f"cluster.truth_field: no kept image has {field!r}, so the clusters are compared with nothing")
-        return {}
-    return {"truth": {"field": field, **dataclasses.asdict(purity(labels, classes))}}
+        return None
+    return ClusterTruth(field=field, **dataclasses.asdict(purity(labels, classes)))
 
 
-def _log(summary: dict[str, Any]) -> None:
+def _log(summary: ClusterSummary) -> None:
     """Log the sizes, the cosines and the purity; warn where most clusters hold one image."""
-    sizes = ", ".join(f"{size:,}" for size in summary["size_quantiles"].values())
-    log.info(f"cluster   sizes (smallest, 5, 25, 50, 75, 95 %, largest): {sizes}; {summary['empty']:,} empty")
+    sizes = ", ".join(f"{size:,}" for size in summary.size_quantiles.values())
+    log.info(f"cluster   sizes (smallest, 5, 25, 50, 75, 95 %, largest): {sizes}; {summary.empty:,} empty")
 
-    if summary["within_cosine"] is not None:
+    if summary.within_cosine is not None:
         log.info(
-            f"cluster   mean cosine of two images of a cluster {summary['within_cosine']:.3f}, of any two"
-            f" {summary['all_pairs_cosine']:.3f}"
+            f"cluster   mean cosine of two images of a cluster {summary.within_cosine:.3f}, of any two"
+            f" {summary.all_pairs_cosine:.3f}"
         )
 
-    if (truth := summary.get("truth")) is not None:
+    if (truth := summary.truth) is not None:
         log.info(
-            f"cluster   purity {truth['share']:.3f} by {truth['field']!r} ({truth['classes']:,} classes,"
-            f" {truth['rows']:,} images), {truth['shuffled']:.3f} with the classes shuffled"
+            f"cluster   purity {truth.share:.3f} by {truth.field!r} ({truth.classes:,} classes,"
+            f" {truth.rows:,} images), {truth.shuffled:.3f} with the classes shuffled"
         )
 
-    if summary["singletons"] > summary["centers"] / 2:
+    if summary.singletons > summary.centers / 2:
         log.warn(
-            f"{summary['singletons']:,} of {summary['centers']:,} clusters hold one image; "
-            f"{summary['images']:,} images are few for cluster.num_centers: {summary['centers']:,}"
+            f"{summary.singletons:,} of {summary.centers:,} clusters hold one image; "
+            f"{summary.images:,} images are few for cluster.num_centers: {summary.centers:,}"
         )
 
 

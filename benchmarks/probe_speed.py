@@ -24,7 +24,7 @@ from clip_cid.data.sets.evaluation_sets import open_set
 from clip_cid.data.sets.labelled_images import LabelledImages
 from clip_cid.evaluation.features import Encoder
 from clip_cid.evaluation.linear_probe import linear_probe, tolerance
-from clip_cid.models.student import load_clip
+from clip_cid.models.loading import load_clip
 from clip_cid.recipe import read_recipe
 
 CHOICES = (0.01, 1.0, 100.0)

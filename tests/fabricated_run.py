@@ -26,7 +26,7 @@ from clip_cid.method.balance.set_explanation import explain
 from clip_cid.method.cluster.cluster_quality import cluster_quality, margin_quantiles, size_quantiles
 from clip_cid.method.cluster.clustering import Clusters, spherical_kmeans
 from clip_cid.method.unit_rows import UnitRows
-from clip_cid.models.student import Clip
+from clip_cid.models.clip import Clip
 from clip_cid.recipe import Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder, StageRecord, write_json
 from clip_cid.summaries import DistillSummary, Parameters, as_json

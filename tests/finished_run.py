@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from clip_cid.models.clip import Clip
 from clip_cid.models.export import export_student
-from clip_cid.models.student import Clip, build_student
+from clip_cid.models.student import build_student
 from clip_cid.recipe import parse_recipe
 from clip_cid.run_folder import RunFolder, StageRecord, write_json
 

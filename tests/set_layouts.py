@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from clip_cid.data.sets.known_sets import load_prompts, task_table
+from clip_cid.data.sets.known_sets import known_sets, load_prompts
 
 
 def keys_of(task: str) -> list[str]:
-    return list(load_prompts(task_table()[task].prompts).names)
+    return list(load_prompts(known_sets()[task].prompts).names)
 
 
 def color(number: int) -> tuple[int, int, int]:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clip_cid.models.student import Clip, build_student
+from clip_cid.models.clip import Clip
+from clip_cid.models.student import build_student
 
 COLORS = {"red_thing": (220, 30, 30), "green_thing": (30, 200, 40), "blue_thing": (40, 40, 230)}
 CLASSES = [name.replace("_", " ") for name in COLORS]

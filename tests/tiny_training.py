@@ -15,11 +15,12 @@ from torch import Tensor
 
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
-from clip_cid.data.pairs.pairs import BadSample, Pairs, open_pairs
+from clip_cid.data.pairs.pair import BadSample
+from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, LabelledImages
 from clip_cid.method.distill.cluster_distillation import Shard
 from clip_cid.method.distill.objective import Objective, weighted_sum
-from clip_cid.models.student import Clip
+from clip_cid.models.clip import Clip
 from clip_cid.recipe import DistillConfig, LossWeights, MachineConfig, PairsConfig
 from clip_cid.training.batches import Batch, Batches, PairDataset, TrainingPairs
 from clip_cid.training.loop import Plan, Trainer

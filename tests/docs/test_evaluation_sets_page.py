@@ -2,32 +2,32 @@
 
 from pathlib import Path
 
-from clip_cid.data.sets.known_sets import Task, load_prompts, task_table
+from clip_cid.data.sets.known_sets import KnownSet, known_sets, load_prompts
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation_sets.md"
 COLUMNS = "| set | also called | classes | train / val / test | metric | split | layout | licence | where to get it |"
 
 
-def row(task: Task) -> str:
+def row(known_set: KnownSet) -> str:
     counts = " / ".join(
-        f"{task.counts[split]:,}" if split in task.counts else "-" for split in ("train", "val", "test")
+        f"{known_set.counts[split]:,}" if split in known_set.counts else "-" for split in ("train", "val", "test")
     )
     cells = [
-        f"`{task.key}`",
-        ", ".join(f"`{alias}`" for alias in task.aliases) or "-",
-        f"{len(load_prompts(task.prompts).names):,}",
+        f"`{known_set.key}`",
+        ", ".join(f"`{alias}`" for alias in known_set.aliases) or "-",
+        f"{len(load_prompts(known_set.prompts).names):,}",
         counts,
-        task.metric,
-        task.split,
-        f"`{task.layout}`" if "`" not in task.layout else task.layout,
-        task.licence,
-        task.where,
+        known_set.metric,
+        known_set.split,
+        f"`{known_set.layout}`" if "`" not in known_set.layout else known_set.layout,
+        known_set.licence,
+        known_set.where,
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def table_of_sets() -> str:
-    return "\n".join([COLUMNS, "|" + "---|" * COLUMNS.count(" | ") + "---|", *map(row, task_table().values())])
+    return "\n".join([COLUMNS, "|" + "---|" * COLUMNS.count(" | ") + "---|", *map(row, known_sets().values())])
 
 
 def test_the_page_has_every_row_of_the_table() -> None:

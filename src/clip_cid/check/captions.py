@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clip_cid.data.pairs.pairs import BadSample
-from clip_cid.models.student import Clip
+from clip_cid.data.pairs.pair import BadSample
+from clip_cid.models.clip import Clip
 from clip_cid.training.batches import TrainingPairs
 
 _LOOKED_AT = 500

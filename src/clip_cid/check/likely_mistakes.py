@@ -12,7 +12,7 @@ from clip_cid.check.rehearsal import Reading
 from clip_cid.data.pairs.pairs import fingerprint
 from clip_cid.data.sets.evaluation_sets import open_set
 from clip_cid.errors import ClipCidError
-from clip_cid.models.student import known_architecture
+from clip_cid.models.loading import known_architecture
 from clip_cid.recipe import DistillConfig, MachineConfig, Recipe
 from clip_cid.training.step import resolve_precision
 

@@ -12,8 +12,9 @@ from clip_cid import pipeline, tasks, units
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.errors import RunError
+from clip_cid.models.architectures import build_skeleton
 from clip_cid.models.costs import Costs, count_costs
-from clip_cid.models.student import build_skeleton, known_architecture
+from clip_cid.models.loading import known_architecture
 from clip_cid.models.teacher import teacher_reference
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder

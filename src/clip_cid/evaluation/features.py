@@ -16,13 +16,13 @@ from jaxtyping import Float, Int
 from numpy.lib.format import open_memmap
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from clip_cid import log, units
-from clip_cid.data.pairs.pairs import BadSample
+from clip_cid.data.pairs.decoding import decoded_batches
+from clip_cid.data.pairs.pair import BadSample
 from clip_cid.errors import DataError
 from clip_cid.evaluation.towers import after_only, both_features
-from clip_cid.models.student import Clip
+from clip_cid.models.clip import Clip
 from clip_cid.models.teacher import weights_sha256
 from clip_cid.run_folder import atomic_file, read_json, write_json
 
@@ -195,14 +195,14 @@ class Encoder:
         write_json(entry / "rows.json", {"title": source.title, "model": self.name, "bad": bad})
 
     def _batches(self, source: ImageSource) -> Iterator[_Batch]:
-        few = len(source) <= self.batch_size
-        loader = DataLoader(
+        starts = range(0, len(source), self.batch_size)
+        return decoded_batches(
             _Decoded(source, self.clip.preprocess),
-            batch_size=self.batch_size,
-            num_workers=0 if few else self._workers,
-            collate_fn=_stack,
+            (list(range(start, min(start + self.batch_size, len(source)))) for start in starts),
+            _stack,
+            workers=self._workers if len(starts) > 1 else 0,
+            smaller_batch="machine.embed_batch",
         )
-        return iter(loader)
 
 
 def prune(cache: Path, used: frozenset[str]) -> int:
@@ -213,16 +213,13 @@ def prune(cache: Path, used: frozenset[str]) -> int:
     return len(stale)
 
 
-class _Decoded(Dataset[tuple[int, Tensor | str]]):
+class _Decoded:
     """Rows ready for the model, or the reason why one cannot be."""
 
     def __init__(self, source: ImageSource, preprocess: Callable[[Image.Image], Tensor]) -> None:
         self.source, self.preprocess = source, preprocess
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, row: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, row: int, /) -> tuple[int, Tensor | str]:
         try:
             return row, self.preprocess(self.source.load(row))
         except BadSample as error:

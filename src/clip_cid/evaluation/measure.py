@@ -14,7 +14,7 @@ from jaxtyping import Int
 from clip_cid import log, units
 from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.data.sets.evaluation_sets import EvaluationSet
-from clip_cid.data.sets.known_sets import task_table
+from clip_cid.data.sets.known_sets import known_sets
 from clip_cid.evaluation.features import Encoder, ImageFeatures, ImageSource
 from clip_cid.evaluation.knn import TEMPERATURE, knn
 from clip_cid.evaluation.linear_probe import (
@@ -154,7 +154,11 @@ def measure_retrieval(name: str, source: ImageSource, pairs: Pairs, encoder: Enc
 
 def imagenet_classes(labelled: EvaluationSet) -> Int[np.ndarray, " classes"] | None:
     """Which of ImageNet's classes a shifted set has: some, or all of them; None for any other set."""
-    if labelled.superset_classes is None and labelled.task is not None and task_table()[labelled.task].shifted:
+    if (
+        labelled.superset_classes is None
+        and labelled.known_key is not None
+        and known_sets()[labelled.known_key].shifted
+    ):
         return np.arange(len(labelled.class_names))
     return labelled.superset_classes
 

@@ -11,7 +11,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from clip_cid.errors import ConfigError
-from clip_cid.models.student import Clip
+from clip_cid.models.clip import Clip
 
 Taps = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Pixels -> features before and after the projection."""

@@ -1,4 +1,4 @@
-"""What a model costs: its size, and the operations of a pair."""
+"""What a model costs: its parameters, and the floating-point operations of a pair."""
 
 import copy
 from dataclasses import dataclass
@@ -38,28 +38,28 @@ def count_parameters(student: torch.nn.Module) -> dict[str, int]:
 
 
 def count_costs(model: torch.nn.Module, *, context_length: int) -> Costs | None:
-    """Count by a pass of shapes without numbers, which takes no time and no memory.
+    """Count the operations of a pass on PyTorch's meta device, which computes shapes only.
 
-    Matrix products, convolutions and attention count, as in `torch.utils.flop_counter`; what acts on numbers one by one
-    does not.
+    Matrix products, convolutions and attention count, as in `torch.utils.flop_counter`; elementwise operations do not.
 
     Args:
         model: One of open_clip's, on any device; it is not changed.
         context_length: Tokens of a caption.
 
     Returns:
-        None where a part of the model cannot compute without numbers.
+        None where a part of the model cannot run on the meta device.
     """
     bare: Any = copy.deepcopy(model).to("meta").requires_grad_(True)
     size: Any = bare.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.zeros(1, 3, height, width, device="meta")
     texts = torch.zeros(1, context_length, dtype=torch.int64, device="meta")
+
     try:
-        found = [_flops(bare.encode_image, images), _flops(bare.encode_text, texts)]
+        flops = [_flops(bare.encode_image, images), _flops(bare.encode_text, texts)]
     except (RuntimeError, NotImplementedError):
         return None
-    return Costs(*found, parameters=sum(value.numel() for value in model.parameters()))
+    return Costs(*flops, parameters=sum(value.numel() for value in model.parameters()))
 
 
 def _flops(tower: Any, rows: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Which processor does the work."""
+"""The device that computes: CPU, CUDA or MPS."""
 
 import functools
 
@@ -11,8 +11,8 @@ from clip_cid.errors import ConfigError
 def resolve_device(name: str) -> torch.device:
     """The device a recipe names; `auto` is CUDA where there is one and the CPU elsewhere.
 
-    From here on float32 is float32 on CUDA too: TF32, which PyTorch allows in convolutions and some systems in all
-    products, keeps 11 bits, and neither scores nor the digits of the cluster losses would be those of the CPU.
+    It also turns TF32 off. PyTorch allows TF32 in convolutions, and some systems in all products; it keeps 11 bits, so
+    neither scores nor the digits of the cluster losses would be those of the CPU.
 
     Raises:
         ConfigError: The name is not a device, or this machine does not have it.
@@ -31,20 +31,24 @@ def _named(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"machine.device: {name!r} is not a device.", fix=_FIX) from error
+
     if device.type == "cpu":
         return torch.device("cpu")
+
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise ConfigError(
-                f"machine.device: {name} was asked for, but PyTorch {torch.__version__} sees {count} CUDA devices here.",
+                f"machine.device is {name}, but PyTorch {torch.__version__} sees {count} CUDA devices here.",
                 fix="Set machine.device: cpu, or install a PyTorch built for CUDA and check `nvidia-smi`.",
             )
         return device
+
     if device.type == "mps":
         if not torch.backends.mps.is_available():
-            raise ConfigError("machine.device: mps was asked for, but this machine has none.", fix=_FIX)
+            raise ConfigError("machine.device is mps, but this machine has none.", fix=_FIX)
         return device
+
     raise ConfigError(f"machine.device: {name!r} is not supported.", fix=_FIX)
 
 

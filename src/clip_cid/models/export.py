@@ -1,4 +1,4 @@
-"""The student as a folder that open_clip, the Hub and CLIP_benchmark load; reloaded and compared before it appears."""
+"""The student as a folder that open_clip, the Hub and CLIP_benchmark load, tested by a reload before it appears."""
 
 import json
 import os
@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clip_cid.errors import RunError
-from clip_cid.models.student import CONFIG_FILE, WEIGHTS_FILE, Clip, load_clip, open_clip_warnings
+from clip_cid.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
+from clip_cid.models.loading import load_clip
+from clip_cid.models.open_clip_errors import open_clip_warnings
 from clip_cid.run_folder import own_mark
 
 HEAD_FILE = "cid_head.safetensors"
@@ -39,6 +41,7 @@ def export_student(clip: Clip, out: Path, *, head_state: Mapping[str, Tensor], p
     """
     if out.exists() and not _is_ours(out):
         raise RunError(f"{out}: exists and is not an export of clip-cid.", fix="Give another folder, or remove it.")
+
     out.parent.mkdir(parents=True, exist_ok=True)
     part, old = (out.with_name(f".{out.name}.{suffix}-{own_mark()}") for suffix in ("part", "old"))
     part.mkdir()
@@ -54,7 +57,7 @@ def export_student(clip: Clip, out: Path, *, head_state: Mapping[str, Tensor], p
 
 
 def usage(out: Path) -> str:
-    """The lines to paste: load the student in Python, or hand it to CLIP_benchmark."""
+    """The lines to paste: load the student in Python, or pass it to CLIP_benchmark."""
     path = out.resolve()
     return f"""\
 # Python
@@ -88,21 +91,24 @@ def _write(clip: Clip, folder: Path, head_state: Mapping[str, Tensor], provenanc
     bias = getattr(model, "logit_bias", None)
     if bias is not None:
         model_cfg["init_logit_bias"] = float(bias.detach())  # open_clip makes room for a bias only when this is there
+
     config = {"model_cfg": model_cfg, "preprocess_cfg": clip.preprocess_cfg, "clip_cid": provenance}
     text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
     save_file(_plain(model.state_dict()), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if head_state:
         save_file(_plain(head_state), folder / HEAD_FILE, metadata={"format": "pt"})
     if isinstance(clip.tokenizer, HFTokenizer):
         clip.tokenizer.save_pretrained(str(folder))  # local-dir: looks for the tokenizer here and nowhere else
+
     for path in folder.iterdir():
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether it may be replaced: an export, or an empty folder."""
+    """Whether the folder may be replaced: it is an export, or empty."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return folder.is_dir()
     try:
@@ -132,14 +138,16 @@ def _unwrapped(model: Any) -> Any:
 
 
 def _self_test(clip: Clip, folder: Path) -> None:
-    """Reload the folder as a stranger would and compare pixels, tokens and both outputs, bit by bit."""
+    """Reload the folder with open_clip alone and compare pixels, tokens and both outputs, bit by bit."""
     with open_clip_warnings():
         source = f"local-dir:{folder}"
         model, preprocess = cast(tuple[Any, Any], open_clip.create_model_from_pretrained(source, device=clip.device))
         tokenizer = open_clip.get_tokenizer(source)
+
     noise = np.random.default_rng(0).integers(0, 256, size=(3, 61, 97, 3), dtype=np.uint8)
     images = [Image.fromarray(pixels) for pixels in noise]
     captions = ["a photo of a cat.", "two red squares left of a circle", ""]
+
     ours = _outputs(_unwrapped(clip.model), clip.preprocess, clip.tokenizer, images, captions)
     theirs = _outputs(model, preprocess, tokenizer, images, captions)
     for name, tensor in ours.items():
@@ -157,6 +165,7 @@ def _outputs(
     device = next(model.parameters()).device
     pixels = torch.stack([preprocess(image) for image in images])
     tokens = tokenizer(captions)
+
     training = model.training
     model.eval()
     try:
@@ -164,6 +173,7 @@ def _outputs(
             image, text = model.encode_image(pixels.to(device)), model.encode_text(tokens.to(device))
     finally:
         model.train(training)
+
     return {
         "pixels": pixels,
         "tokens": tokens,

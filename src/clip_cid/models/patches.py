@@ -1,4 +1,4 @@
-"""What single patches say, in the image towers that have them: features of each, and where a prompt is seen."""
+"""Patches of an image tower: the features of each, and which of them show a prompt (Grad-CAM)."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from jaxtyping import Float
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
-from clip_cid.models.student import Clip
+from clip_cid.models.clip import Clip
 
 
 def why_no_patches(clip: Clip) -> str | None:
-    """The reason in words why this model's patches are not known; None for open_clip's own ViT."""
+    """The reason why the patches of this model are not known; None for open_clip's own ViT."""
     visual = clip.model.visual
     if isinstance(visual, VisionTransformer):
         return None
@@ -25,13 +25,13 @@ def patch_tokens(
     """Each patch's features after the last block and, where it is made for this width, the tower's last norm."""
     visual = _vit(clip)
     with torch.inference_mode():
-        found = visual.forward_intermediates(
+        outputs = visual.forward_intermediates(
             pixels.to(clip.device),
             indices=1,
             normalize_intermediates=visual.attn_pool is None,  # a pooler's norm stands behind it, in its own width
             intermediates_only=True,
         )
-    return found["image_intermediates"][0].permute(0, 2, 3, 1)
+    return outputs["image_intermediates"][0].permute(0, 2, 3, 1)
 
 
 def grad_cam(
@@ -39,20 +39,20 @@ def grad_cam(
 ) -> tuple[Float[Tensor, "images rows columns"], Float[Tensor, " images"]]:
     """Where each image shows its prompt: Grad-CAM of their cosine, and the cosine itself.
 
-    The activations are those before the last block's attention: behind it the class token takes nothing from the other
-    patches any more, so their gradients are zero. Channels are weighed by their mean gradient over the patches, and
-    what speaks against the prompt is cut off at 0.
+    The activations are those before the attention of the last block. Behind it the class token reads no other patch, so
+    the gradients of the patches are zero. Channels are weighted by their mean gradient over the patches; negative
+    values, which speak against the prompt, become 0.
 
     Args:
-        clip: A model that `why_no_patches` has nothing against.
+        clip: A model for which `why_no_patches` gives None.
         pixels: Preprocessed images.
         prompts: Unit text embeddings, one an image.
     """
-    seen: list[Tensor] = []
+    activations: list[Tensor] = []
 
     def tap(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
-        seen.append(output.detach().requires_grad_())  # cut off, so that no gradient is computed below this place
-        return seen[0]
+        activations.append(output.detach().requires_grad_())  # detached, so that no gradient is computed below
+        return activations[0]
 
     hook = _vit(clip).transformer.resblocks[-1].ln_1.register_forward_hook(tap)
     model: Any = clip.model
@@ -60,11 +60,12 @@ def grad_cam(
         with torch.enable_grad():
             images = F.normalize(model.encode_image(pixels.to(clip.device)), dim=-1)
             cosines = (images * prompts.to(images)).sum(dim=1)
-            (gradient,) = torch.autograd.grad(cosines.sum(), seen)
+            (gradient,) = torch.autograd.grad(cosines.sum(), activations)
     finally:
         hook.remove()
+
     channels = gradient[:, 1:].mean(dim=1)  # (images, width); the class token is no place in the image
-    maps = F.relu(torch.einsum("ipc,ic->ip", seen[0][:, 1:].detach(), channels))
+    maps = F.relu(torch.einsum("ipc,ic->ip", activations[0][:, 1:].detach(), channels))
     return maps.reshape(len(maps), *_vit(clip).grid_size), cosines.detach()
 
 

@@ -2,20 +2,21 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from clip_cid.errors import ConfigError, DataError
-from clip_cid.models.student import Clip, load_clip
+from clip_cid.models.clip import HUB, LOCAL, RUN, Clip
+from clip_cid.models.loading import load_clip
 from clip_cid.recipe import EmbedConfig, Precision
 
-_SCHEMES = ("run:", "local-dir:", "hf-hub:")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -28,6 +29,18 @@ class Teacher:
     identity: dict[str, Any]
     """reference, weights_sha256, model_cfg, preprocessing, precision: what decides the numbers of an embedding; and
     logit_scale, the factor from its cosines to its logits."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.clip.device
+
+    @property
+    def image_side(self) -> int:
+        return self.clip.image_side
+
+    @property
+    def preprocess(self) -> Callable[[Image.Image], Tensor]:
+        return self.clip.preprocess
 
     def encode_images(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """`v_t` of docs/method.md: unit image embeddings, on the teacher's device.
@@ -91,13 +104,13 @@ def load_teacher(embed: EmbedConfig, *, device: str) -> Teacher:
 
 
 def teacher_reference(embed: EmbedConfig) -> str:
-    """What `load_clip` is asked for: `embed.pretrained` belongs to plain open_clip names only."""
+    """The teacher as `load_clip` names it; `embed.pretrained` belongs to plain open_clip names only."""
     if embed.teacher == "none":
         raise ConfigError(
             "embed.teacher: none, so there is nothing to embed with.",
             fix="Name a teacher, give embed.existing, or train without: distill.weights: clip-only.",
         )
-    if embed.teacher.startswith(_SCHEMES):
+    if embed.teacher.startswith((RUN, LOCAL, HUB)):
         return embed.teacher
     if embed.pretrained is None:
         raise ConfigError(
@@ -108,7 +121,7 @@ def teacher_reference(embed: EmbedConfig) -> str:
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of all weights: equal models, equal digest, wherever they live."""
+    """SHA-256 over the names, types, shapes and bytes of all weights; it does not depend on the device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_cid.errors import MissingExtraError, RunError
-from clip_cid.models.student import Clip, load_clip
+from clip_cid.models.clip import Clip
+from clip_cid.models.loading import load_clip
 from clip_cid.run_folder import own_mark, write_json
 
 FOLDER, ABOUT = "onnx", "onnx.json"

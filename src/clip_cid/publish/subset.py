@@ -30,9 +30,12 @@ from jaxtyping import Int64
 
 from clip_cid import log, units
 from clip_cid.data.embeddings.files import write_table
-from clip_cid.data.embeddings.store import EmbeddingStore, rows_in_store
-from clip_cid.data.pairs.pairs import BadSample, Pairs, fingerprint, open_pairs
-from clip_cid.data.pairs.tars import IMAGE_EXTENSIONS, METADATA
+from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
+from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.pairs.pair import BadSample
+from clip_cid.data.pairs.pairs import Pairs, fingerprint_digest, open_pairs
+from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS
+from clip_cid.data.pairs.tars import METADATA
 from clip_cid.errors import ConfigError, DataError, RunError
 from clip_cid.journal import Journal
 from clip_cid.recipe import PairsConfig, Recipe
@@ -87,10 +90,10 @@ class _Plan:
 
 
 def export_subset(folder: RunFolder, recipe: Recipe, out: Path, *, shard_size: int | None) -> str:
-    """Write the kept list of a run, and with `shard_size` its pairs as tars of so many; goes on with what is there.
+    """Write the kept list of a run and, with `shard_size`, its pairs as tars of that many; finished tars are kept.
 
     Returns:
-        What there is now, in words.
+        A line that says what is there now.
 
     Raises:
         ConfigError: `shard_size` is out of its limits or not what `out` was begun with, or there are no pairs to write.
@@ -101,6 +104,7 @@ def export_subset(folder: RunFolder, recipe: Recipe, out: Path, *, shard_size: i
         raise ConfigError(
             f"--shard-size: must be at least 1, got {shard_size}.", fix="Give the number of pairs in a tar."
         )
+
     kept = _read_kept(folder)
     plan = _plan(recipe.pairs, kept, shard_size)
     _check_out(out, kept, plan)
@@ -115,9 +119,10 @@ def export_subset(folder: RunFolder, recipe: Recipe, out: Path, *, shard_size: i
 def _export_keys(out: Path, kept: _Kept, manifest: dict[str, Any]) -> str:
     """The keys alone; tars that are there stay as they are."""
     shards, finished = manifest.get("shards"), True
-    if not manifest:  # first of all, so that what a kill leaves is known as ours
+    if not manifest:  # first, so that the folder of a killed export is known as ours
         _write_manifest(out, kept, None, finished=False)
     _write_keys(out, kept)
+
     if shards is not None and not manifest["finished"]:
         finished = False
         log.warn(f"{out}: its tars are unfinished; --shards --shard-size {shards['shard_size']} goes on with them")
@@ -128,10 +133,11 @@ def _export_keys(out: Path, kept: _Kept, manifest: dict[str, Any]) -> str:
 def _export_shards(
     folder: RunFolder, recipe: Recipe, out: Path, kept: _Kept, plan: _Plan, manifest: dict[str, Any]
 ) -> str:
-    """The keys and the tars that are not there yet; refused, if at all, before anything is written."""
+    """The keys and the tars that are not there yet; what must be refused is refused before anything is written."""
     recorded = (manifest.get("shards") or {}).get("files", [])
     journal = Journal(out / SHARDS / _JOURNAL)
     good = _good_shards(out, [*recorded, *journal.read()])
+
     if all(name in good for name in plan.names):
         samples, rows = None, kept.rows[:0]
     else:
@@ -141,6 +147,7 @@ def _export_shards(
         journal.path.parent.mkdir(exist_ok=True)
         journal.replace(*good.values())
         _write_manifest(out, kept, plan.described, finished=False)
+
     _write_keys(out, kept)
     files = good if samples is None else _write_shards(out, plan, good, samples, rows, journal)
     listed = [files[name] for name in plan.names]
@@ -153,13 +160,13 @@ def _export_shards(
 def member_stem(key: str) -> str:
     """A key as the name of a tar's member without extension; `key_of_stem` gives the key back.
 
-    A dot would end the key and a leading slash or `..` would leave the folder, so these are written as %2E and %2F, and
-    so is what other systems take for special. Keys without them stay as they are, whatever their language.
+    A dot would end the key, and a leading slash or `..` would leave the folder, so they become %2E and %2F. Characters
+    that are special on other systems are written alike. Keys without them stay as they are, in any language.
     """
     special = r'[.%\\:*?"<>|\x00-\x1f\x7f]'
     if "" in key.split("/"):  # a slash at an end, or two together
         special = r'[./%\\:*?"<>|\x00-\x1f\x7f]'
-    stem = re.sub(special, lambda found: f"%{ord(found[0]):02X}", key)
+    stem = re.sub(special, lambda match: f"%{ord(match[0]):02X}", key)
     return stem.replace("_", "%5F") if METADATA.match(stem) else stem
 
 
@@ -169,10 +176,11 @@ def key_of_stem(stem: str) -> str:
 
 
 def _read_kept(folder: RunFolder) -> _Kept:
-    """The kept rows and their keys, which are of one balance stage and of the embeddings that are there now."""
+    """The kept rows and their keys, as the balance stage left them."""
     balance, again = folder.stage(BALANCE), f"Run `clip-cid balance {folder.path} --force` and repeat this command."
     if changed := folder.changed_files(BALANCE, digests=False):
         raise RunError(f"{balance}: not as the stage left it ({'; '.join(changed)}).", fix=again)
+
     try:
         table = pq.read_table(balance / "kept.parquet", columns=["key", "row"])
         rows = np.load(balance / "kept.npy", allow_pickle=False)
@@ -180,6 +188,7 @@ def _read_kept(folder: RunFolder) -> _Kept:
         raise RunError(f"{balance}: cannot be read ({error}).", fix=again) from error
     if rows.dtype != np.int64 or not np.array_equal(rows, table.column("row").to_numpy()):
         raise RunError(f"{balance}: kept.npy and kept.parquet name different rows.", fix=again)
+
     keys = table.column("key").cast(pa.large_string()).combine_chunks()
     keys = pa.concat_arrays(keys.chunks) if isinstance(keys, pa.ChunkedArray) else keys
     broken = pc.call_function("match_substring_regex", [keys], pc.MatchSubstringOptions("[\r\n]"))
@@ -189,6 +198,7 @@ def _read_kept(folder: RunFolder) -> _Kept:
             f"{balance}: {count:,} keys hold a line break, such as {sample!r}, so they cannot stand one a line.",
             fix="Give the pairs other keys (pairs.key_column, or file names without line breaks), or read kept.parquet there.",
         )
+
     digest = hashlib.sha256()
     for line in _lines(keys):
         digest.update(line)
@@ -210,12 +220,11 @@ def _plan(pairs: PairsConfig, kept: _Kept, shard_size: int | None) -> _Plan | No
             fix="Leave --shards out for the keys alone, or set pairs.source in the run's recipe.yaml to the pairs the "
             "embeddings were made from.",
         )
-    digest = hashlib.sha256(json.dumps(fingerprint(pairs)).encode()).hexdigest()
-    return _Plan(shard_size, len(kept.keys), {"source": list(pairs.source), "sha256": digest})
+    return _Plan(shard_size, len(kept.keys), {"source": list(pairs.source), "sha256": fingerprint_digest(pairs)})
 
 
 def _check_out(out: Path, kept: _Kept, plan: _Plan | None) -> dict[str, Any]:
-    """The manifest that is at `out`, if it is of this list; nothing when the folder is new or empty.
+    """The manifest at `out`, which must be of this list; empty when the folder is new or empty.
 
     Raises:
         DataError: Something else is there.
@@ -228,6 +237,7 @@ def _check_out(out: Path, kept: _Kept, plan: _Plan | None) -> dict[str, Any]:
         if out.exists() and (names := sorted(path.name for path in out.iterdir() if not path.name.startswith("."))):
             raise DataError(f"{out}: holds other files, such as {names[0]!r}.", fix=other)
         return {}
+
     try:
         before = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         if (before["format"], before["version"]) != (_FORMAT, _VERSION):
@@ -237,12 +247,14 @@ def _check_out(out: Path, kept: _Kept, plan: _Plan | None) -> dict[str, Any]:
         same = plan is None or planned is None or {name: planned[name] for name in plan.described} == plan.described
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out / MANIFEST}: not a subset of this version ({error}).", fix=other) from error
+
     if differ:
         raise DataError(
             f"{out}: a subset of another run or of another balance ({before['count']:,} keys there, "
             f"{len(kept.keys):,} now; {', '.join(differ)} differ).",
             fix=other,
         )
+
     if plan is not None and planned is not None and not same:
         if planned["sources"] != plan.sources:
             raise DataError(
@@ -273,10 +285,10 @@ def _write_manifest(out: Path, kept: _Kept, shards: dict[str, Any] | None, *, fi
 
 
 def _samples_to_write(folder: RunFolder, recipe: Recipe, kept: _Kept) -> tuple[_Samples, Int64[np.ndarray, " kept"]]:
-    """What gives the files of rows of the pairs, and the kept rows."""
+    """The function that gives the files of rows of the pairs, and the kept rows."""
     pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
     rows = _rows_of_pairs(folder, recipe.pairs, pairs, kept)
-    return pairs.original_files if pairs.kind == "tar" else _MadeSamples(pairs, recipe.pairs.captions_field), rows
+    return pairs.original_files if pairs.has_members else _MadeSamples(pairs, recipe.pairs.captions_field), rows
 
 
 def _write_shards(
@@ -292,6 +304,7 @@ def _write_shards(
     todo = [number for number, name in enumerate(names) if name not in good]
     if good:
         log.info(f"subset    {len(good):,} of {len(names):,} tars are there with the right digests")
+
     done = sum(file["pairs"] for file in good.values())
     with log.progress("subset", len(rows), unit="pairs", start=done) as bar:
         stream = samples(np.concatenate([rows[plan.rows_of(number)] for number in todo]))
@@ -301,8 +314,9 @@ def _write_shards(
             assert files[name]["pairs"] == count, "every row gives a sample"
             journal.append(files[name])
             journal.sync()
+
     if isinstance(samples, _MadeSamples):
-        samples.tell_unusual()
+        samples.warn_of_unusual()
     return files
 
 
@@ -332,14 +346,16 @@ def _rows_of_pairs(folder: RunFolder, settings: PairsConfig, pairs: Pairs, kept:
             f"{folder.path}: the kept keys are not those of the embeddings; embed was run again after balance.",
             fix=f"Run `clip-cid balance {folder.path}` and repeat this command, into a new folder.",
         )
+
     is_kept = np.zeros(store.rows + 1, dtype=bool)  # the last entry answers for -1, a pair the store does not have
     is_kept[kept.rows] = True
-    found = rows_in_store(pairs, store, max_absent_share=1.0)
-    usable = is_kept[found]
+    store_rows = rows_in_store(pairs, store, max_absent_share=1.0)
+    usable = is_kept[store_rows]
     usable[np.fromiter(pairs.known_bad, dtype=np.int64)] = False
     rows = np.flatnonzero(usable)
+
     if len(rows) < len(kept.rows):
-        is_kept[found[rows]] = False
+        is_kept[store_rows[rows]] = False
         missing = store.keys[int(np.flatnonzero(is_kept)[0])]
         raise DataError(
             f"{len(kept.rows) - len(rows):,} of {len(kept.rows):,} kept keys are not among the usable pairs of "
@@ -351,7 +367,7 @@ def _rows_of_pairs(folder: RunFolder, settings: PairsConfig, pairs: Pairs, kept:
 
 
 def _write_tar(path: Path, samples: Iterable[list[File]], bar: log.Bar) -> dict[str, Any]:
-    """Write a tar that depends on nothing but its members' names and bytes; returns how many samples, its size and digest."""
+    """Write a tar that depends on its members' names and bytes only; returns the number of samples, size and digest."""
     pairs = 0
     with atomic_file(path) as temporary:
         with tarfile.TarFile(temporary, "w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
@@ -381,6 +397,7 @@ class _MadeSamples:
                     f"{self._pairs.key(row)!r} was kept, but cannot be read any more: {error.reason}.",
                     fix="Bring the file back and run the same command again; the finished tars are kept.",
                 ) from error
+
             extension = image_extension(self._pairs.image_name(row), pair.image)
             if extension not in IMAGE_EXTENSIONS:
                 self._unusual.append(pair.key)
@@ -392,17 +409,17 @@ class _MadeSamples:
                 (f"{stem}.json", json.dumps(described, ensure_ascii=False).encode()),
             ]
 
-    def tell_unusual(self) -> None:
-        """Say once how many images loaders of tars will not look for."""
+    def warn_of_unusual(self) -> None:
+        """Say once how many images have an extension that loaders of tars do not read."""
         if self._unusual:
             log.warn(
                 f"{len(self._unusual):,} images are not .{', .'.join(IMAGE_EXTENSIONS)} and kept their own extension, so "
-                f"most loaders of WebDataset tars will pass over them; the first is {self._unusual[0]!r}"
+                f"most loaders of WebDataset tars will skip them; the first is {self._unusual[0]!r}"
             )
 
 
 def image_extension(name: str, image: bytes) -> str:
-    """What an image is called in a tar: its own extension if tars know it, else the one its first bytes ask for."""
+    """The extension of an image in a tar: its own if tars know it, else the one that its first bytes mean."""
     own = os.path.splitext(name)[1].lower().removeprefix(".")
     if own in IMAGE_EXTENSIONS:
         return own

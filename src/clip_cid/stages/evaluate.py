@@ -1,16 +1,14 @@
 """Stage `evaluate`: zero-shot, linear probe, neighbors and retrieval of the student and of the models beside it."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clip_cid import log, units
-from clip_cid.data.pairs.pairs import fingerprint, open_pairs
+from clip_cid.data.pairs.pairs import fingerprint_digest, open_pairs
 from clip_cid.data.pairs.sources import find_sources
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, MissingSetError, open_set
-from clip_cid.data.sets.known_sets import IMAGENET, find_task, task_table
+from clip_cid.data.sets.known_sets import IMAGENET, find_known_set, known_sets
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
 from clip_cid.evaluation.comparison import differences
@@ -22,7 +20,7 @@ from clip_cid.evaluation.results import Results
 from clip_cid.evaluation.scores import STUDENT, Difference, Score
 from clip_cid.evaluation.tables import Group, Table, retrieval_table, score_table
 from clip_cid.models.device import resolve_device
-from clip_cid.models.student import load_clip
+from clip_cid.models.loading import load_clip
 from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.run_folder import RunFolder, write_json
 from clip_cid.stage_names import DISTILL, EVALUATE
@@ -40,7 +38,7 @@ class _Sets:
 
     def measurements(self, recipe: Recipe) -> list[Measurement]:
         settings = recipe.evaluate
-        imagenet = next((labelled for labelled in self.labelled if labelled.task == IMAGENET), None)
+        imagenet = next((labelled for labelled in self.labelled if labelled.known_key == IMAGENET), None)
         measurements: list[Measurement] = []
         for labelled in self.labelled:
             measurements += measurements_of(labelled, settings, recipe.machine, imagenet=imagenet)
@@ -131,12 +129,11 @@ def _leave_out(sets: _Sets, name: str, error: DataError) -> None:
 
 def _open_pairs(name: str, settings: PairsConfig, recipe: Recipe) -> PairSet:
     try:
-        find_sources(settings.source)
+        find_sources(settings)
     except DataError as error:
         raise _MissingPairsError(f"evaluate.retrieval.{name}: {error.problem}", fix=error.fix) from error
     pairs = open_pairs(settings, cache_dir=recipe.machine.cache_dir)
-    digest = hashlib.sha256(json.dumps(fingerprint(settings)).encode()).hexdigest()
-    return PairSet(f"{name}/pairs", digest, pairs, settings.max_pixels)
+    return PairSet(f"{name}/pairs", fingerprint_digest(settings), pairs, settings.max_pixels)
 
 
 def _cache(folder: RunFolder) -> Path:
@@ -179,12 +176,12 @@ def _measure(encoder: Encoder, measurements: Sequence[Measurement], results: Res
 def _groups(task: str, recipe: Recipe) -> list[Group]:
     """The sets whose scores may be averaged: CLIP's, the shifted ImageNets (which have nothing to train on), all others."""
     named = list(recipe.evaluate.sets)
-    others = tuple(name for name in named if find_task(name) is None)
+    others = tuple(name for name in named if find_known_set(name) is None)
     shifted = tuple(name for name in named if _is_shifted(name))
     clip = tuple(name for name in named if name not in {*others, *shifted})
-    of_shifted = sum(entry.shifted for entry in task_table().values())
+    of_shifted = sum(entry.shifted for entry in known_sets().values())
 
-    groups = [Group("CLIP's sets", clip, len(task_table()) - of_shifted)] if clip else []
+    groups = [Group("CLIP's sets", clip, len(known_sets()) - of_shifted)] if clip else []
     if others:
         groups.append(Group("other sets" if clip or shifted else "", others, len(others)))
     if shifted and task == ZERO_SHOT:
@@ -193,7 +190,7 @@ def _groups(task: str, recipe: Recipe) -> list[Group]:
 
 
 def _is_shifted(name: str) -> bool:
-    entry = find_task(name)
+    entry = find_known_set(name)
     return entry is not None and entry.shifted
 
 

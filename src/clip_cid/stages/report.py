@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_cid import log
-from clip_cid.data.pairs.pairs import reason_kind
+from clip_cid.data.pairs.pair import reason_kind
 from clip_cid.data.pairs.pictures import NoPicturesError, open_pictures
 from clip_cid.errors import DataError, RunError
 from clip_cid.evaluation.scores import (

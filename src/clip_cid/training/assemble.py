@@ -23,7 +23,8 @@ from clip_cid.errors import ConfigError
 from clip_cid.loss_table import rows_of
 from clip_cid.method.distill.cluster_distillation import Shard
 from clip_cid.method.distill.objective import Objective
-from clip_cid.models.student import Clip, build_student, keep_fewer_activations, train_transform
+from clip_cid.models.clip import Clip, train_transform, use_grad_checkpointing
+from clip_cid.models.student import build_student
 from clip_cid.models.teacher import weights_sha256
 from clip_cid.recipe import DistillConfig, MachineConfig, Recipe
 from clip_cid.run_folder import RunFolder
@@ -218,7 +219,7 @@ def make_student(settings: DistillConfig, teacher_dim: int | None, machine: Mach
         )
 
     if machine.grad_checkpointing:
-        keep_fewer_activations(clip)
+        use_grad_checkpointing(clip)
     return clip
 
 

@@ -7,7 +7,6 @@ permutation per epoch, and the crop and the caption of a pair are drawn from a h
 import dataclasses
 import hashlib
 import itertools
-import signal
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
@@ -16,11 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.pairs.decoding import decoded_batches
 from clip_cid.data.pairs.images import decode_image
-from clip_cid.data.pairs.pairs import BadSample, Pairs
+from clip_cid.data.pairs.pair import BadSample
+from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.objective import Targets
@@ -43,14 +43,6 @@ class Item:
     """Which of the pair's captions it is."""
     bad: list[tuple[int, str]]
     """Rows that could not be used in its place, with the reason."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """A `DataError` on its way from a worker to the trainer: as an exception it would arrive as another one."""
-
-    problem: str
-    fix: str
 
 
 class Items(NamedTuple):
@@ -139,7 +131,7 @@ class Batch:
         return dataclasses.replace(self, **moved)
 
 
-class PairDataset(Dataset[Item | Failure]):
+class PairDataset:
     """A pair at a place: decoded, cropped and tokenized, the same in any process."""
 
     def __init__(
@@ -155,8 +147,12 @@ class PairDataset(Dataset[Item | Failure]):
         self._transform, self._tokenizer = transform, tokenizer
         self._max_pixels, self._seed = max_pixels, seed
 
-    def __getitem__(self, place: Place) -> Item | Failure:
-        """The pair at a place or, where it cannot be read, the next one that can."""
+    def __getitem__(self, place: Place, /) -> Item:
+        """The pair at a place or, where it cannot be read, the next one that can.
+
+        Raises:
+            DataError: None of the next pairs can be read, or a source changed.
+        """
         bad: list[tuple[int, str]] = []
         for index in range(place.index, place.index + min(_TRIES, len(self._rows))):
             index %= len(self._rows)
@@ -164,12 +160,11 @@ class PairDataset(Dataset[Item | Failure]):
                 return self._read(index, place.epoch, bad)
             except BadSample as error:
                 bad.append((int(self._rows[index]), error.reason))
-            except DataError as error:
-                return Failure(error.problem, error.fix)
+
         row, reason = bad[-1]
-        return Failure(
+        raise DataError(
             f"{len(bad):,} pairs in succession cannot be read; the last is row {row:,}: {reason}.",
-            "Check that the disk with the images is still there.",
+            fix="Check that the disk with the images is still there.",
         )
 
     def _read(self, index: int, epoch: int, bad: list[tuple[int, str]]) -> Item:
@@ -238,22 +233,19 @@ class Batches:
         return (batch[self._ranks.rank * share :][:share] for batch in places)
 
     def _read(self, places: Iterator[list[Place]], count: int) -> Iterator[Batch]:
-        loader = DataLoader(
+        decoded = decoded_batches(
             self._dataset,
-            batch_sampler=_Sampler(places, count),
-            num_workers=self._workers,
-            collate_fn=stack,
-            pin_memory=self._pin,
-            worker_init_fn=_quiet_worker,
+            itertools.islice(places, count),
+            stack,
+            workers=self._workers,
+            smaller_batch="distill.batch_size",
+            pin=self._pin,
         )
-        for items in loader:
+        for items in decoded:
             yield self._complete(items)
 
-    def _complete(self, items: Items | Failure) -> Batch:
+    def _complete(self, items: Items) -> Batch:
         """Add what the teacher and the clustering say about each pair."""
-        if isinstance(items, Failure):
-            raise DataError(items.problem, fix=items.fix)
-
         training, index = self.training, items.indices.numpy()
         batch = Batch(training.rows[index], items.bad, items.images, items.texts)
         if training.labels is not None:
@@ -272,32 +264,14 @@ class Batches:
         return batch
 
 
-class _Sampler:
-    """The places of the next `count` batches, as a DataLoader wants them."""
-
-    def __init__(self, places: Iterator[list[Place]], count: int) -> None:
-        self._places, self._count = places, count
-
-    def __iter__(self) -> Iterator[list[Place]]:
-        return itertools.islice(self._places, self._count)
-
-    def __len__(self) -> int:
-        return self._count
-
-
-def stack(items: list[Item | Failure]) -> Items | Failure:
-    """The items of a batch as one, or the first of its failures."""
-    readable: list[Item] = []
-    for item in items:
-        if isinstance(item, Failure):
-            return item
-        readable.append(item)
+def stack(items: list[Item]) -> Items:
+    """The items of a batch as one."""
     return Items(
-        images=torch.stack([item.image for item in readable]),
-        texts=torch.stack([item.text for item in readable]),
-        indices=torch.tensor([item.index for item in readable]),
-        captions=torch.tensor([item.caption for item in readable]),
-        bad=[bad for item in readable for bad in item.bad],
+        images=torch.stack([item.image for item in items]),
+        texts=torch.stack([item.text for item in items]),
+        indices=torch.tensor([item.index for item in items]),
+        captions=torch.tensor([item.caption for item in items]),
+        bad=[bad for item in items for bad in item.bad],
     )
 
 
@@ -305,12 +279,6 @@ def _seeds(seed: int, epoch: int, row: int) -> tuple[int, int]:
     """Two independent 32-bit numbers (for the crop, for the caption) that depend on nothing else."""
     digest = hashlib.blake2b(f"{seed} {epoch} {row}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4]), int.from_bytes(digest[4:])
-
-
-def _quiet_worker(_: int) -> None:
-    """Leave Ctrl-C and a polite kill, which reach every process of the group, to the trainer: it ends the workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def unit_teacher_rows(

@@ -4,8 +4,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clip_cid import log
-from clip_cid.data.embeddings.store import EmbeddingStore, rows_in_store
-from clip_cid.data.pairs.pairs import BadSample, Pairs
+from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
+from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.pairs.pair import BadSample
+from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.errors import DataError
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder

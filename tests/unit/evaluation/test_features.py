@@ -13,11 +13,11 @@ from PIL import Image
 from tiny_sets import tiny_clip
 from torch import nn
 
-from clip_cid.data.pairs.pairs import BadSample
+from clip_cid.data.pairs.pair import BadSample
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.evaluation.features import Encoder, prune
 from clip_cid.evaluation.towers import both_features
-from clip_cid.models.student import Clip
+from clip_cid.models.clip import Clip
 from clip_cid.models.teacher import weights_sha256
 
 

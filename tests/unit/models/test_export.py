@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from clip_cid.errors import RunError
 from clip_cid.models import export
+from clip_cid.models.clip import Clip
 from clip_cid.models.export import copy_student, export_student, usage
-from clip_cid.models.student import Clip, build_student, load_clip
+from clip_cid.models.loading import load_clip
+from clip_cid.models.student import build_student
 
 TINY: dict[str, Any] = {
     "embed_dim": 12,

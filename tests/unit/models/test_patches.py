@@ -9,7 +9,7 @@ from scipy.special import erf
 from tiny_sets import tiny_clip
 
 from clip_cid.models import patches
-from clip_cid.models.student import Clip
+from clip_cid.models.clip import Clip
 
 SIDE, PATCH, WIDTH, HEADS = (32, 48), 8, 32, 2
 ROWS, COLUMNS = SIDE[0] // PATCH, SIDE[1] // PATCH

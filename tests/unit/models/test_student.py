@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 
 from clip_cid.errors import ConfigError, DataError, RunError
+from clip_cid.models.architectures import own_configs
+from clip_cid.models.clip import Clip, train_transform
 from clip_cid.models.export import export_student
-from clip_cid.models.student import Clip, build_student, load_clip, own_configs, train_transform
+from clip_cid.models.loading import load_clip
+from clip_cid.models.student import build_student
 
 TINY: dict[str, Any] = {
     "embed_dim": 12,

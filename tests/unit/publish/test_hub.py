@@ -20,7 +20,7 @@ from clip_cid import cli
 from clip_cid.errors import ClipCidError, ConfigError, HubError, RunError
 from clip_cid.models import export
 from clip_cid.models.export import export_student
-from clip_cid.models.student import load_clip
+from clip_cid.models.loading import load_clip
 from clip_cid.publish import hub
 from clip_cid.publish.hub import check_repo_name, push_student
 from clip_cid.publish.model_card import model_card

@@ -483,7 +483,7 @@ def test_a_folder_becomes_tars_whose_keys_are_the_same(tmp_path: Path) -> None:
 
 
 def subset_pair(key: str, image: bytes) -> Any:
-    from clip_cid.data.pairs.pairs import Pair
+    from clip_cid.data.pairs.pair import Pair
 
     return Pair(key, image, (f"caption {key}", "second"), {})
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from clip_cid.data.embeddings.store import EmbeddingStore, rows_in_store
+from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
+from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.errors import ClipCidError, ConfigError, DataError

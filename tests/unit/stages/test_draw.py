@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_sets import folder_set, tiny_clip
 
 from clip_cid.errors import DataError
-from clip_cid.models.student import Clip
+from clip_cid.models.clip import Clip
 from clip_cid.recipe import Recipe
 from clip_cid.report.drawing import run_inputs, set_images
 from clip_cid.run_folder import RunFolder

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_cid.data.embeddings import writer
+from clip_cid.data.embeddings import from_pairs, writer
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import StoreWriter
 from clip_cid.errors import ConfigError, DataError, RunError
@@ -23,6 +23,7 @@ from clip_cid.models.student import build_student
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import embed
+from clip_cid.summaries import as_json
 
 TINY: dict[str, Any] = {
     "embed_dim": 12,
@@ -86,7 +87,7 @@ def recipe(source: str | None, teacher: str, *, batch: int = 3, workers: int = 0
 def run(folder: Path, settings: Recipe) -> dict[str, Any]:
     out = folder / "embed.part"
     out.mkdir(parents=True, exist_ok=True)
-    return embed.run(RunFolder(folder), out, settings)
+    return as_json(embed.run(RunFolder(folder), out, settings))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -290,7 +291,7 @@ def test_a_source_that_changes_under_the_workers_is_named(
         return load(*args, **options)
 
     monkeypatch.setattr(embed, "load_teacher", vanish)
-    monkeypatch.setattr(embed, "fingerprint", lambda _: [])
+    monkeypatch.setattr(embed, "fingerprint_digest", lambda _: "")
     with pytest.raises(DataError, match=r"b\.tar: changed or went away"):
         run(tmp_path / "run", recipe(source, teachers[0], workers=1))
 
@@ -301,7 +302,7 @@ def test_a_bug_in_a_worker_is_not_swallowed(
     def bug(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("in a worker")
 
-    monkeypatch.setattr(embed, "decode_image", bug)
+    monkeypatch.setattr(from_pairs, "decode_image", bug)
     with pytest.raises(ZeroDivisionError, match="in a worker"):
         run(tmp_path / "run", recipe(write_tars(tmp_path), teachers[0], workers=1))
 
@@ -310,7 +311,7 @@ def test_a_bug_in_a_worker_is_not_swallowed(
 def test_a_killed_worker_is_an_error_with_a_remedy(
     tmp_path: Path, teachers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embed, "decode_image", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(from_pairs, "decode_image", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RunError, match="decodes images was killed") as error:
         run(tmp_path / "run", recipe(write_tars(tmp_path), teachers[0], workers=1))
     assert "machine.workers" in error.value.fix

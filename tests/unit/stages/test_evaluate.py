@@ -21,7 +21,7 @@ from clip_cid.evaluation import measure
 from clip_cid.evaluation.features import Encoder
 from clip_cid.evaluation.measurements import measurements_of
 from clip_cid.models.export import export_student
-from clip_cid.models.student import load_clip
+from clip_cid.models.loading import load_clip
 from clip_cid.recipe import Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder, StageRecord, read_json, write_json
 from clip_cid.stages import evaluate

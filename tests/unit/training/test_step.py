@@ -11,7 +11,7 @@ import torch
 from tiny_training import make_settings, make_trainer
 from torch import Tensor, nn
 
-from clip_cid.models.student import Clip, train_transform
+from clip_cid.models.clip import Clip, train_transform
 from clip_cid.recipe import ConfigError, parse_recipe
 from clip_cid.training import stopwatch
 from clip_cid.training.batches import Batch

@@ -2,13 +2,13 @@
 
     store.json                            teacher, pairs, width, shards with their digests; written last
     img_emb/img_emb_0000.npy              (rows, dim) unit image embeddings; a shard for each shard of the pairs
-    text_emb/text_emb_0000.npy            (rows, dim) unit embeddings of each first caption; a store made elsewhere may have none
-    more_text_emb/more_text_emb_0000.npy  those of the second, third, ... captions in row order; only where there are any
+    text_emb/text_emb_0000.npy            (rows, dim) of each first caption; a store made elsewhere may have none
+    more_text_emb/more_text_emb_0000.npy  of the second, third, ... captions in row order; only where there are any
     metadata/metadata_0000.parquet        key, caption, captions, ok, width, height and the kept fields
     skipped.jsonl                         the rows that are not ok, with the reason
 
-A row that could not be embedded stays in its place, all zeros and not ok, so a row number means the same everywhere.
-A store that takes over embeddings from elsewhere names their files where they are, and holds what had to be converted.
+A row that could not be embedded keeps its place, all zeros and not ok, so a row number means the same everywhere.
+A store of embeddings from elsewhere refers to their files where they are, and holds only what had to be converted.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class StoreShard:
     ok: int
     """Rows that have an image and (where the store has texts) a text embedding."""
     more: int
-    """Embeddings of captions behind the first."""
+    """Embeddings of further captions, those after the first."""
     files: dict[str, StoreFile]
     """By kind: image, metadata and, where there are any, text and more_text."""
 
@@ -97,10 +97,12 @@ def read_info(path: Path) -> StoreInfo:
                 f"{path}: this embedding store is unfinished.", fix="Run the embed stage that makes it to its end."
             )
         raise DataError(f"{path}: no {STORE_FILE} here, so this is not an embedding store.", fix=AGAIN)
+
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if (values["format"], values["version"], values["finished"]) != (_FORMAT, _VERSION, True):
             raise ValueError(f"format {values['format']!r}, version {values['version']}")
+
         names = [field.name for field in dataclasses.fields(StoreInfo)]
         shards = tuple(shard_from_json(shard) for shard in values["shards"])
         info = StoreInfo(
@@ -122,7 +124,7 @@ def record_file(root: Path, path: str) -> StoreFile:
 
 
 def write_array(path: Path, array: Float[np.ndarray, "rows dim"]) -> None:
-    """As numpy.save, but a full disk is reported as one (numpy loses the reason)."""
+    """As numpy.save, but a full disk raises its own error (numpy loses the reason)."""
     with atomic_file(path) as temporary, temporary.open("wb") as handle:
         header = np.lib.format.header_data_from_array_1_0(array)
         np.lib.format.write_array_header_1_0(handle, header)
@@ -150,6 +152,7 @@ def array_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
         raise DataError(f"{path}: not a .npy array ({error}).", fix=AGAIN) from error
     if fortran or dtype.hasobject:
         raise DataError(f"{path}: rows are not stored one after the other as plain numbers.", fix=AGAIN)
+
     size, expected = path.stat().st_size, offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if size != expected:
         raise DataError(f"{path}: {size:,} bytes, but {shape} {dtype} needs {expected:,}; it is cut short.", fix=AGAIN)
@@ -162,14 +165,15 @@ def check_shard(root: Path, shard: StoreShard, *, dim: int, dtype: str) -> None:
         path = root / file.path
         rows = shard.more if kind == "more_text" else shard.rows
         if kind == "metadata":
-            found = table_rows(path)
+            stored = table_rows(path)
         else:
-            shape, kept_as = array_header(path)
-            if len(shape) != 2 or shape[1] != dim or kept_as != np.dtype(dtype):
-                raise DataError(f"{path}: {shape} {kept_as}, but the store has width {dim} in {dtype}.", fix=AGAIN)
-            found = shape[0]
-        if found != rows:
-            raise DataError(f"{path}: {found:,} rows, but {rows:,} were written for shard {shard.name}.", fix=AGAIN)
+            shape, stored_as = array_header(path)
+            if len(shape) != 2 or shape[1] != dim or stored_as != np.dtype(dtype):
+                raise DataError(f"{path}: {shape} {stored_as}, but the store has width {dim} in {dtype}.", fix=AGAIN)
+            stored = shape[0]
+
+        if stored != rows:
+            raise DataError(f"{path}: {stored:,} rows, but {rows:,} were written for shard {shard.name}.", fix=AGAIN)
         if path.stat().st_size != file.bytes:
             raise DataError(
                 f"{path}: {path.stat().st_size:,} bytes, not the {file.bytes:,} that were written.", fix=AGAIN

@@ -1,4 +1,4 @@
-"""Taking over embeddings made elsewhere: a manifest is written here, the arrays stay where they are if they can.
+"""Taking over embeddings made elsewhere: a manifest is written here; arrays that can be read in place stay there.
 
 What cannot be read in place (members of a .npz, float64) or is to be scaled is converted once, shard by shard.
 """
@@ -31,7 +31,7 @@ from clip_cid.data.embeddings.files import (
     write_info,
     write_table,
 )
-from clip_cid.data.embeddings.layouts import FIX, FoundShard, Vectors, find_embeddings
+from clip_cid.data.embeddings.layouts import FIX, LayoutShard, Vectors, find_embeddings
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.errors import DataError
 from clip_cid.run_folder import atomic_file
@@ -41,7 +41,7 @@ _CAPTION_COLUMNS = ("caption", "text")
 
 
 def import_existing(source: Path, out: Path, *, normalize: bool = False) -> None:
-    """Make `out` a store that refers to `source`: a store of ours, or any layout of `embedding_layouts`.
+    """Make `out` a store that refers to `source`: a store of ours, or any layout of `layouts.py`.
 
     Every array is read once: lengths, values, and a digest of each file.
 
@@ -56,6 +56,7 @@ def import_existing(source: Path, out: Path, *, normalize: bool = False) -> None
     """
     source = source.resolve()
     out.mkdir(parents=True, exist_ok=True)
+
     if (source / STORE_FILE).is_file() or (source / PROGRESS_FILE).is_file():
         info = EmbeddingStore.open(source).info
         info = dataclasses.replace(info, root=info.root or str(source))
@@ -64,6 +65,7 @@ def import_existing(source: Path, out: Path, *, normalize: bool = False) -> None
     else:
         info = _take_over(source, find_embeddings(source), out, normalize=normalize)
         (out / SKIPPED_FILE).write_text("", encoding="utf-8")
+
     write_info(out, info)
     store = EmbeddingStore.open(out)
     if not len(store.keys):
@@ -72,14 +74,15 @@ def import_existing(source: Path, out: Path, *, normalize: bool = False) -> None
         store.check_values(bar.advance)
 
 
-def _take_over(source: Path, found: Sequence[FoundShard], out: Path, *, normalize: bool) -> StoreInfo:
-    dtypes = {vectors.dtype.newbyteorder("=") for shard in found for vectors in shard.vectors.values()}
+def _take_over(source: Path, layout: Sequence[LayoutShard], out: Path, *, normalize: bool) -> StoreInfo:
+    dtypes = {vectors.dtype.newbyteorder("=") for shard in layout for vectors in shard.vectors.values()}
     dtype = np.dtype(np.float16 if dtypes == {np.dtype(np.float16)} else np.float32)
-    columns = _columns(found[0])
-    _tell(found, out, dtype, normalize=normalize)
+    columns = _columns(layout[0])
+    _log_plan(layout, out, dtype, normalize=normalize)
+
     shards: list[StoreShard] = []
-    with log.progress("take over", sum(shard.image.rows for shard in found), unit="rows") as bar:
-        for number, shard in enumerate(found):
+    with log.progress("take over", sum(shard.image.rows for shard in layout), unit="rows") as bar:
+        for number, shard in enumerate(layout):
             files = {"metadata": _metadata_file(shard, out, number)}
             for kind, vectors in shard.vectors.items():
                 name = f"{FOLDERS[kind]}/{FOLDERS[kind]}_{number:04d}.npy"
@@ -87,10 +90,11 @@ def _take_over(source: Path, found: Sequence[FoundShard], out: Path, *, normaliz
             rows = shard.image.rows
             shards.append(StoreShard(name=shard.name, rows=rows, ok=rows, more=0, files=files))
             bar.advance(rows)
+
     return StoreInfo(
-        teacher={"reference": f"unknown (taken over from {source})"} | _members(found[0]),
+        teacher={"reference": f"unknown (taken over from {source})"} | _members(layout[0]),
         pairs=None,
-        dim=found[0].image.dim,
+        dim=layout[0].image.dim,
         dtype=dtype.name,
         fields=columns.fields,
         key_column=columns.key,
@@ -102,14 +106,14 @@ def _take_over(source: Path, found: Sequence[FoundShard], out: Path, *, normaliz
 
 @dataclasses.dataclass(frozen=True)
 class _Columns:
-    """What the columns of the metadata are."""
+    """The roles of the columns of the metadata."""
 
     key: str
     caption: str | None
     fields: tuple[str, ...]
 
 
-def _columns(shard: FoundShard) -> _Columns:
+def _columns(shard: LayoutShard) -> _Columns:
     """The columns of the first shard's metadata, which all shards have.
 
     Raises:
@@ -127,7 +131,7 @@ def _columns(shard: FoundShard) -> _Columns:
     return _Columns(key, caption, tuple(name for name in names if name not in (*COLUMNS, key, caption)))
 
 
-def _metadata_file(shard: FoundShard, out: Path, number: int) -> StoreFile:
+def _metadata_file(shard: LayoutShard, out: Path, number: int) -> StoreFile:
     """The metadata where it is; without any, keys made of the file's name and the row's number in it."""
     if shard.metadata is not None:
         return record_file(out, str(shard.metadata))
@@ -167,7 +171,7 @@ def _convert(vectors: Vectors, path: Path, dtype: np.dtype[Any], *, normalize: b
 
 
 def _unit(block: Float[np.ndarray, "rows dim"], where: str, first_row: int) -> Float[np.ndarray, "rows dim"]:
-    """The rows as they are, all of length one."""
+    """The rows as they are; each must be of length one."""
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused
         narrow = block if block.dtype.itemsize == 2 else block.astype(np.float32)
     check_unit(narrow, np.ones(len(block), dtype=bool), where=where, first_row=first_row)
@@ -182,33 +186,35 @@ def _scaled(block: Float[np.ndarray, "rows dim"], where: str, first_row: int) ->
     """
     wide = block.astype(np.float64)
     peaks = np.abs(wide).max(axis=1)
-    none = np.flatnonzero(~(np.isfinite(peaks) & (peaks > 0)))
-    if len(none):
-        what = "is all zeros" if peaks[none[0]] == 0 else "is not finite"
+    undirected = np.flatnonzero(~(np.isfinite(peaks) & (peaks > 0)))
+    if len(undirected):
+        what = "is all zeros" if peaks[undirected[0]] == 0 else "is not finite"
         raise DataError(
-            f"{where}: row {first_row + int(none[0]):,} {what} ({len(none):,} such rows among {len(block):,}).",
+            f"{where}: row {first_row + int(undirected[0]):,} {what} ({len(undirected):,} such rows among {len(block):,}).",
             fix="Leave such rows out where the embeddings come from; they have no direction to compare.",
         )
     wide /= peaks[:, None]  # so that no square overflows
     return wide / np.linalg.norm(wide, axis=1, keepdims=True)
 
 
-def _members(shard: FoundShard) -> dict[str, str]:
+def _members(shard: LayoutShard) -> dict[str, str]:
     """Which arrays of a .npz were taken, for the store's record."""
     members = [vectors.member for vectors in shard.vectors.values() if vectors.member is not None]
     return {"arrays": ", ".join(members)} if members else {}
 
 
-def _tell(found: Sequence[FoundShard], out: Path, dtype: np.dtype[Any], *, normalize: bool) -> None:
+def _log_plan(layout: Sequence[LayoutShard], out: Path, dtype: np.dtype[Any], *, normalize: bool) -> None:
     """Say once what is missing, and what is converted and why."""
-    if found[0].text is None:
+    if layout[0].text is None:
         log.info("embed     no text embeddings there: balance and cluster need none, the instance loss does")
-    if found[0].metadata is None:
-        log.info(f"embed     no metadata there: keys are file and row, such as {found[0].name + '/0'!r}")
-    every = [vectors for shard in found for vectors in shard.vectors.values()]
+    if layout[0].metadata is None:
+        log.info(f"embed     no metadata there: keys are file and row, such as {layout[0].name + '/0'!r}")
+
+    every = [vectors for shard in layout for vectors in shard.vectors.values()]
     converted = [vectors for vectors in every if _must_convert(vectors, dtype, normalize=normalize)]
     if not converted:
         return
+
     reasons = ["embed.normalize scales them"] if normalize else []
     reasons += ["members of a .npz cannot be read in place"] if any(one.member for one in converted) else []
     kinds = sorted({one.dtype.name for one in converted if one.dtype != dtype})

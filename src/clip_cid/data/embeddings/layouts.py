@@ -1,8 +1,8 @@
-"""What embeddings made elsewhere look like on disk; nothing is unpickled, and only headers are read to find out.
+"""The layouts of embeddings made elsewhere. Only headers are read to tell them apart, and nothing is unpickled.
 
-X/img_emb/img_emb_0.npy ...        clip-retrieval; text_emb/ and metadata/ beside it or not
-X/0a1b.npz ...                     DataComp: arrays such as l14_img and l14_txt; 0a1b.parquet beside it or not
-X/part1.npy ... or one X.npy       rows alone; part1.parquet beside it or not
+X/img_emb/img_emb_0.npy ...        clip-retrieval, with or without text_emb/ and metadata/
+X/0a1b.npz ...                     DataComp: arrays such as l14_img and l14_txt, with or without 0a1b.parquet
+X/part1.npy ... or one X.npy       rows alone, with or without part1.parquet
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class Vectors:
                 read_array_header(handle)
                 for start in range(0, self.rows, _BLOCK_ROWS):
                     count = min(_BLOCK_ROWS, self.rows - start)
-                    # an archive compares its checksum with the last of them
+                    # The last read also makes an archive check its checksum.
                     data = handle.read(count * self.dim * self.dtype.itemsize)
                     yield np.frombuffer(data, dtype=self.dtype).reshape(count, self.dim)
         except _BROKEN as error:
@@ -67,7 +67,7 @@ class Vectors:
 
 
 @dataclasses.dataclass(frozen=True)
-class FoundShard:
+class LayoutShard:
     """One file of image embeddings and what goes with it."""
 
     name: str
@@ -81,7 +81,7 @@ class FoundShard:
         return {"image": self.image} | ({"text": self.text} if self.text is not None else {})
 
 
-def find_embeddings(source: Path) -> list[FoundShard]:
+def find_embeddings(source: Path) -> list[LayoutShard]:
     """The shards at `source`, in order; numbers of rows and widths agree.
 
     Raises:
@@ -97,16 +97,18 @@ def find_embeddings(source: Path) -> list[FoundShard]:
     return shards
 
 
-def _clip_retrieval(source: Path) -> list[FoundShard]:
+def _clip_retrieval(source: Path) -> list[LayoutShard]:
     parts = {kind: _numbered(source, kind) for kind in ("image", "text", "metadata")}
     numbers = sorted(parts["image"])
     if not numbers:
         raise _unknown(source)
+
     for kind in ("text", "metadata"):
         if parts[kind] and (lone := sorted(set(numbers) ^ set(parts[kind]))):
             raise DataError(f"{source}: shard {lone[0]} has no {FOLDERS[kind]} or no img_emb file.", fix=FIX)
+
     return [
-        FoundShard(
+        LayoutShard(
             name=parts["image"][number].stem,
             image=_array(parts["image"][number]),
             text=_array(parts["text"][number]) if parts["text"] else None,
@@ -120,24 +122,25 @@ def _numbered(source: Path, kind: str) -> dict[int, Path]:
     """Shard number -> file; clip-retrieval pads its numbers as the count of shards needs."""
     folder = FOLDERS[kind]
     pattern = re.compile(rf"{folder}_(\d+)\.{'parquet' if kind == 'metadata' else 'npy'}")
-    found: dict[int, Path] = {}
+    shards: dict[int, Path] = {}
     for path in sorted((source / folder).glob("*")):
         if match := pattern.fullmatch(path.name):
             number = int(match[1])
-            if number in found:
-                raise DataError(f"{source}: both {found[number].name} and {path.name} are shard {number}.", fix=FIX)
-            found[number] = path
-    return found
+            if number in shards:
+                raise DataError(f"{source}: both {shards[number].name} and {path.name} are shard {number}.", fix=FIX)
+            shards[number] = path
+    return shards
 
 
 def _files_of(source: Path) -> list[Path]:
-    """The .npy or .npz files of a folder in the order people count in: part2 before part10."""
+    """The .npy or .npz files of a folder by the numbers in their names: part2 before part10."""
     entries = [path for path in source.glob("*") if not path.name.startswith(".")]
     files = [path for path in entries if path.suffix in (".npy", ".npz") and path.is_file()]
     if not files:
         raise _unknown(source)
     if len({path.suffix for path in files}) > 1:
         raise DataError(f"{source}: both .npy and .npz files, so it is unclear which are meant.", fix=FIX)
+
     read = {*files, *(path.with_suffix(".parquet") for path in files)}
     if others := sorted(path.name for path in entries if path not in read):
         log.warn(f"{source}: {len(others):,} other files and folders are not read, such as {others[0]!r}")
@@ -150,7 +153,7 @@ def _number_or_text(part: str) -> tuple[int, str]:
     return (int(part), "") if part.isdecimal() else (-1, part)
 
 
-def _flat(source: Path, files: Sequence[Path]) -> list[FoundShard]:
+def _flat(source: Path, files: Sequence[Path]) -> list[LayoutShard]:
     """Files of rows, each with its metadata of the same name."""
     with_metadata = [path for path in files if path.with_suffix(".parquet").is_file()]
     if with_metadata and (without := [path.name for path in files if path not in with_metadata]):
@@ -160,9 +163,10 @@ def _flat(source: Path, files: Sequence[Path]) -> list[FoundShard]:
         )
     if files[0].suffix not in (".npy", ".npz"):
         raise _unknown(source)
+
     arrays = _chosen_members(files[0]) if files[0].suffix == ".npz" else (None, None)
     return [
-        FoundShard(
+        LayoutShard(
             name=path.stem,
             image=_array(path, arrays[0]),
             text=_array(path, arrays[1]) if arrays[1] is not None else None,
@@ -179,6 +183,7 @@ def _chosen_members(path: Path) -> tuple[str, str | None]:
             members = sorted(name.removesuffix(".npy") for name in archive.namelist())
     except _BROKEN as error:
         raise _broken(str(path), error) from error
+
     models = [name.removesuffix(_IMAGE) for name in members if name.endswith(_IMAGE)]
     if not models and len(members) == 1:
         return members[0], None
@@ -187,6 +192,7 @@ def _chosen_members(path: Path) -> tuple[str, str | None]:
             f"{path}: no array named like l14_img among {', '.join(members) or 'none'}.",
             fix="Name the image embeddings <model>_img (and the texts' <model>_txt), or keep one array alone in the file.",
         )
+
     model = _PREFERRED if _PREFERRED in models else models[0]
     image, text = model + _IMAGE, model + _TEXT
     chosen = (image, text if text in members else None)
@@ -224,6 +230,7 @@ def _member_header(path: Path, member: str) -> tuple[tuple[int, ...], np.dtype[A
         raise DataError(f"{path}: no array {member!r}, which the first file has.", fix=_AGAIN) from error
     except _BROKEN as error:
         raise _broken(f"{path} ({member})", error) from error
+
     expected = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if fortran or dtype.hasobject:
         raise DataError(f"{path} ({member}): rows are not stored one after the other as plain numbers.", fix=_AGAIN)
@@ -242,7 +249,7 @@ def _opened(path: Path, member: str | None) -> Iterator[IO[bytes] | io.BufferedI
             yield handle
 
 
-def _check_fit(shards: Sequence[FoundShard]) -> None:
+def _check_fit(shards: Sequence[LayoutShard]) -> None:
     """Before anything is read or converted: every part has the rows of its shard and the width of the first."""
     first = shards[0].image
     for shard in shards:
@@ -256,6 +263,7 @@ def _check_fit(shards: Sequence[FoundShard]) -> None:
                 raise DataError(
                     f"{vectors}: {vectors.rows:,} rows, but {shard.image.rows:,} in {shard.image}.", fix=FIX
                 )
+
         if shard.metadata is not None and (rows := table_rows(shard.metadata)) != shard.image.rows:
             raise DataError(f"{shard.metadata}: {rows:,} rows, but {shard.image.rows:,} in {shard.image}.", fix=FIX)
 

@@ -1,14 +1,13 @@
-"""Reading teacher embeddings: rows of memory-mapped shards, and the store that knows what each row is."""
+"""Reading teacher embeddings: the store knows the key, the captions and the vectors of each row."""
 
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex, overload
+from typing import SupportsIndex, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int, Integer
 
 from clip_cid.data.embeddings.files import (
@@ -20,94 +19,14 @@ from clip_cid.data.embeddings.files import (
     read_column,
     read_info,
 )
-from clip_cid.data.pairs.pairs import Pairs
+from clip_cid.data.embeddings.sharded_rows import ShardedRows, checked_rows
 from clip_cid.errors import DataError
 
 _BLOCK_ROWS = 16_384
-_KEYS_AT_ONCE = 100_000
-_OPEN_FILES = 256  # a process may hold some 65,000 maps; a large store has more shards than that
-
-
-class ShardedRows:
-    """(rows, dim) over memory-mapped .npy shards: `[slice]` and `[int array]` give a fresh array, `select` a view.
-
-    Copies to other processes carry paths only.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[Path],
-        rows: Sequence[int],
-        *,
-        dim: int,
-        dtype: np.dtype[Any],
-        chosen: Int[np.ndarray, " chosen"] | None = None,
-    ) -> None:
-        self._files, self._counts = tuple(files), tuple(rows)
-        self._starts = np.cumsum([0, *self._counts], dtype=np.int64)
-        self._dim, self._chosen = dim, chosen
-        self.dtype = dtype
-        self._maps: dict[int, np.ndarray] = {}
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self), self._dim
-
-    def __len__(self) -> int:
-        return int(self._starts[-1]) if self._chosen is None else len(self._chosen)
-
-    def __getitem__(self, index: slice | Integer[np.ndarray, " n"]) -> Float[np.ndarray, "n dim"]:
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            if self._chosen is not None:
-                return self._gather(self._chosen[index])
-            return self._range(start, max(start, stop)) if step == 1 else self._gather(np.arange(start, stop, step))
-        rows = checked_rows(index, len(self))
-        return self._gather(rows if self._chosen is None else self._chosen[rows])
-
-    def select(self, rows: Integer[np.ndarray, " n"]) -> "ShardedRows":
-        """A view of some rows, in this order; nothing is read yet."""
-        rows = checked_rows(rows, len(self))
-        chosen = rows if self._chosen is None else self._chosen[rows]
-        return ShardedRows(self._files, self._counts, dim=self._dim, dtype=self.dtype, chosen=chosen)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
-
-    def _range(self, start: int, stop: int) -> np.ndarray:
-        out = np.empty((stop - start, self._dim), dtype=self.dtype)
-        at, shard = start, int(np.searchsorted(self._starts, start, side="right")) - 1
-        while at < stop:
-            first, last = int(self._starts[shard]), int(self._starts[shard + 1])
-            until = min(stop, last)
-            if until > at:
-                out[at - start : until - start] = self._map(shard)[at - first : until - first]
-            at, shard = until, shard + 1
-        return out
-
-    def _gather(self, rows: np.ndarray) -> np.ndarray:
-        """Any rows in any order; each shard is visited once, front to back."""
-        out = np.empty((len(rows), self._dim), dtype=self.dtype)
-        order = np.argsort(rows, kind="stable")
-        ordered = rows[order]
-        edges = np.searchsorted(ordered, self._starts)
-        for shard in np.flatnonzero(np.diff(edges)):
-            part = slice(edges[shard], edges[shard + 1])
-            out[order[part]] = self._map(int(shard))[ordered[part] - self._starts[shard]]
-        return out
-
-    def _map(self, shard: int) -> np.ndarray:
-        found = self._maps.pop(shard, None)
-        if found is None:
-            found = np.load(self._files[shard], mmap_mode="r", allow_pickle=False)
-            if len(self._maps) >= _OPEN_FILES:
-                del self._maps[next(iter(self._maps))]
-        self._maps[shard] = found  # at the end, so that the first is the least recently used
-        return found
 
 
 class Keys(Sequence[str]):
-    """The keys of all rows, packed: a Python string is made only when one is asked for."""
+    """The keys of all rows, packed; a Python string is made only for a key that is read."""
 
     def __init__(self, packed: pa.LargeStringArray) -> None:
         self.packed = packed
@@ -180,18 +99,19 @@ class EmbeddingStore:
     @functools.cached_property
     def ok(self) -> Bool[np.ndarray, " rows"]:
         """Whether a row has its embeddings; in a store made elsewhere, all rows."""
-        found = np.ones(self.rows, dtype=bool)
+        ok = np.ones(self.rows, dtype=bool)
         for index, shard in enumerate(self.info.shards):
             if shard.ok == shard.rows:
                 continue
+
             rows = slice(int(self._starts[index]), int(self._starts[index + 1]))
-            found[rows] = read_column(self._file(index, "metadata"), "ok").to_numpy(zero_copy_only=False)
-            if (count := int(found[rows].sum())) != shard.ok:
+            ok[rows] = read_column(self._file(index, "metadata"), "ok").to_numpy(zero_copy_only=False)
+            if (count := int(ok[rows].sum())) != shard.ok:
                 raise DataError(
                     f"{self._file(index, 'metadata')}: {count:,} rows are ok, but {STORE_FILE} says {shard.ok:,}.",
                     fix=AGAIN,
                 )
-        return found
+        return ok
 
     @functools.cached_property
     def keys(self) -> Keys:
@@ -207,6 +127,7 @@ class EmbeddingStore:
             if column.null_count:
                 raise DataError(f"{path}: {column.null_count:,} rows have no {self.info.key_column}.", fix=AGAIN)
             parts.append(column.cast(pa.large_string()))
+
         packed = pa.concat_arrays(parts) if parts else pa.array([], type=pa.large_string())
         _check_unique(packed.filter(pa.array(self.ok)), self.path)
         return Keys(packed)
@@ -219,8 +140,8 @@ class EmbeddingStore:
         if self.info.captions_column is None:
             return ("",)
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
-        found = self._shard_captions(shard)[row - int(self._starts[shard])].as_py()
-        return tuple(found) if isinstance(found, list) else (found or "",)
+        captions = self._shard_captions(shard)[row - int(self._starts[shard])].as_py()
+        return tuple(captions) if isinstance(captions, list) else (captions or "",)
 
     def field(self, name: str) -> list[str]:
         """A column of the metadata for all rows, as strings; "" where a row has none.
@@ -228,16 +149,16 @@ class EmbeddingStore:
         Raises:
             DataError: A shard does not have it.
         """
-        found: list[str] = []
+        values: list[str] = []
         for index in range(len(self.info.shards)):
             column = read_column(self._file(index, "metadata"), name).cast(pa.large_string())
-            found += column.fill_null("").to_pylist()
-        return found
+            values += column.fill_null("").to_pylist()
+        return values
 
     def classes(self, name: str) -> tuple[Int[np.ndarray, " rows"], list[str]]:
-        """A column of the metadata as numbers of its different values, -1 where a row has none, and these values in order.
+        """A column of the metadata as class numbers (-1 where a row has none), and the sorted class names.
 
-        Only a number a row is held, not the texts.
+        Only one number a row is in memory, not the texts.
 
         Raises:
             DataError: A shard does not have it.
@@ -245,11 +166,13 @@ class EmbeddingStore:
         columns = (read_column(self._file(index, "metadata"), name) for index in range(len(self.info.shards)))
         encoded = [column.cast(pa.large_string()).fill_null("").dictionary_encode() for column in columns]
         chunks = pa.chunked_array(encoded).unify_dictionaries().chunks
+
         values = np.array(chunks[0].dictionary.to_pylist(), dtype=object)
         order = np.argsort(values, kind="stable")
         names: list[str] = values[order[values[order] != ""]].tolist()
         number_of = {value: number for number, value in enumerate(names)}
         numbers = np.array([number_of.get(value, -1) for value in values], dtype=np.int32)
+
         return numbers[np.concatenate([chunk.indices.to_numpy() for chunk in chunks])], names
 
     @functools.cached_property
@@ -280,15 +203,17 @@ class EmbeddingStore:
         """
         texts, rows = self.texts, checked_rows(rows, self.rows)
         chosen = np.broadcast_to(np.asarray(caption_index), rows.shape)
+
         counts = self.num_captions[rows]
         wrong = np.flatnonzero((chosen < 0) | (chosen >= counts))
         if len(wrong):
             row = int(rows[wrong[0]])
             raise DataError(
                 f"{self.path}: row {row:,} ({self.keys[row]!r}) has embeddings of {counts[wrong[0]]} captions, "
-                f"but caption number {chosen[wrong[0]] + 1} was asked for.",
+                f"but not of caption number {chosen[wrong[0]] + 1}.",
                 fix="The pairs have other captions than when they were embedded; run the embed stage on these pairs.",
             )
+
         out = texts[rows]
         further = np.flatnonzero(chosen > 0)
         if len(further):
@@ -311,6 +236,7 @@ class EmbeddingStore:
                     check_unit(vectors[rows], self.ok[rows], where=str(self._file(index, kind)), first_row=start)
                 if progress is not None:
                     progress(stop - start)
+
             if shard.more:
                 self._check_more(index)
 
@@ -342,65 +268,6 @@ class EmbeddingStore:
                 self._captions.clear()
             self._captions[shard] = read_column(self._file(shard, "metadata"), self.info.captions_column or "captions")
         return self._captions[shard]
-
-
-def join(
-    pairs_keys: Sequence[str], store: EmbeddingStore, *, max_absent_share: float = 0.01
-) -> Int[np.ndarray, " pairs"]:
-    """The row of the store for each pair, by key; -1 where the store has none.
-
-    A key that is repeated among the pairs is joined at its first place only, as the pairs count the others as bad.
-
-    Raises:
-        DataError: More than `max_absent_share` of the pairs' keys are not in the store.
-    """
-    packed = pa.array(pairs_keys, type=pa.large_string())
-    # Keys are unique among good rows only; where a bad row has the key of a good one, the good one is meant.
-    order = np.concatenate([np.flatnonzero(store.ok), np.flatnonzero(~store.ok)])
-    lookup = pc.SetLookupOptions(value_set=store.keys.packed.take(pa.array(order)))
-    places = pc.call_function("index_in", [packed], lookup).fill_null(-1).to_numpy(zero_copy_only=False)
-    rows = np.where(places < 0, -1, order[places] if len(order) else -1)
-    absent = int((rows < 0).sum())
-    if absent > max_absent_share * len(rows) or absent == len(rows):
-        missing = packed[int(np.argmax(rows < 0))].as_py() if len(rows) else None
-        sample = store.keys[0] if store.rows else None
-        raise DataError(
-            f"{store.path}: {absent:,} of {len(rows):,} pairs have no embedding here, such as {missing!r}; "
-            f"the store's keys look like {sample!r}.",
-            fix="Give the pairs the embeddings were made from (keys must be equal), or run the embed stage on these pairs.",
-        )
-    _, first = np.unique(rows, return_index=True)
-    once = np.full(len(rows), -1, dtype=np.int64)
-    once[first] = rows[first]
-    return once
-
-
-def rows_in_store(pairs: Pairs, store: EmbeddingStore, *, max_absent_share: float = 0.01) -> Int[np.ndarray, " pairs"]:
-    """The row of the store for each pair; -1 where it has none.
-
-    Raises:
-        DataError: The keys do not match.
-    """
-    starts = range(0, len(pairs), _KEYS_AT_ONCE)
-    blocks = ((start, min(start + _KEYS_AT_ONCE, len(pairs))) for start in starts)
-    # A store of these very pairs has their order, so a join, which holds all keys in memory, is for other stores only.
-    if len(pairs) == store.rows and all(pairs.keys(*block) == store.keys[slice(*block)] for block in blocks):
-        return np.arange(len(pairs))
-    return join(pairs.keys(0, len(pairs)), store, max_absent_share=max_absent_share)
-
-
-def checked_rows(rows: Integer[np.ndarray, " n"], count: int) -> Int[np.ndarray, " n"]:
-    """Row numbers as int64; -1, the sign of an absent row, is not the last one here.
-
-    Raises:
-        IndexError: A row is outside [0, count).
-    """
-    rows = np.asarray(rows)
-    if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
-        raise IndexError(f"rows: must be a 1-d array of integers, got {rows.ndim}-d {rows.dtype}")
-    if len(rows) and not (rows.min() >= 0 and rows.max() < count):
-        raise IndexError(f"rows: must be in [0, {count}), got {rows.min()} to {rows.max()}")
-    return rows.astype(np.int64, copy=False)
 
 
 def _check_unique(keys: pa.Array, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writing an embedding store shard by shard, so that a killed run goes on behind the last finished shard."""
+"""Writing an embedding store shard by shard, so that a killed run resumes after the last finished shard."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ from clip_cid.journal import Journal
 
 @dataclasses.dataclass(frozen=True)
 class ShardRows:
-    """What the teacher made of one shard of the pairs; rows that are not ok are zeros."""
+    """The embeddings and the metadata of one shard of the pairs; rows that are not ok are zeros."""
 
     name: str
     images: Float[np.ndarray, "rows dim"]
@@ -74,6 +74,7 @@ class StoreWriter:
                 f"pairs.keep_fields: {', '.join(taken)} would hide a column the store has of its own.",
                 fix=f"Rename the field in the data, or leave it out; taken are {', '.join(COLUMNS)}.",
             )
+
         self._out, self._progress = out, Journal(out / PROGRESS_FILE)
         self._digits = max(4, len(str(num_shards - 1)))
         self._info = StoreInfo(
@@ -97,7 +98,7 @@ class StoreWriter:
         return sum(shard.rows for shard in self.shards)
 
     def add(self, rows: ShardRows) -> None:
-        """Write a shard; once this returns, it survives whatever happens to the process."""
+        """Write a shard; once this returns, the shard survives a kill."""
         _check_rows(rows, self._info)
         number = f"{len(self.shards):0{self._digits}d}"
         paths = {kind: f"{folder}/{folder}_{number}.npy" for kind, folder in FOLDERS.items() if kind != "metadata"}
@@ -105,6 +106,7 @@ class StoreWriter:
         arrays = {"image": rows.images, "text": rows.texts, "more_text": rows.more_texts}
         if not len(rows.more_texts):
             del paths["more_text"], arrays["more_text"]
+
         for path in paths.values():
             (self._out / path).parent.mkdir(exist_ok=True)
         for kind, array in arrays.items():
@@ -113,6 +115,8 @@ class StoreWriter:
             check_unit(half, good, where=f"{rows.name} ({kind})", first_row=0)
             write_array(self._out / paths[kind], half)
         write_table(self._out / paths["metadata"], _metadata(rows))
+
+        # The journal's line comes last: a shard without it does not exist.
         files = {kind: record_file(self._out, path) for kind, path in paths.items()}
         shard = StoreShard(rows.name, len(rows.ok), int(rows.ok.sum()), len(rows.more_texts), files)
         self._record({"shard": dataclasses.asdict(shard), "skipped": rows.skipped})
@@ -128,14 +132,15 @@ class StoreWriter:
         return info
 
     def write_skipped(self, unfinished: Iterable[dict[str, Any]] = ()) -> Path:
-        """List the bad rows so far, and those of a shard that will not be finished; returns where."""
+        """List the bad rows so far, and those of a shard that will not be finished; returns the file."""
         path = self._out / SKIPPED_FILE
         Journal(path).replace(*self.skipped, *unfinished)
         return path
 
     def _resume(self) -> None:
-        """Take over the shards an earlier process finished, and clear away what it had begun."""
+        """Take over the shards that an earlier process finished, and delete what it had begun."""
         self._out.mkdir(parents=True, exist_ok=True)
+
         if self._progress.path.is_file():
             self._progress.drop_torn_line()
             made_from, self.shards, self.skipped = _read_progress(self._progress)
@@ -144,9 +149,11 @@ class StoreWriter:
         else:
             made_from = _made_from(self._info)
             self._record(made_from)
+
         _check_same(self._out, made_from, _made_from(self._info))
         for shard in self.shards:
             check_shard(self._out, shard, dim=self._info.dim, dtype=self._info.dtype)
+
         known = {file.path for shard in self.shards for file in shard.files.values()}
         for folder in FOLDERS.values():
             for path in (self._out / folder).glob("*"):
@@ -173,7 +180,7 @@ def _read_progress(progress: Journal) -> tuple[dict[str, Any], list[StoreShard],
 
 
 def _read_finished(out: Path) -> tuple[dict[str, Any], list[StoreShard], list[dict[str, Any]]]:
-    """The process ended between its last shard and the renaming of the stage's folder."""
+    """The store of a process that ended after its last shard, before the stage's folder was renamed."""
     info = read_info(out)
     try:
         return _made_from(info), list(info.shards), Journal(out / SKIPPED_FILE).read()
@@ -182,9 +189,10 @@ def _read_finished(out: Path) -> tuple[dict[str, Any], list[StoreShard], list[di
 
 
 def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """The reference of a teacher is only its name: a folder may have moved, the weights decide."""
+    """Teacher and pairs are the same. The reference of a teacher is not compared: a folder may have moved."""
     if not isinstance(before.get("teacher"), dict):
         raise DataError(f"{out / PROGRESS_FILE}: not a record of finished shards.", fix=AGAIN)
+
     parts = {name for name in {*before["teacher"], *now["teacher"]} if name != "reference"}
     different = sorted(name for name in parts if before["teacher"].get(name) != now["teacher"].get(name))
     different += [name for name in ("pairs", "dim", "fields") if before.get(name) != now[name]]
@@ -203,14 +211,17 @@ def _check_rows(rows: ShardRows, info: StoreInfo) -> None:
     for name, values in lengths.items():
         if len(values) != count:
             raise ValueError(f"{name}: must have {count} rows, got {len(values)}")
+
     if tuple(rows.fields) != info.fields:
         raise ValueError(f"fields: must be {info.fields}, got {tuple(rows.fields)}")
+
     further = sum(len(captions) - 1 for captions, good in zip(rows.captions, rows.ok, strict=True) if good)
     if len(rows.more_texts) != further:
         raise ValueError(f"more_texts: must have {further} rows, got {len(rows.more_texts)}")
     for name in ("images", "texts", "more_texts"):
         if (width := getattr(rows, name).shape[1]) != info.dim:
             raise ValueError(f"{name}: must be {info.dim} wide, got {width}")
+
     if len(rows.skipped) != count - int(rows.ok.sum()):
         raise ValueError(f"skipped: must have {count - int(rows.ok.sum())} entries, got {len(rows.skipped)}")
 

@@ -7,7 +7,7 @@ from collections.abc import Generator
 
 from PIL import Image, ImageFile
 
-from clip_cid.data.pairs.pairs import BadSample
+from clip_cid.data.pairs.pair import BadSample
 
 # Raster formats only: Pillow opens many more, and hands PostScript to an outside program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")

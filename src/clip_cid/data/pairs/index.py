@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import pyarrow as pa
 from jaxtyping import Int64, UInt64
 
 from clip_cid import log
-from clip_cid.data.pairs import sources, tables, tars
-from clip_cid.data.pairs.sources import Kind, Source
+from clip_cid.data.pairs import sources
+from clip_cid.data.pairs.format import LocalSource, PairFormat, Source
+from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS
 from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
 from clip_cid.run_folder import atomic_file
@@ -25,27 +26,18 @@ _VERSION = 1  # raise it when the same source would give another index
 _OPEN_FILES = 128
 _ROWS_PER_PASS = 1 << 24  # the search for duplicates holds about 50 bytes for each of so many rows
 _BAD_SCHEMA = pa.schema([("row", pa.int64()), ("reason", pa.string())])
-_SCHEMAS: dict[Kind, pa.Schema] = {
-    "tar": tars.TAR_SCHEMA,
-    "table": tables.TABLE_SCHEMA,
-    "folder": tables.FOLDER_SCHEMA,
-}
 
 
 @dataclass(frozen=True)
 class IndexedSource:
     """A source with its index, as Arrow batches in a file or (no index folder) in memory; a batch is one shard."""
 
-    kind: Kind
-    name: str
-    root: str
-    """The tar itself, or the folder where image paths start."""
-    bytes: int
-    mtime_ns: int
+    format: PairFormat
+    local: LocalSource
+    rows: tuple[int, ...]
+    """Of each batch."""
     index: str | None
     in_memory: tuple[pa.RecordBatch, ...] = ()
-    rows: tuple[int, ...] = ()
-    """Of each batch."""
 
     def batch(self, number: int) -> pa.RecordBatch:
         return self.in_memory[number] if self.index is None else _mapped_batch(self.index, number)
@@ -53,7 +45,7 @@ class IndexedSource:
 
 @lru_cache(maxsize=_OPEN_FILES)
 def _open_index(path: str) -> pa.RecordBatchFileReader:
-    # without threads of its own, so that a forked process can go on with it
+    # No threads of its own, so that a forked process can use it.
     return pa.ipc.open_file(pa.memory_map(path), options=pa.ipc.IpcReadOptions(use_threads=False))
 
 
@@ -63,23 +55,24 @@ def _mapped_batch(path: str, number: int) -> pa.RecordBatch:
 
 
 def index_sources(
-    found: Sequence[Source], settings: PairsConfig, *, index: Path | None, cache_dir: Path
+    named: Sequence[Source], settings: PairsConfig, *, index: Path | None, cache_dir: Path
 ) -> tuple[IndexedSource, ...]:
-    """Index every source, fetching URLs first; what the `index` folder has of unchanged files is not read again.
+    """Index every source, fetching URLs first; the index of an unchanged file is taken from the `index` folder.
 
     Raises:
         DataError: A source is broken, empty or cannot be fetched.
     """
     if index is not None:
         index.mkdir(parents=True, exist_ok=True)
+
     indexed: list[IndexedSource] = []
-    with log.progress("index", len(found), unit="shards") as bar:
-        for source in found:
+    with log.progress("index", len(named), unit="shards") as bar:
+        for source in named:
             indexed.append(_index_source(source, settings, index, cache_dir, bar))
             if not sum(indexed[-1].rows):
                 raise DataError(
-                    f"{source.name}: an empty {source.kind}, without a single pair.",
-                    fix=f"Give sources that hold images (.{', .'.join(tars.IMAGE_EXTENSIONS)}) with captions.",
+                    f"{source.name}: an empty {source.format.kind}, without a single pair.",
+                    fix=f"Give sources that hold images (.{', .'.join(IMAGE_EXTENSIONS)}) with captions.",
                 )
             bar.advance(1)
     return tuple(indexed)
@@ -88,61 +81,44 @@ def index_sources(
 def _index_source(
     source: Source, settings: PairsConfig, index: Path | None, cache_dir: Path, bar: log.Bar
 ) -> IndexedSource:
-    path = source.path or _fetched(source.name, cache_dir)
-    status = path.stat()
-    identity: list[Any] = [_VERSION, source.kind, str(path), status.st_size, status.st_mtime_ns]
-    images: list[tables.ListedImage] = []
-    if source.kind == "table":
-        identity += [settings.image_column, settings.caption_column, settings.key_column, settings.keep_fields]
-    elif source.kind == "folder":  # its own size and time say nothing of the files below
-        images = _listed(path)
-        identity = [_VERSION, source.kind, str(path), *((row.image, row.bytes, row.mtime_ns) for row in images)]
+    path = source.path or _fetched(source, settings, cache_dir)
+    local = LocalSource.of(source.name, path)
+    scan = source.format.scan(local, settings)
+    batches = _with_progress(scan.batches, source.name, bar)
+    if index is None:
+        in_memory = tuple(batches)
+        return IndexedSource(source.format, local, tuple(batch.num_rows for batch in in_memory), None, in_memory)
 
-    def scan() -> Generator[pa.RecordBatch]:
-        if source.kind == "tar":
-            yield tars.scan_tar(path, source.name)
-        elif source.kind == "folder":
-            yield from tables.folder_rows(images)
-        else:
-            rows = 0
-            for batch in tables.scan_table(path, source.name, settings):
-                yield batch
-                rows += batch.num_rows
-                bar.advance(0, note=f"{rows:,} rows of {source.name}")
+    identity = [_VERSION, source.format.kind, str(path), *scan.identity]
+    file = index.absolute() / f"{path.name[:40]}-{_digest(identity)}.arrow"
+    if not _usable(file, source.format.schema):
+        _write(file, source.format.schema, batches)
 
-    indexed = IndexedSource(
-        kind=source.kind,
-        name=source.name,
-        root=str(path.parent if source.kind == "table" else path),
-        bytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        index=None if index is None else str(index.absolute() / f"{path.name[:40]}-{_digest(identity)}.arrow"),
-    )
-    if indexed.index is None:
-        batches = tuple(scan())
-        return replace(indexed, in_memory=batches, rows=tuple(batch.num_rows for batch in batches))
-    if not _usable(Path(indexed.index), _SCHEMAS[source.kind]):
-        _write(Path(indexed.index), _SCHEMAS[source.kind], scan())
-    numbers = range(_open_index(indexed.index).num_record_batches)
-    return replace(indexed, rows=tuple(indexed.batch(number).num_rows for number in numbers))
+    numbers = range(_open_index(str(file)).num_record_batches)
+    rows = tuple(_mapped_batch(str(file), number).num_rows for number in numbers)
+    return IndexedSource(source.format, local, rows, str(file))
 
 
-def _fetched(url: str, cache_dir: Path) -> Path:
-    """The local copy of a URL; it is kept only when its index shows that it is whole."""
-    path = sources.cached_path(url, cache_dir)
+def _fetched(source: Source, settings: PairsConfig, cache_dir: Path) -> Path:
+    """The local copy of a URL; it is kept only when a scan shows that it is whole."""
+
+    def scan_all(part: Path) -> None:
+        for _ in source.format.scan(LocalSource.of(source.name, part), settings).batches:
+            pass
+
+    path = sources.cached_path(source.name, cache_dir)
     if not path.exists():
-        sources.fetch(url, path, check=lambda part: tars.scan_tar(part, url))
+        sources.fetch(source.name, path, check=scan_all)
     return path
 
 
-def _listed(path: Path) -> list[tables.ListedImage]:
-    listing = tables.list_folder(path)
-    if listing.linked_folders:
-        log.warn(f"{path}: {listing.linked_folders:,} linked folders are not followed; name them in pairs.source")
-    if listing.texts_alone:
-        count, example = len(listing.texts_alone), listing.texts_alone[0]
-        log.warn(f"{path}: {count:,} .txt files have no image of their name beside them, such as {example!r}")
-    return listing.images
+def _with_progress(batches: Iterable[pa.RecordBatch], name: str, bar: log.Bar) -> Generator[pa.RecordBatch]:
+    """The batches; a source of many shows how far it is read."""
+    rows = 0
+    for batch in batches:
+        yield batch
+        rows += batch.num_rows
+        bar.advance(0, note=f"{rows:,} rows of {name}")
 
 
 def _usable(path: Path, schema: pa.Schema) -> bool:
@@ -151,7 +127,7 @@ def _usable(path: Path, schema: pa.Schema) -> bool:
     try:
         return _open_index(str(path)).schema.equals(schema)
     except (pa.ArrowException, OSError) as error:
-        log.warn(f"{path}: this index cannot be read ({error}); making it again")
+        log.warn(f"{path}: this index cannot be read ({error}); it is made again")
         return False
 
 
@@ -163,7 +139,7 @@ def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> 
     ):
         for batch in batches:
             writer.write_batch(batch)
-    _open_index.cache_clear()  # it may hold what was there before
+    _open_index.cache_clear()  # it may hold the file that was there before
     _mapped_batch.cache_clear()
 
 
@@ -207,21 +183,24 @@ class PairIndex:
             yield self.batch(shard).column("key_hash").to_numpy()
 
     def known_bad(self, index: Path | None) -> dict[int, str]:
-        """Rows that cannot be used, and why, as the index alone shows; the answer is kept in the folder `index`."""
+        """Rows that cannot be used, and why, as the index alone shows; the list is kept in the folder `index`."""
         if index is None:
             return self._find_bad()
+
         path = index / f"known-bad-{_digest([Path(source.index or '').name for source in self.sources])}.arrow"
         if not _usable(path, _BAD_SCHEMA):
-            found = self._find_bad()
-            columns = {"row": list(found), "reason": list(found.values())}
+            bad = self._find_bad()
+            columns = {"row": list(bad), "reason": list(bad.values())}
             _write(path, _BAD_SCHEMA, [pa.RecordBatch.from_pydict(columns, schema=_BAD_SCHEMA)])
-        kept = _mapped_batch(str(path), 0)
-        return dict(zip(kept.column("row").to_pylist(), kept.column("reason").to_pylist(), strict=True))
+
+        listed = _mapped_batch(str(path), 0)
+        return dict(zip(listed.column("row").to_pylist(), listed.column("reason").to_pylist(), strict=True))
 
     def _find_bad(self) -> dict[int, str]:
         bad: dict[int, str] = {}
         for row, first in duplicate_keys(self.hashes, len(self), self.key).items():
             bad[row] = f"duplicate key, first used by row {first:,}"
+
         for shard in range(len(self.batches)):
             problems = self.batch(shard).column("problem")
             for place in np.flatnonzero(problems.is_valid().to_numpy(zero_copy_only=False)).tolist():
@@ -244,10 +223,13 @@ def duplicate_keys(
     passes = max(1, math.ceil(rows / rows_per_pass))
     edges = [number * (1 << 64) // passes for number in range(passes + 1)]
     first_of: dict[int, int] = {}
+
     for low, high in itertools.pairwise(edges):
         values, numbers = _hashes_between(hashes(), low, high - 1)
         order = np.argsort(values, kind="stable")
         values, numbers = values[order], numbers[order]
+
+        # Runs of equal hashes: `again` holds every place of a run but its first.
         again = np.flatnonzero(values[1:] == values[:-1]) + 1
         for group in np.split(again, np.flatnonzero(np.diff(again) > 1) + 1):
             if len(group):

@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 
 from clip_cid.data.pairs import images
-from clip_cid.data.pairs.pairs import BadSample, Pairs, open_pairs
+from clip_cid.data.pairs.pair import BadSample
+from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.errors import DataError
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
@@ -15,7 +16,7 @@ _SCAN_ROWS = 100_000
 
 
 class NoPicturesError(Exception):
-    """The pairs' pictures cannot be had; the message is the reason, fit for a page."""
+    """The images of the pairs are not available; the message is the reason, fit for a page."""
 
 
 class Pictures:
@@ -33,12 +34,12 @@ class Pictures:
             if not moved:
                 break
             keys = pairs.keys(start, min(start + _SCAN_ROWS, len(pairs)))
-            found = {key: row for row, key in enumerate(keys, start=start) if key in moved}
-            self._rows |= found
-            moved -= found.keys()
+            here = {key: row for row, key in enumerate(keys, start=start) if key in moved}
+            self._rows |= here
+            moved -= here.keys()
 
     def get(self, key: str) -> Image.Image | None:
-        """The decoded image; None where the pairs do not have it, or it cannot be read (any more)."""
+        """The decoded image; None where the pairs do not have it, or it cannot be read."""
         if key not in self._rows:
             return None
         try:
@@ -47,19 +48,19 @@ class Pictures:
             return None
 
     def sample(self, count: int, *, seed: int) -> dict[str, str]:
-        """Key -> first caption of some pairs drawn at random; broken ones are passed over."""
+        """Key -> first caption of some pairs drawn at random; broken ones are left out."""
         order = np.random.default_rng(seed).choice(len(self.pairs), size=min(2 * count, len(self.pairs)), replace=False)
-        found: dict[str, str] = {}
+        captions: dict[str, str] = {}
         for row in order.tolist():
-            if len(found) == count:
+            if len(captions) == count:
                 break
             try:
                 pair = self.pairs.read(row)
             except BadSample:
                 continue
-            found[pair.key] = pair.captions[0]
+            captions[pair.key] = pair.captions[0]
             self._rows[pair.key] = row
-        return found
+        return captions
 
 
 def open_pictures(folder: RunFolder, recipe: Recipe, wanted: Mapping[str, int]) -> Pictures:

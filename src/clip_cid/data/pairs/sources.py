@@ -4,69 +4,58 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 from braceexpand import braceexpand
 
+from clip_cid.data.pairs.format import Source
+from clip_cid.data.pairs.formats import URL_FORMAT, format_of
 from clip_cid.errors import DataError
+from clip_cid.recipe import PairsConfig
 from clip_cid.run_folder import atomic_file
 
-Kind = Literal["tar", "table", "folder"]
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
-_TAR_SUFFIXES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _FETCH_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Source:
-    """One shard, table or folder; `path` is None while a URL has not been fetched."""
-
-    kind: Kind
-    name: str
-    """As the user wrote it, ranges and wildcards expanded."""
-    path: Path | None
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the file; -1 for a URL, whose size would take a request to learn."""
-        return -1 if self.path is None else self.path.stat().st_size
-
-
-def find_sources(patterns: Sequence[str]) -> list[Source]:
+def find_sources(settings: PairsConfig) -> list[Source]:
     """Every source in the order given, wildcards sorted.
 
     Raises:
-        DataError: One is missing, named twice, of no known kind, or of another kind than the first.
+        DataError: One is missing, named twice, of no known format, or of another format than the first.
     """
-    if not patterns:
+    if not settings.source:
         raise DataError("pairs.source is empty, so there are no pairs.", fix="Name tars, a table or a folder there.")
-    sources = [source for pattern in patterns for source in _expand(pattern)]
-    first, seen = sources[0], set[str]()
+    sources = [source for pattern in settings.source for source in _expand(pattern, settings)]
+
+    first, identities = sources[0], set[str]()
     for source in sources:
-        if source.kind != first.kind:
+        if source.format.kind != first.format.kind:
             raise DataError(
-                f"pairs.source mixes kinds: {first.name} is a {first.kind}, {source.name} is a {source.kind}.",
+                f"pairs.source mixes kinds: {first.name} is a {first.format.kind}, "
+                f"{source.name} is a {source.format.kind}.",
                 fix="Give sources of one kind; run each kind by itself, or write all of them as tars.",
             )
+
         identity = source.name if source.path is None else str(source.path)
-        if identity in seen:
+        if identity in identities:
             raise DataError(
                 f"pairs.source names {source.name} twice.", fix="Name each source once (check overlapping wildcards)."
             )
-        seen.add(identity)
+        identities.add(identity)
     return sources
 
 
-def _expand(pattern: str) -> list[Source]:
+def _expand(pattern: str, settings: PairsConfig) -> list[Source]:
+    """The sources of one entry of `pairs.source`."""
     if pattern.startswith("file:"):
         pattern = unquote(urlparse(pattern).path)
     pattern = os.path.expanduser(pattern)
     if os.path.exists(pattern):  # a real name wins, whatever braces, brackets or colons it has
-        return [_local(pattern)]
+        return [_local(pattern, settings)]
+
     try:
         names = list(braceexpand(pattern))
     except ValueError as error:
@@ -74,38 +63,29 @@ def _expand(pattern: str) -> list[Source]:
             f"pairs.source: the braces of {pattern} do not match.", fix="Ranges are written as {00000..00099}."
         ) from error
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", pattern):
-        return [Source("tar", name, None) for name in names]
-    found: list[str] = []
+        return [Source(URL_FORMAT, name, None) for name in names]
+
+    present: list[str] = []
     missing: list[str] = []
     for name in names:
         if os.path.exists(name):
-            found.append(name)
-        elif glob.has_magic(name):
-            matches = sorted(glob.glob(name, recursive=True))
-            found += matches
-            missing += [] if matches else [name]
+            present.append(name)
+        elif glob.has_magic(name) and (matches := sorted(glob.glob(name, recursive=True))):
+            present += matches
         else:
             missing.append(name)
+
     if missing:
         raise DataError(
             f"{missing[0]}: no such file or folder ({len(missing):,} of the {len(names):,} named by {pattern} missing).",
             fix=f"Correct pairs.source, or bring the data; paths are taken from {os.getcwd()}.",
         )
-    return [_local(name) for name in found]
+    return [_local(name, settings) for name in present]
 
 
-def _local(name: str) -> Source:
-    path, lower = Path(os.path.abspath(name)), name.lower()
-    if path.is_dir():
-        return Source("folder", name, path)
-    if lower.endswith(_TAR_SUFFIXES):
-        return Source("tar", name, path)
-    if lower.endswith(TABLE_SUFFIXES):
-        return Source("table", name, path)
-    raise DataError(
-        f"{name}: not a kind of pairs known here.",
-        fix="Give .tar shards, one .csv, .tsv or .parquet table, or a folder.",
-    )
+def _local(name: str, settings: PairsConfig) -> Source:
+    path = Path(os.path.abspath(name))
+    return Source(format_of(path, name, settings), name, path)
 
 
 def cache_folder(cache_dir: Path | None) -> Path:
@@ -120,10 +100,10 @@ def cached_path(url: str, cache_dir: Path) -> Path:
 
 
 def fetch(url: str, path: Path, check: Callable[[Path], Any]) -> None:
-    """Bring `url` to `path`, which appears only when the transfer ended well and `check` of the bytes did not raise.
+    """Download `url` to `path`, which appears only when the transfer is whole and `check` accepts the file.
 
     Raises:
-        DataError: The URL cannot be opened or its transfer failed.
+        DataError: The URL cannot be opened, or the transfer failed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
@@ -143,5 +123,5 @@ def _blocks(url: str) -> Generator[bytes]:
     except (OSError, ValueError) as error:
         raise DataError(
             f"{url}: cannot be fetched ({error}).",
-            fix="Try the address by hand (curl, or the command behind pipe:), then run again; shards already fetched are kept.",
+            fix="Try the address by hand (curl, or the command behind pipe:), then run again; fetched shards are kept.",
         ) from error

@@ -1,49 +1,82 @@
-"""Where in a WebDataset tar each sample's image, text and json lie, read from the headers alone.
+"""WebDataset tars: where each sample's image, text and JSON lie, read from the headers alone.
 
-Nothing is extracted: a sample is later read by its byte range, so the tar must be plain (not compressed) and whole.
+Nothing is extracted: a sample is read by its byte range, so the tar must be plain (not compressed) and whole.
 """
 
-import hashlib
+import json
+import os
 import re
 import tarfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import pyarrow as pa
 
+from clip_cid.data.pairs.format import COMMON_COLUMNS, LocalSource, Member, PairFormat, Scan
+from clip_cid.data.pairs.pair import BadSample, Pair
+from clip_cid.data.pairs.plain_tar import FETCH_AGAIN, plain_files
+from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS, clean_captions, field_text, key_hash, readable_key
 from clip_cid.errors import DataError
+from clip_cid.recipe import PairsConfig
 
-IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")  # in open_clip's order: the first that a sample has is its image
-ABSENT = -1
+METADATA = re.compile(r"__[^/]*__($|/)")
+"""Names that webdataset passes over, such as all of __meta__/."""
 
-TAR_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("key_hash", pa.uint64()),
-        ("problem", pa.string()),  # null where the sample can be read
-        *((f"{part}_{what}", pa.int64()) for part in ("image", "text", "json") for what in ("at", "size")),
-    ]
-)
-
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_UNSAFE = re.compile(r"^[/\\]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)|\0")
-METADATA = re.compile(r"__[^/]*__($|/)")  # what webdataset passes over, such as all of __meta__/
-_BLOCK = 512
-_AGAIN = "Fetch or write this shard again, then repeat the command."
+_SUFFIXES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_OPEN_TARS = 128
+_ABSENT = -1
 
 
-def key_hash(key: str) -> int:
-    """64 bits of a key, the same in every process, so that equal keys are found without holding the keys."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+class Tars(PairFormat):
+    """A pair is a run of members of one key: an image, and a .txt or .json with its captions."""
 
+    kind = "tar"
+    examples = ".tar shards"
+    schema = pa.schema(
+        [
+            *COMMON_COLUMNS,
+            *((f"{part}_{what}", pa.int64()) for part in ("image", "text", "json") for what in ("at", "size")),
+        ]
+    )
+    has_members = True
 
-def readable_key(key: bytes) -> tuple[str, str | None]:
-    """A key as text, and what is wrong with it."""
-    try:
-        return key.decode(), None if key else "no key"
-    except UnicodeDecodeError:
-        return key.decode(errors="backslashreplace"), "the key is not UTF-8"
+    def owns(self, path: Path, settings: PairsConfig) -> bool:
+        return path.name.lower().endswith(_SUFFIXES)  # compressed ones too, which `plain_files` refuses with a reason
+
+    def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
+        whole = (scan_tar(path, source.name) for path in [source.path])  # lazy; a tar is one shard
+        return Scan([source.bytes, source.mtime_ns], whole)
+
+    def read(self, source: LocalSource, row: dict[str, Any], settings: PairsConfig) -> Pair:
+        image, text, described = (_part(source, row, part) for part in ("image", "text", "json"))
+        if image is None:
+            raise AssertionError("a sample without image is known to be bad")
+        fields = {} if described is None else _json_object(described)
+
+        captions = fields.get(settings.captions_field)
+        if captions is not None and not isinstance(captions, str | list):
+            raise BadSample(f"json field {settings.captions_field!r} holds a {type(captions).__name__}, not captions")
+        if isinstance(captions, str):
+            captions = [captions]
+        elif not captions:
+            captions = [] if text is None else [text]
+
+        kept = {name: field_text(fields.get(name)) for name in settings.keep_fields}
+        return Pair(row["key"], image, clean_captions(captions), kept)
+
+    def shard_name(self, source: LocalSource, number: int) -> str:
+        return source.name
+
+    def members(self, source: LocalSource, places: Sequence[int]) -> Generator[list[Member]]:
+        tar, wanted = _open(source), iter(places)
+        next_wanted = next(wanted)
+        for place, (_, members) in enumerate(_samples(source.path, source.name)):
+            if place == next_wanted:
+                yield [(member.name, _bytes_at(tar, member.offset_data, member.size)) for member in members.values()]
+                if (next_wanted := next(wanted, None)) is None:
+                    break
 
 
 def scan_tar(path: Path, name: str) -> pa.RecordBatch:
@@ -58,140 +91,108 @@ def scan_tar(path: Path, name: str) -> pa.RecordBatch:
     Raises:
         DataError: The tar is compressed, empty, damaged, cut short, or holds links or names that leave the folder.
     """
-    columns: dict[str, list[object]] = {column: [] for column in TAR_SCHEMA.names}
-    for key, members in samples(path, name):
+    columns: dict[str, list[object]] = {column: [] for column in Tars.schema.names}
+    for key, members in _samples(path, name):
         for column, value in _row(key, members).items():
             columns[column].append(value)
-    batch = pa.RecordBatch.from_pydict(columns, schema=TAR_SCHEMA)
+
+    batch = pa.RecordBatch.from_pydict(columns, schema=Tars.schema)
     if not batch.num_rows:
-        raise DataError(f"{name}: an empty shard, {path.stat().st_size:,} bytes without a sample.", fix=_AGAIN)
+        raise DataError(f"{name}: an empty shard, {path.stat().st_size:,} bytes without a sample.", fix=FETCH_AGAIN)
     return batch
 
 
-def samples(path: Path, name: str) -> Generator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """The key and the members (by extension, in lower case) of each sample, as `scan_tar` numbers them.
+def _samples(path: Path, name: str) -> Generator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """The key and the members (by extension, in lower case) of each sample.
 
     Raises:
         DataError: As `scan_tar`.
     """
-    key: str | None = None
+    sample_key: str | None = None
     members: dict[str, tarfile.TarInfo] = {}
     for member in plain_files(path, name):
         folder, slash, base = member.name.rpartition("/")
         stem, dot, extension = base.partition(".")
         if not stem or not dot or METADATA.match(member.name):
             continue  # hidden, without an extension, or metadata: no part of a sample for webdataset either
-        found, extension = folder + slash + stem, extension.lower()
-        if key is not None and (found != key or extension in members):
-            yield key, members
+
+        key, extension = folder + slash + stem, extension.lower()
+        if sample_key is not None and (key != sample_key or extension in members):
+            yield sample_key, members
             members = {}
-        key = found
+        sample_key = key
         members[extension] = member
-    if key is not None:
-        yield key, members
 
-
-def plain_files(path: Path, name: str) -> Generator[tarfile.TarInfo]:
-    """The headers of all regular files of a tar, in order; `offset_data` and `size` say where each lies.
-
-    Raises:
-        DataError: The tar is compressed, empty, damaged, cut short, or holds links or names that leave the folder.
-    """
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as handle:
-            _refuse_what_is_no_plain_tar(handle, name)
-            for member in _members(handle, size, name):
-                _refuse_unsafe(member, name)
-                if not member.isreg():
-                    continue
-                end = member.offset_data + member.size
-                if member.size < 0 or end > size:
-                    raise DataError(
-                        f"{name}: cut short at byte {size:,}: member {member.name!r} ends at byte {end:,}.", fix=_AGAIN
-                    )
-                yield member
-    except OSError as error:
-        raise DataError(
-            f"{name}: cannot be read ({error}).", fix="Check its permissions and the disk it is on."
-        ) from error
+    if sample_key is not None:
+        yield sample_key, members
 
 
 def _row(name: str, members: dict[str, tarfile.TarInfo]) -> dict[str, object]:
     """A sample's row of the index."""
     key, problem = readable_key(name.encode(errors="surrogateescape"))
     image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
-    text, json = members.get("txt"), members.get("json")
+    text, described = members.get("txt"), members.get("json")
     if image is None:
         problem = f"no image (.{', .'.join(IMAGE_EXTENSIONS)})"
-    elif text is None and json is None:
+    elif text is None and described is None:
         problem = "no caption (.txt or .json)"
+
     row: dict[str, object] = {"key": key, "key_hash": key_hash(key), "problem": problem}
-    for part, member in {"image": image, "text": text, "json": json}.items():
-        row[f"{part}_at"] = ABSENT if member is None else member.offset_data
-        row[f"{part}_size"] = ABSENT if member is None else member.size
+    for part, member in {"image": image, "text": text, "json": described}.items():
+        row[f"{part}_at"] = _ABSENT if member is None else member.offset_data
+        row[f"{part}_size"] = _ABSENT if member is None else member.size
     return row
 
 
-def _members(handle: BinaryIO, size: int, name: str) -> Generator[tarfile.TarInfo]:
-    """Every member; where no header follows the tar must end, which tarfile by itself would take on trust."""
+def _json_object(data: bytes) -> dict[str, Any]:
     try:
-        archive = tarfile.TarFile(fileobj=handle, encoding="utf-8")
-        member = archive.next()
-        while member is not None:
-            yield member
-            handle.seek(archive.offset)
-            try:
-                member = tarfile.TarInfo.fromtarfile(archive)  # unlike next(), keeps no list of all members
-            except tarfile.HeaderError:
-                member = None
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        raise DataError(f"{name}: no readable tar of {size:,} bytes ({error}).", fix=_AGAIN) from error
-    _check_end(handle, archive.offset, size, name)
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"json cannot be read ({error})") from error
+    if not isinstance(fields, dict):
+        raise BadSample(f"json holds a {type(fields).__name__}, not an object")
+    return fields
 
 
-def _check_end(handle: BinaryIO, end: int, size: int, name: str) -> None:
-    handle.seek(end)
-    mark = handle.read(_BLOCK)
-    if any(mark):
-        state = "cut short" if len(mark) < _BLOCK else "damaged or cut short"
-        raise DataError(f"{name}: {state} at byte {end:,} of {size:,}: no whole tar header there.", fix=_AGAIN)
-    if len(mark) < _BLOCK:
-        raise DataError(
-            f"{name}: cut short at byte {size:,}: the mark that ends a tar is missing at byte {end:,}.", fix=_AGAIN
-        )
-    at = end + _BLOCK
-    while rest := handle.read(1 << 20):
-        if any(rest):
-            raise DataError(
-                f"{name}: more data behind the end of the tar, after byte {at:,} of {size:,}.",
-                fix="Tars joined by `cat` hide all but the first; use `tar --concatenate`, or keep them apart.",
-            )
-        at += len(rest)
+def _part(source: LocalSource, row: dict[str, Any], part: str) -> bytes | None:
+    at, size = row[f"{part}_at"], row[f"{part}_size"]
+    return None if at == _ABSENT else _bytes_at(_open(source), at, size)
 
 
-def _refuse_what_is_no_plain_tar(handle: BinaryIO, name: str) -> None:
-    start = handle.read(8)
-    handle.seek(0)
-    if not start:
-        raise DataError(f"{name}: an empty file (0 bytes).", fix=_AGAIN)
-    for magic, method in _COMPRESSED.items():
-        if start.startswith(magic):
-            raise DataError(
-                f"{name}: compressed with {method}; samples cannot be read at random from it.",
-                fix=f"Decompress it once ({method} -d) and name the .tar; images do not shrink further anyway.",
-            )
+def _bytes_at(tar: "_Descriptor", at: int, size: int) -> bytes:
+    data = os.pread(tar.number, size, at)
+    if len(data) != size:
+        raise _changed(tar.name)
+    return data
 
 
-def _refuse_unsafe(member: tarfile.TarInfo, name: str) -> None:
-    if _UNSAFE.search(member.name):
-        raise DataError(
-            f"{name}: member {member.name!r} at byte {member.offset:,} points outside the archive.",
-            fix="Write the shard again with plain relative names; ask where this one comes from.",
-        )
-    if member.issparse() or not (member.isreg() or member.isdir()):
-        kind = "a link" if member.islnk() or member.issym() else "no regular file"
-        raise DataError(
-            f"{name}: member {member.name!r} at byte {member.offset:,} is {kind}.",
-            fix="Write the shard again with regular files only (`tar --dereference --hard-dereference`).",
-        )
+class _Descriptor:
+    """An open file that closes when nobody holds it; it is read by position, so threads and forks can share it."""
+
+    def __init__(self, number: int, name: str) -> None:
+        self.number, self.name = number, name
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+@lru_cache(maxsize=_OPEN_TARS)
+def _open(source: LocalSource) -> _Descriptor:
+    try:
+        opened = _Descriptor(os.open(source.path, os.O_RDONLY | os.O_CLOEXEC), source.name)
+    except FileNotFoundError as error:
+        raise _changed(source.name) from error
+    except OSError as error:
+        raise DataError(f"{source.name}: cannot be opened ({error.strerror}).", fix="Check its permissions.") from error
+
+    status = os.fstat(opened.number)
+    if (status.st_size, status.st_mtime_ns) != (source.bytes, source.mtime_ns):
+        raise _changed(source.name)
+    return opened
+
+
+def _changed(name: str) -> DataError:
+    return DataError(
+        f"{name}: changed or went away after it was indexed.",
+        fix="Leave the sources alone while they are used; run again.",
+    )

@@ -78,8 +78,9 @@ def write_sample(out: Path, *, pairs: int = 6_000, seed: int = 0) -> SampleSumma
     """
     if pairs < 20:
         raise ValueError(f"pairs must be at least 20, got {pairs}")
-    if (found := _existing(out, pairs=pairs, seed=seed)) is not None:
-        return found
+    if (existing := _existing(out, pairs=pairs, seed=seed)) is not None:
+        return existing
+
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part-{own_mark()}")
     shutil.rmtree(part, ignore_errors=True)
@@ -99,13 +100,15 @@ def _existing(out: Path, *, pairs: int, seed: int) -> SampleSummary | None:
     fix = "Give another folder for the sample, or remove this one."
     if not (out / _MARK).is_file():
         raise DataError(f"{out}: already there, and not a sample (no {_MARK} in it).", fix=fix)
+
     try:
-        found = json.loads((out / _MARK).read_text(encoding="utf-8"))
-        summary = SampleSummary(**found)
+        recorded = json.loads((out / _MARK).read_text(encoding="utf-8"))
+        summary = SampleSummary(**recorded)
     except (ValueError, TypeError) as error:
         raise DataError(f"{out / _MARK}: not the description of a sample ({error}).", fix=fix) from error
+
     wanted = {"version": VERSION, "seed": seed, "pairs": pairs}
-    other = [f"{name} {found[name]}, not {value}" for name, value in wanted.items() if found[name] != value]
+    other = [f"{name} {recorded[name]}, not {value}" for name, value in wanted.items() if recorded[name] != value]
     if other:
         raise DataError(f"{out}: already holds another sample ({'; '.join(other)}).", fix=fix)
     return summary
@@ -121,12 +124,14 @@ def _fill(folder: Path, *, pairs: int, seed: int) -> SampleSummary:
     fresh = len(scenes) - heldout
     samples = (_pair(row, entry, scenes[entry.group], seed) for row, entry in enumerate(entries))
     _write_shards(folder / "pairs", samples, pairs)
+
     # A brief caption fits many pictures, and retrieval asks for one.
     firsts = (
         _pair(row, _Entry(fresh + row, "original"), scenes[fresh + row], seed, brief_share=0.0)
         for row in range(heldout)
     )
     _write_shards(folder / "heldout", firsts, heldout)
+
     for name, labelled in LABELLED_SETS.items():
         _write_set(folder / "sets" / name, labelled, random.Random(f"{seed}/{name}"), book, pairs)
     return SampleSummary(
@@ -146,6 +151,7 @@ def _plan(pairs: int, rng: random.Random) -> list[_Entry]:
     copies = round(pairs * _DUPLICATES)
     originals = pairs - copies
     popularity = [rank**-_POPULARITY for rank in range(1, originals + 1)]
+
     copied = rng.choices(rng.sample(range(originals), originals), popularity, k=copies)
     entries = [_Entry(group, "original") for group in range(originals)]
     entries += [_Entry(group, "perceptual" if rng.random() < _PERCEPTUAL else "semantic") for group in copied]
@@ -161,6 +167,7 @@ def _pair(row: int, entry: _Entry, scene: Scene, seed: int, *, brief_share: floa
     captions = _captions(scene, drawing, brief_share)
     picture = draw_scene(scene, drawing)
     suffix, image = ("jpg", _jpeg(picture, 90)) if entry.kind != "perceptual" else _saved_again(picture, own)
+
     fields: dict[str, Any] = {
         "source": "clip-cid sample",
         "dup": f"scene-{entry.group:06d}",
@@ -171,6 +178,7 @@ def _pair(row: int, entry: _Entry, scene: Scene, seed: int, *, brief_share: floa
     if len(captions) > 1:
         fields["captions"] = captions
     fields["scene"] = asdict(scene)
+
     text = json.dumps(fields, separators=(",", ":"))
     return f"{row:06d}", {suffix: image, "txt": captions[0].encode(), "json": text.encode()}
 

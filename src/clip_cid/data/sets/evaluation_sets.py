@@ -1,8 +1,8 @@
-"""The sets models are measured on: found in whatever layout they lie, checked against the table, named where they differ.
+"""The sets that models are measured on, read from any known layout and compared with the table of known sets.
 
 A set is indexed and checked when it is opened, before any model runs; images are decoded later, one by one. Nothing is
-unpacked to disk, and nothing is downloaded but what a recipe gives the URL of. `known_sets.toml` has the sets CLIP is measured on;
-a set of any other name is the user's own.
+unpacked to disk; only what a recipe names by URL is downloaded. `known_sets.toml` lists the sets that CLIP is measured
+on; a set of any other name is the user's own.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,20 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from clip_cid import log
-from clip_cid.data.sets.known_sets import MetricName, Prompts, Task, few, find_task, load_prompts, match_keys, metric_of
+from clip_cid.data.sets.known_sets import (
+    KnownSet,
+    MetricName,
+    Prompts,
+    few,
+    find_known_set,
+    load_prompts,
+    match_keys,
+    metric_of,
+)
 from clip_cid.data.sets.labelled_images import LabelledImages
 from clip_cid.data.sets.readers import ANY_SET, READERS, folders, tars
-from clip_cid.data.sets.readers.reading import Asked, Found, cropped
+from clip_cid.data.sets.readers.contract import Request, SetFiles
+from clip_cid.data.sets.readers.layout_parts import cropped
 from clip_cid.data.sets.remote_sets import fetch_set, is_url
 from clip_cid.errors import ConfigError, DataError
 
@@ -28,7 +38,7 @@ _DIGIT_PROMPTS = ('a photo of the number: "{c}".', 'a low resolution photo of th
 
 
 class MissingSetError(DataError):
-    """The set is not there at all; an evaluation of several sets goes on without it."""
+    """There is nothing where the set should be; an evaluation of several sets leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,8 @@ class EvaluationSet:
     """Prompts with `{c}` for the class name; empty when the set came without any."""
     metric: MetricName
     splits: dict[str, LabelledImages]
-    task: str | None = None
-    """Its key in the table; None for a set of the user's own."""
+    known_key: str | None = None
+    """Its key in the table of known sets; None for a set of the user's own."""
     variant: str = ""
     """How it differs from what CLIP measured, in words; empty where it does not."""
     folds: tuple[Int[np.ndarray, " rows"], ...] | None = None
@@ -71,7 +81,7 @@ class EvaluationSet:
         """Every template filled with the name of class `label`.
 
         Raises:
-            DataError: The set came without templates; none is made up, since scores depend on them.
+            DataError: The set has no templates; none is invented, since scores depend on them.
         """
         if not self.templates:
             raise DataError(
@@ -91,7 +101,7 @@ def open_set(
     """Index and check a labelled set.
 
     Args:
-        name: What the recipe calls it; one of the names in the table says which set it is (`find_task`).
+        name: What the recipe calls it; a name of the table of known sets means that set (`find_known_set`).
         where: `builtin:digits`, a folder in one of the layouts of docs/evaluation_sets.md, or the URL of one with tars.
         max_pixels: An image that claims more pixels is refused when it is decoded.
         splits: Open these only, where they exist; `test` must.
@@ -104,74 +114,78 @@ def open_set(
         ConfigError: No such built-in set.
     """
     wanted = tuple(split for split in SPLITS if split in splits)
+
     if where.startswith("builtin:"):
         opened = _open_digits(name, where)
     else:
-        task = find_task(name)
+        known = find_known_set(name)
         root = fetch_set(where, wanted, cache_dir) if is_url(where) else Path(where)
         if not root.is_dir():
-            raise MissingSetError(f"evaluate.sets.{name}: nothing at {root}.", fix=_layouts(task, root))
-        asked = Asked(name, root, task, wanted, max_pixels)
-        found = _read(asked)
-        opened = _own_set(asked, found) if task is None else _task_set(asked, task, found)
+            raise MissingSetError(f"evaluate.sets.{name}: nothing at {root}.", fix=_layouts(known, root))
+        request = Request(name, root, known, wanted, max_pixels)
+        files = _read(request)
+        opened = _own_set(request, files) if known is None else _in_table(request, known, files)
+
     _check_classes(opened)
     return opened
 
 
-def _layouts(task: Task | None, root: Path) -> str:
+def _layouts(known: KnownSet | None, root: Path) -> str:
     any_set = (
         f"{root}/{{train,test}}/0.tar with classnames.txt and nshards.txt (CLIP_benchmark's layout), "
         f"or {root}/{{train,test}}/CLASS/IMAGE.jpg"
     )
-    if task is None:
+    if known is None:
         return f"Put the set there: {any_set}."
-    return f"Put {task.title} there: {root}/{task.layout}; or {any_set}. Where to get it: {task.where}."
+    return f"Put {known.title} there: {root}/{known.layout}; or {any_set}. Where to get it: {known.where}."
 
 
-def _read(asked: Asked) -> Found:
-    own = () if asked.task is None else tuple(READERS[name] for name in asked.task.readers)
+def _read(request: Request) -> SetFiles:
+    own = () if request.known_set is None else tuple(READERS[name] for name in request.known_set.readers)
     for reader in (*own, *ANY_SET):
-        found = reader(asked)
-        if found is not None and "test" in found.splits:
-            return found
+        files = reader(request)
+        if files is not None and "test" in files.splits:
+            return files
     raise DataError(
-        f"{asked.root}: the set {asked.name} has no test split in a layout that is known.",
-        fix=_layouts(asked.task, asked.root),
+        f"{request.root}: the set {request.name} has no test split in a layout that is known.",
+        fix=_layouts(request.known_set, request.root),
     )
 
 
-def _own_set(asked: Asked, found: Found) -> EvaluationSet:
+def _own_set(request: Request, files: SetFiles) -> EvaluationSet:
     return EvaluationSet(
-        name=asked.name,
-        where=str(asked.root),
-        class_names=found.names or found.classes,
-        templates=found.templates,
-        metric=metric_of(asked.name),
-        splits=found.splits,
-        class_keys=found.classes,
+        name=request.name,
+        where=str(request.root),
+        class_names=files.names or files.classes,
+        templates=files.templates,
+        metric=metric_of(request.name),
+        splits=files.splits,
+        class_keys=files.classes,
     )
 
 
-def _task_set(asked: Asked, task: Task, found: Found) -> EvaluationSet:
-    """The table's class names by the set's own labels, whatever their order in the files; prompts that lie beside win."""
-    prompts = load_prompts(task.prompts)
-    keys = match_keys(task, found.classes, str(asked.root))
-    notes = [*found.notes, _counted(asked, task, found), *_folds_note(task, found)]
-    if found.templates and found.templates != prompts.templates:
-        notes.append(f"{len(found.templates)} prompts of its own, not CLIP's {len(prompts.templates)}")
+def _in_table(request: Request, known: KnownSet, files: SetFiles) -> EvaluationSet:
+    """A set of the table, with class names by the set's own labels; prompts beside the files win."""
+    prompts = load_prompts(known.prompts)
+    keys = match_keys(known, files.classes, str(request.root))
+
+    notes = [*files.notes, _counted(request, known, files), *_folds_note(known, files)]
+    if files.templates and files.templates != prompts.templates:
+        notes.append(f"{len(files.templates)} prompts of its own, not CLIP's {len(prompts.templates)}")
     variant = "; ".join(note for note in notes if note)
     if variant:
-        log.info(f"{asked.name}: {variant}")
+        log.info(f"{request.name}: {variant}")
+
     return EvaluationSet(
-        name=asked.name,
-        where=str(asked.root),
+        name=request.name,
+        where=str(request.root),
         class_names=tuple(prompts.names[key] for key in keys),
-        templates=found.templates or prompts.templates,
-        metric=task.metric,
-        splits={split: cropped(part, task.crop) for split, part in found.splits.items()},
-        task=task.key,
+        templates=files.templates or prompts.templates,
+        metric=known.metric,
+        splits={split: cropped(part, known.crop) for split, part in files.splits.items()},
+        known_key=known.key,
         variant=variant,
-        folds=found.folds,
+        folds=files.folds,
         superset_classes=_superset(prompts, keys),
         class_keys=tuple(keys),
     )
@@ -186,51 +200,56 @@ def _superset(prompts: Prompts, keys: list[str]) -> Int[np.ndarray, " classes"] 
     return np.array([position[key] for key in keys], dtype=np.int64)
 
 
-def _counted(asked: Asked, task: Task, found: Found) -> str:
-    """What to call the numbers of images, empty when they are CLIP's; validation images are to train on."""
-    test = len(found.splits["test"])
-    training = [len(found.splits[split]) for split in ("train", "val") if split in found.splits]
-    train = sum(training) if "train" in found.splits else None
-    expected = sum(task.counts.get(split, 0) for split in ("train", "val") if asked.wants(split))
-    if test == task.counts["test"] and train in (None, expected):
+def _counted(request: Request, known: KnownSet, files: SetFiles) -> str:
+    """How the numbers of images differ from CLIP's; empty if equal. Validation images count as training images."""
+    test = len(files.splits["test"])
+    training = [len(files.splits[split]) for split in ("train", "val") if split in files.splits]
+    train = sum(training) if "train" in files.splits else None
+    expected = sum(known.counts.get(split, 0) for split in ("train", "val") if request.wants(split))
+    if test == known.counts["test"] and train in (None, expected):
         return ""
-    for variant in task.variants:
+
+    for variant in known.variants:
         if variant.train is None and train == test == variant.test:
             raise DataError(
-                f"{asked.root}: train and test have {test:,} images each, which is all there are: a probe would be tested "
-                "on what it was trained on.",
-                fix=f"Leave the train split out for zero-shot alone, or lay {task.title} out as {task.layout}.",
+                f"{request.root}: train and test have {test:,} images each, which is all there are: a probe would be tested "
+                "on its training images.",
+                fix=f"Leave the train split out for zero-shot alone, or lay {known.title} out as {known.layout}.",
             )
         if test == variant.test and (train is None or train == variant.train):
             return variant.words
-    words = f"{test:,} test images, CLIP used {task.counts['test']:,}"
+
+    words = f"{test:,} test images, CLIP used {known.counts['test']:,}"
     if train is not None:
-        words = f"{train:,} training and {test:,} test images, CLIP used {expected:,} and {task.counts['test']:,}"
-    log.warn(f"{asked.name}: {words}; scores do not compare with published ones. {_known_counts(task)}")
+        words = f"{train:,} training and {test:,} test images, CLIP used {expected:,} and {known.counts['test']:,}"
+    log.warn(f"{request.name}: {words}; scores do not compare with published ones. {_known_counts(known)}")
     return words
 
 
-def _known_counts(task: Task) -> str:
-    known = [f"{variant.test:,} test images ({variant.words})" for variant in task.variants if variant.words]
-    return f"Also known: {'; '.join(known)}." if known else "No other counts are known."
+def _known_counts(known: KnownSet) -> str:
+    counts = [f"{variant.test:,} test images ({variant.words})" for variant in known.variants if variant.words]
+    return f"Also known: {'; '.join(counts)}." if counts else "No other counts are known."
 
 
-def _folds_note(task: Task, found: Found) -> list[str]:
-    if task.folds is None or found.folds is not None or "train" not in found.splits:
+def _folds_note(known: KnownSet, files: SetFiles) -> list[str]:
+    if known.folds is None or files.folds is not None or "train" not in files.splits:
         return []
-    return [f"one probe on all {len(found.splits['train']):,} training images, not the mean of {task.folds} folds"]
+    return [f"one probe on all {len(files.splits['train']):,} training images, not the mean of {known.folds} folds"]
 
 
 def _check_classes(opened: EvaluationSet) -> None:
-    """Labels and class names say the same, no split is empty, and nothing is tested that is not trained."""
+    """Labels and class names agree, no split is empty, and every tested class has training images."""
     count = len(opened.class_names)
     if count < 2:
         raise DataError(f"{opened.where}: only {count} class.", fix="There is nothing to tell apart with fewer than 2.")
+
     for part in opened.splits.values():
         _check_labels(part, count, opened.where)
+
     classes = {name: set(part.labels.tolist()) for name, part in opened.splits.items()}
     if "train" in classes:
         _check_trained(opened, classes)
+
     untested = sorted(set(range(count)) - classes["test"])
     if untested:
         log.warn(
@@ -253,14 +272,15 @@ def _check_labels(part: LabelledImages, count: int, where: str) -> None:
 
 
 def _check_trained(opened: EvaluationSet, classes: dict[str, set[int]]) -> None:
-    count, seen = len(opened.class_names), set[int]().union(*classes.values())
-    if unseen := sorted(set(range(count)) - seen):
+    count, present = len(opened.class_names), set[int]().union(*classes.values())
+    if absent := sorted(set(range(count)) - present):
         raise DataError(
-            f"{opened.where}: {count} class names but images of {len(seen)} classes; none of {_few(opened, unseen)}.",
+            f"{opened.where}: {count} class names but images of {len(present)} classes; none of {_few(opened, absent)}.",
             fix="Make classnames.txt and the labels agree: scores of a shifted list of names mean nothing.",
         )
-    for name, found in classes.items():
-        if untrained := sorted(found - classes["train"]):
+
+    for name, own in classes.items():
+        if untrained := sorted(own - classes["train"]):
             raise DataError(
                 f"{opened.splits[name].title}: {len(untrained)} classes have {name} images but no training image "
                 f"({_few(opened, untrained)}).",
@@ -302,6 +322,7 @@ def _open_digits(name: str, where: str) -> EvaluationSet:
     grey, target = load_digits(return_X_y=True)  # 0 to 16
     pixels = np.round(grey.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     labels = target.astype(np.int64)
+
     train, test = next(StratifiedShuffleSplit(1, test_size=0.5, random_state=0).split(labels, labels))
     splits = {
         split: LabelledImages(f"{name}/{split}", labels[rows], f"{DIGITS}-{split}-1", _DigitImages(pixels[rows], split))

@@ -1,4 +1,4 @@
-"""The table of the sets CLIP is measured on (`known_sets.toml`) and the prompts of each (`prompts/*.toml`)."""
+"""The table of the sets that CLIP is measured on (`known_sets.toml`) and their prompts (`prompts/*.toml`)."""
 
 import re
 import tomllib
@@ -29,7 +29,7 @@ class Variant(_Row):
     words: str
 
 
-class Task(_Row):
+class KnownSet(_Row):
     """One row of the table; the head of `known_sets.toml` says what its fields mean."""
 
     key: str
@@ -65,24 +65,26 @@ class Prompts(NamedTuple):
 
 
 @cache
-def task_table() -> dict[str, Task]:
-    """Every task by its key, the 14 first."""
-    return {key: Task(key=key, **row) for key, row in _toml("known_sets.toml").items()}
+def known_sets() -> dict[str, KnownSet]:
+    """Every known set by its key, the 14 first."""
+    return {key: KnownSet(key=key, **row) for key, row in _toml("known_sets.toml").items()}
 
 
-def find_task(name: str) -> Task | None:
-    """The task a set's name means, in any of its spellings (`wds/vtab/cifar10`, `CIFAR-10`); None for a set of one's own."""
+def find_known_set(name: str) -> KnownSet | None:
+    """The known set of a name in any spelling (`wds/vtab/cifar10`, `CIFAR-10`); None for a user's own set."""
     plain = spelled(name)
     for prefix in ("wds", "vtab"):
         plain = plain.removeprefix(prefix)
-    names = {spelled(alias): task for task in task_table().values() for alias in (task.key, task.title, *task.aliases)}
+    names = {
+        spelled(alias): known for known in known_sets().values() for alias in (known.key, known.title, *known.aliases)
+    }
     return names.get(plain)
 
 
 def metric_of(name: str) -> MetricName:
-    """The metric a set's score is given in: CLIP's for the sets it used (mean per class for four of them), else top-1."""
-    task = find_task(name)
-    return task.metric if task else "top1"
+    """The metric of a set's score: CLIP's for the sets it used (mean per class for four of them), else top-1."""
+    known = find_known_set(name)
+    return known.metric if known else "top1"
 
 
 def spelled(text: str) -> str:
@@ -95,42 +97,48 @@ def load_prompts(name: str) -> Prompts:
     """The class names and templates CLIP published for a set; ImageNet's come from open_clip, its labels from timm."""
     if name == IMAGENET:
         return _imagenet()
-    found = _toml(f"prompts/{name}.toml")
-    if "wnids" in found:
-        return _subset(found["wnids"])
-    if IMAGENET in found:
-        return _objectnet(found)
-    return Prompts(found["classes"], tuple(found["templates"]))
+
+    values = _toml(f"prompts/{name}.toml")
+    if "wnids" in values:
+        return _subset(values["wnids"])
+    if IMAGENET in values:
+        return _objectnet(values)
+    return Prompts(values["classes"], tuple(values["templates"]))
 
 
-def match_keys(task: Task, classes: Sequence[str], where: str) -> list[str]:
+def match_keys(known: KnownSet, classes: Sequence[str], where: str) -> list[str]:
     """The set's own label of each class in a list of labels or class names, whatever their order and spelling.
 
     Raises:
-        DataError: They are not the task's classes, each once.
+        DataError: They are not the set's classes, each once.
     """
-    names = load_prompts(task.prompts).names
+    names = load_prompts(known.prompts).names
     spellings = [{spelled(key), spelled(name)} for key, name in names.items()]
-    found = [spelled(text) for text in classes]
-    if len(found) == len(names) and all(text in known for text, known in zip(found, spellings, strict=True)):
-        return list(names)  # the usual order; it also tells apart ImageNet's two classes named missile
+    listed = [spelled(text) for text in classes]
+
+    # The usual order; it also tells apart ImageNet's two classes named missile.
+    if len(listed) == len(names) and all(text in own for text, own in zip(listed, spellings, strict=True)):
+        return list(names)
+
+    # Any other order: each class by its key or its name.
     keys: dict[str, set[str]] = {}
-    for key, known in zip(names, spellings, strict=True):
-        for text in known:
+    for key, own in zip(names, spellings, strict=True):
+        for text in own:
             keys.setdefault(text, set()).add(key)
-    unknown = [text for text, plain in zip(classes, found, strict=True) if plain not in keys]
-    shared = [text for text, plain in zip(classes, found, strict=True) if len(keys.get(plain, ())) > 1]
-    matched = {key for plain in found for key in keys.get(plain, ())}
+
+    unknown = [text for text, plain in zip(classes, listed, strict=True) if plain not in keys]
+    shared = [text for text, plain in zip(classes, listed, strict=True) if len(keys.get(plain, ())) > 1]
+    matched = {key for plain in listed for key in keys.get(plain, ())}
     missing = [key for key in names if key not in matched]
-    if unknown or shared or missing or len(set(found)) != len(found):
-        raise _not_the_classes(task, classes, unknown, shared, missing, where)
-    return [next(iter(keys[plain])) for plain in found]
+    if unknown or shared or missing or len(set(listed)) != len(listed):
+        raise _not_the_classes(known, classes, unknown, shared, missing, where)
+    return [next(iter(keys[plain])) for plain in listed]
 
 
 def _not_the_classes(
-    task: Task, classes: Sequence[str], unknown: list[str], shared: list[str], missing: list[str], where: str
+    known: KnownSet, classes: Sequence[str], unknown: list[str], shared: list[str], missing: list[str], where: str
 ) -> DataError:
-    parts = [f"{len(classes)} classes, but {task.title} has {len(load_prompts(task.prompts).names)}"]
+    parts = [f"{len(classes)} classes, but {known.title} has {len(load_prompts(known.prompts).names)}"]
     if unknown:
         parts.append(f"{len(unknown)} are not its own ({few(unknown)})")
     if shared:
@@ -141,7 +149,7 @@ def _not_the_classes(
         parts.append("one is named twice")
     return DataError(
         f"{where}: {'; '.join(parts)}.",
-        fix=f"Complete the set, or give a set of your own a name that is not {task.title}'s: prompts go by class.",
+        fix=f"Complete the set, or give a set of your own a name that is not {known.title}'s: prompts go by class.",
     )
 
 
@@ -166,11 +174,11 @@ def _subset(wnids: list[str]) -> Prompts:
     return Prompts(names, whole.templates, tuple(position[wnid] for wnid in wnids))
 
 
-def _objectnet(found: dict[str, Any]) -> Prompts:
+def _objectnet(values: dict[str, Any]) -> Prompts:
     whole = load_prompts(IMAGENET)
     position = {wnid: number for number, wnid in enumerate(whole.names)}
-    behind = sorted(position[wnid] for wnids in found[IMAGENET].values() for wnid in wnids)
-    return Prompts(found["classes"], whole.templates, tuple(behind), frozenset(found["others"]))
+    behind = sorted(position[wnid] for wnids in values[IMAGENET].values() for wnid in wnids)
+    return Prompts(values["classes"], whole.templates, tuple(behind), frozenset(values["others"]))
 
 
 def _toml(name: str) -> dict[str, Any]:

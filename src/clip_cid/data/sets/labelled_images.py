@@ -1,4 +1,4 @@
-"""The images of one split of a labelled set, wherever they lie: files, members of tars, records of a binary file, arrays."""
+"""The images of one split of a labelled set: files, members of tars, records of a binary file, or arrays."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from clip_cid.data.pairs.images import decode_image
-from clip_cid.data.pairs.pairs import BadSample
+from clip_cid.data.pairs.pair import BadSample
 from clip_cid.errors import DataError
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
@@ -35,14 +35,14 @@ class LabelledImages:
     """Set and split, such as `cifar10/test`."""
     labels: Int[np.ndarray, " images"]
     fingerprint: str
-    """Changes when the files behind the split change (names, sizes, times) or what is shown of them does."""
+    """Changes when the files behind the split change (names, sizes, times), or how they are cropped."""
     images: Images
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, row: int) -> str:
-        """What to call an image in a message: its file, or its tar and key."""
+        """The name of an image in messages: its file, or its tar and key."""
         return self.images.name(row)
 
     def load(self, row: int) -> Image.Image:

@@ -9,7 +9,7 @@ import torch
 from clip_cid.evaluation.scores import STUDENT
 from clip_cid.figures import activation_maps, patch_pca
 from clip_cid.models import patches
-from clip_cid.models.student import Clip
+from clip_cid.models.clip import Clip
 from clip_cid.report.drawing import set_images
 from clip_cid.report.drawing.figure import Figure, Numbers
 from clip_cid.report.drawing.run_inputs import LeftOut, RunInputs

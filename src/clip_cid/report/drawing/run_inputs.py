@@ -20,8 +20,9 @@ from clip_cid.evaluation.scores import (
     read_task_summaries,
     reference_model,
 )
+from clip_cid.models.clip import Clip
+from clip_cid.models.loading import load_clip
 from clip_cid.models.patches import why_no_patches
-from clip_cid.models.student import Clip, load_clip
 from clip_cid.models.teacher import teacher_reference
 from clip_cid.recipe import Recipe
 from clip_cid.report.drawing.training_log import read_metrics

@@ -8,9 +8,9 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from clip_cid.data.pairs.pairs import BadSample
+from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.sets.evaluation_sets import EvaluationSet
-from clip_cid.models.student import Clip
+from clip_cid.models.clip import Clip
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from clip_cid.data.embeddings.importing import import_existing
-from clip_cid.data.embeddings.store import EmbeddingStore, ShardedRows, join
+from clip_cid.data.embeddings.rows_of_pairs import join
+from clip_cid.data.embeddings.sharded_rows import ShardedRows
+from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
 from clip_cid.errors import ConfigError, DataError
 
@@ -178,7 +180,7 @@ def test_sharded_rows_index_as_one_array_and_so_do_views_of_views(
 
 
 def test_rows_survive_pickling_and_many_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clip_cid.data.embeddings.store._OPEN_FILES", 3)
+    monkeypatch.setattr("clip_cid.data.embeddings.sharded_rows._OPEN_FILES", 3)
     rows, whole = sharded(tmp_path, [1] * 10)
     assert np.array_equal(rows[:], whole)
     copy = pickle.loads(pickle.dumps(rows.select(np.arange(9, -1, -1))))

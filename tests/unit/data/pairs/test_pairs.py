@@ -23,11 +23,13 @@ from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
 
-from clip_cid.data.pairs import index, tables
+from clip_cid.data.pairs import index, tables, tars
 from clip_cid.data.pairs.index import duplicate_keys
-from clip_cid.data.pairs.pairs import BadSample, Pair, Pairs, fingerprint, open_pairs
+from clip_cid.data.pairs.pair import BadSample, Pair
+from clip_cid.data.pairs.pairs import Pairs, fingerprint, open_pairs
+from clip_cid.data.pairs.sample_parts import key_hash
 from clip_cid.data.pairs.sources import cached_path
-from clip_cid.data.pairs.tars import key_hash, scan_tar
+from clip_cid.data.pairs.tars import scan_tar
 from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
 
@@ -412,7 +414,7 @@ def test_no_source_mixed_kinds_unknown_kinds_and_repeats_are_refused(tmp_path: P
     problems = {
         (): "source is empty",
         (small, tmp_path / "t.csv"): "mixes kinds: .*small.tar is a tar, .*t.csv is a table",
-        (tmp_path / "t.doc",): "not a kind of pairs",
+        (tmp_path / "t.doc",): "not a known format of pairs",
         (small, tmp_path / "sm*.tar"): "names .*small.tar twice",
     }
     for source, problem in problems.items():
@@ -711,7 +713,7 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(Path(name).name)
         return real(path, name)
 
-    monkeypatch.setattr(index.tars, "scan_tar", counted)
+    monkeypatch.setattr(tars, "scan_tar", counted)
     return seen
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_sets import CLASSES, COLORS, TEMPLATES, folder_set, image, samples, tar_set, write_tar
 
-from clip_cid.data.pairs.pairs import BadSample
+from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.sets.evaluation_sets import DIGITS, EvaluationSet, MissingSetError, metric_of, open_set
 from clip_cid.errors import ConfigError, DataError
 
@@ -282,7 +282,7 @@ def test_the_digits_are_split_once_and_for_all() -> None:
     order = train.labels.tobytes() + test.labels.tobytes()  # a row drawn otherwise would change it
     assert hashlib.sha256(order).hexdigest()[:16] == "209a207983f3883c"
     assert digits.class_names == digits.class_keys == tuple("0123456789")
-    assert (digits.task, digits.variant, digits.folds) == (None, "", None)
+    assert (digits.known_key, digits.variant, digits.folds) == (None, "", None)
     assert digits.metric == "top1"
     assert len(digits.prompts(3)) == 3
 

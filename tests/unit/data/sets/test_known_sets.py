@@ -7,7 +7,7 @@ import pytest
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from torchvision.datasets import Flowers102
 
-from clip_cid.data.sets.known_sets import find_task, load_prompts, match_keys, metric_of, spelled, task_table
+from clip_cid.data.sets.known_sets import find_known_set, known_sets, load_prompts, match_keys, metric_of, spelled
 from clip_cid.data.sets.readers import READERS
 from clip_cid.errors import DataError
 
@@ -37,22 +37,22 @@ FIVE = {
 
 
 def test_the_table_has_the_numbers_of_the_clip_paper() -> None:
-    table = task_table()
+    table = known_sets()
     assert list(table) == [*FOURTEEN, *FIVE]
     for key, (classes, templates, train, test) in FOURTEEN.items():
-        task, prompts = table[key], load_prompts(table[key].prompts)
+        known_set, prompts = table[key], load_prompts(table[key].prompts)
         assert (len(prompts.names), len(prompts.templates)) == (classes, templates)
-        assert (task.counts["train"] + task.counts.get("val", 0), task.counts["test"]) == (train, test)
-        assert not task.shifted
+        assert (known_set.counts["train"] + known_set.counts.get("val", 0), known_set.counts["test"]) == (train, test)
+        assert not known_set.shifted
     for key, (classes, test) in FIVE.items():
-        task, prompts = table[key], load_prompts(table[key].prompts)
+        known_set, prompts = table[key], load_prompts(table[key].prompts)
         assert (len(prompts.names), len(prompts.templates)) == (classes, 80)
-        assert task.counts == {"test": test}
-        assert task.shifted
+        assert known_set.counts == {"test": test}
+        assert known_set.shifted
 
 
 def test_four_sets_are_scored_by_the_mean_of_their_classes() -> None:
-    means = {key for key, task in task_table().items() if task.metric == "mean_per_class"}
+    means = {key for key, known_set in known_sets().items() if known_set.metric == "mean_per_class"}
     assert means == {"fgvc_aircraft", "oxford_pets", "caltech101", "flowers102"}
 
 
@@ -76,26 +76,26 @@ def test_four_sets_are_scored_by_the_mean_of_their_classes() -> None:
     ],
 )
 def test_a_name_means_a_set_in_every_spelling_in_use(name: str, key: str | None) -> None:
-    task = find_task(name)
-    assert (task.key if task else None) == key
-    assert metric_of(name) == (task.metric if task else "top1")
+    known_set = find_known_set(name)
+    assert (known_set.key if known_set else None) == key
+    assert metric_of(name) == (known_set.metric if known_set else "top1")
 
 
 def test_no_spelling_means_two_sets_and_every_reader_and_prompts_file_is_used() -> None:
     names = [
         spelled(name)
-        for task in task_table().values()
-        for name in {spelled(n) for n in (task.key, task.title, *task.aliases)}
+        for known_set in known_sets().values()
+        for name in {spelled(n) for n in (known_set.key, known_set.title, *known_set.aliases)}
     ]
     assert len(names) == len(set(names))
-    assert {reader for task in task_table().values() for reader in task.readers} == set(READERS)
+    assert {reader for known_set in known_sets().values() for reader in known_set.readers} == set(READERS)
     files = {file.name for file in resources.files("clip_cid.data.sets").joinpath("prompts").iterdir()}
-    assert files == {f"{task.prompts}.toml" for task in task_table().values()} - {"imagenet.toml"}
+    assert files == {f"{known_set.prompts}.toml" for known_set in known_sets().values()} - {"imagenet.toml"}
 
 
 def test_every_template_has_one_place_for_the_name() -> None:
-    for task in task_table().values():
-        prompts = load_prompts(task.prompts)
+    for known_set in known_sets().values():
+        prompts = load_prompts(known_set.prompts)
         assert len(set(prompts.templates)) == len(prompts.templates)
         for template in prompts.templates:
             assert template.count("{c}") == 1
@@ -105,7 +105,7 @@ def test_every_template_has_one_place_for_the_name() -> None:
 
 def test_labels_are_the_sets_own() -> None:
     """The short ones in full, the long ones where a list by position goes wrong."""
-    labels = {key: load_prompts(task.prompts).names for key, task in task_table().items()}
+    labels = {key: load_prompts(known_set.prompts).names for key, known_set in known_sets().items()}
     assert set(labels["cifar10"]) == {
         "airplane",
         "automobile",
@@ -186,16 +186,16 @@ def test_objectnet_stands_for_125_classes_of_imagenet() -> None:
     assert {"analog clock", "digital clock", "mountain bike", "tandem bicycle", "banana"} <= behind
 
 
-@pytest.mark.parametrize("key", task_table())
+@pytest.mark.parametrize("key", known_sets())
 def test_labels_and_names_of_a_set_are_matched_in_any_order(key: str) -> None:
-    task = task_table()[key]
-    names = load_prompts(task.prompts).names
+    known_set = known_sets()[key]
+    names = load_prompts(known_set.prompts).names
     rows = list(names.items())
     random.Random(0).shuffle(rows)
-    assert match_keys(task, [label.upper() for label, _ in rows], "here") == [label for label, _ in rows]
+    assert match_keys(known_set, [label.upper() for label, _ in rows], "here") == [label for label, _ in rows]
     if len(set(map(spelled, names.values()))) == len(names):
-        assert match_keys(task, [name.title() for _, name in rows], "here") == [label for label, _ in rows]
-    assert match_keys(task, list(names.values()), "here") == list(names)
+        assert match_keys(known_set, [name.title() for _, name in rows], "here") == [label for label, _ in rows]
+    assert match_keys(known_set, list(names.values()), "here") == list(names)
 
 
 def test_a_name_that_two_classes_share_is_refused_out_of_order() -> None:
@@ -204,4 +204,4 @@ def test_a_name_that_two_classes_share_is_refused_out_of_order() -> None:
     with pytest.raises(
         DataError, match=r"4 are each the name of two classes \(sunglasses, sunglasses, missile, \.\.\.\)"
     ):
-        match_keys(task_table()["imagenet"], names[::-1], "here")
+        match_keys(known_sets()["imagenet"], names[::-1], "here")

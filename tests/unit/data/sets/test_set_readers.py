@@ -37,10 +37,10 @@ from set_layouts import (
 )
 from tiny_sets import write_tar
 
-from clip_cid.data.pairs.pairs import BadSample
+from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, MissingSetError, open_set
-from clip_cid.data.sets.known_sets import load_prompts, spelled, task_table
-from clip_cid.data.sets.readers.reading import draw
+from clip_cid.data.sets.known_sets import known_sets, load_prompts, spelled
+from clip_cid.data.sets.readers.layout_parts import draw
 from clip_cid.errors import DataError
 
 IMAGENET_SETS = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet")
@@ -75,14 +75,14 @@ def classes_shown(found: EvaluationSet, split: str) -> list[tuple[int, str]]:
 def test_every_image_gets_the_label_and_the_name_of_the_class_it_shows(layout: str, written: Any) -> None:
     task = LAYOUTS[layout][0]
     found = opened(task, written(layout))
-    keys, names = keys_of(task), load_prompts(task_table()[task].prompts).names
-    assert (found.task, found.metric) == (task, task_table()[task].metric)
+    keys, names = keys_of(task), load_prompts(known_sets()[task].prompts).names
+    assert (found.known_key, found.metric) == (task, known_sets()[task].metric)
     assert sorted(found.class_keys) == sorted(keys)
     for key, name in zip(found.class_keys, found.class_names, strict=True):
         assert name == names[key]
     splits = {"test"} if task in IMAGENET_SETS else {"train", "test"}
     assert set(found.splits) - {"val"} == splits
-    assert ("val" in found.splits) == ("val" in task_table()[task].counts)
+    assert ("val" in found.splits) == ("val" in known_sets()[task].counts)
     for split in found.splits:
         part = found.split(split)
         for row in range(0, len(part), max(1, len(part) // 400)):
@@ -270,7 +270,7 @@ def test_birdsnap_goes_on_without_the_photographs_that_are_lost(
     with caplog.at_level(logging.WARNING, "clip_cid"):
         found = opened("birdsnap", tmp_path)
     assert "1 of the 1,000 images in images.txt are not in" in caplog.text
-    assert "(1 of the 500 to test on)" in caplog.text
+    assert "(1 of the 500 test images)" in caplog.text
     assert (len(found.split("train")), len(found.split("test"))) == (500, 499)
     assert found.variant == "500 training and 499 test images, CLIP used 42,283 and 2,149"
 
@@ -398,7 +398,7 @@ def test_a_list_of_other_classes_under_a_known_name_is_refused(tmp_path: Path) -
     with pytest.raises(DataError, match=r"1 are not its own \(bicycle\); 1 of its own are missing \(truck\)") as error:
         opened("cifar10", tars(tmp_path, names))
     assert "a name that is not CIFAR10's" in error.value.fix
-    assert opened("my_cifar", tmp_path).task is None
+    assert opened("my_cifar", tmp_path).known_key is None
 
 
 def test_a_class_named_twice_is_refused(tmp_path: Path) -> None:
@@ -449,9 +449,9 @@ def test_a_miniature_is_never_taken_for_the_set_itself(layout: str, written: Any
 
 
 def _sized(task: str, monkeypatch: pytest.MonkeyPatch, **counts: Any) -> None:
-    table = dict(task_table())
+    table = dict(known_sets())
     table[task] = table[task].model_copy(update=counts)
-    monkeypatch.setattr("clip_cid.data.sets.evaluation_sets.find_task", lambda _name: table[task])
+    monkeypatch.setattr("clip_cid.data.sets.evaluation_sets.find_known_set", lambda _name: table[task])
 
 
 def test_clips_own_counts_are_the_protocol_itself(
@@ -468,7 +468,7 @@ def test_clips_own_counts_are_the_protocol_itself(
 def test_training_and_validation_images_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CLIP_benchmark's copies have one train split of both; to train without the second half is another protocol."""
     tars(tmp_path, keys_of("dtd"))
-    short = task_table()["dtd"].variants[0].model_copy(update={"train": 47, "test": 47})
+    short = known_sets()["dtd"].variants[0].model_copy(update={"train": 47, "test": 47})
     _sized("dtd", monkeypatch, counts={"train": 24, "val": 23, "test": 47})
     assert opened("dtd", tmp_path).variant == ""
     _sized("dtd", monkeypatch, counts={"train": 47, "val": 47, "test": 47}, variants=(short,))
@@ -479,7 +479,7 @@ def test_a_known_variant_is_named_and_not_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     sun397(tmp_path, partition=False)
-    known = task_table()["sun397"].variants[0].model_copy(update={"test": 794})
+    known = known_sets()["sun397"].variants[0].model_copy(update={"test": 794})
     _sized("sun397", monkeypatch, variants=(known,))
     with caplog.at_level(logging.WARNING, "clip_cid"):
         assert opened("sun397", tmp_path).variant == "all 108,754 images, not partition 1"
@@ -491,7 +491,7 @@ def test_a_copy_whose_training_images_are_its_test_images_is_refused(
 ) -> None:
     """What a reader that ignores `split` leaves behind."""
     tars(tmp_path, keys_of("cifar10"), each=2)
-    variant = task_table()["sun397"].variants[0].model_copy(update={"test": 20, "words": "all 20 images"})
+    variant = known_sets()["sun397"].variants[0].model_copy(update={"test": 20, "words": "all 20 images"})
     _sized("cifar10", monkeypatch, variants=(variant,))
     with pytest.raises(DataError, match="train and test have 20 images each, which is all there are"):
         opened("cifar10", tmp_path)
@@ -509,9 +509,9 @@ def test_unknown_counts_are_warned_of_with_the_known_ones(tmp_path: Path, caplog
 # --- Bad input -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", task_table())
+@pytest.mark.parametrize("task", known_sets())
 def test_a_missing_set_and_an_unknown_layout_say_what_to_put_where(task: str, tmp_path: Path) -> None:
-    row = task_table()[task]
+    row = known_sets()[task]
     with pytest.raises(MissingSetError, match="nothing at") as error:
         opened(task, tmp_path / "gone")
     assert f"{tmp_path / 'gone'}/{row.layout}" in error.value.fix

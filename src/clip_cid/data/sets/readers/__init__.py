@@ -1,7 +1,7 @@
-"""Readers of the layouts the evaluation sets are found in, by the names `known_sets.toml` gives them."""
+"""The readers of layouts, by the names that `known_sets.toml` gives them."""
 
 from clip_cid.data.sets.readers import binary, folders, listed
-from clip_cid.data.sets.readers.reading import Reader
+from clip_cid.data.sets.readers.contract import Reader
 from clip_cid.data.sets.readers.tars import read_tars
 
 ANY_SET: tuple[Reader, ...] = (read_tars, folders.read_folders)

@@ -1,4 +1,4 @@
-"""Sets that are binary files of raw pixels: CIFAR in both its forms, and STL10. Nothing is unpickled as Python would."""
+"""Sets that are binary files of raw pixels: CIFAR in both its forms, and STL10. No pickle can run code."""
 
 import io
 import pickle
@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from clip_cid.data.sets.labelled_images import LabelledImages, PlaneImages, RecordImages, fingerprint
-from clip_cid.data.sets.readers.reading import Asked, Found, check_labels_are, damaged, home, known_classes, lines
+from clip_cid.data.sets.readers.contract import Request, SetFiles
+from clip_cid.data.sets.readers.layout_parts import check_labels_are, damaged, home, known_classes, lines
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE**2
@@ -28,54 +29,56 @@ _BATCHES = {
 _STL_SIDE, _STL_FOLDS = 96, "fold_indices.txt"
 
 
-def read_cifar_python(asked: Asked) -> Found | None:
-    """The pickles, which torchvision leaves: read by a reader that can make lists, texts and bytes of them and no more."""
-    task = asked.known
-    place, meta, names, numbers = _PYTHON[task.key]
-    folder = home(asked.root, place, has=meta)
+def read_cifar_python(request: Request) -> SetFiles | None:
+    """The pickles that torchvision leaves, read by an unpickler that makes lists, texts and bytes only."""
+    known = request.known
+    place, meta, names, numbers = _PYTHON[known.key]
+    folder = home(request.root, place, has=meta)
     if folder is None:
         return None
-    labels = check_labels_are(task, _texts(_plain(folder / meta), names, folder / meta), folder / meta)
+
+    labels = check_labels_are(known, _texts(_plain(folder / meta), names, folder / meta), folder / meta)
     splits = {}
-    for split, batches in _BATCHES[task.key].items():
-        if asked.wants(split):
+    for split, batches in _BATCHES[known.key].items():
+        if request.wants(split):
             mark = fingerprint(folder, batches)
-            found = [_batch(folder / batch, numbers, labels) for batch in batches]
-            pixels = np.concatenate([part for part, _ in found])
-            images = PlaneImages(pixels, _SIDE, asked.title(split))
-            targets = np.array([number for _, part in found for number in part], dtype=np.int64)
-            splits[split] = LabelledImages(asked.title(split), targets, mark, images)
-    return Found(known_classes(task), splits)
+            parts = [_batch(folder / batch, numbers, labels) for batch in batches]
+            pixels = np.concatenate([part for part, _ in parts])
+            images = PlaneImages(pixels, _SIDE, request.title(split))
+            targets = np.array([number for _, part in parts for number in part], dtype=np.int64)
+            splits[split] = LabelledImages(request.title(split), targets, mark, images)
+    return SetFiles(known_classes(known), splits)
 
 
-def read_cifar_binary(asked: Asked) -> Found | None:
+def read_cifar_binary(request: Request) -> SetFiles | None:
     """Records of one or two label bytes and 3,072 pixel bytes."""
-    task = asked.known
-    place, meta, heads = _BINARY[task.key]
-    folder = home(asked.root, place, has=meta)
+    known = request.known
+    place, meta, heads = _BINARY[known.key]
+    folder = home(request.root, place, has=meta)
     if folder is None:
         return None
-    labels = check_labels_are(task, lines(folder / meta), folder / meta)
+
+    labels = check_labels_are(known, lines(folder / meta), folder / meta)
     splits = {
-        split: _records(asked, split, folder, [f"{batch}.bin" for batch in batches], heads, labels)
-        for split, batches in _BATCHES[task.key].items()
-        if asked.wants(split)
+        split: _records(request, split, folder, [f"{batch}.bin" for batch in batches], heads, labels)
+        for split, batches in _BATCHES[known.key].items()
+        if request.wants(split)
     }
-    return Found(known_classes(task), splits)
+    return SetFiles(known_classes(known), splits)
 
 
-def read_stl10(asked: Asked) -> Found | None:
+def read_stl10(request: Request) -> SetFiles | None:
     """stl10_binary: images by columns, labels from 1, and the rows of the ten folds."""
-    folder = home(asked.root, "stl10_binary", has="test_X.bin")
+    folder = home(request.root, "stl10_binary", has="test_X.bin")
     if folder is None:
         return None
-    labels = check_labels_are(asked.known, lines(folder / "class_names.txt"), folder / "class_names.txt")
-    splits = {split: _stl_split(asked, split, folder, labels) for split in ("train", "test") if asked.wants(split)}
-    folds = _folds(folder / _STL_FOLDS, len(splits["train"]), asked.known.folds) if "train" in splits else None
-    return Found(known_classes(asked.known), splits, folds=folds)
+    labels = check_labels_are(request.known, lines(folder / "class_names.txt"), folder / "class_names.txt")
+    splits = {split: _stl_split(request, split, folder, labels) for split in ("train", "test") if request.wants(split)}
+    folds = _folds(folder / _STL_FOLDS, len(splits["train"]), request.known.folds) if "train" in splits else None
+    return SetFiles(known_classes(request.known), splits, folds=folds)
 
 
-def _stl_split(asked: Asked, split: str, folder: Path, labels: list[int]) -> LabelledImages:
+def _stl_split(request: Request, split: str, folder: Path, labels: list[int]) -> LabelledImages:
     pixels, classes = folder / f"{split}_X.bin", folder / f"{split}_y.bin"
     mark = fingerprint(folder, [pixels.name, classes.name])
     numbers = np.fromfile(classes, np.uint8).astype(np.int64) - 1
@@ -86,7 +89,7 @@ def _stl_split(asked: Asked, split: str, folder: Path, labels: list[int]) -> Lab
         )
     rows = np.arange(len(numbers))
     images = RecordImages((pixels,), np.zeros_like(rows), rows, size, 0, _STL_SIDE, columns_first=True)
-    return LabelledImages(asked.title(split), _named(numbers, labels, classes), mark, images)
+    return LabelledImages(request.title(split), _named(numbers, labels, classes), mark, images)
 
 
 def _folds(path: Path, rows: int, count: int | None) -> tuple[np.ndarray, ...] | None:
@@ -105,9 +108,10 @@ def _folds(path: Path, rows: int, count: int | None) -> tuple[np.ndarray, ...] |
 
 
 def _records(
-    asked: Asked, split: str, folder: Path, batches: list[str], heads: int, labels: list[int]
+    request: Request, split: str, folder: Path, batches: list[str], heads: int, labels: list[int]
 ) -> LabelledImages:
     mark, size = fingerprint(folder, batches), heads + _PIXELS
+
     counts: list[int] = []
     numbers: list[np.ndarray] = []
     for batch in batches:
@@ -116,25 +120,26 @@ def _records(
             raise damaged(folder / batch, f"{len(data):,} bytes are not whole records of {size:,}")
         counts.append(len(data) // size)
         numbers.append(_named(data.reshape(-1, size)[:, heads - 1].astype(np.int64), labels, folder / batch))
+
     file_of = np.repeat(np.arange(len(batches)), counts)
     record_of = np.concatenate([np.arange(count) for count in counts])
     images = RecordImages(tuple(folder / batch for batch in batches), file_of, record_of, size, heads, _SIDE)
-    return LabelledImages(asked.title(split), np.concatenate(numbers), mark, images)
+    return LabelledImages(request.title(split), np.concatenate(numbers), mark, images)
 
 
 def _named(numbers: np.ndarray, labels: list[int], path: Path) -> np.ndarray:
-    """Labels in the order of the task's classes, from numbers in the order of the file's own list."""
+    """Labels in the order of the known set's classes, from numbers in the order of the file's own list."""
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(labels):
         worst = int(numbers.max() if numbers.max() >= len(labels) else numbers.min())
         raise damaged(path, f"class number {worst}, but the classes are 0 to {len(labels) - 1}")
     return np.array(labels, dtype=np.int64)[numbers]
 
 
-# --- Pickles that nothing runs in ----------------------------------------------------------------------------------------
+# --- Pickles without code ----------------------------------------------------------------------------------------
 
 
 class _Refused(Exception):
-    """The pickle asks for something that is no plain data."""
+    """The pickle names something that is not plain data."""
 
 
 class _Array:
@@ -179,42 +184,43 @@ class _PlainUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        found = self._known.get((module_name, global_name))
-        if found is None:
+        stand_in = self._known.get((module_name, global_name))
+        if stand_in is None:
             raise _Refused(f"it would run {module_name}.{global_name}")
-        return found
+        return stand_in
 
 
 def _plain(path: Path) -> dict[str, Any]:
     """A pickled dictionary by the texts of its keys."""
     try:
-        found = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        values = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     except _Refused as error:
         raise damaged(path, f"refused, since this pickle is not the data of CIFAR alone: {error}") from error
     except Exception as error:  # on damaged bytes the unpickler raises nearly everything there is
         raise damaged(path, f"is no pickle that can be read ({type(error).__name__}: {error})") from error
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise damaged(path, "holds no dictionary")
-    return {_text(key): value for key, value in found.items()}
+    return {_text(key): value for key, value in values.items()}
 
 
 def _text(value: object) -> str:
     return value.decode("latin1") if isinstance(value, bytes) else str(value)
 
 
-def _texts(found: dict[str, Any], name: str, path: Path) -> list[str]:
-    values = found.get(name)
-    if not isinstance(values, list):
+def _texts(values: dict[str, Any], name: str, path: Path) -> list[str]:
+    texts = values.get(name)
+    if not isinstance(texts, list):
         raise damaged(path, f"has no list `{name}`")
-    return [_text(value) for value in values]
+    return [_text(text) for text in texts]
 
 
 def _batch(path: Path, name: str, labels: list[int]) -> tuple[UInt8[np.ndarray, "images bytes"], np.ndarray]:
-    found = _plain(path)
-    numbers = found.get(name)
+    values = _plain(path)
+    numbers = values.get(name)
     if not isinstance(numbers, list) or not all(isinstance(number, int) for number in numbers):
         raise damaged(path, f"has no list of numbers `{name}`")
-    pixels = found.get("data")
+
+    pixels = values.get("data")
     data = pixels.state[4] if isinstance(pixels, _Array) and pixels.state and not pixels.state[3] else b""
     data = data.encode("latin1") if isinstance(data, str) else data
     if not isinstance(data, bytes) or len(data) != len(numbers) * _PIXELS:

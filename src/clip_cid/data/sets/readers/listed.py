@@ -9,48 +9,40 @@ from typing import Any
 import numpy as np
 
 from clip_cid import log
-from clip_cid.data.sets.readers.reading import (
-    Asked,
-    Found,
-    check_labels_are,
-    damaged,
-    home,
-    known_classes,
-    label_of,
-    lines,
-)
+from clip_cid.data.sets.readers.contract import Request, SetFiles
+from clip_cid.data.sets.readers.layout_parts import check_labels_are, damaged, home, known_classes, label_of, lines
 from clip_cid.errors import DataError
 
 _Listing = Iterable[tuple[str, int]]
 """A file, as a path from the folder of the images, and its label."""
 
 
-def read_food101(asked: Asked) -> Found | None:
+def read_food101(request: Request) -> SetFiles | None:
     """food-101: meta/{train,test}.json list the images of every class."""
-    folder = home(asked.root, "food-101", has="meta/test.json")
+    folder = home(request.root, "food-101", has="meta/test.json")
     if folder is None:
         return None
-    label = label_of(asked.known)
+    label = label_of(request.known)
 
     def listing(split: str) -> _Listing:
         path = folder / "meta" / f"{split}.json"
         try:
-            found: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
-            pairs = [(f"{file}.jpg", name) for name, files in found.items() for file in files]
+            listed: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+            pairs = [(f"{file}.jpg", name) for name, files in listed.items() for file in files]
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise damaged(path, f"is not a list of images by class ({error})") from error
         return [(file, label(name, str(path))) for file, name in pairs]
 
-    return _listed(asked, folder / "images", listing, ("train", "test"))
+    return _listed(request, folder / "images", listing, ("train", "test"))
 
 
-def read_stanford_cars(asked: Asked) -> Found | None:
+def read_stanford_cars(request: Request) -> SetFiles | None:
     """stanford_cars: MATLAB files number the classes from 1 in the order of cars_meta.mat."""
-    folder = home(asked.root, "stanford_cars", has="cars_test_annos_withlabels.mat")
+    folder = home(request.root, "stanford_cars", has="cars_test_annos_withlabels.mat")
     if folder is None:
         return None
     meta = folder / "devkit" / "cars_meta.mat"
-    labels = check_labels_are(asked.known, [str(name) for name in np.atleast_1d(_mat(meta, "class_names"))], meta)
+    labels = check_labels_are(request.known, [str(name) for name in np.atleast_1d(_mat(meta, "class_names"))], meta)
     lists = {"train": folder / "devkit" / "cars_train_annos.mat", "test": folder / "cars_test_annos_withlabels.mat"}
 
     def listing(split: str) -> _Listing:
@@ -61,44 +53,44 @@ def read_stanford_cars(asked: Asked) -> Found | None:
             raise damaged(path, f"has no file and class a row ({error})") from error
         return [(f"cars_{split}/{file}", _numbered(number, labels, path)) for file, number in rows]
 
-    return _listed(asked, folder, listing, ("train", "test"))
+    return _listed(request, folder, listing, ("train", "test"))
 
 
-def read_fgvc_aircraft(asked: Asked) -> Found | None:
+def read_fgvc_aircraft(request: Request) -> SetFiles | None:
     """fgvc-aircraft-2013b/data: images_variant_*.txt of an image number and its variant a line."""
-    folder = home(asked.root, "fgvc-aircraft-2013b", "data", has="images_variant_test.txt")
+    folder = home(request.root, "fgvc-aircraft-2013b", "data", has="images_variant_test.txt")
     if folder is None:
         return None
-    label = label_of(asked.known)
+    label = label_of(request.known)
 
     def listing(split: str) -> _Listing:
         path = folder / f"images_variant_{split}.txt"
         rows = [line.partition(" ") for line in lines(path)]
         return [(f"{image}.jpg", label(variant.strip(), str(path))) for image, _, variant in rows]
 
-    return _listed(asked, folder / "images", listing, ("train", "val", "test"))
+    return _listed(request, folder / "images", listing, ("train", "val", "test"))
 
 
-def read_dtd(asked: Asked) -> Found | None:
+def read_dtd(request: Request) -> SetFiles | None:
     """dtd/dtd: labels/*1.txt are partition 1 of ten."""
-    folder = home(asked.root, "dtd", "dtd", has="labels/test1.txt")
+    folder = home(request.root, "dtd", "dtd", has="labels/test1.txt")
     if folder is None:
         return None
-    label = label_of(asked.known)
+    label = label_of(request.known)
 
     def listing(split: str) -> _Listing:
         path = folder / "labels" / f"{split}1.txt"
         return [(line, label(line.rpartition("/")[0], str(path))) for line in lines(path)]
 
-    return _listed(asked, folder / "images", listing, ("train", "val", "test"))
+    return _listed(request, folder / "images", listing, ("train", "val", "test"))
 
 
-def read_oxford_pets(asked: Asked) -> Found | None:
-    """oxford-iiit-pet: an image's name is its breed and a number, and is what labels go by."""
-    folder = home(asked.root, "oxford-iiit-pet", has="annotations/test.txt")
+def read_oxford_pets(request: Request) -> SetFiles | None:
+    """oxford-iiit-pet: an image's name is its breed and a number; the breed is the label."""
+    folder = home(request.root, "oxford-iiit-pet", has="annotations/test.txt")
     if folder is None:
         return None
-    label = label_of(asked.known)
+    label = label_of(request.known)
     lists = {"train": folder / "annotations" / "trainval.txt", "test": folder / "annotations" / "test.txt"}
 
     def listing(split: str) -> _Listing:
@@ -106,18 +98,18 @@ def read_oxford_pets(asked: Asked) -> Found | None:
         images = [line.split()[0] for line in lines(path) if not line.startswith("#")]
         return [(f"{image}.jpg", label(image.rpartition("_")[0], str(path))) for image in images]
 
-    return _listed(asked, folder / "images", listing, ("train", "test"))
+    return _listed(request, folder / "images", listing, ("train", "test"))
 
 
-def read_flowers102(asked: Asked) -> Found | None:
+def read_flowers102(request: Request) -> SetFiles | None:
     """flowers-102: setid.mat lists image numbers, imagelabels.mat has the class of every image, both from 1."""
-    folder = home(asked.root, "flowers-102", has="setid.mat")
+    folder = home(request.root, "flowers-102", has="setid.mat")
     if folder is None:
         return None
     names = {"train": "trnid", "val": "valid", "test": "tstid"}
     path = folder / "imagelabels.mat"
     classes = np.atleast_1d(_mat(path, "labels"))
-    labels = list(range(len(known_classes(asked.known))))
+    labels = list(range(len(known_classes(request.known))))
 
     def listing(split: str) -> _Listing:
         images = [int(image) for image in np.atleast_1d(_mat(folder / "setid.mat", names[split]))]
@@ -125,57 +117,61 @@ def read_flowers102(asked: Asked) -> Found | None:
             raise damaged(folder / "setid.mat", f"{names[split]} has images that imagelabels.mat has no class of")
         return [(f"image_{image:05d}.jpg", _numbered(int(classes[image - 1]), labels, path)) for image in images]
 
-    return _listed(asked, folder / "jpg", listing, ("train", "val", "test"))
+    return _listed(request, folder / "jpg", listing, ("train", "val", "test"))
 
 
-def read_sun397(asked: Asked) -> Found | None:
-    """SUN397: partition 1 where its lists are there, else every image to test on."""
-    folder = home(asked.root, "SUN397", has="ClassName.txt")
+def read_sun397(request: Request) -> SetFiles | None:
+    """SUN397: partition 1 where its lists are there, else every image is in the test split."""
+    folder = home(request.root, "SUN397", has="ClassName.txt")
     if folder is None:
         return None
-    label = label_of(asked.known)
-    check_labels_are(asked.known, lines(folder / "ClassName.txt"), folder / "ClassName.txt")
+    label = label_of(request.known)
+    check_labels_are(request.known, lines(folder / "ClassName.txt"), folder / "ClassName.txt")
+
     lists = next((path for path in (folder / "Partitions", folder) if (path / "Testing_01.txt").exists()), None)
     if lists is None:
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("sun_*.jpg"))
         labels = [label(file.rpartition("/")[0], str(folder)) for file in files]
-        return Found(known_classes(asked.known), {"test": asked.files("test", folder, files, labels)})
+        return SetFiles(known_classes(request.known), {"test": request.files("test", folder, files, labels)})
+
     names = {"train": lists / "Training_01.txt", "test": lists / "Testing_01.txt"}
 
     def listing(split: str) -> _Listing:
         rows = [line.lstrip("/") for line in lines(names[split])]
         return [(row, label(row.rpartition("/")[0], str(names[split]))) for row in rows]
 
-    return _listed(asked, folder, listing, ("train", "test"))
+    return _listed(request, folder, listing, ("train", "test"))
 
 
-def read_birdsnap(asked: Asked) -> Found | None:
-    """Birdsnap: images.txt lists what once was, and photographs that could not be fetched are left out and counted."""
-    folder = home(asked.root, "birdsnap", has="test_images.txt")
+def read_birdsnap(request: Request) -> SetFiles | None:
+    """Birdsnap: images.txt lists all photographs; those that could not be fetched are left out and counted."""
+    folder = home(request.root, "birdsnap", has="test_images.txt")
     if folder is None or not (folder / "images.txt").exists():
         return None
-    label = label_of(asked.known)
+    label = label_of(request.known)
     images = next((path for path in (folder / "images", folder / "download" / "images") if path.is_dir()), None)
     if images is None:
         raise DataError(
             f"{folder}: the lists of Birdsnap are there, but no images/.",
-            fix="Run get_birdsnap.py of the archive, which fetches the photographs that are still to be had.",
+            fix="Run get_birdsnap.py of the archive; it fetches the photographs that are still online.",
         )
+
     test = set(lines(folder / "test_images.txt")[1:])
     listed = _birdsnap_images(folder / "images.txt")
     here = [file for file in listed if (images / file).is_file()]
     if len(here) < len(listed):
         log.warn(
-            f"{asked.name}: {len(listed) - len(here):,} of the {len(listed):,} images in images.txt are not in {images} "
-            f"and are left out ({len(test - set(here)):,} of the {len(test):,} to test on)"
+            f"{request.name}: {len(listed) - len(here):,} of the {len(listed):,} images in images.txt are not in {images} "
+            f"and are left out ({len(test - set(here)):,} of the {len(test):,} test images)"
         )
+
     splits = {"train": [file for file in here if file not in test], "test": [file for file in here if file in test]}
     where = str(folder / "images.txt")
 
     def listing(split: str) -> _Listing:
         return [(file, label(file.rpartition("/")[0], where)) for file in splits[split]]
 
-    return _listed(asked, images, listing, ("train", "test"))
+    return _listed(request, images, listing, ("train", "test"))
 
 
 def _birdsnap_images(path: Path) -> list[str]:
@@ -188,13 +184,13 @@ def _birdsnap_images(path: Path) -> list[str]:
     return [row[column] for row in rows]
 
 
-def _listed(asked: Asked, root: Path, listing: Callable[[str], _Listing], has: tuple[str, ...]) -> Found:
+def _listed(request: Request, root: Path, listing: Callable[[str], _Listing], has: tuple[str, ...]) -> SetFiles:
     splits = {}
     for split in has:
-        if asked.wants(split):
+        if request.wants(split):
             rows = list(listing(split))
-            splits[split] = asked.files(split, root, [file for file, _ in rows], [label for _, label in rows])
-    return Found(known_classes(asked.known), splits)
+            splits[split] = request.files(split, root, [file for file, _ in rows], [label for _, label in rows])
+    return SetFiles(known_classes(request.known), splits)
 
 
 def _numbered(number: int, labels: list[int], path: Path) -> int:

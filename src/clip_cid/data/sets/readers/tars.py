@@ -5,23 +5,24 @@ from typing import BinaryIO
 
 import numpy as np
 
-from clip_cid.data.pairs.tars import plain_files
+from clip_cid.data.pairs.plain_tar import plain_files
 from clip_cid.data.sets.labelled_images import IMAGE_TYPES, LabelledImages, Member, TarImages, fingerprint
-from clip_cid.data.sets.readers.reading import Asked, Found, lines
+from clip_cid.data.sets.readers.contract import Request, SetFiles
+from clip_cid.data.sets.readers.layout_parts import lines
 from clip_cid.errors import DataError
 
 CLASSES, TEMPLATES, SHARDS = "classnames.txt", "zeroshot_classification_templates.txt", "nshards.txt"
 
 
-def read_tars(asked: Asked) -> Found | None:
+def read_tars(request: Request) -> SetFiles | None:
     """Class names and templates lie beside the splits; labels count from 0 in the order of the class names."""
-    root = asked.root
-    present = [split for split in asked.splits if (root / split).is_dir()]
+    root = request.root
+    present = [split for split in request.splits if (root / split).is_dir()]
     if not (root / CLASSES).exists() and not any((root / split / SHARDS).exists() for split in present):
         return None
     classes = lines(root / CLASSES)
-    splits = {split: _split(asked, root / split, split) for split in present}
-    return Found(classes, splits, templates=read_templates(root / TEMPLATES))
+    splits = {split: _split(request, root / split, split) for split in present}
+    return SetFiles(classes, splits, templates=read_templates(root / TEMPLATES))
 
 
 def read_templates(path: Path) -> tuple[str, ...]:
@@ -42,7 +43,7 @@ def read_templates(path: Path) -> tuple[str, ...]:
     return templates
 
 
-def _split(asked: Asked, folder: Path, split: str) -> LabelledImages:
+def _split(request: Request, folder: Path, split: str) -> LabelledImages:
     tars = _shards(folder)
     tar_of: list[int] = []
     members: list[Member] = []
@@ -54,9 +55,10 @@ def _split(asked: Asked, folder: Path, split: str) -> LabelledImages:
             members.append(image)
             keys.append(key)
             labels.append(label)
-    images = TarImages(tars, np.array(tar_of, dtype=np.int32), tuple(members), tuple(keys), asked.max_pixels)
+
+    images = TarImages(tars, np.array(tar_of, dtype=np.int32), tuple(members), tuple(keys), request.max_pixels)
     mark = fingerprint(folder, [tar.name for tar in tars])
-    return LabelledImages(asked.title(split), np.array(labels, dtype=np.int64), mark, images)
+    return LabelledImages(request.title(split), np.array(labels, dtype=np.int64), mark, images)
 
 
 def shard_count(folder: Path) -> int:
@@ -71,13 +73,13 @@ def _shards(folder: Path) -> tuple[Path, ...]:
     """0.tar, 1.tar, ...: exactly as many as nshards.txt says."""
     count = shard_count(folder)
     expected = {f"{number}.tar" for number in range(count)}
-    found = {path.name for path in folder.glob("*.tar")}
-    if expected != found:
-        wrong = [f"{tar} is missing" for tar in sorted(expected - found)] + [
-            f"{tar} is extra" for tar in sorted(found - expected)
+    present = {path.name for path in folder.glob("*.tar")}
+    if expected != present:
+        wrong = [f"{tar} is missing" for tar in sorted(expected - present)] + [
+            f"{tar} is extra" for tar in sorted(present - expected)
         ]
         raise DataError(
-            f"{folder}: nshards.txt says {count}, but there are {len(found)} tars ({', '.join(wrong[:3])}).",
+            f"{folder}: nshards.txt says {count}, but there are {len(present)} tars ({', '.join(wrong[:3])}).",
             fix="Copy the missing tars again, or correct nshards.txt.",
         )
     return tuple(folder / f"{number}.tar" for number in range(count))
@@ -97,6 +99,7 @@ def _samples(path: Path) -> list[tuple[str, Member, int]]:
         if key in kind:
             raise DataError(f"{path}: two samples have the key {key}.", fix="Make the keys unique.")
         kind[key] = Member(member.offset_data, member.size)
+
     if images.keys() != labels.keys():
         odd = sorted(images.keys() ^ labels.keys())
         lacks = "a label (.cls)" if odd[0] in images else "an image (.jpg, .png or .webp)"
@@ -104,6 +107,7 @@ def _samples(path: Path) -> list[tuple[str, Member, int]]:
             f"{path}: {len(odd)} of {len(images.keys() | labels.keys())} samples are not whole; {odd[0]} lacks {lacks}.",
             fix="Export the set again.",
         )
+
     with open(path, "rb") as tar:
         return [(key, image, _label(tar, labels[key], path, key)) for key, image in images.items()]
 

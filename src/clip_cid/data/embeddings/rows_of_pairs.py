@@ -1,0 +1,63 @@
+"""Which row of a store each pair has."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Int
+
+from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.pairs.pairs import Pairs
+from clip_cid.errors import DataError
+
+_KEYS_AT_ONCE = 100_000
+
+
+def join(
+    pairs_keys: Sequence[str], store: EmbeddingStore, *, max_absent_share: float = 0.01
+) -> Int[np.ndarray, " pairs"]:
+    """The row of the store for each pair, by key; -1 where the store has none.
+
+    A key that is repeated among the pairs is joined at its first place only; the others are bad pairs.
+
+    Raises:
+        DataError: More than `max_absent_share` of the pairs' keys are not in the store.
+    """
+    packed = pa.array(pairs_keys, type=pa.large_string())
+
+    # Keys are unique among good rows only; where a bad row has the key of a good one, the good one is meant.
+    order = np.concatenate([np.flatnonzero(store.ok), np.flatnonzero(~store.ok)])
+    lookup = pc.SetLookupOptions(value_set=store.keys.packed.take(pa.array(order)))
+    places = pc.call_function("index_in", [packed], lookup).fill_null(-1).to_numpy(zero_copy_only=False)
+    rows = np.where(places < 0, -1, order[places] if len(order) else -1)
+
+    absent = int((rows < 0).sum())
+    if absent > max_absent_share * len(rows) or absent == len(rows):
+        missing = packed[int(np.argmax(rows < 0))].as_py() if len(rows) else None
+        sample = store.keys[0] if store.rows else None
+        raise DataError(
+            f"{store.path}: {absent:,} of {len(rows):,} pairs have no embedding here, such as {missing!r}; "
+            f"the store's keys look like {sample!r}.",
+            fix="Give the pairs the embeddings were made from (keys must be equal), or run the embed stage on these pairs.",
+        )
+
+    _, first = np.unique(rows, return_index=True)
+    once = np.full(len(rows), -1, dtype=np.int64)
+    once[first] = rows[first]
+    return once
+
+
+def rows_in_store(pairs: Pairs, store: EmbeddingStore, *, max_absent_share: float = 0.01) -> Int[np.ndarray, " pairs"]:
+    """The row of the store for each pair; -1 where it has none.
+
+    Raises:
+        DataError: The keys do not match.
+    """
+    starts = range(0, len(pairs), _KEYS_AT_ONCE)
+    blocks = ((start, min(start + _KEYS_AT_ONCE, len(pairs))) for start in starts)
+
+    # A store of these very pairs has their order. Only another store needs a join, which holds all keys in memory.
+    if len(pairs) == store.rows and all(pairs.keys(*block) == store.keys[slice(*block)] for block in blocks):
+        return np.arange(len(pairs))
+    return join(pairs.keys(0, len(pairs)), store, max_absent_share=max_absent_share)

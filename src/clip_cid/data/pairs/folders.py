@@ -1,0 +1,148 @@
+"""Folders of images, each with a .txt of the same name beside it; every line of the .txt is a caption."""
+
+import os
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from clip_cid import log
+from clip_cid.data.pairs.format import COMMON_COLUMNS, SHARD_ROWS, LocalSource, PairFormat, Scan, Source
+from clip_cid.data.pairs.pair import Pair
+from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS, clean_captions, key_hash, read_file, readable_key
+from clip_cid.errors import DataError
+from clip_cid.recipe import PairsConfig
+
+
+class Folders(PairFormat):
+    """A pair is an image file and the .txt of its name; rows are sorted by path."""
+
+    kind = "folder"
+    examples = "a folder of images with .txt files"
+    schema = pa.schema([*COMMON_COLUMNS, ("image", pa.binary()), ("caption_file", pa.binary()), ("bytes", pa.int64())])
+
+    def owns(self, path: Path, settings: PairsConfig) -> bool:
+        return path.is_dir()
+
+    def fingerprint(self, source: Source) -> list[tuple[str, int]]:
+        assert source.path is not None
+        return [(f"{source.name}/{file.image}", file.bytes) for file in _list_folder(source.path).images]
+
+    def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
+        listing = _list_folder(source.path)
+        _warn_of_files_left_out(source.path, listing)
+
+        # The folder's own size and time say nothing of the files below it, so theirs stand in the identity.
+        identity = [(file.image, file.bytes, file.mtime_ns) for file in listing.images]
+        return Scan([*identity], self._rows(listing.images))
+
+    def read(self, source: LocalSource, row: dict[str, Any], settings: PairsConfig) -> Pair:
+        image = read_file(source.path, row["image"], "image")
+        lines = read_file(source.path, row["caption_file"], "caption file").splitlines()
+        return Pair(row["key"], image, clean_captions(lines), dict.fromkeys(settings.keep_fields, ""))
+
+    def shard_bytes(self, source: LocalSource, rows: pa.RecordBatch) -> int:
+        return int(rows.column("bytes").to_numpy().sum())
+
+    def image_name(self, row: dict[str, Any]) -> str:
+        return os.fsdecode(row["image"])
+
+    def _rows(self, files: "list[_ListedImage]") -> Generator[pa.RecordBatch]:
+        """A key is the path without its extension."""
+        for start in range(0, len(files), SHARD_ROWS):
+            columns: dict[str, list[object]] = {column: [] for column in self.schema.names}
+            for file in files[start : start + SHARD_ROWS]:
+                key, problem = readable_key(os.fsencode(os.path.splitext(file.image)[0]))
+                columns["key"].append(key)
+                columns["key_hash"].append(key_hash(key))
+                columns["problem"].append(problem if file.caption_file else "no caption (.txt beside the image)")
+                columns["image"].append(os.fsencode(file.image))
+                columns["caption_file"].append(os.fsencode(file.caption_file) if file.caption_file else None)
+                columns["bytes"].append(file.bytes)
+            yield pa.RecordBatch.from_pydict(columns, schema=self.schema)
+
+
+@dataclass(frozen=True)
+class _ListedImage:
+    """An image and its .txt if there is one; paths are relative to the folder."""
+
+    image: str
+    caption_file: str | None
+    bytes: int
+    """Of both files."""
+    mtime_ns: int
+    """The later of the two."""
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What is under a folder."""
+
+    images: list[_ListedImage]
+    linked_folders: int
+    """Not followed, since links can form a circle."""
+    texts_alone: list[str]
+    """.txt files without an image of their name."""
+
+
+def _list_folder(path: Path) -> _Listing:
+    """Every image under `path`, sorted by its path; hidden files and folders are left out.
+
+    Raises:
+        DataError: A folder cannot be read.
+    """
+    images: dict[str, os.stat_result] = {}
+    texts: dict[str, os.stat_result] = {}
+    try:
+        linked = _walk(path, "", images, texts)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be listed ({error}).", fix="Check its permissions.") from error
+
+    listed: list[_ListedImage] = []
+    for image in sorted(images):
+        caption_file = os.path.splitext(image)[0] + ".txt"
+        has_caption = caption_file in texts
+        stats = [images[image], *([texts[caption_file]] if has_caption else [])]
+        listed.append(
+            _ListedImage(
+                image=image,
+                caption_file=caption_file if has_caption else None,
+                bytes=sum(status.st_size for status in stats),
+                mtime_ns=max(status.st_mtime_ns for status in stats),
+            )
+        )
+
+    used = {file.caption_file for file in listed}
+    return _Listing(listed, linked, sorted(text for text in texts if text not in used))
+
+
+def _walk(root: Path, below: str, images: dict[str, os.stat_result], texts: dict[str, os.stat_result]) -> int:
+    """Collect the files under `root/below`; returns how many linked folders were left out."""
+    linked = 0
+    with os.scandir(root / below) as entries:
+        for entry in entries:
+            name = below + entry.name
+            suffix = os.path.splitext(name)[1].lower()
+            if entry.name.startswith("."):
+                continue
+
+            if entry.is_dir(follow_symlinks=False):
+                linked += _walk(root, name + "/", images, texts)
+            elif entry.is_dir():
+                linked += 1
+            elif suffix.removeprefix(".") in IMAGE_EXTENSIONS and (entry.is_file() or entry.is_symlink()):
+                # A link to nowhere keeps its row and is counted as a broken image.
+                images[name] = entry.stat(follow_symlinks=entry.is_file())
+            elif suffix == ".txt" and entry.is_file():
+                texts[name] = entry.stat()
+    return linked
+
+
+def _warn_of_files_left_out(path: Path, listing: _Listing) -> None:
+    if listing.linked_folders:
+        log.warn(f"{path}: {listing.linked_folders:,} linked folders are not followed; name them in pairs.source")
+    if listing.texts_alone:
+        count, example = len(listing.texts_alone), listing.texts_alone[0]
+        log.warn(f"{path}: {count:,} .txt files have no image of their name beside them, such as {example!r}")

@@ -1,0 +1,138 @@
+"""What a format of pairs is: tars, tables and folders are one class each.
+
+To add a format:
+
+1. Write a subclass of `PairFormat` in a file of its own; `folders.py` is a short example. It says which paths it owns,
+   scans a source into the rows of the index, and reads one row.
+2. Add it to `FORMATS` in `formats.py`. The first format there that owns a path is the format of that path.
+
+The index, the stages and `clip-cid subset` need no change.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from clip_cid.data.pairs.pair import Pair
+from clip_cid.recipe import PairsConfig
+
+SHARD_ROWS = 10_000
+"""A source that has no shards of its own is cut into shards of this many rows, so that embedding can resume."""
+
+COMMON_COLUMNS = (
+    ("key", pa.string()),
+    ("key_hash", pa.uint64()),
+    ("problem", pa.string()),  # why the row cannot be used; null for most rows
+)
+"""The columns that every index begins with."""
+
+Member = tuple[str, bytes]
+"""A file of a sample: name and contents."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source as the user named it: one shard, table or folder."""
+
+    format: "PairFormat"
+    name: str
+    """As the user wrote it, ranges and wildcards expanded."""
+    path: Path | None
+    """None while a URL has not been fetched."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the file; -1 for a URL, whose size would take a request to learn."""
+        return -1 if self.path is None else self.path.stat().st_size
+
+
+@dataclass(frozen=True)
+class LocalSource:
+    """A source on this machine, with the size and time it had when it was indexed."""
+
+    name: str
+    """As the user wrote it."""
+    path: Path
+    bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, name: str, path: Path) -> "LocalSource":
+        status = path.stat()
+        return cls(name, path, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The index of a source, not computed yet."""
+
+    identity: list[Any]
+    """What the index depends on beside the path, as JSON values; an index is used again while this is equal."""
+    batches: Iterator[pa.RecordBatch]
+    """The rows in their order; each batch is one shard. The source is read only when these are."""
+
+
+class PairFormat(ABC):
+    """A format of pairs; instances hold no state."""
+
+    kind: ClassVar[str]
+    """The noun for a source in messages, such as "table"."""
+    examples: ClassVar[str]
+    """What the user can give, such as ".tar shards"."""
+    schema: ClassVar[pa.Schema]
+    """Columns of the index: `COMMON_COLUMNS`, then whatever `read` needs."""
+    has_members: ClassVar[bool] = False
+    """Whether a sample is a group of files that `members` gives and `clip-cid subset` copies byte for byte."""
+
+    @abstractmethod
+    def owns(self, path: Path, settings: PairsConfig) -> bool:
+        """Whether the file or folder at `path` is of this format."""
+
+    def fingerprint(self, source: Source) -> list[tuple[str, int]]:
+        """Name and bytes of the files whose change makes the pairs other pairs; none of them is read."""
+        return [(source.name, source.bytes)]
+
+    @abstractmethod
+    def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
+        """The index of a source.
+
+        Raises:
+            DataError: The source is broken; also while the batches are read.
+        """
+
+    @abstractmethod
+    def read(self, source: LocalSource, row: dict[str, Any], settings: PairsConfig) -> Pair:
+        """The pair of a row of the index that has no problem.
+
+        Raises:
+            BadSample: This pair cannot be used.
+            DataError: The source changed or cannot be read any more.
+        """
+
+    def shard_name(self, source: LocalSource, number: int) -> str:
+        """The name of a shard, given its number within the source."""
+        return f"{source.name}#{number:05d}"
+
+    def shard_bytes(self, source: LocalSource, rows: pa.RecordBatch) -> int:
+        """The bytes of a shard, or of the whole source where they are not known shard by shard."""
+        return source.bytes
+
+    def image_name(self, row: dict[str, Any]) -> str:
+        """The file name of a row's image; empty where the image has none."""
+        return ""
+
+    def members(self, source: LocalSource, places: Sequence[int]) -> Generator[list[Member]]:
+        """The files of some samples of a source, all of them and in their order; only for formats with `has_members`.
+
+        Args:
+            source: Where they are.
+            places: Places of the samples in the source, ascending.
+
+        Raises:
+            DataError: The source changed or cannot be read any more.
+        """
+        raise NotImplementedError

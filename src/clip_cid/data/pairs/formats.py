@@ -1,0 +1,30 @@
+"""The known formats of pairs. A new one is added to `FORMATS` here; `format.py` says what it must do."""
+
+from pathlib import Path
+
+from clip_cid.data.pairs.folders import Folders
+from clip_cid.data.pairs.format import PairFormat
+from clip_cid.data.pairs.tables import Tables
+from clip_cid.data.pairs.tars import Tars
+from clip_cid.errors import DataError
+from clip_cid.recipe import PairsConfig
+
+URL_FORMAT = Tars()
+"""What a URL holds, whatever its name; it is fetched before it is scanned."""
+
+FORMATS: tuple[PairFormat, ...] = (Folders(), URL_FORMAT, Tables())
+"""In the order in which they are asked whether they own a path."""
+
+
+def format_of(path: Path, name: str, settings: PairsConfig) -> PairFormat:
+    """The format of a local source.
+
+    Raises:
+        DataError: No format owns it.
+    """
+    for known in FORMATS:
+        if known.owns(path, settings):
+            return known
+
+    *most, last = (known.examples for known in FORMATS)
+    raise DataError(f"{name}: not a known format of pairs.", fix=f"Give {', '.join(most)} or {last}.")

@@ -1,0 +1,92 @@
+"""The parts of a sample that every format treats alike: keys, captions, kept fields, and files beside an index."""
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from clip_cid.data.pairs.pair import BadSample
+from clip_cid.errors import DataError
+
+IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
+"""In the order of open_clip: the first that a sample has is its image."""
+
+_UNREADABLE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+def key_hash(key: str) -> int:
+    """64 bits of a key, the same in every process, so that equal keys are found without holding the keys."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+def readable_key(key: bytes) -> tuple[str, str | None]:
+    """A key as text, and what is wrong with it."""
+    try:
+        return key.decode(), None if key else "no key"
+    except UnicodeDecodeError:
+        return key.decode(errors="backslashreplace"), "the key is not UTF-8"
+
+
+def clean_captions(texts: list[Any]) -> tuple[str, ...]:
+    """The captions without white space around them; empty ones are dropped.
+
+    Raises:
+        BadSample: One is not text, or all are empty.
+    """
+    captions: list[str] = []
+    for number, text in enumerate(texts, start=1):
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise BadSample(f"caption {number} is not UTF-8 (byte {error.start})") from error
+
+        if not isinstance(text, str):
+            raise BadSample(f"caption {number} is a {type(text).__name__}, not text")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # JSON can spell what UTF-8 cannot hold
+            raise BadSample(f"caption {number} is not UTF-8 (half a surrogate pair)")
+
+        if stripped := text.strip():
+            captions.append(stripped)
+
+    if not captions:
+        raise BadSample("the caption is empty")
+    return tuple(captions)
+
+
+def field_text(value: Any) -> str:
+    """A JSON or table value as the text that is kept of it; empty where there is none."""
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text.encode(errors="backslashreplace").decode()  # JSON can spell half a character, which no file can hold
+
+
+def read_file(folder: Path, name: bytes, what: str) -> bytes:
+    """The bytes of an image or caption file.
+
+    Args:
+        folder: Where relative names start.
+        name: The file's path as the file system has it.
+        what: How errors call it.
+
+    Raises:
+        BadSample: This file is missing or may not be read.
+        DataError: The disk fails.
+    """
+    path = os.path.join(folder, os.fsdecode(name))
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except ValueError as error:  # a NUL in the name
+        raise BadSample(f"{what} has no possible name: {path!r}") from error
+    except OSError as error:
+        if error.errno not in _UNREADABLE:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}).", fix="Check the disk or mount it is on."
+            ) from error
+        raise BadSample(f"{what} {path!r} cannot be read ({error.strerror})") from error

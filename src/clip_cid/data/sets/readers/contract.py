@@ -1,0 +1,59 @@
+"""What a reader of one layout is given, and what it returns."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from clip_cid.data.sets.known_sets import KnownSet
+from clip_cid.data.sets.labelled_images import LabelledImages, file_split
+
+
+@dataclass(frozen=True)
+class Request:
+    """The set to read."""
+
+    name: str
+    root: Path
+    known_set: KnownSet | None
+    """None for a set of the user's own."""
+    splits: tuple[str, ...]
+    """Which of train, val and test; those that the layout does not have are left out."""
+    max_pixels: int
+
+    @property
+    def known(self) -> KnownSet:
+        """The known set, for readers that only the table of known sets names."""
+        assert self.known_set is not None
+        return self.known_set
+
+    def wants(self, split: str) -> bool:
+        return split in self.splits
+
+    def title(self, split: str) -> str:
+        return f"{self.name}/{split}"
+
+    def files(self, split: str, root: Path, files: Sequence[str], labels: Sequence[int]) -> LabelledImages:
+        return file_split(self.title(split), root, files, labels, max_pixels=self.max_pixels)
+
+
+@dataclass(frozen=True)
+class SetFiles:
+    """A set as a reader made it of the files."""
+
+    classes: tuple[str, ...]
+    """As the files call them, in the order of the labels."""
+    splits: dict[str, LabelledImages]
+    names: tuple[str, ...] = ()
+    """The names of the classes of a user's own set, where they differ from what the files say."""
+    templates: tuple[str, ...] = ()
+    """Prompts that lie with the set."""
+    notes: tuple[str, ...] = ()
+    """How this differs from CLIP's protocol."""
+    folds: tuple[Int[np.ndarray, " rows"], ...] | None = None
+
+
+Reader = Callable[[Request], SetFiles | None]
+"""Reads a set; None where the files are of another layout."""

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -170,9 +170,10 @@ class Encoder:
             taps = stack.enter_context(both_features(self.clip)) if before else after_only(self.clip)
             bar = stack.enter_context(log.progress(f"features {self.name} {source.title}", len(source)))
             stack.enter_context(torch.inference_mode())
+            batches = stack.enter_context(contextlib.closing(self._batches(source)))
 
             arrays: dict[str, np.memmap] = {}
-            for rows, pixels, broken in self._batches(source):
+            for rows, pixels, broken in batches:
                 bad.update(broken)
                 if len(bad) > limit:
                     raise _too_many_bad(source, bad)
@@ -194,7 +195,7 @@ class Encoder:
                 array.flush()
         write_json(entry / "rows.json", {"title": source.title, "model": self.name, "bad": bad})
 
-    def _batches(self, source: ImageSource) -> Iterator[_Batch]:
+    def _batches(self, source: ImageSource) -> Generator[_Batch]:
         starts = range(0, len(source), self.batch_size)
         return decoded_batches(
             _Decoded(source, self.clip.preprocess),

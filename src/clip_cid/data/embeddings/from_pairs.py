@@ -1,6 +1,7 @@
 """Embeddings of pairs, shard by shard: workers decode, the encoder embeds, the writer keeps each finished shard."""
 
 import collections
+import contextlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -60,7 +61,8 @@ def embed_pairs(
         smaller_batch="machine.embed_batch",
         pin=encoder.device.type == "cuda",
     )
-    with log.progress("embed", len(pairs), unit="images", start=writer.rows) as bar:
+    progress = log.progress("embed", len(pairs), unit="images", start=writer.rows)
+    with contextlib.closing(batches), progress as bar:
         for shard in todo:
             part = _ShardInProgress(pairs, shard, dim=encoder.dim, fields=settings.keep_fields)
             while part.filled < shard.rows:

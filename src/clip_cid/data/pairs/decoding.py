@@ -33,7 +33,7 @@ def decoded_batches(
     smaller_batch: str,
     pin: bool = False,
 ) -> Generator[Batch]:
-    """Each of the batches, decoded and stacked, in their order.
+    """Each of the batches, decoded and stacked, in their order; close the generator where it may not be exhausted.
 
     Args:
         decoder: A `BadSample` is for it to handle: one broken image must not end the others.
@@ -56,8 +56,9 @@ def decoded_batches(
         worker_init_fn=_leave_signals_to_the_parent,
     )
 
+    decoded: Any = iter(loader)
     try:
-        for batch in loader:
+        for batch in decoded:
             if isinstance(batch, _Failure):
                 raise DataError(batch.problem, fix=batch.fix)
             yield batch
@@ -68,6 +69,11 @@ def decoded_batches(
             f"A process that decodes images was killed ({' '.join(str(error).split())[:200]}).",
             fix=f"Memory or /dev/shm ran out: lower machine.workers (0 decodes in this process) or {smaller_batch}.",
         ) from error
+    finally:
+        # Left to itself, torch ends the workers when the iterator is freed. The traceback of a kept exception delays that
+        # to the exit of Python, which sends SIGTERM and waits; these workers ignore SIGTERM.
+        if workers:
+            decoded._shutdown_workers()
 
 
 @dataclass(frozen=True)
@@ -97,10 +103,6 @@ def _stack_unless_failed(stack: Callable[[list[Any]], Any], items: list[Any]) ->
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Ctrl-C and a first SIGTERM reach every process of the group; the main process ends the workers.
-
-    A second SIGTERM ends a worker. Python sends it when it exits while an error that is kept keeps the workers alive; a
-    worker that ignored it would be waited for without end.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    """Ctrl-C and SIGTERM may reach every process of the group; the main process ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from clip_cid import log, pipeline, units
 from clip_cid.errors import ClipCidError, ConfigError, RunError
-from clip_cid.recipe import Config, Recipe, commented_recipe, one_line, parse_recipe, read_recipe
+from clip_cid.recipe import Config, Recipe, commented_recipe, one_line, parse_recipe, read_recipe, read_run_recipe
 from clip_cid.run_folder import RunFolder, atomic_file, disk_full
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE, REPORT
 from clip_cid.tasks import torchrun_place
@@ -135,7 +135,7 @@ def _recipe_for(arguments: Sequence[str]) -> Recipe:
     if any(argument in ("-h", "--help") for argument in arguments):
         return Recipe()
     stored = [Path(argument) / pipeline.RECIPE_FILE for argument in arguments[1:]]
-    return next((read_recipe(path) for path in stored if path.is_file()), Recipe())
+    return next((read_run_recipe(path) for path in stored if path.is_file()), Recipe())
 
 
 def _commands(recipe: Recipe) -> dict[str, Callable[..., Any]]:
@@ -251,7 +251,8 @@ def status(run: Run, recipe: Path | None = None) -> int:
     """
     folder = _existing(run)
     rows: list[list[str]] = []
-    for state in pipeline.states(folder, read_recipe(recipe or run / pipeline.RECIPE_FILE)):
+    wanted = read_run_recipe(run / pipeline.RECIPE_FILE) if recipe is None else read_recipe(recipe)
+    for state in pipeline.states(folder, wanted):
         record = state.record
         made = f"{record.started}, {units.duration(record.seconds)}" if record else ""
         reason = f"{state.reason}; can resume" if state.resumes else state.reason
@@ -290,7 +291,7 @@ def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000) -
     from clip_cid.publish.subset import export_subset
 
     folder = _existing(run)
-    recipe = read_recipe(run / pipeline.RECIPE_FILE)
+    recipe = read_run_recipe(run / pipeline.RECIPE_FILE)
     log.say(export_subset(folder, recipe, out, shard_size=shard_size if shards else None))
     return 0
 

@@ -36,7 +36,20 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Metric = Literal["cosine", "squared_euclidean", "euclidean"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _LIMITS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
-_REMOVED = {"cluster.algorithm": "there is one k-means now, so delete this line of the recipe"}
+
+
+class _Removed(NamedTuple):
+    """A setting of an earlier version."""
+
+    hint: str
+    without_effect: tuple[Any, ...]
+    """The values that ask for what happens anyway."""
+
+
+_REMOVED = {
+    "cluster.algorithm": _Removed("there is one k-means now, so delete this line of the recipe", ("faiss", "blocks")),
+    "machine.fsdp": _Removed("a student is whole on each device, so delete this line of the recipe", (False,)),
+}
 AUGMENTATIONS = ("color_jitter", "color_jitter_prob", "gray_scale_prob")
 
 
@@ -542,19 +555,42 @@ def read_recipe(path: Path) -> Recipe:
         ConfigError: The file is missing or not YAML, or settings are misspelt or out of limits; all
             are named at once.
     """
+    return parse_recipe(_read_yaml(path), where=str(path))
+
+
+def read_run_recipe(path: Path) -> Recipe:
+    """The recipe that a run has stored; also that of an earlier version.
+
+    It holds every setting, so also those removed since, mostly at their defaults. Where these have no
+    effect they are left out: a run stays readable.
+
+    Raises:
+        ConfigError: As `read_recipe`.
+    """
+    values = _read_yaml(path)
+    for name, removed in _REMOVED.items():
+        section, setting = name.split(".")
+        given = values.get(section) if isinstance(values, dict) else None
+        if isinstance(given, dict) and given.get(setting, None) in removed.without_effect:
+            del given[setting]
+    return parse_recipe(values, where=str(path))
+
+
+def _read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path}: cannot read this recipe ({error}).", fix="`clip-cid init FILE` writes one to start from."
         ) from error
+
     try:
         values = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"{path}: not valid YAML: {' '.join(str(error).split())}", fix="Mend the line it names."
         ) from error
-    return parse_recipe({} if values is None else values, where=str(path))
+    return {} if values is None else values
 
 
 def parse_recipe(values: Any, *, where: str) -> Recipe:
@@ -632,7 +668,7 @@ def _describe(problem: Any) -> str:
     location = tuple(str(part) for part in problem["loc"])
     name = ".".join(location)
     if name in _REMOVED:
-        return f"{name}: this setting was removed; {_REMOVED[name]}"
+        return f"{name}: this setting was removed; {_REMOVED[name].hint}"
     if problem["type"] == "extra_forbidden":
         known = _names_at(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)

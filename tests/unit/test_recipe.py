@@ -5,7 +5,16 @@ import pytest
 import yaml
 
 from clip_cid.errors import ConfigError
-from clip_cid.recipe import PRESETS, LossWeights, Recipe, commented_recipe, dump_recipe, parse_recipe, read_recipe
+from clip_cid.recipe import (
+    PRESETS,
+    LossWeights,
+    Recipe,
+    commented_recipe,
+    dump_recipe,
+    parse_recipe,
+    read_recipe,
+    read_run_recipe,
+)
 
 
 def problems(values: object) -> str:
@@ -133,6 +142,30 @@ def test_broken_yaml_is_a_config_error_with_the_file(tmp_path: Path, text: str):
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"r\.yaml: not valid YAML"):
         read_recipe(path)
+
+
+REMOVED = "cluster: {algorithm: faiss, num_centers: 7}\nmachine: {fsdp: false, workers: 3}\n"
+
+
+def test_the_recipe_of_an_older_run_is_read_without_the_settings_removed_since(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text(REMOVED)
+    recipe = read_run_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.cluster.num_centers, recipe.machine.workers) == (7, 3)
+
+
+@pytest.mark.parametrize("text", [REMOVED, "machine: {fsdp: false}", "cluster: {algorithm: blocks}"])
+def test_a_recipe_that_a_person_wrote_names_each_removed_setting(tmp_path: Path, text: str):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"was removed; .* delete this line of the recipe") as error:
+        read_recipe(tmp_path / "mine.yaml")
+    assert ("machine.fsdp" in str(error.value)) == ("fsdp" in text)
+    assert ("cluster.algorithm" in str(error.value)) == ("algorithm" in text)
+
+
+def test_a_removed_setting_that_had_an_effect_is_not_passed_over(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("machine: {fsdp: true}")
+    with pytest.raises(ConfigError, match=r"machine\.fsdp: this setting was removed; a student is whole on each device"):
+        read_run_recipe(tmp_path / "recipe.yaml")
 
 
 def test_a_missing_recipe_points_to_init(tmp_path: Path):

@@ -568,11 +568,12 @@ def read_run_recipe(path: Path) -> Recipe:
         ConfigError: As `read_recipe`.
     """
     values = _read_yaml(path)
+    sections = cast(dict[str, Any], values) if isinstance(values, dict) else {}
     for name, removed in _REMOVED.items():
         section, setting = name.split(".")
-        given = values.get(section) if isinstance(values, dict) else None
-        if isinstance(given, dict) and given.get(setting, None) in removed.without_effect:
-            del given[setting]
+        settings = sections.get(section)
+        if isinstance(settings, dict) and setting in settings and settings[setting] in removed.without_effect:
+            del settings[setting]
     return parse_recipe(values, where=str(path))
 
 

@@ -44,6 +44,7 @@ def look_at(training: TrainingPairs, clip: Clip) -> Sights:
     sides: list[int] = []
     sizes: list[int] = []
     unreadable = 0
+
     for row in training.rows[chosen].tolist():
         try:
             pair = training.pairs.read(row)
@@ -54,6 +55,7 @@ def look_at(training: TrainingPairs, clip: Clip) -> Sights:
             continue
         captions += pair.captions
         sizes.append(len(pair.image))
+
     return Sights(
         pairs=len(chosen),
         unreadable=unreadable,

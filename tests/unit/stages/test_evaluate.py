@@ -398,7 +398,7 @@ def test_a_shifted_set_has_imagenets_accuracy_on_the_same_classes_beside_it(run_
     assert row["imagenet_same_classes"] == alone["score"]
     assert "imagenet_same_classes" not in measured_rows(shifted, there, None)["zero_shot"]
     assert "imagenet_same_classes" not in measured_rows(imagenet, there, imagenet)["zero_shot"]
-    sketch = dataclasses.replace(imagenet, name="sketch", task="imagenet_sketch")
+    sketch = dataclasses.replace(imagenet, name="sketch", known_key="imagenet_sketch")
     whole = measured_rows(sketch, there, imagenet)["zero_shot"]
     assert (whole["imagenet_same_classes"], whole["imagenet_same_classes_n"]) == (whole["score"], 60)
 

@@ -11,8 +11,8 @@ import pytest
 from clip_cid.loss_table import LOSSES, Loss
 
 ROWS = re.findall(
-    r"^- \*\*`(?P<name>[^`]+)`[^(]*\((?P<status>.*?)\):\n"
-    r"  `(?P<module>[\w.]+):(?P<function>[\w.]+)`\n"
+    r"^- \*\*`(?P<name>[^`]+)`[^(]*\((?P<status>.*?)\):\s+"
+    r"`(?P<module>[\w.]+):(?P<function>[\w.]+)`\n"
     r"(?P<symbols>(?:    ? ?.*\n|  - .*\n)*)",
     (Path(__file__).parents[2] / "docs" / "method.md").read_text(encoding="utf-8"),
     flags=re.MULTILINE,

@@ -215,7 +215,7 @@ def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, active: tuple[St
             version=stage.version,
             settings=stage.settings(recipe),
             inputs=inputs,
-            summary=summary if isinstance(summary, dict) else as_json(summary),
+            summary=as_json(summary),
             versions=_versions(),
             device=_device(recipe),
             started=started,

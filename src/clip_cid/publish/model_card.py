@@ -26,6 +26,7 @@ from clip_cid.evaluation.scores import (
 from clip_cid.models.clip import CONFIG_FILE
 from clip_cid.publish.public_names import public_name, public_provenance
 from clip_cid.run_folder import RunFolder, StageRecord, read_json
+from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, EMBED, EVALUATE
 from clip_cid.summaries import BalanceSummary, ClusterSummary, DistillSummary, EmbedSummary, read_summary
 
 _SETTINGS = (
@@ -60,7 +61,7 @@ def model_card(run: RunFolder, repo: str, *, license: str | None) -> str:
         RunError: The distill stage has not finished, or a record cannot be read.
         DataError: The results of the evaluation cannot be read.
     """
-    student = run.stage("distill") / "student"
+    student = run.stage(DISTILL) / "student"
     config = read_json(student / CONFIG_FILE)
     records = _records(run)
     try:
@@ -107,21 +108,21 @@ def _render(values: Mapping[str, Any]) -> str:
 
 def _records(run: RunFolder) -> dict[str, StageRecord]:
     """The stages this student comes from, and its evaluation."""
-    distill = run.record("distill")
+    distill = run.record(DISTILL)
     assert distill is not None  # the caller has asked for its folder
-    records = {"distill": distill}
-    for stage in ("embed", "balance", "cluster", "evaluate"):
+    records = {DISTILL: distill}
+    for stage in (EMBED, BALANCE, CLUSTER, EVALUATE):
         record = run.record(stage)
         if record is None:
             continue
         belongs = (
-            record.inputs.get("distill") == distill.results
-            if stage == "evaluate"
+            record.inputs.get(DISTILL) == distill.results
+            if stage == EVALUATE
             else distill.inputs.get(stage) == record.results
         )
         if belongs:
             records[stage] = record
-        elif stage in distill.inputs or stage == "evaluate":
+        elif stage in distill.inputs or stage == EVALUATE:
             log.warn(f"{run.path}: {stage} does not belong to this student any more; the model card leaves it out")
     return records
 
@@ -129,11 +130,11 @@ def _records(run: RunFolder) -> dict[str, StageRecord]:
 def _values(
     repo: str, config: dict[str, Any], records: dict[str, StageRecord], provenance: dict[str, Any], evaluate: Path
 ) -> dict[str, Any]:
-    recipe, record = provenance["recipe"], records["distill"]
+    recipe, record = provenance["recipe"], records[DISTILL]
     distill = read_summary(DistillSummary, record.summary)
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000).rstrip()
     longest_fence = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    scores = _scores(evaluate) if "evaluate" in records else []
+    scores = _scores(evaluate) if EVALUATE in records else []
 
     return {
         "name": repo.rpartition("/")[2],
@@ -143,11 +144,11 @@ def _values(
         "dim": config["model_cfg"]["embed_dim"],
         "model": _model(config, provenance, distill),
         "data": _data(records, distill),
-        "balanced": "balance" in records,
+        "balanced": BALANCE in records,
         "training": _training(recipe["distill"], distill, record.device),
         "weights": [(name, f"{weight:g}") for name, weight in recipe["distill"]["weights"].items() if weight],
         "scores": scores,
-        "compared": _compared(records.get("evaluate"), scores),
+        "compared": _compared(records.get(EVALUATE), scores),
         "versions": list(record.versions.items()),
         "recipe": text,
         "fence": "`" * max(3, longest_fence + 1),
@@ -172,11 +173,11 @@ def _model(config: dict[str, Any], provenance: dict[str, Any], distill: DistillS
 
 def _data(records: dict[str, StageRecord], distill: DistillSummary) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
-    if "embed" in records:
-        embed = read_summary(EmbedSummary, records["embed"].summary)
+    if EMBED in records:
+        embed = read_summary(EmbedSummary, records[EMBED].summary)
         rows += [("image-text pairs", f"{embed.images:,}"), ("of them usable", f"{embed.ok:,}")]
-    if "balance" in records:
-        balance = read_summary(BalanceSummary, records["balance"].summary)
+    if BALANCE in records:
+        balance = read_summary(BalanceSummary, records[BALANCE].summary)
         thresholds = (balance.threshold or {}).items()
         scales = [f"{value:.4g} ({name.replace('_', ' ')})" for name, value in thresholds]
         rows += [
@@ -184,8 +185,8 @@ def _data(records: dict[str, StageRecord], distill: DistillSummary) -> list[tupl
             ("near-duplicates removed", f"{balance.removed:,} ({units.percent(balance.removed_share)})"),
             ("kept", f"{balance.kept:,}"),
         ]
-    if "cluster" in records:
-        clusters = read_summary(ClusterSummary, records["cluster"].summary).centers
+    if CLUSTER in records:
+        clusters = read_summary(ClusterSummary, records[CLUSTER].summary).centers
         rows.append(("clusters of the kept images", f"{clusters:,}"))
     return [*rows, ("pairs trained on", f"{distill.pairs:,}")]
 

@@ -31,6 +31,7 @@ from clip_cid.method.unit_rows import Rows, UnitRows
 from clip_cid.models.device import resolve_device
 from clip_cid.recipe import BalanceConfig, MachineConfig, Metric, Recipe
 from clip_cid.run_folder import RunFolder
+from clip_cid.stage_names import BALANCE, EMBED
 from clip_cid.summaries import BalanceSummary, BalanceTruth, Chains
 
 _LONG = 60.0  # expected seconds from which more processes are worth their start
@@ -44,7 +45,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
     from which other thresholds and later additions are answered; and the tables of sets and members.
     """
     settings = recipe.balance
-    store = EmbeddingStore.open(folder.stage("embed"))
+    store = EmbeddingStore.open(folder.stage(EMBED))
     if settings.existing is not None:
         return _kept_elsewhere(out, store, settings.existing)
 
@@ -117,7 +118,7 @@ def _rule(settings: BalanceConfig, images: UnitRows, texts: UnitRows | None) -> 
 
 def _known(folder: RunFolder, settings: BalanceConfig, images: UnitRows, limit: float) -> KnownPairs:
     """What the run named by `grow_from`, or the present results of this run, say of the rows."""
-    own = folder.earlier("balance")
+    own = folder.earlier(BALANCE)
     folders = [] if settings.grow_from is None else [settings.grow_from]
     if own is not None and (own / FOREST_FILE).is_file():
         folders.append(own)

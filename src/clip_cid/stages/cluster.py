@@ -19,6 +19,7 @@ from clip_cid.method.cluster.clustering import Clusters, KMeansState, spherical_
 from clip_cid.models.device import resolve_device
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder, atomic_file
+from clip_cid.stage_names import BALANCE, EMBED
 from clip_cid.summaries import ClusterSummary, ClusterTruth, KmeansRound
 from clip_cid.unit_length import is_unit
 
@@ -32,8 +33,8 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ClusterSummary:
     While it runs, `work/training.npz` holds the centers after the last finished round.
     """
     settings = recipe.cluster
-    store = EmbeddingStore.open(folder.stage("embed"))
-    kept = np.load(folder.stage("balance") / "kept.npy") if recipe.balance.enabled else np.flatnonzero(store.ok)
+    store = EmbeddingStore.open(folder.stage(EMBED))
+    kept = np.load(folder.stage(BALANCE) / "kept.npy") if recipe.balance.enabled else np.flatnonzero(store.ok)
 
     if settings.existing is not None:
         centers, labels = _read_clusters(settings.existing, dim=store.dim, kept=len(kept))

@@ -14,6 +14,8 @@ from clip_cid.models.device import resolve_device
 from clip_cid.models.export import export_student, usage
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder, read_json, write_json
+from clip_cid.stage_names import DISTILL
+from clip_cid.summaries import DistillSummary, read_summary
 from clip_cid.training.assemble import SOFT_CENTERS, Training, make_student, prepare, refuse_without_float64
 from clip_cid.training.loop import CHECKPOINTS
 from clip_cid.training.ranks.distributed import join_ranks
@@ -21,10 +23,10 @@ from clip_cid.training.ranks.distributed import join_ranks
 _DONE = "summary.json"
 
 
-def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
+def run(folder: RunFolder, out: Path, recipe: Recipe) -> DistillSummary | None:
     """Train on the kept pairs and export; writes `student/`, `metrics.jsonl`, `skipped.jsonl` and `summary.json`.
 
-    Under torchrun every process calls this; the main process keeps the records and exports.
+    Under torchrun every process calls this. The main process keeps the records and exports; it alone has a summary.
     """
     machine = recipe.machine
     if machine.threads:
@@ -33,7 +35,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
     with join_ranks(resolve_device(machine.device)) as ranks:
         refuse_without_float64(ranks.device, recipe)
         if ranks.all((out / _DONE).is_file())[0]:
-            return _finish(folder, out) if ranks.is_main else {}
+            return _finish(folder, out) if ranks.is_main else None
 
         training = prepare(folder, out, recipe, ranks)
         summary = {**training.trainer.run(), **training.sharpness.summary}
@@ -42,7 +44,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> dict[str, Any]:
             _export(training, out, recipe, summary, student, beside)
         ranks.wait()
 
-    return _finish(folder, out) if ranks.is_main else {}
+    return _finish(folder, out) if ranks.is_main else None
 
 
 def _export(
@@ -68,13 +70,13 @@ def _export(
     write_json(out / _DONE, {**summary, "parameters": parameters, "device": str(training.trainer.ranks.device)})
 
 
-def _finish(folder: RunFolder, out: Path) -> dict[str, Any]:
+def _finish(folder: RunFolder, out: Path) -> DistillSummary:
     """The export is there: only now may the checkpoints go, so that no kill can lose the training."""
     if (out / CHECKPOINTS).exists():
         shutil.rmtree(out / CHECKPOINTS)
     shutil.rmtree(out / SOFT_CENTERS, ignore_errors=True)
-    log.info(usage(folder.path / "distill" / "student"))
-    return read_json(out / _DONE)
+    log.info(usage(folder.path / DISTILL / "student"))
+    return read_summary(DistillSummary, read_json(out / _DONE))
 
 
 def _provenance(recipe: Recipe, steps: int, pairs_seen: int, teacher: dict[str, Any] | None) -> dict[str, Any]:

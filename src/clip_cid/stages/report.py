@@ -32,7 +32,7 @@ from clip_cid.report.run_records import RunRecords
 from clip_cid.report.score_tables import ScoreTable, score_tables
 from clip_cid.report.thumbnails import Thumbnails
 from clip_cid.run_folder import RunFolder, StageRecord, atomic_file
-from clip_cid.stage_names import DISTILL, DRAW, EVALUATE
+from clip_cid.stage_names import DISTILL, DRAW, EMBED, EVALUATE, REPORT
 from clip_cid.summaries import DistillSummary, ReportSummary, read_summary
 
 PAGE = "report.html"
@@ -100,7 +100,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ReportSummary:
         temporary.write_text(page.render(values), encoding="utf-8")
 
     return ReportSummary(
-        page=str(folder.path / "report" / PAGE),
+        page=str(folder.path / REPORT / PAGE),
         bytes=(out / PAGE).stat().st_size,
         picture_bytes=thumbnails.bytes_used,
         no_pictures=no_pictures,
@@ -199,7 +199,7 @@ def _seeds(recipe: Recipe) -> dict[str, int]:
 def _skipped(folder: RunFolder, recipe: Recipe, tables: Path) -> list[tuple[str, str, int]]:
     """Stage, reason and count of the samples that were passed over."""
     counts: Counter[tuple[str, str]] = Counter()
-    for stage in ("embed", "distill"):
+    for stage in (EMBED, DISTILL):
         path = folder.stage(stage) / "skipped.jsonl" if recipe.uses(stage) else None
         if path is not None and path.is_file():
             counts.update((stage, reason) for reason in _reasons(path))

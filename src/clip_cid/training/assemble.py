@@ -28,6 +28,7 @@ from clip_cid.models.student import build_student
 from clip_cid.models.teacher import weights_sha256
 from clip_cid.recipe import DistillConfig, MachineConfig, Recipe
 from clip_cid.run_folder import RunFolder
+from clip_cid.stage_names import EMBED
 from clip_cid.training.batches import Batches, PairDataset, TrainingPairs
 from clip_cid.training.join import distilled_pairs, plain_pairs, read_centers
 from clip_cid.training.loop import Plan, Trainer
@@ -103,7 +104,7 @@ def read_inputs(folder: RunFolder, recipe: Recipe, ranks: Ranks) -> Inputs:
     """
     with ranks.main_first():
         pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
-    store = EmbeddingStore.open(folder.stage("embed")) if recipe.has_teacher else None
+    store = EmbeddingStore.open(folder.stage(EMBED)) if recipe.has_teacher else None
     training = plain_pairs(pairs) if store is None else distilled_pairs(folder, recipe, pairs, store)
     centers = read_centers(folder, store) if store is not None and recipe.uses_clusters else None
     training, held_out = split_off(training, recipe.distill, ranks)

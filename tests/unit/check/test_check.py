@@ -26,6 +26,7 @@ from clip_cid.models.student import build_student
 from clip_cid.recipe import DistillConfig, MachineConfig, PairsConfig, Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import distill
+from clip_cid.summaries import DistillSummary
 from clip_cid.training.assemble import prepare
 from clip_cid.training.ranks.distributed import ALONE
 
@@ -190,7 +191,7 @@ def test_disk_of_the_student_and_the_soft_centers(case: Case, tmp_path: Path, mo
     soft: list[int] = []
     finish = distill._finish
 
-    def watched(folder: RunFolder, out: Path) -> dict[str, Any]:
+    def watched(folder: RunFolder, out: Path) -> DistillSummary:
         soft.append(all_bytes(out / "soft_centers"))
         return finish(folder, out)
 

@@ -18,6 +18,7 @@ from clip_cid.errors import ClipCidError, ConfigError, DataError
 from clip_cid.recipe import DistillConfig, PairsConfig, Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import distill
+from clip_cid.summaries import as_json
 from clip_cid.training import assemble
 from clip_cid.training.join import distilled_pairs
 from clip_cid.training.loop import Trainer
@@ -114,7 +115,9 @@ class Case:
     def run(self, out: str = "distill.part", **changes: Any) -> dict[str, Any]:
         path = self.folder.path / out
         path.mkdir(exist_ok=True)
-        return distill.run(self.folder, path, self.recipe(**changes))
+        summary = distill.run(self.folder, path, self.recipe(**changes))
+        assert summary is not None, "one process is the main one"
+        return as_json(summary)
 
 
 @pytest.fixture

@@ -56,6 +56,7 @@ def assert_equal(one: Path, other: Path, files: tuple[str, ...] = FILES) -> None
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_the_stage_finds_what_the_slow_version_finds(tmp_path, small_chunks):
     rows = planted(300)
     out = balance(tmp_path / "run", rows)
@@ -175,6 +176,7 @@ def test_a_changed_row_is_a_new_row(tmp_path, small_chunks):
     assert_equal(grown, balance(tmp_path / "fresh", changed))
 
 
+@pytest.mark.slow
 def test_new_rows_that_are_all_copies_of_known_ones_need_no_comparison(tmp_path, small_chunks, monkeypatch):
     rows = planted(200)
     more = np.concatenate([rows, rows[[3, 3, 150]]])
@@ -184,6 +186,7 @@ def test_new_rows_that_are_all_copies_of_known_ones_need_no_comparison(tmp_path,
     assert_equal(balance(tmp_path / "grown", more, "--balance.grow-from", str(earlier)), fresh)
 
 
+@pytest.mark.slow
 def test_growing_looks_at_new_pairs_only(tmp_path, small_chunks, monkeypatch):
     rows = planted(300)
     earlier = balance(tmp_path / "earlier", rows[:250])
@@ -213,6 +216,7 @@ def test_a_tampered_forest_is_not_built_upon(tmp_path, small_chunks, capfd):
     assert_equal(again, balance(tmp_path / "fresh", rows[:150]))
 
 
+@pytest.mark.slow
 def test_force_makes_the_forest_from_nothing(tmp_path, small_chunks, monkeypatch):
     rows = planted(200)
     balance(tmp_path / "run", rows)
@@ -262,6 +266,7 @@ def test_the_sweep_prints_the_curve_of_runs_of_their_own(tmp_path, small_chunks,
     assert read_forest(out / "forest.parquet").limit == pytest.approx(0.28)
 
 
+@pytest.mark.slow
 def test_a_radius_keeps_more_and_says_which(tmp_path, small_chunks):
     angles = np.deg2rad(np.arange(0, 60))
     rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)

@@ -25,6 +25,7 @@ def clip_cid(*arguments: str | Path, cwd: Path = Path()) -> subprocess.Completed
     return subprocess.CompletedProcess(command, code, stdout.getvalue(), stderr.getvalue())
 
 
+@pytest.mark.slow
 def test_help_names_every_command_and_imports_neither_torch_nor_open_clip():
     program = (
         "import sys; from clip_cid.cli import main\n"
@@ -167,6 +168,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         cli.main(["run", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_exit_130_with_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
     def stop(*arguments: object, **settings: object) -> None:
         raise KeyboardInterrupt
@@ -197,6 +199,7 @@ def test_a_stage_command_keeps_the_other_sections_of_the_stored_recipe(monkeypat
     assert seen["recipe"].embed.existing == Path("store")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "blur", "images"),
     [([], False, True), (["--blur"], True, True), (["--no-images"], False, False), (["--report.blur"], True, True)],

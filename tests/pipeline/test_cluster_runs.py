@@ -103,6 +103,7 @@ def test_a_killed_training_goes_on_after_the_last_round_and_ends_byte_identical(
     assert f"cluster   resumes after round {done} of {ROUNDS}" in said
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 def test_a_training_killed_in_the_last_assignment_does_no_round_again(tmp_path, given, monkeypatch):
     whole = cluster(tmp_path / "whole", given)
@@ -171,6 +172,7 @@ def test_the_summary_and_the_log_say_how_it_went(tmp_path, given):
     assert "cluster   mean cosine of two images of a cluster" in said
 
 
+@pytest.mark.slow
 def test_threads_change_no_bit(tmp_path, given):
     one, two = (cluster(tmp_path / n, given, "--machine.threads", n) for n in ("1", "2"))
     assert_equal(one, two)
@@ -185,6 +187,7 @@ def test_a_recipe_that_names_a_k_means_is_told_that_there_is_one(tmp_path, given
     assert str(recipe) in said
 
 
+@pytest.mark.slow
 def test_mostly_singletons_are_warned_of_with_numbers(tmp_path, given, capsys):
     cluster(tmp_path / "run", given, "--cluster.num-centers", "200")
     single = summary_of(tmp_path / "run")["singletons"]

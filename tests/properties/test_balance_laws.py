@@ -135,6 +135,7 @@ def test_the_result_does_not_depend_on_the_plan(data, draws, dtype):
     assert_same(planned, balance(rows.astype(dtype), threshold=threshold))
 
 
+@pytest.mark.slow
 @given(points_and_threshold(), st.data(), st.integers(0, 9))
 def test_the_result_does_not_depend_on_where_arrays_lie_nor_on_interruptions(data, draws, tasks_before):
     rows, threshold = data
@@ -143,6 +144,7 @@ def test_the_result_does_not_depend_on_where_arrays_lie_nor_on_interruptions(dat
     assert_same(stored, balance(rows, threshold=threshold))
 
 
+@pytest.mark.slow
 @given(points_and_threshold(), st.data())
 def test_what_an_earlier_balance_of_some_rows_knows_changes_nothing(data, draws):
     rows, threshold = data
@@ -158,6 +160,7 @@ def test_what_an_earlier_balance_of_some_rows_knows_changes_nothing(data, draws)
     assert_same(grown, balance(rows, threshold=threshold))
 
 
+@pytest.mark.slow
 @given(points(), st.floats(0.01, 1.9), st.floats(0.001, 1.0))
 def test_the_forest_answers_a_smaller_threshold_as_a_run_of_its_own(rows, largest, share):
     forest = balance(rows, threshold=largest).forest

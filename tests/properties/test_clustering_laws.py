@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import oracles
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ def points(draw):
     return np.array(draw(st.lists(row, min_size=1, max_size=20)), dtype=np.float32)
 
 
+@pytest.mark.slow
 @given(points(), st.data())
 def test_labels_are_the_nearest_centers_and_centers_have_unit_length(rows, data):
     found = spherical_kmeans(rows, num_centers=data.draw(st.integers(1, len(rows))), seed=data.draw(st.integers(0, 99)))
@@ -26,6 +28,7 @@ def test_labels_are_the_nearest_centers_and_centers_have_unit_length(rows, data)
     assert abs(found.objective - oracles.kmeans_objective(rows, found.centers, found.labels)) < 1e-6
 
 
+@pytest.mark.slow
 @given(points(), points(), st.integers(1, 21))
 def test_the_assignment_does_not_depend_on_the_block_size(rows, centers, block_rows):
     centers = oracles.unit(np.resize(centers, (len(centers), rows.shape[1])) + 0.25)

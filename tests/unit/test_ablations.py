@@ -22,7 +22,7 @@ from clip_cid.summaries import (
     EmbedSummary,
     EvaluateSummary,
     Parameters,
-    as_json,
+    Summary,
 )
 
 PARTS = ("clip", "cluster_cls", "cluster_kl", "instance_image", "instance_text")
@@ -165,51 +165,45 @@ def test_thresholds_may_be_named_where_the_recipe_asks_for_a_share():
 
 
 TABLE: dict[str, Any] = {"mean_of": "1/1", "missing": {}, "differences": []}
-SUMMARIES: dict[str, dict[str, Any]] = {
-    "embed": as_json(
-        EmbedSummary(images=9, ok=9, dim=2, teacher="run:t", bytes=90, skipped={}, images_per_s=None),
+SUMMARIES: dict[str, Summary] = {
+    "embed": EmbedSummary(images=9, ok=9, dim=2, teacher="run:t", bytes=90, skipped={}, images_per_s=None),
+    "balance": BalanceSummary(
+        images=9, ok=9, kept=8, removed=1, removed_share=0.1, sets_with_duplicates=1, largest_set=2
     ),
-    "balance": as_json(
-        BalanceSummary(images=9, ok=9, kept=8, removed=1, removed_share=0.1, sets_with_duplicates=1, largest_set=2)
+    "cluster": ClusterSummary(
+        images=8,
+        centers=2,
+        empty=0,
+        singletons=0,
+        smallest=4,
+        median=4.0,
+        largest=4,
+        gini=0.0,
+        size_quantiles={},
+        within_cosine=None,
+        all_pairs_cosine=None,
+        margin_quantiles={},
+        margin_sample=0,
     ),
-    "cluster": as_json(
-        ClusterSummary(
-            images=8,
-            centers=2,
-            empty=0,
-            singletons=0,
-            smallest=4,
-            median=4.0,
-            largest=4,
-            gini=0.0,
-            size_quantiles={},
-            within_cosine=None,
-            all_pairs_cosine=None,
-            margin_quantiles={},
-            margin_sample=0,
-        )
+    "distill": DistillSummary(
+        steps=5,
+        pairs=8,
+        pairs_seen=40,
+        epochs=5.0,
+        unreadable_pairs=0,
+        skipped_steps=0,
+        processes=1,
+        seconds=1.5,
+        pairs_per_s=26.7,
+        data_wait_share=0.0,
+        losses={},
+        collapse_alarm=False,
+        precision="float32",
+        peak_memory_gib=0.5,
+        parameters=Parameters(image=1, text=1),
+        device="cpu",
     ),
-    "distill": as_json(
-        DistillSummary(
-            steps=5,
-            pairs=8,
-            pairs_seen=40,
-            epochs=5.0,
-            unreadable_pairs=0,
-            skipped_steps=0,
-            processes=1,
-            seconds=1.5,
-            pairs_per_s=26.7,
-            data_wait_share=0.0,
-            losses={},
-            collapse_alarm=False,
-            precision="float32",
-            peak_memory_gib=0.5,
-            parameters=Parameters(image=1, text=1),
-            device="cpu",
-        )
-    ),
-    "evaluate": as_json(EvaluateSummary(models={}, mean_of={}, missing={}, headline="student")),
+    "evaluate": EvaluateSummary(models={}, mean_of={}, missing={}, headline="student"),
 }
 
 
@@ -218,7 +212,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the stages that ran, in order; scores depend on the threshold and the seed."""
     names: list[str] = []
 
-    def run(stage: str, folder: RunFolder, out: Path, page: Recipe) -> dict[str, Any]:
+    def run(stage: str, folder: RunFolder, out: Path, page: Recipe) -> Summary:
         names.append(stage)
         (out / "result.txt").write_text(f"{stage} {page.balance.threshold}")
         if stage == "evaluate":
@@ -350,6 +344,7 @@ def test_results_hold_every_run_and_the_table_its_mean(tmp_path: Path, ran: list
     assert "10.0 ± 63.5" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_table_of_a_stopped_ablation_has_the_finished_runs(tmp_path: Path, ran: list[str], monkeypatch):
     make, made = runs._make, []
 
@@ -366,6 +361,7 @@ def test_the_table_of_a_stopped_ablation_has_the_finished_runs(tmp_path: Path, r
     assert [line.split(",")[:2] for line in lines[1:]] == [["0.05", "2"], ["0.07", "1"], ["0.09", "1"]]
 
 
+@pytest.mark.slow
 def test_an_error_names_the_run_it_stopped(tmp_path: Path, ran: list[str], monkeypatch):
     def fail(*arguments: Any) -> None:
         raise RunError("no loss is finite.", fix="Lower distill.lr.")

@@ -30,6 +30,7 @@ def test_every_task_is_done_once_and_told(tmp_path, processes):
     assert len(list(tmp_path.iterdir())) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_error_in_a_task_comes_back_as_it_is(tmp_path, processes):
     with pytest.raises(ValueError, match="task 13"):

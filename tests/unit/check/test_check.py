@@ -137,6 +137,7 @@ def test_flops_of_known_models_are_those_of_open_clips_own_table(name: str, giga
     assert costs.forward / 1e9 == pytest.approx(giga, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_of_the_run_changes(case: Case, workers: int):
     for file in (case.folder.path / "index").glob("known-bad-*"):
@@ -367,6 +368,7 @@ def test_sets_behind_urls_are_kept_where_the_recipe_says(case: Case, tmp_path: P
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.slow
 def test_a_recall_on_few_pairs_is_told_to_be_uncertain(case: Case, tmp_path: Path):
     recipe = case.recipe(distill={"validation": {"share": 0.25}, "warmup_steps": 0})
     for folder in (case.folder, RunFolder(tmp_path / "new")):
@@ -379,6 +381,7 @@ def test_a_recall_on_few_pairs_is_told_to_be_uncertain(case: Case, tmp_path: Pat
         )
 
 
+@pytest.mark.slow
 def test_workers_need_cores_and_time_and_files_need_room(case: Case, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("clip_cid.tasks.available_cores", lambda: 0)
     monkeypatch.setattr("clip_cid.tasks.available_memory", lambda: 100.0)

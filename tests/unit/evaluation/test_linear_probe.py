@@ -101,6 +101,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[LogisticRegression]:
     return models
 
 
+@pytest.mark.slow
 def test_the_curve_holds_the_validation_accuracy_of_each_c(fitted: list[LogisticRegression]) -> None:
     pixels, labels = small_digits()
     (x, val_x), (y, val_y) = np.split(pixels.astype(np.float32), [60]), np.split(labels, [60])
@@ -219,6 +220,7 @@ def test_the_final_fit_sees_training_and_validation_images() -> None:
     assert held.score == 1
 
 
+@pytest.mark.slow
 def test_the_metric_chooses_c() -> None:
     """A rare class hardly counts in top-1 but fully in the mean per class, so it asks for less regularization."""
     x, y = blobs(600, classes=3)
@@ -378,6 +380,7 @@ def test_read_only_features_are_no_trouble() -> None:
     assert linear_probe(x, y, x, y, device=device).n_train == 60
 
 
+@pytest.mark.slow
 def test_the_score_of_folds_is_the_mean_of_probes_on_each() -> None:
     (x, y), (test_x, test_y) = blobs(300), blobs(200, seed=1)
     folds = [np.arange(0, 300, 5), np.arange(1, 300, 5), np.arange(90)]

@@ -82,12 +82,14 @@ def test_a_ratio_redraws_whole_units() -> None:
     assert (high - low) / (alone[1] - alone[0]) == pytest.approx(np.sqrt(5), rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_ratio_of_many_units_does_not_hold_all_redraws_at_once() -> None:
     units = 10_000_000 // RESAMPLES + 1  # so that the redraws come in two blocks
     low, high = bootstrap_ratio(np.ones(units), np.full(units, 2.0), seed=0)
     assert (low, high) == (0.5, 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_paired_bootstrap_redraws_images_for_both_models(metric: MetricName) -> None:
     random = np.random.default_rng(2)

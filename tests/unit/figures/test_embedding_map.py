@@ -45,6 +45,7 @@ def test_groups_stay_groups_on_the_map(blobs: tuple[np.ndarray, np.ndarray]) -> 
     assert (labels[distances.argmin(axis=1)] == labels).all()
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_changes_nothing(blobs: tuple[np.ndarray, np.ndarray]) -> None:
     found = []
     for threads in (1, 3):

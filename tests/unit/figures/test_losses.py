@@ -68,6 +68,7 @@ def test_parts_that_are_named_nowhere_are_drawn_behind_those_of_the_paper(tmp_pa
     assert "validation" not in svg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_lines", [True, False])
 def test_what_a_validation_measured_is_drawn_beside_the_training(tmp_path: Path, own_lines: bool) -> None:
     rows: list[dict[str, Any]] = []

@@ -69,6 +69,7 @@ def test_a_bias_of_the_logits_survives(tmp_path: Path) -> None:
     assert reloaded.logit_bias.item() == -7.25
 
 
+@pytest.mark.slow
 def test_a_compiled_student_is_exported_under_its_plain_names(tmp_path: Path) -> None:
     clip = tiny(tmp_path)
     compiled = Clip(**{**vars(clip), "model": torch.compile(clip.model, backend="eager")})
@@ -108,6 +109,7 @@ def test_an_export_that_would_give_other_outputs_never_appears(tmp_path: Path, m
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
 
 
+@pytest.mark.slow
 def test_two_exports_of_one_student_have_equal_bytes(tmp_path: Path) -> None:
     clip = tiny(tmp_path)
     for name in ("a", "b"):

@@ -87,6 +87,7 @@ def test_what_arrives_is_the_student_and_loads(server: FakeHub, run: RunFolder, 
     assert torch.equal(theirs.tokenizer(["a b"]), ours.tokenizer(["a b"]))
 
 
+@pytest.mark.slow
 def test_the_card_that_arrives_is_the_one_that_was_shown(server: FakeHub, run: RunFolder) -> None:
     push(run)
     arrived = server.repos["me/tiny"].files["README.md"].decode()
@@ -94,6 +95,7 @@ def test_the_card_that_arrives_is_the_one_that_was_shown(server: FakeHub, run: R
     assert ModelCard(arrived).data.get("license") == "apache-2.0"
 
 
+@pytest.mark.slow
 def test_nothing_of_this_machine_arrives(server: FakeHub, run: RunFolder) -> None:
     push(run)
     files = server.repos["me/tiny"].files
@@ -122,6 +124,7 @@ def test_pushing_the_same_again_makes_no_commit(server: FakeHub, run: RunFolder)
     assert len(server.repos["me/tiny"].commits) == 2
 
 
+@pytest.mark.slow
 def test_a_private_repository_is_made_private(server: FakeHub, run: RunFolder) -> None:
     push(run, private=True)
     assert server.repos["me/tiny"].private
@@ -151,6 +154,7 @@ def test_a_repository_with_something_else_is_left_alone(
     assert server.repos["me/tiny"].files == files
 
 
+@pytest.mark.slow
 def test_an_empty_repository_made_by_hand_is_filled(server: FakeHub, run: RunFolder) -> None:
     server.repos["me/tiny"] = Repo(files={".gitattributes": b"", "README.md": b"soon"})
     push(run)
@@ -208,6 +212,7 @@ def test_an_error_of_the_hub_is_told(server: FakeHub, run: RunFolder) -> None:
     assert list(server.repos["me/tiny"].files) == [".gitattributes"]
 
 
+@pytest.mark.slow
 def test_a_student_that_changed_on_disk_is_not_pushed(server: FakeHub, tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     (tmp_path / "other").mkdir()

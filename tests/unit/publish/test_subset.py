@@ -549,6 +549,7 @@ def test_every_key_makes_a_safe_name_that_gives_the_key_back(key: str) -> None:
     assert not METADATA.match(stem)
 
 
+@pytest.mark.slow
 @given(st.lists(keys, min_size=1, max_size=5, unique=True))
 def test_a_tar_of_any_keys_has_one_sample_for_each(tmp_path_factory: pytest.TempPathFactory, some: list[str]) -> None:
     path = tmp_path_factory.getbasetemp() / "keys.tar"

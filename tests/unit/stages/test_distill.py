@@ -227,6 +227,7 @@ def test_without_balance_every_embedded_pair_is_trained_on(case: Case):
     assert training.rows.tolist() == [row for row in range(COUNT) if row != 1]
 
 
+@pytest.mark.slow
 def test_a_baseline_trains_on_the_kept_pairs_and_reads_nothing_of_the_teacher(case: Case):
     path = case.folder.path / "embed" / "img_emb" / "img_emb_0000.npy"
     np.save(path, np.zeros_like(np.load(path)))  # a zero vector would stop the run
@@ -252,6 +253,7 @@ def test_plain_clip_needs_no_stage_before_it_and_lists_the_pairs_it_leaves_out(t
         case.run("strict.part", teacher="none", weights="clip-only", max_bad_share=0.01)
 
 
+@pytest.mark.slow
 def test_a_linear_map_lets_the_student_keep_its_width(case: Case):
     case.run(alignment="linear")
     student = case.folder.path / "distill.part" / "student"

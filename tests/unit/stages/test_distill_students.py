@@ -77,6 +77,7 @@ def test_a_fresh_student_for_the_sigmoid_loss_starts_as_siglip_does_and_keeps_it
     assert again.trainer.model.student.logit_bias.item() == weights["logit_bias"].item()
 
 
+@pytest.mark.slow
 def test_the_sigmoid_loss_cannot_start_from_weights_without_a_bias(case: Case):
     case.run(steps=2)
     with pytest.raises(ConfigError, match="has no logit bias, which the sigmoid loss needs"):
@@ -108,6 +109,7 @@ def test_a_lock_needs_weights(case: Case):
         prepared(case, lock="image")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lock", ["image", "text"])
 def test_a_locked_tower_is_left_as_it_was_loaded(finished: Case, lock: str):
     finished.run("warm", pretrained=f"run:{finished.folder.path}", lock=lock, steps=3)
@@ -135,6 +137,7 @@ def test_a_text_tower_of_its_own_is_trained_left_and_locked(case: Case):
 # Towers of timm, batch normalization
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
 @pytest.mark.filterwarnings("ignore:.*nested tensor")
 def test_a_tower_of_timm_is_trained_and_left(case: Case, name: str):
@@ -226,6 +229,7 @@ def test_a_compiled_student_trains_as_the_plain_one(case: Case, monkeypatch: pyt
 # The EMA, held-out pairs, what is measured on the way
 
 
+@pytest.mark.slow
 def test_the_ema_is_what_is_exported(case: Case, monkeypatch: pytest.MonkeyPatch):
     kept: dict[str, dict[str, Tensor]] = {}
     student_state = Trainer.student_state

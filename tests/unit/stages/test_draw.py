@@ -119,6 +119,7 @@ def test_the_same_files_give_the_same_bytes(full: Drawn, tmp_path: Path) -> None
         assert (again.out / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_a_plain_run_leaves_out_what_needs_a_teacher_and_says_why(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, **PLAIN)
     plain = redrawn(make_run(tmp_path, recipe), recipe, tmp_path / "out")
@@ -188,6 +189,7 @@ def test_a_convolutional_student_has_no_patches_to_look_at(
     )
 
 
+@pytest.mark.slow
 def test_a_teacher_without_patches_or_weights_is_left_out_and_named(
     full: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 def test_the_store_holds_what_open_clip_gives_for_the_same_pairs(tmp_path: Path, teachers: list[str]) -> None:
     summary = run(tmp_path / "run", recipe(write_tars(tmp_path), teachers[0], workers=1))
     store = EmbeddingStore.open(tmp_path / "run" / "embed.part")
@@ -213,6 +214,7 @@ def test_no_usable_pair_at_all_is_an_error_at_any_limit(tmp_path: Path, teachers
         run(tmp_path / "run", recipe(source, teachers[0], pairs={"max_bad_share": 1}))
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 @pytest.mark.parametrize("shards", [0, 1, 2])
 def test_a_killed_run_goes_on_and_leaves_the_same_bytes(
@@ -239,6 +241,7 @@ def test_a_killed_run_goes_on_and_leaves_the_same_bytes(
     assert summary["skipped"] == {"image is of no known format": 1}
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_teacher(
     tmp_path: Path, teachers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

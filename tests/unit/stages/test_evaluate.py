@@ -104,6 +104,7 @@ def test_every_model_is_measured_on_every_set_by_every_task(
     assert "image_to_text_R@5" in printed
 
 
+@pytest.mark.slow
 def test_a_second_evaluation_embeds_nothing_and_says_the_same(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +119,7 @@ def test_a_second_evaluation_embeds_nothing_and_says_the_same(
     assert run(run_folder, tmp_path / "b", **settings) == first
 
 
+@pytest.mark.slow
 def test_cached_features_of_sets_no_longer_asked_for_are_deleted(run_folder: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         run(run_folder, tmp_path / name, sets={name: str(tar_set(tmp_path / f"{name}-set"))})
@@ -125,6 +127,7 @@ def test_cached_features_of_sets_no_longer_asked_for_are_deleted(run_folder: Pat
     assert cached == {"second-train", "second-test", "second-prompts"}
 
 
+@pytest.mark.slow
 def test_the_probe_sees_the_features_the_recipe_names(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +187,7 @@ def test_zero_shot_without_prompts_stops_before_any_model_is_loaded(
         run(run_folder, tmp_path / "out", sets={"colors": str(folder_set(tmp_path / "colors"))})
 
 
+@pytest.mark.slow
 def test_a_bad_image_is_left_out_of_images_and_labels_alike(
     run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -275,6 +279,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(
 TASKS_OF_COLORS_AND_PAIRS = ("colors zero_shot", "colors linear_probe", "colors knn", "pairs retrieval")
 
 
+@pytest.mark.slow
 def test_only_what_is_new_is_measured_when_a_model_or_a_set_is_added(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +298,7 @@ def test_only_what_is_new_is_measured_when_a_model_or_a_set_is_added(
     assert {path.name for path in (folder / "features").iterdir()} == {name for row in rows for name in row["cached"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["image", "template", "seed"])
 def test_what_a_result_depends_on_makes_it_stale(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
@@ -335,6 +341,7 @@ def test_a_recipe_without_a_student_has_no_other_stage() -> None:
         recipe(sets={"d": "builtin:digits"}, student=False)
 
 
+@pytest.mark.slow
 def test_our_zero_shot_is_open_clips_own_to_the_last_image(tmp_path: Path) -> None:
     """Everything by open_clip: model, preprocessing, tokenizer, prompts and classifier, image after image."""
     root, clip, out = tar_set(tmp_path / "colors", each=20), tiny_clip(tmp_path), tmp_path / "out"
@@ -419,6 +426,7 @@ def part_of(labelled: EvaluationSet, classes: list[int]) -> LabelledImages:
     return dataclasses.replace(test, labels=labels, images=Some(), title="some/test", fingerprint="some")
 
 
+@pytest.mark.slow
 def test_the_probe_of_a_set_with_folds_is_the_mean_over_them(run_folder: Path, tmp_path: Path) -> None:
     root = tar_set(tmp_path / "colors", each=40)
     (_, _), *others = samples(40)

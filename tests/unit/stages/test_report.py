@@ -207,6 +207,7 @@ def test_what_the_models_look_at_is_told_with_pictures_and_without_markup(full: 
     assert "What a validation measured" not in page.text
 
 
+@pytest.mark.slow
 def test_what_a_validation_measured_is_told(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
     folder = make_run(tmp_path, recipe)
@@ -324,6 +325,7 @@ def test_pairs_that_are_gone_leave_a_page_that_says_so(full: tuple[RunFolder, Re
     assert "sets of duplicates 4" in page.text
 
 
+@pytest.mark.slow
 def test_pictures_stop_at_the_budget_and_are_counted(
     full: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,6 +369,7 @@ def test_kept_rows_made_elsewhere_are_named(full: tuple[RunFolder, Recipe], monk
     assert "(precision)" not in text
 
 
+@pytest.mark.slow
 def test_sets_that_keep_more_than_one_image_are_told(full: tuple[RunFolder, Recipe]) -> None:
     folder, recipe = full
     assert "keeps more than one" not in read(write(folder, recipe)[0]).text
@@ -412,6 +415,7 @@ def test_a_run_balanced_without_kinds_or_chains_has_a_page(
     assert "drawn at random and compared, 50" not in read(write(folder, recipe)[0]).text
 
 
+@pytest.mark.slow
 def test_chained_sets_are_warned_of(full: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, recipe = full
     giant = {"set": 3, "size": 5000, "share_of_rows": 0.25, "beyond_threshold_share": 0.97, "farthest": 1.134}
@@ -517,6 +521,7 @@ def test_without_a_baseline_nothing_is_said_of_a_gain(tmp_path: Path) -> None:
     assert "gain: there is no model but the teacher" in page.text
 
 
+@pytest.mark.slow
 def test_the_training_tells_its_speed_its_waiting_and_what_it_skipped(
     full: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -530,6 +535,7 @@ def test_the_training_tells_its_speed_its_waiting_and_what_it_skipped(
     assert "4 steps were skipped , because their loss or gradient was not finite" in read(write(folder, recipe)[0]).text
 
 
+@pytest.mark.slow
 def test_robustness_and_sets_unlike_clips_are_told(full: tuple[RunFolder, Recipe], tmp_path: Path) -> None:
     folder, recipe = full
     results = folder.stage("evaluate") / "results.jsonl"
@@ -547,6 +553,7 @@ def test_robustness_and_sets_unlike_clips_are_told(full: tuple[RunFolder, Recipe
     assert "Robustness" not in read(write(folder, recipe)[0]).text
 
 
+@pytest.mark.slow
 def test_blurred_pictures_are_shown_by_pointer_keyboard_or_tap_and_never_on_paper(
     full: tuple[RunFolder, Recipe],
 ) -> None:

@@ -104,6 +104,7 @@ def watched(trainer: Trainer, seen: list[dict[str, Tensor]], *, kill_at: int | N
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 def test_a_run_leaves_the_ema_of_its_weights_whether_it_was_killed_or_not(folder: Path, tmp_path: Path):
     settings, seen = make_settings(ema_decay=0.6), list[dict[str, Tensor]]()

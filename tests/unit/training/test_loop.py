@@ -105,6 +105,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(folder: Pa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 @pytest.mark.parametrize("kills", [(1,), (4,), (9,), (3, 5, 6)])
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
@@ -122,6 +123,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
     assert without_times(ours) == without_times(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 def test_steps_behind_the_last_checkpoint_are_done_again_and_written_once(
     folder: Path, tmp_path: Path, uninterrupted: Trainer
@@ -251,6 +253,7 @@ def test_the_logit_scale_stays_within_its_limits(folder: Path, tmp_path: Path):
     assert 4.5 < trainer.model.student.logit_scale.item() <= math.log(100)
 
 
+@pytest.mark.slow
 def test_losses_that_stay_no_number_stop_the_run_and_leave_what_is_needed_to_do_the_first_again(
     folder: Path, tmp_path: Path
 ):
@@ -326,6 +329,7 @@ def test_a_gradient_that_is_no_number_once_changes_nothing_and_is_counted(folder
     assert json.loads((tmp_path / f"nonfinite-step-{at + 1}.json").read_text())["what"] == "gradient"
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, RunError), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_polite_kill_finishes_the_step_and_saves_it(
@@ -349,6 +353,7 @@ def test_a_polite_kill_finishes_the_step_and_saves_it(
     assert_equal(weights_of(resumed), weights_of(uninterrupted))
 
 
+@pytest.mark.slow
 def test_a_broken_picture_is_listed_once_and_too_many_stop_the_run(tmp_path: Path):
     training = training_pairs(tmp_path)
     (tmp_path / "pairs" / "007.png").write_bytes(b"no picture")

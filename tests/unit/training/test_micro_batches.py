@@ -92,6 +92,7 @@ def test_what_a_micro_batch_draws_at_random_is_the_same_in_both_passes(batch: Ba
     torch.testing.assert_close(found, gradients(model), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_training_in_micro_batches_is_the_training(tmp_path: Path):
     settings = make_settings(log_every=1)
     whole = make_trainer(tmp_path, tmp_path / "whole", settings=settings, steps=6, patch_dropout=0.0)

@@ -181,6 +181,7 @@ def test_a_scale_is_used_with_its_exponential(folder: Path):
     assert abs(part - by_scale[1]) > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 @pytest.mark.parametrize("kill", [1, 3, 6])
 def test_a_resumed_run_sees_the_batches_that_follow_and_no_others(folder: Path, tmp_path: Path, kill: int):

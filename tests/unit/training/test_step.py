@@ -54,6 +54,7 @@ def test_each_steps_loss_is_the_sum_with_the_weights_of_that_step(folder: Path, 
         assert (line["grad_norm/cluster_kl"] == 0) == (share <= 0.2)
 
 
+@pytest.mark.slow
 def test_a_part_that_begins_at_0_moves_nothing_until_then(folder: Path, tmp_path: Path):
     late = make_settings(weights={"feature": 100.0}, schedule={"feature": [[0.5, 0.0], [0.6, 1.0]]}, log_every=1)
     never = make_settings(weights={"feature": 100.0}, schedule={"feature": [[0.0, 0.0]]}, log_every=1)

@@ -125,6 +125,7 @@ def recall(similarity: np.ndarray, depth: int) -> float:
     return float(((similarity > own).sum(axis=1) < depth).mean())
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_a_computation_of_its_own(folder: Path, tmp_path: Path):
     """Losses, recalls and zero-shot of the student as it is left, without dropout."""
     training, held_out = halves(folder)
@@ -225,6 +226,7 @@ def test_measuring_changes_nothing_of_the_training(folder: Path, tmp_path: Path)
     assert trainer.model.training
 
 
+@pytest.mark.slow
 def test_a_held_out_picture_that_cannot_be_read_is_listed_and_counted(tmp_path: Path):
     training, held_out = halves(tmp_path)
     (tmp_path / "pairs" / "007.png").write_bytes(b"no picture")
@@ -284,6 +286,7 @@ def test_it_is_measured_after_so_many_pairs_and_once_at_the_end(
     assert [line["step"] for line in lines_of(tmp_path) if "val/zero_shot" in line] == steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "plan", "best"),
     [

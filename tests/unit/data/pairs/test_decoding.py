@@ -65,6 +65,7 @@ def test_signals_to_the_group_are_left_to_the_main_process() -> None:
     assert len(decode(Numbers(interrupted=7), workers=2)) == 5
 
 
+@pytest.mark.slow
 def test_a_process_ends_though_an_error_that_it_keeps_holds_its_workers() -> None:
     code = (
         "from test_decoding import Numbers, decode\n"

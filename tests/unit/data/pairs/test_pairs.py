@@ -792,6 +792,7 @@ def test_pairs_come_back_from_a_pickle_and_stay_small(tmp_path: Path, with_index
     assert not with_index or len(pickled) < 4_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes_read_what_this_one_reads(tmp_path: Path, method: str) -> None:
     tars = [
@@ -804,6 +805,7 @@ def test_other_processes_read_what_this_one_reads(tmp_path: Path, method: str) -
         assert pool.map(pairs.read, range(100), chunksize=7) == expected
 
 
+@pytest.mark.slow
 def test_threads_may_read_more_tars_than_stay_open(tmp_path: Path) -> None:
     count = 150
     tars = [write_tar(tmp_path / f"{shard:03d}.tar", sample(f"{shard}")) for shard in range(count)]

@@ -58,6 +58,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(sample: Path, tmp_path: Path) -> None:
     write_sample(tmp_path / "again", pairs=PAIRS)
     write_sample(tmp_path / "other", pairs=PAIRS, seed=1)
@@ -151,6 +152,7 @@ def test_copies_follow_zipfs_law() -> None:
     assert sizes[9] == pytest.approx(28, rel=0.4)
 
 
+@pytest.mark.slow
 def test_concepts_have_a_long_tail() -> None:
     rng = random.Random(0)
     counts = Counter(draw_thing(rng).object for _ in range(20_000))

@@ -90,6 +90,7 @@ def test_every_image_gets_the_label_and_the_name_of_the_class_it_shows(layout: s
         assert len(set(part.labels.tolist())) == len(keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_splits_in_every_layout_can_be_sent_to_worker_processes_and_have_a_steady_fingerprint(
     layout: str, written: Any
@@ -155,6 +156,7 @@ def _torchvision(layout: str, root: Path, split: str) -> Any:
     return readers[layout]()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*numpy.core:DeprecationWarning", "ignore:.*dtype:Warning", "ignore:.*align")
 @pytest.mark.parametrize(
     "layout",
@@ -286,6 +288,7 @@ def test_birdsnap_without_images_names_the_script(tmp_path: Path) -> None:
 # --- ImageNet's relatives -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_imagenet_v2_folders_are_numbers_and_not_places_in_the_sorted_list(written: Any) -> None:
     found = opened("imagenetv2", written("imagenet_v2"))
     rows = [row for row in range(1000) if "/10/" in found.split("test").name(row)]
@@ -294,6 +297,7 @@ def test_imagenet_v2_folders_are_numbers_and_not_places_in_the_sorted_list(writt
     assert in_sorted_order.class_to_idx["10"] == 2  # what a plain folder reader would make of it
 
 
+@pytest.mark.slow
 def test_another_selection_of_imagenet_v2_is_named(tmp_path: Path) -> None:
     imagenet_v2(tmp_path, "imagenetv2-top-images-format-val")
     assert (
@@ -301,6 +305,7 @@ def test_another_selection_of_imagenet_v2_is_named(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_imagenet_v2_with_a_folder_gone_is_refused(tmp_path: Path) -> None:
     imagenet_v2(tmp_path)
     shutil.rmtree(tmp_path / "imagenetv2-matched-frequency-format-val" / "500")
@@ -308,6 +313,7 @@ def test_imagenet_v2_with_a_folder_gone_is_refused(tmp_path: Path) -> None:
         opened("imagenetv2", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_subset_of_imagenet_says_which_of_the_thousand_classes_it_has(written: Any) -> None:
     whole = keys_of("imagenet")
     for name in ("imagenet_a", "imagenet_r"):
@@ -441,6 +447,7 @@ def test_a_url_that_does_not_answer_leaves_nothing_behind(tmp_path: Path) -> Non
 # --- Counts ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_miniature_is_never_taken_for_the_set_itself(layout: str, written: Any) -> None:
     task = LAYOUTS[layout][0]
@@ -475,6 +482,7 @@ def test_training_and_validation_images_count_together(tmp_path: Path, monkeypat
     assert opened("dtd", tmp_path).variant == "trained without the 1,880 validation images"
 
 
+@pytest.mark.slow
 def test_a_known_variant_is_named_and_not_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -44,6 +44,7 @@ def named(i: np.ndarray, j: np.ndarray) -> Named:
     return set(zip(i.tolist(), j.tolist(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_crowd")
 @pytest.mark.parametrize("dim", [4, 32, 512])
 @pytest.mark.parametrize("noise", [1e-5, 1e-3, 1e-1])

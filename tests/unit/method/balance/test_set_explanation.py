@@ -93,6 +93,7 @@ def test_nothing_removed_is_nothing_to_explain() -> None:
     assert {len(column) for column in found.set_columns("cosine").values()} == {0}
 
 
+@pytest.mark.slow
 def test_small_batches_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = circle(np.random.default_rng(3).uniform(0, 360, 300).tolist())
     whole = explained(rows, chord(0.8))

@@ -88,6 +88,7 @@ def test_from_the_same_rows_it_comes_to_the_centers_of_faiss():
     assert found.objective == pytest.approx(objective, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.15, 0.5, 100])
 @pytest.mark.parametrize("num_centers", [9, 70, 400, 950])
 def test_the_objective_is_as_low_as_that_of_faiss(num_centers, noise):

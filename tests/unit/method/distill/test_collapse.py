@@ -99,6 +99,7 @@ def test_own_centers_that_are_no_longer_found_are_told_with_their_best():
     assert message == "own center lost: first for 19.7 % of the images, after 60.0 %"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [16, 64, 256])
 def test_the_noise_of_small_batches_is_no_loss(batch):
     random = np.random.default_rng(batch)

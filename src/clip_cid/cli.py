@@ -28,7 +28,7 @@ also a command of its own. Start with `clip-cid init` (a recipe with every setti
 0 for success, 1 for bad data or state, 2 for a bad setting."""
 
 _STAGE_HELP = {
-    "check": "Try the first steps of a training, and discard it: shows mistakes, memory, FLOPs, disk and hours beforehand.",
+    "check": "Try the first steps of a training and discard them: shows mistakes, memory, FLOPs, disk and hours.",
     "run": "Run every stage that is missing or stale, in order, and say why.",
     EMBED: "Compute the teacher's image and text embeddings once and store them.",
     BALANCE: "Keep one image of each set of near-duplicates (image semantic balance, paper 3.1).",
@@ -94,7 +94,7 @@ _IMPORTED = {"embeddings": EMBED, "kept": BALANCE, "clusters": CLUSTER}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    # Threads that spin while they wait take the cores from others: on a busy machine all is several times slower.
+    # Threads that spin while they wait take cores from others: a busy machine becomes several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -1,4 +1,4 @@
-"""The errors a user can mend. The command line prints these in two lines; anything else keeps its traceback."""
+"""The errors a user can fix. The command line prints them in two lines; others keep their traceback."""
 
 
 class ClipCidError(Exception):
@@ -13,7 +13,7 @@ class ClipCidError(Exception):
 
 
 class ConfigError(ClipCidError):
-    """A setting is misspelt, out of its limits, or at odds with another."""
+    """A setting is misspelt, out of its limits, or contradicts another."""
 
     exit_code = 2
 

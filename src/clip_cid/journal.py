@@ -1,4 +1,4 @@
-"""A file of JSON lines that grows while work goes on, and that stays usable after a kill at any instant.
+"""A file of JSON lines that grows during the work and stays usable after a kill at any instant.
 
 A kill can tear only the last line. A torn line has no line break at its end: `read` leaves it out, and `drop_torn_line`
 removes it before anything is appended.

@@ -16,8 +16,8 @@ from clip_cid.units import duration
 _console = Console(stderr=True, soft_wrap=True)
 _logger = logging.getLogger("clip_cid")
 _logger.setLevel(logging.INFO)
-_FILE_WIDTH = 500  # a table that goes into a file or a pipe is as wide as it needs to be
-_PLAIN_SECONDS = 10.0  # how often a bar that nobody watches becomes a line
+_FILE_WIDTH = 500  # of a table in a file or a pipe: wide enough for any
+_PLAIN_SECONDS = 10.0  # seconds between two lines, if there is no terminal for a bar
 
 
 def setup(*, quiet: bool = False) -> None:
@@ -82,7 +82,7 @@ def warn(message: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
-    """Print an answer the user asked for (to standard output, so that it can be piped)."""
+    """Print a result of a command to standard output, so that it can be piped."""
     out = Console()
     if not out.is_terminal:
         out = Console(width=_FILE_WIDTH)
@@ -95,7 +95,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str |
 
 
 def say(text: str) -> None:
-    """Print a line of an answer to standard output, as it is."""
+    """Print a line of a result to standard output, as it is."""
     Console(soft_wrap=True).print(text, markup=False, highlight=False)
 
 
@@ -128,7 +128,7 @@ class Bar:
 
 @contextlib.contextmanager
 def progress(what: str, total: int, *, unit: str = "images", start: int = 0) -> Iterator[Bar]:
-    """Show how far a long piece of work is, its speed and the time left; `start` units were done before."""
+    """Show the progress of long work, its speed and the time left; `start` units were done before."""
     if not (_console.is_terminal and _logger.handlers and _logger.isEnabledFor(logging.INFO)):
         yield Bar(what, total, unit, start, None)
         return

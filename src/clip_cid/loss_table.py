@@ -1,7 +1,7 @@
-"""The table of losses, one row each: the recipe makes its weights from it, the objective computes what it names.
+"""The table of losses, one row each: it gives the recipe its weights and the objective its functions.
 
-A new loss is a function in `method/distill/`, a row here and a row in docs/method.md. It lies below the recipe and does
-not import torch: a row names its function, and the objective imports it (docs/decisions.md, D45).
+A new loss is a function in `method/distill/`, a row here and a row in docs/method.md. This module does not
+import torch: a row names its function, and the objective imports it (docs/decisions.md, D45).
 """
 
 import importlib
@@ -23,7 +23,7 @@ Reading = Literal[
     "affinity_scale",
     "teacher_scale",
 ]
-"""What a loss may read of a batch.
+"""The values of a batch that a loss may read.
 
 - `image`, `text`: the student's embeddings; `aligned_image`, `aligned_text`: the same in the teacher's space.
 - `teacher_image`, `teacher_text`: the teacher's stored embeddings.
@@ -35,7 +35,7 @@ Reading = Literal[
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss: its name everywhere, what computes it from what, and how much it counts."""
+    """One loss: its name, its function and the function's arguments, and its weight."""
 
     name: str
     weight: float
@@ -45,11 +45,11 @@ class Loss:
     function: str
     """`module:name` in `clip_cid.method.distill`."""
     reads: tuple[Reading, ...]
-    """The arguments of the function, in this order; but one call of `cluster_losses` gives both losses of the clusters."""
+    """The arguments of the function, in this order. One call of `cluster_losses` gives both cluster losses."""
     help: str
-    """What the recipe says about its weight."""
+    """The recipe's help for its weight."""
     needs_float64: bool = False
-    """Whether it is added up in float64, which not every device has."""
+    """Whether it is summed in float64, which not every device supports."""
 
     @property
     def reads_targets(self) -> bool:
@@ -77,8 +77,8 @@ LOSSES = (
         equation="L_siglip",
         function="peer_losses:siglip_loss",
         reads=("image", "text", "logit_scale", "logit_bias"),
-        help="Weight of SigLIP's sigmoid loss. It is meant to replace `clip`, whose weight is then 0. The student gets a"
-        " logit bias with it.",
+        help="Weight of SigLIP's sigmoid loss, which replaces `clip` (set its weight to 0). It gives the student a"
+        " logit bias.",
     ),
     Loss(
         name="cluster_cls",

@@ -1,4 +1,4 @@
-"""The order of the stages; which are stale and why; running those.
+"""The order of the stages, the check for stale ones, and the run of those.
 
 Nothing here imports torch: the module of a stage is imported only when the stage runs, so `status` and
 a finished run are quick.
@@ -95,7 +95,7 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
         if only is not None:
             _check_only(folder, recipe, BY_NAME[only], todo, active)
 
-        # From here on the folder is of this recipe.
+        # From here on the folder belongs to this recipe.
         with atomic_file(folder.path / RECIPE_FILE) as temporary:
             temporary.write_text(dump_recipe(recipe), encoding="utf-8")
 
@@ -170,14 +170,14 @@ def verify(folder: RunFolder) -> list[str]:
 
 
 def headline(record: StageRecord | None) -> str:
-    """The one line of a stage that people ask for, and how long it took."""
+    """The summary of a stage in one line, and how long it took."""
     if record is None:
         return ""
     return f"{read_summary(BY_NAME[record.stage].summary, record.summary)} in {units.duration(record.seconds)}"
 
 
 def _say_outcome(folder: RunFolder, recipe: Recipe) -> None:
-    """What a whole run came to: the removed share against the known truth, and the models' mean scores."""
+    """The results of a whole run: the removed share against the known truth, and the models' mean scores."""
     records = {stage.name: folder.record(stage.name) for stage in active_stages(recipe)}
 
     if (record := records.get(BALANCE)) is not None:
@@ -236,7 +236,7 @@ def _check_ranks(only: str | None) -> None:
     joint = [stage.name for stage in STAGES if stage.joint]
     if only not in joint:
         raise ConfigError(
-            f"torchrun has started several processes, but only the {joint[0]} stage is for several.",
+            f"torchrun has started several processes, but only the {joint[0]} stage can use them.",
             fix=f"Run the other stages first, without torchrun; then: torchrun ... -m clip_cid {joint[0]} RUN.",
         )
 

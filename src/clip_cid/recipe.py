@@ -1,4 +1,4 @@
-"""Every setting of every stage on one page, with its limits and the paper's default.
+"""Every setting of every stage, with its limits and the paper's default.
 
 A recipe is a YAML file of these sections; flags of the same dotted names override it. Settings in
 `machine` change how fast a result is made, but not the result, and never make a stage stale.
@@ -43,12 +43,12 @@ class _Removed(NamedTuple):
 
     hint: str
     without_effect: tuple[Any, ...]
-    """The values that ask for what happens anyway."""
+    """The values that change nothing."""
 
 
 _REMOVED = {
-    "cluster.algorithm": _Removed("there is one k-means now, so delete this line of the recipe", ("faiss", "blocks")),
-    "machine.fsdp": _Removed("a student is whole on each device, so delete this line of the recipe", (False,)),
+    "cluster.algorithm": _Removed("only one k-means is left, so delete this line of the recipe", ("faiss", "blocks")),
+    "machine.fsdp": _Removed("each device holds the whole student, so delete this line of the recipe", (False,)),
 }
 AUGMENTATIONS = ("color_jitter", "color_jitter_prob", "gray_scale_prob")
 
@@ -166,7 +166,7 @@ _WeightOfEach: type[Config] = create_model(
 
 
 class LossWeights(_WeightOfEach):
-    """How the named losses are weighed; 0 switches one off (paper Table 5). The last three are those of peers."""
+    """Weights of the losses; 0 switches a loss off (paper Table 5). The last three are peers' losses."""
 
     if TYPE_CHECKING:  # the fields come from the table
 
@@ -183,7 +183,7 @@ class LossWeights(_WeightOfEach):
 
 
 class Preset(NamedTuple):
-    """Weights that have a name, and the settings that go with them."""
+    """A named preset of loss weights, and the settings that belong to it."""
 
     weights: dict[str, float]
     settings: Mapping[str, float] = MappingProxyType({})
@@ -218,8 +218,8 @@ class ValidationConfig(Config):
     sets: dict[str, str] = {}
     """Name -> labelled set, as in evaluate.sets. It is classified zero-shot at each measurement."""
     metric: Literal["retrieval", "zero_shot", "loss"] = "retrieval"
-    """What decides which student is the best: mean recall on the held-out pairs, mean zero-shot
-    score, or the held-out loss."""
+    """The number that decides which student is the best: mean recall on the held-out pairs, mean
+    zero-shot score, or the held-out loss."""
     keep: Literal["last", "best"] = "last"
     """Which student the run keeps."""
     patience: PositiveInt | None = None
@@ -268,8 +268,8 @@ class DistillConfig(Config):
     grad_clip_norm: PositiveFloat | None = 1.0
     """Clip the gradient to this norm."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Keep an exponential moving average of the weights with this decay. It is measured and
-    exported instead of the last weights."""
+    """Keep an exponential moving average (EMA) of the weights with this decay. Validation measures it,
+    and the export holds it instead of the last weights."""
     weights: LossWeights = LossWeights()
     """Weights of the losses. In a recipe also the name of a preset: paper-r1, paper-r2, clip-only,
     siglip-only, open-clip, clip-kd, tiny-clip, mobile-clip, mobile-clip-b."""
@@ -350,7 +350,7 @@ class DistillConfig(Config):
             if not 0 <= value <= limits.get(name, 1.0):
                 raise ValueError(f"augmentation.{name}: must be in [0, {limits.get(name, 1.0):g}], got {value:g}")
 
-        # What is measured decides what can be the best.
+        # Only a number that is measured can decide which student is the best.
         watched = self.validation
         if (watched.keep == "best" or watched.patience) and not watched.measures:
             raise ValueError("validation: keep: best and patience need validation.share or validation.sets")
@@ -359,7 +359,9 @@ class DistillConfig(Config):
             name = "sets" if watched.metric == "zero_shot" else "share"
             raise ValueError(f"validation.metric: {watched.metric} is measured on validation.{name}, which is not set")
         if watched.patience and watched.keep == "last":
-            raise ValueError("validation.patience: stops after the best student has passed; set validation.keep: best")
+            raise ValueError(
+                "validation.patience: the last student is not the best one then; set validation.keep: best"
+            )
         return self
 
 
@@ -422,13 +424,13 @@ class ReportConfig(Config):
     """Off leaves out pictures, captions and keys of the data: numbers only, for sharing."""
     blur: bool = False
     """Blur every picture of the data until the pointer is on it or it is clicked, and on paper: web
-    data holds pictures that nobody wants to see without warning."""
+    data can hold disturbing pictures."""
     thumbnail_px: Annotated[int, Field(ge=16, le=512)] = 96
     """Long side of a thumbnail, in pixels."""
 
 
 class MachineConfig(Config):
-    """How the work is done; never what comes out, so nothing here makes a stage stale."""
+    """How the work is done. These settings do not change results, so none of them makes a stage stale."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps. auto takes CUDA where there is one."""
@@ -511,7 +513,7 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Recipe":
-        # There is something to learn, and from whom.
+        # Some loss must be on, and distillation needs a teacher.
         weights = self.distill.weights
         if not self.has_teacher and (self.uses_clusters or self.uses_teacher_images or self.uses_teacher_texts):
             raise ValueError(
@@ -520,7 +522,7 @@ class Recipe(Config):
         if not weights.switched_on:
             raise ValueError("distill.weights: all are 0, so there is nothing to learn")
 
-        # Names that must be among others.
+        # Names that must refer to another setting.
         if self.draw.images_of is not None and self.draw.images_of not in self.evaluate.sets:
             raise ValueError(f"draw.images_of: {self.draw.images_of!r} is not among evaluate.sets")
         balance = self.balance
@@ -656,11 +658,11 @@ def _commented_section(model: Config, *, indent: str) -> list[str]:
 
 
 def _limits(schema: dict[str, Any]) -> str:
-    """The words a setting knows, or the limits of its number; empty where there are none."""
+    """The values a setting accepts, or the limits of its number; empty if there are none."""
     for kind in schema.get("anyOf", [schema]):  # a setting that may be absent is its kind or null
         limits = [f"{words} {kind[name]:,}" for name, words in _LIMITS.items() if name in kind]
-        if found := kind.get("enum", limits):
-            return ", ".join(found)
+        if shown := kind.get("enum", limits):
+            return ", ".join(shown)
     return ""
 
 

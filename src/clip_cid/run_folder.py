@@ -1,4 +1,4 @@
-"""The run folder: stage folders that exist only when they are whole, and the record of how each came to be.
+"""The run folder: its stage folders, each whole or absent, and a record of how each was made.
 
 A stage fills `balance.part/`. Its record is written into that folder as `manifest.json`, and one
 rename makes results and record appear together as `balance/`. A process killed at any instant leaves
@@ -91,7 +91,7 @@ class RunFolder:
         return self.path / stage
 
     def forget(self, stage: str) -> None:
-        """From now on `earlier` gives nothing for this stage: it is to be made from nothing."""
+        """From now on `earlier` gives nothing for this stage, so it starts from nothing."""
         self._forgotten.add(stage)
 
     def earlier(self, stage: str) -> Path | None:
@@ -101,7 +101,7 @@ class RunFolder:
         return self.path / stage
 
     def record(self, stage: str) -> StageRecord | None:
-        """How a finished stage came to be; None when it has not finished."""
+        """How a finished stage was made; None if it has not finished."""
         if not self.has(stage):
             return None
         path = self.path / stage / MANIFEST
@@ -302,7 +302,7 @@ def file_record(path: Path) -> FileRecord:
 
 
 def disk_full(error: OSError) -> bool:
-    """Whether a write failed for want of room, not for another reason."""
+    """Whether a write failed because the disk or quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -1,7 +1,7 @@
-"""What each stage says of its results: a small dataclass a stage, kept as JSON in the stage's `manifest.json`.
+"""The summary of each stage's results: a small dataclass, kept as JSON in the stage's `manifest.json`.
 
-A stage returns its summary; the pipeline records it, and the report, the model card and the ablations read it. These types
-stand below all of them, because stages meet in files only and the readers lie below the stages.
+A stage returns its summary; the pipeline records it, and the report, the model card and the ablations read
+it. These types lie below all of them, because a stage reads only the files of others.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ _PREFIX = "prefix"  # of the keys of a dictionary that stands among the summary'
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Numbers of a finished stage that people ask for.
+    """The main numbers of a finished stage.
 
     A field without a default is always in the JSON. A field with the default None is absent from it while it is None; a
     new field must be of this kind, so that older manifests stay readable.
@@ -107,7 +107,7 @@ class KindShares:
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceTruth:
-    """The sets against the groups that the data itself names."""
+    """The sets against the groups that the data names."""
 
     field: str
     precision: float
@@ -157,7 +157,7 @@ class KmeansRound:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterTruth:
-    """The purity of the clusters by the classes that the data itself names."""
+    """The purity of the clusters by the classes that the data names."""
 
     field: str
     share: float
@@ -295,7 +295,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
 
 
 def read_summary(kind: type[AnySummary], values: dict[str, Any]) -> AnySummary:
-    """The summary in a stage's manifest; keys that this version does not know are passed over.
+    """The summary in a stage's manifest; keys that this version does not know are ignored.
 
     Raises:
         RunError: It is of another version: a number is missing.
@@ -340,13 +340,13 @@ def _typed(kind: Any, value: Any) -> Any:
 
 def _dataclass(kind: Any, values: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(kind)
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for part in dataclasses.fields(kind):
         if prefix := part.metadata.get(_PREFIX):
-            found[part.name] = {key: value for key, value in values.items() if key.startswith(prefix)}
+            arguments[part.name] = {key: value for key, value in values.items() if key.startswith(prefix)}
         elif part.default is dataclasses.MISSING or _key(part) in values:
-            found[part.name] = _typed(hints[part.name], values[_key(part)])
-    return kind(**found)
+            arguments[part.name] = _typed(hints[part.name], values[_key(part)])
+    return kind(**arguments)
 
 
 def _key(part: "dataclasses.Field[Any]") -> str:

@@ -1,4 +1,4 @@
-"""Who does the work: tasks in this process or in several, and this process's place among those of torchrun.
+"""Run tasks in this process or in several; and the rank of this process under torchrun.
 
 A task is small and pure, and leaves a file of its own: whole, or not at all.
 """
@@ -30,9 +30,9 @@ _do_task: DoTask | None = None  # of a worker process
 class TaskRunner(Protocol):
     """A backend that runs tasks, such as `run_tasks` below; another one (Ray, for example) has the same signature.
 
-    It does every task, in any order and wherever the run folder can be reached. It may do a task twice: the file is the
-    same. It calls `begin` once in each process that works and `on_done` in the calling process only. The first error in a
-    task stops those that have not begun, and is raised as it is.
+    It does every task, in any order and on any machine that can reach the run folder. It may do a task twice:
+    the file is the same. It calls `begin` once in each worker process, and `on_done` in the calling process
+    only. The first error in a task stops those that have not begun, and is raised unchanged.
     """
 
     def __call__(
@@ -52,7 +52,7 @@ def run_tasks(
         on_done: Called in this process with each finished task.
 
     Raises:
-        RunError: A process died; most often it was killed for want of memory.
+        RunError: A process died; most often because memory ran out.
     """
     if processes <= 1 or len(tasks) <= 1:
         do_task = begin()
@@ -68,7 +68,7 @@ def run_tasks(
         _drain(pool, list(tasks), 2 * processes, on_done)
     except BrokenProcessPool as error:
         raise RunError(
-            "a worker process died; it was probably killed for want of memory.",
+            "a worker process died, probably because memory ran out.",
             fix="Run the same command again (finished tasks are kept), with a smaller machine.balance_processes.",
         ) from error
     finally:
@@ -136,7 +136,7 @@ def _do(task: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot tell its workers to stop: they watch it."""
+    """End this worker when its parent is gone; a killed parent cannot stop its workers."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
@@ -151,5 +151,5 @@ class Place(NamedTuple):
 
 
 def torchrun_place() -> Place:
-    """The place that torchrun has given this process; without it, the only one."""
+    """The rank that torchrun has given this process; without torchrun, the only one."""
     return Place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))

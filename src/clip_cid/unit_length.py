@@ -3,7 +3,7 @@
 from typing import Any
 
 NORM_TOLERANCE = 1e-2
-"""float16 moves the length of a unit vector by less than 1e-3; a length farther from 1 is not rounding but a wrong vector."""
+"""float16 changes the length of a unit vector by less than 1e-3; a larger error means a wrong vector."""
 
 
 def is_unit(lengths: Any) -> Any:

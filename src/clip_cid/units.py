@@ -1,4 +1,4 @@
-"""Numbers as people read them: shares, bytes, times and counts, the same in every message, table and page."""
+"""Format shares, bytes, times and counts, the same way in every message, table and page."""
 
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 

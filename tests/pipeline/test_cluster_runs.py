@@ -183,7 +183,7 @@ def test_a_recipe_that_names_a_k_means_is_told_that_there_is_one(tmp_path, given
     recipe.write_text("cluster: {algorithm: faiss}\n")
     assert cli.main(["cluster", str(tmp_path / "run"), *given, "--recipe", str(recipe)]) == 2
     said = capsys.readouterr().err
-    assert "cluster.algorithm: this setting was removed; there is one k-means now, so delete this line" in said
+    assert "cluster.algorithm: this setting was removed; only one k-means is left, so delete this line" in said
     assert str(recipe) in said
 
 

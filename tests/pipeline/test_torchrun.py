@@ -207,7 +207,7 @@ def test_all_killed_in_the_middle_the_same_command_goes_on_to_the_same_weights(w
     assert ours == theirs
 
 
-REFUSAL = "torchrun has started several processes, but only the distill stage is for several."
+REFUSAL = "torchrun has started several processes, but only the distill stage can use them."
 
 
 def test_what_is_not_for_several_processes_is_refused(work: Path, joint: tuple[int, str]):

@@ -165,7 +165,7 @@ def test_a_recipe_that_a_person_wrote_names_each_removed_setting(tmp_path: Path,
 def test_a_removed_setting_that_had_an_effect_is_not_passed_over(tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text("machine: {fsdp: true}")
     with pytest.raises(
-        ConfigError, match=r"machine\.fsdp: this setting was removed; a student is whole on each device"
+        ConfigError, match=r"machine\.fsdp: this setting was removed; each device holds the whole student"
     ):
         read_run_recipe(tmp_path / "recipe.yaml")
 

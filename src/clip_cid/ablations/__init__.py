@@ -1,5 +1,6 @@
 """The paper's Tables 4 to 7 as lists of recipe changes, run with several seeds and put into one table.
 
-Each variant with each seed is an ordinary run folder in OUT/runs. A stage that another of these runs has finished from the
-same settings and inputs is taken over, so that what does not change between variants is computed once.
+Each variant with each seed is an ordinary run folder in OUT/runs. A run takes over a stage that
+another of these runs has finished from the same settings and inputs, so what does not change between
+variants is computed once.
 """

@@ -1,4 +1,4 @@
-"""What the finished runs of an ablation came to: one table of their means, and every number as JSON."""
+"""The results of an ablation's finished runs: one table of their means, and every number as JSON."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ def write_results(ablation: Ablation, recipe: Recipe, out: Path, runs: Sequence[
     """Write the table of the finished runs, and their numbers one by one as JSON.
 
     Raises:
-        RunError: The runs measured nothing, or were not measured on the same sets.
+        RunError: The runs measured nothing, or measured different sets.
     """
     finished = [_Finished(run, _scores(run.folder), _training(run.folder)) for run in runs]
     metrics = _metrics(out, finished)
@@ -94,18 +94,21 @@ def _metrics(out: Path, finished: Sequence[_Finished]) -> tuple[str, ...]:
     if metrics == {()}:
         raise RunError(
             f"{out}: the runs measured the student on nothing.",
-            fix="evaluate.zero_shot, linear_probe and knn say what is measured; the last two need sets with a train split.",
+            fix="Turn on evaluate.zero_shot, linear_probe or knn; the last two need sets with a train split.",
         )
     if len(metrics) > 1:
         raise RunError(
             f"{out}: the runs were measured on different sets ({' / '.join(map(', '.join, sorted(metrics)))}).",
-            fix="Run the same command again; what is not current is measured again.",
+            fix="Run the same command again; it measures again what is not current.",
         )
     return metrics.pop()
 
 
 def _scores(folder: RunFolder) -> dict[str, float]:
-    """Metric -> the student's mean over sets that may be averaged, a share of 1; the name says over how many."""
+    """Metric -> the student's mean over the sets that may be averaged, a share of 1.
+
+    The metric's name says how many sets these are.
+    """
     scores: dict[str, float] = {}
     for task, summary in read_task_summaries(folder.stage(EVALUATE)).items():
         for group in summary.groups or (summary.mean,):
@@ -116,5 +119,5 @@ def _scores(folder: RunFolder) -> dict[str, float]:
 
 def _training(folder: RunFolder) -> DistillSummary:
     record = folder.record(DISTILL)
-    assert record is not None, "only finished runs are asked"
+    assert record is not None, "called for finished runs only"
     return read_summary(DistillSummary, record.summary)

@@ -1,4 +1,4 @@
-"""The runs of an ablation, one after another; what does not change between them is computed once."""
+"""The runs of an ablation, one after another; stages that do not change between them run once."""
 
 import statistics
 import time
@@ -21,7 +21,7 @@ _TABLES = "tables.txt"
 
 
 def run(ablation: Ablation, recipe: Recipe, out: Path, *, seeds: int) -> None:
-    """Make every run that is not finished; the table in `out` is written anew after each.
+    """Make every run that is not finished; write the table in `out` again after each.
 
     Raises:
         ClipCidError: As the stages raise it, or `out` holds another ablation; finished runs stay whole.
@@ -48,7 +48,7 @@ def run(ablation: Ablation, recipe: Recipe, out: Path, *, seeds: int) -> None:
 
 
 def _make(run: Run, others: Sequence[RunFolder]) -> None:
-    """The stages of one run up to its scores; what it says in detail goes into its folder."""
+    """Run the stages of one run up to its scores; its detailed messages go into its folder."""
     started = time.monotonic()
     run.folder.path.mkdir(parents=True, exist_ok=True)
     try:
@@ -66,7 +66,7 @@ def _make(run: Run, others: Sequence[RunFolder]) -> None:
 
 
 def preview(ablation: Ablation, recipe: Recipe, out: Path, *, seeds: int) -> None:
-    """Print what `run` would do: the runs, how often each stage is computed, and the time where earlier runs tell it."""
+    """Print what `run` would do: the runs, how often each stage runs, and the time if it is known."""
     runs = _runs(ablation, recipe, out, seeds)
     done = {run for run in runs if _is_done(run)}
     rows: list[list[str]] = []
@@ -83,12 +83,12 @@ def preview(ablation: Ablation, recipe: Recipe, out: Path, *, seeds: int) -> Non
     ]
     log.table(["stage", "runs that use it", "computed", "still to do"], counts)
     left = _seconds_left(runs, done)
-    words = "how long they take is known after the first" if left is None else f"about {units.duration(left)} left"
+    words = "the time they take is known after the first" if left is None else f"about {units.duration(left)} left"
     log.say(f"{len(runs)} runs, {len(done)} done; {words}.")
 
 
 def _runs(ablation: Ablation, recipe: Recipe, out: Path, seeds: int) -> list[Run]:
-    """All variants with the first seed, then with the next: a table of every variant is there early."""
+    """All variants with the first seed, then with the next: so a table of every variant exists early."""
     if seeds < 1:
         raise ConfigError(f"--seeds: {seeds}, but there must be one.", fix="Three or more give an interval.")
     return [
@@ -104,28 +104,28 @@ def _runs(ablation: Ablation, recipe: Recipe, out: Path, seeds: int) -> list[Run
 
 
 def _stages(recipe: Recipe) -> list[pipeline.Stage]:
-    """Those that scores depend on; figures and pages of single runs are left out."""
+    """The stages that scores depend on; single runs get no figures and no page."""
     active = list(pipeline.active_stages(recipe))
     return active[: 1 + [stage.name for stage in active].index(EVALUATE)]
 
 
 def _is_done(run: Run) -> bool:
     needed = {stage.name for stage in _stages(run.recipe)}
-    found = pipeline.states(run.folder, run.recipe)
-    return all(state.status == "done" for state in found if state.stage.name in needed)
+    states = pipeline.states(run.folder, run.recipe)
+    return all(state.status == "done" for state in states if state.stage.name in needed)
 
 
 def _footprints(runs: Iterable[Run]) -> dict[str, set[str]]:
     """Stage -> what has to be computed for these runs."""
-    found: dict[str, set[str]] = {stage.name: set() for stage in pipeline.STAGES}
+    footprints: dict[str, set[str]] = {stage.name: set() for stage in pipeline.STAGES}
     for run in runs:
         for stage in _stages(run.recipe):
-            found[stage.name].add(pipeline.footprint(stage, run.recipe))
-    return found
+            footprints[stage.name].add(pipeline.footprint(stage, run.recipe))
+    return footprints
 
 
 def _seconds_left(runs: Sequence[Run], done: set[Run]) -> float | None:
-    """What the stages of finished runs took on average, times how often each has still to be computed."""
+    """Mean time of each stage in the finished runs, times how often it still has to run."""
     if not done:
         return None
     made, total = _footprints(done), 0.0
@@ -137,7 +137,7 @@ def _seconds_left(runs: Sequence[Run], done: set[Run]) -> float | None:
 
 
 def _short(value: Any) -> str:
-    """A value as a cell shows it; of weights those that are not 0."""
+    """A value as a cell shows it; for weights, only those that are not 0."""
     if isinstance(value, Mapping):
         return " ".join(f"{name}={part:g}" for name, part in value.items() if part)
     return str(value)

@@ -49,7 +49,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Ablation:
-    """What is compared with what; `seeded` are the settings that take the number of the seed."""
+    """The variants and their reference; `seeded` are the settings that take the number of the seed."""
 
     name: Name
     variants: tuple[Variant, ...]
@@ -83,7 +83,7 @@ def _thresholds(recipe: Recipe, values: Sequence[str]) -> Ablation:
     _refuse_unused(recipe, BALANCE, settings.existing)
     if not values and settings.target_removed is not None:
         raise ConfigError(
-            "balance.target_removed: it takes the place of the threshold, so there is none to scale the paper's by.",
+            "balance.target_removed: it replaces the threshold, so there is no threshold to scale the paper's by.",
             fix="Name thresholds with --values.",
         )
 
@@ -174,7 +174,7 @@ def _ablation(
 
 
 def _refuse_unused(recipe: Recipe, stage: str, existing: Path | None) -> None:
-    """What a recipe does not compute cannot be varied."""
+    """Refuse to vary a stage that the recipe does not compute."""
     if existing is not None:
         raise ConfigError(f"{stage}.existing: {existing} was made elsewhere, so it cannot be varied.", fix="Remove it.")
     if not recipe.uses(stage):

@@ -1,6 +1,7 @@
-"""Try the first steps of a training before it is begun: `clip-cid check`.
+"""Try the first steps of a training before it begins: `clip-cid check`.
 
-One real batch is read and a few steps are made on it, in a folder that is thrown away. The run is only read.
+It reads one real batch and makes a few steps on it, in a folder that is deleted afterwards. Nothing in
+the run changes.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ _AHEAD = 2  # batches that each worker of a DataLoader holds ready
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All that a check found; sizes in bytes, times in seconds."""
+    """All results of a check; sizes in bytes, times in seconds."""
 
     recipe: Recipe
     device: torch.device
@@ -67,7 +68,7 @@ def check(folder: RunFolder, recipe: Recipe) -> Report:
     """Try the training of a run; nothing of the run changes.
 
     Raises:
-        ClipCidError: The training could not be begun.
+        ClipCidError: The training could not begin.
     """
     if tasks.torchrun_place().size > 1:
         raise ConfigError("check is for one process, but torchrun has started several.", fix="Start it by itself.")
@@ -84,7 +85,7 @@ def check(folder: RunFolder, recipe: Recipe) -> Report:
 
 
 def _refuse_bad_listeners(recipe: Recipe) -> None:
-    """Those that would be met at the first step; none of them is called."""
+    """Problems that would stop the first step; no callback is called."""
     machine = recipe.machine
     make_listeners(machine.callbacks, "off", Path(), step=0)
     if machine.tensorboard == "on" and importlib.util.find_spec("tensorboard") is None:
@@ -163,7 +164,7 @@ def _measure(
 
 
 def _with_targets(batch: Batch, recipe: Recipe, tried: trial.Tried) -> tuple[Batch, float | None]:
-    """The batch as the losses want it; and where the training has soft centers, the seconds they took for a pair."""
+    """The batch as the losses read it, and the seconds a pair's soft centers took (if it has any)."""
     if tried.invented:
         batch = trial.add_random_targets(batch, recipe, tried.teacher_dim or tried.training.clip.dim)
     if not (recipe.uses_clusters and uses_soft_centers(recipe.distill)):

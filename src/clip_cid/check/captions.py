@@ -17,7 +17,7 @@ _LOOKED_AT = 500
 
 @dataclass(frozen=True)
 class Sights:
-    """What was found in the pairs that were looked at."""
+    """What the inspected pairs hold."""
 
     pairs: int
     """Looked at."""
@@ -68,7 +68,7 @@ def look_at(training: TrainingPairs, clip: Clip) -> Sights:
 
 
 def count_truncated(clip: Clip, captions: Sequence[str]) -> int:
-    """How many captions lose words: with room for one token more, such a caption begins otherwise, without its end mark."""
+    """How many captions lose words: one more token of room moves the end mark of such a caption."""
     if not captions:
         return 0
     tokenizer: Any = clip.tokenizer

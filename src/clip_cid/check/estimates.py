@@ -60,7 +60,7 @@ class Disk:
 
 
 def forward_passes(recipe: Recipe, rows: int) -> int:
-    """How often a step computes the forward pass: again for micro-batches, and again for activations it did not keep."""
+    """Forward passes in a step: one more for micro-batches, one more for activations it did not keep."""
     in_micro_batches = recipe.machine.micro_batch is not None and recipe.machine.micro_batch < rows
     return 1 + in_micro_batches + recipe.machine.grad_checkpointing
 
@@ -74,7 +74,7 @@ def chance_levels(
     perplexity: float | None,
     logit_bias: float | None,
 ) -> dict[str, float]:
-    """What each loss is for a student that sees nothing: every similarity the same, or vectors at random.
+    """Each loss for a student that knows nothing: all similarities equal, or random vectors.
 
     Args:
         settings: Of the training.
@@ -125,7 +125,7 @@ def estimate_disk(trainer: Trainer, *, before: int, soft_rows: int, width: int, 
 
 
 def checkpoint_bytes(trainer: Trainer) -> int:
-    """The numbers of everything that moves, of its optimizers, and of the EMA."""
+    """How many numbers the trained parameters, their optimizers and the EMA have."""
     frozen = {name for name, value in trainer.model.named_parameters() if not value.requires_grad}
     total = _bytes(value for name, value in trainer.model.state_dict().items() if name not in frozen)
     for optimizer in trainer.learner.optimizers:

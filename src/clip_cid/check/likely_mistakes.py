@@ -1,4 +1,4 @@
-"""What would not stop a training but is likely a mistake, each in a sentence with its numbers."""
+"""Likely mistakes that would not stop a training, each in a sentence with its numbers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,14 +24,17 @@ _LONG = 1800.0  # seconds: a run one would not like to begin again
 
 
 def of_settings(settings: DistillConfig, *, steps: int, pairs: int, held_out: int) -> Iterator[str]:
-    """Numbers that are at odds with the length of the run."""
+    """Settings that do not fit the length of the run."""
     if settings.warmup_steps > _WARM_UP * steps:
         yield (
             f"distill.warmup_steps: {settings.warmup_steps:,} is {units.percent(settings.warmup_steps / steps, 0)}"
             f" of the {steps:,} steps; a tenth would be {steps // 10:,}"
         )
     if settings.log_every > steps:
-        yield f"distill.log_every: {settings.log_every:,}, but the run has {steps:,} steps: one line of metrics, the last"
+        yield (
+            f"distill.log_every: {settings.log_every:,}, but the run has {steps:,} steps, so metrics.jsonl"
+            " gets only one line"
+        )
     if settings.batch_size > pairs / 2:
         yield (
             f"distill.batch_size: {settings.batch_size:,} of {pairs:,} pairs: every batch is most of the data, and an "
@@ -49,29 +52,33 @@ def of_negatives(settings: DistillConfig, *, num_centers: int, own: float) -> It
     quota = round(settings.sample_rate * num_centers)
     if settings.sample_rate < 1 and quota <= own:
         yield (
-            f"distill.sample_rate: {settings.sample_rate:g} is {quota:,} of {num_centers:,} centers a step, but a batch of "
-            f"{settings.batch_size:,} holds {own:,.0f} of them by itself: there are no random negatives"
+            f"distill.sample_rate: {settings.sample_rate:g} is {quota:,} of {num_centers:,} centers a step,"
+            f" but a batch of {settings.batch_size:,} holds {own:,.0f} of them by itself:"
+            " there are no random negatives"
         )
 
 
 def of_machine(settings: DistillConfig, machine: MachineConfig, device: torch.device) -> Iterator[str]:
-    """Work that this machine cannot do well."""
+    """Settings that do not suit this machine."""
     if machine.workers > (cores := tasks.available_cores()):
         yield f"machine.workers: {machine.workers}, but this process may use {cores} cores"
     precision = resolve_precision(settings.precision, device)
     if device.type == "cuda" and precision == torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
-        yield f"distill.precision: bf16, which {torch.cuda.get_device_name(device)} computes in float32 and rounds; fp16 suits it"
+        yield (
+            f"distill.precision: bf16, which {torch.cuda.get_device_name(device)} computes in float32 and"
+            " rounds; fp16 suits it"
+        )
     if device.type == "cpu" and precision == torch.float16:
         yield "distill.precision: fp16 on the CPU, which gains nothing and overflows; fp32 suits it"
 
 
 def of_time(duration: Duration, machine: MachineConfig) -> Iterator[str]:
-    """Where the time goes, and what a kill would cost."""
+    """Time spent waiting, and work that a kill would lose."""
     if duration.wait_share > _WAITING:
         yield (
-            f"machine.workers: {units.percent(duration.wait_share, 0)} of the time would go into waiting for pairs to be"
-            f" read and decoded (now {machine.workers} workers of {tasks.available_cores()} cores); raise it,"
-            " or store smaller images"
+            f"machine.workers: {units.percent(duration.wait_share, 0)} of the time would be spent waiting for"
+            f" pairs to be read and decoded (now {machine.workers} workers of {tasks.available_cores()} cores);"
+            " raise it, or store smaller images"
         )
     interval = 60 * machine.checkpoint_minutes
     if duration.seconds > _LONG and interval > duration.seconds / 2:
@@ -85,15 +92,15 @@ def of_pairs(sights: Sights, reading: Reading, *, max_bad_share: float) -> Itera
     """Pairs that the student sees in part or not at all."""
     if sights.truncated > _TRUNCATED * sights.captions:
         yield (
-            f"{units.percent(sights.truncated / sights.captions, 0)} of {sights.captions:,} captions are longer than the"
-            f" student's {reading.batch.texts.shape[1]} tokens and lose their end"
+            f"{units.percent(sights.truncated / sights.captions, 0)} of {sights.captions:,} captions are longer"
+            f" than the student's {reading.batch.texts.shape[1]} tokens and lose their end"
         )
     rows = len(reading.batch.rows)
     if len(reading.batch.bad) > max_bad_share * rows:
         row, reason = reading.batch.bad[0]
         yield (
-            f"pairs.max_bad_share: {max_bad_share:g}, but {len(reading.batch.bad):,} pairs could not be read for a batch "
-            f"of {rows:,}; row {row:,}: {reason}"
+            f"pairs.max_bad_share: {max_bad_share:g}, but {len(reading.batch.bad):,} pairs could not be read for"
+            f" a batch of {rows:,}; row {row:,}: {reason}"
         )
 
 
@@ -107,7 +114,10 @@ def of_room(disk: Disk, where: Path, *, memory: float, available: float) -> Iter
         available: Bytes this process may still take.
     """
     if disk.needed > disk.free:
-        yield f"{where}: {units.size(disk.needed)} are needed, but {units.size(disk.free)} are free; the run will not end"
+        yield (
+            f"{where}: {units.size(disk.needed)} are needed, but {units.size(disk.free)} are free; the run"
+            " cannot finish"
+        )
     if memory > available:
         yield (
             f"machine.workers: the batches they hold ready take {units.memory(memory)}, but"
@@ -116,7 +126,7 @@ def of_room(disk: Disk, where: Path, *, memory: float, available: float) -> Iter
 
 
 def of_evaluation(recipe: Recipe) -> Iterator[str]:
-    """Sets and models that evaluate will not find, hours later."""
+    """Sets and models that are missing, which evaluate would report only hours later."""
     for name, where in recipe.evaluate.sets.items():
         if problem := _problem_of_set(name, where, recipe):
             yield problem

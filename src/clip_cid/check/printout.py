@@ -1,4 +1,4 @@
-"""A report as people read it: a table for each question, then what looks wrong and what was not looked at."""
+"""The report of a check as text: its tables, then what looks wrong and what was not checked."""
 
 from collections.abc import Iterator
 
@@ -35,7 +35,7 @@ def say(report: Report) -> None:
 
 
 def verdict(report: Report) -> str:
-    """The last line: nothing that is refused gets here."""
+    """The last line; a run that is refused gets no report."""
     doubts = units.counted(len(report.doubts), "doubtful point")
     if report.undone:
         names = ", ".join(f"{state.stage.name} ({state.status})" for state in report.undone)

@@ -1,4 +1,4 @@
-"""The first steps of a training, made and thrown away: what they cost here."""
+"""The first steps of a training, made and then discarded, to measure what they cost here."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ _MOST_ROUNDS = 4  # batches of each worker
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How fast the batches come when nobody computes."""
+    """How fast the workers make batches when no step is computed."""
 
     batch: Batch
     """The first one of the training."""
@@ -84,7 +84,10 @@ def read_batches(batches: Iterator[Batch], *, workers: int) -> Reading:
 
 
 def soften(batch: Batch, trainer: Trainer) -> tuple[Batch, float]:
-    """The batch with the teacher's soft centers, and how many seconds they took: a training has them from the start."""
+    """The batch with the teacher's soft centers, and how many seconds they took.
+
+    A training computes them before its first step.
+    """
     objective = trainer.model.objective
     assert objective.head is not None
     assert batch.teacher_image is not None
@@ -130,7 +133,7 @@ def rehearse(trainer: Trainer, batch: Batch, beside: Iterator[Batch]) -> Rehears
 
 
 def worker_memory_gib() -> float:
-    """The most one of this process's ended workers has held, with the pages it shared with it."""
+    """The most memory that one of this process's ended workers has held, shared pages included."""
     return units.gib(tasks.peak_memory(resource.RUSAGE_CHILDREN))
 
 

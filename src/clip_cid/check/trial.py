@@ -1,4 +1,4 @@
-"""The training that is tried: the run's own where its stages are done, else one like it with random targets."""
+"""The training that a check tries: the run's own if its stages are done, else one with random targets."""
 
 import dataclasses
 import os
@@ -29,7 +29,7 @@ _HEAD_COPIES = 3  # of the centers, while the head is made of them
 
 
 class UntouchedRun(RunFolder):
-    """A run that is only read: what would be added to its index of the pairs goes elsewhere."""
+    """A run that is only read: new parts of its index of the pairs go elsewhere."""
 
     def __init__(self, path: Path, scratch: Path) -> None:
         super().__init__(path)
@@ -59,7 +59,7 @@ class Tried:
 
     @property
     def held_out(self) -> int:
-        """Pairs to measure on, which are not learned from."""
+        """Pairs to measure on; the student does not learn from them."""
         held_out = self.training.inputs.held_out
         return len(held_out.pairs) if held_out is not None else 0
 
@@ -109,7 +109,7 @@ def _facts(name: str, model_cfg: dict | None, width: int | None) -> TeacherFacts
 
 
 def from_the_run(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks) -> Tried:
-    """The very training that `distill` would begin.
+    """The training that `distill` would begin.
 
     Raises:
         ClipCidError: As `assemble.prepare`.
@@ -154,8 +154,8 @@ def _random_centers(recipe: Recipe, dim: int) -> np.ndarray:
     needed, available = _HEAD_COPIES * 4 * dim * count, tasks.available_memory()
     if needed > available:
         raise RunError(
-            f"cluster.num_centers: {count:,} centers of width {dim:,} take {units.memory(needed)} of memory while the"
-            f" head is made, but {units.memory(available)} are available.",
+            f"cluster.num_centers: {count:,} centers of width {dim:,} take {units.memory(needed)} of memory"
+            f" while the head is made, but {units.memory(available)} are available.",
             fix="Lower cluster.num_centers, or use a machine with more memory.",
         )
     return _unit_rows(count, dim, np.random.default_rng(1))

@@ -1,4 +1,4 @@
-"""Files made elsewhere that a stage reads: a cheap digest of each, by which a change shows."""
+"""Files made elsewhere that a stage reads: a cheap digest of each, which shows a change."""
 
 import contextlib
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ def of_pairs(pairs: PairsConfig) -> dict[str, str]:
 
 
 def of_pair_sets(sources: Mapping[str, tuple[str, ...]], pairs: PairsConfig) -> dict[str, str]:
-    """Sets of pairs by name, read as `pairs` says; one that cannot be found is left to the stage, which says so."""
+    """Sets of pairs by name, read as `pairs` says; the stage reports one that does not exist."""
     digests: dict[str, str] = {}
     for name, source in sources.items():
         with contextlib.suppress(DataError):
@@ -30,7 +30,7 @@ def of_sets(sets: Mapping[str, str]) -> dict[str, str]:
 
 
 def of_paths(*paths: Path | None) -> dict[str, str]:
-    """Files, and folders with all that is in them; those that are not there are passed over."""
+    """Files, and folders with all that is in them; those that do not exist are skipped."""
     return {str(path): _listing(_files(path)) for path in paths if path is not None and path.name and path.exists()}
 
 

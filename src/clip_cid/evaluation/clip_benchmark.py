@@ -1,4 +1,4 @@
-"""Results in CLIP_benchmark's JSON, one file for each model, set and task, so that its `build` makes its table of them."""
+"""Results in CLIP_benchmark's JSON, one file for each model, set and task; its `build` makes the table."""
 
 import hashlib
 import re

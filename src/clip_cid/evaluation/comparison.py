@@ -1,4 +1,4 @@
-"""How far two models are apart, by a paired bootstrap: both answered the same images, so the images are redrawn for both."""
+"""The difference of two models by a paired bootstrap: each draw takes the same images for both."""
 
 import itertools
 import zlib
@@ -17,11 +17,11 @@ from clip_cid.evaluation.tables import Group
 def differences(
     scores: Sequence[Score], answers: Callable[[Score], Answers], *, groups: Sequence[Group], seed: int
 ) -> list[Difference]:
-    """Every pair of models on every set and metric, and over the sets of every group.
+    """Compare every pair of models on every set and metric, and over the sets of every group.
 
-    Intervals are 95 % of a paired percentile bootstrap, of images as in `metrics.bootstrap_draws`. One that contains 0 means
-    that these images cannot tell the two models apart. The interval of a mean redraws the images of every set, not the
-    sets: it says nothing about other sets.
+    Intervals are 95 % of a paired percentile bootstrap over images, as in `metrics.bootstrap_draws`. An
+    interval that contains 0 means that these images do not separate the two models. The interval of a mean
+    redraws the images of every set, not the sets: it says nothing about other sets.
 
     Args:
         scores: The results of one protocol, all models.

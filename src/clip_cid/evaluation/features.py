@@ -1,4 +1,4 @@
-"""Frozen features of a model: one pass over each split gives them before and after the projection, kept for every later use."""
+"""Frozen features of a model before and after the projection: one pass over each split, then a cache."""
 
 import contextlib
 import hashlib
@@ -27,7 +27,7 @@ from clip_cid.models.teacher import weights_sha256
 from clip_cid.run_folder import atomic_file, read_json, write_json
 
 MAX_BAD_SHARE = 0.01
-"""A split with more undecodable images than this is not evaluated: scores would be of other data."""
+"""A split with more undecodable images than this is not evaluated: its score would not compare."""
 
 
 _Batch = tuple[list[int], Tensor, dict[int, str]]
@@ -58,7 +58,7 @@ class ImageFeatures:
     rows: Int[np.ndarray, " images"]
     """Which rows of the source they belong to."""
     before: Float[np.ndarray, "images width"] | None
-    """Before the projection; None where it was not asked for."""
+    """Before the projection; None if only the others were computed."""
     after: Float[np.ndarray, "images dim"]
     bad: tuple[str, ...]
     """The images left out, with the reason."""
@@ -86,12 +86,12 @@ class Encoder:
         return {"weights": self.digest, "model": self.clip.model_cfg, "preprocess": self.clip.preprocess_cfg}
 
     def forget_used(self) -> list[str]:
-        """The cache entries asked for since this was last asked."""
+        """The cache entries used since the last call."""
         used, self._used = sorted(self._used), set()
         return used
 
     def images(self, source: ImageSource, *, before: bool) -> ImageFeatures:
-        """Features of every image of a source; `before` asks for those before the projection too.
+        """Features of every image of a source; with `before` also those before the projection.
 
         Raises:
             ConfigError: `before`, and the model's tower has no projection that is known here.
@@ -131,7 +131,8 @@ class Encoder:
         if named and source.title not in self._said:
             self._said.add(source.title)
             log.warn(
-                f"{source.title}: {len(named)} of {len(source):,} images cannot be used and are left out, the first {named[0]}"
+                f"{source.title}: {len(named)} of {len(source):,} images cannot be used and are left out,"
+                f" the first {named[0]}"
             )
 
     def _encode(self, title: str, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
@@ -207,7 +208,7 @@ class Encoder:
 
 
 def prune(cache: Path, used: frozenset[str]) -> int:
-    """Delete cached features that this evaluation had no use for (an older student's); returns how many entries."""
+    """Delete cached features that this evaluation did not use (an older student's); returns how many."""
     stale = [entry for entry in cache.iterdir() if entry.name not in used] if cache.is_dir() else []
     for entry in stale:
         shutil.rmtree(entry)

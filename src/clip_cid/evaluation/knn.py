@@ -1,4 +1,4 @@
-"""Nearest neighbors as a classifier: a third number beside zero-shot and probe, without anything fitted or chosen."""
+"""Nearest neighbors as a classifier: a third score beside zero-shot and probe; nothing is fitted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ NEIGHBORS = (10, 20, 100, 200)
 """The numbers of neighbors DINOv2 reports."""
 
 MAIN = 20
-"""The number whose score is *the* score: fixed beforehand, since the best of several would be chosen on the test images."""
+"""The number of neighbors of the reported score. It is fixed: choosing the best would use the test images."""
 
 TEMPERATURE = 0.07
 _CELLS = 20_000_000  # similarities held at once
@@ -49,9 +49,10 @@ def knn(
 ) -> KnnResult:
     """Classify each test image by its nearest training images by cosine, each voting with `exp(cosine / 0.07)`.
 
-    The rule of DINOv2's evaluation (arXiv 2304.07193), whose weights are Wu et al.'s (arXiv 1805.01978). Of equally near
-    images the earlier one counts as nearer; of classes with equal votes the lower one is the answer. A number of
-    neighbors above the number of training images means all of them.
+    The rule of DINOv2's evaluation (arXiv 2304.07193), whose weights are Wu et al.'s (arXiv
+    1805.01978). Of equally near images the earlier one counts as nearer; of classes with equal
+    votes the lower one is the answer. A number of neighbors above the number of training images
+    means all of them.
 
     Args:
         train_x: Features of the training images, of any length.

@@ -1,4 +1,4 @@
-"""CLIP's linear probe (its appendix A.3): logistic regression on frozen features, C found by a search of 15 fits."""
+"""CLIP's linear probe (its appendix A.3): logistic regression on frozen features; a search of 15 fits chooses C."""
 
 import contextlib
 import os
@@ -42,7 +42,7 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """A linear probe's score and how it came about."""
+    """A linear probe's score, and the fits behind it."""
 
     score: float
     """On the test images, in `metric`."""
@@ -214,7 +214,9 @@ def _timed(rows: torch.Tensor, weights: torch.Tensor) -> float:
 
 
 def search(validate: Callable[[int], float]) -> dict[int, float]:
-    """CLIP's parametric binary search: seven values two decades apart, then the neighbors of the best at 8, 4, 2, 1 points.
+    """CLIP's parametric binary search for C.
+
+    It tries seven values two decades apart, then the neighbors of the best at 8, 4, 2 and 1 grid points.
 
     Returns:
         Score by grid index: 15 of the 97, fewer where the best lies at an end of the grid.
@@ -233,8 +235,9 @@ def search(validate: Callable[[int], float]) -> dict[int, float]:
 def tolerance(images: int) -> float:
     """The gradient at which the solver stops, for a training set of this size.
 
-    Since scikit-learn 1.4 the solver's objective is a mean over images, no longer a sum, so its default of 1e-4 stops it
-    that many times earlier than when CLIP used it; dividing undoes that (docs/decisions.md, D18).
+    Since scikit-learn 1.4 the solver's objective is a mean over images and no longer a sum, so its default
+    of 1e-4 stops it much earlier than when CLIP used it. Dividing by the number of images undoes that
+    (docs/decisions.md, D18).
     """
     return 1e-4 / images
 
@@ -292,7 +295,7 @@ def _at(part: _Part, device: torch.device | None) -> _Part:
 
 @contextlib.contextmanager
 def _solver_on(device: torch.device | None) -> Iterator[None]:
-    """Let scikit-learn take tensors, where a device is asked for."""
+    """Let scikit-learn take tensors if there is a device."""
     if device is None:
         yield
         return
@@ -311,7 +314,10 @@ def _solver_on(device: torch.device | None) -> Iterator[None]:
 
 
 def _hold_out(train: _Part, seed: int) -> tuple[_Part, _Part]:
-    """What to fit on and what to choose C on: a tenth of each class, at least one; a class of one image is not split."""
+    """The images to fit on, and those to choose C on: a tenth of each class, at least one.
+
+    A class of one image is not split.
+    """
     random = np.random.default_rng(seed)
     held = np.zeros(len(train.y), dtype=bool)
     for label in np.unique(train.y):
@@ -326,7 +332,7 @@ def _hold_out(train: _Part, seed: int) -> tuple[_Part, _Part]:
 def _checked(
     x: Float[np.ndarray, "images dim"], y: Int[np.ndarray, " labels"], *, name: str, train: _Part | None = None
 ) -> _Part:
-    """The features in float32, if they and the class numbers make sense, also beside the training images."""
+    """The features in float32, after checking them and the class numbers, alone and against `train`."""
     if len(x) != len(y) or len(y) == 0:
         raise ValueError(f"{name}_x and {name}_y must have one row an image, got {len(x)} and {len(y)}")
     finite = np.isfinite(x).all(axis=1)

@@ -1,4 +1,4 @@
-"""One model on one set by each protocol: its scores, and the answers behind them."""
+"""Measure one model on one set by each protocol: its scores, and the answers behind them."""
 
 import functools
 import hashlib
@@ -182,7 +182,7 @@ def _score(
     settings: EvaluateConfig,
     details: dict[str, Any],
 ) -> Score:
-    """A score on a labelled set with its interval; its commonest mistakes and the versions stand before `details`."""
+    """A score on a labelled set with its interval; the commonest mistakes and the versions precede `details`."""
     low, high = bootstrap_interval(shares(predicted, labels), labels, metric=labelled.metric, seed=settings.seed)
     names, classes = labelled.class_names, len(labelled.class_names)
     every_label = np.broadcast_to(labels, predicted.shape).ravel()  # of several folds the mistakes of all
@@ -243,29 +243,31 @@ def _say_cost(
     threads: int,
     device: torch.device | None,
 ) -> None:
-    """What a long probe will cost, before it starts; a short one is not worth the words."""
+    """Log what a long probe will cost before it starts; a short one needs no message."""
     images, classes = len(labelled.folds[0]) if labelled.folds else len(train_x), len(labelled.class_names)
     a_round = seconds_a_round(train_x[:images], classes=classes, threads=threads, device=device)
     quick, slow = (fits * rounds * a_round for rounds in _ROUNDS)
     if slow > _WORTH_SAYING:
         log.info(
-            f"probe {encoder.name} {labelled.name}: {images:,} images x {train_x.shape[1]:,} features x {classes:,} classes "
-            f"({units.memory(2 * train_x.nbytes)} of memory); a round of the solver takes about {a_round:.2g} s, so {fits} "
-            f"fits of {_ROUNDS[0]} to {_ROUNDS[1]} rounds take {units.duration(quick)} to {units.duration(slow)}"
+            f"probe {encoder.name} {labelled.name}: {images:,} images x {train_x.shape[1]:,} features x"
+            f" {classes:,} classes"
+            f" ({units.memory(2 * train_x.nbytes)} of memory); a round of the solver takes about {a_round:.2g} s,"
+            f" so {fits} fits of {_ROUNDS[0]} to {_ROUNDS[1]} rounds take {units.duration(quick)} to"
+            f" {units.duration(slow)}"
         )
 
 
 def _images(
     encoder: Encoder, labelled: EvaluationSet, name: str, settings: EvaluateConfig
 ) -> tuple[ImageFeatures, np.ndarray]:
-    """A split's features and labels, of the images that could be decoded; one pass gives what all protocols want."""
+    """Features and labels of a split's decodable images; one pass serves all protocols."""
     trained = "train" in labelled.splits and (settings.linear_probe or settings.knn)
     features = encoder.images(labelled.split(name), before=trained and settings.features == "before_projection")
     return features, labelled.split(name).labels[features.rows]
 
 
 def _probed(features: ImageFeatures, settings: EvaluateConfig) -> np.ndarray:
-    """The features the recipe wants probe and neighbors to see."""
+    """The features that the recipe chooses for probe and neighbors."""
     if settings.features == "after_projection" or features.before is None:
         return features.after
     return features.before

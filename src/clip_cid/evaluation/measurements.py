@@ -1,4 +1,4 @@
-"""What is asked of every model: each labelled set and each set of pairs, measured by each protocol."""
+"""The measurements of every model: each labelled set and each set of pairs, by each protocol."""
 
 import functools
 import hashlib
@@ -70,7 +70,7 @@ class Measurement:
 def measurements_of(
     labelled: EvaluationSet, settings: EvaluateConfig, machine: MachineConfig, *, imagenet: EvaluationSet | None
 ) -> Iterator[Measurement]:
-    """What the recipe asks for and this set allows.
+    """The measurements that the recipe names and this set allows.
 
     Args:
         labelled: The set.

@@ -1,4 +1,4 @@
-"""Scores of predicted classes, and how far they can be trusted."""
+"""Scores of predicted classes, and their confidence intervals."""
 
 from collections.abc import Sequence
 
@@ -48,7 +48,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """95 % percentile bootstrap interval of `accuracy`: over images, or within each class for `mean_per_class`.
 
-    `shares` says for each image whether it was answered right, or how often by several classifiers (the folds of STL10).
+    `shares` says for each image whether it was answered right, or how often by several classifiers
+    (the folds of STL10).
     """
     return middle_95(bootstrap_draws(shares, labels, metric=metric, seed=seed))
 
@@ -58,9 +59,9 @@ def bootstrap_draws(
 ) -> Float[np.ndarray, " resamples"]:
     """The bootstrap's distribution of the mean of `values`, or of the mean of its class means.
 
-    Few values differ (right or wrong; better, equal or worse), so how often each occurs among n redrawn images is exactly
-    a multinomial draw; nothing has to be redrawn image by image. The difference of two models' answers to the same images
-    makes it the paired bootstrap.
+    Few values differ (right or wrong; better, equal or worse), so how often each occurs among n
+    redrawn images is exactly a multinomial draw; nothing has to be redrawn image by image. The
+    difference of two models' answers to the same images makes it the paired bootstrap.
     """
     random = np.random.default_rng(seed)
     distinct, kinds = np.unique(values.astype(np.float64), return_inverse=True)
@@ -78,7 +79,7 @@ def bootstrap_draws(
 def confusions(
     predicted: Int[np.ndarray, " images"], labels: Int[np.ndarray, " labels"], *, most: int = 20
 ) -> list[tuple[int, int, int]]:
-    """The commonest mistakes: right class, class answered instead, how many images; the commonest first, then by class."""
+    """The commonest mistakes: right class, class answered instead, number of images; commonest first."""
     wrong = predicted != labels
     pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]]), axis=1, return_counts=True)
     order = np.lexsort((pairs[1], pairs[0], -counts))[:most]
@@ -88,7 +89,10 @@ def confusions(
 def bootstrap_ratio(
     hits: Float[np.ndarray, " units"], counts: Float[np.ndarray, " units"], *, seed: Seed
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of `hits.sum() / counts.sum()` when whole units (an image and its captions) are redrawn."""
+    """95 % percentile bootstrap interval of `hits.sum() / counts.sum()`.
+
+    Whole units are redrawn: an image together with its captions.
+    """
     random = np.random.default_rng(seed)
     units = len(hits)
     draws = np.empty(RESAMPLES)

@@ -1,8 +1,8 @@
 """The results of an evaluation on disk: a line for every number, the answers behind it, nothing measured twice.
 
-A measurement (one model, one set, one protocol) is recognized by its key, which covers everything its result depends on.
-Its lines are appended to `results.jsonl` first and its answers appear in `answers/` afterwards, at once: a measurement
-with answers is whole, whenever the process was killed.
+The key of a measurement (one model, one set, one protocol) covers everything that its result depends on.
+Its lines are appended to `results.jsonl` first. Then its answers appear in `answers/` with one rename.
+So a measurement with answers is whole, even if the process was killed.
 """
 
 import re
@@ -21,7 +21,9 @@ from clip_cid.run_folder import atomic_file
 ANSWERS = "answers"
 
 Answers = Mapping[str, np.ndarray]
-"""`predicted` (images, or folds by images) and `labels`; of a retrieval the hits of each image by recall, and its `captions`."""
+"""`predicted` (images, or folds by images) and `labels`.
+
+A retrieval has the hits of each image by recall, and its `captions`."""
 
 
 class Results:
@@ -70,7 +72,7 @@ class Results:
             return dict(arrays)
 
     def close(self) -> None:
-        """Leave what this evaluation is made of, in its order: nothing of models or sets that it does not measure."""
+        """Keep only the measurements of this evaluation, in its order; drop other models and sets."""
         self._journal.replace(*(score.line() for score in self.scores))
         used = {score.answers for score in self.scores}
         for path in (self._folder / ANSWERS).iterdir():

@@ -27,10 +27,10 @@ class Recall:
     low: float
     high: float
     chance: float
-    """What a model that knows nothing scores."""
+    """The score of a model that knows nothing."""
     queries: int
     hits: Float[np.ndarray, " images"] = field(compare=False)
-    """Queries of each image that found their answer: its own, or those of its captions."""
+    """Queries of each image with a right answer among the first: its own, or those of its captions."""
 
 
 def retrieval(

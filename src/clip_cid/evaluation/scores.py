@@ -32,7 +32,7 @@ class Score:
     """Images, or queries of a retrieval."""
     classes: int | None = None
     chance: float | None = None
-    """What a model that knows nothing scores."""
+    """The score of a model that knows nothing."""
     variant: str | None = None
     """How the set differs from the one CLIP was measured on; empty where it does not, None for a retrieval."""
     details: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -143,7 +143,7 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves 0 out, so that these images tell the two models apart."""
+        """Whether the interval excludes 0, so that these images separate the two models."""
         return self.low > 0 or self.high < 0
 
     def line(self) -> dict[str, Any]:
@@ -299,6 +299,6 @@ def models_of(scores: Iterable[Score]) -> list[str]:
 
 
 def reference_model(models: Sequence[str]) -> str | None:
-    """Whom the student is measured against: the model named `baseline`, else the first that is not the teacher."""
+    """The model to compare the student with: the one named `baseline`, else the first but the teacher."""
     others = [model for model in models if model not in {STUDENT, TEACHER}]
     return BASELINE if BASELINE in others else next(iter(others), None)

@@ -1,4 +1,4 @@
-"""The tables of an evaluation: one for each protocol, models by sets, with means that say over how many sets they are."""
+"""The tables of an evaluation, one for each protocol: models by sets, and means with their number of sets."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

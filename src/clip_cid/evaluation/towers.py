@@ -1,4 +1,4 @@
-"""An image tower's features before and after its projection into the joint space, for the kinds of tower open_clip builds."""
+"""Features of open_clip's image towers before and after the projection into the joint space."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -103,17 +103,17 @@ def _timm_projection(clip: Clip, visual: TimmModel) -> nn.Module | None:
 
 @contextlib.contextmanager
 def _input_of(projection: nn.Module | None, clip: Clip) -> Iterator[Taps]:
-    seen: list[Tensor] = []
+    captured: list[Tensor] = []
 
     def taps(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        seen.clear()
+        captured.clear()
         after = _model(clip).encode_image(pixels, normalize=False)
-        return (seen[0] if seen else after), after
+        return (captured[0] if captured else after), after
 
     if projection is None:
         yield taps
         return
-    hook = projection.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    hook = projection.register_forward_pre_hook(lambda _module, inputs: captured.append(inputs[0]))
     try:
         yield taps
     finally:
@@ -122,7 +122,8 @@ def _input_of(projection: nn.Module | None, clip: Clip) -> Iterator[Taps]:
 
 def _unknown_tower(clip: Clip) -> ConfigError:
     return ConfigError(
-        f"{clip.name}: features before the projection are not known for its image tower ({type(clip.model.visual).__name__}).",
+        f"{clip.name}: features before the projection are not known for its image tower"
+        f" ({type(clip.model.visual).__name__}).",
         fix="Set evaluate.features: after_projection.",
     )
 

@@ -118,7 +118,7 @@ def _answers(
     classifier: Float[np.ndarray, "classes dim"],
     labels: Int[np.ndarray, " images"],
 ) -> Iterator[tuple[Int[np.ndarray, " block"], Int[np.ndarray, " block"]]]:
-    """How many classes come before the right one (of equal logits the lower class first, as in argmax), and the answer."""
+    """How many classes come before the right one, and the answer; of equal logits the lower class is first."""
     classes = np.arange(len(classifier))
     for start in range(0, len(images), _ROWS):
         truth = labels[start : start + _ROWS, None]

@@ -1,1 +1,1 @@
-"""The figures of the paper and the report's page: arrays in; a figure and the CSV behind it out."""
+"""The figures of the paper and of the report: each takes arrays and writes a figure and its CSV."""

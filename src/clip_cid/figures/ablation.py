@@ -45,7 +45,7 @@ class Line:
     scores: Mapping[int, Mapping[str, float]]
     """Seed -> metric -> share of 1."""
     collapsed: int = 0
-    """Runs in which the alarm of the cluster head's collapse went off."""
+    """Runs in which the alarm of the cluster head's collapse was raised."""
 
     def score(self, metric: str) -> Estimate | None:
         values = [scores[metric] for scores in self.scores.values()]
@@ -95,21 +95,21 @@ def write(table: AblationTable, out: Path) -> None:
 
 
 def notes(table: AblationTable) -> list[str]:
-    """What has to be known to read the table."""
+    """Notes under the table: what its intervals mean."""
     counts = {len(line.scores) for line in table.lines}
-    found: list[str] = []
+    lines: list[str] = []
     if counts & {0, 1}:
-        found.append("A variant with one seed has no interval: what sets it apart may be chance.")
+        lines.append("A variant with one seed has no interval: its difference may be chance.")
     if max(counts) > 1:
-        found.append(
-            "± is half the 95 % interval of the mean over the seeds (Student's t), of differences that of the mean"
-            " difference between runs of the same seed. It covers what the seed changes; the images of the evaluation"
-            " sets are the same for all."
+        lines.append(
+            "± is half the 95 % interval of the mean over the seeds (Student's t). For a difference it is that of"
+            " the mean difference between runs of the same seed. It covers what the seed changes; the images of"
+            " the evaluation sets are the same for all."
         )
     collapsed = [
         f"{line.label} ({line.collapsed} of {len(line.scores)} runs)" for line in table.lines if line.collapsed
     ]
-    return found + ([f"The alarm of a collapsed student went off in {', '.join(collapsed)}."] if collapsed else [])
+    return lines + ([f"The collapse alarm was raised in {', '.join(collapsed)}."] if collapsed else [])
 
 
 def _markdown(table: AblationTable) -> str:
@@ -120,7 +120,7 @@ def _markdown(table: AblationTable) -> str:
 
 
 def _words(estimate: Estimate | None, *, signed: bool = False) -> str:
-    """A share in percent, or a difference in points, with what is known of its error."""
+    """A share in percent, or a difference in points, with half of its interval if it is known."""
     if estimate is None:
         return "-"
     mean = units.signed_points(estimate.mean) if signed else f"{100 * estimate.mean:.1f}"
@@ -141,9 +141,9 @@ def _write_csv(table: AblationTable, path: Path) -> None:
     for metric in table.metrics:
         scores = [line.score(metric) for line in table.lines]
         ahead = [line.ahead_of(table.reference_line, metric) for line in table.lines]
-        for name, found in ((metric, scores), (f"{metric} minus {table.reference}", ahead)):
-            columns[name] = [one.mean if one else None for one in found]
-            columns[f"{name}, half interval"] = [one.half if one else None for one in found]
+        for name, intervals in ((metric, scores), (f"{metric} minus {table.reference}", ahead)):
+            columns[name] = [one.mean if one else None for one in intervals]
+            columns[f"{name}, half interval"] = [one.half if one else None for one in intervals]
     style.write_csv(path, columns)
 
 

@@ -12,12 +12,12 @@ from PIL import Image
 from clip_cid.figures import image_grid, style
 
 _COLORS = "viridis"  # even steps to every kind of eye, and in grey
-_OPACITY = (0.25, 0.75)  # where the map is 0, and at its maximum: the image stays to be seen
+_OPACITY = (0.25, 0.75)  # where the map is 0, and at its maximum: the image stays visible
 
 
 @dataclass(frozen=True)
 class PromptedImage:
-    """An image, the prompt it is held against, and what the models make of the two."""
+    """An image, its prompt, and each model's map and cosine of the two."""
 
     image: int
     """Row of the set's test split."""
@@ -30,11 +30,11 @@ class PromptedImage:
 
 
 def overlay(
-    picture: UInt8[np.ndarray, "height width 3"], found: Float[np.ndarray, "rows columns"]
+    picture: UInt8[np.ndarray, "height width 3"], activation: Float[np.ndarray, "rows columns"]
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The map over the gray image, from dark at 0 to yellow at its own maximum; no yellow where nothing speaks for the prompt."""
-    largest = float(found.max())
-    share = Image.fromarray((found / largest if largest > 0 else found).astype(np.float32))
+    """The map over the gray image, from dark at 0 to yellow at its maximum; no yellow in a map of zeros."""
+    largest = float(activation.max())
+    share = Image.fromarray((activation / largest if largest > 0 else activation).astype(np.float32))
     smooth = np.clip(np.asarray(share.resize(picture.shape[1::-1], Image.Resampling.BILINEAR)), 0, 1)[..., None]
     heat = matplotlib.colormaps[_COLORS](smooth[..., 0])[..., :3]
     gray = picture.mean(axis=2, keepdims=True) / 255
@@ -59,10 +59,10 @@ def draw(images: Sequence[PromptedImage], out: Path) -> dict[str, dict[str, floa
 def _write_table(images: Sequence[PromptedImage], path: Path) -> None:
     """One line a patch."""
     lines = [
-        (model, one.image, one.label, one.prompt, one.cosines[model], row, column, float(found[row, column]))
+        (model, one.image, one.label, one.prompt, one.cosines[model], row, column, float(activation[row, column]))
         for one in images
-        for model, found in one.maps.items()
-        for row, column in np.ndindex(found.shape)
+        for model, activation in one.maps.items()
+        for row, column in np.ndindex(activation.shape)
     ]
     names = ("model", "image", "class", "prompt", "cosine", "row", "column", "activation")
     style.write_csv(path, {name: [line[index] for line in lines] for index, name in enumerate(names)})

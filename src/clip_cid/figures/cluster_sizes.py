@@ -23,7 +23,7 @@ def top_share(sizes: Int[np.ndarray, " clusters"], share: float = 0.01) -> float
 
 
 def describe(sizes: Int[np.ndarray, " clusters"]) -> dict[str, float]:
-    """The numbers people ask of a size distribution."""
+    """The summary of a size distribution."""
     return {
         "images": int(sizes.sum()),
         "gini": gini(sizes),
@@ -42,7 +42,7 @@ def ranks_to_draw(clusters: int) -> Int[np.ndarray, " points"]:
 
 
 def draw(sizes: Mapping[str, Int[np.ndarray, " clusters"]], out: Path) -> dict[str, dict[str, float]]:
-    """Write `cluster_sizes.svg`, a small one, and `.csv`: size by rank on the same centers, for each named set of images."""
+    """Write `cluster_sizes.svg`, a small one, and `.csv`: size by rank, for each named set of images."""
     ranks = ranks_to_draw(len(next(iter(sizes.values()))))
     curves = {name: np.sort(values)[::-1][ranks - 1] for name, values in sizes.items()}
     style.write_csv(out / "cluster_sizes.csv", {"rank": ranks.tolist(), **{n: c.tolist() for n, c in curves.items()}})

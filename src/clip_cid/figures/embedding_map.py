@@ -41,7 +41,8 @@ def choose(labels: Int[np.ndarray, " kept"], *, images: int, seed: int) -> Sampl
     largest = largest[sizes[largest] > 0]
     each = max(1, images // (2 * len(_MARKS)))
     chosen = [random.permutation(np.flatnonzero(labels == cluster))[:each] for cluster in largest]
-    # Twice as many as are wanted, so that enough are left without those chosen; a permutation of all would be gigabytes.
+    # Twice as many as needed, so that enough remain without those already chosen; a permutation of all
+    # rows would take gigabytes.
     order = random.choice(len(labels), size=min(len(labels), 2 * images), replace=False)
     rest = order[~np.isin(order, np.concatenate(chosen))]
     places = np.concatenate([*chosen, rest[: max(0, images - sum(map(len, chosen)))]])
@@ -71,7 +72,7 @@ def draw(
     clusters: Mapping[int, int],
     out: Path,
 ) -> dict[str, Any]:
-    """Write `embedding_map.svg` and `.csv`: one point an image of the store, in color where it is of `clusters` (with sizes)."""
+    """Write `embedding_map.svg` and `.csv`: one point an image, in color for the images of `clusters`."""
     columns = {"row": rows.tolist(), "x": points[:, 0].tolist(), "y": points[:, 1].tolist(), "cluster": labels.tolist()}
     style.write_csv(out / "embedding_map.csv", columns)
 

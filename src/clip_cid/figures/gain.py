@@ -19,30 +19,30 @@ def draw(differences: Differences, other: str, out: Path) -> dict[str, dict[str,
     Returns:
         The difference and its interval by line, shares of 1.
     """
-    found = differences.headlines(other)
-    names = [_name(one) for one in found]
+    headlines = differences.headlines(other)
+    names = [_name(one) for one in headlines]
     numbers = ("difference", "low", "high")
     style.write_csv(
         out / "gain.csv",
-        {"measure": names, "other": [other] * len(found)}
-        | {name: [getattr(one, name) for one in found] for name in numbers},
+        {"measure": names, "other": [other] * len(headlines)}
+        | {name: [getattr(one, name) for one in headlines] for name in numbers},
     )
 
-    places = np.arange(len(found))[::-1]
-    with style.new_figure(0.8 + 0.33 * len(found), width=_WIDTH) as figure:
+    places = np.arange(len(headlines))[::-1]
+    with style.new_figure(0.8 + 0.33 * len(headlines), width=_WIDTH) as figure:
         axes = figure.add_subplot()
-        for one, place in zip(found, places, strict=True):
+        for one, place in zip(headlines, places, strict=True):
             _line(axes, one, float(place))
         axes.axvline(0, color=style.INK, linewidth=0.8)
         axes.margins(x=0.12)
         axes.set_yticks(places, names, color=style.INK)
-        axes.set_ylim(-0.6, len(found) - 0.4)
+        axes.set_ylim(-0.6, len(headlines) - 0.4)
         axes.set_xlabel(f"student minus {other}, points", loc="right")
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         style.save_svg(figure, out / "gain.svg")
 
-    return {name: {n: getattr(one, n) for n in numbers} for name, one in zip(names, found, strict=True)}
+    return {name: {n: getattr(one, n) for n in numbers} for name, one in zip(names, headlines, strict=True)}
 
 
 def _line(axes: Axes, one: Difference, place: float) -> None:

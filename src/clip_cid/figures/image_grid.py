@@ -1,4 +1,4 @@
-"""Pictures in rows and columns: what each model makes of the images above it."""
+"""Pictures in rows and columns: the images, and below them a picture of each from every model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ Picture = UInt8[np.ndarray, "height width 3"]
 
 _LABELS, _GAP, _HEADING, _NOTE = 0.72, 0.06, 0.24, 0.17  # inches
 _LETTER = 0.073  # inches that a letter takes, about
-_BLOCKS = 40  # pixels: a smaller picture is a map of patches, whose edges are to be seen
+_BLOCKS = 40  # pixels: a smaller picture is a map of patches, whose edges should stay visible
 
 
 @dataclass(frozen=True)

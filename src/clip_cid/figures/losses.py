@@ -37,7 +37,7 @@ def loss_parts(metrics: Mapping[str, Float[np.ndarray, " lines"]]) -> list[str]:
 
 
 def display_name(part: str) -> str:
-    """What a column is called in words: `loss/instance_image` is `instance image`, `val/clip` is `CLIP (validation)`."""
+    """A column's name in words: `loss/instance_image` is `instance image`, `val/clip` is `CLIP (validation)`."""
     plain = _plain(part)
     return _NAMES.get(plain, plain.replace("_", " ")) + (" (validation)" if part.startswith(VALIDATION) else "")
 

@@ -53,8 +53,8 @@ def components(
     mask = foreground(tokens, like=None if like is None else like.foreground)
     coordinates = np.zeros((*mask.shape, 3))
     if mask.any():
-        found = principal(tokens[mask], 3)
-        coordinates[mask, : found.shape[1]] = found
+        scores = principal(tokens[mask], 3)
+        coordinates[mask, : scores.shape[1]] = scores
     return PatchComponents(mask, coordinates)
 
 
@@ -82,7 +82,7 @@ def foreground(
     return min((scores > 0, scores < 0), key=rank)
 
 
-def principal(rows: Float[np.ndarray, "rows width"], count: int) -> Float[np.ndarray, "rows found"]:
+def principal(rows: Float[np.ndarray, "rows width"], count: int) -> Float[np.ndarray, "rows components"]:
     """Coordinates on the first principal components, up to `count` of them, in float64.
 
     The sign of each is the one that makes its largest coordinate positive: it follows the rows when they are turned.
@@ -90,14 +90,14 @@ def principal(rows: Float[np.ndarray, "rows width"], count: int) -> Float[np.nda
     centered = rows.astype(np.float64)
     centered -= centered.mean(axis=0)
     many = len(rows) > rows.shape[1]
-    products = centered.T @ centered if many else centered @ centered.T  # the smaller of the two knows as much
+    products = centered.T @ centered if many else centered @ centered.T  # the smaller one gives the same components
     last = len(products) - 1
     squares, vectors = eigh(products, subset_by_index=(max(0, last + 1 - count), last))
     lengths, vectors = np.sqrt(np.maximum(squares[::-1], 0)), vectors[:, ::-1]
-    found = int((lengths > max(_TINY * lengths[0], _TINY * float(np.abs(rows).max()))).sum())
-    scores = (centered @ vectors if many else vectors * lengths)[:, :found]
+    rank = int((lengths > max(_TINY * lengths[0], _TINY * float(np.abs(rows).max()))).sum())
+    scores = (centered @ vectors if many else vectors * lengths)[:, :rank]
     largest = np.abs(scores).argmax(axis=0)
-    return scores * np.sign(scores[largest, np.arange(found)])
+    return scores * np.sign(scores[largest, np.arange(rank)])
 
 
 def align(own: PatchComponents, reference: PatchComponents) -> PatchComponents:
@@ -124,15 +124,15 @@ def _on_grid(values: Shaped[np.ndarray, "images _ _ *more"], grid: tuple[int, in
     return values[:, rows][:, :, columns]
 
 
-def colors(found: PatchComponents) -> Float[np.ndarray, "images rows columns 3"]:
+def colors(components: PatchComponents) -> Float[np.ndarray, "images rows columns 3"]:
     """RGB from 0 to 1: each component from its 1st to its 99th percentile over all images; black where background."""
-    picture = np.zeros_like(found.coordinates)
-    if not found.foreground.any():
+    picture = np.zeros_like(components.coordinates)
+    if not components.foreground.any():
         return picture
-    values = found.coordinates[found.foreground]
+    values = components.coordinates[components.foreground]
     low, high = np.percentile(values, _PERCENTILES, axis=0)
     span = np.where(high > low, high - low, 1)
-    picture[found.foreground] = np.clip((values - low) / span, 0, 1)
+    picture[components.foreground] = np.clip((values - low) / span, 0, 1)
     return picture
 
 
@@ -144,14 +144,14 @@ def overlap(a: PatchComponents, b: PatchComponents) -> float | None:
 
 
 def draw(classes: Sequence[ClassPatches], out: Path) -> dict[str, dict[str, float | None]]:
-    """Write `patch_pca.svg` and `.csv`: the images of each class, and below them the patches as each model sees them."""
+    """Write `patch_pca.svg` and `.csv`: the images of each class, and below them each model's patches."""
     models = list(classes[0].models)
     aligned = {
         (shown.name, model): align(shown.models[model], shown.models[models[0]])
         for shown in classes
         for model in models
     }
-    painted = {key: colors(found) for key, found in aligned.items()}
+    painted = {key: colors(components) for key, components in aligned.items()}
     _write_table(classes, aligned, painted, out / "patch_pca.csv")
 
     bands = [
@@ -187,13 +187,21 @@ def _write_table(
     """One line a patch."""
     values = ("component_1", "component_2", "component_3", "red", "green", "blue")
     lines = [
-        (model, shown.name, image, row, column, bool(found.foreground[place, row, column]), *both[place, row, column])
+        (
+            model,
+            shown.name,
+            image,
+            row,
+            column,
+            bool(components.foreground[place, row, column]),
+            *both[place, row, column],
+        )
         for shown in classes
         for model in shown.models
-        for found in (aligned[shown.name, model],)
-        for both in (np.concatenate([found.coordinates, painted[shown.name, model]], axis=3),)
+        for components in (aligned[shown.name, model],)
+        for both in (np.concatenate([components.coordinates, painted[shown.name, model]], axis=3),)
         for place, image in enumerate(shown.images)
-        for row, column in np.ndindex(found.foreground.shape[1:])
+        for row, column in np.ndindex(components.foreground.shape[1:])
     ]
     names = ("model", "class", "image", "row", "column", "foreground", *values)
     style.write_csv(path, {name: [line[index] for line in lines] for index, name in enumerate(names)})

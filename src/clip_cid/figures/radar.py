@@ -11,12 +11,12 @@ from clip_cid.evaluation.scores import STUDENT, Score, ScoreRow, models_of, scor
 from clip_cid.figures import style
 
 MIN_SETS = 3
-_LONGEST = 15  # letters of a set's name; its end may tell it from another
-_NARROWEST = 0.02  # an axis spans two points at least, or noise would look like a victory
+_LONGEST = 15  # letters of a set's name; the end is kept, because it may be what differs
+_NARROWEST = 0.02  # an axis spans two points at least, or noise would look like a difference
 
 
 def axis_ranges(values: Float[np.ndarray, "models sets"]) -> Float[np.ndarray, "2 sets"]:
-    """Where each axis begins and ends: the models' range, with room on the inside, so that differences can be seen."""
+    """Begin and end of each axis: the models' range, with a margin inside so that differences are visible."""
     low, high = values.min(axis=0), values.max(axis=0)
     span = np.maximum(high - low, _NARROWEST)
     return np.stack([low - span, high + 0.15 * span])
@@ -29,7 +29,10 @@ def common_rows(scores: Sequence[Score]) -> list[ScoreRow]:
 
 
 def draw(scores: Sequence[Score], out: Path) -> dict[str, list[float]]:
-    """Write `radar.svg` and `.csv` of the sets of one task where every model has a score; numbers at the tips are the student's."""
+    """Write `radar.svg` and `.csv` of one task's sets where every model has a score.
+
+    The numbers at the ends of the axes are the student's.
+    """
     models = models_of(scores)
     rows = common_rows(scores)
     values = np.array([[row.by_model[model].score for row in rows] for model in models])
@@ -68,5 +71,5 @@ def _side(direction: float, before: Any, behind: Any) -> Any:
 
 
 def _cut(name: str) -> str:
-    """Two long names would leave no room for the circle between them; the table has them whole."""
+    """A shortened name; two long ones would leave no room for the circle. The table has the whole name."""
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 7]}…{name[-6:]}"

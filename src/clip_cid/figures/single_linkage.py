@@ -1,4 +1,4 @@
-"""How one set of duplicates hangs together: the tree in which balance joined its images."""
+"""The tree in which balance joined the images of one set of duplicates."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from scipy.cluster import hierarchy
 from clip_cid.figures import style
 
 MOST_IMAGES = 14
-"""More pictures than this side by side cannot be told apart in a column."""
+"""More pictures than this would be too small in a column of the report."""
 _TREE, _WORDS = 2.4, 0.42  # inches: the tree, and the words under the pictures
 
 
@@ -51,7 +51,7 @@ def linkage(
             raise ValueError(f"link {step} joins images {a} and {b}, which are joined already")
         sizes.append(sizes[one] + sizes[other])
         merges[step] = one, other, height, sizes[-1]
-        cluster = [count + step if found in (one, other) else found for found in cluster]
+        cluster = [count + step if number in (one, other) else number for number in cluster]
     return merges
 
 
@@ -63,7 +63,7 @@ def draw(
     metric: str,
     out: Path,
 ) -> dict[str, float]:
-    """Write `single_linkage.svg` and `.csv`; under each leaf its picture (by row, where there is one) and its distance."""
+    """Write `single_linkage.svg` and `.csv`; under each leaf its distance and, if known, its picture."""
     tree = hierarchy.dendrogram(linkage(linked.left, linked.right, linked.heights), no_plot=True)
     order = tree["leaves"]
     _write_table(linked, out / "single_linkage.csv")

@@ -1,4 +1,4 @@
-"""One look for every figure: Okabe-Ito colors, no titles, the same bytes for the same numbers."""
+"""The common style of all figures: Okabe-Ito colors, no titles, equal bytes for equal numbers."""
 
 import contextlib
 import csv
@@ -77,7 +77,8 @@ def save_svg(figure: Figure, path: Path) -> None:
 def write_csv(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
     """Write the numbers behind a figure, one named column each; floats keep every digit, None is an empty cell.
 
-    A carriage return in a text becomes a line feed: before Python 3.13 it is not quoted, and would end the line for a reader.
+    A carriage return in a text becomes a line feed: before Python 3.13 it is not quoted, and would end the
+    line for a reader.
 
     Raises:
         ValueError: The columns differ in length.
@@ -96,7 +97,7 @@ def _plain_cell(value: Any) -> Any:
 
 
 def model_colors(models: Sequence[str]) -> dict[str, str]:
-    """The same color for the same role in every figure; the first two models are told apart best."""
+    """The same color for the same role in every figure; the first two colors differ most."""
     palette = (VERMILLION, ORANGE, PURPLE, SKY, GREEN)
     others = [model for model in models if model not in {"student", "teacher"}]
     colors = {model: palette[place % len(palette)] for place, model in enumerate(others)}

@@ -14,7 +14,7 @@ COLUMNS = ("pairs_per_s", "data_wait_share", "skipped_steps")
 
 
 def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[str, float]:
-    """Write `throughput.svg` and `.csv`: pairs a second and the share of the time spent waiting, between two lines of the log.
+    """Write `throughput.svg` and `.csv`: pairs a second and share of waiting, between two lines of the log.
 
     Args:
         metrics: The columns of the training's log; needs `step` and `COLUMNS`, NaN in the lines of a validation.

@@ -1,4 +1,4 @@
-"""Distances of unit vectors: the three scales a threshold may be on, and the squared distance that decides."""
+"""Distances of unit vectors: the three scales of a threshold, and the squared distance that decides."""
 
 import math
 from typing import Literal, TypeVar, cast, get_args

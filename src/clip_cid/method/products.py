@@ -51,19 +51,19 @@ def _in_room(values: Float[Tensor, "n k"]) -> Float[Tensor, "n_and_zeros k_and_z
 
 
 def _room(size: int) -> int:
-    """The next of some sizes: multiples of 32, and from 256 on eight up to each power of two, so at most an eighth more."""
+    """The next larger of some sizes: multiples of 32; from 256 on eight for each power of two (at most 1/8 more)."""
     step = max(_LEAST_STEP, (1 << size.bit_length()) // (2 * _SIZES))
     return max(math.ceil(size / step), 1) * step
 
 
 def int8_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """(n, width) by (width, m) int8 into int32, four times as fast as float32 where the processor has the instructions."""
+    """(n, width) by (width, m) int8 into int32; with the processor's instructions four times float32's speed."""
     product: Any = getattr(torch, "_int_mm")  # noqa: B009 - torch does not export it
     return product(left, right) if out is None else product(left, right, out=out)
 
 
 def int8_products_are_right() -> bool:
-    """Whether this machine multiplies int8 codes into int32 without overflow, at extremes and at the size of a block."""
+    """Whether this machine multiplies int8 codes into int32 without overflow, tested at the extremes."""
     for rows, width in ((5, 67), (300, 130)):
         left, right = np.random.default_rng(rows).choice(np.array([-127, -1, 0, 127], np.int8), (2, rows, width))
         left[0], right[0] = 127, -127

@@ -1,4 +1,4 @@
-"""Rows of any array-like read as float64 unit vectors, checked once before anything is computed from them."""
+"""Rows of any array-like as float64 unit vectors, checked once before any computation."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable

@@ -69,7 +69,8 @@ def _split_config(values: Any, where: str) -> tuple[dict[str, Any], dict[str, An
     missing = [key for key in needed if not isinstance(model_cfg, dict) or key not in model_cfg]
     if missing or not isinstance(preprocess_cfg, dict):
         raise ConfigError(
-            f"{where}: not a model configuration; {', '.join(missing) or 'preprocess_cfg'} is missing or not an object.",
+            f"{where}: not a model configuration;"
+            f" {', '.join(missing) or 'preprocess_cfg'} is missing or not an object.",
             fix=f"It needs {', '.join(needed)}, as in open_clip's own configurations.",
         )
     return model_cfg, preprocess_cfg

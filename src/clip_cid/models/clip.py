@@ -1,4 +1,4 @@
-"""A CLIP model with all that is needed to feed it: its tokenizer and its image transforms."""
+"""A CLIP model with its tokenizer and its image transforms."""
 
 import dataclasses
 import json

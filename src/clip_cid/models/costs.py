@@ -1,4 +1,4 @@
-"""What a model costs: its parameters, and the floating-point operations of a pair."""
+"""The cost of a model: its parameters, and the floating-point operations of a pair."""
 
 import copy
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The student as a folder that open_clip, the Hub and CLIP_benchmark load, tested by a reload before it appears."""
+"""Export the student as a folder that open_clip, the Hub and CLIP_benchmark load; test it by a reload first."""
 
 import json
 import os
@@ -155,7 +155,8 @@ def _self_test(clip: Clip, folder: Path) -> None:
             gap = float((tensor.float() - theirs[name].float()).abs().max())
             raise RunError(
                 f"{folder}: the exported student was reloaded and gives other {name} (largest difference {gap:.3g}).",
-                fix="The export is refused; check that the installed open_clip is the one the student was trained with.",
+                fix="The export is refused; check that the installed open_clip is the one the student was"
+                " trained with.",
             )
 
 

@@ -1,6 +1,6 @@
-"""CLIP models with weights that really are theirs.
+"""Load CLIP models with their trained weights, or fail.
 
-open_clip logs a warning and goes on with random weights when it finds none; here that is an error.
+When open_clip finds no weights, it logs a warning and continues with random ones. Here that is an error.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What open_clip raises and logs, in one place: its errors, and its warnings, which it logs to the root logger."""
+"""The errors that open_clip raises, and the warnings that it logs to the root logger."""
 
 import contextlib
 import logging

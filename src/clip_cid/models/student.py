@@ -92,7 +92,8 @@ def _pretrained_student(name: str, model_cfg: dict[str, Any], pretrained: str) -
     elif "/" in pretrained or clean_name(name) not in open_clip.list_models():
         raise ConfigError(
             f"distill.pretrained: {pretrained} is not the folder of an exported student, nor weights known for {name}.",
-            fix=f"Give a folder with {CONFIG_FILE}, run:PATH, hf-hub:ORG/NAME, or an open_clip tag of an open_clip model.",
+            fix=f"Give a folder with {CONFIG_FILE}, run:PATH, hf-hub:ORG/NAME, or an open_clip tag of an"
+            " open_clip model.",
         )
     else:
         clip = load_clip(f"{name}/{pretrained}")

@@ -98,7 +98,7 @@ def _no_token(problem: str) -> HubError:
 
 
 def _write_public(run: RunFolder, folder: Path) -> None:
-    """The student's folder as the world may see it."""
+    """The student's folder without local names."""
     source = run.stage(DISTILL) / "student"
     if changed := run.changed_files(DISTILL, digests=True):
         raise RunError(
@@ -146,7 +146,8 @@ def _present(api: HfApi, repo: str, *, private: bool) -> set[str] | None:
     if files <= _NO_CONTENT or (CONFIG_FILE in files and _is_ours(api, repo)):
         return files
     raise HubError(
-        f"{repo}: exists and holds something that clip-cid did not push ({', '.join(sorted(files - _NO_CONTENT)[:5])}).",
+        f"{repo}: exists and holds something that clip-cid did not push"
+        f" ({', '.join(sorted(files - _NO_CONTENT)[:5])}).",
         fix="Give another name, or empty the repository on the Hub first.",
     )
 
@@ -165,7 +166,7 @@ def _hub_errors_in_words(repo: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _refusal(repo, error) from error
     except _FAILURES as error:
-        if isinstance(error.__cause__, HfHubHTTPError):  # an answer in other clothes: a card or a file it does not take
+        if isinstance(error.__cause__, HfHubHTTPError):  # the Hub does not accept a card or a file
             raise _refusal(repo, error.__cause__) from error
         reasons = dict.fromkeys(_one_line(reason) for reason in (error, error.__cause__) if reason is not None)
         raise HubError(

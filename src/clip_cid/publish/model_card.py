@@ -33,7 +33,7 @@ _SETTINGS = (
     *("batch_size", "lr", "warmup_steps", "weight_decay", "ema_decay", "lock", "temperature", "sample_rate"),
     *("alignment", "seed"),
 )
-# Characters that mean something to Markdown, to HTML inside it, or to its automatic links. As entities they mean nothing,
+# Characters with a meaning in Markdown, in HTML inside it, or in its automatic links. As entities they have none,
 # whatever stands around them.
 _SPECIAL = re.compile(r"[\\`*_\[\]<>#|~&$@]|:(?=//)")
 
@@ -69,7 +69,8 @@ def model_card(run: RunFolder, repo: str, *, license: str | None) -> str:
     except (AttributeError, KeyError, TypeError) as error:
         raise RunError(
             f"{run.path}: its records are not of this version ({type(error).__name__}: {error}).",
-            fix=f"Run `clip-cid distill {run.path} --force` with this version, or `clip-cid export` and write a card yourself.",
+            fix=f"Run `clip-cid distill {run.path} --force` with this version, or `clip-cid export` and write a card"
+            " yourself.",
         ) from error
     return f"{_front_matter(license, distilled=values['teacher'] is not None)}\n{_render(values)}"
 

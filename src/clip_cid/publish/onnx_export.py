@@ -23,7 +23,8 @@ from clip_cid.run_folder import own_mark, write_json
 FOLDER, ABOUT = "onnx", "onnx.json"
 OPSET = 20
 TOLERANCE = 1e-5
-"""Largest difference of a coordinate of two unit embeddings: some 50 times what float32 arithmetic in another order made of it in seven architectures."""
+"""Largest allowed difference of a coordinate of two unit embeddings. It is about 50 times the difference that
+another order of float32 arithmetic made in seven architectures."""
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _CAPTIONS = (
     "a photo of a cat.",
@@ -92,8 +93,9 @@ def require_onnx() -> None:
 def export_onnx(folder: Path) -> dict[str, float]:
     """Write `onnx/image.onnx`, `onnx/text.onnx` and `onnx/onnx.json` into an exported student.
 
-    `pixels` (batch, 3, height, width) float32, preprocessed as `onnx.json` says, become `image_embeddings`, and `tokens`
-    (batch, context length) int64 become `text_embeddings`: (batch, dim) float32 of unit length. The batch is free.
+    Inputs are `pixels` (batch, 3, height, width) float32, preprocessed as `onnx.json` says, and `tokens`
+    (batch, context length) int64. Outputs are `image_embeddings` and `text_embeddings`, (batch, dim) float32
+    of unit length. The batch size is free.
     Earlier graphs in the folder are replaced.
 
     Args:
@@ -177,7 +179,8 @@ def _compare(tower: _Tower, path: Path) -> float:
         gap = float((theirs - ours).abs().max())
         if not gap <= TOLERANCE:  # also true for NaN
             raise RunError(
-                f"{path.name}: onnxruntime and PyTorch differ by up to {gap:.3g} for {rows} rows; {TOLERANCE:g} is allowed.",
+                f"{path.name}: onnxruntime and PyTorch differ by up to {gap:.3g} for {rows} rows; {TOLERANCE:g}"
+                " is allowed.",
                 fix=fix,
             )
         largest = max(largest, gap)
@@ -185,7 +188,7 @@ def _compare(tower: _Tower, path: Path) -> float:
 
 
 def _about(clip: Clip, gaps: dict[str, float]) -> dict[str, Any]:
-    """What someone without open_clip has to know to feed the graphs."""
+    """The description of the graphs' inputs, for users without open_clip."""
     model: Any = clip.model
     towers = _towers(clip)
     bias = getattr(model, "logit_bias", None)
@@ -216,7 +219,7 @@ def _about(clip: Clip, gaps: dict[str, float]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The converter logs every optimization it passes over."""
+    """Silence the converter, which logs every optimization it skips."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,4 +1,4 @@
-"""What may be said of a run in public: its settings without the folders and hosts of the machine it ran on."""
+"""The settings of a run for publication, without the folders and hosts of the machine it ran on."""
 
 import re
 from typing import Any

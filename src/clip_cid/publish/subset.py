@@ -5,8 +5,8 @@
     shards/00000.tar ...   the kept pairs in the order of the pairs, their files byte for byte
     manifest.json          what it was made from and a digest of each shard; `finished` says whether all is there
 
-A file appears only when it is whole, and each shard follows from the list and its number alone. So after a kill the
-shards that are there are kept when their digests are right, and the others are written.
+A file appears only when it is whole, and a shard depends only on the list and its number. So after a kill
+the shards with the right digests are kept, and the others are written.
 """
 
 import dataclasses
@@ -125,7 +125,7 @@ def _export_keys(out: Path, kept: _Kept, manifest: dict[str, Any]) -> str:
 
     if shards is not None and not manifest["finished"]:
         finished = False
-        log.warn(f"{out}: its tars are unfinished; --shards --shard-size {shards['shard_size']} goes on with them")
+        log.warn(f"{out}: its tars are unfinished; --shards --shard-size {shards['shard_size']} continues them")
     _write_manifest(out, kept, shards, finished=finished)
     return f"{out}: {len(kept.keys):,} keys in {KEYS_TEXT} and {KEYS_TABLE}."
 
@@ -133,7 +133,7 @@ def _export_keys(out: Path, kept: _Kept, manifest: dict[str, Any]) -> str:
 def _export_shards(
     folder: RunFolder, recipe: Recipe, out: Path, kept: _Kept, plan: _Plan, manifest: dict[str, Any]
 ) -> str:
-    """The keys and the tars that are not there yet; what must be refused is refused before anything is written."""
+    """Write the keys and the missing tars; every refusal comes before the first write."""
     recorded = (manifest.get("shards") or {}).get("files", [])
     journal = Journal(out / SHARDS / _JOURNAL)
     good = _good_shards(out, [*recorded, *journal.read()])
@@ -196,7 +196,8 @@ def _read_kept(folder: RunFolder) -> _Kept:
         sample = keys.filter(broken)[0].as_py()
         raise DataError(
             f"{balance}: {count:,} keys hold a line break, such as {sample!r}, so they cannot stand one a line.",
-            fix="Give the pairs other keys (pairs.key_column, or file names without line breaks), or read kept.parquet there.",
+            fix="Give the pairs other keys (pairs.key_column, or file names without line breaks), or read"
+            " kept.parquet there.",
         )
 
     digest = hashlib.sha256()
@@ -262,7 +263,7 @@ def _check_out(out: Path, kept: _Kept, plan: _Plan | None) -> dict[str, Any]:
             )
         raise ConfigError(
             f"{out}: its tars are of {planned['shard_size']:,} pairs each, not {plan.shard_size:,}.",
-            fix=f"Go on with --shard-size {planned['shard_size']}, or give another folder.",
+            fix=f"Continue with --shard-size {planned['shard_size']}, or give another folder.",
         )
     return before
 
@@ -360,8 +361,8 @@ def _rows_of_pairs(folder: RunFolder, settings: PairsConfig, pairs: Pairs, kept:
         raise DataError(
             f"{len(kept.rows) - len(rows):,} of {len(kept.rows):,} kept keys are not among the usable pairs of "
             f"{', '.join(settings.source)}, such as {missing!r}; the pairs' keys look like {pairs.key(0)!r}.",
-            fix="Set pairs.source in the run's recipe.yaml to all the pairs the embeddings were made from (keys must be "
-            "equal), or leave --shards out: the keys need no pairs.",
+            fix="Set pairs.source in the run's recipe.yaml to all the pairs the embeddings were made from (keys"
+            " must be equal), or leave --shards out: the keys need no pairs.",
         )
     return rows
 
@@ -413,8 +414,8 @@ class _MadeSamples:
         """Say once how many images have an extension that loaders of tars do not read."""
         if self._unusual:
             log.warn(
-                f"{len(self._unusual):,} images are not .{', .'.join(IMAGE_EXTENSIONS)} and kept their own extension, so "
-                f"most loaders of WebDataset tars will skip them; the first is {self._unusual[0]!r}"
+                f"{len(self._unusual):,} images are not .{', .'.join(IMAGE_EXTENSIONS)} and kept their own"
+                f" extension, so most loaders of WebDataset tars will skip them; the first is {self._unusual[0]!r}"
             )
 
 

@@ -11,7 +11,7 @@ from clip_cid.report.thumbnails import Thumbnail, Thumbnails
 
 _FOLD_BEYOND = 12
 _CAPTION_CHARACTERS = 300  # a web caption can be a whole article
-_MOST_CHARACTERS = 2**31 - 1  # of a cell; the csv module refuses more than 131,072 unless it is told otherwise
+_MOST_CHARACTERS = 2**31 - 1  # of a cell; the default limit of the csv module is 131,072
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Example:
 
 @dataclass(frozen=True)
 class SetFacts:
-    """What holds a set of duplicates together, as distances."""
+    """The distances within a set of duplicates."""
 
     farthest: float
     """From the kept image."""
@@ -72,35 +72,35 @@ def rows_by_key(path: Path) -> dict[str, int]:
 
 def removed_sets(path: Path, thumbnails: Thumbnails) -> list[Gallery]:
     """The sets of `removed_sets.csv`, the kept image first."""
-    found = []
+    galleries = []
     for _, lines in groupby(_lines(path), key=lambda line: line["set"]):
         members = list(lines)
         pictures = [_picture(line, "kept" if line["place"] == "0" else _distance(line), thumbnails) for line in members]
         distances = [float(line["distance"]) for line in members[1:]]
-        found.append(_gallery(members, pictures, f"{int(members[0]['size']):,} images", distances))
-    return found
+        galleries.append(_gallery(members, pictures, f"{int(members[0]['size']):,} images", distances))
+    return galleries
 
 
 def removed_pairs(path: Path, thumbnails: Thumbnails) -> dict[str, list[Picture]]:
     """Kind -> kept and removed images of `removed_pairs.csv` in turn, the nearest pair first."""
-    found: dict[str, list[Picture]] = {}
+    pictures_of_kind: dict[str, list[Picture]] = {}
     for place, line in enumerate(_lines(path) if path.is_file() else ()):
         words = f"{float(line['distance']):.3f}" if place % 2 else "kept"  # the heading says the kind
-        found.setdefault(line["kind"], []).append(_picture(line, words, thumbnails))
-    return found
+        pictures_of_kind.setdefault(line["kind"], []).append(_picture(line, words, thumbnails))
+    return pictures_of_kind
 
 
 def typical_pairs(pairs: Mapping[str, Sequence[Picture]]) -> dict[str, Example]:
-    """Of each kind the pair in the middle: the nearest would flatter the balance, the farthest would wrong it."""
+    """The median pair of each kind: the nearest would show the balance too good, the farthest too bad."""
     return {
-        kind: Example(*found[2 * ((len(found) // 2 - 1) // 2) :][:2], of=len(found) // 2)
-        for kind, found in pairs.items()
+        kind: Example(*pictures[2 * ((len(pictures) // 2 - 1) // 2) :][:2], of=len(pictures) // 2)
+        for kind, pictures in pairs.items()
     }
 
 
 def clusters(path: Path, thumbnails: Thumbnails) -> list[Gallery]:
     """The clusters of `clusters.csv`, images nearest the center first, those farthest from it set apart."""
-    found = []
+    galleries = []
     for _, lines in groupby(_lines(path), key=lambda line: line["cluster"]):
         members = list(lines)
         places = [int(line["place"]) for line in members]
@@ -111,8 +111,8 @@ def clusters(path: Path, thumbnails: Thumbnails) -> list[Gallery]:
         heading = f"cluster {int(members[0]['cluster']):,}"
         cosines = [float(line["cosine"]) for line in members]
         common = (short(members[0]["class"]), float(members[0]["class_share"])) if members[0]["class"] else None
-        found.append(_gallery(members, pictures, heading, cosines, common))
-    return found
+        galleries.append(_gallery(members, pictures, heading, cosines, common))
+    return galleries
 
 
 def sample(captions: Mapping[str, str], thumbnails: Thumbnails) -> list[Picture]:

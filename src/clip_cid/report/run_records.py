@@ -1,4 +1,4 @@
-"""What the finished stages of a run say of themselves."""
+"""The records and summaries of the finished stages of a run."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The scores as the page's tables show them: sets down, models across, with what is missing and what may be averaged."""
+"""The score tables of the page: sets down, models across, the missing sets, and means of comparable sets."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

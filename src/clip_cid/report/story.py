@@ -1,4 +1,4 @@
-"""What a run shows, for who sees its page for the first time: three statements in numbers, each with what would weaken it."""
+"""The results of a run in three statements for a first-time reader, each with its limits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class Trained:
 
 
 def removed(balance: BalanceSummary) -> Statement | None:
-    """How much the balance removed, and whether it was right; None where it removed nothing."""
+    """How much the balance removed, and how much of it was right; None if it removed nothing."""
     if not balance.removed:
         return None
     counts = f"{balance.removed:,} of {balance.ok:,} images"
@@ -56,8 +56,8 @@ def removed(balance: BalanceSummary) -> Statement | None:
 
     if (truth := balance.truth) is not None:
         sentences.append(
-            f"The data names the true groups ({truth.field}): {unbroken_percent(truth.precision)} of the image pairs that share a set"
-            f" belong together, and {unbroken_percent(truth.recall)} of all true pairs were found."
+            f"The data names the true groups ({truth.field}): {unbroken_percent(truth.precision)} of the image pairs"
+            f" in one set belong together, and {unbroken_percent(truth.recall)} of all true pairs were found."
         )
     if (
         balance.kinds is not None
@@ -78,15 +78,15 @@ def removed(balance: BalanceSummary) -> Statement | None:
 
 
 def flattened(sizes: Mapping[str, Mapping[str, float]]) -> Statement | None:
-    """What the balance did to the sizes of the clusters; None where there is no before and after."""
+    """How the balance changed the sizes of the clusters; None if they were not measured before and after."""
     if len(sizes) != 2:
         return None
     before, after = sizes.values()
     first, last = f"{before['gini']:.3f}", f"{after['gini']:.3f}"
     heading = "clusters became more even" if float(last) < float(first) else "clusters did not become more even"
     sentences = [
-        "Gini coefficient of the cluster sizes before and after the balance, on the same centers: 0 means all are equal, near 1"
-        " that one cluster holds everything.",
+        "Gini coefficient of the cluster sizes before and after the balance, on the same centers: 0 means that all are"
+        " equal, near 1 that one cluster holds everything.",
         f"The largest cluster before has {before['largest']:,.0f} images, the largest after {after['largest']:,.0f};"
         f" {unbroken_percent(after['images'] / before['images'])} of all images stayed.",
     ]
@@ -137,8 +137,11 @@ def _headline(tables: Sequence[ScoreTable], baseline: str | None) -> tuple[Diffe
 
 def _verdict(one: Difference, baseline: str) -> str:
     if not one.clear:
-        return f"The interval contains 0: these images cannot tell the student from the {baseline}."
-    return f"The interval does not contain 0: the {'student' if one.difference > 0 else baseline} is ahead on these images."
+        return f"The interval contains 0: these images do not separate the student from the {baseline}."
+    return (
+        f"The interval does not contain 0: the {'student' if one.difference > 0 else baseline} is ahead on"
+        " these images."
+    )
 
 
 def _equal_steps(baseline: str, student: Trained, other: Trained | None) -> str:
@@ -151,4 +154,7 @@ def _equal_steps(baseline: str, student: Trained, other: Trained | None) -> str:
         )
     plain = "plain CLIP (its loss alone), " if other.losses == ("clip",) else ""
     same = "the same architecture" if other.student == student.student else f"another architecture ({other.student})"
-    return f"The {baseline} is {plain}{same}, at equal steps: both took {student.steps:,} and saw {student.pairs_seen:,} pairs."
+    return (
+        f"The {baseline} is {plain}{same}, at equal steps: both took {student.steps:,} and saw"
+        f" {student.pairs_seen:,} pairs."
+    )

@@ -1,4 +1,4 @@
-"""What other thresholds would have done, from the spanning forest that balance left: no embedding is read."""
+"""The removed share at other thresholds, from the balance's spanning forest; it reads no embedding."""
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator

@@ -31,7 +31,7 @@ class Thumbnails:
 
     @property
     def bytes_used(self) -> int:
-        """What all the addresses weigh in the page."""
+        """Bytes of all addresses in the page."""
         return sum(len(made.src) for made in self._made.values() if made)
 
     def get(self, key: str) -> Thumbnail | None:

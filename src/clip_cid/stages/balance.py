@@ -41,8 +41,8 @@ _CLASSIFY_SEED = 0
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
     """Keep one image of each set.
 
-    Writes `kept.npy`, `set_of.npy` and `kept.parquet` (the balanced list, by key); `forest.parquet` and `row_hashes.npy`,
-    from which other thresholds and later additions are answered; and the tables of sets and members.
+    Writes `kept.npy`, `set_of.npy` and `kept.parquet` (the balanced list, by key); `forest.parquet` and
+    `row_hashes.npy`, for other thresholds and later additions; and the tables of sets and members.
     """
     settings = recipe.balance
     store = EmbeddingStore.open(folder.stage(EMBED))
@@ -117,7 +117,7 @@ def _rule(settings: BalanceConfig, images: UnitRows, texts: UnitRows | None) -> 
 
 
 def _known(folder: RunFolder, settings: BalanceConfig, images: UnitRows, limit: float) -> KnownPairs:
-    """What the run named by `grow_from`, or the present results of this run, say of the rows."""
+    """Known pairs from the run named by `grow_from`, or from the present results of this run."""
     own = folder.earlier(BALANCE)
     folders = [] if settings.grow_from is None else [settings.grow_from]
     if own is not None and (own / FOREST_FILE).is_file():
@@ -146,7 +146,7 @@ def _balance(
             images,
             texts,
             rule,
-            device=str(device) if device.type == "cuda" else "cpu",  # what others lose in a product is not known
+            device=str(device) if device.type == "cuda" else "cpu",  # the rounding error of other devices is not known
             known=known,
             store=work,
             run_tasks=functools.partial(_run_tasks, work, store_path, recipe.machine),
@@ -234,7 +234,8 @@ def _log_chains(chains: Chains, metric: Metric, threshold: float) -> None:
         half, most = chains.distance["0.5"], chains.distance["0.99"]
         log.info(
             f"balance   half of the removed images are within {half:.4g} of the one kept, 99 % within {most:.4g}"
-            f" ({metric.replace('_', ' ')}); {units.percent(chains.beyond_threshold_share, 2)} are farther than the threshold"
+            f" ({metric.replace('_', ' ')}); {units.percent(chains.beyond_threshold_share, 2)} are farther than"
+            " the threshold"
         )
     if (warning := giant_warning(chains, metric=metric, threshold=threshold)) is not None:
         log.warn(f"balance: {warning}; balance.max_radius bounds that distance")
@@ -286,12 +287,12 @@ def _write_tables(
 
 
 def _against_truth(store: EmbeddingStore, set_of: Int[np.ndarray, " rows"], field: str) -> BalanceTruth | None:
-    """Precision and recall of the pairs in one set, against the groups that the data itself names."""
+    """Precision and recall of the pairs in one set, against the groups that the data names."""
     groups, _ = store.classes(field)
     named = np.where(groups < 0, -1, set_of)  # a row without a group says nothing about its set
     pairs = agreement(named, groups)
     if not pairs.rows:
-        log.warn(f"balance.truth_field: no image has {field!r}, so the sets are compared with nothing")
+        log.warn(f"balance.truth_field: no image has {field!r}, so precision and recall are not computed")
         return None
     redundant = 1 - len(np.unique(groups[named >= 0])) / pairs.rows
     return BalanceTruth(field=field, precision=pairs.precision, recall=pairs.recall, redundant_share=redundant)

@@ -128,7 +128,8 @@ class _Progress:
 
         stats = state.history[-1]
         note = (
-            f"objective {stats['objective']:.5f} (cosine {1 - stats['objective'] / 2:.4f}), {stats['empty']:,.0f} empty,"
+            f"objective {stats['objective']:.5f} (cosine {1 - stats['objective'] / 2:.4f}),"
+            f" {stats['empty']:,.0f} empty,"
             f" imbalance {stats['imbalance']:.2f}"
         )
         log.info(f"cluster   round {len(state.history)} of {self._rounds}: {note}, {units.duration(seconds)}")
@@ -198,9 +199,9 @@ def _quality(store: EmbeddingStore, kept: np.ndarray, centers: np.ndarray, label
 
 
 def _against_truth(classes: np.ndarray, labels: np.ndarray, field: str) -> ClusterTruth | None:
-    """Purity against the classes that the data itself names."""
+    """Purity against the classes that the data names."""
     if (classes < 0).all():
-        log.warn(f"cluster.truth_field: no kept image has {field!r}, so the clusters are compared with nothing")
+        log.warn(f"cluster.truth_field: no kept image has {field!r}, so the purity is not computed")
         return None
     return ClusterTruth(field=field, **dataclasses.asdict(purity(labels, classes)))
 

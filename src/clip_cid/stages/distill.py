@@ -71,7 +71,7 @@ def _export(
 
 
 def _finish(folder: RunFolder, out: Path) -> DistillSummary:
-    """The export is there: only now may the checkpoints go, so that no kill can lose the training."""
+    """Remove the checkpoints; only after the export is complete, so that no kill can lose the training."""
     if (out / CHECKPOINTS).exists():
         shutil.rmtree(out / CHECKPOINTS)
     shutil.rmtree(out / SOFT_CENTERS, ignore_errors=True)
@@ -80,7 +80,7 @@ def _finish(folder: RunFolder, out: Path) -> DistillSummary:
 
 
 def _provenance(recipe: Recipe, steps: int, pairs_seen: int, teacher: dict[str, Any] | None) -> dict[str, Any]:
-    """How the student came to be, for its folder."""
+    """How the student was made, for its folder."""
     packages = ("clip-cid", "torch", "open_clip_torch")
     return {
         "recipe": recipe.model_dump(mode="json", exclude={"machine"}),

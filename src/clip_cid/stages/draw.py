@@ -1,4 +1,4 @@
-"""Stage `draw`: the figures of a run, each with the CSV behind it; what has no input is left out and named."""
+"""Stage `draw`: the figures of a run, each with its CSV; a figure without input is left out and named."""
 
 from pathlib import Path
 from typing import Any

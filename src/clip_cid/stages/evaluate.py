@@ -29,7 +29,7 @@ from clip_cid.summaries import EvaluateSummary
 
 @dataclass(frozen=True)
 class _Sets:
-    """What every model is measured on, and what of it is not there."""
+    """The sets that every model is measured on, and the missing ones."""
 
     labelled: list[EvaluationSet]
     retrieval: list[PairSet]
@@ -48,7 +48,7 @@ class _Sets:
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> EvaluateSummary:
     """Measure every model on every set; writes results.jsonl, a table for each protocol and CLIP_benchmark's files.
 
-    What was measured before, in a killed attempt or in the results about to be replaced, is taken over.
+    Measurements of a killed attempt, or of the results to be replaced, are taken over.
     """
     models = _models(folder, recipe)
     sets = _open_all(recipe)
@@ -86,7 +86,7 @@ def _models(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
 
 
 def _open_all(recipe: Recipe) -> _Sets:
-    """Index and check everything before the first model runs; sets that are not there are left out and named."""
+    """Index and check all sets before the first model runs; missing ones are left out and named."""
     settings = recipe.evaluate
     sets = _Sets([], [], {})
     trained = settings.linear_probe or settings.knn
@@ -112,14 +112,15 @@ def _open_all(recipe: Recipe) -> _Sets:
 
     if not sets.labelled and not sets.retrieval:
         raise DataError(
-            f"evaluate: none of {len(sets.missing)} sets is there ({'; '.join(sets.missing.values()) or 'none is named'}).",
+            f"evaluate: none of {len(sets.missing)} sets exists"
+            f" ({'; '.join(sets.missing.values()) or 'none is named'}).",
             fix="Name sets that exist in evaluate.sets or evaluate.retrieval; builtin:digits always does.",
         )
     return sets
 
 
 class _MissingPairsError(DataError):
-    """The pairs of a retrieval set cannot be found."""
+    """The pairs of a retrieval set do not exist."""
 
 
 def _leave_out(sets: _Sets, name: str, error: DataError) -> None:
@@ -152,13 +153,13 @@ def _say_plan(models: Mapping[str, str], sets: _Sets, measurements: Sequence[Mea
     images += sum(len(pairs) for pairs in sets.retrieval)
     log.info(
         f"evaluate: {len(models)} models, {len(measurements)} measurements each on"
-        f" {len(sets.labelled) + len(sets.retrieval)} sets; {images:,} images to embed for each model, less what was"
-        " embedded before"
+        f" {len(sets.labelled) + len(sets.retrieval)} sets; {images:,} images to embed for each model, minus"
+        " those already embedded"
     )
 
 
 def _measure(encoder: Encoder, measurements: Sequence[Measurement], results: Results) -> None:
-    """Measure one model on everything; what was measured before is taken over."""
+    """Measure one model on everything; earlier measurements are taken over."""
     known = 0
     for measurement in measurements:
         key = measurement.key(encoder)
@@ -174,7 +175,7 @@ def _measure(encoder: Encoder, measurements: Sequence[Measurement], results: Res
 
 
 def _groups(task: str, recipe: Recipe) -> list[Group]:
-    """The sets whose scores may be averaged: CLIP's, the shifted ImageNets (which have nothing to train on), all others."""
+    """The sets whose scores may be averaged: CLIP's, the shifted ImageNets (test images only), all others."""
     named = list(recipe.evaluate.sets)
     others = tuple(name for name in named if find_known_set(name) is None)
     shifted = tuple(name for name in named if _is_shifted(name))

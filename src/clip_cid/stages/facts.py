@@ -1,7 +1,7 @@
-"""What each stage is: what it needs, which settings and files decide its result, and what it says of it.
+"""The facts of each stage: the stages it needs, the settings and files behind its result, its summary.
 
-Nothing here imports torch, so that `clip-cid status` and a finished run are quick. The work of a stage is in the module of
-its name beside this one.
+Nothing here imports torch, so `clip-cid status` and a finished run are quick. The work of a stage is in the
+module of its name beside this one.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Stage:
     """A step of the pipeline. Its name is its command, its module and its folder in a run."""
 
     summary: type[Summary]
-    """What it says of its results; also gives the name."""
+    """The type of its summary, which also gives the name."""
     needs: tuple[str, ...]
     """The stages whose results it reads."""
     sections: tuple[str, ...]

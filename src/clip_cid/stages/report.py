@@ -108,7 +108,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ReportSummary:
 
 
 def _pictures(folder: RunFolder, draw: Path, recipe: Recipe) -> tuple[Thumbnails, dict[str, str], str | None]:
-    """Thumbnails of what the page shows, a sample of the pairs, and why there are no pictures, if there are none."""
+    """Thumbnails of the page's images, a sample of the pairs, and the reason if there are no pictures."""
     if not recipe.report.images:
         return Thumbnails(None, side=0, budget=0), {}, "report.images is off"
     tables = [path for name in _WITH_PICTURES if (path := draw / f"{name}.csv").is_file()]
@@ -164,7 +164,7 @@ def _scores(folder: RunFolder, recipe: Recipe, tables: Path) -> _Scores | None:
 
 
 def _story(records: RunRecords, measured: _Scores | None, recipe: Recipe) -> list[story.Statement]:
-    """What a newcomer should know first; a statement without its numbers in this run is left out."""
+    """The statements at the top of the page; one without its numbers in this run is left out."""
     statements = [
         None if records.balance is None else story.removed(records.balance),
         story.flattened(records.draw.figures.get("cluster_sizes", {})),
@@ -197,7 +197,7 @@ def _seeds(recipe: Recipe) -> dict[str, int]:
 
 
 def _skipped(folder: RunFolder, recipe: Recipe, tables: Path) -> list[tuple[str, str, int]]:
-    """Stage, reason and count of the samples that were passed over."""
+    """Stage, reason and count of the skipped samples."""
     counts: Counter[tuple[str, str]] = Counter()
     for stage in (EMBED, DISTILL):
         path = folder.stage(stage) / "skipped.jsonl" if recipe.uses(stage) else None
@@ -248,5 +248,5 @@ def _commands(folder: RunFolder) -> Sequence[tuple[str, str]]:
     return (
         (f"clip-cid run {folder.path.name}-again --recipe {recipe}", "the same run in another folder"),
         (f"clip-cid verify {folder.path}", "compare every file with its digest"),
-        (f"clip-cid status {folder.path}", "what is done, and what a changed recipe would run again"),
+        (f"clip-cid status {folder.path}", "shows what is done, and what a changed recipe would run again"),
     )

@@ -1,7 +1,7 @@
-"""A training, assembled from its recipe: the pairs with what the teacher says about them, student, objective, trainer.
+"""Assemble a training from its recipe: pairs with their targets, student, objective and trainer.
 
-`read_inputs` opens what a training learns from, `assemble` builds the rest around it. `clip-cid check` tries the same
-assembly, with random inputs where a run has none yet.
+`read_inputs` opens the pairs and targets, `assemble` builds the rest around them. `clip-cid check` tries the
+same assembly, with random inputs if a run has none yet.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ SOFT_CENTERS = "soft_centers"
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a training learns from, checked and joined."""
+    """The inputs of a training, checked and joined."""
 
     pairs: TrainingPairs
     held_out: HeldOut | None
@@ -64,7 +64,7 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """All that a training consists of, checked and ready for its first step."""
+    """All parts of a training, checked and ready for its first step."""
 
     inputs: Inputs
     clip: Clip
@@ -96,7 +96,7 @@ def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, *, soft_
 
 
 def read_inputs(folder: RunFolder, recipe: Recipe, ranks: Ranks) -> Inputs:
-    """Open the pairs and join them with what the stages before the training say about each.
+    """Open the pairs and join them with the results of the stages before the training.
 
     Raises:
         DataError: The data contradict themselves or each other.
@@ -169,7 +169,7 @@ def assemble(
     ranks.agree("data or settings", key)
     ranks.agree("weights", weights_sha256(clip.model) if ranks.size > 1 else None)
 
-    # What is read on the way: batches with the teacher's soft centers, and what to measure on.
+    # The data: batches with the teacher's soft centers, and what to measure on.
     if soft_centers and centers is not None and uses_soft_centers(settings):
         with ranks.main_first():
             training = with_soft_centers(
@@ -189,7 +189,7 @@ def assemble(
 
 
 def count_steps(settings: DistillConfig, num_pairs: int) -> int:
-    """How many full batches the epochs hold together; what is left at the end of one opens the next.
+    """How many full batches the epochs hold together; the rows left at the end of one open the next.
 
     Raises:
         ConfigError: There are not enough pairs for one batch.
@@ -203,7 +203,7 @@ def count_steps(settings: DistillConfig, num_pairs: int) -> int:
 
 
 def make_student(settings: DistillConfig, teacher_dim: int | None, machine: MachineConfig) -> Clip:
-    """The student, on the CPU; as wide as the teacher where it is compared without a map."""
+    """The student, on the CPU; as wide as the teacher if it is compared without a map."""
     width = teacher_dim if settings.alignment == "native" else None
     clip = build_student(
         settings.student,
@@ -215,7 +215,7 @@ def make_student(settings: DistillConfig, teacher_dim: int | None, machine: Mach
 
     if settings.lock != "none" and settings.pretrained is None:
         raise ConfigError(
-            f"distill.lock: {settings.lock}, but nothing is loaded, so the tower would stay at random weights.",
+            f"distill.lock: {settings.lock}, but no weights are loaded, so the tower would stay random.",
             fix="Set distill.pretrained, or distill.lock: none.",
         )
 
@@ -234,7 +234,7 @@ def make_objective(
     ranks: Ranks,
     teacher_scale: float = USUAL_SCALE,
 ) -> Objective:
-    """What learns beside the student. A head that learns is spread over the ranks: its gradient then stays where it is."""
+    """The objective. A head that learns is spread over the ranks, and its gradient stays on its rank."""
     shard = None
     if centers is not None and settings.head_lr > 0 and ranks.size > 1:
         first, stop = Shard.bounds(len(centers), ranks.rank, ranks.size)
@@ -276,7 +276,7 @@ def make_batches(training: TrainingPairs, clip: Clip, recipe: Recipe, ranks: Ran
 
 
 def _validation(clip: Clip, held_out: HeldOut | None, recipe: Recipe, ranks: Ranks) -> Validation | None:
-    """What to measure on the way; sets are opened now, so that a missing one is an error before the first step."""
+    """The validation. Its sets are opened now, so that a missing one is an error before the first step."""
     settings = recipe.distill
     if not settings.validation.measures:
         return None
@@ -313,7 +313,7 @@ def _dataset(training: TrainingPairs, clip: Clip, recipe: Recipe, transform: Any
 
 
 def refuse_without_float64(device: torch.device, recipe: Recipe) -> None:
-    """Some losses are added up in float64, which Apple's devices do not have.
+    """Some losses are summed in float64, which Apple's devices do not have.
 
     Raises:
         ConfigError: The recipe has such a loss, and the device is one of these.
@@ -321,7 +321,7 @@ def refuse_without_float64(device: torch.device, recipe: Recipe) -> None:
     losses = [loss.name for loss in rows_of(recipe.distill.weights.switched_on) if loss.needs_float64]
     if device.type == "mps" and losses:
         raise ConfigError(
-            f"machine.device: mps has no float64, in which the losses {', '.join(losses)} are added up.",
+            f"machine.device: mps has no float64, which the losses {', '.join(losses)} need for their sums.",
             fix="Set machine.device: cpu, or the weights of these losses to 0 (distill.weights).",
         )
 
@@ -337,8 +337,9 @@ def _warn_of_negatives(settings: DistillConfig, labels: Int[np.ndarray, " rows"]
     quota, own = round(settings.sample_rate * num_centers), distinct_labels(labels, settings.batch_size)
     if quota <= own:
         log.info(
-            f"distill.sample_rate {settings.sample_rate:g} is {quota:,} of {num_centers:,} centers a step, but a batch of "
-            f"{settings.batch_size:,} holds {own:,.0f} of them by itself: its own centers are the only negatives"
+            f"distill.sample_rate {settings.sample_rate:g} is {quota:,} of {num_centers:,} centers a step, but"
+            f" a batch of {settings.batch_size:,} holds {own:,.0f} of them by itself: its own centers are the only"
+            " negatives"
         )
 
 

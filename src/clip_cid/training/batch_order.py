@@ -1,4 +1,4 @@
-"""The order of the training rows: a seeded permutation an epoch, cut into batches that follow each other without a gap."""
+"""The order of the training rows: a seeded permutation for each epoch, cut into batches without a gap."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""The batches of a run: which pairs, in which order, with which crop and caption - all a function of the seed.
+"""The batches of a run. The seed alone decides their pairs, order, crops and captions.
 
 Batch number `step` is the same whoever decodes it and wherever the run was interrupted: the order is a seeded
 permutation per epoch, and the crop and the caption of a pair are drawn from a hash of (seed, epoch, row).
@@ -28,7 +28,7 @@ from clip_cid.training.batch_order import Place, batch_places
 from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.unit_length import is_unit
 
-_TRIES = 100  # this many broken images in a row are not bad luck but a missing disk
+_TRIES = 100  # this many broken images in a row mean a missing disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class SoftTargets:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPairs:
-    """What to train on: rows of the pairs and, beside them, what the teacher and the clustering say about each."""
+    """The training data: rows of the pairs, and the targets of each from teacher and clustering."""
 
     pairs: Pairs
     rows: Int[np.ndarray, " rows"]
@@ -85,7 +85,7 @@ class TrainingPairs:
     soft_centers: SoftTargets | None = None
     """What the divergence needs of the teacher, where that was computed once for all."""
     left_out: dict[int, str] = dataclasses.field(default_factory=dict[int, str])
-    """Rows that are not among `rows` because they are known to be broken, and that no earlier stage has listed."""
+    """Rows left out of `rows` because they are known to be broken; no earlier stage has listed them."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,10 +102,10 @@ class TrainingPairs:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What one step sees of the rows of a rank."""
+    """The part of a batch that one rank reads in one step."""
 
     rows: Int[np.ndarray, " batch"]
-    """Rows of the pairs, for whoever has to look into a sick batch."""
+    """Rows of the pairs, to inspect a batch that failed."""
     bad: list[tuple[int, str]]
     """Rows that could not be read, with the reason; the next readable row stands in."""
     images: Float[Tensor, "batch channels height width"]
@@ -181,9 +181,9 @@ class PairDataset:
 
 
 class Batches:
-    """The batches of a run, from any step on, with what the teacher says about each pair.
+    """The batches of a run, from any step on, with the targets of each pair.
 
-    Over ranks each reads its own part of every batch: together they see the rows that one alone would.
+    Each rank reads its own part of every batch: together they read the rows that one process would.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class Batches:
         yield from self._read(self._own(places), steps - first_step)
 
     def in_order(self) -> Iterator[Batch]:
-        """This rank's part of all full batches of one pass, in the order of the rows: to measure, not to learn."""
+        """This rank's part of all full batches of one pass, in the order of the rows: for validation."""
         count = len(self.training) // self.batch_size
         places = (
             [Place(0, number * self.batch_size + place) for place in range(self.batch_size)] for number in range(count)
@@ -245,7 +245,7 @@ class Batches:
             yield self._complete(items)
 
     def _complete(self, items: Items) -> Batch:
-        """Add what the teacher and the clustering say about each pair."""
+        """Add the targets of each pair from teacher and clustering."""
         training, index = self.training, items.indices.numpy()
         batch = Batch(training.rows[index], items.bad, items.images, items.texts)
         if training.labels is not None:
@@ -284,7 +284,7 @@ def _seeds(seed: int, epoch: int, row: int) -> tuple[int, int]:
 def unit_teacher_rows(
     vectors: Float[np.ndarray, "batch dim"], rows: Int[np.ndarray, " batch"], what: str
 ) -> Float[Tensor, "batch dim"]:
-    """Stored float16 rows as float32 of length 1; a length too far from 1 is not rounding but a wrong vector."""
+    """Stored float16 rows as float32 of length 1; a length too far from 1 means a wrong vector."""
     single = vectors.astype(np.float32)
     norms = np.linalg.norm(single, axis=1, keepdims=True)
     wrong = np.flatnonzero(~is_unit(norms[:, 0]))

@@ -1,7 +1,7 @@
-"""The files of checkpoints: each is whole or not there, and damage is noticed before anything is loaded.
+"""The files of checkpoints: each is whole or absent, and damage is detected before anything is loaded.
 
-What a step draws at random (order, crops, captions, negatives, dropout) is a function of the seed and the step's
-number, so a checkpoint holds no generator's state and none can be forgotten.
+The random draws of a step (order, crops, captions, negatives, dropout) are a function of the seed and the
+step's number, so a checkpoint needs no state of a random generator.
 """
 
 import zipfile
@@ -90,7 +90,7 @@ def _newest_first(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _damage(path: Path) -> str:
-    """What is wrong with the bytes of a checkpoint; empty when nothing is. PyTorch itself does not compare checksums."""
+    """The damage in the bytes of a checkpoint; empty if there is none. PyTorch does not compare checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             member = archive.testzip()

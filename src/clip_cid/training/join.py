@@ -1,4 +1,4 @@
-"""The pairs of a run, joined by key with what its earlier stages say about each; checked before any step."""
+"""Join the pairs of a run by key with the results of its earlier stages, and check them before any step."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -25,7 +25,7 @@ def plain_pairs(pairs: Pairs) -> TrainingPairs:
 
 
 def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: EmbeddingStore) -> TrainingPairs:
-    """The kept pairs, joined by key with what the teacher and the clustering say about them; checked before any step.
+    """The kept pairs, joined by key with their targets from teacher and clustering; checked before any step.
 
     Raises:
         DataError: The pairs, the embeddings, the kept rows and the labels do not belong together, or a loss needs the
@@ -45,10 +45,11 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
     rows = np.flatnonzero(places >= 0)
     if len(rows) < len(kept):
         log.warn(
-            f"{len(kept) - len(rows):,} of {len(kept):,} kept images are not among the pairs; trained without them"
+            f"{len(kept) - len(rows):,} of {len(kept):,} kept images are not among the pairs; the training"
+            " leaves them out"
         )
 
-    # What the clustering and the teacher say about each, as far as a loss reads it.
+    # The targets from clustering and teacher, as far as a loss reads them.
     labels = read_labels(folder, len(kept))[places[rows]] if recipe.uses_clusters else None
     if not (recipe.uses_teacher_images or texts or recipe.distill.head_perplexity):
         return TrainingPairs(pairs, rows, labels=labels)
@@ -115,7 +116,7 @@ def _compare_captions(
         try:
             ours = pairs.read(int(rows[index])).captions
         except BadSample:
-            continue  # met again in training, where it is counted
+            continue  # the training reads it again, and counts it
         embedded = store.captions(int(store_rows[index]))[: int(store.num_captions[store_rows[index]])]
         theirs = tuple(caption.strip() for caption in embedded)
         if ours[: len(theirs)] != theirs:

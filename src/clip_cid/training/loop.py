@@ -1,4 +1,4 @@
-"""The training loop: steps, lines of metrics, measurements and checkpoints, from wherever an earlier attempt stopped."""
+"""The training loop: steps, metrics, validation and checkpoints; it resumes where an attempt stopped."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ from clip_cid.training.stopwatch import Stopwatch
 from clip_cid.training.validation import Best, Validation
 
 CHECKPOINTS = "checkpoints"
-_SLOW_DATA = 0.1  # of the time: a larger share spent waiting for data is said once
+_SLOW_DATA = 0.1  # of the time: a larger share spent waiting for data is logged once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Trainer:
         return self.progress.step
 
     def run(self) -> dict[str, Any]:
-        """Train to the end; returns the numbers people will ask about.
+        """Train to the end; returns the summary's numbers.
 
         Raises:
             RunError: Too many steps in succession are not finite, ranks differ, or the process was asked to end
@@ -106,14 +106,14 @@ class Trainer:
         return self._summary()
 
     def rehearse(self, batch: Batch) -> Generator[Measured]:
-        """The first step again and again, on one batch: what a step costs, in a training that is then thrown away."""
+        """Repeat the first step on one batch, to measure its cost; this training is then discarded."""
         self._resume()
         self.learner.joint.train()
         while True:
             yield self._train_step(batch.to(self.ranks.device))
 
     def student_state(self) -> dict[str, Tensor]:
-        """The weights to leave, on the CPU: the EMA or the best where the recipe says so."""
+        """The final weights, on the CPU: the EMA's or the best, if the recipe says so."""
         if self.settings.validation.keep == "best":
             return checkpoint.load_best(self.out / CHECKPOINTS, key=self.plan.key)["student"]
         with self._with_ema():
@@ -148,7 +148,7 @@ class Trainer:
         return measured
 
     def _skip(self, measured: Measured, batch: Batch) -> None:
-        """The weights stay; what is needed to look into the step and to do it again is kept.
+        """Keep the weights, and save what is needed to inspect the step and to repeat it.
 
         Raises:
             RunError: It has happened too often in succession.
@@ -167,8 +167,8 @@ class Trainer:
                 f"the {what} is {measured.grad_norm if what == 'gradient' else measured.loss} ("
                 + ", ".join(f"{name} {part}" for name, part in measured.parts.items())
                 + f"; learning rate {measured.lr:.3g}).",
-                fix=f"The same command does the first of them again; its batch is in {self._first_skipped}. "
-                "Lower distill.lr, lengthen the warm-up, or mend the data.",
+                fix=f"The same command repeats the first of them; its batch is in {self._first_skipped}. "
+                "Lower distill.lr, lengthen the warm-up, or repair the data.",
             )
 
     def _write_sick_step(self, measured: Measured, batch: Batch) -> Path:
@@ -209,15 +209,15 @@ class Trainer:
 
         if self.watch.is_slow(_SLOW_DATA):
             log.warn(
-                f"distill   {units.percent(self.watch.wait_share, 0)} of the time goes into waiting for pairs to be read"
-                f" and decoded; raise machine.workers (now {self.machine.workers}), or store smaller images"
+                f"distill   {units.percent(self.watch.wait_share, 0)} of the time is spent waiting for pairs to be"
+                f" read and decoded; raise machine.workers (now {self.machine.workers}), or store smaller images"
             )
 
     def _position(self) -> dict[str, int]:
         return {"step": self.step, "pairs_seen": self.step * self.batches.batch_size}
 
     def _watch_for_collapse(self, measured: Measured) -> None:
-        """Say once, and in the line of the step, that the training looks like a collapse; it continues."""
+        """Warn once, and in the line of the step, that the training looks like a collapse; it continues."""
         line = self.progress.last_line
         signs = {name: line.get(name) for name in ("mean_image_norm", "own_center", "head_drift", "centers")}
         message = self.alarm.update(self.step, cluster_kl=measured.parts.get("cluster_kl"), **signs)
@@ -284,7 +284,7 @@ class Trainer:
         return True
 
     def _with_ema(self) -> contextlib.AbstractContextManager[None]:
-        """The student has the weights to leave, for as long as the block lasts."""
+        """The student has the final weights for as long as the block lasts."""
         return self.learner.ema.in_place() if self.learner.ema is not None else contextlib.nullcontext()
 
     # Checkpoints
@@ -305,7 +305,7 @@ class Trainer:
         return parts if self.records is None else {**parts, "metrics": self.records}
 
     def _save_if_due(self, stop: int) -> int:
-        """All ranks save together: at the end, when the main process finds it is time, and when any is asked to end.
+        """All ranks save together: at the end, when the main process says so, and when any rank must stop.
 
         Args:
             stop: The signal that asks this rank to end; 0 for none.
@@ -332,7 +332,7 @@ class Trainer:
         self.watch.saved()
 
     def _resume(self) -> None:
-        """Load the newest whole checkpoint, or start; the files of lines are cut to where it saw them."""
+        """Load the newest whole checkpoint, or start; files of lines are cut to their size at the checkpoint."""
         with self.ranks.main_first():
             state = checkpoint.load_newest(self.out / CHECKPOINTS, key=self.plan.key)
             step = 0 if state is None else state["step"]

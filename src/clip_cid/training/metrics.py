@@ -1,4 +1,4 @@
-"""The numbers of a step: for the lines of metrics.jsonl, and for the account of a step that is not finite."""
+"""The numbers of a step: for metrics.jsonl, and for the report of a step that is not finite."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from clip_cid.training.step import Learner, Measured
 
 
 def step_numbers(measured: Measured, learner: Learner) -> dict[str, float | None]:
-    """Loss, gradient and learning rate of a step, every loss by name, so that a sick one shows."""
+    """Loss, gradient and learning rate of a step; every loss by name, so that one that fails shows."""
     return {
         "loss": finite(measured.loss),
         **{f"loss/{name}": finite(part) for name, part in measured.parts.items()},
@@ -24,7 +24,7 @@ def step_numbers(measured: Measured, learner: Learner) -> dict[str, float | None
 
 
 def sick_step(measured: Measured, learner: Learner, *, step: int, rows: list[int], pairs: Pairs) -> dict[str, Any]:
-    """What is needed to look into a step that is not finite, and to do it again.
+    """The data to inspect a step that is not finite, and to repeat it.
 
     Args:
         measured: The step in numbers.

@@ -1,4 +1,4 @@
-"""Everything that learns, in one module, and the exact gradient of a batch that does not fit it at once."""
+"""All trained parameters in one module, and the exact gradient of a batch in micro-batches."""
 
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ Outputs = dict[str, Tensor]
 
 
 class Distillation(nn.Module):
-    """Everything that learns, in one module: the student and what the objective adds to it.
+    """All trained parameters in one module: the student, and what the objective adds to it.
 
     Its outputs are all that the losses need, the learned scales included. So the gradient of everything in it, except
     the cluster head, follows from the gradient of its outputs.
@@ -67,7 +67,7 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def clamp_scales(self) -> None:
-        """Keep the student's factor between 1 and 100, as CLIP does; the objective looks after its own."""
+        """Keep the student's factor between 1 and 100, as CLIP does; the objective clamps its own."""
         self.student.logit_scale.clamp_(0, math.log(LARGEST_SCALE))
         self.objective.clamp_scale()
 
@@ -158,7 +158,7 @@ def _backward(part: Outputs, leaves: Mapping[str, Tensor], rows: slice, *, with_
 
 
 def _without_exchange(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Gradients add up on each rank for as long as the block lasts."""
+    """Gradients stay on each rank, and add up there, for as long as the block lasts."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 

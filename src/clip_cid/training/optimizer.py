@@ -1,4 +1,4 @@
-"""The optimizers: parameter groups, AdamW, Adam by rows for the cluster head, schedules and the clipping of gradients."""
+"""The optimizers: parameter groups, AdamW, row-wise Adam for the cluster head, schedules, gradient clipping."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -94,12 +94,13 @@ def make_optimizers(
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam for a table of which each step touches a few rows: the other rows and their moments are neither read nor moved.
+    """Adam for a table where a step uses few rows: it neither reads nor moves the others and their moments.
 
     It takes sparse gradients (PartialFC's cluster head; `sampled_centers` in docs/method.md).
 
-    A row's moments decay when it takes part, and its bias correction counts its own steps: with the table's count, as in
-    `torch.optim.SparseAdam`, a row first met late would take steps of 0.7 to 3.2 times the learning rate.
+    A row's moments decay when it takes part, and its bias correction counts its own steps: with the
+    table's count, as in `torch.optim.SparseAdam`, a row first met late would take steps of 0.7 to
+    3.2 times the learning rate.
 
     Args:
         params: Tables (rows, dim) whose gradients are sparse in the rows, or groups of them.
@@ -184,7 +185,7 @@ def clip_gradients(parameters: Sequence[tuple[nn.Parameter, bool]], max_norm: fl
 
 
 def scheduled(points: Sequence[tuple[float, float]], share: float) -> float:
-    """The factor at a share of the run: straight between the points, level beyond the first and the last; 1 without any."""
+    """The factor at a share of the run: linear between the points, constant outside them; 1 without points."""
     if not points:
         return 1.0
     shares, factors = zip(*points, strict=True)

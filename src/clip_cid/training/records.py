@@ -1,4 +1,4 @@
-"""The records of a training: metrics.jsonl, with TensorBoard and other listeners behind it, and the pairs that cannot be read."""
+"""The records of a training: metrics.jsonl with its listeners (TensorBoard, callbacks), and unreadable pairs."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -46,7 +46,8 @@ class Records:
 class BadPairs:
     """skipped.jsonl, the pairs that cannot be read: each is listed once, and too many end the training.
 
-    Each rank remembers those it has met. The list is written with every checkpoint, by the main process for all ranks.
+    Each rank remembers those that it could not read. The main process writes the list for all ranks with
+    every checkpoint.
 
     Args:
         training: The pairs to train on.
@@ -73,7 +74,7 @@ class BadPairs:
             self._write()
             raise DataError(
                 f"{len(self):,} of {total:,} pairs cannot be read; {self._journal.path} lists them.",
-                fix=f"Mend or remove them, or raise pairs.max_bad_share (now {self._max_share:g}).",
+                fix=f"Repair or remove them, or raise pairs.max_bad_share (now {self._max_share:g}).",
             )
 
     def gather(self, ranks: Ranks) -> None:

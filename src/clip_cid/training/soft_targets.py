@@ -1,4 +1,4 @@
-"""What is computed of the teacher once, before the first step: sigma, its perplexity, its own scale, its soft centers."""
+"""Computed from the teacher once, before the first step: sigma, perplexity, logit scale and soft centers."""
 
 import dataclasses
 from pathlib import Path
@@ -76,7 +76,7 @@ def measure_sharpness(
 
 
 def teacher_scale(settings: DistillConfig, teacher: dict[str, Any] | None) -> float:
-    """The teacher's factor from cosines to logits: as set, as stored with its embeddings, or what CLIP models end with.
+    """The teacher's factor from cosines to logits: as set, as stored with its embeddings, or the usual one.
 
     Args:
         settings: Of the training.
@@ -86,12 +86,12 @@ def teacher_scale(settings: DistillConfig, teacher: dict[str, Any] | None) -> fl
         return settings.teacher_scale or USUAL_SCALE
     if "logit_scale" in teacher:
         return float(teacher["logit_scale"])
-    log.info(f"distill   the teacher's logit scale is not stored with these embeddings; {USUAL_SCALE:g} is taken")
+    log.info(f"distill   the teacher's logit scale is not stored with these embeddings; using {USUAL_SCALE:g}")
     return USUAL_SCALE
 
 
 def uses_soft_centers(settings: DistillConfig) -> bool:
-    """Whether all that `L_kl` needs of the teacher can be computed once: all centers take part, and none moves."""
+    """Whether the teacher's side of `L_kl` can be computed once: all centers take part, and none learns."""
     return settings.weights.cluster_kl > 0 and settings.head_lr == 0 and settings.sample_rate == 1
 
 
@@ -134,8 +134,8 @@ def soft_targets(
 ) -> SoftTargets:
     """Mu and H of the teacher for each training row; `soft_centre` in docs/method.md.
 
-    They are float32: in float16 the divergence would be wrong by more than a well-taught student's. A killed attempt
-    is resumed, block by block, if it had the same `key`.
+    They are float32: in float16 the error would exceed the divergence of a well-trained student. A killed
+    attempt is resumed, block by block, if it had the same `key`.
 
     Args:
         folder: Where `mean.npy` (rows, dim), `entropy.npy` (rows,) and `done.json` are or will be.

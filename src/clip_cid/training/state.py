@@ -1,7 +1,7 @@
-"""Everything needed to resume exactly: after a kill at any instant the run ends with the weights it would have had.
+"""The state to resume a training exactly: after a kill at any instant the final weights are the same.
 
-The state of a training is a list of parts. Each part saves and loads itself, and saving and resuming both go through the
-same list, so that no part can be forgotten in one of them.
+The state is a list of parts. Each part saves and loads itself, and saving and resuming use the same list, so
+no part can be missing in one of them.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ class Progress:
 
 
 def learner_parts(learner: Learner, head_rows: HeadRows) -> dict[str, Part]:
-    """What of a learner a checkpoint holds, by name."""
+    """The parts of a learner that a checkpoint holds, by name."""
     parts: dict[str, Part] = {"model": Weights(learner.model, head_rows), "scaler": learner.scaler}
     for number, optimizer in enumerate(learner.optimizers):
         parts[f"optimizer {number}"] = Moments(optimizer, head_rows)

@@ -1,4 +1,4 @@
-"""One step: the losses of a batch by name, the gradient of their weighted sum, and the move of the optimizers."""
+"""One step: the losses of a batch by name, the gradient of their weighted sum, and the optimizers' update."""
 
 import dataclasses
 import math
@@ -41,12 +41,12 @@ class Measured:
 
     @property
     def sick_part(self) -> str:
-        """What is not finite, of a step that is not: its loss, or its gradient alone."""
+        """The part of the step that is not finite: its loss, or its gradient alone."""
         return "gradient" if math.isfinite(self.loss) else "loss"
 
 
 class Learner:
-    """Everything that a step moves: the model, its optimizers, the scaler of float16 and the EMA of the weights.
+    """Everything that a step updates: the model, its optimizers, the scaler of float16 and the EMA.
 
     Args:
         model: What learns.
@@ -114,7 +114,7 @@ class Learner:
         return measured
 
     def update(self) -> None:
-        """Move everything that learns by the gradient."""
+        """Update all trained parameters by the gradient."""
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.model.clamp_scales()
@@ -122,7 +122,7 @@ class Learner:
             self.ema.update()
 
     def is_overflow(self, measured: Measured) -> bool:
-        """Whether a step that is not finite is but one that float16 scaled too far, as happens now and then."""
+        """Whether a step is not finite only because float16 scaled it too far, which is normal at times."""
         return math.isfinite(measured.loss) and self.scaler.get_scale() > 1
 
     def rescale(self, *, finite: bool) -> None:

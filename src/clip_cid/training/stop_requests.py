@@ -1,4 +1,4 @@
-"""Ctrl-C and the polite kill of a scheduler: the step under way is finished and saved first."""
+"""Ctrl-C and a scheduler's SIGTERM: the current step is finished and saved first."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from clip_cid.errors import RunError
 
 
 class StopRequest:
-    """Whether Ctrl-C or a polite kill has come; the step under way is finished and saved before it is obeyed."""
+    """Whether SIGINT or SIGTERM has come; the current step is finished and saved before the stop."""
 
     def __init__(self) -> None:
         self.number = 0

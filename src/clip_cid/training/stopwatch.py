@@ -6,11 +6,11 @@ from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 _Batch = TypeVar("_Batch")
-_SETTLED = 60.0  # seconds: workers that start, and files that are read for the first time, are no verdict
+_SETTLED = 60.0  # seconds at the start are not judged: workers start, and files are read for the first time
 
 
 class Stopwatch:
-    """Time of the training and how much of it was spent waiting for data: over all attempts, and since the last line."""
+    """Time of the training and the part spent waiting for data: over all attempts, and since the last line."""
 
     def __init__(self) -> None:
         self._before, self.waited = 0.0, 0.0
@@ -51,7 +51,7 @@ class Stopwatch:
             self._began += time.monotonic() - began
 
     def is_slow(self, share: float) -> bool:
-        """Whether more than this share of the time was spent waiting; true once at most, and not of the first minute."""
+        """Whether more than this share of the time was spent waiting; true once at most, after a minute."""
         if self._warned or self.seconds < _SETTLED or self.wait_share <= share:
             return False
         self._warned = True

@@ -1,4 +1,4 @@
-"""What is measured while the student learns: losses and retrieval on pairs it has not seen, and zero-shot scores."""
+"""Validation while the student learns: losses and retrieval on held-out pairs, and zero-shot scores."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ _ROWS = 256  # images or prompts in the student at once, where no loss needs mor
 
 
 class HeldOut(NamedTuple):
-    """The pairs that are not learned from, as whole batches of equal size."""
+    """The held-out pairs, as whole batches of equal size."""
 
     pairs: TrainingPairs
     batch_size: int
@@ -37,8 +37,8 @@ class HeldOut(NamedTuple):
 def hold_out(training: TrainingPairs, share: float, *, batch_size: int, ranks: int) -> tuple[TrainingPairs, HeldOut]:
     """The pairs to train on, and those held out.
 
-    Whether a pair is held out depends on its row alone: runs on the same pairs never train on what another measures,
-    whatever each has balanced away and however many ranks it has. So the share is met on average, not exactly.
+    The row alone decides whether a pair is held out: no run on the same pairs trains on the held-out pairs of
+    another, whatever its balance and its number of ranks. So the share is met on average, not exactly.
 
     Args:
         training: All of them.
@@ -65,7 +65,7 @@ def hold_out(training: TrainingPairs, share: float, *, batch_size: int, ranks: i
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """What to measure; every rank does its part of it."""
+    """The validation of a training; every rank does its part."""
 
     clip: Clip
     batches: Batches | None
@@ -163,7 +163,7 @@ class Validation:
                 pixels.append(self.clip.preprocess(source.load(row)))
                 rows.append(row)
             except BadSample:
-                continue  # counted and named by the evaluation proper
+                continue  # the evaluate stage counts and names them
         size: Any = self.clip.preprocess_cfg["size"]
         height, width = (size, size) if isinstance(size, int) else size
         return rows, pixels or [torch.zeros(3, height, width)]

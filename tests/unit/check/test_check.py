@@ -279,7 +279,7 @@ def test_chance_of_a_sample_of_centers():
         ({"distill": {"batch_size": COUNT + 1}}, ConfigError, "batch_size: 41, but there are 40 pairs"),
         ({"distill": {"warmup_steps": 15}}, ConfigError, "warmup_steps: 15, but the whole run has 15 steps"),
         ({"distill": {"student": "ViT-B-23"}}, ConfigError, "No model is named"),
-        ({"distill": {"lock": "image"}}, ConfigError, "nothing is loaded"),
+        ({"distill": {"lock": "image"}}, ConfigError, "no weights are loaded"),
         ({"distill": {"validation": {"share": 0.01}}}, DataError, "too few to measure"),
         ({"distill": {"validation": {"sets": {"a": "nowhere"}, "metric": "zero_shot"}}}, DataError, "nowhere"),
         ({"machine": {"callbacks": ["no.such:thing"]}}, ConfigError, "cannot be imported"),

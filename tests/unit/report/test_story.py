@@ -63,7 +63,7 @@ def test_a_gain_whose_interval_leaves_0_out_is_told_as_one() -> None:
 @pytest.mark.parametrize(("low", "high"), [(-0.01, 0.125), (0.0, 0.1), (-0.1, 0.0)])
 def test_an_interval_that_holds_0_is_no_gain(low: float, high: float) -> None:
     text = sentences_of(0.105, low, high)
-    assert "The interval contains 0: these images cannot tell the student from the baseline." in text
+    assert "The interval contains 0: these images do not separate the student from the baseline." in text
     assert "ahead" not in text
 
 
@@ -119,7 +119,7 @@ def test_what_was_removed_is_told_with_what_is_known_of_it() -> None:
     assert whole is not None
     text = whole.text.replace("\xa0", " ")
     assert "30 of 120 images" in text
-    assert "50.0 % of the image pairs that share a set belong together, and 25.0 % of all true pairs were found" in text
+    assert "50.0 % of the image pairs in one set belong together, and 25.0 % of all true pairs were found" in text
     assert "62.5 % repeat the pixels (perceptual), 37.5 % only what is shown (semantic)" in text
     elsewhere = story.removed(replace(BALANCE, from_="kept.npy"))
     assert elsewhere is not None

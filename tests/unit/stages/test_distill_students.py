@@ -105,7 +105,7 @@ def test_a_training_starts_from_the_weights_it_is_given(finished: Case, how: str
 
 
 def test_a_lock_needs_weights(case: Case):
-    with pytest.raises(ConfigError, match="lock: image, but nothing is loaded, so the tower would stay at random"):
+    with pytest.raises(ConfigError, match="lock: image, but no weights are loaded, so the tower would stay random"):
         prepared(case, lock="image")
 
 

@@ -185,7 +185,7 @@ def test_a_convolutional_student_has_no_patches_to_look_at(
     left_out = redrawn(full.folder, full.recipe, tmp_path / "out").summary["left_out"]
     assert set(left_out) == {"patch_pca", "activation_maps"}
     assert all(
-        "the student has no patches to look at: its image tower is a ModifiedResNet" in w for w in left_out.values()
+        "the student's patches are not available: its image tower is a ModifiedResNet" in w for w in left_out.values()
     )
 
 

@@ -518,7 +518,7 @@ def test_without_a_baseline_nothing_is_said_of_a_gain(tmp_path: Path) -> None:
     page = read(write(folder, recipe)[0])
     assert "removed as duplicates" in page.text
     assert "student against" not in page.text
-    assert "gain: there is no model but the teacher" in page.text
+    assert "gain: the only model to compare the student with is the teacher" in page.text
 
 
 @pytest.mark.slow

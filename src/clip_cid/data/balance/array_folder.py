@@ -1,4 +1,4 @@
-"""A folder of arrays that outlives the process: made, written and read one file an array."""
+"""A folder of arrays, one file an array, that stays after the process ends."""
 
 import os
 import shutil
@@ -27,14 +27,14 @@ class ArrayFolder:
 
     @property
     def window_bytes(self) -> int:
-        """How much of an array may be copied into memory at a time."""
+        """How many bytes of an array may be copied into memory at a time."""
         return int(min(_WINDOW_SHARE * tasks.available_memory(), _LARGEST_WINDOW))
 
     def new(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         """An array to be filled that lies on the disk: pages of it that are not in use take no memory.
 
         Raises:
-            OSError: There is no room for it. Found out later, a write to the map would kill the process.
+            OSError: There is no room for it. Without this check a write to the map would kill the process.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         path = self._file(name)
@@ -49,7 +49,7 @@ class ArrayFolder:
         return values
 
     def save_all(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-        """Write each array, then the facts, without which a folder was not finished; drop every other array.
+        """Write each array, then the facts, which mark the folder as finished; drop every other array.
 
         An array that `new` made under its name is in its place already.
         """

@@ -1,6 +1,6 @@
 """The minimum spanning forest of a balance as a Parquet file: one link a line, nearest first.
 
-Beside it lie the digests of the rows, so that a later balance can take over what the forest says of rows it recognizes.
+Beside it lie the digests of the rows. A later balance recognizes rows by them, and takes over their links.
 """
 
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Perceptual or semantic: whether a removed image shows nearly the pixels of the kept one, or only means the same.
 
-The paper tells the two apart (Fig. 2a, 2b); a difference hash of both pictures does, for a random sample of the removed.
+The paper distinguishes the two (Fig. 2a, 2b). Here a difference hash of both pictures decides, for a random
+sample of the removed images.
 """
 
 import functools
@@ -24,10 +25,12 @@ KINDS = ("", "perceptual", "semantic", "unknown")
 """Not drawn; pixels nearly equal; pixels differ; one of the two pictures cannot be read."""
 
 NEAR_BITS = 6
-"""At most this many of the 64 bits differ between nearly equal pictures. Among the sample's known pairs that is so for
-97.1 % of the pictures saved again, 2.9 % of the scenes drawn again and 0.01 % of different scenes. Of photographs it is so
-for 97 % or more when saved at JPEG quality 30, halved in size, or cut by up to 2 % at each side, for 70 % when cut by up to
-5 %, and for none of 180,000 pairs of different ones; a mirrored picture counts as a different one."""
+"""At most this many of the 64 bits differ between nearly equal pictures.
+
+Among the sample's known pairs that holds for 97.1 % of the pictures saved again, 2.9 % of the scenes drawn
+again and 0.01 % of different scenes. Among photographs it holds for 97 % or more of those saved at JPEG
+quality 30, halved in size, or cut by up to 2 % at each side; for 70 % of those cut by up to 5 %; and for
+none of 180,000 pairs of different ones. A mirrored picture counts as different."""
 
 _ROWS, _COLUMNS = 8, 9
 _STEP = 1  # of 255: compression moves an even area by as much, and would set its bits at random
@@ -100,7 +103,7 @@ def classify(
                 on_progress(1)
     except (NoPicturesError, DataError) as error:
         reason = str(error).splitlines()[0]
-        log.info(f"balance   perceptual and semantic duplicates are not told apart: {reason}")
+        log.info(f"balance   perceptual and semantic duplicates are not distinguished: {reason}")
         return None
 
     return Kinds(number)

@@ -1,4 +1,4 @@
-"""What balance did, for people: `sets.parquet`, one line a set, and `members.parquet`, one line an image of these sets."""
+"""Readable tables of a balance: `sets.parquet`, a line a set; `members.parquet`, a line an image of a set."""
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property

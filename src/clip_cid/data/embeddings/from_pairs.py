@@ -207,7 +207,7 @@ def _half(embeddings: Tensor) -> np.ndarray:
 
 
 def _check_known_bad(pairs: Pairs, todo: Sequence[Shard], writer: StoreWriter, settings: PairsConfig) -> None:
-    """Stop before any work where the index alone shows that too many of the remaining pairs are bad."""
+    """Stop before any work if the index alone shows that too many of the remaining pairs are bad."""
     first = todo[0].first_row if todo else len(pairs)
     ahead: list[dict[str, Any]] = []
     for row, reason in sorted(pairs.known_bad.items()):
@@ -218,7 +218,7 @@ def _check_known_bad(pairs: Pairs, todo: Sequence[Shard], writer: StoreWriter, s
 
 
 def _check_bad_share(writer: StoreWriter, unfinished: list[dict[str, Any]], total: int, settings: PairsConfig) -> None:
-    """Stop as soon as more pairs are bad than may be, whatever the rest is."""
+    """Stop as soon as more pairs are bad than are allowed, whatever the rest holds."""
     share = settings.max_bad_share
     if len(writer.skipped) + len(unfinished) <= share * total:
         return

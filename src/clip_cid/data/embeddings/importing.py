@@ -1,6 +1,7 @@
-"""Taking over embeddings made elsewhere: a manifest is written here; arrays that can be read in place stay there.
+"""Take over embeddings made elsewhere: write a manifest here; arrays that can be read in place stay there.
 
-What cannot be read in place (members of a .npz, float64) or is to be scaled is converted once, shard by shard.
+Arrays that cannot be read in place (members of a .npz, float64) or are to be scaled are converted once,
+shard by shard.
 """
 
 import dataclasses
@@ -190,7 +191,8 @@ def _scaled(block: Float[np.ndarray, "rows dim"], where: str, first_row: int) ->
     if len(undirected):
         what = "is all zeros" if peaks[undirected[0]] == 0 else "is not finite"
         raise DataError(
-            f"{where}: row {first_row + int(undirected[0]):,} {what} ({len(undirected):,} such rows among {len(block):,}).",
+            f"{where}: row {first_row + int(undirected[0]):,} {what} ({len(undirected):,} such rows among"
+            f" {len(block):,}).",
             fix="Leave such rows out where the embeddings come from; they have no direction to compare.",
         )
     wide /= peaks[:, None]  # so that no square overflows

@@ -1,4 +1,4 @@
-"""The layouts of embeddings made elsewhere. Only headers are read to tell them apart, and nothing is unpickled.
+"""The layouts of embeddings made elsewhere. Headers alone tell which one it is; nothing is unpickled.
 
 X/img_emb/img_emb_0.npy ...        clip-retrieval, with or without text_emb/ and metadata/
 X/0a1b.npz ...                     DataComp: arrays such as l14_img and l14_txt, with or without 0a1b.parquet
@@ -23,8 +23,9 @@ from clip_cid.data.embeddings.files import FOLDERS, array_header, read_array_hea
 from clip_cid.errors import DataError
 
 FIX = (
-    "Give a store of ours; a clip-retrieval folder (img_emb/img_emb_*.npy, and if there are any text_emb/text_emb_*.npy "
-    "and metadata/metadata_*.parquet with equal numbers); a folder of DataComp's .npz or of .npy files; or one such file."
+    "Give a store of ours; a clip-retrieval folder (img_emb/img_emb_*.npy, optionally text_emb/text_emb_*.npy"
+    " and metadata/metadata_*.parquet with equal numbers); a folder of DataComp's .npz or of .npy files; or one"
+    " such file."
 )
 _AGAIN = (
     "Fetch or write this file again: rows of float16, float32 or float64, one after the other (np.ascontiguousarray)."
@@ -190,7 +191,8 @@ def _chosen_members(path: Path) -> tuple[str, str | None]:
     if not models:
         raise DataError(
             f"{path}: no array named like l14_img among {', '.join(members) or 'none'}.",
-            fix="Name the image embeddings <model>_img (and the texts' <model>_txt), or keep one array alone in the file.",
+            fix="Name the image embeddings <model>_img (and the texts' <model>_txt), or keep one array alone in"
+            " the file.",
         )
 
     model = _PREFERRED if _PREFERRED in models else models[0]

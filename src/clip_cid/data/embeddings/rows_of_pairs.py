@@ -39,7 +39,8 @@ def join(
         raise DataError(
             f"{store.path}: {absent:,} of {len(rows):,} pairs have no embedding here, such as {missing!r}; "
             f"the store's keys look like {sample!r}.",
-            fix="Give the pairs the embeddings were made from (keys must be equal), or run the embed stage on these pairs.",
+            fix="Give the pairs the embeddings were made from (keys must be equal), or run the embed stage on"
+            " these pairs.",
         )
 
     _, first = np.unique(rows, return_index=True)

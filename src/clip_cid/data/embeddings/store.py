@@ -91,8 +91,8 @@ class EmbeddingStore:
             raise DataError(
                 f"{self.path}: this store has image embeddings only; the instance loss needs the captions' too "
                 "(balance, cluster and the cluster losses do not).",
-                fix="Set distill.weights.instance: 0, or take over embeddings that have their text_emb, or let the embed "
-                "stage compute both.",
+                fix="Set distill.weights.instance: 0, or take over embeddings that have their text_emb, or let"
+                " the embed stage compute both.",
             )
         return self._texts
 

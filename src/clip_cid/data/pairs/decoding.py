@@ -70,8 +70,8 @@ def decoded_batches(
             fix=f"Memory or /dev/shm ran out: lower machine.workers (0 decodes in this process) or {smaller_batch}.",
         ) from error
     finally:
-        # Left to itself, torch ends the workers when the iterator is freed. The traceback of a kept exception delays that
-        # to the exit of Python, which sends SIGTERM and waits; these workers ignore SIGTERM.
+        # By default torch ends the workers when the iterator is freed. The traceback of a kept exception delays
+        # that to the exit of Python, which sends SIGTERM and waits; these workers ignore SIGTERM.
         if workers:
             decoded._shutdown_workers()
 

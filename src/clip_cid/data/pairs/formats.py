@@ -13,7 +13,7 @@ URL_FORMAT = Tars()
 """What a URL holds, whatever its name; it is fetched before it is scanned."""
 
 FORMATS: tuple[PairFormat, ...] = (Folders(), URL_FORMAT, Tables())
-"""In the order in which they are asked whether they own a path."""
+"""The first format here that owns a path is the format of that path."""
 
 
 def format_of(path: Path, name: str, settings: PairsConfig) -> PairFormat:

@@ -132,8 +132,10 @@ def open_pairs(settings: PairsConfig, *, index: Path | None = None, cache_dir: P
     if len(known_bad) == len(rows):
         row, reason = next(iter(known_bad.items()))
         raise DataError(
-            f"{', '.join(settings.source)}: none of the {len(rows):,} samples can be used; the first, {rows.key(row)!r}: {reason}.",
-            fix="An image and its caption share their name up to the extension; in a tar they follow each other (tar --sort=name).",
+            f"{', '.join(settings.source)}: none of the {len(rows):,} samples can be used; the first,"
+            f" {rows.key(row)!r}: {reason}.",
+            fix="An image and its caption share their name up to the extension; in a tar they follow each other"
+            " (tar --sort=name).",
         )
     return Pairs(settings, rows, known_bad)
 

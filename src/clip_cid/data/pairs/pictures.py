@@ -20,9 +20,9 @@ class NoPicturesError(Exception):
 
 
 class Pictures:
-    """The images of some rows of an embedding store, found in the pairs.
+    """The images of some rows of an embedding store, read from the pairs.
 
-    Where the store was made from these pairs a row is a row; where it was made elsewhere the key decides.
+    If the store was made from these pairs, its row numbers are theirs. Otherwise pairs are matched by key.
     """
 
     def __init__(self, pairs: Pairs, wanted: Mapping[str, int], *, max_pixels: int) -> None:

@@ -17,7 +17,7 @@ _UNREADABLE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EL
 
 
 def key_hash(key: str) -> int:
-    """64 bits of a key, the same in every process, so that equal keys are found without holding the keys."""
+    """A hash of a key in 64 bits, the same in every process, to find equal keys without holding them."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 

@@ -1,4 +1,4 @@
-"""What `pairs.source` names: brace ranges and wildcards expanded, every file found, URLs fetched."""
+"""The sources that `pairs.source` names: braces and wildcards expanded, files located, URLs fetched."""
 
 import glob
 import hashlib
@@ -77,7 +77,8 @@ def _expand(pattern: str, settings: PairsConfig) -> list[Source]:
 
     if missing:
         raise DataError(
-            f"{missing[0]}: no such file or folder ({len(missing):,} of the {len(names):,} named by {pattern} missing).",
+            f"{missing[0]}: no such file or folder ({len(missing):,} of the {len(names):,} named by {pattern}"
+            " missing).",
             fix=f"Correct pairs.source, or bring the data; paths are taken from {os.getcwd()}.",
         )
     return [_local(name, settings) for name in present]
@@ -114,7 +115,7 @@ def fetch(url: str, path: Path, check: Callable[[Path], Any]) -> None:
 
 
 def _blocks(url: str) -> Generator[bytes]:
-    from webdataset.gopen import gopen  # imports torch, which nobody without URLs should wait for
+    from webdataset.gopen import gopen  # imports torch, which only URLs need
 
     try:
         with gopen(url, "rb") as stream:

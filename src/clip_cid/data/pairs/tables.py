@@ -99,7 +99,8 @@ def _check_columns(name: str, schema: pa.Schema, columns: list[str], settings: P
         hint = f"did you mean {near[0]}? " if near and near[0] != column else ""
         raise DataError(
             f"{name}: column {column!r} {problem}; the table has {', '.join(schema.names)}.",
-            fix=f"{hint}Set pairs.image_column, pairs.caption_column, pairs.key_column and pairs.keep_fields to columns of it.",
+            fix=f"{hint}Set pairs.image_column, pairs.caption_column, pairs.key_column and pairs.keep_fields to"
+            " columns of it.",
         )
 
     if not name.lower().endswith(".parquet"):

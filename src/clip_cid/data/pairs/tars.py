@@ -167,7 +167,7 @@ def _bytes_at(tar: "_Descriptor", at: int, size: int) -> bytes:
 
 
 class _Descriptor:
-    """An open file that closes when nobody holds it; it is read by position, so threads and forks can share it."""
+    """An open file that closes when it is no longer used. It is read by position, so threads and forks share it."""
 
     def __init__(self, number: int, name: str) -> None:
         self.number, self.name = number, name

@@ -1,1 +1,1 @@
-"""The embedded sample: captioned scenes of the package's own invention, with known duplicates, for the demo and the tests."""
+"""The embedded sample: captioned artificial scenes with known duplicates, for the demo and the tests."""

@@ -45,7 +45,7 @@ _FULL_TEMPLATES = (
 )
 _USUAL_SHARE = 0.9
 BRIEF_SHARE = 0.5
-"""Of the captions of the pairs. Only they ask a model to tell shapes: a full one is found by its colors and its place."""
+"""The share of brief captions. Only these require shapes: colors and places identify a full caption."""
 _SAID_IN_FULL = 0.95
 
 
@@ -71,7 +71,7 @@ def _what(scene: Scene, full: bool, rng: random.Random) -> str:
 
 
 def _noun_phrase(thing: Thing, count: int, full: bool, rng: random.Random) -> str:
-    """Such as "a red striped ball", "two spotted pink cups" or "one blue house with checks"; brief: "a ball", "cups"."""
+    """Such as "a red striped ball", "two spotted pink cups", "one blue house with checks"; brief: "a ball"."""
     noun = _word(OBJECT_WORDS.get(thing.object, (thing.object,)), rng)
     if count > 1:
         noun = plural(noun)

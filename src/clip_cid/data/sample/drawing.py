@@ -1,4 +1,6 @@
-"""Draws the scenes of the embedded sample: flat sprites on simple backgrounds, anti-aliased by drawing four times too large.
+"""Draws the scenes of the embedded sample: flat sprites on simple backgrounds.
+
+Sprites are drawn four times too large and reduced, which smooths their edges.
 
 A picture is first a canvas of color numbers (one byte a pixel), so that an object costs one paste and the whole picture
 one palette lookup: about half a millisecond for 64 pixels.

@@ -82,8 +82,8 @@ def draw_scene(rng: random.Random, *, object: str | None = None) -> Scene:
 class SceneBook:
     """Hands out scenes that differ from all earlier ones in at least two attributes.
 
-    So what is a duplicate and what is not is a matter of fact, not of degree: two pictures show one scene, or they differ
-    in two or more of background, count, relation, objects, colors and textures.
+    So it is certain which pictures are duplicates: two pictures show one scene, or they differ in two or
+    more of background, count, relation, objects, colors and textures.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
-"""The embedded sample: captioned scenes of the package's own invention, with known duplicates, for the demo and the tests.
+"""The embedded sample: captioned artificial scenes with known duplicates, for the demo and the tests.
 
-A long-tailed mix of objects, colors, textures, places, counts and backgrounds. Part of the pairs are duplicates on
-purpose: perceptual ones (a picture saved again, cut or brightened a little) and semantic ones (the same scene drawn again). Of the
-json fields, `dup` names the true group of every pair, `object` and `background` what it shows first of all, and `kind`
-says original, perceptual or semantic.
+A long-tailed mix of objects, colors, textures, places, counts and backgrounds. Some pairs are planted
+duplicates: perceptual ones (a picture saved again, cut or brightened a little) and semantic ones (the same
+scene drawn again). The json field `dup` names the true group of every pair, `object` and `background` name
+the main things it shows, and `kind` says original, perceptual or semantic.
 """
 
 import io

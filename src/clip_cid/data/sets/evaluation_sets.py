@@ -38,7 +38,7 @@ _DIGIT_PROMPTS = ('a photo of the number: "{c}".', 'a low resolution photo of th
 
 
 class MissingSetError(DataError):
-    """There is nothing where the set should be; an evaluation of several sets leaves it out."""
+    """No files exist where the set should be; an evaluation of several sets leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,9 @@ class EvaluationSet:
     folds: tuple[Int[np.ndarray, " rows"], ...] | None = None
     """Rows of `train` that are trained on together: one probe each, and the score is their mean (STL10)."""
     superset_classes: Int[np.ndarray, " classes"] | None = None
-    """Of a set of some of ImageNet's classes, which of the 1,000 they are: ImageNet's accuracy on these compares with the
-    set's. One a class, in label order; ObjectNet's 113 classes are 125 of ImageNet's, in ImageNet's order."""
+    """For a set of some of ImageNet's classes: which of the 1,000 they are, one a class, in label order.
+    ImageNet's accuracy on these compares with the set's. ObjectNet's 113 classes are 125 of ImageNet's, in
+    ImageNet's order."""
     class_keys: tuple[str, ...] = ()
     """The set's own label of each class: a folder, a WordNet id, a number."""
 
@@ -108,9 +109,9 @@ def open_set(
         cache_dir: Where a set behind a URL is kept; ~/.cache/clip_cid when absent.
 
     Raises:
-        MissingSetError: There is nothing at `where`.
-        DataError: The layout is not known, or the set contradicts itself or the table: classes, labels, shards, empty or
-            cut files.
+        MissingSetError: Nothing exists at `where`.
+        DataError: The layout is not known, or the set contradicts itself or the table: classes,
+            labels, shards, empty or cut files.
         ConfigError: No such built-in set.
     """
     wanted = tuple(split for split in SPLITS if split in splits)
@@ -212,8 +213,8 @@ def _counted(request: Request, known: KnownSet, files: SetFiles) -> str:
     for variant in known.variants:
         if variant.train is None and train == test == variant.test:
             raise DataError(
-                f"{request.root}: train and test have {test:,} images each, which is all there are: a probe would be tested "
-                "on its training images.",
+                f"{request.root}: train and test both hold all {test:,} images: a probe would be tested on its"
+                " training images.",
                 fix=f"Leave the train split out for zero-shot alone, or lay {known.title} out as {known.layout}.",
             )
         if test == variant.test and (train is None or train == variant.train):
@@ -275,7 +276,8 @@ def _check_trained(opened: EvaluationSet, classes: dict[str, set[int]]) -> None:
     count, present = len(opened.class_names), set[int]().union(*classes.values())
     if absent := sorted(set(range(count)) - present):
         raise DataError(
-            f"{opened.where}: {count} class names but images of {len(present)} classes; none of {_few(opened, absent)}.",
+            f"{opened.where}: {count} class names but images of {len(present)} classes; none of"
+            f" {_few(opened, absent)}.",
             fix="Make classnames.txt and the labels agree: scores of a shifted list of names mean nothing.",
         )
 
@@ -293,7 +295,7 @@ def _few(opened: EvaluationSet, labels: list[int]) -> str:
     return few([opened.class_names[label] for label in labels])
 
 
-# --- scikit-learn's digits ---------------------------------------------------------------------------------------------
+# --- scikit-learn's digits ---
 
 
 @dataclass(frozen=True)
@@ -311,8 +313,8 @@ class _DigitImages:
 def _open_digits(name: str, where: str) -> EvaluationSet:
     """1,797 handwritten digits of 8 x 8 grey pixels, shown at 64 x 64: 898 to train on, 899 to test on.
 
-    The split is drawn once, stratified, with scikit-learn's seed 0, and never changes. The prompts are the ones CLIP used
-    for MNIST and two more.
+    The split is drawn once, stratified, with scikit-learn's seed 0, and never changes. The prompts
+    are the ones CLIP used for MNIST and two more.
     """
     if where != DIGITS:
         raise ConfigError(f"evaluate.sets.{name}: no built-in set {where!r}.", fix=f"There is {DIGITS}.")

@@ -8,14 +8,14 @@ from clip_cid.method.distances import from_squared
 from clip_cid.summaries import Chains, Giant
 
 GIANT_SHARE, GIANT_ROWS, GIANT_BEYOND = 1e-3, 100, 0.1
-"""A set is a giant beyond this share of all rows and from this size, when this share of it is farther than the threshold."""
+"""A giant has more than this share of all rows, at least this many, and this share beyond the threshold."""
 
 _TOP = 10
 _QUANTILES = (0.5, 0.9, 0.99)
 
 
 def chain_summary(explanation: Explanation, *, rows: int, squared: float, metric: str) -> Chains:
-    """What the explanation of all sets says of chaining.
+    """The chaining that the explanation of all sets shows.
 
     Args:
         explanation: Of all sets.
@@ -42,8 +42,9 @@ def giant_warning(chains: Chains, *, metric: str, threshold: float) -> str | Non
     first = chains.giants[0]
     return (
         f"{units.counted(len(chains.giants), 'set')} of chained images: the largest has {first.size:,} images"
-        f" ({units.percent(first.share_of_rows)} of all), and {units.percent(first.beyond_threshold_share, 0)} of its"
-        f" removed images are farther than {threshold:g} from the kept one (up to {first.farthest:.3g}, {metric.replace('_', ' ')})"
+        f" ({units.percent(first.share_of_rows)} of all), and"
+        f" {units.percent(first.beyond_threshold_share, 0)} of its removed images are farther than {threshold:g}"
+        f" from the kept one (up to {first.farthest:.3g}, {metric.replace('_', ' ')})"
     )
 
 

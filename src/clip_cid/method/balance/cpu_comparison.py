@@ -1,4 +1,4 @@
-"""Two chunks compared on the CPU: products of codes, block by block, of which the pairs above the floor are candidates."""
+"""Compare two chunks on the CPU: multiply codes block by block; pairs above the floor are candidates."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from clip_cid.method.balance.exact_links import ExactLinks
 from clip_cid.method.balance.prepared_rows import ChunkPair, PreparedRows
 from clip_cid.method.products import int8_product
 
-_SIDE = 1024  # rows of a block: 4 MB of products, which are still in the cache when the floor is looked for
+_SIDE = 1024  # rows of a block: its 4 MB of products stay in the cache until they are compared with the floor
 _PRODUCTS = _SIDE * _SIDE
 _FOLDS = 16
 _PLACES = 1 << 16  # products checked one by one at a time
@@ -91,7 +91,7 @@ class _Comparison:
 
 
 def _places_above(products: np.ndarray, floor: float) -> Int[np.ndarray, " places"]:
-    """Flat places of the products that reach the floor, which are rare: first the maxima of every 16 rows are checked."""
+    """Flat places of the products that reach the floor; few do, so the maxima of every 16 rows come first."""
     folded = len(products) // _FOLDS * _FOLDS
     if folded:
         largest = products[:folded].reshape(_FOLDS, -1).max(axis=0)

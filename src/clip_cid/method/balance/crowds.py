@@ -1,4 +1,7 @@
-"""Crowds of near-duplicates: the few pairs that can be links of the forest, without an exact distance for each pair."""
+"""Crowds of near-duplicates: find the few pairs that can be links of the forest.
+
+Most pairs of a crowd need no exact distance.
+"""
 
 from collections.abc import Iterator
 from typing import cast
@@ -21,7 +24,7 @@ _FAR = 9.0  # beyond any squared distance of unit vectors
 def possible_links(
     units: Float[np.ndarray, "rows dim"], i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"], limit: float
 ) -> tuple[Int[np.ndarray, " some"], Int[np.ndarray, " some"], list[Int[np.ndarray, " crowd"]]]:
-    """Pairs whose minimum spanning forest is that of the given ones: fewer, where these are crowded together.
+    """Fewer pairs with the same minimum spanning forest as the given ones, if these are crowded together.
 
     Of a crowd the float32 distances of all its rows give a single-linkage tree. A pair is left out when its distance
     exceeds the longest step on the tree between its rows by more than both may be wrong: by the cycle law it is not in

@@ -1,4 +1,4 @@
-"""Two chunks compared on a device: both lie there as a whole, and only pairs above the floor come back to be measured."""
+"""Compare two chunks on a device: both lie there whole; only pairs above the floor come back to be measured."""
 
 import contextlib
 import queue

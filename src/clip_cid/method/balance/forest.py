@@ -1,4 +1,4 @@
-"""The minimum spanning forest of near pairs: one pass over the data, and every smaller threshold is answered from it."""
+"""The minimum spanning forest of near pairs: one pass over the data answers every smaller threshold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,10 +40,10 @@ class Links(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Forest:
-    """What is left of all pairs of rows at `limit` or nearer; `balance_forest` in docs/method.md.
+    """The links to keep of all pairs of rows at `limit` or nearer; `balance_forest` in docs/method.md.
 
     For every threshold up to `limit`, the rows joined by links at or below it are the sets that all pairs would give.
-    Links are ordered by distance, then by their rows, which makes the forest the only one there is.
+    Links are ordered by distance, then by their rows, so the forest is unique.
     """
 
     rows: int

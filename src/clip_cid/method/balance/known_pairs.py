@@ -1,4 +1,4 @@
-"""When rows come or go: what an earlier forest still says, and which rows have to be compared anew."""
+"""When rows are added or removed: the links that still hold, and the rows to compare again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class KnownPairs:
     """What need not be compared."""
 
     links: Links
-    """Of the minimum spanning forest of the pairs that are known."""
+    """Links of the minimum spanning forest of the known pairs."""
     rows: Bool[np.ndarray, " rows"]
     """Pairs of two of these rows are known."""
     hashes: UInt64[np.ndarray, "rows 2"] | None
@@ -25,7 +25,7 @@ class KnownPairs:
 
 @dataclass(frozen=True, eq=False)
 class EarlierForest:
-    """A forest of rows as they were, which their digests recognize."""
+    """A forest of earlier rows; their digests recognize them."""
 
     forest: Forest
     hashes: UInt64[np.ndarray, "rows 2"]
@@ -36,7 +36,7 @@ def nothing_known(rows: int) -> KnownPairs:
 
 
 def known_pairs(images: UnitRows, earlier: Sequence[EarlierForest], limit: float) -> KnownPairs:
-    """What the earlier forest that knows most of the rows says of pairs up to a squared distance."""
+    """The known pairs up to a squared distance, from the earlier forest that knows most of the rows."""
     most = nothing_known(len(images))
     if not earlier:
         return most
@@ -74,10 +74,10 @@ def match_rows(
 def carry_over(
     old: Forest, row_of: Int[np.ndarray, " old_rows"], rows: int, limit: float
 ) -> tuple[Links, Bool[np.ndarray, " rows"]]:
-    """What an earlier forest says about the rows as they are now.
+    """The links of an earlier forest that hold for the present rows.
 
-    A row that is gone can only change its own set, so all rows of that set are compared anew; the links of every other
-    set hold. The forest of these links and of all pairs with an unknown row is the forest of all pairs.
+    A removed row can only change its own set, so all rows of that set are compared again. The links of every
+    other set hold. The forest of these links and of all pairs with an unknown row is the forest of all pairs.
 
     Args:
         old: The earlier forest.

@@ -1,7 +1,8 @@
-"""All pairs of rows within a distance, as their minimum spanning forest: exact, in tasks that each compare two chunks.
+"""All pairs of rows within a distance, as their exact minimum spanning forest; a task compares two chunks.
 
-The tasks read what `prepared_rows` makes. A task is a pure function of its two chunks and of the store; it saves its links
-there, whole or not at all. So tasks may run in any order, in any process, and an interrupted balance repeats none of them.
+The tasks read what `prepared_rows` makes. A task is a pure function of its two chunks and of the store. It
+saves its links there, whole or not at all. So tasks may run in any order and in any process, and an
+interrupted balance repeats no finished task.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ def near_forest(
 ) -> tuple[Forest, UInt64[np.ndarray, "rows 2"]]:
     """The minimum spanning forest of all pairs at squared distance `limit` or less; `balance_forest` in docs/method.md.
 
-    Neither `layout` nor anything after it has an influence on the result.
+    Neither `layout` nor any later argument changes the result.
 
     Args:
         images: The rows.
@@ -50,8 +51,8 @@ def near_forest(
         store: Where arrays are kept; in memory when None. What an interrupted call has left there is used.
         run_tasks: Runs the tasks that are missing; in this process, one by one, when None.
         on_plan: Called with the layout before the work begins.
-        on_progress: Called with the rows' worth of work done since the last call, in this process; in all, the number of
-            rows.
+        on_progress: Called in this process with the work done since the last call, counted in rows; the sum
+            is the number of rows.
 
     Returns:
         The forest, and the digest of each row.

@@ -1,4 +1,4 @@
-"""How near pairs are looked for. A plan has an influence on time and memory, never on which pairs there are."""
+"""How to search for near pairs. A plan changes time and memory, never the pairs."""
 
 import math
 from dataclasses import dataclass, replace

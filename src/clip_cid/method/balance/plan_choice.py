@@ -31,12 +31,12 @@ from clip_cid.method.distances import squared_distances
 from clip_cid.method.products import int8_product, int8_products_are_right
 from clip_cid.method.unit_rows import UnitRows
 
-_SMALL_WORK = 1.5e9  # rows x rows x dim: so little is compared sooner than planned for
+_SMALL_WORK = 1.5e9  # rows x rows x dim: comparing so little takes less time than a plan
 _FEWEST_CHUNKS, _LEAST_CHUNK, _LARGEST_CHUNK = 8, 1 << 16, 1 << 20
 _EXACT_ROWS = 128
 _DIRECTIONS = (64, 128, 256)  # computed together: twice as many take twice the time, and are not always needed
 _LARGEST_CODE, _WHOLE_ROWS = 1 << 10, 1 << 29  # bytes: of a row's code, and of all rows where they are their own codes
-_WORTH = 5  # a trial has to promise this many times its cost at the very most
+_WORTH = 5  # a trial must be able to save this many times its cost
 _CELLS_FROM = 20_000
 _TRIAL_WIDTHS, _WIDER_FROM = (64, 128), 400_000  # windows are tried in sketches of these widths; of many rows in both
 _MOST_CELLS = 4096  # a bit for each and each row: half a kB a row at most

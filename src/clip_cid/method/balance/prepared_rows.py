@@ -1,4 +1,4 @@
-"""What the comparison of two chunks reads beside the embeddings: codes, cells and chunks, made in one pass over all rows."""
+"""The codes, cells and chunks that the comparison reads beside the embeddings; one pass over all rows."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Digests of the stored bytes of rows: equal rows are known without a comparison, and a later run recognizes its rows."""
+"""Digests of the stored bytes of rows: they find equal rows, and rows that an earlier run has compared."""
 
 import math
 

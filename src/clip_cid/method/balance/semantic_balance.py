@@ -110,10 +110,10 @@ def balance(
 ) -> Balance:
     """Join rows within `threshold` of each other into sets and keep one row of each.
 
-    `balance_edge`, `balance_sets` and `balance_keep` in docs/method.md. Two rows are joined when the float64 distance of
-    their unit vectors is at most `threshold`; sets are the connected components (so two rows of one set may be farther
-    apart). A set keeps the row nearest its centroid; of rows equally near within 1e-9 the one with the better image-text
-    cosine, then the lowest. Neither `plan` nor `device` has an influence on the result.
+    `balance_edge`, `balance_sets` and `balance_keep` in docs/method.md. Two rows are joined when the float64
+    distance of their unit vectors is at most `threshold`. Sets are the connected components, so two rows of
+    one set may be farther apart. A set keeps the row nearest its centroid; of rows equally near within 1e-9
+    the one with the better image-text cosine, then the lowest. `plan` and `device` do not change the result.
 
     Args:
         embeddings: (rows, dim), an array or anything with a shape and rows by slice and by row numbers.
@@ -158,13 +158,13 @@ def balance_rows(
     on_plan: Callable[[Layout], Any] | None = None,
     on_progress: Callable[[int], Any] | None = None,
 ) -> Balance:
-    """The one way through balance: in memory for `balance`, in a folder and with several processes for the stage.
+    """Balance the rows: in memory for `balance`, in a folder and with several processes for the stage.
 
     Args:
         images: The rows.
         texts: Their captions; `check_keep` has accepted them.
         rule: What makes a set, and which of its rows is kept.
-        layout: As all that follow, an argument of `near_forest` without an influence on the result.
+        layout: Like all that follow an argument of `near_forest`; none of them changes the result.
         device: Where products are computed, for torch.
         known: Links and rows whose pairs need not be compared.
         store: Where arrays are kept, in a folder even over an interruption; in memory when None.

@@ -1,4 +1,4 @@
-"""Why each removed image was removed: how far it is from the one kept for it, and what holds its set together."""
+"""Why each image was removed: its distance to the kept one, and the longest link of its set."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +20,10 @@ _SWEEPS = 8  # two or three are enough nearly always; each one reads the group a
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """Every group of two or more rows, and each of their rows. All distances are squared Euclidean ones of unit vectors."""
+    """Every group of two or more rows, and each of their rows.
+
+    All distances are squared Euclidean distances of unit vectors.
+    """
 
     group: Int[np.ndarray, " groups"]
     """Which of the kept rows each group belongs to, ascending: its number in `set_of`."""

@@ -1,4 +1,4 @@
-"""Short codes of unit rows that never hide a near pair: what two codes say is an upper bound of the rows' cosine."""
+"""Short codes of unit rows that never miss a near pair: two codes give an upper bound of the cosine."""
 
 import math
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class Sketch:
 
 
 def principal_directions(rows: Float[np.ndarray, "n dim"], count: int) -> Float64[np.ndarray, "count dim"]:
-    """Orthonormal directions that hold most of the rows' length, the most important first (randomized subspace rounds)."""
+    """Orthonormal directions with most of the rows' length, largest first (randomized subspace iteration)."""
     dim = rows.shape[1]
     guess = np.random.default_rng(0).standard_normal((dim, min(dim, count + _SPARE_DIRECTIONS)), dtype=np.float32)
     rows = rows.astype(np.float32, copy=False)
@@ -86,7 +86,7 @@ def _orthonormal(columns: Float[np.ndarray, "dim count"]) -> Float[np.ndarray, "
 
 
 def make_sketch(directions: Float64[np.ndarray, "count dim"], width: int) -> Sketch:
-    """A sketch of `width` numbers from the first directions: one fewer than `width`, or all where they span the space."""
+    """A sketch of `width` numbers from the first directions: `width - 1`, or all if they span the space."""
     dim = directions.shape[1]
     whole = width >= dim
     kept = directions[: dim if whole else width - 1]

@@ -23,7 +23,7 @@ class UnionFind:
         return len(self._parent)
 
     def find(self, nodes: Int[np.ndarray, " nodes"]) -> Int[np.ndarray, " nodes"]:
-        """The root of each number's set: equal for two numbers of one set, different otherwise, until the next union."""
+        """The root of each number's set, the same for all numbers of a set; valid until the next union."""
         if len(nodes) and (nodes.min() < 0 or nodes.max() >= len(self)):
             raise ValueError(f"nodes must be 0 to {len(self) - 1}, got {nodes.min()} to {nodes.max()}")
         roots = self._parent[nodes]

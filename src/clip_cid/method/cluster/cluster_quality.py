@@ -1,4 +1,4 @@
-"""What clusters are worth without knowing their names: how similar their rows are, and how clearly each belongs."""
+"""The quality of clusters: how similar their rows are, how clearly each belongs, and their purity."""
 
 from dataclasses import dataclass
 

@@ -117,8 +117,9 @@ def assign(
 ) -> tuple[Int32[np.ndarray, " rows"], Float64[np.ndarray, " rows"]]:
     """The nearest center of each row and the cosine to it; `assignment` in docs/method.md.
 
-    Products of short codes nominate centers, and float32 and float64 decide among them (`nearest_centers.CenterSearch`);
-    of centers equal within 1e-9 the lowest is taken. So labels depend neither on `block_rows` nor on `device`.
+    Products of short codes nominate centers, and float32 and float64 decide among them
+    (`nearest_centers.CenterSearch`); of centers equal within 1e-9 the lowest is taken. So labels
+    depend neither on `block_rows` nor on `device`.
 
     Raises:
         ValueError: A row is zero or not finite, a center is not a unit vector, or the widths differ.

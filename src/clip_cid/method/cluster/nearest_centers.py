@@ -1,4 +1,4 @@
-"""The nearest center of each row by short products: codes nominate centers, float32 narrows them down, float64 decides."""
+"""The nearest center of each row: codes nominate centers, float32 narrows them down, float64 decides."""
 
 import contextlib
 import functools
@@ -55,7 +55,7 @@ class CenterSearch:
     def assign(
         self, images: UnitRows, block_rows: int = BLOCK_ROWS, on_assigned: Callable[[int], Any] | None = None
     ) -> tuple[Int32[np.ndarray, " rows"], Float64[np.ndarray, " rows"]]:
-        """The nearest center of each row, and the exact cosine to it; `on_assigned` gets the number of rows of a block."""
+        """The nearest center of each row and the exact cosine to it; `on_assigned` gets a block's row count."""
         labels = np.empty(len(images), dtype=np.int32)
         cosines = np.empty(len(images), dtype=np.float64)
         for block in images.blocks(block_rows):

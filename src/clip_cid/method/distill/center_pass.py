@@ -1,4 +1,4 @@
-"""One pass of all rows over the centers, block by block: losses and gradients, with the logits of one block at a time."""
+"""One pass of all rows over blocks of centers: losses and gradients, with one block's logits in memory."""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ _LARGEST_CANCELLED = 8.0  # a gradient that is the difference of terms this much
 
 @dataclass(frozen=True)
 class SoftCenters:
-    r"""All that `L_kl` needs of the teacher where the centers are frozen and all take part; `soft_centre` in docs/method.md.
+    r"""What `L_kl` needs of the teacher if all centers take part and are frozen; `soft_centre` in docs/method.md.
 
     .. math:: \mu_i = \sum_j p_{ij} w_j, \qquad H_i = -\sum_j p_{ij} \log p_{ij}, \qquad p = softmax(\sigma W t / \tau)
     """

@@ -1,4 +1,4 @@
-"""Cluster-level distillation (paper section 3.2): one head of cluster centers, read by student and teacher alike."""
+"""Cluster-level distillation (paper section 3.2): student and teacher share one head of cluster centers."""
 
 import math
 from dataclasses import dataclass, replace
@@ -168,7 +168,7 @@ class SampledCenters:
 def sample_centers(
     labels: Int[Tensor, " batch"], num_centers: int, *, sample_rate: float, generator: torch.Generator | None = None
 ) -> SampledCenters:
-    r"""All centers of the batch, and random others up to `sample_rate * num_centers`; `sampled_centers` in docs/method.md.
+    r"""The batch's centers, and random others up to `sample_rate * num_centers`; `sampled_centers` in docs/method.md.
 
     .. math:: \log \pi_j = 0 \text{ for the batch's own centers, else } \log \frac{n}{K - P}
 
@@ -212,7 +212,7 @@ def sample_centers(
 def calibrated_scale(
     teacher: Float[Tensor, "rows dim"], centers: Float[Tensor, "centers dim"], *, perplexity: float
 ) -> float:
-    r"""The sigma at which the teacher's softmax over all centers has this perplexity; `calibrated_scale` in docs/method.md.
+    r"""The sigma at which the teacher has this perplexity over all centers; `calibrated_scale` in docs/method.md.
 
     .. math:: \exp\Big(\frac1n \sum_i H_i\Big) = \text{perplexity}, \qquad H_i = -\sum_j p_{ij} \log p_{ij}
 

@@ -1,4 +1,4 @@
-"""An alarm for the collapse of which the paper warns."""
+"""An alarm for the collapse that the paper warns of."""
 
 import math
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class _Smoothed(NamedTuple):
 
 
 class CollapseAlarm:
-    r"""Reports, once, that the numbers of `signs_of_collapse` in docs/method.md look like a collapse; it stops nothing.
+    r"""Reports once that the numbers of `signs_of_collapse` in docs/method.md look like a collapse; stops nothing.
 
     Three signs, all on running means:
 
@@ -31,15 +31,17 @@ class CollapseAlarm:
       passed. At first this is so for any student.
     - *own center lost*: the share of images whose own center is first has fallen to a third of its best, which was
       above 10 %.
-    - *empty agreement*: `L_kl` has fallen to 5 % of its greatest while the centers moved by a tenth of their length, and
-      the own center is first less than 80 % as often as at best, or hardly more often than by chance (10 times).
-      Student and teacher then agree because the head no longer separates images. A student that knows only the
-      teacher's mean keeps a far larger `L_kl`, a student that follows the teacher has the own center first, and a
-      frozen head cannot do it.
+    - *empty agreement*: `L_kl` has fallen to 5 % of its greatest while the centers moved by a tenth
+      of their length, and the own center is first less than 80 % as often as at best, or hardly
+      more often than by chance (10 times). Student and teacher then agree because the head no
+      longer separates images. A student that knows only the teacher's mean keeps a far larger
+      `L_kl`, a student that follows the teacher has the own center first, and a frozen head cannot
+      do it.
 
-    On the made-up data of `benchmarks/cluster_head.py collapse` the thresholds separate the collapsing variants from the
-    healthy ones. A head that gives way only in part, as on the real embeddings there, is reported late or not at all.
-    All runs of `benchmarks/cluster_head.py settings` stay silent (docs/results.md).
+    On the made-up data of `benchmarks/cluster_head.py collapse` the thresholds separate the
+    collapsing variants from the healthy ones. A head that gives way only in part, as on the real
+    embeddings there, is reported late or not at all. All runs of `benchmarks/cluster_head.py
+    settings` stay silent (docs/results.md).
 
     Args:
         patience: Steps before a mean near length 1 counts; twice the warm-up is a good choice.

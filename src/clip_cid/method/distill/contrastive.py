@@ -1,4 +1,4 @@
-"""Contrast within a batch that may be spread over ranks: CLIP's own loss, and the crossed one of the instance level."""
+"""Contrastive losses of a batch that may be spread over ranks: CLIP's own, and the instance-level one."""
 
 from dataclasses import dataclass, replace
 
@@ -34,7 +34,7 @@ class Side:
 
 
 def contrastive_loss(a: Side, b: Side, scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    r"""How well row i of `a` picks row i of `b` out of all rows, and the reverse; `L_clip` and `I(a, b)` in docs/method.md.
+    r"""How well row i of `a` picks row i of `b` out of all rows, and back; `L_clip` and `I(a, b)` in docs/method.md.
 
     .. math:: I(a, b) = \tfrac12 [ CE(s\, a b^T, I) + CE(s\, b a^T, I) ]
 
@@ -53,7 +53,7 @@ def contrastive_loss(a: Side, b: Side, scale: Float[Tensor, ""]) -> Float[Tensor
 
 
 def instance_loss(student: Side, teacher_other: Side, scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    r"""Contrast between the student and the teacher's other modality (paper section 3.3); `L_instance` in docs/method.md.
+    r"""The student against the teacher's other modality (paper section 3.3); `L_instance` in docs/method.md.
 
     .. math:: L_{instance} = \beta\, [ I(v_t, u_s) + I(u_t, v_s) ]
 

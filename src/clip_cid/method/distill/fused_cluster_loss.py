@@ -1,8 +1,9 @@
 """Both cluster losses against any number of centers, without the logits of student or teacher in memory.
 
-The centers are read in blocks. Where they are frozen one pass gives losses and gradients: the gradient of a softmax is a
-mean of the centers, and a mean can be added up while the weights are not final yet. Where the centers move there is a
-second pass. Blocks run over centers and not over rows, because there are many more centers than rows.
+The centers are read in blocks. If they are frozen, one pass gives losses and gradients: the gradient of a
+softmax is a mean of the centers, and a mean can be summed before the weights are final. If the centers
+learn, there is a second pass. Blocks run over centers and not over rows, because there are many more
+centers than rows.
 """
 
 import math
@@ -179,7 +180,7 @@ def soft_centers(
 
 
 class _FusedLosses(torch.autograd.Function):
-    """One pass where the centers are frozen; where they move their gradient needs the finished sums, so a second one."""
+    """One pass if the centers are frozen; if they learn, a second one, since their gradient needs the sums."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""The whole objective: what learns beside the student, the losses of a batch by name, and their weighted sum."""
+"""The whole objective: the modules trained beside the student, the losses by name, and their weighted sum."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +26,7 @@ Gather = Callable[[Tensor], Side]
 
 @dataclass(frozen=True)
 class Targets:
-    """What the teacher and the clustering say about the rows of this rank; absent where no loss reads it."""
+    """Targets from the teacher and the clustering for the rows of this rank; absent if no loss reads them."""
 
     teacher_image: Float[Tensor, "rows teacher"] | None = None
     """Stored embeddings; no gradient flows into them."""
@@ -179,9 +179,10 @@ class Objective(nn.Module):
         return {loss.name: computed[loss.name] for loss in self.losses}
 
     def diagnostics(self) -> dict[str, float]:
-        """`signs_of_collapse` in docs/method.md, of the last `forward`; a collapsed student has a mean image norm near 1.
+        """`signs_of_collapse` in docs/method.md, of the last `forward`.
 
-        `mean_image_norm`: length of the mean of the student's image embeddings. `own_center`: share of images whose own
+        `mean_image_norm`: length of the mean of the student's image embeddings, near 1 for a collapsed
+        student. `own_center`: share of images whose own
         center is the student's first among those of the step. `centers`, `negatives`: how many took part, and how many
         of them at random. `head_drift`: how far the centers moved. `instance_scale`: the learned factor.
         """
@@ -234,7 +235,7 @@ class Objective(nn.Module):
 
 @dataclass
 class _Batch:
-    """What losses read of a batch: one attribute for each `Reading`, gathered once and only if a loss reads it."""
+    """The values that losses read: an attribute for each `Reading`, gathered once, and only if it is read."""
 
     outputs: Mapping[str, Tensor]
     targets: Targets
@@ -317,7 +318,7 @@ def _aligned_width(student_dim: int, teacher_dim: int | None, alignment: str) ->
 
 
 def _linear_map(student_dim: int, teacher_dim: int) -> nn.Linear:
-    """Orthogonal at first, so that the student's cosines are the same in the teacher's space (if that is no narrower)."""
+    """A map that starts orthogonal: it keeps the student's cosines if the teacher's space is not narrower."""
     linear = nn.Linear(student_dim, teacher_dim, bias=False)
     nn.init.orthogonal_(linear.weight)
     return linear

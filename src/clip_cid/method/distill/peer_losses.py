@@ -84,8 +84,8 @@ def affinity_loss(
     .. math:: L_{affinity} = \tfrac12 [ KL(softmax(S\, v_t u_t^T) \,\|\, softmax(s\, v_s u_s^T))
         + KL(softmax(S\, u_t v_t^T) \,\|\, softmax(s\, u_s v_s^T)) ]
 
-    Student and teacher may have different widths: only their logits are compared. Gradients reach the student and its scale
-    only.
+    Student and teacher may have different widths: only their logits are compared. Gradients reach the
+    student and its scale only.
 
     Args:
         student_image: Unit rows v_s.

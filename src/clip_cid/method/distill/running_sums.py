@@ -56,9 +56,9 @@ class Comparison:
 
     .. math:: KL(p \| q) = E_p[g - c] + \log(1 + E_p[expm1(c - g)])
 
-    for any c, here one near the mean gap. A difference of two log-softmaxes in float32 is wrong by 0.6 % to several times
-    the value once the divergence is below 1e-3. Here what cancels is of the order of the gaps' spread. It is added up in
-    float64, from the same weights on both sides.
+    for any c, here one near the mean gap. In float32 a difference of two log-softmaxes is wrong by 0.6 % to
+    several times the value once the divergence is below 1e-3. Here the terms that cancel are of the order of
+    the gaps' spread. They are summed in float64, from the same weights on both sides.
 
     Args:
         reference: c of each row.

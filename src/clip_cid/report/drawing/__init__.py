@@ -1,1 +1,1 @@
-"""What each figure of a run is made from, what it is called on the page, and its place there."""
+"""The figures of a run: their inputs, their captions and their places on the page."""

@@ -1,4 +1,4 @@
-"""A few clusters to look at: each as its images nearest the center, and those farthest from it."""
+"""Examples of clusters: the images nearest the center, and those farthest from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _EACH, _NEAREST, _FARTHEST, _BLOCK_ROWS = 3, 6, 4, 65_536
 
 @dataclass(frozen=True)
 class ClusterStrip:
-    """One cluster: six images nearest the center and four farthest from it, or all of a small cluster, nearest first."""
+    """One cluster: six images nearest the center and four farthest from it (or all), nearest first."""
 
     stratum: Stratum
     cluster: int

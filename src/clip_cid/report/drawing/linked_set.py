@@ -52,7 +52,10 @@ def choose(tables: BalanceTables, forest: ForestArrays) -> single_linkage.Linked
 def _joined_to(
     row: int, left: Int[np.ndarray, " links"], right: Int[np.ndarray, " links"]
 ) -> tuple[Int[np.ndarray, " images"], Int[np.ndarray, " inside"]]:
-    """All rows that links join to this one, ascending, and these links; for a small set, as each hop is a pass over all."""
+    """All rows that links join to this one, ascending, and these links.
+
+    It is meant for a small set, because each hop is a pass over all links.
+    """
     rows = np.array([row], dtype=np.int64)
     while True:
         inside = np.flatnonzero(np.isin(left, rows) | np.isin(right, rows))

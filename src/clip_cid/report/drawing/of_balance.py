@@ -33,9 +33,9 @@ def _removed_share(inputs: RunInputs, out: Path) -> Numbers:
 
 def _removed_share_caption(numbers: Numbers) -> str:
     return (
-        "The share of the images that each threshold removes when every connected set keeps one image; exact, as all pairs up"
-        f" to {numbers['limit']:.3g} are known. The line is the chosen threshold; above, the same distances on the other two"
-        " scales."
+        "The share of the images that each threshold removes when every connected set keeps one image. It is exact,"
+        f" because all pairs up to {numbers['limit']:.3g} are known. The line is the chosen threshold; the axes above"
+        " show the same distances on the other two scales."
     )
 
 
@@ -110,8 +110,8 @@ FIGURES = (
         _distances,
         section="balance",
         description="Histogram of the removed images' distance to the kept one, with the threshold",
-        caption="How far each removed image is from the one kept for it. Bars beyond the threshold are images that joined their"
-        " set through others.",
+        caption="Distance of each removed image to the one kept for it. Bars beyond the threshold are images that"
+        " joined their set through others.",
     ),
     Figure(
         "removed_share",
@@ -125,8 +125,9 @@ FIGURES = (
         _single_linkage,
         section="balance",
         description="Tree of the links that join one set of duplicates, its pictures below, with the threshold",
-        caption="The links that join one set, as a tree (single linkage): a threshold below a horizontal line would part the"
-        " images left and right under it. Framed in green, what was kept; under each other image its distance to the kept one.",
+        caption="The links that join one set, as a tree (single linkage). A threshold below a horizontal line would"
+        " separate the images left and right under it. The kept image has a green frame; under each other image is its"
+        " distance to the kept one.",
         of_data=True,
     ),
     Figure("duplicates", _duplicates),

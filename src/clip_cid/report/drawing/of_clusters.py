@@ -71,9 +71,9 @@ def _embedding_map(inputs: RunInputs, out: Path) -> Numbers:
 
 def _embedding_map_caption(numbers: Numbers) -> str:
     return (
-        f"{numbers['images']:,} kept images by t-SNE of their teacher embeddings. The largest clusters are in color, with up to"
-        " half of the images drawn from them and the others from everywhere. Neighbors on the map are neighbors in the"
-        " embeddings; the distance between groups means little."
+        f"{numbers['images']:,} kept images by t-SNE of their teacher embeddings. The largest clusters are in color: up"
+        " to half of the images are drawn from them, the others from all kept images. Neighbors on the map are"
+        " neighbors in the embeddings; the distance between groups means little."
     )
 
 

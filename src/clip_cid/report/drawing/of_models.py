@@ -1,4 +1,4 @@
-"""Figures of what the models look at in images of an evaluation set."""
+"""Figures of patches and activation maps of the models, on images of an evaluation set."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ _PCA_CLASSES, _PCA_IMAGES, _PROMPTED_IMAGES = 3, 6, 6
 
 
 def _patch_pca(inputs: RunInputs, out: Path) -> Numbers:
-    """Foreground and colors of all models follow the teacher's, or the student's where the teacher has no patches."""
+    """Foreground and colors of all models follow the teacher's, or the student's if it has no patches."""
     models, left_out = inputs.patched
     labelled = inputs.labelled
     classes = [
@@ -35,14 +35,14 @@ def _patch_pca(inputs: RunInputs, out: Path) -> Numbers:
 
 def _patch_pca_caption(numbers: Numbers) -> str:
     caption = (
-        f"Patches of images of the set {numbers['set']}. The first principal component over all images of a class tells"
-        " foreground from background (black); the first three of the foreground are red, green and blue. One color means one"
-        " thing in all images of a class"
+        f"Patches of images of the set {numbers['set']}. The first principal component over all images of a class"
+        " separates foreground from background (black). The first three components of the foreground are red, green"
+        " and blue. One color means one thing in all images of a class"
     )
     if len(numbers["models"]) > 1:
         caption += (
-            ", and, as the components are turned onto each other, about the same in all models; shared is the foreground of"
-            " both of the foreground of either"
+            ", and about the same in all models, because their components are rotated to fit. The shared foreground is"
+            " the foreground of both models as a share of the foreground of either"
         )
     return f"{caption}."
 
@@ -58,7 +58,7 @@ def _components(
 
 
 def _activation_maps(inputs: RunInputs, out: Path) -> Numbers:
-    """Images of different classes, each held against the first prompt of its class."""
+    """Images of different classes, each with the first prompt of its class."""
     models, left_out = inputs.patched
     labelled = inputs.labelled
     if not labelled.templates:
@@ -86,8 +86,8 @@ def _activation_maps(inputs: RunInputs, out: Path) -> Numbers:
 def _activation_maps_caption(numbers: Numbers) -> str:
     return (
         "Class activation maps (Grad-CAM before the last block's attention) of the cosine between an image of the set"
-        f" {numbers['set']} and the prompt of its class, such as “{numbers['prompts'][0]}”. Yellow is where the prompt is seen"
-        " most, in each map by its own measure; a map without yellow has no such place. The numbers are the cosines."
+        f" {numbers['set']} and the prompt of its class, such as “{numbers['prompts'][0]}”. Yellow is where the map is"
+        " largest; each map has its own scale, and a map of zeros has no yellow. The numbers are the cosines."
     )
 
 
@@ -118,7 +118,7 @@ FIGURES = (
         "activation_maps",
         _activation_maps,
         section="inside",
-        description="Images, and below them where each model sees what a prompt names",
+        description="Images, and below them the activation map of each model for the prompt",
         caption=_activation_maps_caption,
         of_data=True,
     ),

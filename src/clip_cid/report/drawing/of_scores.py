@@ -32,7 +32,7 @@ def _scores_caption(protocol: Protocol) -> Callable[[Numbers], str]:
 def _gain(inputs: RunInputs, out: Path) -> Numbers:
     baseline = reference_model(models_of(inputs.scores))
     if baseline is None:
-        raise LeftOut("there is no model but the teacher to compare the student with")
+        raise LeftOut("the only model to compare the student with is the teacher")
     if not inputs.differences.headlines(baseline):
         raise LeftOut(NO_SCORES)
     return {"baseline": baseline, "lines": gain.draw(inputs.differences, baseline, out)}
@@ -75,7 +75,7 @@ FIGURES = (
         "gain",
         _gain,
         section="head",
-        description="The student's lead over the baseline by way of measuring, with intervals",
-        caption="All ways of measuring; hollow where the interval contains 0.",
+        description="The student's lead over the baseline by measure, with intervals",
+        caption="All measures; a dot is hollow where the interval contains 0.",
     ),
 )

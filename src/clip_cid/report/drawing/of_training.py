@@ -1,4 +1,4 @@
-"""Figures of the training and of the weights it left."""
+"""Figures of the training and of the trained weights."""
 
 from pathlib import Path
 
@@ -21,19 +21,16 @@ def _losses(inputs: RunInputs, out: Path) -> Numbers:
 
 def _losses_caption(numbers: Numbers) -> str:
     caption = (
-        "Each loss by step, unweighted except for the total; where there are two lines of a color, the heavy one is a running"
-        " mean."
+        "Each loss by step, unweighted except for the total. If a color has two lines, the heavy one is a running mean."
     )
     if any("val/" in name for name in numbers):
-        caption += (
-            " What a validation measured is in the second color, with the numbers behind its means as thin lines."
-        )
+        caption += " Validation results are in the second color; thin lines are the numbers behind their means."
     return caption
 
 
 def _throughput(inputs: RunInputs, out: Path) -> Numbers:
     if not set(throughput.COLUMNS) <= inputs.metrics.keys():
-        raise LeftOut("the training's log does not tell its speed")
+        raise LeftOut("the training's log has no speed")
     return throughput.draw(inputs.metrics, out)
 
 
@@ -75,8 +72,8 @@ FIGURES = (
         _throughput,
         section="training",
         description="Pairs a second and share of the time spent waiting for data, by training step",
-        caption="Between two lines of the log. A training that waits for data is slowed by the reading and decoding of the"
-        " pairs (machine.workers), not by the model.",
+        caption="Between two lines of the log. If a training waits for data, the reading and decoding of the pairs slow"
+        " it down (machine.workers), not the model.",
     ),
     Figure(
         "weights",

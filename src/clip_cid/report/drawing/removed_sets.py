@@ -1,4 +1,4 @@
-"""Which sets of duplicates are worth looking at: the largest, those at the threshold, and some at random; and pairs of each kind."""
+"""Examples of duplicates: the largest sets, those at the threshold, random ones; and pairs of each kind."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,10 @@ _MOST_SHOWN = 60
 
 @dataclass(frozen=True)
 class RemovedSet:
-    """One kept image and those removed for it, nearest first (`rows` stops at 60; `size` counts all, the kept one too)."""
+    """One kept image and those removed for it, nearest first.
+
+    `rows` holds 60 at most; `size` counts all images, the kept one included.
+    """
 
     stratum: Stratum
     set: int
@@ -104,7 +107,7 @@ def choose_pairs(tables: BalanceTables, *, pairs: int, seed: int) -> list[Remove
 
 
 def distance_note(distance: float, kind: str) -> str:
-    """What stands under a removed picture: its distance to the kept one, and its kind where that is known."""
+    """The text under a removed picture: its distance to the kept one, and its kind if it is known."""
     return f"{distance:.3f} {kind}" if kind in PAIR_KINDS else f"{distance:.3f}"
 
 

@@ -30,7 +30,7 @@ from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, EMBED, EVALUATE
 
 NO_CLUSTERS = "this recipe does not cluster"
-NO_SCORES = "this recipe evaluates nothing of the kind"
+NO_SCORES = "this recipe has no such evaluation"
 _NO_BALANCE = "this recipe does not balance"
 _NOT_KNOWN = "no image is known to be removed for another"
 
@@ -40,7 +40,7 @@ class LeftOut(Exception):
 
 
 class RunInputs:
-    """What the figures of one run are made from; whatever is not there raises `LeftOut` with the reason."""
+    """The inputs of the figures of one run; a missing one raises `LeftOut` with the reason."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe) -> None:
         self.folder, self.recipe = folder, recipe
@@ -127,7 +127,7 @@ class RunInputs:
 
     @cached_property
     def patched(self) -> tuple[dict[str, Clip], dict[str, str]]:
-        """The models whose patches can be looked at, and why the others cannot."""
+        """The models whose patches are available, and the reason for each of the others."""
         with_patches: dict[str, Clip] = {}
         left_out: dict[str, str] = {}
         for model in self.references:
@@ -143,16 +143,16 @@ class RunInputs:
             else:
                 with_patches[model] = clip
         if STUDENT not in with_patches:
-            raise LeftOut(f"the student has no patches to look at: {left_out[STUDENT]}")
+            raise LeftOut(f"the student's patches are not available: {left_out[STUDENT]}")
         return with_patches, left_out
 
     @cached_property
     def labelled(self) -> EvaluationSet:
-        """`draw.images_of`, or the first evaluation set that is there; scikit-learn's digits only where there is no other."""
+        """`draw.images_of`, or the first evaluation set that exists; scikit-learn's digits only as the last."""
         problems: list[str] = []
-        asked, sets = self.recipe.draw.images_of, self.recipe.evaluate.sets.items()
+        chosen, sets = self.recipe.draw.images_of, self.recipe.evaluate.sets.items()
         for name, where in sorted(sets, key=lambda item: item[1] == DIGITS):
-            if asked not in (None, name):
+            if chosen not in (None, name):
                 continue
             try:
                 return open_set(

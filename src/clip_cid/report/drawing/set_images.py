@@ -1,4 +1,4 @@
-"""Images of a labelled set to look at through the eyes of a model."""
+"""Images of a labelled set, cut and scaled as a model sees them."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class LabelledImage:
 
 
 def choose(labelled: EvaluationSet, *, classes: int, each: int, seed: int) -> list[list[LabelledImage]]:
-    """Up to `each` images of up to `classes` classes, all at random; images that cannot be decoded are passed over."""
+    """Up to `each` images of up to `classes` classes, at random; images that cannot be decoded are skipped."""
     test = labelled.split("test")
     random = np.random.default_rng(seed)
     by_class: list[list[LabelledImage]] = []

@@ -15,15 +15,15 @@ from clip_cid.errors import ConfigError, RunError
 from clip_cid.method.distill.contrastive import Side
 from clip_cid.tasks import torchrun_place
 
-# Long work of one rank (indexing pairs, a last export) must not end the others that wait for it; of a rank that dies
-# torchrun ends the others at once.
+# Long work of one rank (indexing pairs, the last export) must not end the ranks that wait for it. When a rank
+# dies, torchrun ends the others at once.
 _PATIENCE = datetime.timedelta(hours=6)
 _Value = TypeVar("_Value")
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """Which of the processes this is, and what they tell each other. One alone talks to nobody."""
+    """The rank of this process, and the exchange with the others; a single process exchanges nothing."""
 
     rank: int = 0
     size: int = 1
@@ -73,7 +73,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def main_first(self) -> Generator[None]:
-        """The main process runs the block, then the others, which find its work done."""
+        """The main process runs the block first, then the others, which reuse its files."""
         if not self.is_main:
             self.wait()
         yield
@@ -84,14 +84,15 @@ class Ranks:
         """Make sure that all ranks have the same.
 
         Raises:
-            RunError: They have not; a training that continued would be wrong without a sign.
+            RunError: They have not; the training would be wrong without an error.
         """
         values = self.all(value)
         others = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
         if others:
             raise RunError(
-                f"rank {others[0]} of {self.size} has other {what} than rank 0.",
-                fix="All ranks need the same recipe, run folder, packages and data; the run folder must be a shared one.",
+                f"rank {others[0]} of {self.size} has different {what} than rank 0.",
+                fix="All ranks need the same recipe, run folder, packages and data; the run folder must be a"
+                " shared one.",
             )
 
 
@@ -101,7 +102,7 @@ ALONE = Ranks()
 
 @contextlib.contextmanager
 def join_ranks(device: torch.device) -> Generator[Ranks]:
-    """Meet the other processes, for as long as the block lasts; after an error this process has to end.
+    """Join the other processes for as long as the block lasts; after an error this process has to end.
 
     Args:
         device: As the recipe has it; each rank of a machine takes the CUDA device of its own number.
@@ -116,7 +117,8 @@ def join_ranks(device: torch.device) -> Generator[Ranks]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if (device.index or 0) >= (count := torch.cuda.device_count()):
             raise ConfigError(
-                f"machine.device: process {device.index} of this machine has no CUDA device of its own; there are {count}.",
+                f"machine.device: process {device.index} of this machine has no CUDA device of its own; there"
+                f" are {count}.",
                 fix=f"Start torchrun with --nproc-per-node {count}, or set machine.device: cpu.",
             )
         torch.cuda.set_device(device)
@@ -124,7 +126,7 @@ def join_ranks(device: torch.device) -> Generator[Ranks]:
         torch.set_num_threads(max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     yield Ranks(dist.get_rank(), dist.get_world_size(), device)
-    # Not after an error: NCCL would wait here for the others, who wait for this rank, and torchrun for all of them.
+    # Not after an error: NCCL would wait here for the other ranks, which wait for this one.
     dist.destroy_process_group()
 
 

@@ -13,7 +13,7 @@ from clip_cid.training.ranks.head_shards import WEIGHT, load_rows, num_rows, sav
 
 
 class HeadRows:
-    """Saves and loads the rows and what the optimizer keeps of each; does nothing where there is no head that learns.
+    """Saves and loads the rows and their optimizer state; does nothing if no head learns.
 
     A checkpoint can be resumed with any number of ranks.
 
@@ -32,7 +32,7 @@ class HeadRows:
 
     @property
     def names(self) -> set[str]:
-        """What of the model's state is kept here."""
+        """The part of the model's state that is kept here."""
         return set() if self._head is None else {"objective.head.weight"}
 
     def save(self, step: int) -> None:
@@ -91,7 +91,7 @@ class HeadRows:
         return state
 
     def drop_old(self) -> None:
-        """Remove the rows of checkpoints that are no more."""
+        """Remove the rows of deleted checkpoints."""
         if self._ranks.is_main:
             for folder in self._folder.glob("step-*.head"):
                 if not folder.with_suffix(".pt").exists():

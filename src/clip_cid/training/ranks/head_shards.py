@@ -1,8 +1,8 @@
 """The rows of a head spread over ranks, as one file of each rank: any number of ranks can resume from them.
 
-A shard holds the rows of the centers and, where they learn, what the optimizer keeps of each row. The rows that drift is
-measured from are not kept: they are the centers of the clustering, which a head is made of before it is loaded, and
-which rows are watched depends on the number of ranks.
+A shard holds the rows of the centers and, if they learn, their optimizer state. The rows that the drift is
+measured from are not kept: they are the centers of the clustering, from which a head is made before it is
+loaded, and the choice of these rows depends on the number of ranks.
 """
 
 import json
@@ -29,7 +29,7 @@ _NAME = re.compile(r"head-(\d{5})-of-(\d{5})\.safetensors")
 
 @dataclass(frozen=True)
 class _Part:
-    """A shard's file, and what it says of itself."""
+    """A shard's file and its header."""
 
     path: Path
     first: int
@@ -94,7 +94,7 @@ def write_rows(
 
 
 def load_rows(folder: Path, first: int, stop: int) -> dict[str, Tensor]:
-    """The rows `first` to `stop` (not included) of everything that the shards hold, whatever number of ranks wrote them.
+    """Rows `first` to `stop` (not included) of all that the shards hold, however many ranks wrote them.
 
     All headers are read, but of the tensors these rows alone: no rank ever holds the whole head.
 

@@ -105,7 +105,7 @@ def test_without_pairs_there_are_no_kinds_and_one_line_says_so(
         caplog.clear()
         assert classify(folder, recipe, keys, np.array([1]), np.array([0]), images=1, seed=0) is None
         (message,) = caplog.messages
-        assert "perceptual and semantic duplicates are not told apart" in message
+        assert "perceptual and semantic duplicates are not distinguished" in message
         assert reason in message
 
 

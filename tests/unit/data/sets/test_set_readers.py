@@ -501,7 +501,7 @@ def test_a_copy_whose_training_images_are_its_test_images_is_refused(
     tars(tmp_path, keys_of("cifar10"), each=2)
     variant = known_sets()["sun397"].variants[0].model_copy(update={"test": 20, "words": "all 20 images"})
     _sized("cifar10", monkeypatch, variants=(variant,))
-    with pytest.raises(DataError, match="train and test have 20 images each, which is all there are"):
+    with pytest.raises(DataError, match="train and test both hold all 20 images"):
         opened("cifar10", tmp_path)
     assert opened("cifar10", tmp_path, splits=("test",)).variant == "all 20 images"
 

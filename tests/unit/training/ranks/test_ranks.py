@@ -345,7 +345,7 @@ def test_ranks_train_in_float16_what_one_process_does(folder: Path, found: list[
 
 def test_ranks_that_differ_stop(found: list[dict[str, Any]]):
     assert [rank["with_other_weights"].split(".")[0] for rank in found] == [
-        "RunError: rank 1 of 2 has other weights than rank 0"
+        "RunError: rank 1 of 2 has different weights than rank 0"
     ] * WORLD
 
 

@@ -135,7 +135,7 @@ def _named(numbers: np.ndarray, labels: list[int], path: Path) -> np.ndarray:
     return np.array(labels, dtype=np.int64)[numbers]
 
 
-# --- Pickles without code ----------------------------------------------------------------------------------------
+# --- Pickles without code ---
 
 
 class _Refused(Exception):

@@ -16,7 +16,7 @@ _FREQUENCY = "matched-frequency"
 
 
 def read_folders(request: Request) -> SetFiles | None:
-    """{train,val,test}/CLASS/IMAGE; classes are the folders, sorted, and a folder `polka_dot` is the class `polka dot`."""
+    """{train,val,test}/CLASS/IMAGE; classes are the sorted folders; folder `polka_dot` is class `polka dot`."""
     present = [split for split in request.splits if (request.root / split).is_dir()]
     if "test" not in present:
         return None
@@ -69,7 +69,8 @@ def read_imagenet_v2(request: Request) -> SetFiles | None:
     names = class_folders(folder)
     if wrong := sorted(set(names) ^ {str(number) for number in range(len(wnids))}):
         raise DataError(
-            f"{folder}: {len(names):,} folders; they should be 0 to {len(wnids) - 1}, and {wrong[0]} is not or is missing.",
+            f"{folder}: {len(names):,} folders; they should be 0 to {len(wnids) - 1}, and {wrong[0]} is not or"
+            " is missing.",
             fix="Unpack the archive again.",
         )
 

@@ -1,4 +1,4 @@
-"""What a reader of one on-disk layout is request and what it finds, and the small steps the readers share."""
+"""Small steps that the readers of on-disk layouts share."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ AGAIN = "Unpack or copy the set again."
 
 
 def home(root: Path, *folders: str, has: str) -> Path | None:
-    """The folder that holds `has`: `root`, or `root` with the folders (or the last of them) that a library unpacks to."""
+    """The folder that holds `has`: `root`, or a folder in it to which a library unpacks (or its last part)."""
     for skip in range(len(folders) + 1):
         folder = root.joinpath(*folders[skip:])
         if (folder / has).exists():

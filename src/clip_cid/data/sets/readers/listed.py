@@ -161,7 +161,8 @@ def read_birdsnap(request: Request) -> SetFiles | None:
     here = [file for file in listed if (images / file).is_file()]
     if len(here) < len(listed):
         log.warn(
-            f"{request.name}: {len(listed) - len(here):,} of the {len(listed):,} images in images.txt are not in {images} "
+            f"{request.name}: {len(listed) - len(here):,} of the {len(listed):,} images in images.txt are not in"
+            f" {images} "
             f"and are left out ({len(test - set(here)):,} of the {len(test):,} test images)"
         )
 

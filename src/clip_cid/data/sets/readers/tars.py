@@ -104,7 +104,8 @@ def _samples(path: Path) -> list[tuple[str, Member, int]]:
         odd = sorted(images.keys() ^ labels.keys())
         lacks = "a label (.cls)" if odd[0] in images else "an image (.jpg, .png or .webp)"
         raise DataError(
-            f"{path}: {len(odd)} of {len(images.keys() | labels.keys())} samples are not whole; {odd[0]} lacks {lacks}.",
+            f"{path}: {len(odd)} of {len(images.keys() | labels.keys())} samples are not whole; {odd[0]} lacks"
+            f" {lacks}.",
             fix="Export the set again.",
         )
 

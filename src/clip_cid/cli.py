@@ -270,7 +270,7 @@ def verify(run: Run) -> int:
     problems = pipeline.verify(_existing(run))
     if problems:
         raise RunError(
-            f"{run}: {len(problems)} files are not as they were written: {'; '.join(problems[:5])}",
+            f"{run}: {units.counted(len(problems), 'file')} changed since written: {'; '.join(problems[:5])}",
             fix=f"Run the first of these stages again: `clip-cid {problems[0].partition(':')[0]} {run} --force`.",
         )
     return 0

@@ -165,7 +165,7 @@ def verify(folder: RunFolder) -> list[str]:
         changes += [f"{name}: {change}" for change in changed]
         record = folder.record(name)
         count = len(record.files) if record else 0
-        log.info(f"{name:<9} {count} files {'CHANGED' if changed else 'as they were written'}")
+        log.info(f"{name:<9} {units.counted(count, 'file')} {'CHANGED' if changed else 'as they were written'}")
     return changes
 
 

@@ -24,6 +24,7 @@ from clip_cid.errors import RunError
 
 MANIFEST = "manifest.json"
 _PART, _OLD, _KEY = ".part", ".old", "stage-key"
+_held_locks: set[int] = set()
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class RunFolder:
                 fix="Give a folder you can write to.",
             ) from error
 
+        _held_locks.add(handle)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,6 +149,7 @@ class RunFolder:
             self._mend()
             yield
         finally:
+            _held_locks.remove(handle)
             os.close(handle)
 
     def part(self, stage: str) -> Path:
@@ -313,3 +316,13 @@ def _sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _close_locks() -> None:
+    """A forked worker shares the locks: one that outlives a killed process for a moment would keep the folder shut."""
+    for handle in _held_locks:
+        os.close(handle)
+    _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks)

@@ -119,6 +119,30 @@ def test_a_stage_that_cannot_resume_starts_empty(tmp_path: Path):
     assert not (folder.begin("balance", "k1", resumable=False) / "half").exists()
 
 
+@pytest.mark.resume
+def test_a_worker_that_outlives_its_killed_process_does_not_hold_the_folder(tmp_path: Path):
+    program = f"""
+import os, signal, sys
+from pathlib import Path
+from clip_cid.run_folder import RunFolder
+with RunFolder(Path({str(tmp_path)!r})).lock():
+    if os.fork() == 0:
+        print("works", flush=True)
+        sys.stdin.read()  # until the test ends
+        os._exit(0)
+    signal.pause()
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdin, process.stdout:
+        assert process.stdout.readline() == b"works\n"
+        process.kill()
+        process.wait()
+        with RunFolder(tmp_path).lock():
+            pass
+
+
 def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path: Path):
     program = f"""
 from pathlib import Path

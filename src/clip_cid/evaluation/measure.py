@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 from importlib import metadata
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from clip_cid import log, units
+from clip_cid import log, tasks, units
 from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.data.sets.evaluation_sets import EvaluationSet
 from clip_cid.data.sets.known_sets import known_sets
@@ -69,7 +68,7 @@ def measure_linear_probe(
     labelled: EvaluationSet, settings: EvaluateConfig, machine: MachineConfig, encoder: Encoder
 ) -> Measured:
     """CLIP's linear probe on frozen features, once for each official fold of the training images."""
-    threads, device = machine.threads or os.cpu_count() or 1, _probe_device(encoder)
+    threads, device = machine.threads or tasks.available_cores(), _probe_device(encoder)
     splits = {name: _images(encoder, labelled, name, settings) for name in labelled.splits}
     parts = {name: (_probed(features, settings), labels) for name, (features, labels) in splits.items()}
     test, test_y = splits["test"]

@@ -16,9 +16,9 @@ _HUNDRED = 100  # of fewer clusters no one is 1 %
 _MAX_POINTS = 400  # a million ranks look the same on paper as these, and weigh 25 MB more
 
 
-def top_share(sizes: Int[np.ndarray, " clusters"], share: float = 0.01) -> float:
-    """The part of all images that is in the largest `share` of the clusters (at least one cluster)."""
-    count = max(1, round(len(sizes) * share))
+def top_share(sizes: Int[np.ndarray, " clusters"]) -> float:
+    """The part of all images that is in the largest 1 % of the clusters (at least one cluster)."""
+    count = max(1, round(len(sizes) * 0.01))
     return float(np.sort(sizes)[::-1][:count].sum() / sizes.sum())
 
 

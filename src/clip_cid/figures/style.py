@@ -104,9 +104,9 @@ def model_colors(models: Sequence[str]) -> dict[str, str]:
     return colors | {"student": BLUE, "teacher": MUTED}
 
 
-def legend_columns(names: Sequence[str], *, width: float = WIDTH) -> int:
-    """How many entries of a legend fit beside each other in a figure that wide, in inches; at least one."""
-    return max(1, min(len(names), int(width / (_HANDLE + _LETTER * max(map(len, names))))))
+def legend_columns(names: Sequence[str]) -> int:
+    """How many entries of a legend fit beside each other in a figure; at least one."""
+    return max(1, min(len(names), int(WIDTH / (_HANDLE + _LETTER * max(map(len, names))))))
 
 
 def plain_ticks() -> FuncFormatter:

@@ -4,7 +4,9 @@ oneDNN where PyTorch has it, on AMD processors much faster than the library it u
 float32 at least, whatever the autocast precision of the student.
 """
 
+import contextlib
 import math
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -74,6 +76,18 @@ def int8_products_are_right() -> bool:
         if not np.array_equal(product, left.astype(np.float64) @ right.astype(np.float64).T):
             return False
     return True
+
+
+@contextlib.contextmanager
+def float32_sums() -> Generator[None]:
+    """Products on a GPU are added up in full float32, whatever the process has allowed: the error bounds count on it."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_fp16_reduced_precision_reduction, settings.allow_tf32
+    settings.allow_fp16_reduced_precision_reduction, settings.allow_tf32 = False, False
+    try:
+        yield
+    finally:
+        settings.allow_fp16_reduced_precision_reduction, settings.allow_tf32 = before
 
 
 def autocast_off(tensor: Tensor) -> torch.autocast:

@@ -35,6 +35,21 @@ def test_there_is_room_for_every_size_and_at_most_an_eighth_more(size: int) -> N
     assert products._room(room) == room
 
 
+@pytest.mark.parametrize("chosen", [True, False])
+def test_sums_are_in_float32_inside_and_as_the_process_chose_outside(chosen: bool) -> None:
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_fp16_reduced_precision_reduction, settings.allow_tf32
+    try:
+        settings.allow_fp16_reduced_precision_reduction = settings.allow_tf32 = chosen
+        with products.float32_sums():
+            assert not settings.allow_fp16_reduced_precision_reduction
+            assert not settings.allow_tf32
+        assert bool(settings.allow_fp16_reduced_precision_reduction) is chosen
+        assert settings.allow_tf32 is chosen
+    finally:
+        settings.allow_fp16_reduced_precision_reduction, settings.allow_tf32 = before
+
+
 def test_few_sizes_are_shown_to_a_library_that_keeps_a_kernel_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every size up to 4,096: 8 up to 256, and 8 between a power of two and the next."""
     assert len({products._room(size) for size in range(1, 4097)}) == 8 + 4 * 8

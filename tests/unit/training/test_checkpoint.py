@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 import torch
 from tiny_training import make_settings, make_trainer
+from torch import nn
 
 from clip_cid.errors import RunError
 from clip_cid.training import checkpoint
 from clip_cid.training.ranks.head_shards import WEIGHT, write_rows
+from clip_cid.training.state import Part
 
 pytestmark = pytest.mark.resume
 
@@ -92,6 +94,26 @@ def test_every_part_of_the_state_is_saved_and_loads_what_it_has_saved(tmp_path: 
     for name, part in again._parts().items():
         if name != "watch":  # time goes on
             assert equal(part.state_dict(), state["parts"][name]), name
+
+
+def test_whatever_of_a_training_can_save_itself_is_a_part_of_its_state(tmp_path: Path):
+    trainer = make_trainer(tmp_path, tmp_path / "out", steps=4, settings=make_settings(ema_decay=0.9, precision="fp16"))
+    trainer._resume()
+    parts = trainer._parts()
+    owned = {**vars(trainer), **vars(trainer.learner)}
+    able = [name for name, value in owned.items() if isinstance(value, Part) and not isinstance(value, nn.Module)]
+    assert {"progress", "best", "alarm", "watch", "bad", "records", "scaler", "ema"} <= {*able}
+    assert [name for name in able if all(owned[name] is not part for part in parts.values())] == []
+    assert {"model", *(f"optimizer {number}" for number in range(len(trainer.learner.optimizers)))} <= parts.keys()
+
+
+def test_the_time_of_the_attempts_before_counts(tmp_path: Path):
+    trainer = make_trainer(tmp_path, tmp_path / "out", steps=4)
+    trainer.watch.load_state_dict({"seconds": 1000.0, "waited": 100.0})
+    trainer.run()
+    again = make_trainer(tmp_path, tmp_path / "out", steps=4)
+    assert again.run()["seconds"] > 1000.0
+    assert again.watch.waited >= 100.0
 
 
 def equal(ours: Any, theirs: Any) -> bool:

@@ -212,15 +212,13 @@ def duplicate_keys(
     hashes: Callable[[], Iterable[UInt64[np.ndarray, " _"]]],
     rows: int,
     key: Callable[[int], str],
-    *,
-    rows_per_pass: int = _ROWS_PER_PASS,
 ) -> dict[int, int]:
     """Each row whose key an earlier row has, with the first such row.
 
     Hashes say where to look, the keys themselves decide. Each pass takes the hashes of one range of values, so memory
     is bounded however many rows there are.
     """
-    passes = max(1, math.ceil(rows / rows_per_pass))
+    passes = max(1, math.ceil(rows / _ROWS_PER_PASS))
     edges = [number * (1 << 64) // passes for number in range(passes + 1)]
     first_of: dict[int, int] = {}
 

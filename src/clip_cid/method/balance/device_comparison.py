@@ -1,9 +1,7 @@
 """Compare two chunks on a device: both lie there whole; only pairs above the floor come back to be measured."""
 
-import contextlib
 import queue
 import threading
-from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -12,6 +10,7 @@ from jaxtyping import Int
 from clip_cid.method.balance.cpu_comparison import blocks
 from clip_cid.method.balance.exact_links import ExactLinks
 from clip_cid.method.balance.prepared_rows import ChunkPair, PreparedRows
+from clip_cid.method.products import float32_sums
 
 _SIDE = 16_384  # rows of a block: half a GB of float16 products, long enough that starting one does not count
 _WAITING = 4  # blocks of candidates
@@ -24,7 +23,7 @@ def compare_on_device(prepared: PreparedRows, pair: ChunkPair, links: ExactLinks
     one = torch.from_numpy(prepared.codes[first]).to(prepared.device)
     other = one if first == second else torch.from_numpy(prepared.codes[second]).to(prepared.device)
 
-    with _full_accumulation(), _Background(links) as background:
+    with float32_sums(), _Background(links) as background:
         for left in blocks(first, _SIDE):
             for right in blocks(second, _SIDE):
                 if right.stop <= left.start:
@@ -81,18 +80,6 @@ class _Background:
                 BaseException
             ) as error:  # the queue is emptied all the same, so that the other side never waits in vain
                 self._error = error
-
-
-@contextlib.contextmanager
-def _full_accumulation() -> Generator[None]:
-    """Sums of float16 products in float32 all the way, as the code's margin assumes."""
-    settings = torch.backends.cuda.matmul
-    before = settings.allow_fp16_reduced_precision_reduction
-    settings.allow_fp16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        settings.allow_fp16_reduced_precision_reduction = before
 
 
 def _within(positions: slice, chunk: slice) -> slice:

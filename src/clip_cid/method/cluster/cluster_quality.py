@@ -8,6 +8,7 @@ from jaxtyping import Float, Float64, Int
 from clip_cid.method.cluster.kmeans_rounds import DirectionSums
 from clip_cid.method.unit_rows import BLOCK_ROWS, Rows, UnitRows
 
+_SEED = 0
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _SAMPLE = 10_000
 _CELLS = 1 << 31  # products of the sample with all centers; with a million centers the sample is about 2,000 rows
@@ -27,7 +28,7 @@ class Quality:
 
 
 def cluster_quality(
-    embeddings: Rows, centers: Float[np.ndarray, "centers dim"], labels: Int[np.ndarray, " rows"], *, seed: int = 0
+    embeddings: Rows, centers: Float[np.ndarray, "centers dim"], labels: Int[np.ndarray, " rows"]
 ) -> Quality:
     r"""A proxy of purity from two passes over the rows; `cluster_cosine` in docs/method.md.
 
@@ -45,7 +46,7 @@ def cluster_quality(
         raise ValueError(f"labels must be of {len(rows)} rows and {len(centers)} centers, got {len(labels)}")
 
     within, overall = _mean_cosines(rows, labels, len(centers))
-    return Quality(within, overall, _margins(rows, centers, labels, seed))
+    return Quality(within, overall, _margins(rows, centers, labels))
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,12 @@ class Purity:
     classes: int
 
 
-def purity(labels: Int[np.ndarray, " rows"], classes: Int[np.ndarray, " _"], *, seed: int = 0) -> Purity:
+def purity(labels: Int[np.ndarray, " rows"], classes: Int[np.ndarray, " _"]) -> Purity:
     """Purity of clusters against known classes; `purity` in docs/method.md.
 
     Args:
         labels: The cluster of each row.
         classes: The class of each row as a number; below 0 where it is not known.
-        seed: Of the shuffled classes.
 
     Raises:
         ValueError: The two are of different lengths, or no class is known.
@@ -79,7 +79,7 @@ def purity(labels: Int[np.ndarray, " rows"], classes: Int[np.ndarray, " _"], *, 
         raise ValueError("classes must be known of some row, got none")
 
     labels, classes = labels[known], classes[known]
-    shuffled = np.random.default_rng([seed, 2]).permutation(classes)
+    shuffled = np.random.default_rng([_SEED, 2]).permutation(classes)
     return Purity(
         share=_share_of_most_frequent(labels, classes),
         shuffled=_share_of_most_frequent(labels, shuffled),
@@ -132,12 +132,12 @@ def _mean_cosines(
 
 
 def _margins(
-    rows: UnitRows, centers: Float[np.ndarray, "centers dim"], labels: Int[np.ndarray, " rows"], seed: int
+    rows: UnitRows, centers: Float[np.ndarray, "centers dim"], labels: Int[np.ndarray, " rows"]
 ) -> Float64[np.ndarray, " sample"]:
     if len(centers) < 2:
         return np.empty(0)
     count = min(len(rows), _SAMPLE, max(1, _CELLS // len(centers)))
-    sample = np.sort(np.random.default_rng([seed, 1]).choice(len(rows), size=count, replace=False))
+    sample = np.sort(np.random.default_rng([_SEED, 1]).choice(len(rows), size=count, replace=False))
 
     margins = np.empty(count)
     for start in range(0, count, _BLOCK):

@@ -1,9 +1,8 @@
 """The nearest center of each row: codes nominate centers, float32 narrows them down, float64 decides."""
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int, Int32
 
 from clip_cid.method.codes import LEVELS, ROUNDING, CodeType, Coding, encode
-from clip_cid.method.products import int8_product, int8_products_are_right
+from clip_cid.method.products import float32_sums, int8_product, int8_products_are_right
 from clip_cid.method.unit_rows import FLOAT32_ERROR, UnitRows, product_error
 
 TIED = 1e-9  # centers nearer to equal than this are decided by their number, not by rounding
@@ -164,7 +163,7 @@ class CenterSearch:
     def _product(self, codes: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
         if self._kind == "int8":
             return int8_product(codes, centers.T)
-        with _full_sums():
+        with float32_sums():
             return codes @ centers.T
 
     def _exact_dots(
@@ -223,18 +222,6 @@ def _fastest(device: torch.device, centers: int) -> CodeType:
 
 
 _int8_is_right = functools.cache(int8_products_are_right)
-
-
-@contextlib.contextmanager
-def _full_sums() -> Generator[None]:
-    """Sums of float16 products in float32, whatever the process has allowed: the bound counts on it."""
-    settings = torch.backends.cuda.matmul
-    before = settings.allow_fp16_reduced_precision_reduction, settings.allow_tf32
-    settings.allow_fp16_reduced_precision_reduction, settings.allow_tf32 = False, False
-    try:
-        yield
-    finally:
-        settings.allow_fp16_reduced_precision_reduction, settings.allow_tf32 = before
 
 
 def _at_least(

@@ -244,9 +244,9 @@ def test_duplicates_are_those_a_dictionary_finds_even_when_hashes_collide(
     for row, key in enumerate(keys):
         if first.setdefault(key, row) != row:
             expected[row] = first[key]
-    found = duplicate_keys(
-        lambda: [hashes[:cut], hashes[cut:]], len(keys), keys.__getitem__, rows_per_pass=rows_per_pass
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clip_cid.data.pairs.index._ROWS_PER_PASS", rows_per_pass)
+        found = duplicate_keys(lambda: [hashes[:cut], hashes[cut:]], len(keys), keys.__getitem__)
     assert found == expected
 
 

@@ -20,7 +20,7 @@ class Journal:
         self.path = path
 
     def read(self) -> list[Any]:
-        """Every whole line; none where there is no file.
+        """Every whole line; none if there is no file.
 
         Raises:
             ValueError: A whole line is not JSON.

@@ -1,4 +1,4 @@
-"""What the program says: progress bars on a terminal, plain lines elsewhere, and the same words in `run.log`."""
+"""Messages of the program: progress bars on a terminal, plain lines elsewhere; `run.log` gets the same words."""
 
 import contextlib
 import logging

@@ -116,9 +116,9 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
 
 
 def take_over(folder: RunFolder, recipe: Recipe, others: Sequence[RunFolder]) -> None:
-    """Adopt stages that other runs have finished, from the first on, where they are not current here.
+    """Adopt stages that other runs have finished, from the first on, if they are not current here.
 
-    A stage is adopted where its key is equal. The first one that is not adopted ends this; if it grows and has no
+    A stage is adopted if its key is equal. The first one that is not adopted ends this; if it grows and has no
     results here, it is given those of other settings to build upon.
     """
     with folder.lock():
@@ -275,7 +275,7 @@ def _check_only(
 
 
 def _inputs(stage: Stage, recipe: Recipe, folder: RunFolder, active: tuple[Stage, ...]) -> dict[str, str]:
-    """What the stage reads -> a digest of it: the results of the stages before it, and the files from elsewhere."""
+    """Digests of the stage's inputs by name: results of the stages before it, and files made elsewhere."""
     names = {used.name for used in active}
     inputs: dict[str, str] = {}
     for need in stage.needs:
@@ -286,7 +286,7 @@ def _inputs(stage: Stage, recipe: Recipe, folder: RunFolder, active: tuple[Stage
 
 
 def _key(stage: Stage, recipe: Recipe, folder: RunFolder, active: tuple[Stage, ...]) -> str | None:
-    """What the stage's results depend on, as a digest; None while a stage it needs has not run."""
+    """A digest of all that decides the stage's results; None while a stage it needs has not run."""
     names = {used.name for used in active}
     if any(need in names and not folder.has(need) for need in stage.needs):
         return None

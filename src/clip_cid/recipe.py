@@ -381,7 +381,7 @@ class EvaluateConfig(Config):
     knn: bool = True
     """Vote of the 20 nearest training images. Scores for 10, 100 and 200 are written too."""
     features: Literal["before_projection", "after_projection"] = "before_projection"
-    """What linear probe and neighbors read. CLIP's protocol uses the output of the image tower
+    """The features for linear probe and neighbors. CLIP's protocol uses the output of the image tower
     before its projection."""
     student: bool = True
     """Off for a recipe without a student of its own: nothing is trained, and only the models of

@@ -96,7 +96,7 @@ class RunFolder:
         self._forgotten.add(stage)
 
     def earlier(self, stage: str) -> Path | None:
-        """The stage's present results, which the run is about to replace; None where files have changed."""
+        """The stage's present results, which the run is about to replace; None if files have changed."""
         if not self.has(stage) or stage in self._forgotten or self.changed_files(stage, digests=True):
             return None
         return self.path / stage
@@ -118,7 +118,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Generator[None]:
-        """Hold the folder against other processes; freed by the system when this one dies.
+        """Lock the folder against other processes; the system frees the lock when this one dies.
 
         Raises:
             RunError: Another process works here, or the folder cannot be written.
@@ -185,7 +185,7 @@ class RunFolder:
     def adopt(self, stage: str, other: "RunFolder") -> None:
         """Take over a stage as another run finished it, record included; the caller holds the lock.
 
-        Where the file system can, the files are linked and not copied: nobody writes into a finished stage.
+        If the file system can, the files are linked and not copied: no process writes into a finished stage.
         """
         source, part = other.stage(stage), self.part(stage)
         if part.exists():
@@ -196,7 +196,7 @@ class RunFolder:
         self._swap(stage)
 
     def changed_files(self, stage: str, *, digests: bool) -> list[str]:
-        """What differs from the record: by size and time, or (digests) by reading every byte."""
+        """The files that differ from the record, by size and time, or (digests) by every byte."""
         record = self.record(stage)
         if record is None:
             return []

@@ -46,7 +46,7 @@ class EmbedSummary(Summary):
     skipped: dict[str, int]
     """Reason -> unusable rows."""
     images_per_s: float | None
-    """None where the embeddings were made elsewhere."""
+    """None if the embeddings were made elsewhere."""
 
     def __str__(self) -> str:
         return f"{self.ok:,} of {self.images:,} images embedded in {self.dim} dimensions"
@@ -61,7 +61,7 @@ class Giant:
     size: int
     share_of_rows: float
     beyond_threshold_share: float
-    """Of its removed images, those farther from the kept one than the threshold."""
+    """Share of its removed images that are farther from the kept one than the threshold."""
     farthest: float
     """Distance from the kept image to the farthest other one."""
     widest: float
@@ -73,7 +73,7 @@ class Chains:
     """How much chaining there is: a set joined link by link may hold images that are far apart."""
 
     beyond_threshold_share: float
-    """Of the removed images, those farther from the kept one than the threshold."""
+    """Share of the removed images that are farther from the kept one than the threshold."""
     distance: dict[str, float]
     """Quantile -> distance of removed images to the kept one; empty when none was removed."""
     largest: int
@@ -88,7 +88,7 @@ class KindShare:
 
     images: int
     share: float | None
-    """None where no kind is known."""
+    """None if no kind is known."""
     low: float
     """The 95 % Wilson interval of the share."""
     high: float
@@ -96,7 +96,7 @@ class KindShare:
 
 @dataclass(frozen=True, kw_only=True)
 class KindShares:
-    """What kinds of duplicates were removed, by the pixels of a sample."""
+    """The kinds of removed duplicates, by the pixels of a sample."""
 
     drawn: int
     unknown: int
@@ -113,7 +113,7 @@ class BalanceTruth:
     precision: float
     recall: float
     redundant_share: float
-    """Of the images, those that repeat another one by the data's own groups."""
+    """Share of the images that repeat another one by the data's own groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +161,9 @@ class ClusterTruth:
 
     field: str
     share: float
-    """Of the images, those of the most frequent class of their cluster."""
+    """Share of the images that have the most frequent class of their cluster."""
     shuffled: float
-    """The same where classes are dealt to the images at random."""
+    """The same with classes assigned to the images at random."""
     rows: int
     """Images whose class is known."""
     classes: int
@@ -181,10 +181,10 @@ class ClusterSummary(Summary):
     median: float
     largest: int
     gini: float
-    """Of the sizes: 0 is even, 1 is all images in one cluster."""
+    """Gini coefficient of the sizes: 0 is even, 1 is all images in one cluster."""
     size_quantiles: dict[str, int]
     within_cosine: float | None
-    """Mean over the pairs of images in one cluster; None where no cluster holds two."""
+    """Mean over the pairs of images in one cluster; None if no cluster holds two."""
     all_pairs_cosine: float | None
     margin_quantiles: dict[str, float]
     margin_sample: int
@@ -223,7 +223,7 @@ class DistillSummary(Summary):
     pairs_per_s: float
     data_wait_share: float
     losses: dict[str, float | None] = field(metadata={_PREFIX: "loss"})
-    """`loss` and its parts, `loss/clip` and so on, of the last line of `metrics.jsonl`; None where not finite."""
+    """`loss` and its parts, `loss/clip` and so on, of the last line of `metrics.jsonl`; None if not finite."""
     best_step: int | None = None
     """The step of the best student, with the number by which it is the best."""
     best_retrieval: float | None = None
@@ -248,7 +248,7 @@ class EvaluateSummary(Summary):
     stage = EVALUATE
 
     models: dict[str, dict[str, float | None]]
-    """Model -> mean score by task; None where it was not measured on all sets."""
+    """Model -> mean score by task; None if it was not measured on all sets."""
     mean_of: dict[str, str]
     """Task -> over how many sets, as `2/4`."""
     missing: dict[str, str]
@@ -280,7 +280,7 @@ class ReportSummary(Summary):
     bytes: int
     picture_bytes: int
     no_pictures: str | None
-    """Why the page has no pictures, where it has none."""
+    """Why the page has no pictures, if it has none."""
 
     def __str__(self) -> str:
         return self.page

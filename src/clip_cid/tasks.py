@@ -144,7 +144,7 @@ def _end_with_parent() -> None:
 
 
 class Place(NamedTuple):
-    """Which of the processes of torchrun this is."""
+    """The place of this process among those of torchrun."""
 
     rank: int
     size: int

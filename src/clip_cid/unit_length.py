@@ -7,5 +7,5 @@ NORM_TOLERANCE = 1e-2
 
 
 def is_unit(lengths: Any) -> Any:
-    """Of an array or a tensor of lengths, which are 1 within the tolerance; NaN is not."""
+    """Which of an array or a tensor of lengths are 1 within the tolerance; NaN is not."""
     return abs(lengths - 1) <= NORM_TOLERANCE

@@ -9,7 +9,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def in_percent(share: float | None) -> str:
-    """A share of 1 in a table whose heading says percent: `43.7`; a dash where there is none."""
+    """A share of 1 in a table whose heading says percent: `43.7`; a dash if there is none."""
     return "-" if share is None else f"{100 * share:.1f}"
 
 

@@ -62,7 +62,7 @@ def plan(name: Name, recipe: Recipe, *, values: Sequence[str] = (), peers: bool 
 
     Args:
         name: Which of the paper's tables.
-        recipe: What all variants have in common; its own setting is the reference where it is one of them.
+        recipe: What all variants have in common; its own setting is the reference if it is one of them.
         values: Thresholds, numbers of clusters, or teachers as in evaluate.compare, instead of the paper's.
         peers: Also train with the losses of peers; for `losses` only.
 

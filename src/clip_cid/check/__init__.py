@@ -53,14 +53,14 @@ class Report:
     chance: dict[str, float]
     duration: estimates.Duration
     soft_seconds: float | None
-    """Of all pairs, before the first step; None where the training uses no soft centers."""
+    """Seconds for all pairs, before the first step; None if the training uses no soft centers."""
     waiting_bytes: int
-    """Of the batches that the workers hold ready."""
+    """Bytes of the batches that the workers hold ready."""
     disk: estimates.Disk
     teacher_dim: int | None
     embed_seconds: float | None
-    """What embedding took, where it was done here."""
-    doubts: list[str]
+    """Seconds that embedding took, if it was done here."""
+    warnings: list[str]
     unchecked: list[str]
 
 
@@ -157,10 +157,10 @@ def _measure(
         disk=disk,
         teacher_dim=tried.teacher_dim,
         embed_seconds=_embed_seconds(folder, missing),
-        doubts=[],
+        warnings=[],
         unchecked=_unchecked(recipe, missing, teacher),
     )
-    return dataclasses.replace(report, doubts=_doubts(report, folder, tried))
+    return dataclasses.replace(report, warnings=_warnings(report, folder, tried))
 
 
 def _with_targets(batch: Batch, recipe: Recipe, tried: trial.Tried) -> tuple[Batch, float | None]:
@@ -173,10 +173,10 @@ def _with_targets(batch: Batch, recipe: Recipe, tried: trial.Tried) -> tuple[Bat
     return batch, seconds / len(batch.rows)
 
 
-def _doubts(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str]:
+def _warnings(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str]:
     recipe = report.recipe
     settings, machine = recipe.distill, recipe.machine
-    doubts = [
+    warnings = [
         *likely_mistakes.of_settings(
             settings, steps=report.duration.steps, pairs=report.pairs, held_out=report.held_out
         ),
@@ -191,8 +191,8 @@ def _doubts(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str]:
     labels, head = tried.training.inputs.pairs.labels, tried.trainer.model.objective.head
     if labels is not None and head is not None:
         own = distinct_labels(labels, settings.batch_size)
-        doubts += likely_mistakes.of_negatives(settings, num_centers=head.num_centers, own=own)
-    return doubts
+        warnings += likely_mistakes.of_negatives(settings, num_centers=head.num_centers, own=own)
+    return warnings
 
 
 def _chance(recipe: Recipe, tried: trial.Tried, rehearsed: rehearsal.Rehearsal, width: int) -> dict[str, float]:

@@ -26,7 +26,7 @@ class Sights:
     truncated: int
     """Captions that are longer than the student's context."""
     sides: tuple[int, int, int]
-    """The short side of the images in pixels: the least, the median, the most; zeros where none could be read."""
+    """The short side of the images in pixels: the least, the median, the most; zeros if none could be read."""
     smaller: int
     """Images with a side shorter than the student's images: they are enlarged."""
     kilobytes: float

@@ -1,4 +1,4 @@
-"""What a whole run takes, by arithmetic from what was measured and counted."""
+"""The cost of a whole run, by arithmetic from measured and counted numbers."""
 
 import math
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ _HALF, _SINGLE = 2, 4  # bytes of a number
 
 @dataclass(frozen=True)
 class Duration:
-    """Of the training, without validation and checkpoints."""
+    """Seconds of the training, without validation and checkpoints."""
 
     steps: int
     compute: float
@@ -46,12 +46,12 @@ class Disk:
     checkpoint: int
     """One of them."""
     checkpoints: int
-    """Those that stay, the one that is being written, and the best student where it is kept."""
+    """Bytes of the checkpoints kept, of the one being written, and of the best student if it is kept."""
     student: int
     soft_centers: int
     metrics: int
     before: int
-    """What the stages before the training leave, where they have not run."""
+    """Bytes of the results of the stages before the training that have not run."""
     free: int
 
     @property
@@ -82,7 +82,7 @@ def chance_levels(
         num_centers: K; None without clusters.
         in_step: Centers that take part in a step.
         perplexity: Of the teacher over all centers.
-        logit_bias: The student's, where it has one.
+        logit_bias: The student's, if it has one.
 
     Returns:
         By the loss's name, in its own unit; a loss without such a level is not there.

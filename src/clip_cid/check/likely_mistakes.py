@@ -20,7 +20,7 @@ _WARM_UP = 0.1  # of the steps
 _TRUNCATED = 0.1  # of the captions
 _WAITING = 0.1  # of the time
 _ERROR = 0.025  # of a recall on the held-out pairs, at worst
-_LONG = 1800.0  # seconds: a run one would not like to begin again
+_LONG = 1800.0  # seconds: losing a run of this length costs much
 
 
 def of_settings(settings: DistillConfig, *, steps: int, pairs: int, held_out: int) -> Iterator[str]:

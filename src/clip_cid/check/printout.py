@@ -26,7 +26,7 @@ def say(report: Report) -> None:
     ):
         if rows:
             log.table(_HOW, rows, title=title)
-    for heading, lines in (("Not checked", report.unchecked), ("Doubtful", report.doubts)):
+    for heading, lines in (("Not checked", report.unchecked), ("Warnings", report.warnings)):
         if lines:
             log.say(f"\n{heading}")
             for line in lines:
@@ -36,11 +36,11 @@ def say(report: Report) -> None:
 
 def verdict(report: Report) -> str:
     """The last line; a run that is refused gets no report."""
-    doubts = units.counted(len(report.doubts), "doubtful point")
+    warnings = units.counted(len(report.warnings), "warning")
     if report.undone:
         names = ", ".join(f"{state.stage.name} ({state.status})" for state in report.undone)
-        return f"The run can begin: {doubts}. Still to run before the training: {names}."
-    return f"The training can begin: {doubts}."
+        return f"The run can begin: {warnings}. Still to run before the training: {names}."
+    return f"The training can begin: {warnings}."
 
 
 def _pairs(report: Report) -> Iterator[Row]:

@@ -18,7 +18,7 @@ from clip_cid.training.loop import Trainer
 from clip_cid.training.metrics import peak_memory
 from clip_cid.training.step import Measured
 
-_READ_SECONDS = 5.0  # a rate that was watched for so long is good enough
+_READ_SECONDS = 5.0  # a rate measured for this long is exact enough
 _STEP_SECONDS = 10.0
 _MOST_STEPS = 10
 _MOST_ROUNDS = 4  # batches of each worker
@@ -32,7 +32,7 @@ class Reading:
     """The first one of the training."""
     seconds_per_batch: float
     batches: int
-    """How many were read to find out."""
+    """How many were read to measure it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +47,22 @@ class Rehearsal:
     centers: int | None
     """How many take part in a step."""
     memory_gib: float
-    """The most this process has held, all it has loaded included."""
+    """The peak memory of this process, everything it has loaded included."""
     device_memory_gib: float | None
-    """The most tensors have held of the CUDA device."""
+    """The peak memory of tensors on the CUDA device."""
 
 
 def batches_to_try(batches: Batches, *, workers: int, steps: int) -> Generator[Batch]:
-    """The first batches of a training of `steps`, as many as reading and rehearsing may want."""
+    """The first batches of a training of `steps`, as many as the measurements may need."""
     return batches.between(0, min(_MOST_ROUNDS * max(workers, 1) + _MOST_STEPS, steps))
 
 
 def read_batches(batches: Iterator[Batch], *, workers: int) -> Reading:
-    """Read the first batch and, where that is quick, more of them.
+    """Read the first batch and, if that is quick, more of them.
 
     Args:
         batches: As `batches_to_try` gives them; some are left.
-        workers: As many batches are made at once; those in which they start do not count where more are read.
+        workers: As many batches are made at once; those in which they start do not count if more are read.
 
     Raises:
         DataError: As `Batches.between`.

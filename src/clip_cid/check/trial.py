@@ -66,12 +66,12 @@ class Tried:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherFacts:
-    """What is known of the teacher without its weights."""
+    """The teacher's facts that are known without its weights."""
 
     name: str
     costs: Costs | None
     width: int | None
-    """None where its configuration would have to be fetched."""
+    """None if its configuration would have to be fetched."""
 
 
 def undone(folder: RunFolder, recipe: Recipe) -> list[pipeline.State]:
@@ -82,7 +82,7 @@ def undone(folder: RunFolder, recipe: Recipe) -> list[pipeline.State]:
 
 
 def find_teacher(folder: RunFolder, recipe: Recipe, missing: Sequence[pipeline.State]) -> TeacherFacts | None:
-    """The recipe's teacher; as the embeddings name it where they are there. None without one.
+    """The recipe's teacher; as the embeddings name it if they are there. None without one.
 
     Raises:
         ClipCidError: The embeddings are to be computed, and there is no such model.

@@ -11,7 +11,7 @@ from clip_cid.stage_names import DISTILL
 
 
 def of_pairs(pairs: PairsConfig) -> dict[str, str]:
-    """The pairs to train on; empty where the recipe names none."""
+    """The pairs to train on; empty if the recipe names none."""
     return {"pairs": _pairs_digest(pairs)} if pairs.source else {}
 
 

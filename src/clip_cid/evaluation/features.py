@@ -56,7 +56,7 @@ class ImageFeatures:
     """Features of the images of a split that could be decoded, in float32 and not normalized."""
 
     rows: Int[np.ndarray, " images"]
-    """Which rows of the source they belong to."""
+    """Their rows in the source."""
     before: Float[np.ndarray, "images width"] | None
     """Before the projection; None if only the others were computed."""
     after: Float[np.ndarray, "images dim"]
@@ -82,7 +82,7 @@ class Encoder:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the model's features: its weights, and how it is built and fed."""
+        """The facts that decide the model's features: weights, configuration and preprocessing."""
         return {"weights": self.digest, "model": self.clip.model_cfg, "preprocess": self.clip.preprocess_cfg}
 
     def forget_used(self) -> list[str]:

@@ -29,7 +29,7 @@ class KnnResult:
     """With `k` neighbors, in `metric`."""
     metric: MetricName
     k: int
-    """`MAIN`, or all training images where they are fewer."""
+    """`MAIN`, or all training images if they are fewer."""
     by_k: dict[int, float]
     """Score by number of neighbors."""
     predicted: Int[np.ndarray, " images"]

@@ -35,7 +35,7 @@ _WORTH_THREADS = 2e8  # multiplications of one pass over the features: some 20 m
 
 class _Part(NamedTuple):
     x: Any
-    """(images, dim) features in float32: an array, or a tensor where the solver runs on a device."""
+    """(images, dim) features in float32: an array, or a tensor if the solver runs on a device."""
     y: Int[np.ndarray, " images"]
     """Class numbers."""
 
@@ -125,7 +125,7 @@ def linear_probe(
     train = _checked(train_x, train_y, name="train")
     test = _checked(test_x, test_y, name="test", train=train)
 
-    # What to fit on, what to choose C on, and what the final fit sees.
+    # The images to fit on, to choose C on, and of the final fit.
     if val is None:
         (fit, choose), whole = _hold_out(train, seed), train
         validation = f"{len(choose.y):,} of {len(train.y):,} held out, seed {seed}"
@@ -219,7 +219,7 @@ def search(validate: Callable[[int], float]) -> dict[int, float]:
     It tries seven values two decades apart, then the neighbors of the best at 8, 4, 2 and 1 grid points.
 
     Returns:
-        Score by grid index: 15 of the 97, fewer where the best lies at an end of the grid.
+        Score by grid index: 15 of the 97, fewer if the best lies at an end of the grid.
     """
     scores = {index: validate(index) for index in range(0, len(GRID), _FIRST_STEP)}
     step = _FIRST_STEP // 2

@@ -152,7 +152,7 @@ def measure_retrieval(name: str, source: ImageSource, pairs: Pairs, encoder: Enc
 
 
 def imagenet_classes(labelled: EvaluationSet) -> Int[np.ndarray, " classes"] | None:
-    """Which of ImageNet's classes a shifted set has: some, or all of them; None for any other set."""
+    """The ImageNet classes of a shifted set: some, or all of them; None for any other set."""
     if (
         labelled.superset_classes is None
         and labelled.known_key is not None
@@ -224,7 +224,7 @@ def _about_probe(result: ProbeResult) -> dict[str, Any]:
 
 
 def _probe_device(encoder: Encoder) -> torch.device | None:
-    """The GPU the features were made on, where scikit-learn can fit there."""
+    """The GPU that computed the features, if scikit-learn can fit there."""
     if encoder.device.type != "cuda":
         return None
     if not array_api_supported():

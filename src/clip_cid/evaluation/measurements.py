@@ -110,5 +110,5 @@ def retrieval_measurement(source: PairSet, *, seed: int) -> Measurement:
 
 
 def _fingerprint(split: LabelledImages) -> list[str]:
-    """Of the images, and of the labels as they were read."""
+    """A digest of the images, and of the labels as they were read."""
     return [split.fingerprint, hashlib.sha256(split.labels.tobytes()).hexdigest()[:16]]

@@ -10,7 +10,7 @@ from clip_cid.data.sets.known_sets import MetricName
 RESAMPLES = 2_000
 
 Seed = int | Sequence[int]
-"""What NumPy's `default_rng` takes: one number, or several."""
+"""A seed for NumPy's `default_rng`: one number, or several."""
 
 Shares = Bool[np.ndarray, " images"] | Float[np.ndarray, " images"]
 """How right the answer to each image is: true or false, or a share."""

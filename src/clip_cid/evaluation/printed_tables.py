@@ -30,7 +30,7 @@ def table_lines(table: Table, models: Sequence[str]) -> Printed:
 
 
 def variant_notes(tables: Mapping[str, Table]) -> list[str]:
-    """What the stars of the printed tables stand for."""
+    """The meaning of the stars in the printed tables."""
     scores = (score for table in tables.values() for score in table.scores)
     variants = {score.set: score.variant for score in scores if score.variant}
     return [f"* {name}: {words}" for name, words in variants.items()]

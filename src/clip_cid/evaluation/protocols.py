@@ -17,7 +17,7 @@ class Protocol:
     mean: str
     """What its mean over sets is called."""
     clip_benchmark: str | None
-    """The name of the same task in CLIP_benchmark, where it has one."""
+    """The name of the same task in CLIP_benchmark, if it has one."""
     needs_training_images: bool = False
 
     @property

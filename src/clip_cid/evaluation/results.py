@@ -85,12 +85,12 @@ class Results:
 
 
 def _small(values: np.ndarray) -> np.ndarray:
-    """Class numbers in two bytes where they fit."""
+    """Class numbers in two bytes if they fit."""
     return values.astype(np.int16) if values.dtype.kind == "i" and values.max(initial=0) < 2**15 else values
 
 
 def _whole_measurements(folder: Path) -> dict[str, list[Score]]:
-    """Key -> the scores of one model with that key, where its answers are there too."""
+    """Key -> the scores of one model with that key, if its answers are there too."""
     path = folder / RESULTS
     by_model: dict[tuple[str, str], dict[str, Score]] = {}
     for score in read_scores(path) if path.is_file() else ():

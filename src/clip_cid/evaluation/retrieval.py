@@ -42,9 +42,9 @@ def retrieval(
 ) -> list[Recall]:
     """Recall at 1, 5 and 10, both ways; caption `t` describes image `image_of[t]`, and an image may have several.
 
-    An image finds its text when *any* of its captions is among the first k. Equal similarities are in random order, and
-    the score is the mean over all such orders, so a model that embeds everything alike scores exactly chance. Intervals
-    redraw images together with their captions.
+    An image counts as right if *any* of its captions is among the first k. Equal similarities are in random
+    order, and the score is the mean over all such orders, so a model that embeds everything alike scores
+    exactly chance. Intervals redraw images together with their captions.
 
     Raises:
         ValueError: Shapes do not fit, an image has no caption, or an embedding has no direction.

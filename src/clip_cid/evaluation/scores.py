@@ -34,9 +34,9 @@ class Score:
     chance: float | None = None
     """The score of a model that knows nothing."""
     variant: str | None = None
-    """How the set differs from the one CLIP was measured on; empty where it does not, None for a retrieval."""
+    """How the set differs from the one CLIP was measured on; empty if it does not, None for a retrieval."""
     details: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """What only this protocol records, such as C or the prompts, in the order of the line."""
+    """Values that only this protocol records, such as C or the prompts, in the order of the line."""
     cached: tuple[str, ...] = ()
     """The cached features it was made from."""
     key: str | None = None
@@ -156,7 +156,7 @@ class Difference:
 
 
 class Differences(Sequence[Difference]):
-    """Those between the student and the other models of one evaluation."""
+    """The differences between the student and the other models of one evaluation."""
 
     def __init__(self, differences: Iterable[Difference]) -> None:
         self._all = [one for one in differences if one.model == STUDENT]
@@ -202,13 +202,13 @@ class GroupMean:
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """What the table of one protocol holds beside its scores."""
+    """The contents of one protocol's table beside its scores."""
 
     task: str
     groups: tuple[GroupMean, ...]
     """None for a retrieval."""
     mean: GroupMean
-    """Of the first group that was measured, or of a retrieval the mean recall over all sets."""
+    """The mean of the first group that was measured, or for a retrieval the mean recall over all sets."""
     missing: Mapping[str, str]
     """Set without a result -> why."""
     differences: tuple[Difference, ...]
@@ -272,7 +272,7 @@ class ScoreRow:
         return next(iter(self.by_model.values()))
 
     def delta(self, other: str) -> float | None:
-        """Student minus `other`; None where one of them has no score."""
+        """Student minus `other`; None if one of them has no score."""
         if STUDENT not in self.by_model or other not in self.by_model:
             return None
         return self.by_model[STUDENT].score - self.by_model[other].score

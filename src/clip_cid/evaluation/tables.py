@@ -15,9 +15,9 @@ class Group:
     """Sets whose scores may be averaged: alike enough that one number over them means something."""
 
     name: str
-    """Such as `CLIP's sets`; empty where there is only one group."""
+    """Such as `CLIP's sets`; empty if there is only one group."""
     sets: tuple[str, ...]
-    """Those of its sets that the recipe names."""
+    """Its sets that the recipe names."""
     of: int
     """How many sets it has in all, named in the recipe or not."""
 
@@ -144,7 +144,7 @@ def _score_columns(table: Table) -> tuple[dict[str, Any], dict[str, Any], dict[s
 
 
 def _recall_columns(table: Table) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The same with a level more: each set has several metrics."""
+    """The same with one more level: each set has several metrics."""
     sets: dict[str, dict[str, Any]] = {}
     intervals: dict[str, dict[str, dict[str, list[float | None]]]] = {}
     for score in table.scores:

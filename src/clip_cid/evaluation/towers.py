@@ -21,12 +21,12 @@ Taps = Callable[[Tensor], tuple[Tensor, Tensor]]
 def both_features(clip: Clip) -> Iterator[Taps]:
     """A function from pixels to the image features before and after the projection into the joint space.
 
-    For a ViT, what CLIP's probe sees is the class token (or pooled tokens) after the last norm. A ModifiedResNet's
-    projection is the last linear map of its attention pool. A timm tower's is open_clip's head, or the tower's own
-    classifier where there is no head; without either the features before and after are the same.
+    For a ViT, CLIP's probe reads the class token (or pooled tokens) after the last norm. A ModifiedResNet's
+    projection is the last linear map of its attention pool. A timm tower's is open_clip's head, or the
+    tower's own classifier if there is no head; without either the features before and after are the same.
 
     Raises:
-        ConfigError: The tower is of another kind, so what comes before its projection is not known.
+        ConfigError: The tower is of another kind, so its features before the projection are not known.
     """
     visual = clip.model.visual
     if isinstance(visual, VisionTransformer):

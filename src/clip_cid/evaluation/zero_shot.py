@@ -82,9 +82,9 @@ def on_classes(
     labels: Int[np.ndarray, " labels"],
     classes: Int[np.ndarray, " chosen"],
 ) -> ZeroShotResult:
-    """Top-1 on the images of some classes when only these can be the answer: ImageNet as ImageNet-A and -R see it.
+    """Top-1 on the images of some classes with only these as answers: ImageNet on the classes of -A or -R.
 
-    Columns of other classes are left out before the argmax, so this is another question than the score on all classes.
+    Columns of other classes are removed before the argmax, so this score differs from that on all classes.
 
     Args:
         images: Embeddings of all images.

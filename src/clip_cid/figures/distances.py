@@ -1,4 +1,4 @@
-"""How far the removed images are from the one kept for them."""
+"""Distances of the removed images to the one kept for them."""
 
 import math
 from pathlib import Path
@@ -15,11 +15,11 @@ _BINS = 60
 def draw(distances: Float[np.ndarray, " removed"], *, threshold: float, metric: str, out: Path) -> dict[str, float]:
     """Write `distances.svg` and `.csv`: a histogram beside the threshold.
 
-    A bar right of the threshold is a removed image that reached its set through others, in hops each within it.
+    A bar right of the threshold is a removed image that joined its set through others; each link is within it.
     """
     limit = max(float(distances.max()), threshold) * 1.05
     edges = _edges(threshold, limit)
-    # A distance at an edge belongs to the bar on its left: at the threshold is not beyond it.
+    # A distance at an edge belongs to the bar on its left, since a distance at the threshold is not beyond it.
     counts = np.bincount(np.searchsorted(edges[1:], distances), minlength=len(edges) - 1)
     columns = {"from": edges[:-1].tolist(), "to": edges[1:].tolist(), "removed": counts.tolist()}
     style.write_csv(out / "distances.csv", columns)
@@ -54,7 +54,7 @@ def draw(distances: Float[np.ndarray, " removed"], *, threshold: float, metric: 
 
 
 def _edges(threshold: float, limit: float) -> Float[np.ndarray, " edges"]:
-    """Of some 60 equal bars up to `limit` or a little beyond, none of which lies on both sides of the threshold."""
+    """Edges of about 60 equal bars up to `limit` or a little beyond; one edge is the threshold."""
     below = max(1, round(_BINS * threshold / limit))
     step = threshold / below
     beyond = max(0, math.ceil((limit - threshold) / step))

@@ -15,7 +15,7 @@ from clip_cid.figures import style
 
 MIN_IMAGES = 30
 _PERPLEXITY = 30
-# A shape beside each color, for eyes that tell few colors apart and for print in gray.
+# A shape for each color, for color-blind readers and for print in gray.
 _MARKS = tuple(
     zip((style.BLUE, style.VERMILLION, style.GREEN, style.ORANGE, style.PURPLE, style.SKY), "osD^vP", strict=True)
 )
@@ -31,7 +31,7 @@ class Sample:
 
 
 def choose(labels: Int[np.ndarray, " kept"], *, images: int, seed: int) -> Sample:
-    """Up to `images` kept images: half of them from the six largest clusters, evenly, and the rest from everywhere.
+    """Up to `images` kept images: half evenly from the six largest clusters, the rest from all kept images.
 
     Of a million clusters a sample drawn evenly over all images would hardly meet the same one twice.
     """
@@ -52,7 +52,7 @@ def choose(labels: Int[np.ndarray, " kept"], *, images: int, seed: int) -> Sampl
 def lay_out(embeddings: Float[np.ndarray, "images dim"], *, seed: int) -> Float[np.ndarray, "images 2"]:
     """t-SNE from a PCA start.
 
-    On one thread: how many take part changes the order of its sums, and with it the whole map.
+    It uses one thread: the number of threads changes the order of the sums, and so the whole map.
 
     Raises:
         ValueError: There are fewer than 30 images.

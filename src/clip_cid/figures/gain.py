@@ -1,4 +1,4 @@
-"""The student's lead over the baseline by way of measuring, each with its paired interval."""
+"""The student's lead over the baseline by measure, each with its paired interval."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def draw(differences: Differences, other: str, out: Path) -> dict[str, dict[str,
 
 
 def _line(axes: Axes, one: Difference, place: float) -> None:
-    """A dot with its interval: hollow where the interval holds 0."""
+    """A dot with its interval: hollow if the interval holds 0."""
     color = (style.GREEN if one.difference > 0 else style.VERMILLION) if one.clear else style.MUTED
     axes.plot([100 * one.low, 100 * one.high], [place, place], color=color)
     axes.plot([100 * one.difference], [place], marker="o", color=color, mfc=color if one.clear else style.PAPER)

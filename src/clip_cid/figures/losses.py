@@ -84,7 +84,7 @@ def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[
 
 
 def _plain(part: str) -> str:
-    """The part without where it was measured: `val/loss/clip`, `val/clip` and `loss/clip` are `clip`."""
+    """The name of the part alone: `val/loss/clip`, `val/clip` and `loss/clip` are `clip`."""
     return part.removeprefix(VALIDATION).removeprefix(_PART)
 
 

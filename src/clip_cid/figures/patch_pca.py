@@ -1,8 +1,9 @@
-"""Fig. 5: what the patches of a ViT have in common, as colors.
+"""Fig. 5: principal components of the patches of a ViT, as colors.
 
-Over all patches of the images of a class, the first principal component tells foreground from background; the first
-three components of the foreground are its red, green and blue, so one color means one thing in all these images. The
-foreground and the components of another model are turned onto those of the first, so that they mean about the same.
+Over all patches of the images of a class, the first principal component separates foreground from background.
+The first three components of the foreground are its red, green and blue, so one color means one thing in all
+these images. The components of another model are rotated to fit those of the first, so that their colors mean
+about the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -103,7 +104,7 @@ def principal(rows: Float[np.ndarray, "rows width"], count: int) -> Float[np.nda
 def align(own: PatchComponents, reference: PatchComponents) -> PatchComponents:
     """The same components turned (or mirrored) so that they fit the reference's best: orthogonal Procrustes.
 
-    Fitted on the patches that are foreground in both; where the grids differ, each patch of the reference is compared
+    Fitted on the patches that are foreground in both; if the grids differ, each patch of the reference is compared
     with the one that covers its middle.
     """
     grid = (reference.foreground.shape[1], reference.foreground.shape[2])
@@ -125,7 +126,7 @@ def _on_grid(values: Shaped[np.ndarray, "images _ _ *more"], grid: tuple[int, in
 
 
 def colors(components: PatchComponents) -> Float[np.ndarray, "images rows columns 3"]:
-    """RGB from 0 to 1: each component from its 1st to its 99th percentile over all images; black where background."""
+    """RGB from 0 to 1: each component from its 1st to its 99th percentile over all images; the background is black."""
     picture = np.zeros_like(components.coordinates)
     if not components.foreground.any():
         return picture
@@ -137,7 +138,7 @@ def colors(components: PatchComponents) -> Float[np.ndarray, "images rows column
 
 
 def overlap(a: PatchComponents, b: PatchComponents) -> float | None:
-    """Foreground in both over foreground in either; None where the grids differ or there is none at all."""
+    """Foreground in both over foreground in either; None if the grids differ or there is none at all."""
     if a.foreground.shape != b.foreground.shape or not (a.foreground | b.foreground).any():
         return None
     return float((a.foreground & b.foreground).sum() / (a.foreground | b.foreground).sum())

@@ -66,7 +66,7 @@ def draw(scores: Sequence[Score], out: Path) -> dict[str, list[float]]:
 
 
 def _side(direction: float, before: Any, behind: Any) -> Any:
-    """Which side of a label touches the circle, so that the two never overlap."""
+    """The side of a label that touches the circle, so that the two never overlap."""
     return "center" if abs(direction) < 0.3 else behind if direction > 0 else before
 
 

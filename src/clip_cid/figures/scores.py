@@ -80,7 +80,7 @@ def draw(scores: Sequence[Score], differences: Differences, task: str, out: Path
 
 
 def mean_score(rows: Sequence[ScoreRow], model: str) -> float | None:
-    """Mean over the sets, only where the model has all of them: means over unlike sets would mislead."""
+    """Mean over the sets, only if the model has all of them, since means over different sets mislead."""
     values = [row.by_model[model].score for row in rows if model in row.by_model]
     return math.fsum(values) / len(values) if values and len(values) == len(rows) else None
 
@@ -112,7 +112,7 @@ def _bars(axes: Axes, rows: Sequence[ScoreRow], models: Sequence[str], places: n
 
 
 def _deltas(axes: Axes, rows: Sequence[ScoreRow], reference: str, places: np.ndarray, differences: Differences) -> None:
-    """The lead with its paired interval, faint where that holds 0; the number stands at the interval's end."""
+    """The lead with its paired interval, faint if it contains 0; the number is at the interval's end."""
     present = [(d, row, p) for row, p in zip(rows, places, strict=True) if (d := row.delta(reference)) is not None]
     largest = 0.0
     for delta, row, place in present:

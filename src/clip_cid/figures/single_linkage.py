@@ -22,7 +22,7 @@ class LinkedSet:
 
     rows: Int[np.ndarray, " images"]
     kept: Bool[np.ndarray, " images"]
-    """More than one where a largest radius was set."""
+    """More than one if a largest radius was set."""
     distances: Float[np.ndarray, " images"]
     """To the image kept for it, on the balance's metric; 0 for the kept."""
     left: Int[np.ndarray, " links"]

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from clip_cid.figures import style
 
 COLUMNS = ("pairs_per_s", "data_wait_share", "skipped_steps")
-"""Of metrics.jsonl; `skipped_steps` counts from the beginning of the training."""
+"""Columns of metrics.jsonl; `skipped_steps` counts from the beginning of the training."""
 
 
 def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Short codes of vectors, and how wrong a product of two codes may be.
 
-Balance and cluster both compare codes first, because their products are cheap, and compute exactly only where the codes
-cannot decide.
+Balance and cluster both compare codes first, because their products are cheap. They compute exactly only
+where the codes cannot decide.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Coding:
 
     @property
     def unit(self) -> float:
-        """What one unit of a product of codes is worth."""
+        """The cosine of one unit of a product of codes."""
         return self.step**2
 
     @property

@@ -16,7 +16,7 @@ Distance = TypeVar("Distance", float, np.ndarray)
 def squared_distances(
     left: Float[np.ndarray, "*left dim"], right: Float[np.ndarray, "*right dim"]
 ) -> Float[np.ndarray, "*left"]:
-    """The distance that decides: from the differences, so equal rows are at exactly 0 and small distances stay exact.
+    """The distance that decides, from the differences: equal rows are at exactly 0, small distances stay exact.
 
     The rows on the right may be fewer, where numpy repeats them.
     """

@@ -1,4 +1,4 @@
-"""Numbers that look random and are always the same, made from 64-bit words."""
+"""Pseudo-random numbers from 64-bit words, always the same for the same word."""
 
 from typing import NamedTuple
 

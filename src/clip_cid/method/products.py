@@ -1,7 +1,7 @@
 """Matrix products: which library multiplies, and in which precision.
 
-oneDNN where PyTorch has it, on AMD processors much faster than the library it uses by default; int8 codes into int32;
-float32 at least, whatever the autocast precision of the student.
+It uses oneDNN where PyTorch has it, because on AMD processors it is much faster than the default library. int8
+codes give int32. Floats are multiplied in float32 at least, whatever the autocast precision of the student.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ _LEAST_STEP, _SIZES = 32, 8
 class LeftRows:
     """Rows that are to be multiplied with many blocks of others; their layout is changed once.
 
-    Only the library differs from `rows @ others.T`, by the type and the device alone: equal inputs give equal bits for
-    a number of threads (docs/decisions.md, D33). oneDNN makes a kernel for every shape it meets and keeps it, more than
-    half a MB each; so it is shown few shapes, whose rest is zeros.
+    Only the library differs from `rows @ others.T`, and only the type and the device choose it: equal inputs
+    give equal bits for a number of threads (docs/decisions.md, D33). oneDNN keeps a kernel of more than half
+    a MB for every shape, so rows are padded with zeros to a few shapes.
     """
 
     def __init__(self, rows: Float[Tensor, "rows dim"]) -> None:

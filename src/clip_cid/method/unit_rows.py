@@ -44,8 +44,7 @@ class _Part:
 class UnitRows:
     """The rows at length one, in float64.
 
-    A row comes out the same bit for bit whichever other rows are read with it: that is why results do not depend on
-    the size of blocks.
+    A row has the same bits whichever other rows are read with it, so results do not depend on the block size.
 
     Args:
         rows: (rows, dim) numbers.
@@ -148,10 +147,10 @@ class UnitRows:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library reuse the memory of freed blocks: glibc hands it back to the system, zeroed anew at every use.
+    """Let the C library reuse the memory of freed blocks, which glibc would return to the system.
 
-    It stops once a block of this size has come and gone; a loop over blocks of a megabyte is then several times as fast
-    (docs/decisions.md, D21).
+    The system zeroes returned memory at every use. glibc keeps it after it has freed one block of this size.
+    A loop over blocks of a megabyte is then several times as fast (docs/decisions.md, D21).
     """
     np.empty(_COME_AND_GONE, dtype=np.uint8)
 

@@ -16,7 +16,7 @@ from clip_cid.models.open_clip_errors import LOADING_ERRORS, clean_name, open_cl
 
 
 def build_skeleton(model_cfg: dict[str, Any]) -> torch.nn.Module | None:
-    """A model without weights (on PyTorch's meta device), to be counted; None where open_clip cannot build it so.
+    """A model without weights (on PyTorch's meta device), to be counted; None if open_clip cannot build it so.
 
     A text tower of transformers is None, too: open_clip would fetch its configuration.
     """

@@ -47,7 +47,7 @@ def count_costs(model: torch.nn.Module, *, context_length: int) -> Costs | None:
         context_length: Tokens of a caption.
 
     Returns:
-        None where a part of the model cannot run on the meta device.
+        None if a part of the model cannot run on the meta device.
     """
     bare: Any = copy.deepcopy(model).to("meta").requires_grad_(True)
     size: Any = bare.visual.image_size

@@ -11,8 +11,8 @@ from clip_cid.errors import ConfigError
 def resolve_device(name: str) -> torch.device:
     """The device a recipe names; `auto` is CUDA where there is one and the CPU elsewhere.
 
-    It also turns TF32 off. PyTorch allows TF32 in convolutions, and some systems in all products; it keeps 11 bits, so
-    neither scores nor the digits of the cluster losses would be those of the CPU.
+    It also turns TF32 off. PyTorch allows TF32 in convolutions, and some systems in all products. TF32 keeps
+    11 bits, so scores and cluster losses would differ from those of the CPU.
 
     Raises:
         ConfigError: The name is not a device, or this machine does not have it.

@@ -47,7 +47,7 @@ def load_clip(reference: str, *, device: str = "cpu") -> Clip:
 
 
 def known_architecture(reference: str) -> dict[str, Any] | None:
-    """The `model_cfg` of a model that `load_clip` would load; None where it would have to be fetched.
+    """The `model_cfg` of a model that `load_clip` would load; None if it would have to be fetched.
 
     Raises:
         ConfigError: No such model.

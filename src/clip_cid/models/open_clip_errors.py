@@ -15,7 +15,7 @@ LOADING_ERRORS = (
     *(OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, AssertionError),
     *(SafetensorError, pickle.UnpicklingError, EOFError),
 )
-"""What open_clip, torch and safetensors raise for a folder that is broken in one way or another."""
+"""The errors that open_clip, torch and safetensors raise for a broken folder."""
 
 
 def missing_package(name: str, error: ImportError) -> ConfigError:

@@ -1,4 +1,4 @@
-"""Patches of an image tower: the features of each, and which of them show a prompt (Grad-CAM)."""
+"""Patches of an image tower: their features, and their activation for a prompt (Grad-CAM)."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def why_no_patches(clip: Clip) -> str | None:
 def patch_tokens(
     clip: Clip, pixels: Float[Tensor, "images 3 height width"]
 ) -> Float[Tensor, "images rows columns dim"]:
-    """Each patch's features after the last block and, where it is made for this width, the tower's last norm."""
+    """Each patch's features after the last block and, if it is made for this width, the tower's last norm."""
     visual = _vit(clip)
     with torch.inference_mode():
         outputs = visual.forward_intermediates(
@@ -37,11 +37,11 @@ def patch_tokens(
 def grad_cam(
     clip: Clip, pixels: Float[Tensor, "images 3 height width"], prompts: Float[Tensor, "images dim"]
 ) -> tuple[Float[Tensor, "images rows columns"], Float[Tensor, " images"]]:
-    """Where each image shows its prompt: Grad-CAM of their cosine, and the cosine itself.
+    """Grad-CAM of the cosine of each image and its prompt, and the cosine itself.
 
-    The activations are those before the attention of the last block. Behind it the class token reads no other patch, so
-    the gradients of the patches are zero. Channels are weighted by their mean gradient over the patches; negative
-    values, which speak against the prompt, become 0.
+    The activations are those before the attention of the last block. After it the class token reads no other
+    patch, so the gradients of the patches are zero. Channels are weighted by their mean gradient over the
+    patches. Negative values, which lower the cosine, become 0.
 
     Args:
         clip: A model for which `why_no_patches` gives None.
@@ -70,5 +70,5 @@ def grad_cam(
 
 
 def _vit(clip: Clip) -> Any:
-    """The tower, of which open_clip's types say too little."""
+    """The tower with its true type; open_clip's annotations are too general."""
     return clip.model.visual

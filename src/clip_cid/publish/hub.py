@@ -108,7 +108,8 @@ def _write_public(run: RunFolder, folder: Path) -> None:
     clip = load_clip(f"local-dir:{source}")
     if local := local_names(clip.model_cfg):
         raise RunError(
-            f"{source}: its model_cfg names files of this machine ({', '.join(local)}), so nobody else could load it.",
+            f"{source}: its model_cfg names files of this machine ({', '.join(local)}), so it cannot be loaded"
+            " elsewhere.",
             fix="Train with a tokenizer and a tower that have a name on the Hub.",
         )
     head_state = load_file(source / HEAD_FILE) if (source / HEAD_FILE).is_file() else {}
@@ -187,7 +188,7 @@ def _refusal(repo: str, error: HfHubHTTPError) -> HubError:
             f"{repo}: the name is taken on the Hub, or changed meanwhile ({answer}).",
             fix="Run the same command again, or give another name.",
         )
-    return HubError(f"{repo}: the Hub answered {status} ({answer}).", fix="Mend what it names, or try again later.")
+    return HubError(f"{repo}: the Hub answered {status} ({answer}).", fix="Correct what it names, or try again later.")
 
 
 def _one_line(error: object) -> str:

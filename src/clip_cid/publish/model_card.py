@@ -49,8 +49,8 @@ class _Table:
 def model_card(run: RunFolder, repo: str, *, license: str | None) -> str:
     """The README.md of a finished student.
 
-    Every number is read from the records of the run. A stage that was run again after the student was trained says
-    nothing about it and is left out, with a warning; so is an evaluation of another student.
+    Every number comes from the records of the run. A stage that ran again after the training does not
+    describe the student; it is left out with a warning. So is an evaluation of another student.
 
     Args:
         run: Its distill stage must have finished.
@@ -216,7 +216,7 @@ def _compared(evaluate: StageRecord | None, scores: Sequence[_Table]) -> list[tu
 
 
 def _reference(reference: str) -> str:
-    """A model as `public_name` gives it; readers cannot know that two of the schemes are not on the Hub."""
+    """A model as `public_name` gives it, with a note for the two schemes that are not on the Hub."""
     return f"{reference} (a model of the author's own)" if reference.startswith(("run:", "local-dir:")) else reference
 
 

@@ -41,7 +41,7 @@ def public_provenance(provenance: dict[str, Any]) -> dict[str, Any]:
 
 
 def local_names(model_cfg: Any) -> list[str]:
-    """Strings of a model's configuration that name files of this machine, where nobody else has them."""
+    """Strings of a model's configuration that name files of this machine."""
     if isinstance(model_cfg, str):
         return [model_cfg] if re.match(r"[/~.]", model_cfg) else []
     values = model_cfg.values() if isinstance(model_cfg, dict) else model_cfg if isinstance(model_cfg, list) else ()

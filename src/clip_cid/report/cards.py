@@ -33,8 +33,8 @@ def cards(records: RunRecords, recipe: Recipe) -> list[Card]:
         shown.append(Card("teacher", _short_name(teacher), f"{dim} dimensions"))
     if embed is None:
         shown.append(Card("pairs in", f"{distill.pairs:,}", "plain CLIP training, without a teacher"))
-    seen = f"{distill.steps:,} steps, {distill.pairs_seen:,} pairs seen"
-    shown.append(Card("student", _short_name(recipe.distill.student), seen))
+    length = f"{distill.steps:,} steps, {distill.pairs_seen:,} pairs seen"
+    shown.append(Card("student", _short_name(recipe.distill.student), length))
 
     stages = records.by_stage.values()
     slowest = max(stages, key=lambda record: record.seconds)

@@ -16,14 +16,14 @@ _MOST_CHARACTERS = 2**31 - 1  # of a cell; the default limit of the csv module i
 
 @dataclass(frozen=True)
 class Picture:
-    """One image: what it shows, the number under it, and the thumbnail (None where there is none)."""
+    """One image: what it shows, the number under it, and the thumbnail (None if there is none)."""
 
     caption: str
     note: str
     thumbnail: Thumbnail | None
     kept: bool = False
     apart: bool = False
-    """Others between it and the picture before it are not shown."""
+    """Whether images between it and the one before it are left out."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Gallery:
     facts: SetFacts | None
     """Of a set; a cluster has none."""
     common: tuple[str, float] | None
-    """Of a cluster whose classes are known: the most frequent one and its share."""
+    """The most frequent class of a cluster and its share, if classes are known."""
     pictures: Sequence[Picture]
     folded: Sequence[Picture]
     more: int

@@ -38,7 +38,7 @@ class Placed:
 
 
 def render(values: Mapping[str, Any]) -> str:
-    """The page with these values; a value the template wants and does not get is an error."""
+    """The page with these values; a value that the template needs but does not get is an error."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("clip_cid", "report"),
         autoescape=True,

@@ -19,7 +19,7 @@ from clip_cid.summaries import (
 
 @dataclass(frozen=True)
 class RunRecords:
-    """The records of the stages that a recipe uses, and their summaries; None where a stage is not used."""
+    """The records of the stages that a recipe uses, and their summaries; None if a stage is not used."""
 
     by_stage: dict[str, StageRecord]
     embed: EmbedSummary | None

@@ -37,7 +37,7 @@ class ScoreTable:
 
     @property
     def variants(self) -> dict[str, str]:
-        """Set -> how it differs from the one CLIP was measured on, where it does."""
+        """Set -> how it differs from the one CLIP was measured on, if it does."""
         return {row.set: variant for row in self.rows if (variant := row.any.variant)}
 
     @property

@@ -32,7 +32,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a model's training says of itself."""
+    """The facts of a model's training."""
 
     steps: int
     pairs_seen: int

@@ -1,4 +1,4 @@
-"""Small pictures for a page, as addresses that hold the picture itself."""
+"""Small pictures for a page, as `data:` addresses that hold the picture."""
 
 import base64
 import io
@@ -35,7 +35,7 @@ class Thumbnails:
         return sum(len(made.src) for made in self._made.values() if made)
 
     def get(self, key: str) -> Thumbnail | None:
-        """The thumbnail; None where there is no picture or no room for it, which is counted."""
+        """The thumbnail; None if there is no picture or no room for it, which is counted."""
         if self._pictures is None:
             return None
         if key not in self._made:

@@ -160,7 +160,7 @@ class _StateFile:
             np.savez(handle, centers=state.centers, history=np.array(history))
 
     def read(self) -> KMeansState | None:
-        """The state, or None where there is none of these settings and rows."""
+        """The state, or None if there is none of these settings and rows."""
         if not self.path.is_file():
             return None
 
@@ -179,7 +179,7 @@ class _StateFile:
 
 
 def _fingerprint(store: EmbeddingStore, kept: np.ndarray, recipe: Recipe) -> str:
-    """What the rounds depend on: the settings, which rows, and of which store."""
+    """A digest of all that decides the rounds: the settings, the rows and their store."""
     digest = hashlib.sha256(kept.tobytes())
     digest.update(recipe.cluster.model_dump_json().encode())
     digest.update(json.dumps([dataclasses.asdict(shard) for shard in store.info.shards], sort_keys=True).encode())
@@ -207,7 +207,7 @@ def _against_truth(classes: np.ndarray, labels: np.ndarray, field: str) -> Clust
 
 
 def _log(summary: ClusterSummary) -> None:
-    """Log the sizes, the cosines and the purity; warn where most clusters hold one image."""
+    """Log the sizes, the cosines and the purity; warn if most clusters hold one image."""
     sizes = ", ".join(f"{size:,}" for size in summary.size_quantiles.values())
     log.info(f"cluster   sizes (smallest, 5, 25, 50, 75, 95 %, largest): {sizes}; {summary.empty:,} empty")
 

@@ -55,7 +55,7 @@ def _export(
     student: dict[str, Tensor],
     beside: dict[str, Tensor],
 ) -> None:
-    """Export the student with its final weights, in a model that knows nothing of ranks."""
+    """Export the student with its final weights, in a plain model without ranks."""
     store = training.inputs.store
     machine = recipe.machine.model_copy(update={"grad_checkpointing": False})
     clip = make_student(recipe.distill, store.dim if store is not None else None, machine)

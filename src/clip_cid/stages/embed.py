@@ -79,7 +79,7 @@ def _open_pairs(folder: RunFolder, recipe: Recipe) -> Pairs:
 
 @contextlib.contextmanager
 def _room_on_disk(out: Path, writer: StoreWriter, pairs: Pairs, *, dim: int) -> Iterator[None]:
-    """Refuse to start where the rest of the store has no room; name the remedy where the disk fills up later."""
+    """Refuse to start if the disk has no room for the rest of the store; explain if it fills up later."""
 
     def needed() -> int:
         return (len(pairs) - writer.rows) * dim * 2 * 2  # float16; image and first caption

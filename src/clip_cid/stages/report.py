@@ -125,7 +125,7 @@ def _pictures(folder: RunFolder, draw: Path, recipe: Recipe) -> tuple[Thumbnails
 def _by_stratum(
     read: Callable[[Path, Thumbnails], list[galleries.Gallery]], path: Path, thumbnails: Thumbnails
 ) -> dict[str, list[galleries.Gallery]]:
-    """Stratum -> its sets or clusters; empty where the draw stage chose none."""
+    """Stratum -> its sets or clusters; empty if the draw stage chose none."""
     strata: dict[str, list[galleries.Gallery]] = {}
     for gallery in read(path, thumbnails) if path.is_file() else []:
         strata.setdefault(gallery.stratum, []).append(gallery)
@@ -178,7 +178,7 @@ def _story(records: RunRecords, measured: _Scores | None, recipe: Recipe) -> lis
 
 
 def _trained_elsewhere(reference: str) -> story.Trained | None:
-    """How a model was trained, if it is the student of a run that is still there and of this version."""
+    """How a model was trained, if it is the student of an existing run of this version."""
     if not reference.startswith("run:"):
         return None
     record = RunFolder(Path(reference.removeprefix("run:"))).record(DISTILL)
@@ -235,7 +235,7 @@ def _stages(records: Iterable[StageRecord], tables: Path) -> list[StageRecord]:
 
 
 def _versions(records: Iterable[StageRecord]) -> dict[str, str]:
-    """Package -> version; all of them where stages ran under different ones."""
+    """Package -> version; all of them if stages ran under different ones."""
     by_package: dict[str, dict[str, None]] = {}
     for record in records:
         for name, version in record.versions.items():

@@ -59,7 +59,7 @@ class Inputs:
     store: EmbeddingStore | None = None
     """The teacher's embeddings."""
     centers: Float[np.ndarray, "centers dim"] | None = None
-    """Of the clusters, where a loss reads them."""
+    """Of the clusters, if a loss reads them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, *, soft_
         out: Where the training works.
         recipe: The settings.
         ranks: Who trains together.
-        soft_centers: Whether to compute these now, where the training uses them: it takes a pass over all images.
+        soft_centers: Whether to compute these now, if the training uses them: it takes a pass over all images.
 
     Raises:
         ConfigError: Settings do not fit each other or the data.
@@ -112,7 +112,7 @@ def read_inputs(folder: RunFolder, recipe: Recipe, ranks: Ranks) -> Inputs:
 
 
 def split_off(training: TrainingPairs, settings: DistillConfig, ranks: Ranks) -> tuple[TrainingPairs, HeldOut | None]:
-    """The pairs to train on, and those to measure on where the recipe holds some out.
+    """The pairs to train on, and those to measure on if the recipe holds some out.
 
     Raises:
         DataError: As `hold_out`.
@@ -143,7 +143,7 @@ def assemble(
         recipe: The settings.
         ranks: Who trains together.
         steps: Of the whole run.
-        soft_centers: Whether to compute these now, where the training uses them.
+        soft_centers: Whether to compute these now, if the training uses them.
     """
     settings, machine = recipe.distill, recipe.machine
     training, store, centers = inputs.pairs, inputs.store, inputs.centers

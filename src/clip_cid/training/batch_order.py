@@ -21,9 +21,9 @@ def epoch_orders(
 ) -> Iterator[tuple[int, Int[np.ndarray, " rows"]]]:
     """Each epoch with the order of its rows: a seeded permutation, in which no batch holds a row twice.
 
-    A batch that crosses the border of two epochs begins with the last rows of the one before. Where the new
-    permutation would repeat one of these within that batch, it changes place with a row a little further on: two
-    copies of one pair are not negatives of each other.
+    A batch across two epochs begins with the last rows of the first one. If the new permutation repeats one
+    of these within that batch, it swaps places with a later row: two copies of one pair must not be
+    negatives of each other.
     """
     # An exchange reaches at most two batches into an epoch, so from three on it never touches the epoch's last rows,
     # and the epoch before the first is enough to start from.

@@ -1,7 +1,7 @@
 """The batches of a run. The seed alone decides their pairs, order, crops and captions.
 
-Batch number `step` is the same whoever decodes it and wherever the run was interrupted: the order is a seeded
-permutation per epoch, and the crop and the caption of a pair are drawn from a hash of (seed, epoch, row).
+Batch number `step` is the same in every process and after every interruption: the order is a seeded
+permutation for each epoch, and a hash of (seed, epoch, row) draws the crop and the caption of a pair.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ class TrainingPairs:
     num_captions: Int[np.ndarray, " rows"] | None = None
     """How many captions of each the teacher has read: one of these is chosen."""
     soft_centers: SoftTargets | None = None
-    """What the divergence needs of the teacher, where that was computed once for all."""
+    """What the divergence needs of the teacher, if that was computed once for all."""
     left_out: dict[int, str] = dataclasses.field(default_factory=dict[int, str])
     """Rows left out of `rows` because they are known to be broken; no earlier stage has listed them."""
 
@@ -114,7 +114,7 @@ class Batch:
     teacher_text: Float[Tensor, "batch dim"] | None = None
     labels: Int[Tensor, " batch"] | None = None
     soft_centers: SoftCenters | None = None
-    """What the divergence needs of the teacher, where that was computed once for all."""
+    """What the divergence needs of the teacher, if that was computed once for all."""
 
     @property
     def targets(self) -> Targets:
@@ -148,7 +148,7 @@ class PairDataset:
         self._max_pixels, self._seed = max_pixels, seed
 
     def __getitem__(self, place: Place, /) -> Item:
-        """The pair at a place or, where it cannot be read, the next one that can.
+        """The pair at a place or, if it cannot be read, the next one that can.
 
         Raises:
             DataError: None of the next pairs can be read, or a source changed.

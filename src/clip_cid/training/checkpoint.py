@@ -26,7 +26,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
         folder: Where checkpoints lie; made when it does not exist.
         step: How many steps are done.
         state: Tensors, numbers, strings and lists and dicts of these, so that it can be read without unpickling code.
-        keep: How many stay; one more than the newest, should that be torn.
+        keep: How many to keep; at least 2, in case the newest is damaged.
     """
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:06d}.pt"
@@ -45,7 +45,7 @@ def save_best(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_best(folder: Path, *, key: str) -> dict[str, Any]:
-    """What `save_best` wrote, on the CPU.
+    """The weights that `save_best` wrote, on the CPU.
 
     Raises:
         RunError: It is missing, damaged, or of another training.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class EMA:
     """The EMA of what learns in a student, beside it.
 
-    At first it follows quickly: the decay of a step is at most (1 + steps) / (10 + steps), so that the random start is
-    forgotten.
+    At first it follows quickly: the decay of a step is at most (1 + steps) / (10 + steps), so the random start
+    loses its weight.
 
     Args:
         student: Its parameters now; names and places stay those of this module.

@@ -29,13 +29,13 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
 
     Raises:
         DataError: The pairs, the embeddings, the kept rows and the labels do not belong together, or a loss needs the
-            teacher's texts where the store has images only.
+            teacher's texts if the store has images only.
     """
     texts = recipe.uses_teacher_texts
     if texts:
         _ = store.texts  # refuses a store without them now, not at the first step
 
-    # The place of each pair among the kept rows; -1 where balance removed it, or where it has no embedding.
+    # The place of each pair among the kept rows; -1 if balance removed it, or if it has no embedding.
     kept = read_kept(folder, store) if recipe.balance.enabled else np.flatnonzero(store.ok)
     place = np.full(store.rows + 1, -1, dtype=np.int64)  # the last entry answers for -1, a pair the store does not have
     place[kept] = np.arange(len(kept))
@@ -111,7 +111,7 @@ def read_centers(folder: RunFolder, store: EmbeddingStore) -> Float[np.ndarray, 
 def _compare_captions(
     pairs: Pairs, rows: Int[np.ndarray, " rows"], store: EmbeddingStore, store_rows: Int[np.ndarray, " rows"]
 ) -> None:
-    """Look into some pairs: their captions must be the ones the teacher has read."""
+    """Check some pairs: their captions must be those that the teacher has read."""
     for index in np.unique(np.linspace(0, len(rows) - 1, min(_COMPARED_CAPTIONS, len(rows))).astype(np.int64)):
         try:
             ours = pairs.read(int(rows[index])).captions

@@ -120,7 +120,7 @@ class Trainer:
             return {name: value.detach().cpu().clone() for name, value in self.model.student.state_dict().items()}
 
     def objective_state(self) -> dict[str, Tensor]:
-        """What was learned beside the student, on the CPU; the rows of a head that learns in the main process only."""
+        """The objective's trained state, on the CPU; only the main process has the rows of a head that learns."""
         rows = self.head_rows.names
         state = {
             name: value.detach().cpu().clone()

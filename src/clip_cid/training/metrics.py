@@ -53,7 +53,7 @@ def finite(value: float) -> float | None:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """The most memory this process (and, on CUDA, this device) has held so far, in GiB."""
+    """The peak memory of this process (and, on CUDA, of this device) so far, in GiB."""
     peak = {"memory_gib": units.gib(tasks.peak_memory())}
     if device.type == "cuda":
         peak["device_memory_gib"] = units.gib(torch.cuda.max_memory_allocated(device))

@@ -17,7 +17,7 @@ from clip_cid.method.products import at_least_float32
 from clip_cid.training.batches import Batch
 
 Outputs = dict[str, Tensor]
-"""What the losses read of a batch: rows (with two axes) and learned numbers (with none), by name."""
+"""The outputs that losses read: rows (with two axes) and learned numbers (with none), by name."""
 
 
 class Distillation(nn.Module):
@@ -122,7 +122,7 @@ def backward_in_micro_batches(
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """What a step draws is a function of seed and step alone (and the rank, for what each row draws by itself)."""
+    """A step's random draws depend on seed and step only (and on the rank, for draws by row)."""
     return _digest(f"{seed} step {step}" + (f" rank {rank}" if rank else ""))
 
 

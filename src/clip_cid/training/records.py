@@ -103,7 +103,7 @@ class BadPairs:
 def make_listeners(
     callbacks: Sequence[str], tensorboard: Literal["auto", "on", "off"], folder: Path, *, step: int
 ) -> list[Listener]:
-    """Those that the recipe names.
+    """The listeners that the recipe names.
 
     Args:
         callbacks: `package.module:name` each.

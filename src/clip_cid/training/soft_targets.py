@@ -80,7 +80,7 @@ def teacher_scale(settings: DistillConfig, teacher: dict[str, Any] | None) -> fl
 
     Args:
         settings: Of the training.
-        teacher: What is stored of it; None where there are no embeddings.
+        teacher: What is stored of it; None if there are no embeddings.
     """
     if settings.teacher_scale is not None or not settings.weights.affinity or teacher is None:
         return settings.teacher_scale or USUAL_SCALE

@@ -150,7 +150,7 @@ class Learner:
     def _part_norms(
         self, parts: Mapping[str, Tensor], outputs: Outputs, weights: Mapping[str, float]
     ) -> dict[str, float]:
-        """How hard each loss pulls at the embeddings (those of the student and those in the teacher's space)."""
+        """Gradient norm of each weighted loss in the embeddings (the student's and those in the teacher's space)."""
         rows = [value for value in outputs.values() if value.ndim]
         squares: list[Tensor] = []
         for name, part in parts.items():

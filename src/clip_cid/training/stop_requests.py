@@ -30,7 +30,8 @@ class StopRequest:
 def stop_requests() -> Generator[StopRequest]:
     """Catch the first SIGINT or SIGTERM; a second one ends the process at once, as it would have.
 
-    One that is ignored stays so: a shell starts jobs in the background that way, and Ctrl-C is not meant for them.
+    A signal that is ignored stays ignored: a shell starts background jobs that way, and Ctrl-C must not
+    stop them.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only

@@ -43,7 +43,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def pause(self) -> Generator[None]:
-        """Time that is no training, and does not count."""
+        """Time outside the training, which does not count."""
         began = time.monotonic()
         try:
             yield

@@ -69,7 +69,7 @@ class Validation:
 
     clip: Clip
     batches: Batches | None
-    """Of the held-out pairs, as the student sees them without any chance."""
+    """Batches of the held-out pairs, without random crops and captions."""
     sets: Sequence[EvaluationSet]
     weights: dict[str, float]
     seed: int
@@ -155,7 +155,7 @@ class Validation:
         return rows, np.concatenate([images for _, images in every])
 
     def _decode(self, source: LabelledImages, wanted: range) -> tuple[list[int], list[Tensor]]:
-        """Those that can be read; where there are none a blank, so that every rank has something to embed."""
+        """The images that can be read; without any, a blank one, so that every rank has an image to embed."""
         rows: list[int] = []
         pixels: list[Tensor] = []
         for row in wanted:
@@ -218,5 +218,5 @@ def _numpy(rows: Sequence[Tensor]) -> Float[np.ndarray, "rows dim"]:
 
 
 def _mixed(rows: Int[np.ndarray, " rows"]) -> UInt64[np.ndarray, " rows"]:
-    """A number for each row that looks random and is always the same."""
+    """A pseudo-random number for each row, always the same."""
     return mix_words(rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15), MURMUR3)  # else row 0 would be 0

@@ -334,7 +334,7 @@ def test_a_loss_that_is_not_finite_at_the_start_is_refused(case: Case, tmp_path:
 
 
 def test_a_sound_recipe_raises_no_doubt_but_its_tiny_size(case: Case):
-    found = check(case.folder, case.recipe(distill={"epochs": 20})).doubts
+    found = check(case.folder, case.recipe(distill={"epochs": 20})).warnings
     assert [line for line in found if not line.startswith("machine.workers")] == []
 
 
@@ -352,7 +352,7 @@ def test_a_sound_recipe_raises_no_doubt_but_its_tiny_size(case: Case):
     ],
 )
 def test_each_doubt_is_told_in_numbers(case: Case, changed: dict[str, Any], says: str):
-    assert any(says in line for line in check(case.folder, case.recipe(**changed)).doubts)
+    assert any(says in line for line in check(case.folder, case.recipe(**changed)).warnings)
 
 
 def test_sets_behind_urls_are_kept_where_the_recipe_says(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -363,7 +363,7 @@ def test_sets_behind_urls_are_kept_where_the_recipe_says(case: Case, tmp_path: P
         evaluate={"sets": {"measured": measured}},
         machine={"cache_dir": str(tmp_path / "cache")},
     )
-    assert not [line for line in check(case.folder, recipe).doubts if "evaluate.sets" in line]
+    assert not [line for line in check(case.folder, recipe).warnings if "evaluate.sets" in line]
     assert len([*(tmp_path / "cache").rglob("test/0.tar")]) == 2
     assert not (tmp_path / "home").exists()
 
@@ -377,7 +377,7 @@ def test_a_recall_on_few_pairs_is_told_to_be_uncertain(case: Case, tmp_path: Pat
         assert any(
             f"{report.held_out} pairs are held out, on which a recall is uncertain by up to "
             f"{units.percent(math.sqrt(0.25 / report.held_out))}" in line
-            for line in report.doubts
+            for line in report.warnings
         )
 
 
@@ -388,7 +388,7 @@ def test_workers_need_cores_and_time_and_files_need_room(case: Case, monkeypatch
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     report = check(case.folder, case.recipe(machine={"workers": 1}))
-    text = "\n".join(report.doubts)
+    text = "\n".join(report.warnings)
     assert "machine.workers: 1, but this process may use 0 cores" in text
     assert f"{units.size(report.disk.needed)} are needed, but 1.0 kB are free" in text
     assert report.waiting_bytes == 2 * BATCH * (3 * 16 * 16 * 4 + TOKENS * 8)
@@ -416,12 +416,12 @@ def test_captions_are_truncated_exactly_when_they_have_more_tokens(case: Case):
     assert count_truncated(clip, [fits, f"{fits} red", f"{fits} red red red", "red"]) == 2
 
 
-def test_truncated_captions_are_doubtful(case: Case, tmp_path: Path):
+def test_truncated_captions_give_a_warning(case: Case, tmp_path: Path):
     write_pairs(tmp_path / "pairs", caption="a very long story of a color, told in many words, with number")
     plain = {"embed": {"teacher": "none", "existing": None}, "pairs": {"source": [str(tmp_path / "pairs")]}}
     report = check(RunFolder(tmp_path / "run"), case.recipe(**plain, distill={"weights": "clip-only"}))
     assert (report.sights.captions, report.sights.truncated) == (COUNT, COUNT)
-    assert any("100 % of 40 captions are longer than the student's 8 tokens" in line for line in report.doubts)
+    assert any("100 % of 40 captions are longer than the student's 8 tokens" in line for line in report.warnings)
     assert report.sights.sides == (12, 12, 12)
     assert report.sights.smaller == COUNT  # 12 pixels for a student that sees 16
 
@@ -493,7 +493,7 @@ def test_the_command_prints_all_sections_and_ends_with_0(case: Case, capsys: pyt
     (case.path / "r.yaml").write_text(case.recipe().model_dump_json())
     assert cli.main(["check", str(case.folder.path), "--recipe", str(case.path / "r.yaml"), *flags]) == 0
     said = capsys.readouterr().out
-    for words in ("Losses", "the whole training", "a checkpoint", "The teacher", "Doubtful", "log_every: 99"):
+    for words in ("Losses", "the whole training", "a checkpoint", "The teacher", "Warnings", "log_every: 99"):
         assert words in said, words
     assert "The training can begin: " in said
 

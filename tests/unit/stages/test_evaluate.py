@@ -164,7 +164,7 @@ def test_a_missing_set_is_left_out_and_named(
 
 
 def test_all_sets_missing_is_an_error(run_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none of 1 sets is there \(evaluate\.sets\.a: nothing at"):
+    with pytest.raises(DataError, match=r"none of 1 sets exists \(evaluate\.sets\.a: nothing at"):
         run(run_folder, tmp_path / "out", sets={"a": str(tmp_path / "gone")})
 
 

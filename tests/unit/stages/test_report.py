@@ -186,8 +186,10 @@ def test_the_clusters_have_their_objective_by_round_and_their_purity(full: tuple
     assert f"Mean cosine of two images of one cluster {within}, of any two images {overall}." in text
     assert "size of the cluster, at most " + " ".join(map(str, summary["size_quantiles"].values())) in text
     assert f"({summary['margin_sample']} images)" in text
-    assert "Purity by <thing> : 81.2 % of 1,234 images are of the most frequent of 6 classes" in text
-    assert "25.0 % would be if the classes were dealt out at random" in text
+    assert (
+        "Purity by <thing> : 81.2 % of 1,234 images have the most frequent class of their cluster (6 classes)" in text
+    )
+    assert "with classes assigned at random it would be 25.0 %" in text
     with (out / "tables" / "cluster_rounds.csv").open() as handle:
         rounds = list(csv.DictReader(handle))
     assert [float(line["objective"]) for line in rounds] == [entry["objective"] for entry in summary["history"]]
@@ -426,7 +428,7 @@ def test_chained_sets_are_warned_of(full: tuple[RunFolder, Recipe], monkeypatch:
     with_summary(monkeypatch, folder, {"chains": chains})
     text = read(write(folder, recipe)[0]).text
     assert "1 set of chained images. Linked one by one" in text
-    assert "5,000 images (25.0 % of all), 97.0 % of those removed are farther than the threshold" in text
+    assert "5,000 images (25.0 % of all), 97.0 % of its removed images are farther than the threshold" in text
     assert "up to 1.134 ." in text.replace("1.134.", "1.134 .")
     assert "99 % are within 0.9876" in text
 

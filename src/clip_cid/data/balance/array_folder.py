@@ -31,7 +31,7 @@ class ArrayFolder:
         return int(min(_WINDOW_SHARE * tasks.available_memory(), _LARGEST_WINDOW))
 
     def new(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-        """An array to be filled that lies on the disk: pages of it that are not in use take no memory.
+        """A new array on the disk, to be filled; its pages take memory only while they are in use.
 
         Raises:
             OSError: There is no room for it. Without this check a write to the map would kill the process.

@@ -40,7 +40,7 @@ class ForestArrays(Protocol):
 
 
 class StoredForest(NamedTuple):
-    """A forest as it lay in its file, checked; in the order of `clip_cid.method.balance.forest.Forest`'s arguments."""
+    """The checked arrays of a forest's file, in the order of `clip_cid.method.balance.forest.Forest`'s arguments."""
 
     rows: int
     left: Int[np.ndarray, " links"]

@@ -1,4 +1,4 @@
-"""Which rows are kept, and for whom: `kept.npy`, `set_of.npy`, and `kept.parquet`, the balanced list by key."""
+"""The kept rows and their sets: `kept.npy`, `set_of.npy`, and `kept.parquet`, the balanced list by key."""
 
 from pathlib import Path
 

@@ -85,7 +85,7 @@ def classify(
         on_progress: Called with the number of images compared since the last call.
 
     Returns:
-        None where nothing is drawn, or where no pictures can be read, which is logged.
+        None if nothing is drawn, or if no pictures can be read, which is logged.
     """
     count = min(images, len(removed))
     if count == 0:
@@ -110,7 +110,7 @@ def classify(
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Of a share at 95 %; all of [0, 1] where nothing was tried."""
+    """The 95 % interval of a share; [0, 1] without data."""
     if trials == 0:
         return 0.0, 1.0
     share, z2 = successes / trials, _NORMAL_95**2 / trials
@@ -120,7 +120,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 class _Hashes:
-    """Of pictures by key; the one kept for many removed ones is read once."""
+    """Hashes of pictures by key; a picture kept for many removed ones is read once."""
 
     def __init__(self, pictures: Pictures) -> None:
         self._pictures = pictures

@@ -1,14 +1,14 @@
-"""The files of an embedding store: clip-retrieval's layout, and a manifest that says what they were made from.
+"""The files of an embedding store: clip-retrieval's layout, and a manifest that names their sources.
 
     store.json                            teacher, pairs, width, shards with their digests; written last
     img_emb/img_emb_0000.npy              (rows, dim) unit image embeddings; a shard for each shard of the pairs
     text_emb/text_emb_0000.npy            (rows, dim) of each first caption; a store made elsewhere may have none
-    more_text_emb/more_text_emb_0000.npy  of the second, third, ... captions in row order; only where there are any
+    more_text_emb/more_text_emb_0000.npy  of the second, third, ... captions in row order; only if there are any
     metadata/metadata_0000.parquet        key, caption, captions, ok, width, height and the kept fields
     skipped.jsonl                         the rows that are not ok, with the reason
 
-A row that could not be embedded keeps its place, all zeros and not ok, so a row number means the same everywhere.
-A store of embeddings from elsewhere refers to their files where they are, and holds only what had to be converted.
+A row that could not be embedded keeps its place, all zeros and not ok, so row numbers are the same everywhere.
+A store of imported embeddings refers to their files where they are, and holds only the converted ones.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class StoreFile:
     """A file of a shard."""
 
     path: str
-    """Relative to the store, or absolute where the file was taken over and stays where it is."""
+    """Relative to the store, or absolute if the file was taken over and stays where it is."""
     bytes: int
     sha256: str
 
@@ -50,11 +50,11 @@ class StoreShard:
     name: str
     rows: int
     ok: int
-    """Rows that have an image and (where the store has texts) a text embedding."""
+    """Rows that have an image and (if the store has texts) a text embedding."""
     more: int
     """Embeddings of further captions, those after the first."""
     files: dict[str, StoreFile]
-    """By kind: image, metadata and, where there are any, text and more_text."""
+    """By kind: image, metadata and, if there are any, text and more_text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +223,8 @@ def check_unit(
         raise DataError(
             f"{where}: row {first_row + row:,} has length {norms[row]:.4g}, not 1 "
             f"({len(wrong):,} such rows among {len(vectors):,}).",
-            fix="The embeddings must be finite and normalized; make them again, or mend them where they come from. "
-            "Where they come from elsewhere and only their length differs, `embed.normalize` scales them: "
+            fix="The embeddings must be finite and normalized; compute them again, or repair them at their source. "
+            "If they are imported and only their length differs, `embed.normalize` scales them: "
             "`clip-cid embed RUN --embeddings PATH --embed.normalize`.",
         )
 

@@ -231,5 +231,5 @@ def _check_bad_share(writer: StoreWriter, unfinished: list[dict[str, Any]], tota
     raise DataError(
         f"{len(bad):,} of {total:,} pairs cannot be used so far, more than pairs.max_bad_share {share:g}; "
         f"most often: {reason} ({count:,}).",
-        fix=f"Each is listed in {path}; mend the pairs, or raise pairs.max_bad_share.",
+        fix=f"Each is listed in {path}; repair the pairs, or raise pairs.max_bad_share.",
     )

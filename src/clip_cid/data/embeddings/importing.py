@@ -193,24 +193,24 @@ def _scaled(block: Float[np.ndarray, "rows dim"], where: str, first_row: int) ->
         raise DataError(
             f"{where}: row {first_row + int(undirected[0]):,} {what} ({len(undirected):,} such rows among"
             f" {len(block):,}).",
-            fix="Leave such rows out where the embeddings come from; they have no direction to compare.",
+            fix="Remove such rows at their source; they have no direction to compare.",
         )
     wide /= peaks[:, None]  # so that no square overflows
     return wide / np.linalg.norm(wide, axis=1, keepdims=True)
 
 
 def _members(shard: LayoutShard) -> dict[str, str]:
-    """Which arrays of a .npz were taken, for the store's record."""
+    """The names of the arrays taken from a .npz, for the store's record."""
     members = [vectors.member for vectors in shard.vectors.values() if vectors.member is not None]
     return {"arrays": ", ".join(members)} if members else {}
 
 
 def _log_plan(layout: Sequence[LayoutShard], out: Path, dtype: np.dtype[Any], *, normalize: bool) -> None:
-    """Say once what is missing, and what is converted and why."""
+    """Log what is missing, and which arrays are converted and why."""
     if layout[0].text is None:
-        log.info("embed     no text embeddings there: balance and cluster need none, the instance loss does")
+        log.info("embed     no text embeddings: balance and cluster need none, the instance loss does")
     if layout[0].metadata is None:
-        log.info(f"embed     no metadata there: keys are file and row, such as {layout[0].name + '/0'!r}")
+        log.info(f"embed     no metadata: keys are file and row, such as {layout[0].name + '/0'!r}")
 
     every = [vectors for shard in layout for vectors in shard.vectors.values()]
     converted = [vectors for vectors in every if _must_convert(vectors, dtype, normalize=normalize)]

@@ -140,7 +140,7 @@ def _files_of(source: Path) -> list[Path]:
     if not files:
         raise _unknown(source)
     if len({path.suffix for path in files}) > 1:
-        raise DataError(f"{source}: both .npy and .npz files, so it is unclear which are meant.", fix=FIX)
+        raise DataError(f"{source}: holds both .npy and .npz files, so it is unclear which to read.", fix=FIX)
 
     read = {*files, *(path.with_suffix(".parquet") for path in files)}
     if others := sorted(path.name for path in entries if path not in read):

@@ -17,7 +17,7 @@ _KEYS_AT_ONCE = 100_000
 def join(
     pairs_keys: Sequence[str], store: EmbeddingStore, *, max_absent_share: float = 0.01
 ) -> Int[np.ndarray, " pairs"]:
-    """The row of the store for each pair, by key; -1 where the store has none.
+    """The row of the store for each pair, by key; -1 if the store has none.
 
     A key that is repeated among the pairs is joined at its first place only; the others are bad pairs.
 
@@ -26,7 +26,7 @@ def join(
     """
     packed = pa.array(pairs_keys, type=pa.large_string())
 
-    # Keys are unique among good rows only; where a bad row has the key of a good one, the good one is meant.
+    # Keys are unique among good rows only; if a bad row has the key of a good one, the good one is meant.
     order = np.concatenate([np.flatnonzero(store.ok), np.flatnonzero(~store.ok)])
     lookup = pc.SetLookupOptions(value_set=store.keys.packed.take(pa.array(order)))
     places = pc.call_function("index_in", [packed], lookup).fill_null(-1).to_numpy(zero_copy_only=False)
@@ -50,7 +50,7 @@ def join(
 
 
 def rows_in_store(pairs: Pairs, store: EmbeddingStore, *, max_absent_share: float = 0.01) -> Int[np.ndarray, " pairs"]:
-    """The row of the store for each pair; -1 where it has none.
+    """The row of the store for each pair; -1 if it has none.
 
     Raises:
         DataError: The keys do not match.

@@ -133,7 +133,7 @@ class EmbeddingStore:
         return Keys(packed)
 
     def captions(self, row: SupportsIndex) -> tuple[str, ...]:
-        """The captions of a row, in the order of their embeddings; one empty caption where the store has none."""
+        """The captions of a row, in the order of their embeddings; one empty caption if the store has none."""
         row = operator.index(row)
         if not 0 <= row < self.rows:
             raise IndexError(f"row: must be in [0, {self.rows}), got {row}")

@@ -41,7 +41,7 @@ class ShardRows:
     texts: Float[np.ndarray, "rows dim"]
     """Of each first caption."""
     more_texts: Float[np.ndarray, "more dim"]
-    """Of the other captions of the ok rows, in row order."""
+    """Embeddings of the other captions of the ok rows, in row order."""
     ok: Bool[np.ndarray, " rows"]
     keys: list[str]
     captions: list[tuple[str, ...]]
@@ -138,7 +138,7 @@ class StoreWriter:
         return path
 
     def _resume(self) -> None:
-        """Take over the shards that an earlier process finished, and delete what it had begun."""
+        """Take over the shards that an earlier process finished, and delete unfinished ones."""
         self._out.mkdir(parents=True, exist_ok=True)
 
         if self._progress.path.is_file():
@@ -166,7 +166,7 @@ class StoreWriter:
 
 
 def _made_from(info: StoreInfo) -> dict[str, Any]:
-    """What must be equal for two shards to lie in one store."""
+    """The facts that must be equal for two shards to lie in one store."""
     return {"teacher": info.teacher, "pairs": info.pairs, "dim": info.dim, "fields": list(info.fields)}
 
 

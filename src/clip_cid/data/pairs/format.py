@@ -1,4 +1,4 @@
-"""What a format of pairs is: tars, tables and folders are one class each.
+"""The interface of a format of pairs: tars, tables and folders are one class each.
 
 To add a format:
 
@@ -71,7 +71,7 @@ class Scan:
     """The index of a source, not computed yet."""
 
     identity: list[Any]
-    """What the index depends on beside the path, as JSON values; an index is used again while this is equal."""
+    """The facts beside the path that decide the index, as JSON; equal facts mean that the index is reused."""
     batches: Iterator[pa.RecordBatch]
     """The rows in their order; each batch is one shard. The source is read only when these are."""
 
@@ -118,11 +118,11 @@ class PairFormat(ABC):
         return f"{source.name}#{number:05d}"
 
     def shard_bytes(self, source: LocalSource, rows: pa.RecordBatch) -> int:
-        """The bytes of a shard, or of the whole source where they are not known shard by shard."""
+        """The bytes of a shard, or of the whole source if they are not known shard by shard."""
         return source.bytes
 
     def image_name(self, row: dict[str, Any]) -> str:
-        """The file name of a row's image; empty where the image has none."""
+        """The file name of a row's image; empty if the image has none."""
         return ""
 
     def members(self, source: LocalSource, places: Sequence[int]) -> Generator[list[Member]]:

@@ -10,7 +10,7 @@ from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
 
 URL_FORMAT = Tars()
-"""What a URL holds, whatever its name; it is fetched before it is scanned."""
+"""The format of a URL, whatever its name; it is fetched before it is scanned."""
 
 FORMATS: tuple[PairFormat, ...] = (Folders(), URL_FORMAT, Tables())
 """The first format here that owns a path is the format of that path."""

@@ -44,10 +44,10 @@ def _too_large(pixels: int | None, max_pixels: int) -> str:
 
 @contextlib.contextmanager
 def _strict_pillow(max_pixels: int) -> Generator[None]:
-    """Pillow's process-wide switches as we need them, put back afterwards (another library may have set them)."""
+    """Set Pillow's process-wide switches, and restore them afterwards (another library may use them)."""
     limit, lenient = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     with warnings.catch_warnings():
-        # Transparent palettes and odd EXIF blocks only make Pillow talk; open_clip converts them all the same.
+        # Transparent palettes and odd EXIF blocks only make Pillow warn; open_clip converts them too.
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False

@@ -113,7 +113,7 @@ def _fetched(source: Source, settings: PairsConfig, cache_dir: Path) -> Path:
 
 
 def _with_progress(batches: Iterable[pa.RecordBatch], name: str, bar: log.Bar) -> Generator[pa.RecordBatch]:
-    """The batches; a source of many shows how far it is read."""
+    """The batches; a source with many shows a progress bar."""
     rows = 0
     for batch in batches:
         yield batch

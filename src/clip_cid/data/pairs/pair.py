@@ -26,4 +26,4 @@ class Pair:
     captions: tuple[str, ...]
     """At least one; none is empty or has white space around it."""
     fields: dict[str, str]
-    """`pairs.keep_fields` as text, empty where the sample has none."""
+    """`pairs.keep_fields` as text, empty if the sample has none."""

@@ -30,14 +30,14 @@ class Shard:
     first_row: int
     rows: int
     bytes: int
-    """Of the tar or the whole table; of a folder, of this shard's images and captions."""
+    """Bytes of the tar or the whole table; for a folder, of this shard's images and captions."""
 
 
 class Pairs:
     """Every pair by its row number; made by `open_pairs`.
 
-    Nothing per row is held in memory and files are opened when first read, so it can be passed to forked or spawned
-    workers at no cost.
+    It holds nothing per row in memory and opens files at the first read, so it can be passed to forked or
+    spawned workers at no cost.
     """
 
     def __init__(self, settings: PairsConfig, index: PairIndex, known_bad: dict[int, str]) -> None:
@@ -77,7 +77,7 @@ class Pairs:
         return source.format.read(source.local, sample, self._settings)
 
     def image_name(self, row: int) -> str:
-        """The file name of a row's image; empty where the image has none."""
+        """The file name of a row's image; empty if the image has none."""
         source, sample = self._sample(row)
         return source.format.image_name(sample)
 

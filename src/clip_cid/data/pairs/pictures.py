@@ -39,7 +39,7 @@ class Pictures:
             moved -= here.keys()
 
     def get(self, key: str) -> Image.Image | None:
-        """The decoded image; None where the pairs do not have it, or it cannot be read."""
+        """The decoded image; None if the pairs do not have it, or it cannot be read."""
         if key not in self._rows:
             return None
         try:

@@ -57,7 +57,7 @@ def clean_captions(texts: list[Any]) -> tuple[str, ...]:
 
 
 def field_text(value: Any) -> str:
-    """A JSON or table value as the text that is kept of it; empty where there is none."""
+    """A JSON or table value as the text that is kept of it; empty if there is none."""
     if value is None:
         return ""
     if isinstance(value, bytes):

@@ -22,7 +22,7 @@ from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
 
 METADATA = re.compile(r"__[^/]*__($|/)")
-"""Names that webdataset passes over, such as all of __meta__/."""
+"""Names that webdataset skips, such as all of __meta__/."""
 
 _SUFFIXES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _OPEN_TARS = 128

@@ -1,4 +1,4 @@
-"""How people would say what is in a picture of the embedded sample: templates with synonyms."""
+"""Captions for the pictures of the embedded sample: templates with synonyms."""
 
 import random
 
@@ -50,7 +50,7 @@ _SAID_IN_FULL = 0.95
 
 
 def caption(scene: Scene, rng: random.Random, *, brief_share: float = BRIEF_SHARE) -> str:
-    """One way to say it: this share of the captions names the objects and no more, the others describe the picture."""
+    """A random caption. This share of the captions names only the objects; the others describe the picture."""
     full = rng.random() >= brief_share
     what = _what(scene, full, rng)
     there = "there is" if scene.count == 1 else "there are"

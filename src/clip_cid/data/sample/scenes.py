@@ -1,4 +1,4 @@
-"""What may happen in a picture of the embedded sample, how often, and how people would say it."""
+"""The contents of the embedded sample's pictures: objects, relations and backgrounds, and how frequent they are."""
 
 import itertools
 import random
@@ -29,7 +29,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a picture means; two pictures of one scene are semantic duplicates.
+    """The meaning of a picture; two pictures of one scene are semantic duplicates.
 
     `count` copies of `thing`; or one, with an `other` thing that it is to the "left" of or "above".
     """
@@ -94,7 +94,7 @@ class SceneBook:
         return scene in self._scenes
 
     def new(self, rng: random.Random) -> Scene:
-        """A new scene. The main object is drawn once and kept, so that crowding does not flatten the long tail."""
+        """A new scene. Its main object is drawn once and kept, so that rejected draws do not flatten the tail."""
         scene = draw_scene(rng)
         wanted = scene.thing.object
         for _ in range(_TRIES):

@@ -1,4 +1,4 @@
-"""The labelled sets of the embedded sample: what a class is, and a scene of it with everything else at random."""
+"""The labelled sets of the embedded sample: the classes, and a random scene of a class."""
 
 import random
 from collections.abc import Callable

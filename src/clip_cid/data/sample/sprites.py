@@ -1,4 +1,4 @@
-"""What the things in the embedded sample look like, as data."""
+"""The shapes of the things in the embedded sample, as data."""
 
 import math
 

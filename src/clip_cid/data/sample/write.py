@@ -41,7 +41,7 @@ Members = dict[str, bytes]
 
 @dataclass(frozen=True)
 class SampleSummary:
-    """What a sample holds; `sample.json` in its folder says the same."""
+    """The contents of a sample; `sample.json` in its folder holds the same."""
 
     version: int
     seed: int

@@ -55,7 +55,7 @@ class EvaluationSet:
     known_key: str | None = None
     """Its key in the table of known sets; None for a set of the user's own."""
     variant: str = ""
-    """How it differs from what CLIP measured, in words; empty where it does not."""
+    """How it differs from what CLIP measured, in words; empty if it does not."""
     folds: tuple[Int[np.ndarray, " rows"], ...] | None = None
     """Rows of `train` that are trained on together: one probe each, and the score is their mean (STL10)."""
     superset_classes: Int[np.ndarray, " classes"] | None = None
@@ -105,7 +105,7 @@ def open_set(
         name: What the recipe calls it; a name of the table of known sets means that set (`find_known_set`).
         where: `builtin:digits`, a folder in one of the layouts of docs/evaluation_sets.md, or the URL of one with tars.
         max_pixels: An image that claims more pixels is refused when it is decoded.
-        splits: Open these only, where they exist; `test` must.
+        splits: Open these only, if they exist; `test` must.
         cache_dir: Where a set behind a URL is kept; ~/.cache/clip_cid when absent.
 
     Raises:
@@ -242,7 +242,7 @@ def _check_classes(opened: EvaluationSet) -> None:
     """Labels and class names agree, no split is empty, and every tested class has training images."""
     count = len(opened.class_names)
     if count < 2:
-        raise DataError(f"{opened.where}: only {count} class.", fix="There is nothing to tell apart with fewer than 2.")
+        raise DataError(f"{opened.where}: only {count} class.", fix="Classification needs at least 2.")
 
     for part in opened.splits.values():
         _check_labels(part, count, opened.where)
@@ -268,7 +268,7 @@ def _check_labels(part: LabelledImages, count: int, where: str) -> None:
         raise DataError(
             f"{part.name(row)}: label {part.labels[row]}, but {where} names {count} classes (0 to {count - 1}); "
             f"{len(outside):,} of {len(part):,} labels are outside.",
-            fix="Labels count from 0 in the order of classnames.txt; mend whichever is wrong.",
+            fix="Labels count from 0 in the order of classnames.txt; correct the one that is wrong.",
         )
 
 

@@ -24,7 +24,7 @@ class Variant(_Row):
     """Counts of a split other than CLIP's that is in use."""
 
     train: int | None = None
-    """Images to train on, validation images among them; None where the variant has none."""
+    """Images to train on, validation images among them; None if the variant has none."""
     test: int
     words: str
 
@@ -59,7 +59,7 @@ class Prompts(NamedTuple):
     names: Mapping[str, str]
     templates: tuple[str, ...]
     superset: tuple[int, ...] | None = None
-    """Of a subset of ImageNet's classes, their positions among the 1,000; ObjectNet has several behind some classes."""
+    """Positions of a subset of ImageNet's classes among the 1,000; some of ObjectNet's classes have several."""
     others: frozenset[str] = frozenset()
     """Labels the set has on disk and its protocol leaves out."""
 

@@ -19,7 +19,7 @@ def is_url(where: str) -> bool:
 
 
 def fetch_set(url: str, splits: Sequence[str], cache_dir: Path | None) -> Path:
-    """The folder in the cache that holds the set's files; files that are there are not fetched again.
+    """The folder in the cache that holds the set's files; it fetches only the missing ones.
 
     The page of a repository (`.../tree/main`) stands for the address of its files
     (`.../resolve/main`). A split or a list of prompts that cannot be fetched counts as absent, with

@@ -1,4 +1,4 @@
-"""Where a balance keeps its arrays: in memory, or in a folder that outlives the process."""
+"""The store of a balance's arrays: in memory, or in a folder that stays after the process ends."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -14,7 +14,7 @@ class ArrayStore(Protocol):
 
     @property
     def window_bytes(self) -> int:
-        """How much of an array may be copied into memory at a time."""
+        """How many bytes of an array may be copied into memory at a time."""
         ...
 
     def new(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
@@ -26,7 +26,7 @@ class ArrayStore(Protocol):
         ...
 
     def load_all(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """What `save_all` was given; None where it has not finished."""
+        """The arrays and facts that `save_all` got; None if it has not finished."""
         ...
 
     def save(self, name: str, values: np.ndarray) -> None:

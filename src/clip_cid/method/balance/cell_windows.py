@@ -1,4 +1,4 @@
-"""Which cells a row has to be compared with, so that no near pair is missed."""
+"""The cells to compare each row with, so that no near pair is missed."""
 
 import math
 
@@ -19,7 +19,7 @@ class Windows:
     """
 
     def __init__(self, centers: Float32[np.ndarray, "cells width"], limit: float, error: float) -> None:
-        """`error` is how far a projected row may be from what it stands for."""
+        """`error` is how far a projected row may be from its exact projection."""
         exact = centers.astype(np.float64)
         squares = (exact * exact).sum(axis=1)
         apart = np.sqrt(np.clip(squares[:, None] + squares[None, :] - 2 * exact @ exact.T, 0, None) + 1e-12)

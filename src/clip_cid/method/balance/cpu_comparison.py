@@ -43,7 +43,7 @@ class _Comparison:
         self._space: np.ndarray | None = None
 
     def __call__(self, left: Int[np.ndarray, " left"], right: slice, *, triangle: bool) -> None:
-        """Every pair, or (triangle) every pair of which the left position is the lower."""
+        """Every pair, or (triangle) every pair whose left position is the lower one."""
         at_once = max(1, _PRODUCTS // max(right.stop - right.start, 1))
         for start in range(0, len(left), at_once):
             block = left[start : start + at_once]
@@ -142,6 +142,6 @@ def _visitors(bits: UInt8[np.ndarray, " bytes"], positions: slice) -> Int[np.nda
 
 
 def _as_slice(positions: Int[np.ndarray, " positions"]) -> slice | Int[np.ndarray, " positions"]:
-    """Ascending positions, as a slice where none is left out."""
+    """Ascending positions, as a slice if none is left out."""
     first, last = int(positions[0]), int(positions[-1])
     return slice(first, last + 1) if last - first + 1 == len(positions) else positions

@@ -42,7 +42,7 @@ def compare_on_device(prepared: PreparedRows, pair: ChunkPair, links: ExactLinks
 
 
 def above_on_device(products: torch.Tensor, floor: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Places and values of the products that reach the floor; rows without one are passed over on the device."""
+    """Places and values of the products that reach the floor; rows without one are skipped on the device."""
     hits = torch.nonzero(products.amax(dim=1) >= floor).squeeze(1)
     hit_rows = products[hits]
     at, j = torch.nonzero(hit_rows >= floor, as_tuple=True)
@@ -78,7 +78,7 @@ class _Background:
                     self._links.add(*candidates)
             except (
                 BaseException
-            ) as error:  # the queue is emptied all the same, so that the other side never waits in vain
+            ) as error:  # empty the queue in any case, so that the other thread does not wait forever
                 self._error = error
 
 

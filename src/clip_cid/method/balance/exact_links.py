@@ -70,7 +70,7 @@ class ExactLinks:
             self._reduce()
 
     def _settle(self, rows: Int[np.ndarray, " crowd"]) -> None:
-        """All pairs of these rows were compared: candidates among them that come later are passed over."""
+        """All pairs of these rows were compared: candidates among them that come later are skipped."""
         if len(rows) < _LARGE_CROWD:
             return
         if self._crowd_of is None:
@@ -80,7 +80,7 @@ class ExactLinks:
 
     def _reduce(self) -> None:
         self._links = [spanning_links(join_links(self._links))]
-        self._num_links = 0  # a forest is never larger than its rows: only what comes on top is counted
+        self._num_links = 0  # a forest is never larger than its rows, so count only the links beyond it
 
 
 def _distances(

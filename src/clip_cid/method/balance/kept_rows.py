@@ -1,4 +1,4 @@
-"""Which row of a set is kept: the one nearest the centroid, or the one whose caption fits best."""
+"""Choose the row that a set keeps: the nearest to the centroid, or the one whose caption fits best."""
 
 from typing import Literal, get_args
 
@@ -41,8 +41,8 @@ def keep_one_of_each(
 ) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " rows"]]:
     """Rows kept, ascending, and for each row its place among them; `balance_keep` in docs/method.md.
 
-    With `squared_radius` the rows of a set that are farther from the kept one are a set of their own, of which again
-    one is kept, and so on until none is left.
+    With `squared_radius` the rows of a set that are farther from the kept one form a new set, which keeps
+    one row again, and so on until no row is left.
     """
     kept_for = np.arange(len(labels))
     rows = np.arange(len(labels))
@@ -90,7 +90,7 @@ def _choose(
     starts = np.cumsum(sizes) - sizes
     chosen = members[starts]
 
-    # Two rows are equally near their centroid: without captions the lower one is kept, and nothing need be read.
+    # Two rows are equally near their centroid: without captions the lower one is kept, and no row is read.
     undecided = np.flatnonzero(sizes > (2 if texts is None else 1))
     portions = np.cumsum(sizes[undecided]) // _MEMBERS
     for part in np.split(undecided, np.flatnonzero(np.diff(portions)) + 1) if len(undecided) else []:

@@ -20,7 +20,7 @@ class KnownPairs:
     rows: Bool[np.ndarray, " rows"]
     """Pairs of two of these rows are known."""
     hashes: UInt64[np.ndarray, "rows 2"] | None
-    """A digest of each row, where it has been computed."""
+    """A digest of each row, if it has been computed."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,7 +71,7 @@ def near_forest(
         prepared = prepare(images, limit, layout, known=known.rows, store=store)
         prepared.save(store)
 
-    # No pair of chunks is left where every new row is identical to a known one.
+    # No pair of chunks is left if every new row is identical to a known one.
     pairs = prepared.chunk_pairs()
     missing = [pair for pair in pairs if not store.has(_links_name(pair))]
     if missing and run_tasks is not None:
@@ -119,7 +119,7 @@ class Progress:
 
 
 def _left_prepared(store: ArrayStore, limit: float, device: str, known: KnownPairs) -> PreparedRows | None:
-    """What an interrupted call with the same limit, device and known rows has left; anything else is cleared away."""
+    """The arrays that an interrupted call with the same limit, device and known rows left; others are deleted."""
     prepared = PreparedRows.load(store)
     if prepared is None:
         return None

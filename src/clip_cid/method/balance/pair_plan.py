@@ -14,7 +14,7 @@ from clip_cid.method.unit_rows import FLOAT32_ERROR, UnitRows
 WIDTHS = (64, 96, 128, 192, 256)
 """Numbers in a sketch that are tried."""
 CELL_ROUNDS, POINTS_PER_CELL = 4, 16
-"""Of the k-means that places the centers of cells."""
+"""Rounds of the k-means that places the centers of cells, and its points per cell."""
 
 _SAMPLE, _LARGEST_SAMPLE = 6, 2048  # the first times the root of the number of rows
 _LARGEST_CHUNK = 1 << 20
@@ -45,7 +45,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a plan is expected to cost, from a sample."""
+    """The expected cost of a plan, from a sample."""
 
     pairs: float
     """Pairs of codes to multiply."""
@@ -67,7 +67,7 @@ class Layout:
 
     @property
     def error(self) -> float:
-        """How far a projected row may be from what it stands for."""
+        """How far a projected row may be from its exact projection."""
         return 2 * FLOAT32_ERROR if self.sketch is None else self.sketch.error
 
     def projected(self, rows: Float32[np.ndarray, "n dim"]) -> Float32[np.ndarray, "n width"]:
@@ -79,7 +79,7 @@ class Layout:
         return projected if self.sketch is None else self.sketch.complete(projected)
 
     def describe(self) -> str:
-        """The plan in one line, with the expected time where it is known."""
+        """The plan in one line, with the expected time if it is known."""
         plan = self.plan
         what = f"{'whole rows' if plan.width is None else f'{plan.width}-number sketches'} in {plan.kind}"
         where = f", {plan.cells:,} cells" if plan.cells else ", all pairs"
@@ -120,7 +120,7 @@ def make_row_sketch(rows: Float32[np.ndarray, "n dim"], width: int) -> Sketch:
 
 
 def cell_centers(images: UnitRows, layout: Layout, cells: int) -> Float32[np.ndarray, "cells width"]:
-    """A few rounds of k-means on a sample, from centers that are rows; a cell that no row is nearest to stays put."""
+    """A few rounds of k-means on a sample, from centers that are rows; the center of an empty cell stays."""
     points = layout.projected(images.float32(_some(len(images), POINTS_PER_CELL * cells, seed=3)))
     centers = points[_some(len(points), cells, seed=1)]
     block_rows = max(8, _CACHED_SCORES // len(centers))

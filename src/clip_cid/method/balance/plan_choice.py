@@ -1,4 +1,4 @@
-"""Which plan is fastest for these rows: estimated from a sample of them."""
+"""Choose the fastest plan for these rows by estimates from a sample of them."""
 
 import functools
 import math
@@ -38,9 +38,9 @@ _DIRECTIONS = (64, 128, 256)  # computed together: twice as many take twice the 
 _LARGEST_CODE, _WHOLE_ROWS = 1 << 10, 1 << 29  # bytes: of a row's code, and of all rows where they are their own codes
 _WORTH = 5  # a trial must be able to save this many times its cost
 _CELLS_FROM = 20_000
-_TRIAL_WIDTHS, _WIDER_FROM = (64, 128), 400_000  # windows are tried in sketches of these widths; of many rows in both
+_TRIAL_WIDTHS, _WIDER_FROM = (64, 128), 400_000  # widths of the sketches to try windows in; both for many rows
 _MOST_CELLS = 4096  # a bit for each and each row: half a kB a row at most
-_ENTRIES, _TIMED_WORK = 1 << 18, 1 << 26  # of the block whose product is timed: of long codes a smaller one
+_ENTRIES, _TIMED_WORK = 1 << 18, 1 << 26  # of the block whose product is timed; smaller for long codes
 
 # What a core does in a second, for estimates only
 _RATE = 8e10  # additions and multiplications in float32
@@ -98,7 +98,7 @@ class _Sample:
             if _seconds(codes[-1]) > 1.05 * min(map(_seconds, codes)):
                 break
 
-        # Whole rows, where they fit into memory and may be faster on a core twice as fast as assumed.
+        # Whole rows, if they fit into memory and may be faster on a core twice as fast as assumed.
         row_bytes = 4 * self._images.dim
         if row_bytes <= _LARGEST_CODE or row_bytes * len(self._images) <= _WHOLE_ROWS:
             least = self._least_seconds + self._pairs * self._images.dim / _RATE
@@ -185,7 +185,7 @@ class _Sample:
         )
 
     def _seconds_of_passing(self, layout: Layout) -> float:
-        """What goes to exact distances of pairs that are not near: the most that a better code could save."""
+        """Seconds for exact distances of pairs that are not near: the most that a better code could save."""
         assert layout.estimate is not None
         return (layout.estimate.candidates - self._near) * self._exact_seconds
 
@@ -237,7 +237,7 @@ def _chunk_rows(rows: int) -> int:
 
 
 def _device_rows(dim: int, device: str) -> int:
-    """Rows of a chunk of which two take a quarter of the device's free memory."""
+    """Rows of a chunk: two chunks take a quarter of the device's free memory."""
     if not torch.cuda.is_available():
         return _LARGEST_CHUNK
     free, _ = torch.cuda.mem_get_info(device)

@@ -21,7 +21,7 @@ _TURNED = 4096  # positions put in order together; a multiple of 8
 
 
 class ChunkPair(NamedTuple):
-    """Two chunks of positions to compare with each other; the first with itself where they are equal."""
+    """Two chunks of positions to compare with each other; the first with itself if they are equal."""
 
     first: int
     second: int
@@ -43,7 +43,7 @@ class PreparedRows:
     codes: np.ndarray
     """(positions, width)"""
     errors: Float[np.ndarray, " positions"]
-    """How far each code is from what it stands for."""
+    """The error of each code."""
     cell_at: Int[np.ndarray, " positions"]
     """The cell of each position; all 0 without cells."""
     visits: UInt8[np.ndarray, "cells bytes"]
@@ -87,7 +87,7 @@ class PreparedRows:
 
     @classmethod
     def load(cls, store: ArrayStore) -> "PreparedRows | None":
-        """As `save` left them; None where nothing is complete."""
+        """The rows as `save` wrote them; None if nothing is complete."""
         if (saved := store.load_all()) is None:
             return None
         arrays, facts = saved

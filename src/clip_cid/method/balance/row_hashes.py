@@ -16,7 +16,7 @@ def row_hashes(rows: np.ndarray) -> UInt64[np.ndarray, "n 2"]:
     words[:, :width] = rows.view(np.uint8).reshape(len(rows), width)
     factors = np.random.default_rng(7).integers(0, 2**64, (words.shape[1] // 8, 2), dtype=np.uint64) | np.uint64(1)
 
-    # Without the mixing a sum hardly sees the high bits of a word, such as signs.
+    # Without the mixing a sum hardly depends on the high bits of a word, such as signs.
     return mix_words(words.view(np.uint64), SPLITMIX64) @ factors
 
 

@@ -43,7 +43,7 @@ class Balance:
 
 @dataclass(frozen=True)
 class BalanceRule:
-    """What makes a set, and which of its rows is kept; the arguments of `balance` of the same names.
+    """The rule that joins sets and chooses the kept rows; the arguments of `balance` of the same names.
 
     Raises:
         ValueError: A distance is out of its limits, or `max_threshold` is below `threshold`.

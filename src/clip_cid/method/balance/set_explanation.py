@@ -26,7 +26,7 @@ class Explanation:
     """
 
     group: Int[np.ndarray, " groups"]
-    """Which of the kept rows each group belongs to, ascending: its number in `set_of`."""
+    """The kept row of each group, ascending, by its number in `set_of`."""
     kept: Int[np.ndarray, " groups"]
     """The kept row."""
     size: Int[np.ndarray, " groups"]
@@ -56,7 +56,7 @@ class Explanation:
         return self.row != self.kept[self.owner]
 
     def with_rows(self, rows: Int[np.ndarray, " rows"]) -> "Explanation":
-        """The same with row i called `rows[i]`, as when only some rows of a store were balanced."""
+        """The same with row i renamed to `rows[i]`, for a balance of only some rows of a store."""
         names = ("kept", "weakest_left", "weakest_right", "row")
         return replace(self, **{name: rows[getattr(self, name)] for name in names})
 
@@ -96,8 +96,8 @@ def explain(
 ) -> Explanation:
     """Measure every group of two or more rows.
 
-    A group is what one kept row stands for: the whole connected set, or the part of it that is nearest when a set is
-    divided among several kept rows.
+    A group holds the rows of one kept row: the whole connected set, or its nearest part when a set has
+    several kept rows.
 
     Args:
         images: The rows that were balanced.

@@ -30,7 +30,7 @@ class Sketch:
     basis: Float32[np.ndarray, "width dim"]
     """W: principal directions in random coordinates, so that no coordinate of z is much larger than the others."""
     rest: Float32[np.ndarray, " width"]
-    """q; zeros where W is square and nothing is left."""
+    """q; zeros if W is square and nothing is left."""
 
     @property
     def width(self) -> int:
@@ -44,7 +44,7 @@ class Sketch:
 
     @property
     def slack(self) -> float:
-        """What the float32 bound may lack: the error in both projections, and in both along q."""
+        """The error of the float32 bound: that of both projections, and of both along q."""
         return 4 * self.error + self.error**2 + ROUNDING
 
     def project(self, rows: Float32[np.ndarray, "n dim"]) -> Float32[np.ndarray, "n width"]:

@@ -20,7 +20,7 @@ class Quality:
     """Cosines between rows of one cluster and between any rows, and how much nearer the own center is than the next."""
 
     within_cosine: float | None
-    """Mean over all pairs of two rows of one cluster; None where every cluster has one row."""
+    """Mean over all pairs of two rows of one cluster; None if every cluster has one row."""
     all_pairs_cosine: float | None
     """Mean over all pairs of two rows."""
     margins: Float64[np.ndarray, " sample"]
@@ -54,9 +54,9 @@ class Purity:
     """How far clusters agree with classes that they were not made from."""
 
     share: float
-    """Of the rows, those of the most frequent class of their cluster."""
+    """Share of the rows that have the most frequent class of their cluster."""
     shuffled: float
-    """The same where classes are dealt to the rows at random: what small clusters alone would give."""
+    """The same with classes assigned to the rows at random, which small clusters alone would give."""
     rows: int
     """Rows whose class is known; the others count nowhere."""
     classes: int

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KMeansState:
-    """The centers after a round: all that a later call needs to resume."""
+    """The centers after a round: the state from which a later call resumes."""
 
     centers: Float32[np.ndarray, "centers dim"]
     history: list[dict[str, float]] = field(default_factory=list[dict[str, float]])

@@ -56,7 +56,7 @@ def kmeans_rounds(
     """Lloyd's rounds from given centers.
 
     A center without rows, or whose rows cancel out, moves to one of the rows farthest from their centers, each to a
-    different one; where there is none, it stays. Equal arguments give equal bits whatever the threads, the blocks or
+    different one; if there is none, it stays. Equal arguments give equal bits whatever the threads, the blocks or
     the device. A round depends on its centers alone, so the rounds can be resumed from them.
 
     Yields:

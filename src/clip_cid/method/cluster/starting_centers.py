@@ -19,10 +19,10 @@ def two_level_start(
 ) -> Float32[np.ndarray, "centers dim"]:
     """The centers to start from, spread over about sqrt(K) groups of a sample; `two_level_start` in docs/method.md.
 
-    A group with n_g of the n rows of the sample gets K n_g / n centers, rounded so that they add up. K-means within
-    the group places them, and each then starts as the row nearest to it: the mean of few rows would hold these rows
-    fast, although another grouping were better. At both levels a row is compared with about sqrt(K) centers only.
-    Fewer than 64 centers start as random rows.
+    A group with n_g of the n rows of the sample gets K n_g / n centers, rounded so that they add up. K-means
+    within the group places them, and each then starts as the row nearest to it. The mean of few rows would
+    keep these rows, even if another grouping were better. At both levels a row is compared with about
+    sqrt(K) centers only. Fewer than 64 centers start as random rows.
     """
     random = np.random.default_rng([seed, 0])
     if num_centers < _RANDOM_BELOW:
@@ -60,7 +60,7 @@ def _kmeans(
 def _nearest_rows(
     images: UnitRows, centers: Float32[np.ndarray, "centers dim"], device: str
 ) -> Float32[np.ndarray, "centers dim"]:
-    """Of each cluster the row nearest to its center; a center without rows stays."""
+    """The row of each cluster nearest to its center; a center without rows stays."""
     labels, cosines = _search(centers, device).assign(images)
     order = np.lexsort((-cosines, labels))
     clusters, firsts = np.unique(labels[order], return_index=True)

@@ -16,7 +16,7 @@ from clip_cid.method.products import LeftRows, product
 _CPU_CELLS, _DEVICE_CELLS = 1 << 20, 1 << 26  # logits at a time: what stays in a cache, what keeps a device busy
 _LEAST_BLOCK = 256
 _SAMPLED_CENTERS = 512
-_LARGEST_RATE = 16.0  # of a student further from its teacher the terms are huge, and may not fit float32
+_LARGEST_RATE = 16.0  # for a student far from its teacher the terms are huge and may overflow float32
 _LARGEST_CANCELLED = 8.0  # a gradient that is the difference of terms this much larger is computed in a second pass
 
 
@@ -88,7 +88,7 @@ class Block:
 def blocks(
     student: Tensor, centers: Tensor, labels: Tensor, gap: Tensor | None, settings: PassSettings
 ) -> Iterator[Block]:
-    """The centers in blocks, each with its logits and, where `gap` is given, its gaps."""
+    """The centers in blocks, each with its logits and, if `gap` is given, its gaps."""
     scaled = settings.scale * student
     rows = LeftRows(scaled if gap is None else torch.cat([scaled, gap]))  # one product reads the centers once
 
@@ -189,7 +189,7 @@ class _Divergence:
 
 @dataclass(frozen=True)
 class RowSums:
-    """What the pass over all centers gives for each row; float64."""
+    """The results of the pass over all centers for each row; float64."""
 
     others: Float64[Tensor, " batch"]
     """Logarithm of the sum over all centers but the own one."""
@@ -410,7 +410,7 @@ def _own_centers(
 
 
 def reduce_over(group: dist.ProcessGroup | None, values: Tensor, operation: Any) -> Tensor:
-    """In place, over the ranks if there are some."""
+    """Sum over the ranks in place; does nothing for one rank."""
     if group is not None:
         dist.all_reduce(values, operation, group=group)
     return values

@@ -20,7 +20,7 @@ _WATCHED_ROWS = 4096  # drift is measured on this many rows: it is not worth a s
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of the centers that this rank holds, where they are spread over the ranks of a group."""
+    """The part of the centers that this rank holds, if they are spread over the ranks of a group."""
 
     first: int
     """The number of its first center among all."""
@@ -47,7 +47,7 @@ class CenterHead(nn.Module):
         scale: sigma. Fixed: on separable labels a learned one grows without bound.
         trainable: Whether the rows move; frozen rows take neither gradient nor optimizer state.
         sparse: Whether the gradient of a step holds only the rows that took part (for `RowAdam`), or all rows.
-        shard: Which part of all centers these are; absent where they are all of them.
+        shard: Which part of all centers these are; absent if they are all of them.
 
     Raises:
         ValueError: There are no centers, or a row is not finite or not of unit length.
@@ -93,7 +93,7 @@ class CenterHead(nn.Module):
     def sample(
         self, labels: Int[Tensor, " batch"], *, rate: float, generator: torch.Generator | None = None
     ) -> "SampledCenters":
-        """The centers of one step, `sample_centers`; those of them that are here where they are spread over ranks.
+        """The centers of one step, `sample_centers`; those of them that are here if they are spread over ranks.
 
         Every rank draws the sample of the whole head and takes its own part, so that it does not depend on how many
         ranks there are.

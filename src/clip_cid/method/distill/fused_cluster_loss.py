@@ -57,9 +57,9 @@ def fused_cluster_loss(
     .. math:: L_{cls} = -\frac1B \sum_i \log softmax(\sigma W v_i)[y_i], \qquad
         L_{kl} = \frac1B \sum_i KL(softmax(\sigma W t_i / \tau) \,\|\, softmax(\sigma W v_i / \tau))
 
-    Gradients reach `student` and, where they require it, `centers` through the student's side; the teacher is
-    detached. The customary factor `temperature**2` is left out. Beside inputs and gradients it takes some 100 MiB on
-    the CPU and up to 2.5 GB on a device, whatever the number of centers.
+    Gradients reach `student` and, if they require it, `centers` through the student's side; the teacher is
+    detached. The customary factor `temperature**2` is left out. Besides inputs and gradients it takes about
+    100 MiB on the CPU and up to 2.5 GB on a device, for any number of centers.
 
     Args:
         student: Unit rows v.

@@ -35,7 +35,7 @@ class Targets:
     labels: Int[Tensor, " rows"] | None = None
     """Cluster of each image."""
     soft_centers: SoftCenters | None = None
-    """All that `L_kl` needs of the teacher, where it was computed beforehand."""
+    """All that `L_kl` needs of the teacher, if it was computed beforehand."""
 
 
 class Objective(nn.Module):
@@ -43,10 +43,10 @@ class Objective(nn.Module):
 
     .. math:: L_{total} = w_{clip} L_{clip} + w_{cls} L_{cls} + w_{kl} L_{kl} + \beta\, [ I(v_t, u_s) + I(u_t, v_s) ]
 
-    It computes the losses it is given, rows of `clip_cid.loss_table`, and builds only what these read; their weights
-    belong to whoever sums them (`weighted_sum`). A loss that compares vectors of student and teacher reads the student
-    in the teacher's space. The student is there already (`native`, both widths equal), or a linear map per modality is
-    learned, which no other loss sees (`linear`); `alignment` in docs/method.md.
+    It computes the named losses, rows of `clip_cid.loss_table`, and builds only what these read;
+    `weighted_sum` applies their weights. A loss that compares vectors of student and teacher reads the
+    student in the teacher's space. The student is there already (`native`, both widths equal), or learns a
+    linear map per modality, which no other loss reads (`linear`); `alignment` in docs/method.md.
 
     Args:
         losses: Names of the losses to compute.
@@ -54,7 +54,7 @@ class Objective(nn.Module):
         teacher_dim: Width of the teacher's embeddings and of the centers, for the losses that compare vectors.
         alignment: How the student's embeddings reach the teacher's width.
         centers: Unit rows, for the losses of the clusters; with `shard` this rank's.
-        shard: Which of all centers these are; absent where they are all of them.
+        shard: Which of all centers these are; absent if they are all of them.
         head_scale: sigma, cosine against the centers to logits.
         train_head: Whether the centers in the head move.
         sample_rate: Share of the centers in a step.
@@ -122,7 +122,7 @@ class Objective(nn.Module):
     def read(
         self, image: Float[Tensor, "rows student"] | None, text: Float[Tensor, "rows student"] | None
     ) -> dict[str, Tensor]:
-        """What the losses read beside the student's own outputs, row by row.
+        """The values that losses read beside the student's own outputs, row by row.
 
         Everything of the objective that learns, except the head, acts here: gradients of rows lead to all of it.
 
@@ -156,7 +156,7 @@ class Objective(nn.Module):
 
         Args:
             outputs: The student's `image` and `text`, unit rows; its `logit_scale`, `exp` already taken; `logit_bias`
-                where it has one; and what `read` returned for these.
+                if it has one; and what `read` returned for these.
             targets: For the same rows.
             gather: From a rank's rows to those of all ranks; its gradient is the sum over the ranks.
             generator: Where the negative centers come from; in the same state on every rank.
@@ -195,7 +195,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def clamp_scale(self) -> None:
-        """Hold the learned scale at its limit in place: clamping its use instead would leave it no gradient beyond."""
+        """Clamp the learned scale in place: clamping its use instead would stop its gradient beyond the limit."""
         if self.instance_logit_scale is not None:
             self.instance_logit_scale.clamp_(max=math.log(LARGEST_SCALE))
 
@@ -207,8 +207,8 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """The losses of the clusters, from one sample of the centers.
 
-        Where every rank has all centers it reads its own rows only. Where each has some of them, every rank reads all
-        rows, and has the losses of the whole batch.
+        If every rank has all centers, each reads its own rows only. If the centers are spread over ranks,
+        every rank reads all rows, and has the losses of the whole batch.
         """
         labels = batch.clusters
         sample = head.sample(labels.all, rate=self.sample_rate, generator=generator)

@@ -90,7 +90,7 @@ def affinity_loss(
     Args:
         student_image: Unit rows v_s.
         student_text: Unit rows u_s, in the same order; likewise the teacher's.
-        scale: The student's factor s itself; a constant where the peer fixes it.
+        scale: The student's factor s itself; a constant if the peer fixes it.
         teacher_image: Unit rows v_t.
         teacher_text: Unit rows u_t.
         teacher_scale: The teacher's factor S.

@@ -42,7 +42,7 @@ class LogSum:
         return rescale.to(logits.dtype)[:, None]
 
     def across(self, group: dist.ProcessGroup | None) -> Float64[Tensor, " batch"]:
-        """The logarithm; of the sum over all ranks where there are some."""
+        """The logarithm; of the sum over all ranks if there are some."""
         if group is not None:
             top = self.top.clone()
             dist.all_reduce(top, dist.ReduceOp.MAX, group=group)

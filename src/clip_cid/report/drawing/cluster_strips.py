@@ -26,13 +26,13 @@ class ClusterStrip:
     rows: Int[np.ndarray, " shown"]
     cosines: Float[np.ndarray, " shown"]
     places: Int[np.ndarray, " shown"]
-    """Of the images by their nearness to the center, from 0."""
+    """Places of the images by their nearness to the center, from 0."""
     common: tuple[str, float] | None = None
-    """The most frequent class of its images and the share they have in it, where classes are known."""
+    """The most frequent class of its images and the share they have in it, if classes are known."""
 
     @property
     def gap(self) -> int | None:
-        """Before which of the shown images some are passed over; None where all of the cluster are shown."""
+        """Before which of the shown images some are skipped; None if all of the cluster are shown."""
         return _NEAREST if len(self.rows) < self.size else None
 
 
@@ -50,7 +50,7 @@ def choose(
         kept: The rows that were clustered.
         labels: The cluster of each of them.
         centers: Unit rows.
-        classes: The class of each row of the store by its number, -1 where it has none; and the names of the classes.
+        classes: The class of each row of the store by its number, -1 if it has none; and the names of the classes.
     """
     sizes = np.bincount(labels, minlength=len(centers))
     order = np.argsort(-sizes, kind="stable")
@@ -108,6 +108,6 @@ def _strip(
 
 
 def _most_frequent(numbers: Int[np.ndarray, " members"], names: Sequence[str]) -> tuple[str, float] | None:
-    """The first by name of those that are equally frequent; None where no class is known."""
+    """The first by name of those that are equally frequent; None if no class is known."""
     counts = np.bincount(numbers[numbers >= 0])
     return (names[int(counts.argmax())], float(counts.max() / counts.sum())) if len(counts) else None

@@ -8,7 +8,7 @@ from typing import Any
 from clip_cid.report.drawing.run_inputs import RunInputs
 
 Numbers = dict[str, Any]
-"""What a figure's draw function returns: the numbers of its caption and of the tables beside it."""
+"""The result of a figure's draw function: the numbers of its caption and of the tables beside it."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Figure:
     """All that a figure needs; a new one is a row here and a plot in `clip_cid.figures`."""
 
     name: str
-    """Of its files in `draw/`: `NAME.svg` or `.png`, and `NAME.csv`."""
+    """Name of its files in `draw/`: `NAME.svg` or `.png`, and `NAME.csv`."""
     draw: Callable[[RunInputs, Path], Numbers]
     """Writes the files into a folder. Raises `LeftOut` where this run has no input for it."""
     section: str = ""
@@ -25,7 +25,7 @@ class Figure:
     """For those who cannot see it."""
     caption: str | Callable[[Numbers], str] = ""
     small_description: str = ""
-    """Of a second file `NAME_small.svg`, which the page has at its head."""
+    """Alternative text of a second file `NAME_small.svg`, which is at the top of the page."""
     small_caption: str = ""
     of_data: bool = False
     """Shows pictures of the data, which a report without images leaves out."""

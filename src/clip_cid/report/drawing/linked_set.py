@@ -1,4 +1,4 @@
-"""Which set of duplicates to show as a tree, with the links that join it."""
+"""The set of duplicates to show as a tree, and the links that join it."""
 
 import numpy as np
 from jaxtyping import Int
@@ -12,7 +12,7 @@ _ROUNDING = 1e-9  # the threshold came from a squared distance and goes back to 
 
 
 def choose(tables: BalanceTables, forest: ForestArrays) -> single_linkage.LinkedSet | None:
-    """The largest connected set of at most 14 images, the first of these; None where all are larger.
+    """The largest connected set of at most 14 images, the first of these; None if all are larger.
 
     Args:
         tables: Of the balance.

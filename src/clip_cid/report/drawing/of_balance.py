@@ -94,7 +94,7 @@ def _single_linkage(inputs: RunInputs, out: Path) -> Numbers:
 
 
 def _leaf_pictures(inputs: RunInputs, rows: list[int]) -> dict[int, np.ndarray]:
-    """Row -> its picture as a small square; none at all where there are no pictures, since the tree says enough."""
+    """Row -> its picture as a small square; none at all if there are no pictures, since the tree says enough."""
     keys, _ = inputs.words(rows)
     try:
         pictures = inputs.pictures(keys)

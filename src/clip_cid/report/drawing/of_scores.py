@@ -39,7 +39,7 @@ def _gain(inputs: RunInputs, out: Path) -> Numbers:
 
 
 def _radar(inputs: RunInputs, out: Path) -> Numbers:
-    """Of the linear probe, as in the paper; of zero-shot where the probe has too few sets."""
+    """The radar of the linear probe, as in the paper; of zero-shot if the probe has too few sets."""
     if len(models_of(inputs.scores)) < 2:
         raise LeftOut("there is one model only")
     for task in (LINEAR_PROBE, ZERO_SHOT):

@@ -29,7 +29,7 @@ class RemovedSet:
     set: int
     size: int
     component_size: int
-    """Of the connected set it is a part of, or all of."""
+    """Size of the connected set that holds it."""
     farthest: float
     """From the kept image to the farthest removed one."""
     widest: float
@@ -42,7 +42,7 @@ class RemovedSet:
     rows: Int[np.ndarray, " shown"]
     distances: Float[np.ndarray, " shown"]
     kinds: Sequence[str]
-    """Perceptual, semantic, unknown, or empty where the image was not drawn for the comparison."""
+    """Perceptual, semantic, unknown, or empty if the image was not drawn for the comparison."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class RunInputs:
 
     @cached_property
     def removed(self) -> BalanceTables:
-        """The same where at least one image was removed."""
+        """The same, if at least one image was removed."""
         if not len(self.balanced.distances):
             raise LeftOut(_NOT_KNOWN)
         return self.balanced
@@ -90,7 +90,7 @@ class RunInputs:
 
     @cached_property
     def differences(self) -> Differences:
-        """Between the student and the other models; empty where there are none."""
+        """Between the student and the other models; empty if there are none."""
         tables = read_task_summaries(self.folder.stage(EVALUATE)).values()
         return Differences(one for table in tables for one in table.differences)
 
@@ -101,7 +101,7 @@ class RunInputs:
 
     @cached_property
     def forest(self) -> StoredForest:
-        """Of the balance; its links name rows of the store."""
+        """The forest of the balance; its links name rows of the store."""
         if not BalanceTables.exist(self.folder.stage(BALANCE)):
             raise LeftOut(_NOT_KNOWN)
         return read_forest(self.folder.stage(BALANCE) / FOREST_FILE)

@@ -161,7 +161,7 @@ def _whole_head(folder: Path) -> list[_Part]:
 
 
 def _read(path: Path) -> _Part:
-    """Of the header alone; safetensors itself compares the length of the file with it."""
+    """A shard from its header alone; safetensors compares the length of the file with it."""
     try:
         with safe_open(path, framework="pt") as file:
             about: dict[str, Any] = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))

@@ -12,7 +12,7 @@ _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def join_model(model: Distillation, ranks: Ranks) -> nn.Module:
-    """The model as all ranks train it together; with one rank alone the model itself.
+    """The model wrapped for all ranks (DDP); with one rank the model itself.
 
     The cluster head is left to each rank: it is frozen, or each rank has its own centers.
     """
@@ -26,10 +26,10 @@ def join_model(model: Distillation, ranks: Ranks) -> nn.Module:
 
 
 def with_joint_statistics(student: nn.Module, ranks: Ranks, micro_batch: int | None) -> nn.Module:
-    """A student whose batch normalization, where it has any that learns, is over the batch of all ranks.
+    """A student whose batch normalization (if trained) uses the batch of all ranks.
 
     Raises:
-        ConfigError: The batch is in micro-batches, or the ranks are not on CUDA, where this cannot be had.
+        ConfigError: The batch is in micro-batches, or the ranks are not on CUDA; both make this impossible.
     """
     normalizes = any(isinstance(part, _BATCH_NORM) and part.training for part in student.modules())
     if not normalizes:
@@ -57,7 +57,7 @@ def running_statistics(student: nn.Module) -> list[Tensor]:
 
 
 def with_spread(model: Distillation) -> list[tuple[nn.Parameter, bool]]:
-    """Each parameter with whether ranks hold different rows of it, as they do of a cluster head that is spread."""
+    """Each parameter, and whether ranks hold different rows of it, as of a cluster head spread over ranks."""
     head_is_spread = model.objective.head is not None and model.objective.head.shard is not None
     return [
         (parameter, head_is_spread and name.startswith(_HEAD_PREFIX)) for name, parameter in model.named_parameters()

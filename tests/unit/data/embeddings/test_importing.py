@@ -48,7 +48,7 @@ def test_one_file_of_rows_is_a_store_of_images(tmp_path: Path, caplog: pytest.Lo
     assert store.ok.all()
     assert store.captions(3) == ("",)
     assert arrays_in(tmp_path / "out") == []
-    assert "no text embeddings there" in caplog.text
+    assert "no text embeddings: balance" in caplog.text
     assert "keys are file and row, such as 'mine/0'" in caplog.text
 
 

@@ -221,7 +221,7 @@ def test_eurosat_is_1000_and_500_images_a_class_and_has_clips_counts(tmp_path: P
     assert found.variant == "1,000 + 500 images a class drawn here, CLIP's own draw is not published"
     (tmp_path / "eurosat" / "2750" / "River" / "River_1.jpg").unlink()
     (tmp_path / "eurosat" / "2750" / "River" / "River_2.jpg").unlink()
-    with pytest.raises(DataError, match=r"River: 1,499 images, of which the split needs 1,500 \(1,000 to train on\)"):
+    with pytest.raises(DataError, match=r"River: 1,499 images, but the split needs 1,500 \(1,000 to train on\)"):
         opened("eurosat", tmp_path)
 
 

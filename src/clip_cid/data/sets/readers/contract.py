@@ -1,4 +1,4 @@
-"""What a reader of one layout is given, and what it returns."""
+"""The arguments and the result of a reader of one layout."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Request:
     known_set: KnownSet | None
     """None for a set of the user's own."""
     splits: tuple[str, ...]
-    """Which of train, val and test; those that the layout does not have are left out."""
+    """A choice of train, val and test; those that the layout does not have are left out."""
     max_pixels: int
 
     @property
@@ -47,7 +47,7 @@ class SetFiles:
     """As the files call them, in the order of the labels."""
     splits: dict[str, LabelledImages]
     names: tuple[str, ...] = ()
-    """The names of the classes of a user's own set, where they differ from what the files say."""
+    """The names of the classes of a user's own set, if they differ from what the files say."""
     templates: tuple[str, ...] = ()
     """Prompts that lie with the set."""
     notes: tuple[str, ...] = ()
@@ -56,4 +56,4 @@ class SetFiles:
 
 
 Reader = Callable[[Request], SetFiles | None]
-"""Reads a set; None where the files are of another layout."""
+"""Reads a set; None if the files are of another layout."""

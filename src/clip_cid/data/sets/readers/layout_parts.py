@@ -84,7 +84,7 @@ def draw(files: Sequence[str], *, train: int, test: int | None) -> tuple[list[in
     needed = train + (1 if test is None else test)
     if len(files) < needed:
         raise DataError(
-            f"{files[0].rpartition('/')[0] if files else 'a class'}: {len(files):,} images, of which the split needs "
+            f"{files[0].rpartition('/')[0] if files else 'a class'}: {len(files):,} images, but the split needs "
             f"{needed:,} ({train:,} to train on).",
             fix=f"{AGAIN} A part of a set can be laid out as train/CLASS and test/CLASS folders.",
         )

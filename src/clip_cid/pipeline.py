@@ -326,12 +326,17 @@ def _reason(
 
 
 def _differences(before: Any, after: Any, name: str = "") -> list[str]:
-    """Settings that differ, as `balance.threshold 0.07 -> 0.06`."""
+    """Settings that differ, as `balance.threshold 0.07 -> 0.06`; those of an earlier version are named as such."""
     if isinstance(before, dict) and isinstance(after, dict):
         differences: list[str] = []
         for part in sorted(before.keys() | after.keys()):
-            differences += _differences(before.get(part), after.get(part), f"{name}.{part}" if name else str(part))
+            full_name = f"{name}.{part}" if name else str(part)
+            if part not in after:
+                differences.append(f"{full_name} is no longer a setting")
+            else:
+                differences += _differences(before.get(part), after[part], full_name)
         return differences
+
     return [] if before == after else [f"{name} {_short(before)} -> {_short(after)}"]
 
 

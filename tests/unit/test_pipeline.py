@@ -379,3 +379,11 @@ def test_a_stage_reads_no_section_it_is_not_keyed_by():
 def _sections_behind(name: str) -> set[str]:
     stage = next(stage for stage in pipeline.STAGES if stage.name == name)
     return {*stage.sections, *(section for need in stage.needs for section in _sections_behind(need))}
+
+
+def test_a_setting_that_was_removed_since_is_named_as_such():
+    before = {"cluster": {"algorithm": "faiss", "num_centers": 7}}
+    assert pipeline._differences(before, {"cluster": {"num_centers": 8}}) == [
+        "cluster.algorithm is no longer a setting",
+        "cluster.num_centers 7 -> 8",
+    ]

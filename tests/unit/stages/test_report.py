@@ -219,7 +219,7 @@ def test_what_a_validation_measured_is_told(tmp_path: Path) -> None:
         patch.setattr(draw, "FIGURES", [figure for figure in draw.FIGURES if figure.name == "losses"])
         redraw(folder, recipe)
     text = read(write(folder, recipe)[0]).text
-    assert "What a validation measured is in the second color" in text
+    assert "Validation results are in the second color" in text
     assert "total (validation) 1.250 1.250 zero shot (validation) 0.500 0.500" in text
     assert "pets" not in text.split("All settings")[0]
 

@@ -30,16 +30,19 @@ def of_settings(settings: DistillConfig, *, steps: int, pairs: int, held_out: in
             f"distill.warmup_steps: {settings.warmup_steps:,} is {units.percent(settings.warmup_steps / steps, 0)}"
             f" of the {steps:,} steps; a tenth would be {steps // 10:,}"
         )
+
     if settings.log_every > steps:
         yield (
             f"distill.log_every: {settings.log_every:,}, but the run has {steps:,} steps, so metrics.jsonl"
             " gets only one line"
         )
+
     if settings.batch_size > pairs / 2:
         yield (
             f"distill.batch_size: {settings.batch_size:,} of {pairs:,} pairs: every batch is most of the data, and an "
             f"epoch has {pairs / settings.batch_size:.1f} steps"
         )
+
     if held_out and 0.5 / held_out**0.5 > _ERROR:
         yield (
             f"distill.validation.share: {held_out:,} pairs are held out, on which a recall is uncertain by up to "

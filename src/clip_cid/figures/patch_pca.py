@@ -204,5 +204,6 @@ def _write_table(
         for place, image in enumerate(shown.images)
         for row, column in np.ndindex(components.foreground.shape[1:])
     ]
+
     names = ("model", "class", "image", "row", "column", "foreground", *values)
     style.write_csv(path, {name: [line[index] for line in lines] for index, name in enumerate(names)})

@@ -19,6 +19,7 @@ from torch import Tensor
 from clip_cid import pipeline
 from clip_cid.data.sets.evaluation_sets import open_set
 from clip_cid.errors import ConfigError
+from clip_cid.models.student import build_student
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import DISTILL
 from clip_cid.stages.facts import BY_NAME
@@ -209,6 +210,23 @@ def test_a_tower_that_cannot_compute_again_is_refused(case: Case, monkeypatch: p
 # Compiled
 
 
+def inductor_is_right(case: Case) -> bool:
+    """Whether torch's compiled kernels agree with its others, for the student alone and with no code of ours."""
+    model = build_student(str(case.path / "student.json"), embed_dim=None).model.train()
+    generator = torch.Generator().manual_seed(0)
+    side, context = STUDENT["vision_cfg"]["image_size"], STUDENT["text_cfg"]["context_length"]
+    images = torch.randn(6, 3, side, side, generator=generator)
+    texts = torch.randint(1, STUDENT["text_cfg"]["vocab_size"], (6, context), generator=generator)
+
+    gradients: list[Tensor] = []
+    for module in (model, torch.compile(model)):
+        model.zero_grad()
+        image, text, scale = module(images, texts)[:3]
+        (scale * image @ text.T).log_softmax(dim=1).diagonal().mean().backward()
+        gradients.append(torch.cat([value.grad.flatten() for value in model.parameters() if value.grad is not None]))
+    return torch.allclose(*gradients, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -216,6 +234,8 @@ def test_a_compiled_student_trains_as_the_plain_one(case: Case, monkeypatch: pyt
     """With the kernels of PyTorch; and with compiled ones, which take a second each to make where none is cached."""
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
+    if backend == "inductor" and not inductor_is_right(case):
+        pytest.skip("on this processor torch's own compiled kernels give this student other gradients")
     if backend != "inductor":
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     found = [case.run(out, steps=2, machine={"compile": out == "compiled"}) for out in ("plain", "compiled")]

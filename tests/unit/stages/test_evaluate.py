@@ -367,7 +367,7 @@ def test_our_zero_shot_is_open_clips_own_to_the_last_image(tmp_path: Path) -> No
             answers.append(int((100 * image @ classifier).argmax()))
     with np.load(out / "answers" / rows[0]["answers"]) as ours:
         assert ours["predicted"].tolist() == answers
-    assert len(set(answers)) == 3
+    assert len(set(answers)) > 1  # or the comparison would say little
 
 
 def test_confusions_name_the_classes(run_folder: Path, tmp_path: Path) -> None:

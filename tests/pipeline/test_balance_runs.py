@@ -92,6 +92,31 @@ def test_an_interrupted_balance_does_only_what_is_missing(tmp_path, small_chunks
     assert_equal(balance(tmp_path / "cut", rows), whole)
 
 
+@pytest.mark.slow
+@pytest.mark.resume
+def test_what_an_older_version_left_is_named_and_done_again(tmp_path, small_chunks, monkeypatch, capsys):
+    """It did not record the known rows; links of its tasks must not be taken for ours."""
+    rows = planted(300)
+    whole = balance(tmp_path / "whole", rows)
+    original = tasks.run_tasks
+
+    def interrupted(tasks, begin, *, processes, on_done):
+        original(tasks[:4], begin, processes=processes, on_done=on_done)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks, "run_tasks", interrupted)
+    assert cli.main(["balance", str(tmp_path / "cut"), "--embeddings", source(tmp_path / "cut", rows)]) == 130
+    monkeypatch.setattr(tasks, "run_tasks", original)
+
+    facts = tmp_path / "cut" / "balance.part" / "work" / "arrays.json"
+    written = json.loads(facts.read_text())
+    written["arrays"].remove("known")
+    facts.write_text(json.dumps(written))
+    capsys.readouterr()
+    assert_equal(balance(tmp_path / "cut", rows), whole)
+    assert "of another version; its tasks run again" in capsys.readouterr().err
+
+
 def killed(left: int, command: list[str]) -> None:
     """The command, in a process that is killed when `left` tasks are done, before the last of them is noted."""
     plan_choice._LEAST_CHUNK = 50

@@ -140,6 +140,9 @@ def _balance(
     known: KnownPairs,
 ) -> Balance:
     """Balance with arrays on the disk and tasks in processes; an interrupted stage repeats none of them."""
+    if work.path.is_dir() and PreparedRows.load(work) is None:
+        log.info("balance   what a killed attempt left is incomplete or of another version; its tasks run again")
+
     device = resolve_device(recipe.machine.device)
     try:
         return balance_rows(

@@ -87,10 +87,13 @@ class PreparedRows:
 
     @classmethod
     def load(cls, store: ArrayStore) -> "PreparedRows | None":
-        """The rows as `save` wrote them; None if nothing is complete."""
+        """The rows as `save` wrote them; None if nothing is complete, or another version wrote it."""
         if (saved := store.load_all()) is None:
             return None
+
         arrays, facts = saved
+        if arrays.keys() | facts.keys() != {field.name for field in dataclasses.fields(cls)}:
+            return None
         coding = Coding(**facts.pop("coding"))
         return cls(**arrays, **facts, coding=coding)
 

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_cid.errors import RunError
+from clip_cid.file_digests import FileDigests, sha256_file
 
 MANIFEST = "manifest.json"
 _PART, _OLD, _KEY = ".part", ".old", "stage-key"
@@ -74,6 +76,11 @@ class RunFolder:
     def index(self) -> Path:
         """Where the index of the pairs is kept."""
         return self.path / "index"
+
+    @functools.cached_property
+    def digests(self) -> FileDigests:
+        """The digests of files made elsewhere, each read once."""
+        return FileDigests(self.index / "digests.jsonl")
 
     def has(self, stage: str) -> bool:
         return (self.path / stage / MANIFEST).is_file()
@@ -291,12 +298,6 @@ def read_json(path: Path) -> Any:
 def digest(value: Any) -> str:
     """SHA-256 of canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def file_record(path: Path) -> FileRecord:

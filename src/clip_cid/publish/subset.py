@@ -37,9 +37,10 @@ from clip_cid.data.pairs.pairs import Pairs, fingerprint_digest, open_pairs
 from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS
 from clip_cid.data.pairs.tars import METADATA
 from clip_cid.errors import ConfigError, DataError, RunError
+from clip_cid.file_digests import sha256_file
 from clip_cid.journal import Journal
 from clip_cid.recipe import PairsConfig, Recipe
-from clip_cid.run_folder import RunFolder, atomic_file, sha256_file, write_json
+from clip_cid.run_folder import RunFolder, atomic_file, write_json
 from clip_cid.stage_names import BALANCE, EMBED
 
 MANIFEST, KEYS_TEXT, KEYS_TABLE, SHARDS = "manifest.json", "keys.txt", "keys.parquet", "shards"

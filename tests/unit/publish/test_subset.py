@@ -25,10 +25,11 @@ from clip_cid.data.pairs.images import decode_image
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.data.pairs.tars import METADATA, scan_tar
 from clip_cid.errors import ClipCidError, ConfigError, DataError, RunError
+from clip_cid.file_digests import sha256_file
 from clip_cid.publish import subset
 from clip_cid.publish.subset import export_subset, image_extension, key_of_stem, member_stem
 from clip_cid.recipe import PairsConfig, Recipe
-from clip_cid.run_folder import RunFolder, StageRecord, sha256_file
+from clip_cid.run_folder import RunFolder, StageRecord
 
 DIM = 4
 

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int, UInt64
 
 from clip_cid.data.balance.array_folder import save_array
 from clip_cid.errors import DataError
-from clip_cid.run_folder import MANIFEST, atomic_file, read_json, sha256_file
+from clip_cid.file_digests import sha256_file
+from clip_cid.run_folder import MANIFEST, atomic_file, read_json
 
 FOREST_FILE, HASHES_FILE = "forest.parquet", "row_hashes.npy"
 

@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Float
 
 from clip_cid.errors import DataError
-from clip_cid.run_folder import atomic_file, sha256_file, write_json
+from clip_cid.file_digests import sha256_file
+from clip_cid.run_folder import atomic_file, write_json
 from clip_cid.unit_length import is_unit
 
 STORE_FILE, SKIPPED_FILE, PROGRESS_FILE = "store.json", "skipped.jsonl", "store.part.jsonl"

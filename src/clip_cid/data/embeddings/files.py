@@ -22,12 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float
 
+from clip_cid.data.embeddings.files_behind import STORE_FILE
 from clip_cid.errors import DataError
 from clip_cid.file_digests import sha256_file
 from clip_cid.run_folder import atomic_file, write_json
 from clip_cid.unit_length import is_unit
 
-STORE_FILE, SKIPPED_FILE, PROGRESS_FILE = "store.json", "skipped.jsonl", "store.part.jsonl"
+SKIPPED_FILE, PROGRESS_FILE = "skipped.jsonl", "store.part.jsonl"
 FOLDERS = {"image": "img_emb", "text": "text_emb", "more_text": "more_text_emb", "metadata": "metadata"}
 COLUMNS = ("key", "caption", "captions", "ok", "width", "height")
 AGAIN = "Run the embed stage again, with --force."

@@ -11,8 +11,8 @@ import open_clip
 import torch
 
 from clip_cid.errors import ConfigError
-from clip_cid.models.clip import CONFIG_FILE, LOCAL
 from clip_cid.models.open_clip_errors import LOADING_ERRORS, clean_name, open_clip_warnings
+from clip_cid.models.references import CONFIG_FILE, LOCAL
 
 
 def build_skeleton(model_cfg: dict[str, Any]) -> torch.nn.Module | None:

@@ -16,10 +16,6 @@ from torch import Tensor
 from clip_cid.errors import ConfigError
 from clip_cid.models.open_clip_errors import one_line, open_clip_warnings
 
-CONFIG_FILE = "open_clip_config.json"
-WEIGHTS_FILE = "open_clip_model.safetensors"
-RUN, LOCAL, HUB = "run:", "local-dir:", "hf-hub:"  # how references to models begin
-
 
 @dataclasses.dataclass(frozen=True)
 class Clip:

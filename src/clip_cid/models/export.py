@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clip_cid.errors import RunError
-from clip_cid.models.clip import CONFIG_FILE, WEIGHTS_FILE, Clip
+from clip_cid.models.clip import Clip
 from clip_cid.models.loading import load_clip
 from clip_cid.models.open_clip_errors import open_clip_warnings
+from clip_cid.models.references import CONFIG_FILE, WEIGHTS_FILE
 from clip_cid.run_folder import own_mark
 
 HEAD_FILE = "cid_head.safetensors"

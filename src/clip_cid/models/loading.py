@@ -12,9 +12,10 @@ import torch
 from clip_cid import log
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.models.architectures import no_such_model, own_configs, read_config
-from clip_cid.models.clip import CONFIG_FILE, HUB, LOCAL, RUN, WEIGHTS_FILE, Clip, assemble
+from clip_cid.models.clip import Clip, assemble
 from clip_cid.models.device import resolve_device
 from clip_cid.models.open_clip_errors import LOADING_ERRORS, clean_name, missing_package, one_line, open_clip_warnings
+from clip_cid.models.references import CONFIG_FILE, HUB, LOCAL, RUN, WEIGHTS_FILE
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import DISTILL
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from clip_cid.errors import ConfigError
 from clip_cid.models.architectures import architecture, own_configs, random_model
-from clip_cid.models.clip import CONFIG_FILE, HUB, LOCAL, RUN, Clip, assemble
+from clip_cid.models.clip import Clip, assemble
 from clip_cid.models.loading import load_clip
 from clip_cid.models.open_clip_errors import LOADING_ERRORS, clean_name, missing_package, one_line
+from clip_cid.models.references import CONFIG_FILE, HUB, LOCAL, RUN
 
 
 def build_student(

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from clip_cid.errors import ConfigError, DataError
-from clip_cid.models.clip import HUB, LOCAL, RUN, Clip
+from clip_cid.models.clip import Clip
 from clip_cid.models.loading import load_clip
+from clip_cid.models.references import HUB, LOCAL, RUN
 from clip_cid.recipe import EmbedConfig, Precision
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from clip_cid import log
 from clip_cid.errors import ConfigError, HubError, RunError
-from clip_cid.models.clip import CONFIG_FILE
 from clip_cid.models.export import HEAD_FILE, export_student
 from clip_cid.models.loading import load_clip
+from clip_cid.models.references import CONFIG_FILE
 from clip_cid.publish.model_card import model_card
 from clip_cid.publish.public_names import local_names, public_provenance
 from clip_cid.run_folder import RunFolder

@@ -23,7 +23,7 @@ from clip_cid.evaluation.scores import (
     read_task_summaries,
     score_rows,
 )
-from clip_cid.models.clip import CONFIG_FILE
+from clip_cid.models.references import CONFIG_FILE
 from clip_cid.publish.public_names import public_name, public_provenance
 from clip_cid.run_folder import RunFolder, StageRecord, read_json
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, EMBED, EVALUATE

@@ -1,0 +1,47 @@
+"""How references to models begin, and the files behind one. Nothing here imports torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from clip_cid.stage_names import DISTILL
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+RUN, LOCAL, HUB = "run:", "local-dir:", "hf-hub:"
+
+_TYPES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model", ".jinja")
+"""What open_clip and transformers read: configuration, weights, tokenizer."""
+
+
+def files_behind_model(reference: str) -> list[Path]:
+    """The files on this machine that decide what a model computes, sorted: weights, configuration and tokenizer.
+
+    None for a model that open_clip or the Hub names, or for a folder that does not exist.
+    """
+    folder = _folder_of(reference)
+    if folder is None or not folder.is_dir():
+        return []
+    return sorted(_model_files(folder) + _text_tower_files(folder / CONFIG_FILE))
+
+
+def _folder_of(reference: str) -> Path | None:
+    if reference.startswith(RUN):
+        return Path(reference.removeprefix(RUN)) / DISTILL / "student"
+    return Path(reference.removeprefix(LOCAL)) if reference.startswith(LOCAL) else None
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return [
+        path for path in folder.iterdir() if path.suffix in _TYPES and not path.name.startswith(".") and path.is_file()
+    ]
+
+
+def _text_tower_files(config: Path) -> list[Path]:
+    """The configuration of a text tower of transformers that lies in a folder of its own."""
+    try:
+        values: Any = json.loads(config.read_text(encoding="utf-8"))
+        tower = Path(values["model_cfg"]["text_cfg"]["hf_model_name"])
+        return [tower / "config.json"] if (tower / "config.json").is_file() else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

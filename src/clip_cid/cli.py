@@ -13,6 +13,7 @@ from tyro.conf import Positional
 
 from clip_cid import log, pipeline, units
 from clip_cid.errors import ClipCidError, ConfigError, RunError
+from clip_cid.overruling import let_flags_count, settings_given
 from clip_cid.recipe import Config, Recipe, commented_recipe, one_line, parse_recipe, read_recipe, read_run_recipe
 from clip_cid.run_folder import RunFolder, atomic_file, disk_full
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE, REPORT
@@ -89,7 +90,15 @@ _EXTRAS = {
     EVALUATE: (*_FORCE, *_OF_EVALUATE),
     REPORT: (*_FORCE, *_OF_REPORT),
 }
-_IMPORTED = {"embeddings": EMBED, "kept": BALANCE, "clusters": CLUSTER}
+_SHORT = {
+    "embeddings": "embed.existing",
+    "kept": "balance.existing",
+    "clusters": "cluster.existing",
+    "target_removed": "balance.target_removed",
+    "blur": "report.blur",
+    "no_images": "report.images",
+}
+"""Flags that are short for settings."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     log.setup(quiet=torchrun_place().rank > 0)
     try:
-        commands = _commands(_recipe_for(arguments))
+        commands = _commands(_recipe_for(arguments), arguments)
         done = tyro.extras.subcommand_cli_from_dict(
             commands, prog="clip-cid", description=_ABOUT, args=arguments, sort_subcommands=False
         )
@@ -138,13 +147,14 @@ def _recipe_for(arguments: Sequence[str]) -> Recipe:
     return next((read_run_recipe(path) for path in stored if path.is_file()), Recipe())
 
 
-def _commands(recipe: Recipe) -> dict[str, Callable[..., Any]]:
+def _commands(recipe: Recipe, arguments: Sequence[str] = ()) -> dict[str, Callable[..., Any]]:
+    given = settings_given(arguments, recipe.model_dump(), _SHORT)
     commands = {
-        "run": _recipe_command("run", tuple(Recipe.model_fields), recipe, _run),
-        "check": _recipe_command("check", tuple(Recipe.model_fields), recipe, _check),
+        "run": _recipe_command("run", tuple(Recipe.model_fields), recipe, given, _run),
+        "check": _recipe_command("check", tuple(Recipe.model_fields), recipe, given, _check),
     }
     for stage in pipeline.STAGES:
-        commands[stage.name] = _recipe_command(stage.name, (*stage.sections, "machine"), recipe, _run)
+        commands[stage.name] = _recipe_command(stage.name, (*stage.sections, "machine"), recipe, given, _run)
     return commands | {
         "status": status,
         "verify": verify,
@@ -158,7 +168,11 @@ def _commands(recipe: Recipe) -> dict[str, Callable[..., Any]]:
 
 
 def _recipe_command(
-    name: str, sections: Sequence[str], recipe: Recipe, act: Callable[[str, Any, Recipe], None]
+    name: str,
+    sections: Sequence[str],
+    recipe: Recipe,
+    given: Sequence[str],
+    act: Callable[[str, Any, Recipe], None],
 ) -> Callable[..., Any]:
     """A command with the common flags and one for each setting of `sections`, as a class that tyro reads."""
     folder = tyro.conf.arg(metavar="RUN", help=_UNTOUCHED if name == "check" else _FOLDER)
@@ -172,15 +186,15 @@ def _recipe_command(
         settings = recipe.model_dump() | {part: dataclasses.asdict(getattr(flags, part)) for part in sections}
 
         # Flags that are short for settings.
-        for flag, section in _IMPORTED.items():
-            if (existing := getattr(flags, flag)) is not None:
-                settings[section]["existing"] = existing
-        if getattr(flags, "target_removed", None) is not None:
-            settings["balance"]["target_removed"] = flags.target_removed
-        if getattr(flags, "blur", False):
-            settings["report"]["blur"] = True
-        if getattr(flags, "no_images", False):
-            settings["report"]["images"] = False
+        for flag, setting in _SHORT.items():
+            value = getattr(flags, flag, None)
+            if value is not None and value is not False:
+                section, _, last = setting.partition(".")
+                settings[section][last] = value if flag != "no_images" else False
+
+        # A flag counts, whatever the recipe remembers.
+        for cleared in let_flags_count(settings, given):
+            log.warn(cleared)
 
         # Models to measure; a folder that is not a run has no student.
         if models := _models(getattr(flags, "model", ()), getattr(flags, "pretrained", None)):
@@ -188,7 +202,11 @@ def _recipe_command(
             if flags.recipe is None and not (flags.run / pipeline.RECIPE_FILE).is_file():
                 settings["evaluate"]["student"] = False
 
-        act(name, flags, parse_recipe(settings, where="settings"))
+        wanted = parse_recipe(settings, where="settings")
+        for stage in dict.fromkeys(setting.partition(".")[0] for setting in given):
+            if stage in sections and stage in _STAGE_HELP and not wanted.uses(stage):
+                log.warn(f"--{stage}...: this recipe does not use {stage}, so its settings have no effect")
+        act(name, flags, wanted)
         return 0
 
     command = dataclasses.make_dataclass(name, fields, namespace={"start": start})

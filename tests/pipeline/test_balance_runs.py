@@ -274,6 +274,20 @@ def test_the_target_share_is_met_by_the_smallest_threshold(tmp_path, small_chunk
 
 
 @pytest.mark.slow
+def test_a_threshold_given_after_a_share_or_a_list_counts(tmp_path, small_chunks, capfd):
+    rows = planted(300)
+    fresh = balance(tmp_path / "fresh", rows, "--balance.threshold", "0.07")
+    out = balance(tmp_path / "run", rows, "--target-removed", "0.1", "--balance.max-threshold", "0.2")
+    assert len(np.load(out / "kept.npy")) == 270
+    assert_equal(balance(tmp_path / "run", rows, "--balance.threshold", "0.07"), fresh, ("kept.npy", "set_of.npy"))
+    assert "balance.threshold given, so balance.target_removed: 0.1" in capfd.readouterr().err
+
+    np.save(tmp_path / "k.npy", np.arange(5))
+    assert len(np.load(balance(tmp_path / "run", rows, "--kept", str(tmp_path / "k.npy")) / "kept.npy")) == 5
+    assert_equal(balance(tmp_path / "run", rows, "--balance.threshold", "0.07"), fresh, ("kept.npy", "set_of.npy"))
+
+
+@pytest.mark.slow
 def test_the_sweep_prints_the_curve_of_runs_of_their_own(tmp_path, small_chunks, capfd):
     rows = planted(300)
     out = balance(tmp_path / "run", rows, "--balance.max-threshold", "0.14", "--sweep")

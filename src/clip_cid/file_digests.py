@@ -1,24 +1,30 @@
-"""The SHA-256 of files, each read once: a file of the same path, bytes and time of change is not read again."""
+"""Digests of what files hold, each computed once: for the same path, bytes and time of change a file is not read again.
+
+A *state* is a digest of names, bytes and times, which costs no reading; *contents* is a digest of what is inside.
+Equal states mean equal contents; other states say nothing, and the contents decide.
+"""
 
 import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-_Known = dict[str, tuple[int, int, str]]  # path -> bytes, mtime in nanoseconds, SHA-256
+_SMALL = 1 << 16  # bytes; in a set of a million images the memory of each would cost more than it saves
 
 
 class FileDigests:
-    """Digests by path, kept as JSON lines in `store`; a link counts as the file that it points to.
+    """Digests kept as JSON lines in `store`; a link counts as the file that it points to.
 
     The store is only a saving of time: a line that a kill has torn, a damaged one, or a store that cannot be
     written costs another read of the file.
     """
 
     def __init__(self, store: Path) -> None:
-        self._store = store
-        self._known: _Known | None = None
+        self.store = store
+        self._known: dict[str, str] | None = None
 
     def of(self, path: Path) -> str:
         """The SHA-256 of a file, in hexadecimal.
@@ -26,39 +32,88 @@ class FileDigests:
         Raises:
             OSError: The file cannot be read.
         """
-        real, status = os.path.realpath(path), path.stat()
-        known = self._lines().get(real)
-        if known is not None and known[:2] == (status.st_size, status.st_mtime_ns):
-            return known[2]
-        sha256 = sha256_file(path)
-        self.remember(path, status, sha256)
+        state = digest(file_state(path))
+        if (sha256 := self.recall(state)) is None:
+            sha256 = sha256_file(path)
+            self.keep(state, sha256)
         return sha256
 
-    def remember(self, path: Path, status: os.stat_result, sha256: str) -> None:
-        """Keep the digest of a file that was read anyway; `status` is from before it was read."""
-        real = os.path.realpath(path)
-        known = (status.st_size, status.st_mtime_ns, sha256)
-        self._lines()[real] = known
-        line = json.dumps([real, *known]).encode() + b"\n"
+    def of_all(self, files: Mapping[str, Path]) -> str:
+        """A digest of the names and the contents of several files, wherever they lie.
+
+        Raises:
+            OSError: A file cannot be read.
+        """
+        state = state_of_all(files)
+        if (contents := self.recall(state)) is None:
+            contents = digest(
+                [[name, self._of_any_size(path)] for name, path in sorted(files.items())],
+            )
+            self.keep(state, contents)
+        return contents
+
+    def recall(self, state: str) -> str | None:
+        """The contents of what had this state; None if they are not known."""
+        return self._lines().get(state)
+
+    def keep(self, state: str, contents: str) -> None:
+        """Remember the contents of what has this state."""
+        if self._lines().get(state) == contents:
+            return
+        self._lines()[state] = contents
+        line = json.dumps([state, contents]).encode() + b"\n"
         with contextlib.suppress(OSError):
-            self._store.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._store, "ab") as handle:
+            self.store.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.store, "ab") as handle:
                 handle.write(line)
 
-    def _lines(self) -> _Known:
+    def learn_from(self, other: "FileDigests") -> None:
+        """Take over what another store knows."""
+        for state, contents in other._lines().items():
+            self.keep(state, contents)
+
+    def _of_any_size(self, path: Path) -> str:
+        return self.of(path) if path.stat().st_size > _SMALL else sha256_file(path)
+
+    def _lines(self) -> dict[str, str]:
         if self._known is None:
             self._known = {}
             content = b""
             with contextlib.suppress(OSError):
-                content = self._store.read_bytes()
+                content = self.store.read_bytes()
             for line in content.split(b"\n"):
                 with contextlib.suppress(ValueError, TypeError):
-                    path, size, mtime, sha256 = json.loads(line)
-                    self._known[path] = (size, mtime, sha256)
+                    state, contents = json.loads(line)
+                    if isinstance(state, str) and isinstance(contents, str):
+                        self._known[state] = contents
         return self._known
+
+
+def file_state(path: Path) -> list[Any]:
+    """Real path, bytes and time of change of a file.
+
+    Raises:
+        OSError: There is no such file.
+    """
+    status = path.stat()
+    return [os.path.realpath(path), status.st_size, status.st_mtime_ns]
+
+
+def state_of_all(files: Mapping[str, Path]) -> str:
+    """The state of several files by name.
+
+    Raises:
+        OSError: A file is missing.
+    """
+    return digest([[name, *file_state(path)] for name, path in sorted(files.items())])
 
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -15,8 +15,9 @@ import threadpoolctl
 
 from clip_cid import log, units
 from clip_cid.errors import ConfigError, RunError
+from clip_cid.file_digests import digest
 from clip_cid.recipe import Recipe, dump_recipe
-from clip_cid.run_folder import RunFolder, StageRecord, atomic_file, digest, disk_full, now
+from clip_cid.run_folder import RunFolder, StageRecord, atomic_file, disk_full, now
 from clip_cid.stage_names import BALANCE, EVALUATE
 from clip_cid.stages.facts import BY_NAME, STAGES, Stage
 from clip_cid.summaries import BalanceSummary, EvaluateSummary, as_json, read_summary

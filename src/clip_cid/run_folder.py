@@ -10,7 +10,6 @@ import datetime
 import errno
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import secrets
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_cid.errors import RunError
-from clip_cid.file_digests import FileDigests, sha256_file
+from clip_cid.file_digests import FileDigests, digest, sha256_file
 
 MANIFEST = "manifest.json"
 _PART, _OLD, _KEY = ".part", ".old", "stage-key"
@@ -293,11 +292,6 @@ def read_json(path: Path) -> Any:
         raise RunError(
             f"{path}: cannot be read ({error}).", fix="Run the stage that wrote it again, with --force."
         ) from error
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def file_record(path: Path) -> FileRecord:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from clip_cid.errors import DataError
+from clip_cid.file_digests import digest
 from clip_cid.recipe import PairsConfig
-from clip_cid.run_folder import digest
 from clip_cid.stage_names import DISTILL
 
 

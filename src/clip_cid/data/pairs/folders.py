@@ -21,6 +21,7 @@ class Folders(PairFormat):
 
     kind = "folder"
     examples = "a folder of images with .txt files"
+    refers_to_files = True
     schema = pa.schema([*COMMON_COLUMNS, ("image", pa.binary()), ("caption_file", pa.binary()), ("bytes", pa.int64())])
 
     def owns(self, path: Path, settings: PairsConfig) -> bool:
@@ -42,6 +43,10 @@ class Folders(PairFormat):
         image = read_file(source.path, row["image"], "image")
         lines = read_file(source.path, row["caption_file"], "caption file").splitlines()
         return Pair(row["key"], image, clean_captions(lines), dict.fromkeys(settings.keep_fields, ""))
+
+    def files_of(self, source: LocalSource, rows: pa.RecordBatch) -> list[Path]:
+        names = [*rows.column("image").to_pylist(), *rows.column("caption_file").to_pylist()]
+        return [source.path / os.fsdecode(name) for name in names if name is not None]
 
     def shard_bytes(self, source: LocalSource, rows: pa.RecordBatch) -> int:
         return int(rows.column("bytes").to_numpy().sum())

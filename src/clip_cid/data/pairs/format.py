@@ -88,6 +88,9 @@ class PairFormat(ABC):
     has_members: ClassVar[bool] = False
     """Whether a sample is a group of files that `members` gives and `clip-cid subset` copies byte for byte."""
 
+    refers_to_files: ClassVar[bool] = False
+    """Whether images or captions lie in files of their own, which `files_of` gives."""
+
     @abstractmethod
     def owns(self, path: Path, settings: PairsConfig) -> bool:
         """Whether the file or folder at `path` is of this format."""
@@ -120,6 +123,10 @@ class PairFormat(ABC):
     def shard_bytes(self, source: LocalSource, rows: pa.RecordBatch) -> int:
         """The bytes of a shard, or of the whole source if they are not known shard by shard."""
         return source.bytes
+
+    def files_of(self, source: LocalSource, rows: pa.RecordBatch) -> list[Path]:
+        """The files that rows of the index refer to; only for formats with `refers_to_files`."""
+        return []
 
     def image_name(self, row: dict[str, Any]) -> str:
         """The file name of a row's image; empty if the image has none."""

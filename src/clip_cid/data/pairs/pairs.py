@@ -4,8 +4,10 @@ The order of rows is that of the sources, and within one that of the tar, the ta
 depends on what is broken: a sample that cannot be used keeps its row.
 """
 
+import functools
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,10 @@ from jaxtyping import Int64
 
 from clip_cid.data.pairs.format import Member
 from clip_cid.data.pairs.index import IndexedSource, PairIndex, index_sources
-from clip_cid.data.pairs.pair import BadSample, Pair
+from clip_cid.data.pairs.pair import BadSample, Pair, reason_kind
 from clip_cid.data.pairs.sources import cache_folder, find_sources
 from clip_cid.errors import DataError
+from clip_cid.file_digests import digest, file_state
 from clip_cid.recipe import PairsConfig
 
 
@@ -80,6 +83,27 @@ class Pairs:
         """The file name of a row's image; empty if the image has none."""
         source, sample = self._sample(row)
         return source.format.image_name(sample)
+
+    def shard_state(self, number: int) -> str:
+        """A digest of names, bytes and times of the files behind a shard, and of how they are read."""
+        shard, source = self.shards[number], self._index.source(number)
+        first, after = (bisect_left(self._bad_rows, row) for row in (shard.first_row, shard.first_row + shard.rows))
+        bad_rows = self._bad_rows[first:after]
+        unusable = [[row - shard.first_row, reason_kind(self.known_bad[row])] for row in bad_rows]
+        own = [] if source.local.path.is_dir() else file_state(source.local.path)
+        files = [_state(path) for path in source.format.files_of(source.local, self._index.batch(number))]
+        place = [str(source.local.path), shard.first_row - self._first_row_of(number), shard.rows]
+        reading = self._settings.model_dump(mode="json", exclude={"source", "max_bad_share", "max_pixels"})
+        return digest([source.format.kind, place, own, files, unusable, reading])
+
+    @functools.cached_property
+    def _bad_rows(self) -> list[int]:
+        return sorted(self.known_bad)
+
+    def _first_row_of(self, number: int) -> int:
+        """The first row of the source that a shard is of."""
+        _, part = self._index.batches[number]
+        return int(self._index.first_row[number - part])
 
     @property
     def has_members(self) -> bool:
@@ -158,6 +182,13 @@ def fingerprint_digest(settings: PairsConfig) -> str:
         DataError: As `fingerprint`.
     """
     return hashlib.sha256(json.dumps(fingerprint(settings)).encode()).hexdigest()
+
+
+def _state(path: Path) -> list[Any]:
+    try:
+        return file_state(path)
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return [str(path)]
 
 
 def _shard(index: PairIndex, number: int) -> Shard:

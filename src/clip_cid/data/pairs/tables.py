@@ -22,6 +22,7 @@ class Tables(PairFormat):
 
     kind = "table"
     examples = "one .csv, .tsv or .parquet table"
+    refers_to_files = True
     schema = pa.schema(
         [
             *COMMON_COLUMNS,
@@ -42,6 +43,9 @@ class Tables(PairFormat):
         image = read_file(source.path.parent, row["image"], "image")
         fields = dict(zip(settings.keep_fields, row["fields"], strict=True))
         return Pair(row["key"], image, clean_captions(row["captions"]), fields)
+
+    def files_of(self, source: LocalSource, rows: pa.RecordBatch) -> list[Path]:
+        return [source.path.parent / os.fsdecode(image) for image in rows.column("image").to_pylist()]
 
     def image_name(self, row: dict[str, Any]) -> str:
         return os.fsdecode(row["image"])

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from clip_cid import log, pipeline, units
+from clip_cid import log, os_errors, pipeline, units
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.overruling import let_flags_count, settings_given
 from clip_cid.recipe import Config, Recipe, commented_recipe, one_line, parse_recipe, read_recipe, read_run_recipe
-from clip_cid.run_folder import RunFolder, atomic_file, disk_full
+from clip_cid.run_folder import RunFolder, atomic_file
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE, REPORT
 from clip_cid.tasks import torchrun_place
 
@@ -119,12 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return done if isinstance(done, int) else done.start()
     except ClipCidError as error:
         return _fail(f"{error.problem}\n{error.fix}", error.exit_code, debug)
-    except OSError as error:
-        if not disk_full(error):
-            raise
-        return _fail(f"the disk is full ({error}).\nFree some room and run the same command again.", 1, debug)
     except KeyboardInterrupt:
         return _fail("stopped.\nRun the same command again to resume; finished work is kept.", 130, debug)
+    except Exception as error:
+        problem = os_errors.explain(error)
+        if problem is None:
+            raise
+        return _fail(f"{problem.problem}\n{problem.fix}", problem.exit_code, debug)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
@@ -310,7 +311,9 @@ def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000) -
 
     folder = _existing(run)
     recipe = read_run_recipe(run / pipeline.RECIPE_FILE)
-    log.say(export_subset(folder, recipe, out, shard_size=shard_size if shards else None))
+    with os_errors.explained(out, kept="Finished tars are kept."):
+        said = export_subset(folder, recipe, out, shard_size=shard_size if shards else None)
+    log.say(said)
     return 0
 
 
@@ -342,7 +345,8 @@ def ablate(
     page = read_recipe(recipe)
     plan = variants.plan(table, page, values=values, peers=peers)
     start = runs.preview if dry_run else runs.run
-    start(plan, page, out, seeds=seeds)
+    with os_errors.explained(out, kept="Finished runs are kept."):
+        start(plan, page, out, seeds=seeds)
     return 0
 
 
@@ -361,10 +365,11 @@ def export(run: Run, out: Out, onnx: bool = False) -> int:
 
     if onnx:
         require_onnx()
-    copy_student(student, out)
+    with os_errors.explained(out):
+        copy_student(student, out)
+        gaps = ", ".join(f"{tower} {gap:.2g}" for tower, gap in (export_onnx(out) if onnx else {}).items())
     log.say(usage(out))
     if onnx:
-        gaps = ", ".join(f"{tower} {gap:.2g}" for tower, gap in export_onnx(out).items())
         log.say(f"# ONNX: {out / 'onnx'}; largest difference to PyTorch: {gaps}")
     return 0
 
@@ -424,7 +429,8 @@ def sample(out: Out, pairs: int = 6000, seed: int = 0) -> int:
     """
     from clip_cid.data.sample.write import write_sample
 
-    summary = write_sample(out, pairs=pairs, seed=seed)
+    with os_errors.explained(out):
+        summary = write_sample(out, pairs=pairs, seed=seed)
     log.say(f"{out}: {summary}")
     return 0
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from clip_cid import os_errors
 from clip_cid.units import duration
 
 _console = Console(stderr=True, soft_wrap=True)
@@ -45,10 +47,25 @@ class _Lines(logging.Handler):
         _console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that is no reason to stop: when it cannot be written, the terminal says so once."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            self.failed = True
+            warn(f"{self.baseFilename}: cannot be written ({sys.exception()}); messages go to the terminal only")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what is still in the buffer was reported above
+            super().close()
+
+
 @contextlib.contextmanager
 def to_file(path: Path) -> Iterator[None]:
     """Also write every message, with its time, to `path`."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     _logger.addHandler(handler)
     try:
@@ -91,12 +108,18 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str |
         grid.add_column(column, overflow="fold")
     for row in rows:
         grid.add_row(*row)
-    out.print(grid)
+    with _standard_output():
+        out.print(grid)
 
 
 def say(text: str) -> None:
     """Print a line of a result to standard output, as it is."""
-    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+    with _standard_output():
+        Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def _standard_output() -> contextlib.AbstractContextManager[None]:
+    return os_errors.named(Path("standard output"))
 
 
 class Bar:

@@ -13,11 +13,11 @@ from typing import Any
 
 import threadpoolctl
 
-from clip_cid import log, units
+from clip_cid import log, os_errors, units
 from clip_cid.errors import ConfigError, RunError
 from clip_cid.file_digests import digest
 from clip_cid.recipe import Recipe, dump_recipe
-from clip_cid.run_folder import RunFolder, StageRecord, atomic_file, disk_full, now
+from clip_cid.run_folder import RunFolder, StageRecord, atomic_file, now
 from clip_cid.stage_names import BALANCE, EVALUATE
 from clip_cid.stages.facts import BY_NAME, STAGES, Stage
 from clip_cid.summaries import BalanceSummary, EvaluateSummary, as_json, read_summary
@@ -204,9 +204,10 @@ def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, active: tuple[St
     key, inputs = _key(stage, recipe, folder, active), _inputs(stage, recipe, folder, active)
     assert key is not None, "the stages before it have run"
 
-    out = folder.begin(stage.name, key, resumable=stage.resumable)
     started, clock = now(), time.monotonic()
-    try:
+    what = f"; {stage.name} could not write its results"
+    with os_errors.explained(folder.part(stage.name), what=lambda: what, kept="Earlier results are whole."):
+        out = folder.begin(stage.name, key, resumable=stage.resumable)
         module = importlib.import_module(f"clip_cid.stages.{stage.name}")
         with threadpoolctl.threadpool_limits(recipe.machine.threads or None):
             summary = module.run(folder, out, recipe)
@@ -223,13 +224,6 @@ def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, active: tuple[St
             seconds=round(time.monotonic() - clock, 3),
         )
         log.info(f"{stage.name:<9} {headline(folder.publish(record))}")
-    except OSError as error:
-        if not disk_full(error):
-            raise
-        raise RunError(
-            f"{folder.path}: the disk is full; {stage.name} could not write its results.",
-            fix=f"Free some room and run the same command again; earlier results are whole. ({error})",
-        ) from error
 
 
 def _check_ranks(only: str | None) -> None:

@@ -7,7 +7,6 @@ either the old results or the new ones.
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import functools
 import json
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from clip_cid import os_errors
 from clip_cid.errors import RunError
 from clip_cid.file_digests import FileDigests, digest, sha256_file
 
@@ -265,11 +265,12 @@ def atomic_file(path: Path) -> Generator[Path]:
     """A temporary path beside `path` that takes its place, on disk for good, when the block ends well."""
     temporary = path.with_name(f".{path.name}.tmp-{own_mark()}")
     try:
-        yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with os_errors.named(path, temporary=temporary):
+            yield temporary
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -297,11 +298,6 @@ def read_json(path: Path) -> Any:
 def file_record(path: Path) -> FileRecord:
     status = path.stat()
     return FileRecord(bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=sha256_file(path))
-
-
-def disk_full(error: OSError) -> bool:
-    """Whether a write failed because the disk or quota is full."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _sync_folder(path: Path) -> None:

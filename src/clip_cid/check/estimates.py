@@ -1,12 +1,10 @@
 """The cost of a whole run, by arithmetic from measured and counted numbers."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from clip_cid.recipe import DistillConfig, Recipe
+from clip_cid.training import room
 from clip_cid.training.loop import Trainer
 
 _METRICS_LINE = 1000  # bytes, at most
@@ -103,36 +101,22 @@ def estimate_disk(trainer: Trainer, *, before: int, soft_rows: int, width: int, 
     """How much room the run takes.
 
     Args:
-        trainer: One that has made a step, so that its optimizers hold what they will.
+        trainer: Of the training.
         before: Bytes of the stages that have not run.
         soft_rows: Pairs whose soft centers are kept while it trains.
         width: Of the teacher's vectors.
         free: Bytes.
     """
-    student = _bytes(trainer.model.student.state_dict().values())
-    one = checkpoint_bytes(trainer)
-    best = student if trainer.settings.validation.keep == "best" else 0
     lines = trainer.plan.steps // trainer.settings.log_every + 1
     return Disk(
-        checkpoint=one,
-        checkpoints=(trainer.machine.keep_checkpoints + 1) * one + best,
-        student=student,
+        checkpoint=room.checkpoint_bytes(trainer.model, trainer.settings),
+        checkpoints=room.checkpoints_bytes(trainer.model, trainer.settings, trainer.machine),
+        student=room.student_bytes(trainer.model),
         soft_centers=soft_rows * (_SINGLE * width + 8),
         metrics=lines * _METRICS_LINE,
         before=before,
         free=free,
     )
-
-
-def checkpoint_bytes(trainer: Trainer) -> int:
-    """How many numbers the trained parameters, their optimizers and the EMA have."""
-    frozen = {name for name, value in trainer.model.named_parameters() if not value.requires_grad}
-    total = _bytes(value for name, value in trainer.model.state_dict().items() if name not in frozen)
-    for optimizer in trainer.learner.optimizers:
-        total += sum(_bytes(state.values()) for state in optimizer.state.values())
-    if trainer.learner.ema is not None:
-        total += _bytes(value for value in trainer.model.student.parameters() if value.requires_grad)
-    return total
 
 
 def embedding_bytes(pairs: int, width: int) -> int:
@@ -159,11 +143,6 @@ def balance_room(pairs: int, width: int, *, on_cuda: bool) -> tuple[int, int]:
 def cluster_memory(pairs: int, centers: int, width: int) -> int:
     """Bytes that cluster holds; docs/scale.md."""
     return 25 * width * centers + 30 * pairs
-
-
-def _bytes(values: Iterable[object]) -> int:
-    tensors = (value for value in values if isinstance(value, torch.Tensor))
-    return sum(value.numel() * value.element_size() for value in tensors)
 
 
 def _softplus(value: float) -> float:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from clip_cid import log, units
+from clip_cid import log, os_errors, units
 from clip_cid.data.embeddings.from_pairs import embed_pairs
 from clip_cid.data.embeddings.importing import import_existing
 from clip_cid.data.embeddings.rows_of_pairs import join
@@ -18,7 +18,7 @@ from clip_cid.data.pairs.pairs import Pairs, fingerprint_digest, open_pairs
 from clip_cid.errors import RunError
 from clip_cid.models.teacher import load_teacher
 from clip_cid.recipe import Recipe
-from clip_cid.run_folder import RunFolder, disk_full
+from clip_cid.run_folder import RunFolder
 from clip_cid.summaries import EmbedSummary
 
 
@@ -79,7 +79,7 @@ def _open_pairs(folder: RunFolder, recipe: Recipe) -> Pairs:
 
 @contextlib.contextmanager
 def _room_on_disk(out: Path, writer: StoreWriter, pairs: Pairs, *, dim: int) -> Iterator[None]:
-    """Refuse to start if the disk has no room for the rest of the store; explain if it fills up later."""
+    """Refuse to start if the disk has no room for the rest of the store; say what is kept if writing fails later."""
 
     def needed() -> int:
         return (len(pairs) - writer.rows) * dim * 2 * 2  # float16; image and first caption
@@ -91,14 +91,9 @@ def _room_on_disk(out: Path, writer: StoreWriter, pairs: Pairs, *, dim: int) -> 
             fix="Free some room, or use a run folder on another disk.",
         )
 
-    try:
+    def what() -> str:
+        done, room = len(writer.shards), units.size(max(needed(), 1_000_000))
+        return f" after {done:,} of {len(pairs.shards):,} shards; the others take {room}"
+
+    with os_errors.explained(out, what=what, kept="The finished shards are kept."):
         yield
-    except OSError as error:
-        if not disk_full(error):
-            raise
-        done, total = len(writer.shards), len(pairs.shards)
-        raise RunError(
-            f"{out}: the disk is full after {done:,} of {total:,} shards ({error}).",
-            fix=f"Free at least {units.size(max(needed(), 1_000_000))} and run the same command again;"
-            " the finished shards are kept.",
-        ) from error

@@ -30,8 +30,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
     """
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:06d}.pt"
-    with atomic_file(path) as temporary:
-        torch.save({**state, "format": _FORMAT, "step": step}, temporary)
+    _write(path, {**state, "step": step})
     for _, old in list(_newest_first(folder))[keep:]:
         old.unlink()
     return path
@@ -40,8 +39,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
 def save_best(folder: Path, state: dict[str, Any]) -> None:
     """Write the weights of the best student so far, whole or not at all."""
     folder.mkdir(exist_ok=True)
-    with atomic_file(folder / _BEST) as temporary:
-        torch.save({**state, "format": _FORMAT}, temporary)
+    _write(folder / _BEST, state)
 
 
 def load_best(folder: Path, *, key: str) -> dict[str, Any]:
@@ -82,6 +80,12 @@ def load_newest(folder: Path, *, key: str) -> dict[str, Any] | None:
             )
         return state
     return None
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    """PyTorch gets a file object and no path: a failed write then says why it failed."""
+    with atomic_file(path) as temporary, temporary.open("wb") as handle:
+        torch.save({**state, "format": _FORMAT}, handle)
 
 
 def _newest_first(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -14,7 +14,7 @@ from clip_cid.errors import RunError
 from clip_cid.method.distill.collapse import CollapseAlarm
 from clip_cid.recipe import DistillConfig, MachineConfig
 from clip_cid.run_folder import write_json
-from clip_cid.training import checkpoint
+from clip_cid.training import checkpoint, room
 from clip_cid.training.batches import Batch, Batches
 from clip_cid.training.metrics import finite, peak_memory, sick_step, step_numbers
 from clip_cid.training.model import Distillation
@@ -78,12 +78,16 @@ class Trainer:
         """Train to the end; returns the summary's numbers.
 
         Raises:
-            RunError: Too many steps in succession are not finite, ranks differ, or the process was asked to end
+            RunError: The disk has no room for it, too many steps in succession are not finite, ranks differ, or the process was asked to end
                 (after a checkpoint).
             DataError: Too many pairs cannot be read.
             KeyboardInterrupt: Ctrl-C (after a checkpoint).
         """
         self._resume()
+        if self.ranks.is_main and self.step < self._last_step:
+            needed = room.checkpoints_bytes(self.model, self.settings, self.machine) + room.student_bytes(self.model)
+            room.check_room(self.out, self.out / CHECKPOINTS, needed)
+
         size, steps, device = self.batches.batch_size, self.plan.steps, self.ranks.device
         own_random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
         shown = log.progress("distill", steps * size, unit="pairs", start=self.step * size)

@@ -1,4 +1,5 @@
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from tiny_training import make_settings, make_trainer
 from torch import nn
 
 from clip_cid.errors import RunError
-from clip_cid.training import checkpoint
+from clip_cid.training import checkpoint, room
 from clip_cid.training.ranks.head_shards import WEIGHT, write_rows
 from clip_cid.training.state import Part
 
@@ -146,3 +147,25 @@ def test_rows_that_another_number_of_ranks_has_left_do_not_spoil_a_head(tmp_path
     assert trainer.model.objective.head is not None
     assert torch.equal(resumed.model.objective.head.weight, trainer.model.objective.head.weight)
     assert torch.equal(resumed.objective_state()["head.weight"], trainer.model.objective.head.weight)
+
+
+@pytest.mark.parametrize("present", [0, 1])
+def test_a_training_begins_only_with_room_for_its_checkpoints_and_its_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, present: int
+):
+    trainer = make_trainer(tmp_path, tmp_path / "out", steps=3)
+    one = room.checkpoint_bytes(trainer.model, trainer.settings)
+    if present:
+        checkpoints = tmp_path / "out" / "checkpoints"
+        checkpoints.mkdir()
+        (checkpoints / "older.pt").write_bytes(bytes(one))
+    needed = (3 - present) * one + room.student_bytes(trainer.model)
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(RunError, match="are needed for checkpoints and the student, but"):
+        trainer.run()
+    assert trainer.step == 0
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    assert make_trainer(tmp_path, tmp_path / "out", steps=3).run()["steps"] == 3

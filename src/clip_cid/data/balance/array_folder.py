@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from clip_cid import tasks
-from clip_cid.run_folder import atomic_file, disk_full, read_json, write_json
+from clip_cid import os_errors, tasks
+from clip_cid.run_folder import atomic_file, read_json, write_json
 
 _FACTS = "arrays.json"
 _WINDOW_SHARE, _LARGEST_WINDOW = 1 / 8, 1 << 30  # of the memory that is left; bytes
@@ -44,7 +44,7 @@ class ArrayFolder:
                 try:
                     os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
                 except OSError as error:  # some file systems do not know it
-                    if disk_full(error):
+                    if os_errors.disk_full(error):
                         raise
         return values
 

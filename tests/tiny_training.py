@@ -17,7 +17,8 @@ from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
-from clip_cid.data.sets.evaluation_sets import EvaluationSet, LabelledImages
+from clip_cid.data.sets.evaluation_sets import EvaluationSet
+from clip_cid.data.sets.labelled_images import Contents, LabelledImages
 from clip_cid.method.distill.cluster_distillation import Shard
 from clip_cid.method.distill.objective import Objective, weighted_sum
 from clip_cid.models.clip import Clip
@@ -134,7 +135,7 @@ class Stripes:
 
 def stripes(count: int = 30) -> EvaluationSet:
     labels = np.arange(count) % 3
-    split = LabelledImages("stripes/test", labels, "1", Stripes())
+    split = LabelledImages("stripes/test", labels, Contents(Path(), (), reading="1"), Stripes())
     return EvaluationSet("stripes", "here", ("aab", "zyx", "mno"), ("{c}", "q{c}"), "top1", {"test": split})
 
 

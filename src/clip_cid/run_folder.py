@@ -101,9 +101,13 @@ class RunFolder:
         """From now on `earlier` gives nothing for this stage, so it starts from nothing."""
         self._forgotten.add(stage)
 
+    def forgets(self, stage: str) -> bool:
+        """Whether `forget` was called for this stage: nothing made before is to be used again."""
+        return stage in self._forgotten
+
     def earlier(self, stage: str) -> Path | None:
         """The stage's present results, which the run is about to replace; None if files have changed."""
-        if not self.has(stage) or stage in self._forgotten or self.changed_files(stage, digests=True):
+        if not self.has(stage) or self.forgets(stage) or self.changed_files(stage, digests=True):
             return None
         return self.path / stage
 

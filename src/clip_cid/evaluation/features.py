@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,8 +20,9 @@ from torch import Tensor
 from clip_cid import log, units
 from clip_cid.data.pairs.decoding import decoded_batches
 from clip_cid.data.pairs.pair import BadSample
-from clip_cid.errors import DataError
+from clip_cid.errors import DataError, RunError
 from clip_cid.evaluation.towers import after_only, both_features
+from clip_cid.file_digests import sha256_file
 from clip_cid.models.clip import Clip
 from clip_cid.models.teacher import weights_sha256
 from clip_cid.run_folder import atomic_file, read_json, write_json
@@ -29,6 +30,8 @@ from clip_cid.run_folder import atomic_file, read_json, write_json
 MAX_BAD_SHARE = 0.01
 """A split with more undecodable images than this is not evaluated: its score would not compare."""
 
+_ENTRY = "entry.json"
+"""The last file of an entry of the cache: the images that cannot be decoded, and the digest of each other file."""
 
 _Batch = tuple[list[int], Tensor, dict[int, str]]
 """Rows, their pixels, and the rows that cannot be decoded with the reason."""
@@ -67,23 +70,48 @@ class ImageFeatures:
 class Encoder:
     """A model whose features are computed once and then read from `cache`.
 
-    An entry is keyed by the model's weights and configuration, its preprocessing, and the names, sizes and times of the
-    files behind the images.
+    An entry is keyed by content: the model's weights, configuration, preprocessing and tokenizer, and the files behind
+    the images, or the texts.
+
+    Args:
+        name: The model's, in messages.
+        clip: The model.
+        cache: The folder of the entries.
+        device: Where the model is.
+        batch_size: Images or texts at once.
+        workers: Processes that decode.
+        tokenizer: File -> SHA-256 of what the model's tokenizer was read from; empty for one that open_clip has.
+        digest_of: The SHA-256 of a file, perhaps remembered: an entry that is not as it was written is made again.
     """
 
     def __init__(
-        self, name: str, clip: Clip, cache: Path, *, device: torch.device, batch_size: int, workers: int
+        self,
+        name: str,
+        clip: Clip,
+        cache: Path,
+        *,
+        device: torch.device,
+        batch_size: int,
+        workers: int,
+        tokenizer: Mapping[str, str] | None = None,
+        digest_of: Callable[[Path], str] = sha256_file,
     ) -> None:
         self.name, self.clip, self.device, self.batch_size = name, clip, device, batch_size
         self.digest = weights_sha256(clip.model)
-        self._cache, self._workers = cache, workers
+        self._cache, self._workers, self._digest_of = cache, workers, digest_of
+        self._tokenizer = dict(tokenizer or {})
         self._used: set[str] = set()
         self._said: set[str] = set()
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The facts that decide the model's features: weights, configuration and preprocessing."""
-        return {"weights": self.digest, "model": self.clip.model_cfg, "preprocess": self.clip.preprocess_cfg}
+        """The facts that decide the model's features: weights, configuration, preprocessing and tokenizer."""
+        return {
+            "weights": self.digest,
+            "model": self.clip.model_cfg,
+            "preprocess": self.clip.preprocess_cfg,
+            "tokenizer": self._tokenizer,
+        }
 
     def forget_used(self) -> list[str]:
         """The cache entries used since the last call."""
@@ -99,10 +127,10 @@ class Encoder:
         """
         entry = self._entry(source.title, {"images": source.fingerprint, "preprocess": self.clip.preprocess_cfg})
         wanted = ("before", "after") if before else ("after",)
-        if not all((entry / f"{kind}.npy").is_file() for kind in wanted) or not (entry / "rows.json").is_file():
-            self._compute(source, entry, before=before)
+        bad = self._left_out(entry, [f"{kind}.npy" for kind in wanted])
+        if bad is None:
+            bad = self._compute(source, entry, before=before)
 
-        bad = {int(row): reason for row, reason in read_json(entry / "rows.json")["bad"].items()}
         arrays = {kind: np.load(entry / f"{kind}.npy", mmap_mode="r") for kind in wanted}
         rows = np.setdiff1d(np.arange(len(source)), np.array(sorted(bad), dtype=np.int64))
         if bad:
@@ -118,13 +146,29 @@ class Encoder:
         Raises:
             DataError: The model gives NaN for a text.
         """
-        entry = self._entry(title, {"texts": list(texts)})
+        entry = self._entry(title, {"texts": list(texts), "tokenizer": self._tokenizer})
         path = entry / "texts.npy"
-        if not path.is_file():
+        if self._left_out(entry, [path.name]) is None:
             entry.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as temporary, open(temporary, "wb") as handle:
                 np.save(handle, self._encode(title, texts))
+            self._complete(entry, title, [path.name], bad={})
         return np.load(path)
+
+    def _left_out(self, entry: Path, files: Sequence[str]) -> dict[int, str] | None:
+        """The images an entry leaves out, with the reason; None unless these of its files are as they were written."""
+        try:
+            values = read_json(entry / _ENTRY)
+            if any(self._digest_of(entry / file) != values["files"][file] for file in files):
+                return None
+            return {int(row): str(reason) for row, reason in values["bad"].items()}
+        except (RunError, OSError, AttributeError, KeyError, TypeError, ValueError):
+            return None
+
+    def _complete(self, entry: Path, title: str, files: Sequence[str], *, bad: Mapping[int, str]) -> None:
+        """Say that an entry is whole: the last thing that is written of it."""
+        digests = {file: self._digest_of(entry / file) for file in files}
+        write_json(entry / _ENTRY, {"title": title, "model": self.name, "bad": bad, "files": digests})
 
     def _say_bad(self, source: ImageSource, named: tuple[str, ...]) -> None:
         """Once for each split, however many tasks read it."""
@@ -161,12 +205,13 @@ class Encoder:
         self._used.add(name)
         return self._cache / name
 
-    def _compute(self, source: ImageSource, entry: Path, *, before: bool) -> None:
+    def _compute(self, source: ImageSource, entry: Path, *, before: bool) -> dict[int, str]:
+        """Write an entry; returns the images that cannot be decoded, with the reason."""
         entry.mkdir(parents=True, exist_ok=True)
+        kinds = ("before", "after") if before else ("after",)
         bad: dict[int, str] = {}
         limit = MAX_BAD_SHARE * len(source)
         with contextlib.ExitStack() as stack:
-            kinds = ("before", "after") if before else ("after",)
             paths = {kind: stack.enter_context(atomic_file(entry / f"{kind}.npy")) for kind in kinds}
             taps = stack.enter_context(both_features(self.clip)) if before else after_only(self.clip)
             bar = stack.enter_context(log.progress(f"features {self.name} {source.title}", len(source)))
@@ -194,7 +239,8 @@ class Encoder:
 
             for array in arrays.values():
                 array.flush()
-        write_json(entry / "rows.json", {"title": source.title, "model": self.name, "bad": bad})
+        self._complete(entry, source.title, [f"{kind}.npy" for kind in kinds], bad=bad)
+        return bad
 
     def _batches(self, source: ImageSource) -> Generator[_Batch]:
         starts = range(0, len(source), self.batch_size)
@@ -209,10 +255,21 @@ class Encoder:
 
 def prune(cache: Path, used: frozenset[str]) -> int:
     """Delete cached features that this evaluation did not use (an older student's); returns how many."""
-    stale = [entry for entry in cache.iterdir() if entry.name not in used] if cache.is_dir() else []
+    stale = [entry for entry in _entries(cache) if entry.name not in used]
     for entry in stale:
         shutil.rmtree(entry)
     return len(stale)
+
+
+def drop_unfinished(cache: Path) -> None:
+    """Delete the files that a killed process had not finished; the caller holds the lock of the run."""
+    for entry in _entries(cache):
+        for file in entry.glob(".*.tmp-*"):
+            file.unlink()
+
+
+def _entries(cache: Path) -> list[Path]:
+    return [entry for entry in cache.iterdir() if entry.is_dir()] if cache.is_dir() else []
 
 
 class _Decoded:

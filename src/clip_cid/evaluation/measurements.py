@@ -9,7 +9,9 @@ from typing import Any
 
 from PIL import Image
 
+from clip_cid import log
 from clip_cid.data.pairs.images import decode_image
+from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.data.sets.evaluation_sets import EvaluationSet
 from clip_cid.data.sets.labelled_images import LabelledImages
@@ -27,7 +29,7 @@ from clip_cid.evaluation.measure import (
 from clip_cid.evaluation.protocols import KNN, LINEAR_PROBE, RETRIEVAL, ZERO_SHOT
 from clip_cid.recipe import EvaluateConfig, MachineConfig
 
-METHOD = 2
+METHOD = 3
 """Raised when the same features would give other results."""
 
 
@@ -36,9 +38,25 @@ class PairSet:
     """Image-text pairs as an `ImageSource`."""
 
     title: str
-    fingerprint: str
     pairs: Pairs
     max_pixels: int
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of every image and caption, in order: of what is read, in whatever files it lies."""
+        digest = hashlib.sha256(f"at most {self.max_pixels} pixels".encode())
+        with log.progress(f"reading {self.title}", len(self), unit="pairs") as bar:
+            for row in range(len(self)):
+                digest.update(json.dumps(self._content(row)).encode())
+                bar.advance()
+        return digest.hexdigest()
+
+    def _content(self, row: int) -> list[str]:
+        try:
+            pair = self.pairs.read(row)
+        except BadSample as error:
+            return [str(error)]
+        return [hashlib.sha256(pair.image).hexdigest(), *pair.captions]
 
     def __len__(self) -> int:
         return len(self.pairs)

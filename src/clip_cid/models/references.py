@@ -10,8 +10,9 @@ CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 RUN, LOCAL, HUB = "run:", "local-dir:", "hf-hub:"
 
-_TYPES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model", ".jinja")
-"""What open_clip and transformers read: configuration, weights, tokenizer."""
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
+_TYPES = (*_WEIGHTS, ".json", ".txt", ".model", ".jinja")
+"""What open_clip and transformers read: weights, configuration, tokenizer."""
 
 
 def files_behind_model(reference: str) -> list[Path]:
@@ -23,6 +24,12 @@ def files_behind_model(reference: str) -> list[Path]:
     if folder is None or not folder.is_dir():
         return []
     return sorted(_model_files(folder) + _text_tower_files(folder / CONFIG_FILE))
+
+
+def files_beside_weights(reference: str) -> list[Path]:
+    """Those of `files_behind_model` that neither the weights nor `model_cfg` and `preprocess_cfg` hold: the tokenizer's."""
+    files = files_behind_model(reference)
+    return [path for path in files if path.suffix not in _WEIGHTS and path.name != CONFIG_FILE]
 
 
 def _folder_of(reference: str) -> Path | None:

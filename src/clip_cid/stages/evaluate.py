@@ -1,18 +1,18 @@
 """Stage `evaluate`: zero-shot, linear probe, neighbors and retrieval of the student and of the models beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clip_cid import log, units
-from clip_cid.data.pairs.pairs import fingerprint_digest, open_pairs
+from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.data.pairs.sources import find_sources
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, MissingSetError, open_set
 from clip_cid.data.sets.known_sets import IMAGENET, find_known_set, known_sets
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
 from clip_cid.evaluation.comparison import differences
-from clip_cid.evaluation.features import Encoder, prune
+from clip_cid.evaluation.features import Encoder, drop_unfinished, prune
 from clip_cid.evaluation.measurements import Measurement, PairSet, measurements_of, retrieval_measurement
 from clip_cid.evaluation.printed_tables import difference_lines, same_class_lines, table_lines, variant_notes
 from clip_cid.evaluation.protocols import PROTOCOLS, RETRIEVAL, ZERO_SHOT
@@ -21,6 +21,7 @@ from clip_cid.evaluation.scores import STUDENT, Difference, Score
 from clip_cid.evaluation.tables import Group, Table, retrieval_table, score_table
 from clip_cid.models.device import resolve_device
 from clip_cid.models.loading import load_clip
+from clip_cid.models.references import files_beside_weights
 from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.run_folder import RunFolder, write_json
 from clip_cid.stage_names import DISTILL, EVALUATE
@@ -48,10 +49,14 @@ class _Sets:
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> EvaluateSummary:
     """Measure every model on every set; writes results.jsonl, a table for each protocol and CLIP_benchmark's files.
 
-    Measurements of a killed attempt, or of the results to be replaced, are taken over.
+    Measurements of a killed attempt, or of the results to be replaced, are taken over if their key is equal, which
+    covers the content of all that they depend on. With --force nothing is: every image is embedded again.
     """
+    drop_unfinished(_cache(folder))
+    if folder.forgets(EVALUATE) and (dropped := prune(_cache(folder), frozenset())):
+        log.info(f"evaluate: forced, so {units.counted(dropped, 'cached feature')} of this run are made again")
     models = _models(folder, recipe)
-    sets = _open_all(recipe)
+    sets = _open_all(recipe, folder.digests.of)
     measurements = sets.measurements(recipe)
     _say_plan(models, sets, measurements)
 
@@ -85,7 +90,7 @@ def _models(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
     return {STUDENT: f"local-dir:{folder.stage(DISTILL) / 'student'}", **compare}
 
 
-def _open_all(recipe: Recipe) -> _Sets:
+def _open_all(recipe: Recipe, digest_of: Callable[[Path], str]) -> _Sets:
     """Index and check all sets before the first model runs; missing ones are left out and named."""
     settings = recipe.evaluate
     sets = _Sets([], [], {})
@@ -95,7 +100,12 @@ def _open_all(recipe: Recipe) -> _Sets:
     for name, where in settings.sets.items():
         try:
             labelled = open_set(
-                name, where, max_pixels=recipe.pairs.max_pixels, splits=splits, cache_dir=recipe.machine.cache_dir
+                name,
+                where,
+                max_pixels=recipe.pairs.max_pixels,
+                splits=splits,
+                cache_dir=recipe.machine.cache_dir,
+                digest_of=digest_of,
             )
         except MissingSetError as error:
             _leave_out(sets, name, error)
@@ -134,7 +144,7 @@ def _open_pairs(name: str, settings: PairsConfig, recipe: Recipe) -> PairSet:
     except DataError as error:
         raise _MissingPairsError(f"evaluate.retrieval.{name}: {error.problem}", fix=error.fix) from error
     pairs = open_pairs(settings, cache_dir=recipe.machine.cache_dir)
-    return PairSet(f"{name}/pairs", fingerprint_digest(settings), pairs, settings.max_pixels)
+    return PairSet(f"{name}/pairs", pairs, settings.max_pixels)
 
 
 def _cache(folder: RunFolder) -> Path:
@@ -145,7 +155,16 @@ def _encoder(name: str, reference: str, folder: RunFolder, recipe: Recipe) -> En
     machine = recipe.machine
     device = resolve_device(machine.device)
     clip = load_clip(reference, device=str(device))
-    return Encoder(name, clip, _cache(folder), device=device, batch_size=machine.embed_batch, workers=machine.workers)
+    return Encoder(
+        name,
+        clip,
+        _cache(folder),
+        device=device,
+        batch_size=machine.embed_batch,
+        workers=machine.workers,
+        tokenizer={path.name: folder.digests.of(path) for path in files_beside_weights(reference)},
+        digest_of=folder.digests.of,
+    )
 
 
 def _say_plan(models: Mapping[str, str], sets: _Sets, measurements: Sequence[Measurement]) -> None:

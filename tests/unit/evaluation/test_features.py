@@ -50,8 +50,9 @@ class Unreadable(Noise):
         raise AssertionError("read again")
 
 
-def encoder(clip: Clip, folder: Path, *, batch_size: int = 8, workers: int = 0) -> Encoder:
-    return Encoder("tiny", clip, folder / "cache", device=torch.device("cpu"), batch_size=batch_size, workers=workers)
+def encoder(clip: Clip, folder: Path, *, batch_size: int = 8, workers: int = 0, **options: Any) -> Encoder:
+    device = torch.device("cpu")
+    return Encoder("tiny", clip, folder / "cache", device=device, batch_size=batch_size, workers=workers, **options)
 
 
 def encode(clip: Clip, pixels: torch.Tensor) -> torch.Tensor:
@@ -220,6 +221,41 @@ def test_texts_are_unit_vectors_in_order_whatever_the_batch(tmp_path: Path) -> N
     np.testing.assert_allclose(np.linalg.norm(small, axis=1), 1, rtol=1e-5)
     other = encoder(clip, tmp_path / "a").texts("t", texts[::-1])
     np.testing.assert_allclose(other[::-1], small, atol=1e-6)
+
+
+def test_texts_by_another_tokenizer_are_other_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = tiny_clip(tmp_path)
+    first = encoder(clip, tmp_path, tokenizer={"tokenizer.json": "1"})
+    other = encoder(clip, tmp_path, tokenizer={"tokenizer.json": "2"})
+    first.texts("t", ["a cat"])
+    images = first.images(Noise(3), before=False)
+    np.testing.assert_array_equal(other.images(Unreadable(3), before=False).after, images.after)
+    assert first.identity != other.identity
+    monkeypatch.setattr(Encoder, "_encode", lambda *_: pytest.fail("computed again"))
+    encoder(clip, tmp_path, tokenizer={"tokenizer.json": "1"}).texts("t", ["a cat"])
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        other.texts("t", ["a cat"])
+
+
+@pytest.mark.parametrize("damage", ["zeros", "header", "cut", "gone", "entry", "entry is a list"])
+def test_cached_features_that_are_not_as_they_were_written_are_made_again(damage: str, tmp_path: Path) -> None:
+    clip = tiny_clip(tmp_path)
+    first = encoder(clip, tmp_path).images(Noise(5), before=True)
+    after, texts = np.array(first.after), encoder(clip, tmp_path).texts("t", ["a cat"])
+    for path in (tmp_path / "cache").rglob("*.json" if damage.startswith("entry") else "*.npy"):
+        content = path.read_bytes()
+        if damage == "zeros":
+            path.write_bytes(content[:128] + bytes(len(content) - 128))
+        elif damage == "header":
+            path.write_bytes(b"x" + content[1:])
+        elif damage == "cut":
+            path.write_bytes(content[:-4])
+        elif damage == "gone":
+            path.unlink()
+        else:
+            path.write_text("[]" if "list" in damage else content.decode()[:-9])
+    np.testing.assert_array_equal(encoder(clip, tmp_path).images(Noise(5), before=True).after, after)
+    np.testing.assert_array_equal(encoder(clip, tmp_path).texts("t", ["a cat"]), texts)
 
 
 def test_pruning_deletes_what_was_not_asked_for(tmp_path: Path) -> None:

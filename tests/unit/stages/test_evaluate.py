@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from tiny_sets import folder_set, pair_tar, samples, tar_set, tiny_clip, write_tar
+from tiny_sets import COLORS, folder_set, image, pair_tar, samples, tar_set, tiny_clip, write_tar
 
 from clip_cid import pipeline
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, open_set
@@ -322,6 +323,161 @@ def test_what_a_result_depends_on_makes_it_stale(
     assert measured == [("student", "colors zero_shot")]
 
 
+# --- What a result is of is its content ---
+
+
+def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is really embedded from now on: titles of images and texts."""
+    titles: list[str] = []
+    compute, encode = Encoder._compute, Encoder._encode
+
+    def images(self: Encoder, source: Any, *args: Any, **options: Any) -> Any:
+        titles.append(source.title)
+        return compute(self, source, *args, **options)
+
+    def texts(self: Encoder, title: str, values: Any) -> Any:
+        titles.append(f"{title} texts")
+        return encode(self, title, values)
+
+    monkeypatch.setattr(Encoder, "_compute", images)
+    monkeypatch.setattr(Encoder, "_encode", texts)
+    return titles
+
+
+def pairs_of_one_size(path: Path, order: list[int]) -> Path:
+    """Three pairs, whose pictures come in this order: every order gives a tar of the same size."""
+    captions = ["a red thing", "a green thing", "a blue thing"]
+    pictures = [image(color, 3).ljust(3_000, b"\0") for color in COLORS.values()]
+    members = [
+        member
+        for key, (caption, picture) in enumerate(zip(captions, order, strict=True))
+        for member in ((f"{key}.jpg", pictures[picture]), (f"{key}.txt", caption.encode()))
+    ]
+    write_tar(path, members)
+    return path
+
+
+@pytest.fixture
+def own_run(run_folder: Path, tmp_path: Path) -> Path:
+    """A run folder whose evaluation and features no other test sees."""
+    shutil.copytree(run_folder / "distill", tmp_path / "run" / "distill")
+    return tmp_path / "run"
+
+
+@pytest.mark.slow
+def test_pictures_exchanged_in_a_tar_of_equal_size_are_measured_as_they_are_now(own_run: Path, tmp_path: Path) -> None:
+    tar = pairs_of_one_size(tmp_path / "pairs.tar", [0, 1, 2])
+    settings: dict[str, Any] = {"retrieval": {"pairs": [str(tar)]}}
+    size = tar.stat().st_size
+    _, before = run(own_run, tmp_path / "before", **settings)
+    assert pairs_of_one_size(tar, [1, 2, 0]).stat().st_size == size
+    _, after = run(own_run, tmp_path / "after", **settings)
+
+    fresh = tmp_path / "fresh"
+    shutil.copytree(own_run / "distill", fresh / "distill")
+    _, expected = run(fresh, tmp_path / "expected", **settings)
+    assert after == expected
+    assert {row["key"] for row in before}.isdisjoint(row["key"] for row in after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [tar_set, folder_set])
+def test_a_set_that_was_touched_or_copied_is_not_measured_again(
+    layout: Any, own_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = layout(tmp_path / "here" / "colors")
+    (root / "templates.txt").write_text("a {c}")
+    pairs = pairs_of_one_size(tmp_path / "pairs.tar", [0, 1, 2])
+    settings: dict[str, Any] = {"sets": {"colors": str(root)}, "retrieval": {"pairs": [str(pairs)]}}
+    _, before = run(own_run, tmp_path / "first", **settings)
+    finished(own_run, tmp_path / "first")
+    measured, titles = counted(monkeypatch), embedded(monkeypatch)
+
+    for path in [pairs, *root.rglob("*")]:
+        os.utime(path, (1, 1))
+    assert run(own_run, tmp_path / "touched", **settings)[1] == before
+    settings["sets"]["colors"] = str(shutil.copytree(root, tmp_path / "there"))
+    settings["retrieval"]["pairs"] = [str(shutil.copy(pairs, tmp_path / "copy.tar"))]
+    assert run(own_run, tmp_path / "copied", **settings)[1] == before
+    assert measured == titles == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [tar_set, folder_set])
+def test_an_image_exchanged_for_one_of_equal_size_is_measured_again(
+    layout: Any, own_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = layout(tmp_path / "colors", splits=("test",))
+    (root / "templates.txt").write_text("a {c}")
+    settings: dict[str, Any] = {"sets": {"colors": str(root)}}
+    run(own_run, tmp_path / "first", **settings)
+    finished(own_run, tmp_path / "first")
+    titles = embedded(monkeypatch)
+    changed = next(path for path in root.rglob("*") if path.suffix in (".tar", ".jpg"))
+    content = bytearray(changed.read_bytes())
+    middle = content.index(b"\xff\xda") + 100  # inside the first picture's pixels
+    content[middle] ^= 1
+    changed.write_bytes(content)
+    run(own_run, tmp_path / "second", **settings)
+    assert titles == ["colors/test"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("preprocess_cfg", {"mean": [0.1, 0.2, 0.3]}),
+        ("preprocess_cfg", {"std": [0.1, 0.2, 0.3]}),
+        ("preprocess_cfg", {"interpolation": "bilinear"}),
+        ("model_cfg", {"quick_gelu": True}),
+    ],
+)
+def test_a_model_whose_configuration_changed_is_measured_again(
+    section: str, values: dict[str, Any], own_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"sets": {"colors": str(tar_set(tmp_path / "colors", splits=("test",)))}}
+    run(own_run, tmp_path / "first", **settings)
+    finished(own_run, tmp_path / "first")
+    titles = embedded(monkeypatch)
+    config = own_run / "distill" / "student" / "open_clip_config.json"
+    written = read_json(config)
+    written[section] |= values
+    write_json(config, written)
+    run(own_run, tmp_path / "second", **settings)
+    assert "colors/test" in titles
+
+
+@pytest.mark.slow
+def test_force_measures_everything_again(own_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = pairs_of_one_size(tmp_path / "pairs.tar", [0, 1, 2])
+    settings: dict[str, Any] = {
+        "sets": {"colors": str(tar_set(tmp_path / "colors"))},
+        "retrieval": {"pairs": [str(pairs)]},
+    }
+    _, before = run(own_run, tmp_path / "first", **settings)
+    measured, titles = counted(monkeypatch), embedded(monkeypatch)
+    folder = finished(own_run, tmp_path / "first")
+    folder.forget("evaluate")
+    (tmp_path / "out").mkdir()
+    evaluate.run(folder, tmp_path / "out", recipe(**settings))
+    assert measured == [("student", name) for name in TASKS_OF_COLORS_AND_PAIRS]
+    assert sorted(titles) == ["colors/prompts texts", "colors/test", "colors/train", "pairs/pairs", "pairs/pairs texts"]
+    assert [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()] == before
+
+
+@pytest.mark.resume
+def test_what_a_kill_left_among_the_features_is_deleted(own_run: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"sets": {"colors": str(tar_set(tmp_path / "colors", splits=("test",)))}}
+    run(own_run, tmp_path / "first", **settings)
+    features = own_run / "features"
+    whole = {path for path in features.rglob("*") if path.is_file()}
+    for entry in [*features.iterdir(), features / "other-0123456789abcdef"]:
+        entry.mkdir(exist_ok=True)
+        (entry / ".after.npy.tmp-host-123-0badcafe").write_bytes(b"half")
+    run(own_run, tmp_path / "second", **settings)
+    assert {path for path in features.rglob("*") if path.is_file()} == whole
+
+
 def test_models_are_compared_without_any_student(run_folder: Path, tmp_path: Path) -> None:
     compare = dict.fromkeys(("one", "two"), f"local-dir:{run_folder / 'other'}")
     sets = {"colors": str(tar_set(tmp_path / "colors"))}
@@ -423,7 +579,8 @@ def part_of(labelled: EvaluationSet, classes: list[int]) -> LabelledImages:
             return test.load(int(rows[row]))
 
     labels = np.searchsorted(classes, test.labels[rows])
-    return dataclasses.replace(test, labels=labels, images=Some(), title="some/test", fingerprint="some")
+    contents = dataclasses.replace(test.contents, reading="some")
+    return dataclasses.replace(test, labels=labels, images=Some(), title="some/test", contents=contents)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ unpacked to disk; only what a recipe names by URL is downloaded. `known_sets.tom
 on; a set of any other name is the user's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +24,13 @@ from clip_cid.data.sets.known_sets import (
     match_keys,
     metric_of,
 )
-from clip_cid.data.sets.labelled_images import LabelledImages
+from clip_cid.data.sets.labelled_images import Contents, LabelledImages
 from clip_cid.data.sets.readers import ANY_SET, READERS, folders, tars
 from clip_cid.data.sets.readers.contract import Request, SetFiles
 from clip_cid.data.sets.readers.layout_parts import cropped
 from clip_cid.data.sets.remote_sets import fetch_set, is_url
 from clip_cid.errors import ConfigError, DataError
+from clip_cid.file_digests import sha256_file
 
 SPLITS = ("train", "val", "test")
 DIGITS = "builtin:digits"
@@ -97,7 +98,13 @@ class EvaluationSet:
 
 
 def open_set(
-    name: str, where: str, *, max_pixels: int, splits: Sequence[str] = SPLITS, cache_dir: Path | None = None
+    name: str,
+    where: str,
+    *,
+    max_pixels: int,
+    splits: Sequence[str] = SPLITS,
+    cache_dir: Path | None = None,
+    digest_of: Callable[[Path], str] = sha256_file,
 ) -> EvaluationSet:
     """Index and check a labelled set.
 
@@ -107,6 +114,7 @@ def open_set(
         max_pixels: An image that claims more pixels is refused when it is decoded.
         splits: Open these only, if they exist; `test` must.
         cache_dir: Where a set behind a URL is kept; ~/.cache/clip_cid when absent.
+        digest_of: The SHA-256 of a file, of which the splits' fingerprints are made; perhaps remembered.
 
     Raises:
         MissingSetError: Nothing exists at `where`.
@@ -123,7 +131,7 @@ def open_set(
         root = fetch_set(where, wanted, cache_dir) if is_url(where) else Path(where)
         if not root.is_dir():
             raise MissingSetError(f"evaluate.sets.{name}: nothing at {root}.", fix=_layouts(known, root))
-        request = Request(name, root, known, wanted, max_pixels)
+        request = Request(name, root, known, wanted, max_pixels, digest_of)
         files = _read(request)
         opened = _own_set(request, files) if known is None else _in_table(request, known, files)
 
@@ -327,7 +335,12 @@ def _open_digits(name: str, where: str) -> EvaluationSet:
 
     train, test = next(StratifiedShuffleSplit(1, test_size=0.5, random_state=0).split(labels, labels))
     splits = {
-        split: LabelledImages(f"{name}/{split}", labels[rows], f"{DIGITS}-{split}-1", _DigitImages(pixels[rows], split))
+        split: LabelledImages(
+            f"{name}/{split}",
+            labels[rows],
+            Contents(Path(), (), reading=f"{DIGITS}-{split}-1"),
+            _DigitImages(pixels[rows], split),
+        )
         for split, rows in (("train", train), ("test", test))
     }
     classes = tuple("0123456789")

@@ -1,8 +1,9 @@
 """The images of one split of a labelled set: files, members of tars, records of a binary file, or arrays."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -14,6 +15,7 @@ from PIL import Image
 from clip_cid.data.pairs.images import decode_image
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.errors import DataError
+from clip_cid.file_digests import sha256_file
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 
@@ -28,15 +30,44 @@ class Images(Protocol):
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What decides the images of a split: files, by their content, and how they are read."""
+
+    root: Path
+    files: tuple[str, ...]
+    """Below `root`, in the order in which they are read."""
+    digest_of: Callable[[Path], str] = sha256_file
+    reading: str = ""
+
+    def digest(self) -> str:
+        """Equal for equal files, wherever they lie and whenever they were written."""
+        digest = hashlib.sha256(self.reading.encode())
+        for file in self.files:
+            try:
+                content = self.digest_of(self.root / file)
+            except OSError as error:  # an image that cannot be read is left out
+                content = f"cannot be read ({error.strerror})"
+            digest.update(json.dumps([file, content]).encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
 class LabelledImages:
     """One split of a set: image `row` belongs to class `labels[row]`. Pickles, so that worker processes can decode."""
 
     title: str
     """Set and split, such as `cifar10/test`."""
     labels: Int[np.ndarray, " images"]
-    fingerprint: str
-    """Changes when the files behind the split change (names, sizes, times), or how they are cropped."""
+    contents: Contents
     images: Images
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes when the content of the files behind the split changes, or how they are read.
+
+        Reads every file that `contents.digest_of` does not know: only what keeps results asks for it.
+        """
+        return self.contents.digest()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -166,35 +197,15 @@ def planes_to_image(data: bytes, side: int, *, columns_first: bool) -> Image.Ima
     return Image.fromarray(np.ascontiguousarray(planes.transpose((2, 1, 0) if columns_first else (1, 2, 0))))
 
 
-def file_split(
-    title: str, root: Path, files: Sequence[str], labels: Sequence[int], *, max_pixels: int
-) -> LabelledImages:
-    """A split of files below `root`.
+def check_all_there(root: Path, files: Sequence[str]) -> None:
+    """Look for each file below `root`.
 
     Raises:
         DataError: Some of the files are not there.
     """
-    images = FileImages(root, tuple(files), max_pixels)
-    return LabelledImages(title, np.array(labels, dtype=np.int64), fingerprint(root, files), images)
-
-
-def fingerprint(root: Path, files: Sequence[str]) -> str:
-    """Digest of the names, sizes and times of files below `root`.
-
-    Raises:
-        DataError: Some of the files are not there.
-    """
-    digest, missing = hashlib.sha256(), list[str]()
-    for file in files:
-        try:
-            status = (root / file).stat()
-        except OSError:
-            missing.append(file)
-            continue
-        digest.update(json.dumps([file, status.st_size, status.st_mtime_ns]).encode())
+    missing = [file for file in files if not (root / file).exists()]
     if missing:
         raise DataError(
             f"{root}: {len(missing):,} of {len(files):,} files are missing, the first {missing[0]}.",
             fix="Unpack or copy the set again.",
         )
-    return digest.hexdigest()

@@ -2,7 +2,9 @@
 
 import hashlib
 import logging
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -260,11 +262,41 @@ def test_other_files_in_a_class_folder_are_said(tmp_path: Path, caplog: pytest.L
 
 
 def test_the_fingerprint_changes_with_the_files_and_not_with_the_reader(tmp_path: Path) -> None:
-    root = tar_set(tmp_path)
+    root = tar_set(tmp_path / "colors")
     first = opened(root).split("test").fingerprint
     assert opened(root).split("test").fingerprint == first
+    os.utime(root / "test" / "0.tar", (1, 1))
+    copy = shutil.copytree(root, tmp_path / "elsewhere" / "copy")
+    assert opened(root).split("test").fingerprint == opened(copy).split("test").fingerprint == first
     write_tar(root / "test" / "0.tar", samples(3))
     assert opened(root).split("test").fingerprint != first
+
+
+def test_the_fingerprint_reads_a_file_only_where_its_digest_is_not_known(tmp_path: Path) -> None:
+    root, read = folder_set(tmp_path, splits=("test",)), list[Path]()
+
+    def digest_of(path: Path) -> str:
+        read.append(path)
+        return path.name
+
+    part = open_set("colors", str(root), max_pixels=10_000, digest_of=digest_of).split("test")
+    assert read == []
+    assert part.fingerprint == part.fingerprint
+    assert read == [root / "test" / name / f"{copy}.jpg" for name in sorted(COLORS) for copy in range(2)]
+
+
+def test_a_file_that_cannot_be_read_has_a_fingerprint_too(tmp_path: Path) -> None:
+    root = folder_set(tmp_path)
+    part, whole = (opened(root).split("test") for _ in range(2))
+    assert whole.fingerprint
+    (root / "test" / "red_thing" / "0.jpg").unlink()
+    assert part.fingerprint != whole.fingerprint  # and the image is left out, with a word
+
+
+def test_another_limit_on_pixels_is_another_fingerprint(tmp_path: Path) -> None:
+    root = tar_set(tmp_path)
+    strict = open_set("colors", str(root), max_pixels=9_999).split("test")
+    assert opened(root).split("test").fingerprint != strict.fingerprint
 
 
 def test_splits_can_be_sent_to_worker_processes(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import UInt8
 
-from clip_cid.data.sets.labelled_images import LabelledImages, PlaneImages, RecordImages, fingerprint
+from clip_cid.data.sets.labelled_images import LabelledImages, PlaneImages, RecordImages, check_all_there
 from clip_cid.data.sets.readers.contract import Request, SetFiles
 from clip_cid.data.sets.readers.layout_parts import check_labels_are, damaged, home, known_classes, lines
 
@@ -41,12 +41,13 @@ def read_cifar_python(request: Request) -> SetFiles | None:
     splits = {}
     for split, batches in _BATCHES[known.key].items():
         if request.wants(split):
-            mark = fingerprint(folder, batches)
+            check_all_there(folder, batches)
             parts = [_batch(folder / batch, numbers, labels) for batch in batches]
             pixels = np.concatenate([part for part, _ in parts])
             images = PlaneImages(pixels, _SIDE, request.title(split))
             targets = np.array([number for _, part in parts for number in part], dtype=np.int64)
-            splits[split] = LabelledImages(request.title(split), targets, mark, images)
+            contents = request.contents(folder, batches, decoded=False)
+            splits[split] = LabelledImages(request.title(split), targets, contents, images)
     return SetFiles(known_classes(known), splits)
 
 
@@ -80,7 +81,7 @@ def read_stl10(request: Request) -> SetFiles | None:
 
 def _stl_split(request: Request, split: str, folder: Path, labels: list[int]) -> LabelledImages:
     pixels, classes = folder / f"{split}_X.bin", folder / f"{split}_y.bin"
-    mark = fingerprint(folder, [pixels.name, classes.name])
+    check_all_there(folder, [pixels.name, classes.name])
     numbers = np.fromfile(classes, np.uint8).astype(np.int64) - 1
     size = 3 * _STL_SIDE**2
     if len(numbers) * size != pixels.stat().st_size:
@@ -89,7 +90,8 @@ def _stl_split(request: Request, split: str, folder: Path, labels: list[int]) ->
         )
     rows = np.arange(len(numbers))
     images = RecordImages((pixels,), np.zeros_like(rows), rows, size, 0, _STL_SIDE, columns_first=True)
-    return LabelledImages(request.title(split), _named(numbers, labels, classes), mark, images)
+    contents = request.contents(folder, [pixels.name, classes.name], decoded=False)
+    return LabelledImages(request.title(split), _named(numbers, labels, classes), contents, images)
 
 
 def _folds(path: Path, rows: int, count: int | None) -> tuple[np.ndarray, ...] | None:
@@ -110,7 +112,8 @@ def _folds(path: Path, rows: int, count: int | None) -> tuple[np.ndarray, ...] |
 def _records(
     request: Request, split: str, folder: Path, batches: list[str], heads: int, labels: list[int]
 ) -> LabelledImages:
-    mark, size = fingerprint(folder, batches), heads + _PIXELS
+    check_all_there(folder, batches)
+    size = heads + _PIXELS
 
     counts: list[int] = []
     numbers: list[np.ndarray] = []
@@ -124,7 +127,8 @@ def _records(
     file_of = np.repeat(np.arange(len(batches)), counts)
     record_of = np.concatenate([np.arange(count) for count in counts])
     images = RecordImages(tuple(folder / batch for batch in batches), file_of, record_of, size, heads, _SIDE)
-    return LabelledImages(request.title(split), np.concatenate(numbers), mark, images)
+    contents = request.contents(folder, batches, decoded=False)
+    return LabelledImages(request.title(split), np.concatenate(numbers), contents, images)
 
 
 def _named(numbers: np.ndarray, labels: list[int], path: Path) -> np.ndarray:

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Int
 
 from clip_cid.data.sets.known_sets import KnownSet
-from clip_cid.data.sets.labelled_images import LabelledImages, file_split
+from clip_cid.data.sets.labelled_images import Contents, FileImages, LabelledImages, check_all_there
+from clip_cid.file_digests import sha256_file
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Request:
     splits: tuple[str, ...]
     """A choice of train, val and test; those that the layout does not have are left out."""
     max_pixels: int
+    digest_of: Callable[[Path], str] = sha256_file
+    """The SHA-256 of a file, perhaps remembered."""
 
     @property
     def known(self) -> KnownSet:
@@ -36,7 +39,20 @@ class Request:
         return f"{self.name}/{split}"
 
     def files(self, split: str, root: Path, files: Sequence[str], labels: Sequence[int]) -> LabelledImages:
-        return file_split(self.title(split), root, files, labels, max_pixels=self.max_pixels)
+        """A split of files below `root`, one an image.
+
+        Raises:
+            DataError: Some of the files are not there.
+        """
+        check_all_there(root, files)
+        contents = self.contents(root, files, decoded=True)
+        images = FileImages(root, contents.files, self.max_pixels)
+        return LabelledImages(self.title(split), np.array(labels, dtype=np.int64), contents, images)
+
+    def contents(self, root: Path, files: Sequence[str], *, decoded: bool) -> Contents:
+        """The files behind a split; with `decoded` the limit on their images' pixels counts too."""
+        reading = f"at most {self.max_pixels} pixels" if decoded else ""
+        return Contents(root, tuple(files), self.digest_of, reading)
 
 
 @dataclass(frozen=True)

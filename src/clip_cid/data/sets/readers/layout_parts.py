@@ -98,7 +98,8 @@ def cropped(part: LabelledImages, border: int) -> LabelledImages:
     """The split without its images' borders."""
     if not border:
         return part
-    return replace(part, fingerprint=f"{part.fingerprint}-crop{border}", images=CroppedImages(part.images, border))
+    contents = replace(part.contents, reading=f"{part.contents.reading}, {border} pixels of border cut off")
+    return replace(part, contents=contents, images=CroppedImages(part.images, border))
 
 
 def known_classes(known: KnownSet) -> tuple[str, ...]:

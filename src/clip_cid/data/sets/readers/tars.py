@@ -6,7 +6,7 @@ from typing import BinaryIO
 import numpy as np
 
 from clip_cid.data.pairs.plain_tar import plain_files
-from clip_cid.data.sets.labelled_images import IMAGE_TYPES, LabelledImages, Member, TarImages, fingerprint
+from clip_cid.data.sets.labelled_images import IMAGE_TYPES, LabelledImages, Member, TarImages
 from clip_cid.data.sets.readers.contract import Request, SetFiles
 from clip_cid.data.sets.readers.layout_parts import lines
 from clip_cid.errors import DataError
@@ -57,8 +57,8 @@ def _split(request: Request, folder: Path, split: str) -> LabelledImages:
             labels.append(label)
 
     images = TarImages(tars, np.array(tar_of, dtype=np.int32), tuple(members), tuple(keys), request.max_pixels)
-    mark = fingerprint(folder, [tar.name for tar in tars])
-    return LabelledImages(request.title(split), np.array(labels, dtype=np.int64), mark, images)
+    contents = request.contents(folder, [tar.name for tar in tars], decoded=True)
+    return LabelledImages(request.title(split), np.array(labels, dtype=np.int64), contents, images)
 
 
 def shard_count(folder: Path) -> int:

@@ -55,7 +55,7 @@ def import_existing(source: Path, out: Path, *, normalize: bool = False) -> None
         DataError: It is none of these, a part is missing or cut short, widths differ, keys repeat, a row is zero or not
             finite, or (without `normalize`) not of length 1.
     """
-    source = source.resolve()
+    source = source.absolute()  # not resolved: a link has the suffix that its target may lack
     out.mkdir(parents=True, exist_ok=True)
 
     if (source / STORE_FILE).is_file() or (source / PROGRESS_FILE).is_file():

@@ -1,14 +1,15 @@
-"""The layouts of embeddings made elsewhere. Headers alone tell which one it is; nothing is unpickled.
+"""The layouts of embeddings made elsewhere. Names and headers alone tell which one it is; nothing is unpickled.
 
 X/img_emb/img_emb_0.npy ...        clip-retrieval, with or without text_emb/ and metadata/
+X/images/0.npy ...                 the same in other words: texts/ or captions/, laion2B-en-metadata/
+X/image_embeddings.npy ...         the same without folders: text_embeddings.npy, metadata.parquet
 X/0a1b.npz ...                     DataComp: arrays such as l14_img and l14_txt, with or without 0a1b.parquet
-X/part1.npy ... or one X.npy       rows alone, with or without part1.parquet
+X/part1.npy ... or one X.npy       rows of images alone, with or without part1.parquet
 """
 
 import contextlib
 import dataclasses
 import io
-import re
 import zipfile
 import zlib
 from collections.abc import Generator, Iterator, Sequence
@@ -20,6 +21,7 @@ from jaxtyping import Float
 
 from clip_cid import log
 from clip_cid.data.embeddings.files import FOLDERS, array_header, read_array_header, table_rows
+from clip_cid.data.embeddings.names import Name, Role, in_order, listed
 from clip_cid.errors import DataError
 
 FIX = (
@@ -30,8 +32,14 @@ FIX = (
 _AGAIN = (
     "Fetch or write this file again: rows of float16, float32 or float64, one after the other (np.ascontiguousarray)."
 )
-_IMAGE, _TEXT = "_img", "_txt"
-_PREFERRED = "l14"
+_NAMES = (
+    "Name files or folders by what they hold, alike but for that word: image_embeddings.npy and"
+    " text_embeddings.npy (and metadata.parquet); for shards image_0.npy, text_0.npy, image_1.npy and so on."
+    " Numbered files without such a word (0.npy, 1.npy) are shards of images."
+)
+_PREFERRED = ("l", 14)
+_ARRAYS, _TABLE = (".npy", ".npz"), ".parquet"
+_OF_ARRAYS: tuple[Role, ...] = ("image", "text")
 _BLOCK_ROWS = 4096
 _BROKEN = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
@@ -83,101 +91,288 @@ class LayoutShard:
 
 
 def find_embeddings(source: Path) -> list[LayoutShard]:
-    """The shards at `source`, in order; numbers of rows and widths agree.
+    """The shards at `source`, in order; numbers of rows and widths agree. What is taken for what is logged.
 
     Raises:
-        DataError: There is nothing of a known layout, a part is missing or broken, or parts do not fit each other.
+        DataError: There is nothing of a known layout, a part is missing or broken, parts do not fit each other, or
+            the names do not say clearly what holds images.
     """
-    if source.is_file():
-        shards = _flat(source, [source])
-    elif (source / FOLDERS["image"]).is_dir():
-        shards = _clip_retrieval(source)
-    else:
-        shards = _flat(source, _files_of(source))
-    _check_fit(shards)
-    return shards
-
-
-def _clip_retrieval(source: Path) -> list[LayoutShard]:
-    parts = {kind: _numbered(source, kind) for kind in ("image", "text", "metadata")}
-    numbers = sorted(parts["image"])
-    if not numbers:
+    files = _of_file(source) if source.is_file() else _of_folder(source)
+    arrays, tables = files.arrays, files.tables
+    if not arrays:
         raise _unknown(source)
-
-    for kind in ("text", "metadata"):
-        if parts[kind] and (lone := sorted(set(numbers) ^ set(parts[kind]))):
-            raise DataError(f"{source}: shard {lone[0]} has no {FOLDERS[kind]} or no img_emb file.", fix=FIX)
-
-    return [
-        LayoutShard(
-            name=parts["image"][number].stem,
-            image=_array(parts["image"][number]),
-            text=_array(parts["text"][number]) if parts["text"] else None,
-            metadata=parts["metadata"].get(number),
-        )
-        for number in numbers
-    ]
-
-
-def _numbered(source: Path, kind: str) -> dict[int, Path]:
-    """Shard number -> file; clip-retrieval pads its numbers as the count of shards needs."""
-    folder = FOLDERS[kind]
-    pattern = re.compile(rf"{folder}_(\d+)\.{'parquet' if kind == 'metadata' else 'npy'}")
-    shards: dict[int, Path] = {}
-    for path in sorted((source / folder).glob("*")):
-        if match := pattern.fullmatch(path.name):
-            number = int(match[1])
-            if number in shards:
-                raise DataError(f"{source}: both {shards[number].name} and {path.name} are shard {number}.", fix=FIX)
-            shards[number] = path
-    return shards
-
-
-def _files_of(source: Path) -> list[Path]:
-    """The .npy or .npz files of a folder by the numbers in their names: part2 before part10."""
-    entries = [path for path in source.glob("*") if not path.name.startswith(".")]
-    files = [path for path in entries if path.suffix in (".npy", ".npz") and path.is_file()]
-    if not files:
-        raise _unknown(source)
-    if len({path.suffix for path in files}) > 1:
+    if len({file.path.suffix for file in arrays}) > 1:
         raise DataError(f"{source}: holds both .npy and .npz files, so it is unclear which to read.", fix=FIX)
 
-    read = {*files, *(path.with_suffix(".parquet") for path in files)}
-    if others := sorted(path.name for path in entries if path not in read):
-        log.warn(f"{source}: {len(others):,} other files and folders are not read, such as {others[0]!r}")
-    return sorted(
-        files, key=lambda path: ([_number_or_text(part) for part in re.split(r"(\d+)", path.stem)], path.name)
-    )
+    members = _chosen_members(arrays[0].path) if arrays[0].path.suffix == ".npz" else None
+    if members is not None and members.clear:
+        images, texts = arrays, []
+    else:
+        images, texts = _images_and_texts(source, arrays)
+    text_of = _matched(source, images, texts)
+    metadata_of, unread = _metadata_of(source, images, tables)
 
-
-def _number_or_text(part: str) -> tuple[int, str]:
-    return (int(part), "") if part.isdecimal() else (-1, part)
-
-
-def _flat(source: Path, files: Sequence[Path]) -> list[LayoutShard]:
-    """Files of rows, each with its metadata of the same name."""
-    with_metadata = [path for path in files if path.with_suffix(".parquet").is_file()]
-    if with_metadata and (without := [path.name for path in files if path not in with_metadata]):
-        raise DataError(
-            f"{source}: {len(without):,} of {len(files):,} files have no .parquet of their name, such as {without[0]}.",
-            fix="Give metadata to all files or to none; without it a key is the file's name and the row number.",
-        )
-    if files[0].suffix not in (".npy", ".npz"):
-        raise _unknown(source)
-
-    arrays = _chosen_members(files[0]) if files[0].suffix == ".npz" else (None, None)
-    return [
+    shards = [
         LayoutShard(
-            name=path.stem,
-            image=_array(path, arrays[0]),
-            text=_array(path, arrays[1]) if arrays[1] is not None else None,
-            metadata=path.with_suffix(".parquet") if with_metadata else None,
+            name=file.path.stem,
+            image=_array(file.path, members and members.image),
+            text=_text(file, members, text_of.get(file.path)),
+            metadata=metadata_of.get(file.path),
         )
-        for path in files
+        for file in images
     ]
+    _check_fit(shards)
+    if not metadata_of:
+        if images[0].role is None and (members is None or not members.clear):
+            _check_one_series(source, images, shards)
+        _warn_of_lost_keys(source, images)
+    _log_taken(source, shards, [*files.unread, *unread])
+    return shards
 
 
-def _chosen_members(path: Path) -> tuple[str, str | None]:
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A file, and what it holds by its name or its folder's."""
+
+    path: Path
+    name: Name
+    role: Role | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    arrays: list[_File]
+    tables: list[_File]
+    unread: list[Path]
+
+
+def _named(path: Path, role: Role | None = None) -> _File:
+    name = Name.of(path.stem)
+    return _File(path, name, role or name.role)
+
+
+def _of_file(source: Path) -> _Files:
+    """One file of rows, and the metadata of the same name."""
+    if source.suffix not in _ARRAYS:
+        raise _unknown(source)
+    tables = [_named(path) for path in [source.with_suffix(_TABLE)] if path.is_file()]
+    return _Files([_named(source)], tables, [])
+
+
+def _of_folder(source: Path) -> _Files:
+    """The files in a folder, or those in its folders of images, texts and metadata."""
+    entries = _entries(source)
+    here = [_named(path) for path in entries if path.is_file() and path.suffix in (*_ARRAYS, _TABLE)]
+    arrays = [file for file in here if file.path.suffix in _ARRAYS]
+    tables = [file for file in here if file.path.suffix == _TABLE]
+
+    folders = _role_folders(entries)
+    below = [file for role in _OF_ARRAYS for file in _in_folders(folders[role], role, _ARRAYS)]
+    metadata = _in_folders(folders["metadata"], "metadata", (_TABLE,))
+    if below and arrays and source / FOLDERS["image"] not in folders["image"]:
+        raise DataError(
+            f"{source}: arrays lie both in it ({listed([file.path for file in arrays], source)}) and in its folders"
+            f" ({listed([file.path for file in below], source)}).",
+            fix="Keep in one folder only what belongs together.",
+        )
+    arrays = below or arrays
+    tables = metadata or tables or _in_folders(folders["image"], "metadata", (_TABLE,))
+
+    used = {folder for some in folders.values() for folder in some}
+    used |= {file.path for file in (*arrays, *tables)}
+    unread = [path for path in entries if path not in used and not (below and not _holds_data(path))]
+    return _Files(arrays, tables, unread)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("*") if not path.name.startswith(".")), key=in_order)
+
+
+def _holds_data(path: Path) -> bool:
+    files = _entries(path) if path.is_dir() else [path]
+    return any(file.suffix in (*_ARRAYS, _TABLE) for file in files)
+
+
+def _role_folders(entries: Sequence[Path]) -> dict[Role, list[Path]]:
+    """The folders that hold images, texts or metadata by their names; `embeddings` alone means those of images."""
+    names = {path: Name.of(path.name) for path in entries if path.is_dir()}
+
+    def holding(role: Role | None, *suffixes: str) -> list[Path]:
+        few = [path for path, name in names.items() if name.role == role and (role or not (name.roles or name.rest))]
+        return [path for path in few if any(file.suffix in suffixes for file in _entries(path))]
+
+    images, texts = holding("image", *_ARRAYS), holding("text", *_ARRAYS)
+    return {
+        "image": images or ([] if texts else holding(None, *_ARRAYS)),
+        "text": texts,
+        "metadata": holding("metadata", _TABLE),
+    }
+
+
+def _in_folders(folders: Sequence[Path], role: Role, suffixes: tuple[str, ...]) -> list[_File]:
+    files = [_named(path, role) for folder in folders for path in _entries(folder) if path.suffix in suffixes]
+    for file in files:
+        if role != "metadata" and file.name.role not in (None, role):
+            raise DataError(
+                f"{file.path}: is named as {file.name.role} embeddings, but lies among those of {role}s.",
+                fix="Rename or move it, so that the names of file and folder agree.",
+            )
+    return files
+
+
+def _images_and_texts(source: Path, arrays: list[_File]) -> tuple[list[_File], list[_File]]:
+    """The files of images and those of texts, by their names; files that say nothing are of images.
+
+    Raises:
+        DataError: Only some of the files say what they are, one says two things, or all are of texts.
+    """
+    images, texts = ([file for file in arrays if file.role == role] for role in _OF_ARRAYS)
+    unclear = [file for file in arrays if file.role not in _OF_ARRAYS]
+    if unclear and (images or texts or any(file.name.roles for file in unclear)):
+        named = [f"images: {listed([file.path for file in images], source)}"] if images else []
+        named += [f"texts: {listed([file.path for file in texts], source)}"] if texts else []
+        named += [f"unclear: {listed([file.path for file in unclear], source)}"]
+        raise DataError(f"{source}: not every name says what the file holds ({'; '.join(named)}).", fix=_NAMES)
+    if texts and not images:
+        raise DataError(
+            f"{source}: named as embeddings of texts ({listed([file.path for file in texts], source)}), and none of"
+            " images is there.",
+            fix=_NAMES,
+        )
+
+    of_source = Name.of(source.name)
+    if unclear and source.is_dir() and of_source.role == "text" and not of_source.rest:
+        raise DataError(
+            f"{source}: the folder is named as embeddings of texts"
+            f" ({listed([file.path for file in unclear], source)}), and images are needed.",
+            fix=f"Give {source.parent}, if it holds those of the images too. {_NAMES}",
+        )
+    if len({file.name.numbered for file in images}) > 1:
+        odd = [file.path for file in images if not file.name.numbered]
+        raise DataError(
+            f"{source}: some files of images are numbered, and others are not ({listed(odd, source)}).", fix=_NAMES
+        )
+    return images or unclear, texts
+
+
+def _matched(source: Path, images: list[_File], others: list[_File]) -> dict[Path, Path]:
+    """Which file goes with which of the images: the one whose name differs in the role alone.
+
+    Raises:
+        DataError: A file has no partner, or two.
+    """
+    if not others:
+        return {}
+    of_image, of_other = _by_shard(source, images), _by_shard(source, others)
+    for have, lack, missing in ((of_image, of_other, others), (of_other, of_image, images)):
+        if lone := [path for shard, path in have.items() if shard not in lack]:
+            kind = FOLDERS[missing[0].role or "image"]
+            raise DataError(
+                f"{source}: shard {_label(lone[0])} has no {kind} file ({len(lone):,} such shards);"
+                f" there are {listed([file.path for file in images], source)}"
+                f" and {listed([file.path for file in others], source)}.",
+                fix=_NAMES,
+            )
+    return {path: of_other[shard] for shard, path in of_image.items()}
+
+
+def _by_shard(source: Path, files: list[_File]) -> dict[tuple[int | str, ...], Path]:
+    shards: dict[tuple[int | str, ...], Path] = {}
+    for file in files:
+        if (other := shards.setdefault(file.name.rest, file.path)) != file.path:
+            raise DataError(
+                f"{source}: both {other.name} and {file.path.name} are shard {_label(file.path)}.", fix=_NAMES
+            )
+    return shards
+
+
+def _label(path: Path) -> str:
+    return " ".join(str(part) for part in Name.of(path.stem).rest) or path.name
+
+
+def _metadata_of(source: Path, images: list[_File], tables: list[_File]) -> tuple[dict[Path, Path], list[Path]]:
+    """The metadata of each file of images, of all or of none; and the tables that are not read."""
+    paths = {table.path for table in tables}
+    same_name = {file.path: path for file in images if (path := file.path.with_suffix(_TABLE)) in paths}
+    if same_name:
+        if without := [file.path.name for file in images if file.path not in same_name]:
+            raise DataError(
+                f"{source}: {len(without):,} of {len(images):,} files have no .parquet of their name, such as"
+                f" {without[0]}.",
+                fix="Give metadata to all files or to none; without it a key is the file's name and the row number.",
+            )
+        return same_name, sorted(paths - {*same_name.values()})
+
+    named = [table for table in tables if table.role == "metadata"]
+    unread = [table.path for table in tables if table.role != "metadata"]
+    if len(images) == len(named) == 1:
+        return {images[0].path: named[0].path}, unread
+    if len(named) == 1:  # one table for all shards
+        return {}, [named[0].path, *unread]
+    return _matched(source, images, named), unread
+
+
+def _check_one_series(source: Path, images: list[_File], shards: list[LayoutShard]) -> None:
+    """Files that do not say what they hold: if their rows are equal in number, one may be of the other's texts.
+
+    Raises:
+        DataError: Two series of files have the same numbers of rows.
+    """
+    rows: dict[tuple[int | str, ...], list[int]] = {}
+    example: dict[tuple[int | str, ...], Path] = {}
+    for file, shard in zip(images, shards, strict=True):
+        rows.setdefault(file.name.pattern, []).append(shard.image.rows)
+        example.setdefault(file.name.pattern, file.path)
+
+    first: dict[tuple[int, ...], Path] = {}
+    for pattern, counts in rows.items():
+        if (other := first.setdefault(tuple(counts), example[pattern])) != example[pattern]:
+            raise DataError(
+                f"{source}: {other.name} and {example[pattern].name} have the same number of rows ({sum(counts):,}):"
+                " they may be shards of images, or images and texts"
+                f" (the files are {listed([file.path for file in images], source)}).",
+                fix=_NAMES,
+            )
+
+
+def _warn_of_lost_keys(source: Path, images: list[_File]) -> None:
+    """A folder of images given alone, though the metadata with the keys lies beside it."""
+    if source.is_dir() and images[0].path.parent == source:
+        folders = [path for path in _entries(source.parent) if path.is_dir() and Name.of(path.name).role == "metadata"]
+        beside = [path for path in folders if any(file.suffix == _TABLE for file in _entries(path))]
+        if beside:
+            log.warn(
+                f"{source}: the keys in {beside[0]} are not read, because {source.name} alone was given; give"
+                f" {source.parent} to take them"
+            )
+
+
+def _log_taken(source: Path, shards: Sequence[LayoutShard], unread: list[Path]) -> None:
+    """Log which files are taken for what, and warn of those that are not read."""
+    below = source if source.is_dir() else source.parent
+    taken = {
+        "images": [shard.image.path for shard in shards],
+        "texts": [shard.text.path for shard in shards if shard.text is not None],
+        "keys": [shard.metadata for shard in shards if shard.metadata is not None],
+    }
+    log.info("embed     " + "; ".join(f"{role}: {listed(paths, below)}" for role, paths in taken.items() if paths))
+    if unread:
+        arrays_first = sorted(unread, key=lambda path: path.suffix not in _ARRAYS)
+        names = ", ".join(repr(str(path.relative_to(below))) for path in arrays_first[:5])
+        log.warn(f"{source}: {len(unread):,} other files and folders are not read, such as {names}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Members:
+    """The arrays taken from each .npz."""
+
+    image: str
+    text: str | None
+    clear: bool
+    """Whether their names say what they hold."""
+
+
+def _chosen_members(path: Path) -> _Members:
     """The arrays of images and texts among those of a .npz."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -185,28 +380,43 @@ def _chosen_members(path: Path) -> tuple[str, str | None]:
     except _BROKEN as error:
         raise _broken(str(path), error) from error
 
-    models = [name.removesuffix(_IMAGE) for name in members if name.endswith(_IMAGE)]
-    if not models and len(members) == 1:
-        return members[0], None
-    if not models:
+    names = {member: Name.of(member) for member in members}
+    images, texts = ({name.rest: member for member, name in names.items() if name.role == role} for role in _OF_ARRAYS)
+    if len(members) == 1 and not names[members[0]].roles:
+        return _Members(members[0], None, clear=False)
+    if not images:
         raise DataError(
             f"{path}: no array named like l14_img among {', '.join(members) or 'none'}.",
             fix="Name the image embeddings <model>_img (and the texts' <model>_txt), or keep one array alone in"
             " the file.",
         )
+    if len(images) < (count := sum(name.role == "image" for name in names.values())):
+        raise DataError(
+            f"{path}: {count:,} arrays are named as images of the same model, among {', '.join(members)}.",
+            fix="Keep one of them.",
+        )
 
-    model = _PREFERRED if _PREFERRED in models else models[0]
-    image, text = model + _IMAGE, model + _TEXT
-    chosen = (image, text if text in members else None)
+    model = _PREFERRED if _PREFERRED in images else next(iter(images))
+    chosen = _Members(images[model], texts.get(model), clear=True)
     log.info(
-        f"embed     taking {' and '.join(name for name in chosen if name)} of the arrays {', '.join(members)}"
+        f"embed     taking {' and '.join(name for name in (chosen.image, chosen.text) if name)} of the arrays"
+        f" {', '.join(members)}"
         + (
-            f"; for another model keep only its arrays in the .npz (there are {', '.join(models)})"
-            if models[1:]
+            f"; for another model keep only its arrays in the .npz (there are {', '.join(images.values())})"
+            if len(images) > 1
             else ""
         )
     )
     return chosen
+
+
+def _text(file: _File, members: _Members | None, path: Path | None) -> Vectors | None:
+    """The text embeddings that go with a file of images: an array of the same .npz, or another file."""
+    if members is not None and members.text is not None:
+        return _array(file.path, members.text)
+    if path is None:
+        return None
+    return _array(path, members and members.image)
 
 
 def _array(path: Path, member: str | None = None) -> Vectors:
@@ -272,7 +482,11 @@ def _check_fit(shards: Sequence[LayoutShard]) -> None:
 
 def _unknown(source: Path) -> DataError:
     state = "" if source.exists() else " (nothing is there)"
-    below = sorted({path.parent for pattern in ("*/*.npy", "*/*.npz") for path in source.glob(pattern)})
+    arrays = [path for pattern in ("*/*.np[yz]", "*/*/*.np[yz]") for path in source.glob(pattern)]
+    below = sorted(
+        {path.parent.parent if Name.of(path.parent.name).role in _OF_ARRAYS else path.parent for path in arrays}
+    )
+    below = [folder for folder in below if folder != source]
     return DataError(
         f"{source}: neither an embedding store nor a clip-retrieval folder, nor .npy or .npz files{state}.",
         fix=f"Did you mean {below[0]}? {FIX}" if below else FIX,

@@ -188,10 +188,8 @@ def test_double_precision_becomes_single_and_mixed_widths_of_numbers_the_wider(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "in").mkdir()
-    np.save(tmp_path / "in" / "a.npy", unit(3, 0, np.float64))
-    np.save(tmp_path / "in" / "b.npy", unit(3, 1, ">f4"))
-    np.save(tmp_path / "in" / "c.npy", unit(3, 2, np.float32))
-    np.save(tmp_path / "in" / "d.npy", unit(3, 3, np.float16))
+    for seed, kind in enumerate((np.float64, ">f4", np.float32, np.float16)):
+        np.save(tmp_path / "in" / f"{seed}.npy", unit(3, seed, kind))
     store = taken(tmp_path / "in", tmp_path / "out")
     kinds = (np.float64, np.float32, np.float32, np.float16)
     expected = np.concatenate([unit(3, seed, kind).astype(np.float32) for seed, kind in enumerate(kinds)])

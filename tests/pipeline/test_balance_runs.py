@@ -148,6 +148,103 @@ def test_a_killed_balance_ends_byte_identical(tmp_path, small_chunks):
     assert_equal(balance(tmp_path / "cut", rows), whole)
 
 
+def killed_while_removing(left: int, command: list[str]) -> None:
+    """The command, in a process that is killed when it has removed `left` files or folders of the work folder."""
+    plan_choice._LEAST_CHUNK = 50
+    removers = {name: getattr(os, name) for name in ("unlink", "rmdir")}
+
+    def count(name: str) -> Any:
+        def remove(path: Any, *arguments: Any, **flags: Any) -> None:
+            nonlocal left
+            removers[name](path, *arguments, **flags)
+            if str(path).endswith((".npy", ".json", "work")):
+                left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return remove
+
+    for name in removers:
+        setattr(os, name, count(name))
+    sys.exit(cli.main(command))
+
+
+@pytest.mark.slow
+@pytest.mark.resume
+def test_a_balance_killed_while_it_removes_its_work_ends_byte_identical(tmp_path, small_chunks):
+    """`strace -e inject=unlinkat:signal=SIGKILL`: once what is left was taken for whole, and every command failed."""
+    rows = planted(300)
+    whole = balance(tmp_path / "whole", rows)
+    command = ["balance", str(tmp_path / "cut"), "--embeddings", source(tmp_path / "cut", rows)]
+    for after in (1, 2, 5, 12):
+        assert processes.exit_code(killed_while_removing, after, command) == -signal.SIGKILL
+        assert not (tmp_path / "cut" / "balance").exists()
+    assert_equal(balance(tmp_path / "cut", rows), whole)
+
+    for after in (1, 4):  # of the forced one
+        assert processes.exit_code(killed_while_removing, after, [*command, "--force"]) == -signal.SIGKILL
+        assert_equal(tmp_path / "cut" / "balance", whole)
+    assert_equal(balance(tmp_path / "cut", rows, "--force"), whole)
+
+
+def nothing(path: Path) -> None:
+    path.unlink()
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zeroed(path: Path) -> None:
+    """The numbers of an array, or the second half of another file."""
+    whole = path.read_bytes()
+    start = 128 if path.suffix == ".npy" else len(whole) // 2
+    path.write_bytes(whole[:start] + bytes(len(whole) - start))
+
+
+def header_damaged(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[9:14] = b"((((("
+    path.write_bytes(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.resume
+@pytest.mark.parametrize("damage", [nothing, emptied, cut_short, zeroed, header_damaged])
+def test_damaged_work_is_done_again_and_never_trusted(tmp_path, small_chunks, monkeypatch, damage):
+    rows = planted(300)
+    whole = balance(tmp_path / "whole", rows)
+    original, counts = tasks.run_tasks, []
+
+    def interrupted(tasks, begin, *, processes, on_done):
+        original(tasks[:4], begin, processes=processes, on_done=on_done)
+        raise KeyboardInterrupt
+
+    def counted(tasks, begin, *, processes, on_done):
+        counts.append(len(tasks))
+        original(tasks, begin, processes=processes, on_done=on_done)
+
+    command = ["balance", str(tmp_path / "cut"), "--embeddings", source(tmp_path / "cut", rows)]
+    work = tmp_path / "cut" / "balance.part" / "work"
+    for name, again in (
+        ("links-00000-00001.npy", 18),  # of 21 tasks
+        ("codes.npy", 21),
+        ("hashes.npy", 21),
+        ("known.npy", 21),
+        ("arrays.json", 21),
+    ):
+        monkeypatch.setattr(tasks, "run_tasks", interrupted)
+        assert cli.main([*command, "--force"]) == 130
+        damage(work / name)
+        monkeypatch.setattr(tasks, "run_tasks", counted)
+        assert_equal(balance(tmp_path / "cut", rows, "--force"), whole)
+        assert counts.pop() == again, name
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path, small_chunks):
     rows = planted(300)

@@ -132,13 +132,19 @@ def test_half_a_training_of_other_settings_or_rows_is_not_gone_on_with(tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["cut short", "other rows"])
+@pytest.mark.parametrize("damage", ["cut short", "empty", "zeroed", "damaged", "other rows"])
 def test_a_state_that_does_not_fit_is_passed_over_and_said(tmp_path, given, damage):
     whole = cluster(tmp_path / "whole", given)
     assert_killed(3, "after", tmp_path / "cut", given)
     state = tmp_path / "cut" / "cluster.part" / "work" / "training.npz"
     if damage == "cut short":
         state.write_bytes(state.read_bytes()[:-40])
+    elif damage == "empty":
+        state.write_bytes(b"")
+    elif damage == "zeroed":
+        state.write_bytes(state.read_bytes()[:200] + bytes(100) + state.read_bytes()[300:])
+    elif damage == "damaged":
+        state.write_bytes(state.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x03"))
     else:
         with np.load(state) as stored:
             arrays = dict(stored)

@@ -32,6 +32,7 @@ from clip_cid import log, units
 from clip_cid.data.embeddings.files import write_table
 from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
 from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.npy_files import read_npy
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.pairs import Pairs, fingerprint_digest, open_pairs
 from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS
@@ -184,7 +185,7 @@ def _read_kept(folder: RunFolder) -> _Kept:
 
     try:
         table = pq.read_table(balance / "kept.parquet", columns=["key", "row"])
-        rows = np.load(balance / "kept.npy", allow_pickle=False)
+        rows = read_npy(balance / "kept.npy")
     except (OSError, ValueError, pa.ArrowException) as error:
         raise RunError(f"{balance}: cannot be read ({error}).", fix=again) from error
     if rows.dtype != np.int64 or not np.array_equal(rows, table.column("row").to_numpy()):

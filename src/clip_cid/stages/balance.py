@@ -140,8 +140,9 @@ def _balance(
     known: KnownPairs,
 ) -> Balance:
     """Balance with arrays on the disk and tasks in processes; an interrupted stage repeats none of them."""
-    if work.path.is_dir() and PreparedRows.load(work) is None:
+    if work.path.is_dir() and not (work.is_whole() and PreparedRows.load(work)):
         log.info("balance   what a killed attempt left is incomplete or of another version; its tasks run again")
+        work.clear()
 
     device = resolve_device(recipe.machine.device)
     try:

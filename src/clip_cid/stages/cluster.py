@@ -5,7 +5,6 @@ import hashlib
 import json
 import shutil
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,16 @@ import numpy as np
 
 from clip_cid import log, units
 from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.npy_files import read_npy
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.method.cluster.cluster_quality import cluster_quality, gini, margin_quantiles, purity, size_quantiles
 from clip_cid.method.cluster.clustering import Clusters, KMeansState, spherical_kmeans
 from clip_cid.models.device import resolve_device
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder, atomic_file
-from clip_cid.stage_names import BALANCE, EMBED
+from clip_cid.stage_names import EMBED
 from clip_cid.summaries import ClusterSummary, ClusterTruth, KmeansRound
+from clip_cid.training.join import read_kept
 from clip_cid.unit_length import is_unit
 
 _WORK = "work"
@@ -34,7 +35,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ClusterSummary:
     """
     settings = recipe.cluster
     store = EmbeddingStore.open(folder.stage(EMBED))
-    kept = np.load(folder.stage(BALANCE) / "kept.npy") if recipe.balance.enabled else np.flatnonzero(store.ok)
+    kept = read_kept(folder, store) if recipe.balance.enabled else np.flatnonzero(store.ok)
 
     if settings.existing is not None:
         centers, labels = _read_clusters(settings.existing, dim=store.dim, kept=len(kept))
@@ -47,7 +48,8 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ClusterSummary:
 
     np.save(out / "centers.npy", centers)
     np.save(out / "labels.npy", labels)
-    shutil.rmtree(out / _WORK, ignore_errors=True)
+    if (out / _WORK).exists():
+        shutil.rmtree(out / _WORK)
 
     truth = None
     if settings.truth_field is not None:
@@ -168,7 +170,7 @@ class _StateFile:
             with self.path.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
                 fingerprint, history = json.loads(str(stored["history"]))
                 state = KMeansState(stored["centers"], history)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged archive raises nearly anything
             log.warn(f"{self.path}: cannot be read ({error}); the k-means starts anew")
             return None
 
@@ -247,13 +249,14 @@ def _read_clusters(folder: Path, *, dim: int, kept: int) -> tuple[np.ndarray, np
     """Clusters made elsewhere: unit centers of the store's width, a label for each kept image."""
     fix = "Give the cluster folder of a run over the same kept images, or run the cluster stage."
     try:
-        centers = np.load(folder / "centers.npy", allow_pickle=False)
-        labels = np.load(folder / "labels.npy", allow_pickle=False)
+        centers, labels = read_npy(folder / "centers.npy"), read_npy(folder / "labels.npy")
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: cannot read centers.npy and labels.npy ({error}).", fix=fix) from error
 
-    if centers.ndim != 2 or centers.shape[1] != dim:
-        raise DataError(f"{folder}: centers of shape {centers.shape}, but embeddings of width {dim}.", fix=fix)
+    if centers.ndim != 2 or centers.shape[1] != dim or centers.dtype.kind != "f":
+        raise DataError(
+            f"{folder}: centers are {centers.dtype} of shape {centers.shape}, but embeddings of width {dim}.", fix=fix
+        )
     wrong = np.flatnonzero(~is_unit(np.linalg.norm(centers.astype(np.float64), axis=1)))
     if len(wrong):
         raise DataError(f"{folder}: center {wrong[0]} is not a unit vector.", fix=fix)

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from clip_cid import log
 from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
 from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.npy_files import read_array_of_stage
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.errors import DataError
@@ -66,7 +67,7 @@ def read_kept(folder: RunFolder, store: EmbeddingStore) -> Int[np.ndarray, " kep
         DataError: They are not rows of this store that have embeddings.
     """
     path = folder.stage(BALANCE) / "kept.npy"
-    kept = np.load(path, allow_pickle=False)
+    kept = read_array_of_stage(path)
     if kept.ndim != 1 or kept.dtype != np.int64 or not len(kept) or kept[0] < 0 or kept[-1] >= store.rows:
         raise DataError(f"{path}: not rows of a store of {store.rows:,}.", fix="Run the balance stage again.")
     if (np.diff(kept) <= 0).any() or not store.ok[kept].all():
@@ -81,7 +82,9 @@ def read_labels(folder: RunFolder, num_kept: int) -> Int[np.ndarray, " kept"]:
         DataError: There is not one label for each.
     """
     path = folder.stage(CLUSTER) / "labels.npy"
-    labels = np.load(path, allow_pickle=False)
+    labels = read_array_of_stage(path)
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"{path}: {labels.dtype}, not numbers of clusters.", fix="Run the cluster stage again.")
     if labels.shape != (num_kept,):
         raise DataError(
             f"{path}: {labels.size:,} labels, but {num_kept:,} images were kept.", fix="Run the cluster stage again."
@@ -96,13 +99,15 @@ def read_centers(folder: RunFolder, store: EmbeddingStore) -> Float[np.ndarray, 
         DataError: They are of another width, or the labels name others.
     """
     path = folder.stage(CLUSTER) / "centers.npy"
-    centers = np.load(path, allow_pickle=False)
+    centers = read_array_of_stage(path)
     again = "Run the cluster stage again, on these embeddings."
-    if centers.ndim != 2 or centers.shape[1] != store.dim:
-        raise DataError(f"{path}: shape {centers.shape}, but embeddings of width {store.dim}.", fix=again)
+    if centers.ndim != 2 or centers.shape[1] != store.dim or centers.dtype.kind != "f":
+        raise DataError(
+            f"{path}: {centers.dtype} of shape {centers.shape}, but embeddings of width {store.dim}.", fix=again
+        )
     if not is_unit(np.linalg.norm(centers, axis=1)).all():
         raise DataError(f"{path}: not all centers are unit vectors.", fix=again)
-    labels = np.load(path.with_name("labels.npy"), allow_pickle=False)
+    labels = read_array_of_stage(path.with_name("labels.npy"))
     if len(labels) and not (labels.min() >= 0 and labels.max() < len(centers)):
         raise DataError(f"{path}: {len(centers):,} centers, but labels up to {labels.max():,}.", fix=again)
     return centers.astype(np.float32)

@@ -1,5 +1,10 @@
-"""A folder of arrays, one file an array, that stays after the process ends."""
+"""A folder of arrays, one file an array, that stays after the process ends.
 
+Behind its array each file has a digest of it. So what a kill, a power cut or a bad disk has damaged is not taken
+for the work that was done.
+"""
+
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -10,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from clip_cid import os_errors, tasks
-from clip_cid.run_folder import atomic_file, read_json, write_json
+from clip_cid.data.npy_files import read_npy
+from clip_cid.errors import ClipCidError, DataError
+from clip_cid.run_folder import atomic_file, digest, read_json, write_json
 
-_FACTS = "arrays.json"
+_FACTS, _DIGEST = "arrays.json", "sha256"
 _WINDOW_SHARE, _LARGEST_WINDOW = 1 / 8, 1 << 30  # of the memory that is left; bytes
 
 
@@ -49,7 +56,7 @@ class ArrayFolder:
         return values
 
     def save_all(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-        """Write each array, then the facts, which mark the folder as finished; drop every other array.
+        """Write each array and drop every other one, then write the facts, which mark the folder as finished.
 
         An array that `new` made under its name is in its place already.
         """
@@ -57,34 +64,71 @@ class ArrayFolder:
         for name, values in arrays.items():
             if isinstance(values, np.memmap) and values.filename == self._file(name).resolve():
                 values.flush()
+                _seal(self._file(name), values)
             else:
                 self.save(name, values)
 
-        write_json(self.path / _FACTS, {"arrays": sorted(arrays), **facts})
-
+        # Before the facts: what an attempt of other facts left must not pass for theirs.
         for path in set(self.path.glob("*.npy")) - {self._file(name) for name in arrays}:
             path.unlink()
 
+        written = {"arrays": sorted(arrays), **facts}
+        write_json(self.path / _FACTS, {**written, _DIGEST: digest(written)})
+
     def load_all(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """The arrays, mapped from the disk (what is written to them stays in memory), and the facts."""
-        if not (self.path / _FACTS).is_file():
+        """The arrays, mapped from the disk (what is written to them stays in memory), and the facts.
+
+        None if there are none, or if they cannot be opened; `is_whole` compares their contents too.
+        """
+        try:
+            facts = read_json(self.path / _FACTS)
+            if facts.pop(_DIGEST) != digest(facts):
+                return None
+            return {name: read_npy(self._file(name), mmap_mode="c") for name in facts.pop("arrays")}, facts
+        except (ClipCidError, OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
-        facts = read_json(self.path / _FACTS)
-        names = facts.pop("arrays")
-        return {name: np.load(self._file(name), mmap_mode="c", allow_pickle=False) for name in names}, facts
+
+    def is_whole(self) -> bool:
+        """Whether every array of `save_all` is there as it was written, by its digest."""
+        saved = self.load_all()
+        return saved is not None and all(_is_sealed(self._file(name), values) for name, values in saved[0].items())
 
     def save(self, name: str, values: np.ndarray) -> None:
         """Write one array that is there whole or not at all."""
-        save_array(self._file(name), values)
+        with atomic_file(self._file(name)) as temporary, temporary.open("wb") as handle:
+            np.save(handle, values)
+            handle.write(_digest(values))
 
     def has(self, name: str) -> bool:
-        return self._file(name).is_file()
+        """Whether the array is there as it was saved."""
+        return self._read(name) is not None
 
     def load(self, name: str) -> np.ndarray:
-        return np.load(self._file(name), allow_pickle=False)
+        """One array that `save` wrote.
+
+        Raises:
+            DataError: It is not there any more, or was changed.
+        """
+        values = self._read(name)
+        if values is None:
+            raise DataError(
+                f"{self._file(name)}: changed since it was written.",
+                fix="Run the same command again; what is missing is done again.",
+            )
+        return values
 
     def clear(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove all; the facts first, so that a kill in the middle leaves nothing that counts."""
+        (self.path / _FACTS).unlink(missing_ok=True)
+        if self.path.exists():
+            shutil.rmtree(self.path)
+
+    def _read(self, name: str) -> np.ndarray | None:
+        try:
+            values = read_npy(self._file(name))
+            return values if _is_sealed(self._file(name), values) else None
+        except (OSError, ValueError):
+            return None
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.npy"
@@ -94,3 +138,26 @@ def save_array(path: Path, values: np.ndarray) -> None:
     """Write one .npy that is there whole or not at all."""
     with atomic_file(path) as temporary, temporary.open("wb") as handle:
         np.save(handle, values)
+
+
+def _seal(path: Path, values: np.ndarray) -> None:
+    """Write the digest behind an array that is in its place, on disk for good."""
+    with path.open("r+b") as handle:
+        handle.seek(0, os.SEEK_END)
+        handle.write(_digest(values))
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _is_sealed(path: Path, values: np.ndarray) -> bool:
+    seal = _digest(values)
+    with path.open("rb") as handle:
+        handle.seek(-len(seal), os.SEEK_END)
+        return handle.read() == seal
+
+
+def _digest(values: np.ndarray) -> bytes:
+    """SHA-256 of kind, shape and numbers."""
+    sha256 = hashlib.sha256(repr((values.dtype.str, values.shape)).encode())
+    sha256.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    return sha256.digest()

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int, UInt64
 
 from clip_cid.data.balance.array_folder import save_array
+from clip_cid.data.npy_files import read_npy
 from clip_cid.errors import DataError
 from clip_cid.file_digests import sha256_file
 from clip_cid.run_folder import MANIFEST, atomic_file, read_json
@@ -95,11 +96,9 @@ def read_earlier(folder: Path) -> tuple[StoredForest, UInt64[np.ndarray, "rows 2
     Raises:
         DataError: A file is missing, is not as the stage wrote it, or cannot be read.
     """
-    manifest = folder / MANIFEST
-    written = read_json(manifest)["files"] if manifest.is_file() else {}
+    written = _digests(folder / MANIFEST)
     for path in (folder / FOREST_FILE, folder / HASHES_FILE):
-        recorded = written.get(path.name)
-        if recorded is None or not path.is_file() or sha256_file(path) != recorded["sha256"]:
+        if not path.is_file() or sha256_file(path) != written.get(path.name):
             raise DataError(
                 f"{path}: missing, or changed since a balance stage wrote it.",
                 fix="balance.grow_from is the folder RUN/balance of a finished run.",
@@ -108,7 +107,7 @@ def read_earlier(folder: Path) -> tuple[StoredForest, UInt64[np.ndarray, "rows 2
     stored = read_forest(folder / FOREST_FILE)
     again = "Run that balance again."
     try:
-        hashes = np.load(folder / HASHES_FILE, allow_pickle=False)
+        hashes = read_npy(folder / HASHES_FILE)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / HASHES_FILE}: cannot be read ({error}).", fix=again) from error
     if hashes.dtype != np.uint64 or hashes.shape != (stored.rows, 2):
@@ -117,6 +116,19 @@ def read_earlier(folder: Path) -> tuple[StoredForest, UInt64[np.ndarray, "rows 2
     good = np.flatnonzero(hashes.any(axis=1))
     left, right = np.searchsorted(good, stored.left), np.searchsorted(good, stored.right)
     return StoredForest(len(good), left, right, stored.squared, stored.limit), hashes[good]
+
+
+def _digests(manifest: Path) -> dict[str, str]:
+    """The digest of each file that the stage wrote; empty without a record."""
+    if not manifest.is_file():
+        return {}
+    try:
+        return {name: file["sha256"] for name, file in read_json(manifest)["files"].items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{manifest}: not the record of a stage ({error!r}).",
+            fix="balance.grow_from is the folder RUN/balance of a finished run.",
+        ) from error
 
 
 def _head(metadata: dict[bytes, bytes], path: Path) -> tuple[int, float]:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Int
 
+from clip_cid.data.npy_files import read_npy
 from clip_cid.errors import DataError
 
 KEPT_FILE, SET_FILE, KEPT_TABLE = "kept.npy", "set_of.npy", "kept.parquet"
@@ -47,7 +48,7 @@ def read_kept_elsewhere(path: Path, ok: Bool[np.ndarray, " rows"]) -> Int[np.nda
         DataError: The rows are not sorted, repeat, are not of this store, or have no embedding.
     """
     try:
-        kept = np.load(path, allow_pickle=False)
+        kept = read_npy(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a .npy array ({error}).", fix=_FIX) from error
     if kept.ndim != 1 or kept.dtype.kind not in "iu" or len(kept) == 0:

@@ -94,7 +94,10 @@ class PreparedRows:
         arrays, facts = saved
         if arrays.keys() | facts.keys() != {field.name for field in dataclasses.fields(cls)}:
             return None
-        coding = Coding(**facts.pop("coding"))
+        try:
+            coding = Coding(**facts.pop("coding"))
+        except TypeError:
+            return None
         return cls(**arrays, **facts, coding=coding)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from clip_cid.data.balance.forest_file import FOREST_FILE, StoredForest, read_forest
 from clip_cid.data.balance.tables import BalanceTables
 from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.npy_files import read_array_of_stage
 from clip_cid.data.pairs.pictures import NoPicturesError, Pictures, open_pictures
 from clip_cid.data.sets.evaluation_sets import DIGITS, EvaluationSet, open_set
 from clip_cid.errors import ClipCidError, DataError
@@ -55,7 +56,7 @@ class RunInputs:
         """The rows of the store that the clusters and the student see."""
         if not self.recipe.uses(BALANCE):
             return np.flatnonzero(self.store.ok)
-        return np.load(self.folder.stage(BALANCE) / "kept.npy")
+        return read_array_of_stage(self.folder.stage(BALANCE) / "kept.npy")
 
     @cached_property
     def balanced(self) -> BalanceTables:
@@ -80,7 +81,8 @@ class RunInputs:
         if not self.recipe.uses(CLUSTER):
             raise LeftOut(NO_CLUSTERS)
         folder = self.folder.stage(CLUSTER)
-        return np.load(folder / "centers.npy", mmap_mode="r"), np.load(folder / "labels.npy")
+        centers = read_array_of_stage(folder / "centers.npy", mmap_mode="r")
+        return centers, read_array_of_stage(folder / "labels.npy")
 
     @cached_property
     def scores(self) -> list[Score]:

@@ -1,5 +1,7 @@
 """The errors a user can fix. The command line prints them in two lines; others keep their traceback."""
 
+from typing import Any
+
 
 class ClipCidError(Exception):
     """A problem the user can fix: what is wrong and where, in numbers; then what to do."""
@@ -10,6 +12,16 @@ class ClipCidError(Exception):
         super().__init__(f"{problem}\n{fix}")
         self.problem = problem
         self.fix = fix
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For the way from another process."""
+        return _again, (type(self), self.problem, self.fix)
+
+
+def _again(kind: type[ClipCidError], problem: str, fix: str) -> ClipCidError:
+    error = kind.__new__(kind)
+    ClipCidError.__init__(error, problem, fix=fix)
+    return error
 
 
 class ConfigError(ClipCidError):

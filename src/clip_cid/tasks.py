@@ -5,6 +5,7 @@ A task is small and pure, and leaves a file of its own: whole, or not at all.
 
 import multiprocessing
 import os
+import pickle
 import resource
 import sys
 import threading
@@ -24,7 +25,7 @@ Task = TypeVar("Task")
 DoTask = Callable[[Any], None]
 """Does a task and leaves its file."""
 
-_do_task: DoTask | None = None  # of a worker process
+_do_task: DoTask | Exception | None = None  # of a worker process: what `begin` returned or raised
 
 
 class TaskRunner(Protocol):
@@ -32,7 +33,7 @@ class TaskRunner(Protocol):
 
     It does every task, in any order and on any machine that can reach the run folder. It may do a task twice:
     the file is the same. It calls `begin` once in each worker process, and `on_done` in the calling process
-    only. The first error in a task stops those that have not begun, and is raised unchanged.
+    only. The first error in a task or in `begin` stops those that have not begun, and is raised unchanged.
     """
 
     def __call__(
@@ -52,7 +53,7 @@ def run_tasks(
         on_done: Called in this process with each finished task.
 
     Raises:
-        RunError: A process died; most often because memory ran out.
+        RunError: Memory ran out in a process, or it died, most often for the same reason.
     """
     if processes <= 1 or len(tasks) <= 1:
         do_task = begin()
@@ -66,9 +67,10 @@ def run_tasks(
     )
     try:
         _drain(pool, list(tasks), 2 * processes, on_done)
-    except BrokenProcessPool as error:
+    except (BrokenProcessPool, MemoryError) as error:
+        died = "a worker process died, probably because memory ran out."
         raise RunError(
-            "a worker process died, probably because memory ran out.",
+            "memory ran out in a worker process." if isinstance(error, MemoryError) else died,
             fix="Run the same command again (finished tasks are kept), with a smaller machine.balance_processes.",
         ) from error
     finally:
@@ -123,16 +125,35 @@ def _drain(pool: ProcessPoolExecutor, tasks: list[Any], ahead: int, on_done: Cal
             on_done(running.pop(future))
 
 
+def sendable(error: Exception) -> Exception:
+    """The error itself, or one of the same words if it would not arrive in another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
 def _begin(begin: Callable[[], DoTask]) -> None:
     global _do_task
     threading.Thread(target=_end_with_parent, daemon=True).start()
     threadpoolctl.threadpool_limits(1)
-    _do_task = begin()
+    try:
+        _do_task = begin()
+    except Exception as error:  # raised by the first task: here it would look like the death of this process
+        _do_task = error
 
 
 def _do(task: Any) -> None:
     assert _do_task is not None, "the pool has called _begin"
-    _do_task(task)
+    try:
+        if isinstance(_do_task, Exception):
+            raise _do_task
+        _do_task(task)
+    except Exception as error:
+        if (known := sendable(error)) is error:
+            raise
+        raise known from None
 
 
 def _end_with_parent() -> None:

@@ -1,11 +1,39 @@
+import errno
 import functools
 import os
+import pickle
+import threading
 from pathlib import Path
 
 import pytest
 
 from clip_cid import tasks
-from clip_cid.errors import RunError
+from clip_cid.errors import ClipCidError, DataError, MissingExtraError, RunError
+
+
+class TwoArguments(ValueError):
+    """It pickles, but cannot be made again from its message."""
+
+    def __init__(self, row: int, value: float) -> None:
+        super().__init__(f"row {row} has {value}")
+
+
+class WithHandle(ValueError):
+    """It does not pickle."""
+
+    def __init__(self) -> None:
+        super().__init__("a file was closed")
+        self.lock = threading.Lock()
+
+
+ERRORS: dict[int, Exception] = {
+    20: DataError("5 images but 4 texts.", fix="Embed again."),
+    21: MissingExtraError("A graph", "onnx"),
+    22: OSError(errno.ENOSPC, "No space left on device", "/run/x"),
+    23: MemoryError("700 GB"),
+    24: TwoArguments(3, 0.5),
+    25: WithHandle(),
+}
 
 
 def open_work(folder: Path):
@@ -17,6 +45,8 @@ def write(folder: Path, task: int) -> None:
         raise ValueError("task 13")
     if task == 99:
         os._exit(9)
+    if task in ERRORS:
+        raise ERRORS[task]
     (folder / f"{task}").write_text(str(os.getpid()))
 
 
@@ -40,6 +70,53 @@ def test_an_error_in_a_task_comes_back_as_it_is(tmp_path, processes):
 def test_a_worker_that_dies_is_an_error_with_advice(tmp_path):
     with pytest.raises(RunError, match="a worker process died"):
         tasks.run_tasks([1, 99, 2], functools.partial(open_work, tmp_path), processes=2, on_done=id)
+
+
+def run_two(tmp_path: Path, begin, *numbers: int) -> None:
+    tasks.run_tasks([1, 2, *numbers], functools.partial(begin, tmp_path), processes=2, on_done=id)
+
+
+@pytest.mark.slow
+def test_errors_of_ours_and_of_the_system_come_back_from_another_process_as_they_were(tmp_path):
+    with pytest.raises(DataError) as ours:
+        run_two(tmp_path, open_work, 20)
+    assert (ours.value.problem, ours.value.fix) == ("5 images but 4 texts.", "Embed again.")
+    with pytest.raises(MissingExtraError) as missing:
+        run_two(tmp_path, open_work, 21)
+    assert missing.value.fix == 'pip install "clip-cid[onnx]"'
+    with pytest.raises(OSError, match="No space left") as full:
+        run_two(tmp_path, open_work, 22)
+    assert (full.value.errno, full.value.filename) == (errno.ENOSPC, "/run/x")
+    with pytest.raises(RunError, match="memory ran out in a worker process") as memory:
+        run_two(tmp_path, open_work, 23)
+    assert "balance_processes" in memory.value.fix
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "words"), [(24, "TwoArguments: row 3 has 0.5"), (25, "WithHandle: a file was closed")]
+)
+def test_an_error_that_cannot_be_sent_is_not_taken_for_the_death_of_a_worker(tmp_path, task, words):
+    with pytest.raises(RuntimeError, match=words):
+        run_two(tmp_path, open_work, task)
+
+
+def refuse(folder: Path):
+    raise DataError(f"{folder}: changed.", fix="Embed again.")
+
+
+def test_an_error_before_the_first_task_is_not_taken_for_the_death_of_a_worker(tmp_path):
+    with pytest.raises(DataError, match="changed") as error:
+        run_two(tmp_path, refuse)
+    assert error.value.fix == "Embed again."
+
+
+@pytest.mark.parametrize("error", ERRORS.values(), ids=lambda error: type(error).__name__)
+def test_every_error_is_sendable(error):
+    sent = pickle.loads(pickle.dumps(tasks.sendable(error)))
+    assert str(error) in str(sent)
+    if isinstance(error, ClipCidError):
+        assert (type(sent), sent.problem, sent.fix) == (type(error), error.problem, error.fix)
 
 
 def test_no_tasks_need_no_workers(tmp_path):

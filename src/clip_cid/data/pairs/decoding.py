@@ -2,13 +2,15 @@
 
 import functools
 import signal
+import traceback
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from clip_cid.errors import DataError, RunError
+from clip_cid import tasks
+from clip_cid.errors import RunError
 
 Place = TypeVar("Place")
 PlaceIn = TypeVar("PlaceIn", contravariant=True)
@@ -44,8 +46,8 @@ def decoded_batches(
         pin: Copy tensors into pinned memory, from which a GPU reads faster.
 
     Raises:
-        DataError: The decoder raised it.
         RunError: A worker was killed.
+        Exception: The decoder raised it.
     """
     loader: DataLoader[Any] = DataLoader(
         _Guarded(decoder),
@@ -60,10 +62,10 @@ def decoded_batches(
     try:
         for batch in decoded:
             if isinstance(batch, _Failure):
-                raise DataError(batch.problem, fix=batch.fix)
+                raise batch.error
             yield batch
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):
             raise
         raise RunError(
             f"A process that decodes images was killed ({' '.join(str(error).split())[:200]}).",
@@ -78,14 +80,20 @@ def decoded_batches(
 
 @dataclass(frozen=True)
 class _Failure:
-    """A `DataError` on its way from a worker: torch cannot carry our exceptions between processes."""
+    """An error on its way from a worker: torch would make another one of it, of its message alone."""
 
-    problem: str
-    fix: str
+    error: Exception
+
+    @classmethod
+    def of(cls, error: Exception) -> "_Failure":
+        sent = tasks.sendable(error)
+        if get_worker_info() is not None:  # the traceback itself stays in the worker
+            sent.add_note("".join(traceback.format_exception(error)).rstrip())
+        return cls(sent)
 
 
 class _Guarded(Dataset[Any]):
-    """A decoder whose `DataError` comes back as a value."""
+    """A decoder whose errors come back as values."""
 
     def __init__(self, decoder: Decoder[Any, Any]) -> None:
         self._decoder = decoder
@@ -93,13 +101,19 @@ class _Guarded(Dataset[Any]):
     def __getitem__(self, place: Any) -> Any:
         try:
             return self._decoder[place]
-        except DataError as error:
-            return _Failure(error.problem, error.fix)
+        except Exception as error:
+            return _Failure.of(error)
 
 
 def _stack_unless_failed(stack: Callable[[list[Any]], Any], items: list[Any]) -> Any:
     """The items of a batch as one, or the first of its failures."""
-    return next((item for item in items if isinstance(item, _Failure)), None) or stack(items)
+    failed = next((item for item in items if isinstance(item, _Failure)), None)
+    if failed is not None:
+        return failed
+    try:
+        return stack(items)
+    except Exception as error:
+        return _Failure.of(error)
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:

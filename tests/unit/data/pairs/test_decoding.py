@@ -1,3 +1,4 @@
+import errno
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,8 @@ class Numbers:
             raise DataError(f"{place}: gone.", fix="Bring it back.")
         if place == self.failures.get("bug"):
             raise ZeroDivisionError(f"at {place}")
+        if place in self.failures.get("raised", {}):
+            raise self.failures["raised"][place]
         if place == self.failures.get("killed"):
             os.kill(os.getpid(), signal.SIGKILL)
         if place == self.failures.get("interrupted"):
@@ -52,6 +55,35 @@ def test_an_error_of_the_data_keeps_its_problem_and_its_fix(workers: int) -> Non
 def test_a_bug_is_not_swallowed(workers: int) -> None:
     with pytest.raises(ZeroDivisionError, match="at 7"):
         decode(Numbers(bug=7), workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_error_arrives_as_it_was_raised(workers: int) -> None:
+    with pytest.raises(RunError, match="in use") as ours:
+        decode(Numbers(raised={3: RunError("in use.", fix="Wait.")}), workers=workers)
+    assert ours.value.fix == "Wait."
+    with pytest.raises(OSError, match="Input/output") as of_disk:
+        decode(Numbers(raised={3: OSError(errno.EIO, "Input/output error", "a.tar")}), workers=workers)
+    assert (of_disk.value.errno, of_disk.value.filename) == (errno.EIO, "a.tar")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bug_is_not_taken_for_a_killed_worker(workers: int) -> None:
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        decode(Numbers(raised={3: RuntimeError("shapes differ in a DataLoader worker")}), workers=workers)
+    with pytest.raises(TypeError, match="3 arguments"):
+        list(decoded_batches(Numbers(), [[1], [2]], Unstackable(), workers=workers, smaller_batch="x"))
+
+
+class Unstackable:
+    def __call__(self, items: list[int]) -> tuple[int, ...]:
+        raise TypeError("3 arguments")
+
+
+def test_the_traceback_of_a_worker_is_kept_as_a_note() -> None:
+    with pytest.raises(ZeroDivisionError) as error:
+        decode(Numbers(bug=7), workers=1)
+    assert "in __getitem__" in error.value.__notes__[0]
 
 
 def test_a_killed_worker_is_an_error_that_names_both_settings() -> None:

@@ -28,7 +28,12 @@ from clip_cid.models.teacher import weights_sha256
 from clip_cid.run_folder import atomic_file, read_json, write_json
 
 MAX_BAD_SHARE = 0.01
-"""A split with more undecodable images than this is not evaluated: its score would not compare."""
+"""A split with more undecodable images than this, and more than one, is not evaluated: its score would not compare."""
+
+
+class UnmeasurableError(DataError):
+    """A set turns out not to be measurable while it is measured; the others are measured without it."""
+
 
 _ENTRY = "entry.json"
 """The last file of an entry of the cache: the images that cannot be decoded, and the digest of each other file."""
@@ -101,6 +106,7 @@ class Encoder:
         self._cache, self._workers, self._digest_of = cache, workers, digest_of
         self._tokenizer = dict(tokenizer or {})
         self._used: set[str] = set()
+        self._unmeasurable: dict[Path, UnmeasurableError] = {}
         self._said: set[str] = set()
 
     @property
@@ -123,13 +129,14 @@ class Encoder:
 
         Raises:
             ConfigError: `before`, and the model's tower has no projection that is known here.
-            DataError: More than 1 % of the images cannot be decoded, or the model gives NaN or a zero vector.
+            UnmeasurableError: More than 1 % of the images, and more than one, cannot be decoded; or none can.
+            DataError: The model gives NaN or a zero vector.
         """
         entry = self._entry(source.title, {"images": source.fingerprint, "preprocess": self.clip.preprocess_cfg})
         wanted = ("before", "after") if before else ("after",)
         bad = self._left_out(entry, [f"{kind}.npy" for kind in wanted])
         if bad is None:
-            bad = self._compute(source, entry, before=before)
+            bad = self._compute_once(source, entry, before=before)
 
         arrays = {kind: np.load(entry / f"{kind}.npy", mmap_mode="r") for kind in wanted}
         rows = np.setdiff1d(np.arange(len(source)), np.array(sorted(bad), dtype=np.int64))
@@ -205,12 +212,22 @@ class Encoder:
         self._used.add(name)
         return self._cache / name
 
+    def _compute_once(self, source: ImageSource, entry: Path, *, before: bool) -> dict[int, str]:
+        """As `_compute`; what is refused for one protocol is not decoded again for the next."""
+        if entry in self._unmeasurable:
+            raise self._unmeasurable[entry]
+        try:
+            return self._compute(source, entry, before=before)
+        except UnmeasurableError as error:
+            self._unmeasurable[entry] = error
+            raise
+
     def _compute(self, source: ImageSource, entry: Path, *, before: bool) -> dict[int, str]:
         """Write an entry; returns the images that cannot be decoded, with the reason."""
         entry.mkdir(parents=True, exist_ok=True)
         kinds = ("before", "after") if before else ("after",)
         bad: dict[int, str] = {}
-        limit = MAX_BAD_SHARE * len(source)
+        limit = min(max(1, MAX_BAD_SHARE * len(source)), len(source) - 1)
         with contextlib.ExitStack() as stack:
             paths = {kind: stack.enter_context(atomic_file(entry / f"{kind}.npy")) for kind in kinds}
             taps = stack.enter_context(both_features(self.clip)) if before else after_only(self.clip)
@@ -292,12 +309,12 @@ def _stack(samples: list[tuple[int, Tensor | str]]) -> _Batch:
     return [row for row, _ in good], pixels, bad
 
 
-def _too_many_bad(source: ImageSource, bad: dict[int, str]) -> DataError:
+def _too_many_bad(source: ImageSource, bad: dict[int, str]) -> UnmeasurableError:
     first = ", ".join(f"{source.name(row)} ({reason})" for row, reason in list(bad.items())[:3])
-    return DataError(
+    return UnmeasurableError(
         f"{source.title}: {len(bad):,} images so far cannot be decoded, more than "
         f"{units.percent(MAX_BAD_SHARE, 0)} of {len(source):,}: {first}.",
-        fix="Copy the set again from where it came from.",
+        fix="Copy the set again from where it came from, or take these images out.",
     )
 
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -14,7 +15,7 @@ from clip_cid import log, tasks, units
 from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.data.sets.evaluation_sets import EvaluationSet
 from clip_cid.data.sets.known_sets import known_sets
-from clip_cid.evaluation.features import Encoder, ImageFeatures, ImageSource
+from clip_cid.evaluation.features import Encoder, ImageFeatures, ImageSource, UnmeasurableError
 from clip_cid.evaluation.knn import TEMPERATURE, knn
 from clip_cid.evaluation.linear_probe import (
     MOST_FITS,
@@ -67,9 +68,16 @@ def measure_zero_shot(
 def measure_linear_probe(
     labelled: EvaluationSet, settings: EvaluateConfig, machine: MachineConfig, encoder: Encoder
 ) -> Measured:
-    """CLIP's linear probe on frozen features, once for each official fold of the training images."""
+    """CLIP's linear probe on frozen features, once for each official fold of the training images.
+
+    Raises:
+        UnmeasurableError: A tested class has no training image that can be decoded; or nothing can be held out.
+    """
     threads, device = machine.threads or tasks.available_cores(), _probe_device(encoder)
     splits = {name: _images(encoder, labelled, name, settings) for name in labelled.splits}
+    _check_trained(labelled, {name: labels for name, (_, labels) in splits.items()})
+    if "val" not in splits:
+        _check_can_hold_out(labelled, splits["train"][1])
     parts = {name: (_probed(features, settings), labels) for name, (features, labels) in splits.items()}
     test, test_y = splits["test"]
     fits = MOST_FITS * len(labelled.folds or [None])
@@ -106,8 +114,13 @@ def measure_linear_probe(
 
 
 def measure_knn(labelled: EvaluationSet, settings: EvaluateConfig, encoder: Encoder) -> Measured:
-    """The vote of the nearest training images."""
+    """The vote of the nearest training images.
+
+    Raises:
+        UnmeasurableError: A tested class has no training image that can be decoded.
+    """
     (train, train_y), (test, test_y) = (_images(encoder, labelled, name, settings) for name in ("train", "test"))
+    _check_trained(labelled, {"train": train_y, "test": test_y})
     train_x, test_x = _probed(train, settings), _probed(test, settings)
     with log.progress(f"neighbors {encoder.name} {labelled.name}", len(test_y)) as bar:
         result = knn(train_x, train_y, test_x, test_y, metric=labelled.metric, on_images=bar.advance)
@@ -263,6 +276,27 @@ def _images(
     trained = "train" in labelled.splits and (settings.linear_probe or settings.knn)
     features = encoder.images(labelled.split(name), before=trained and settings.features == "before_projection")
     return features, labelled.split(name).labels[features.rows]
+
+
+def _check_trained(labelled: EvaluationSet, labels: Mapping[str, np.ndarray]) -> None:
+    """Every class that is answered for has a training image left."""
+    answered = np.concatenate([values for name, values in labels.items() if name != "train"])
+    if len(lost := np.setdiff1d(answered, labels["train"])):
+        raise UnmeasurableError(
+            f"{labelled.name}: {len(lost)} of {len(labelled.class_names)} classes have no training image that can be"
+            f" decoded, the first {labelled.class_names[lost[0]]}.",
+            fix="Copy the training images again, or leave the train split out.",
+        )
+
+
+def _check_can_hold_out(labelled: EvaluationSet, train_y: np.ndarray) -> None:
+    """The probe holds out a part of the training images to choose its C."""
+    if len(train_y) == len(np.unique(train_y)):
+        raise UnmeasurableError(
+            f"{labelled.name}: every class has a single training image, so none can be held out to choose the probe's"
+            " C.",
+            fix="Add a val split or training images, or set evaluate.linear_probe: false.",
+        )
 
 
 def _probed(features: ImageFeatures, settings: EvaluateConfig) -> np.ndarray:

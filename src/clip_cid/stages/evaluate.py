@@ -1,7 +1,7 @@
 """Stage `evaluate`: zero-shot, linear probe, neighbors and retrieval of the student and of the models beside it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clip_cid import log, units
@@ -12,7 +12,7 @@ from clip_cid.data.sets.known_sets import IMAGENET, find_known_set, known_sets
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
 from clip_cid.evaluation.comparison import differences
-from clip_cid.evaluation.features import Encoder, drop_unfinished, prune
+from clip_cid.evaluation.features import Encoder, UnmeasurableError, drop_unfinished, prune
 from clip_cid.evaluation.measurements import Measurement, PairSet, measurements_of, retrieval_measurement
 from clip_cid.evaluation.printed_tables import difference_lines, same_class_lines, table_lines, variant_notes
 from clip_cid.evaluation.protocols import PROTOCOLS, RETRIEVAL, ZERO_SHOT
@@ -30,12 +30,29 @@ from clip_cid.summaries import EvaluateSummary
 
 @dataclass(frozen=True)
 class _Sets:
-    """The sets that every model is measured on, and the missing ones."""
+    """The sets that every model is measured on, and those that are not measured."""
 
     labelled: list[EvaluationSet]
     retrieval: list[PairSet]
     missing: dict[str, str]
     """Set -> why it is left out of everything."""
+    failed: dict[tuple[str, str], str] = field(default_factory=dict[tuple[str, str], str])
+    """Set and protocol -> why it turned out not to be measurable."""
+
+    def reasons(self, task: str) -> dict[str, str]:
+        """Set -> why this protocol has no score of it."""
+        failed = {name: reason for (name, of_task), reason in self.failed.items() if of_task == task}
+        return {**self.missing, **failed}
+
+    def not_measured(self) -> dict[str, str]:
+        """Set -> why it has no score, or which ones it lacks and why."""
+        lacks: dict[tuple[str, str], list[str]] = {}
+        for (name, task), reason in self.failed.items():
+            lacks.setdefault((name, reason), []).append(PROTOCOLS[task].short)
+        reasons: dict[str, list[str]] = {}
+        for (name, reason), protocols in lacks.items():
+            reasons.setdefault(name, []).append(f"no {', no '.join(protocols)}: {reason}")
+        return {**self.missing, **{name: " ".join(parts) for name, parts in reasons.items()}}
 
     def measurements(self, recipe: Recipe) -> list[Measurement]:
         settings = recipe.evaluate
@@ -62,7 +79,12 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> EvaluateSummary:
 
     results = Results(out, folder.earlier(EVALUATE))
     for name, reference in models.items():
-        _measure(_encoder(name, reference, folder, recipe), measurements, results)
+        _measure(_encoder(name, reference, folder, recipe), measurements, results, sets.failed)
+    if sets.failed and not results.scores:
+        raise DataError(
+            f"evaluate: nothing could be measured: {next(iter(sets.failed.values()))}",
+            fix="Mend the sets, or name others.",
+        )
     results.close()
     if stale := prune(_cache(folder), frozenset(entry for score in results.scores for entry in score.cached)):
         log.info(f"evaluate: {stale} cached features of other models or sets deleted")
@@ -73,9 +95,9 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> EvaluateSummary:
     write_clip_benchmark(out / "clip_benchmark", results.scores, models)
 
     _print(list(models), tables, results.scores)
-    for name, reason in sets.missing.items():
-        log.say(f"{name} was not measured: {reason}")
-    return _summary(list(models), tables, sets.missing)
+    for name, reason in sets.not_measured().items():
+        log.say(f"{name}: {reason}" if name not in sets.missing else f"{name} was not measured: {reason}")
+    return _summary(list(models), tables, sets.not_measured())
 
 
 def _models(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
@@ -177,16 +199,28 @@ def _say_plan(models: Mapping[str, str], sets: _Sets, measurements: Sequence[Mea
     )
 
 
-def _measure(encoder: Encoder, measurements: Sequence[Measurement], results: Results) -> None:
-    """Measure one model on everything; earlier measurements are taken over."""
+def _measure(
+    encoder: Encoder, measurements: Sequence[Measurement], results: Results, failed: dict[tuple[str, str], str]
+) -> None:
+    """Measure one model on everything; earlier measurements are taken over.
+
+    A set that turns out not to be measurable is added to `failed`: no other model is measured on it.
+    """
     known = 0
     for measurement in measurements:
+        if (measurement.set, measurement.task) in failed:
+            continue
         key = measurement.key(encoder)
         if results.take_over(key, model=encoder.name) is not None:
             known += 1
             continue
         encoder.forget_used()
-        scores, answers = measurement.measure(encoder)
+        try:
+            scores, answers = measurement.measure(encoder)
+        except UnmeasurableError as error:
+            failed[measurement.set, measurement.task] = f"{error.problem} {error.fix}"
+            log.warn(f"{error.problem} No {PROTOCOLS[measurement.task].short} on it. {error.fix}")
+            continue
         cached = tuple(encoder.forget_used())
         results.add(key, [replace(score, cached=cached) for score in scores], answers)
     if known:
@@ -222,14 +256,14 @@ def _tables(results: Results, sets: _Sets, recipe: Recipe) -> dict[str, Table]:
     for task, protocol in PROTOCOLS.items():
         if task == RETRIEVAL or not getattr(settings, task):
             continue
-        missing = {**sets.missing, **untrained} if protocol.needs_training_images else sets.missing
+        missing = sets.reasons(task) | (untrained if protocol.needs_training_images else {})
         if groups := _groups(task, recipe):
             gaps = _differences(results, task, groups, recipe)
             tables[task] = score_table(scores, task, groups=groups, missing=missing, differences=gaps)
     if settings.retrieval:
         gaps = _differences(results, RETRIEVAL, [], recipe)
         tables[RETRIEVAL] = retrieval_table(
-            scores, sets=list(settings.retrieval), missing=sets.missing, differences=gaps
+            scores, sets=list(settings.retrieval), missing=sets.reasons(RETRIEVAL), differences=gaps
         )
     return tables
 

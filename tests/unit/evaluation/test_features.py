@@ -15,7 +15,7 @@ from torch import nn
 
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.errors import ConfigError, DataError
-from clip_cid.evaluation.features import Encoder, prune
+from clip_cid.evaluation.features import Encoder, UnmeasurableError, prune
 from clip_cid.evaluation.towers import both_features
 from clip_cid.models.clip import Clip
 from clip_cid.models.teacher import weights_sha256
@@ -175,6 +175,33 @@ def test_more_than_one_bad_image_in_a_hundred_is_an_error_and_leaves_nothing(tmp
     with pytest.raises(DataError, match=r"2 images so far .* more than 1 % of 100: noise 3 \(no image\), noise 50"):
         encoder(clip, tmp_path).images(Noise(100, broken=frozenset({3, 50})), before=False)
     assert not list((tmp_path / "cache").rglob("*.npy"))
+
+
+@pytest.mark.parametrize(("count", "broken", "left"), [(20, 1, 19), (2, 1, 1), (100, 1, 99), (300, 3, 297)])
+def test_one_bad_image_or_one_in_a_hundred_is_left_out(count: int, broken: int, left: int, tmp_path: Path) -> None:
+    found = encoder(tiny_clip(tmp_path), tmp_path).images(Noise(count, frozenset(range(broken))), before=False)
+    assert (len(found.rows), len(found.after), len(found.bad)) == (left, left, broken)
+
+
+@pytest.mark.parametrize(("count", "broken"), [(20, 2), (1, 1), (2, 2), (299, 3)])
+def test_more_bad_images_or_nothing_else_make_a_set_unmeasurable(count: int, broken: int, tmp_path: Path) -> None:
+    with pytest.raises(UnmeasurableError, match="cannot be decoded"):
+        encoder(tiny_clip(tmp_path), tmp_path).images(Noise(count, frozenset(range(broken))), before=False)
+
+
+def test_a_split_that_is_refused_once_is_not_decoded_again(tmp_path: Path) -> None:
+    class Counted(Noise):
+        loads = 0
+
+        def load(self, row: int) -> Image.Image:
+            Counted.loads += 1
+            return super().load(row)
+
+    there, source = encoder(tiny_clip(tmp_path), tmp_path), Counted(3, broken=frozenset({0, 1}))
+    for before in (True, False):
+        with pytest.raises(UnmeasurableError):
+            there.images(source, before=before)
+    assert Counted.loads == 3
 
 
 def test_a_pass_that_is_cut_short_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:

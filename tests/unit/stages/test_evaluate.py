@@ -323,6 +323,102 @@ def test_what_a_result_depends_on_makes_it_stale(
     assert measured == [("student", "colors zero_shot")]
 
 
+# --- One set that cannot be measured does not end the others ---
+
+
+def spoilt(root: Path, *files: str) -> Path:
+    for file in files:
+        (root / file).write_bytes(b"no image")
+    return root
+
+
+def prompted(root: Path) -> Path:
+    (root / "templates.txt").write_text("a {c}")
+    return root
+
+
+@pytest.mark.slow
+def test_one_unreadable_image_of_twenty_is_left_out_counted_and_named(run_folder: Path, tmp_path: Path) -> None:
+    root = prompted(folder_set(tmp_path / "shapes", each=7, splits=("test",)))
+    (root / "test" / "red_thing" / "0.jpg").unlink()
+    spoilt(root, "test/red_thing/1.jpg")
+    _, rows = run(run_folder, tmp_path / "out", sets={"shapes": str(root)})
+    assert rows[0]["n"] == 19
+    assert len(rows[0]["bad_images"]) == 1
+    assert str(root / "test" / "red_thing" / "1.jpg") in rows[0]["bad_images"][0]
+
+
+@pytest.mark.slow
+def test_a_set_of_too_many_unreadable_images_is_named_and_the_others_are_measured(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = prompted(folder_set(tmp_path / "bad", each=7))
+    spoilt(bad, "test/red_thing/0.jpg", "test/blue_thing/0.jpg")
+    half = prompted(folder_set(tmp_path / "half", each=7))
+    spoilt(half, "train/red_thing/0.jpg", "train/blue_thing/0.jpg")
+    tar = pair_tar(tmp_path / "pairs.tar", {f"p{number}": (f"caption {number}",) for number in range(6)})
+    pictures = [(f"{key}.jpg", b"no image") for key in "ab"] + [(f"{key}.txt", b"a thing") for key in "ab"]
+    write_tar(tmp_path / "broken.tar", sorted(pictures))
+    summary, rows = run(
+        run_folder,
+        tmp_path / "out",
+        sets={"bad": str(bad), "half": str(half), "good": str(tar_set(tmp_path / "good"))},
+        retrieval={"broken": [str(tmp_path / "broken.tar")], "pairs": [str(tar)]},
+        compare={"other": f"local-dir:{run_folder / 'other'}"},
+    )
+
+    measured = {(row["model"], row["set"], row["task"]) for row in rows}
+    of_good = {("good", task) for task in ("zero_shot", "linear_probe", "knn")}
+    expected = {*of_good, ("half", "zero_shot"), ("pairs", "retrieval")}
+    assert measured == {(model, *one) for model in ("student", "other") for one in expected}
+    assert summary["missing"].keys() == {"bad", "half", "broken"}
+    assert summary["mean_of"] == {"zero_shot": "2/3", "linear_probe": "1/3", "knn": "1/3", "retrieval": "1/2"}
+    printed = capsys.readouterr().out
+    assert "bad: no zero-shot, no linear probe, no neighbors: bad/test: 2 images so far cannot be decoded" in printed
+    assert "half: no linear probe, no neighbors: half/train: 2 images so far cannot be decoded" in printed
+    assert "broken: no retrieval: broken/pairs: 2 images so far cannot be decoded" in printed
+    assert read_json(tmp_path / "out" / "linear_probe.json")["missing"].keys() == {"bad", "half"}
+    assert read_json(tmp_path / "out" / "zero_shot.json")["missing"].keys() == {"bad"}
+
+
+def test_if_no_set_can_be_measured_the_stage_fails(run_folder: Path, tmp_path: Path) -> None:
+    root = prompted(folder_set(tmp_path / "bad", each=1, splits=("test",)))
+    spoilt(root, "test/red_thing/0.jpg", "test/blue_thing/0.jpg")
+    with pytest.raises(DataError, match="nothing could be measured: bad/test: 2 images so far cannot be decoded"):
+        run(run_folder, tmp_path / "out", sets={"bad": str(root)})
+
+
+@pytest.mark.slow
+def test_a_mended_set_is_measured(run_folder: Path, tmp_path: Path) -> None:
+    root = prompted(folder_set(tmp_path / "set", each=2, splits=("test",)))
+    whole = (root / "test" / "red_thing" / "0.jpg").read_bytes()
+    spoilt(root, "test/red_thing/0.jpg", "test/blue_thing/0.jpg")
+    sets = {"set": str(root), "digits": "builtin:digits"}
+    settings: dict[str, Any] = {"linear_probe": False, "knn": False}
+    assert run(run_folder, tmp_path / "a", sets=sets, **settings)[0]["missing"].keys() == {"set"}
+    (root / "test" / "red_thing" / "0.jpg").write_bytes(whole)
+    assert run(run_folder, tmp_path / "b", sets=sets, **settings)[0]["missing"] == {}
+
+
+@pytest.mark.slow
+def test_a_set_with_one_training_image_a_class_has_no_probe_and_says_so(run_folder: Path, tmp_path: Path) -> None:
+    root = prompted(folder_set(tmp_path / "set", each=1))
+    summary, rows = run(run_folder, tmp_path / "out", sets={"set": str(root)})
+    assert [row["task"] for row in rows] == ["zero_shot", "knn"]
+    assert "no linear probe: set: every class has a single training image" in summary["missing"]["set"]
+
+
+@pytest.mark.slow
+def test_a_class_whose_training_images_are_all_unreadable_is_named(run_folder: Path, tmp_path: Path) -> None:
+    root = prompted(folder_set(tmp_path / "set", each=5))
+    for copy in range(1, 5):
+        (root / "train" / "red_thing" / f"{copy}.jpg").unlink()
+    spoilt(root, "train/red_thing/0.jpg")
+    summary, rows = run(run_folder, tmp_path / "out", sets={"set": str(root)})
+    assert [row["task"] for row in rows] == ["zero_shot"]
+    assert "1 of 3 classes have no training image that can be decoded, the first red thing" in summary["missing"]["set"]
+
+
 # --- What a result is of is its content ---
 
 

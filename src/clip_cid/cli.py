@@ -1,10 +1,11 @@
 """The command line: read the recipe, call the pipeline, print. No logic of its own, and no torch at import."""
 
+import contextlib
 import dataclasses
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,19 +15,34 @@ from tyro.conf import Positional
 from clip_cid import log, os_errors, pipeline, units
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.overruling import let_flags_count, settings_given
-from clip_cid.recipe import Config, Recipe, commented_recipe, one_line, parse_recipe, read_recipe, read_run_recipe
+from clip_cid.recipe import (
+    ALLOW_PIPE,
+    Config,
+    Recipe,
+    commented_recipe,
+    one_line,
+    parse_recipe,
+    read_recipe,
+    read_run_recipe,
+)
 from clip_cid.run_folder import RunFolder, atomic_file
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE, REPORT
 from clip_cid.tasks import torchrun_place
 
+# No line begins with a sign or a digit: tyro would break the paragraph there.
 _ABOUT = """Distil a huge CLIP into a small one on your own image-text data.
 
 pairs -> embed -> balance -> cluster -> distill -> evaluate -> draw -> report.
 
-`clip-cid run RUN --recipe FILE` runs all stages and repeats nothing that is up to date. Each stage is
-also a command of its own. Start with `clip-cid init` (a recipe with every setting explained) or
-`clip-cid sample` (pairs to try it with). Add --debug to see the traceback of an error. The exit code is
-0 for success, 1 for bad data or state, 2 for a bad setting."""
+All stages run with `clip-cid run RUN --recipe FILE`; nothing that is up to date is repeated. Each stage
+is also a command of its own. Start with `clip-cid init` (a recipe with every setting explained) or
+with `clip-cid sample` (pairs to try it with).
+
+A flag overrules the recipe. A list is replaced as a whole. Of settings with names (evaluate.sets and
+others), entries are added, those of the same name are replaced, and the flag alone removes all.
+
+Add --debug to see the traceback of an error. The exit code is 0 for success, 1 for bad data or state,
+and 2 for a bad setting."""
 
 _STAGE_HELP = {
     "check": "Try the first steps of a training and discard them: shows mistakes, memory, FLOPs, disk and hours.",
@@ -49,6 +65,11 @@ _FOLDER = "The run folder; created when it does not exist."
 _UNTOUCHED = "The run folder. It need not exist, and nothing in it changes."
 _COMMON: tuple[tuple[str, Any, str], ...] = (
     ("recipe", Path | None, "A recipe file. Default: the one stored in the run folder, else the default settings."),
+    (
+        "allow_pipe",
+        bool,
+        f"Let a source `pipe:COMMAND` of the recipe run its shell command. The same as {ALLOW_PIPE}=1 in the environment.",
+    ),
     (
         "embeddings",
         Path | None,
@@ -112,9 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     log.setup(quiet=torchrun_place().rank > 0)
     try:
-        commands = _commands(_recipe_for(arguments), arguments)
         done = tyro.extras.subcommand_cli_from_dict(
-            commands, prog="clip-cid", description=_ABOUT, args=arguments, sort_subcommands=False
+            _commands(arguments), prog="clip-cid", description=_ABOUT, args=arguments, sort_subcommands=False
         )
         return done if isinstance(done, int) else done.start()
     except ClipCidError as error:
@@ -135,27 +155,15 @@ def _fail(message: str, code: int, debug: bool) -> int:
     return code
 
 
-def _recipe_for(arguments: Sequence[str]) -> Recipe:
-    """The recipe that gives the flags their defaults: it is read before they are parsed."""
-    for index, argument in enumerate(arguments):
-        if argument == "--recipe" and index + 1 < len(arguments):
-            return read_recipe(Path(arguments[index + 1]))
-        if argument.startswith("--recipe="):
-            return read_recipe(Path(argument.removeprefix("--recipe=")))
-    if any(argument in ("-h", "--help") for argument in arguments):
-        return Recipe()
-    stored = [Path(argument) / pipeline.RECIPE_FILE for argument in arguments[1:]]
-    return next((read_run_recipe(path) for path in stored if path.is_file()), Recipe())
-
-
-def _commands(recipe: Recipe, arguments: Sequence[str] = ()) -> dict[str, Callable[..., Any]]:
-    given = settings_given(arguments, recipe.model_dump(), _SHORT)
+def _commands(arguments: Sequence[str] = ()) -> dict[str, Callable[..., Any]]:
+    _refuse_repeated(arguments)
+    sections, given = tuple(Recipe.model_fields), settings_given(arguments, Recipe().model_dump(), _SHORT)
     commands = {
-        "run": _recipe_command("run", tuple(Recipe.model_fields), recipe, given, _run),
-        "check": _recipe_command("check", tuple(Recipe.model_fields), recipe, given, _check),
+        "run": _recipe_command("run", sections, given, _run),
+        "check": _recipe_command("check", sections, given, _check),
     }
     for stage in pipeline.STAGES:
-        commands[stage.name] = _recipe_command(stage.name, (*stage.sections, "machine"), recipe, given, _run)
+        commands[stage.name] = _recipe_command(stage.name, (*stage.sections, "machine"), given, _run)
     return commands | {
         "status": status,
         "verify": verify,
@@ -168,23 +176,45 @@ def _commands(recipe: Recipe, arguments: Sequence[str] = ()) -> dict[str, Callab
     }
 
 
+def _refuse_repeated(arguments: Sequence[str]) -> None:
+    """Refuse a flag with several values that is given twice: only the last would count."""
+    flags = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
+    for name in ("model", "values", *_with_several_values(Recipe())):
+        flag = f"--{name.replace('_', '-')}"
+        if flags.count(flag) > 1:
+            raise ConfigError(
+                f"{flag} is given {flags.count(flag)} times, and only the last would count.",
+                fix=f"Give all values after one {flag}; a second command can add more entries with names.",
+            )
+
+
+def _with_several_values(section: Config, prefix: str = "") -> Generator[str]:
+    """The names of the settings that take several values."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Config):
+            yield from _with_several_values(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple | dict):
+            yield prefix + name
+
+
 def _recipe_command(
-    name: str,
-    sections: Sequence[str],
-    recipe: Recipe,
-    given: Sequence[str],
-    act: Callable[[str, Any, Recipe], None],
+    name: str, sections: Sequence[str], given: Sequence[str], act: Callable[[str, Any, Recipe], None]
 ) -> Callable[..., Any]:
     """A command with the common flags and one for each setting of `sections`, as a class that tyro reads."""
     folder = tyro.conf.arg(metavar="RUN", help=_UNTOUCHED if name == "check" else _FOLDER)
     fields: list[Any] = [("run", Annotated[Positional[Path], folder])]
     for flag, kind, text in (*_COMMON, *_EXTRAS.get(name, _FORCE)):
         value = {bool: False, tuple[str, ...]: ()}.get(kind)
-        fields.append((flag, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=value)))
-    fields += [(section, *_flags(getattr(recipe, section))) for section in sections]
+        kind = Annotated[kind, tyro.conf.arg(help=text), tyro.conf.FlagCreatePairsOff]  # no --no-force
+        fields.append((flag, kind, dataclasses.field(default=value)))
+    fields += [(section, *_flags(Recipe.model_fields[section].default)) for section in sections]
 
     def start(flags: Any) -> int:
-        settings = recipe.model_dump() | {part: dataclasses.asdict(getattr(flags, part)) for part in sections}
+        recipe = _stored_recipe(flags.run) if flags.recipe is None else read_recipe(flags.recipe)
+        settings = (recipe or Recipe()).model_dump()
+        for section in sections:
+            _lay_over(settings[section], getattr(flags, section), section, given)
 
         # Flags that are short for settings.
         for flag, setting in _SHORT.items():
@@ -200,19 +230,55 @@ def _recipe_command(
         # Models to measure; a folder that is not a run has no student.
         if models := _models(getattr(flags, "model", ()), getattr(flags, "pretrained", None)):
             settings["evaluate"]["compare"] |= models
-            if flags.recipe is None and not (flags.run / pipeline.RECIPE_FILE).is_file():
+            if recipe is None:
                 settings["evaluate"]["student"] = False
 
         wanted = parse_recipe(settings, where="settings")
         for stage in dict.fromkeys(setting.partition(".")[0] for setting in given):
             if stage in sections and stage in _STAGE_HELP and not wanted.uses(stage):
                 log.warn(f"--{stage}...: this recipe does not use {stage}, so its settings have no effect")
-        act(name, flags, wanted)
+        with _pipes(flags.allow_pipe):
+            act(name, flags, wanted)
         return 0
 
     command = dataclasses.make_dataclass(name, fields, namespace={"start": start})
     command.__doc__ = _STAGE_HELP[name]
     return command
+
+
+def _stored_recipe(run: Path) -> Recipe | None:
+    """The recipe of a run; None where no run has begun."""
+    path = run / pipeline.RECIPE_FILE
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return read_run_recipe(path)
+
+
+def _lay_over(settings: dict[str, Any], flags: Any, section: str, given: Sequence[str]) -> None:
+    """Put the flags that are given over the settings of a recipe. Entries with names join those it has."""
+    for field in dataclasses.fields(flags):
+        value, name = getattr(flags, field.name), f"{section}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            _lay_over(settings[field.name], value, name, given)
+        elif name in given:
+            settings[field.name] = settings[field.name] | value if value and isinstance(value, dict) else value
+
+
+@contextlib.contextmanager
+def _pipes(allowed: bool) -> Generator[None]:
+    """Inside, `pipe:` is allowed to this process and to those it starts, if `allowed` or if it was before."""
+    before = os.environ.get(ALLOW_PIPE)
+    if allowed:
+        os.environ[ALLOW_PIPE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(ALLOW_PIPE, None)
+        else:
+            os.environ[ALLOW_PIPE] = before
 
 
 def _models(names: Sequence[str], tag: str | None) -> dict[str, str]:
@@ -295,7 +361,7 @@ def verify(run: Run) -> int:
     return 0
 
 
-def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000) -> int:
+def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000, allow_pipe: bool = False) -> int:
     """Write the balanced list of a run, keys.txt and keys.parquet, and with --shards the kept pairs as tars.
 
     When it was killed, the same command resumes it.
@@ -306,12 +372,13 @@ def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000) -
         shards: Also write the kept pairs as WebDataset tars. Their files are copied byte for byte from
             pairs.source of the run's recipe.
         shard_size: Pairs in a tar.
+        allow_pipe: Let a source `pipe:COMMAND` of the recipe run its shell command.
     """
     from clip_cid.publish.subset import export_subset
 
     folder = _existing(run)
     recipe = read_run_recipe(run / pipeline.RECIPE_FILE)
-    with os_errors.explained(out, kept="Finished tars are kept."):
+    with _pipes(allow_pipe), os_errors.explained(out, kept="Finished tars are kept."):
         said = export_subset(folder, recipe, out, shard_size=shard_size if shards else None)
     log.say(said)
     return 0
@@ -325,6 +392,7 @@ def ablate(
     values: tuple[str, ...] = (),
     peers: bool = False,
     dry_run: bool = False,
+    allow_pipe: bool = False,
 ) -> int:
     """Vary one setting of a recipe, as the paper's Tables 4 to 7 do, with several seeds: one table with intervals.
 
@@ -339,13 +407,14 @@ def ablate(
             NAME/TAG). Default: the paper's, scaled to the recipe.
         peers: Also train with the losses of peers (for losses only).
         dry_run: Only print what would be run.
+        allow_pipe: Let a source `pipe:COMMAND` of the recipe run its shell command.
     """
     from clip_cid.ablations import runs, variants
 
     page = read_recipe(recipe)
     plan = variants.plan(table, page, values=values, peers=peers)
     start = runs.preview if dry_run else runs.run
-    with os_errors.explained(out, kept="Finished runs are kept."):
+    with _pipes(allow_pipe), os_errors.explained(out, kept="Finished runs are kept."):
         start(plan, page, out, seeds=seeds)
     return 0
 

@@ -35,6 +35,8 @@ from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, EVALUATE
 Share = Annotated[float, Field(ge=0, le=1)]
 Metric = Literal["cosine", "squared_euclidean", "euclidean"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+ALLOW_PIPE = "CLIP_CID_ALLOW_PIPE"
+"""The environment variable that lets a source `pipe:COMMAND` run its command: a recipe may be somebody else's."""
 _LIMITS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
 
 
@@ -64,7 +66,8 @@ class PairsConfig(Config):
 
     source: tuple[str, ...] = ()
     """WebDataset tars or their URLs, CSV/TSV/Parquet tables, or folders of images with .txt files
-    (one caption a line). All must be of one kind. Brace ranges and wildcards are allowed."""
+    (one caption a line). All must be of one kind. Brace ranges and wildcards are allowed.
+    `pipe:COMMAND` reads a tar from a shell command, if `--allow-pipe` is given."""
     image_column: str = "image"
     """Table only: the column with the image paths, relative to the table."""
     caption_column: str = "caption"

@@ -2,7 +2,10 @@
 
 import contextlib
 import io
+import os
+import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from clip_cid import cli, pipeline
-from clip_cid.recipe import Recipe
+from clip_cid.recipe import ALLOW_PIPE, Recipe, dump_recipe
+from clip_cid.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[2]
 
 
 def clip_cid(*arguments: str | Path, cwd: Path = Path()) -> subprocess.CompletedProcess[str]:
@@ -269,3 +275,205 @@ def test_a_model_without_weights_is_exit_1_in_two_lines(tmp_path: Path, capsys):
     problem, fix = capsys.readouterr().err.strip().splitlines()[-2:]
     assert "no open_clip_config.json here" in problem
     assert "open_clip_model.safetensors" in fix
+
+
+def settings_of_run(monkeypatch: pytest.MonkeyPatch, command: str, run: Path, *flags: str) -> Recipe:
+    """The recipe that a command runs with; it is stored in the run, as the pipeline does."""
+    seen: list[Recipe] = []
+
+    def store(folder: RunFolder, recipe: Recipe, **rest: object) -> None:
+        seen.append(recipe)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        (folder.path / pipeline.RECIPE_FILE).write_text(dump_recipe(recipe))
+
+    monkeypatch.setattr(pipeline, "run", store)
+    assert cli.main([command, str(run), *flags]) == 0
+    return seen[0]
+
+
+NAMED = {
+    "evaluate.sets": ("builtin:digits", "data/a", "data/b"),
+    "evaluate.compare": ("run:a", "run:b", "run:c"),
+    "evaluate.retrieval": (("a.tar",), ("b.tar", "c.tar"), ("d.tar",)),
+    "distill.validation.sets": ("builtin:digits", "data/a", "data/b"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", NAMED)
+def test_entries_with_names_are_added_replaced_and_removed_by_flags(monkeypatch, tmp_path: Path, setting: str):
+    run, values = tmp_path / "run", NAMED[setting]
+    fixed = ["--distill.validation.metric", "zero_shot"] if "validation" in setting else []
+
+    def entries(*flags: str) -> dict[str, object]:
+        value: object = settings_of_run(monkeypatch, "run", run, *flags)
+        for part in setting.split("."):
+            value = getattr(value, part)
+        assert isinstance(value, dict)
+        return value
+
+    def flag(name: str, value: str | tuple[str, ...]) -> list[str]:
+        return [f"--{setting}", name, *([value] if isinstance(value, str) else value)]
+
+    one, two, three = values
+    assert entries(*flag("one", one), *fixed) == {"one": one}
+    assert entries(*flag("one", one), *fixed) == {"one": one}  # the same command again
+    assert entries(*flag("two", two)) == {"one": one, "two": two}
+    assert entries(*flag("one", three)) == {"one": three, "two": two}
+    assert entries("--machine.workers", "3") == {"one": three, "two": two}
+    if "validation" not in setting:  # its metric needs one
+        assert entries(f"--{setting}") == {}
+
+
+@pytest.mark.slow
+def test_numbers_with_names_are_added_and_replaced_by_flags(monkeypatch, tmp_path: Path):
+    flags = ["--distill.augmentation", "gray_scale_prob", "0.1", "--distill.schedule", "clip", "0", "1", "0.5", "0"]
+    for _ in range(2):
+        distill = settings_of_run(monkeypatch, "distill", tmp_path, *flags).distill
+        assert (distill.augmentation, distill.schedule) == ({"gray_scale_prob": 0.1}, {"clip": ((0, 1), (0.5, 0))})
+    flags = ["--distill.augmentation", "color_jitter", "0.2", "color_jitter_prob", "0.8", "gray_scale_prob", "0.3"]
+    distill = settings_of_run(monkeypatch, "distill", tmp_path, *flags, "--distill.schedule").distill
+    assert distill.augmentation == {"color_jitter": 0.2, "color_jitter_prob": 0.8, "gray_scale_prob": 0.3}
+    assert distill.schedule == {}
+
+
+@pytest.mark.slow
+def test_a_list_is_replaced_as_a_whole(monkeypatch, tmp_path: Path):
+    assert settings_of_run(monkeypatch, "run", tmp_path, "--pairs.source", "a", "b").pairs.source == ("a", "b")
+    assert settings_of_run(monkeypatch, "run", tmp_path, "--pairs.source", "c").pairs.source == ("c",)
+    assert settings_of_run(monkeypatch, "run", tmp_path).pairs.source == ("c",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--evaluate.sets", "a", "x", "--evaluate.sets", "b", "y"],
+        ["--pairs.source=a", "--pairs.source", "b"],
+        ["--pairs.keep_fields", "a", "--pairs.keep-fields", "b"],
+        ["--model", "run:a", "--model", "run:b"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_a_flag_with_several_values_is_not_given_twice_though_the_parser_would_take_the_last(
+    tmp_path: Path, capsys, flags: list[str]
+):
+    assert cli.main(["evaluate", str(tmp_path / "out"), *flags]) == 2
+    assert "is given 2 times, and only the last would count" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def commands_of_the_documents() -> list[list[str]]:
+    """Those of the command line that take settings, as they stand in the documents."""
+    stages = {"run", "check", *(stage.name for stage in pipeline.STAGES)}
+    commands: list[list[str]] = []
+    for document in [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]:
+        for line in re.findall(
+            r"^\s*(?:\S*/clip-cid|clip-cid|torchrun .*-m clip_cid) (.+)", document.read_text(), re.M
+        ):
+            words = shlex.split(line, comments=True)
+            if words and words[0] in stages and len(words) > 1:
+                commands.append(words)
+    return commands
+
+
+def test_the_documents_show_commands():
+    assert {words[0] for words in commands_of_the_documents()} >= {"run", "check", "balance", "distill", "evaluate"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands_of_the_documents(), ids=" ".join)
+def test_a_command_of_the_documents_is_accepted_twice_with_the_same_settings(
+    monkeypatch, tmp_path: Path, command: list[str]
+):
+    monkeypatch.chdir(tmp_path)
+    recipe = [command[place + 1] for place, word in enumerate(command) if word == "--recipe"]
+    for name in recipe:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shipped = ROOT / name
+        Path(name).write_text(shipped.read_text() if shipped.is_file() else "pairs: {source: [a.tar]}")
+    monkeypatch.setattr("clip_cid.check.check", lambda folder, recipe: pipeline.run(folder, recipe))
+    monkeypatch.setattr("clip_cid.check.printout.say", lambda report: None)
+    monkeypatch.setattr("clip_cid.report.sweep.sweep", lambda folder: (("threshold",), (("0.1",),)))
+    first = settings_of_run(monkeypatch, command[0], Path(command[1]), *command[2:])
+    assert settings_of_run(monkeypatch, command[0], Path(command[1]), *command[2:]) == first
+
+
+@pytest.mark.slow
+def test_only_the_run_folder_is_looked_into_for_a_recipe(monkeypatch, tmp_path: Path):
+    """Not the folders that other flags name."""
+    data = tmp_path / "data"
+    data.mkdir()
+    run, flags = tmp_path / "run", ["--embeddings", str(data), "--pairs.source", str(data)]
+    for text in ("balance: {threshold: 0.3}", "somebody: else's", "{{{"):
+        (data / "recipe.yaml").write_text(text)
+        assert settings_of_run(monkeypatch, "balance", run, *flags[:2]).balance.threshold == 0.07
+        assert settings_of_run(monkeypatch, "embed", run, *flags).balance.threshold == 0.07
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_the_run_folder_is_looked_into_wherever_it_stands(monkeypatch, tmp_path: Path, order: int):
+    (tmp_path / "recipe.yaml").write_text("cluster: {seed: 5}")
+    seen = {}
+    monkeypatch.setattr(pipeline, "run", lambda folder, recipe, **rest: seen.update(recipe=recipe))
+    words = ["--balance.threshold=0.3", "--force"]
+    words.insert(order, str(tmp_path))
+    assert cli.main(["balance", *words]) == 0
+    assert (seen["recipe"].cluster.seed, seen["recipe"].balance.threshold) == (5, 0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["balance", "check", "status", "verify"])
+@pytest.mark.parametrize("run", ["x" * 5000, "file/run", "loop"])
+def test_a_run_folder_that_cannot_be_is_two_lines(tmp_path: Path, command: str, run: str):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    done = clip_cid(command, run, cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert run[:50] in done.stderr or "pairs.source" in done.stderr
+
+
+def test_a_broken_recipe_of_a_run_does_not_matter_where_another_is_given(monkeypatch, tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("{{{")
+    (tmp_path / "mine.yaml").write_text("cluster: {seed: 5}")
+    recipe = settings_of_run(monkeypatch, "run", tmp_path, "--recipe", str(tmp_path / "mine.yaml"))
+    assert recipe.cluster.seed == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [None, "0"])
+def test_pipes_are_allowed_for_one_command_only(monkeypatch, tmp_path: Path, before: str | None):
+    monkeypatch.delenv(ALLOW_PIPE, raising=False)
+    if before is not None:
+        monkeypatch.setenv(ALLOW_PIPE, before)
+    seen: list[str | None] = []
+    monkeypatch.setattr(pipeline, "run", lambda folder, recipe, **rest: seen.append(os.environ.get(ALLOW_PIPE)))
+    for flags in ([], ["--allow-pipe"], []):
+        assert cli.main(["run", str(tmp_path), *flags]) == 0
+    assert seen == [before, "1", before]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["check", "run", "distill"])
+def test_a_shell_command_of_a_recipe_is_not_run_by_any_command(tmp_path: Path, monkeypatch, command: str):
+    monkeypatch.delenv(ALLOW_PIPE, raising=False)
+    (tmp_path / "theirs.yaml").write_text(
+        f"pairs: {{source: ['pipe:touch {tmp_path}/ran']}}\nembed: {{teacher: none}}\n"
+        "distill: {weights: clip-only, student: cid-tiny}\nmachine: {cache_dir: cache, workers: 0}\n"
+    )
+    done = clip_cid(command, "out", "--recipe", "theirs.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "add --allow-pipe to the command, or set CLIP_CID_ALLOW_PIPE=1" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "page", [["--help"], ["run", "--help"], ["subset", "--help"], ["push", "--help"]], ids=" ".join
+)
+def test_help_has_no_double_blank_line(page: list[str]):
+    assert "\n\n\n" not in clip_cid(*page).stdout
+
+
+def test_help_says_how_flags_meet_the_recipe():
+    text = " ".join(clip_cid("--help").stdout.split())
+    assert "entries are added, those of the same name are replaced, and the flag alone removes all" in text

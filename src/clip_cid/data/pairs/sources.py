@@ -13,8 +13,8 @@ from braceexpand import braceexpand
 
 from clip_cid.data.pairs.format import Source
 from clip_cid.data.pairs.formats import URL_FORMAT, format_of
-from clip_cid.errors import DataError
-from clip_cid.recipe import PairsConfig
+from clip_cid.errors import ConfigError, DataError
+from clip_cid.recipe import ALLOW_PIPE, PairsConfig
 from clip_cid.run_folder import atomic_file
 
 _FETCH_BYTES = 1 << 20
@@ -104,8 +104,14 @@ def fetch(url: str, path: Path, check: Callable[[Path], Any]) -> None:
     """Download `url` to `path`, which appears only when the transfer is whole and `check` accepts the file.
 
     Raises:
+        ConfigError: It is a shell command, and these are not allowed.
         DataError: The URL cannot be opened, or the transfer failed.
     """
+    if url.strip().lower().startswith("pipe:") and os.environ.get(ALLOW_PIPE) != "1":
+        raise ConfigError(
+            f"{url}: not run, because it is a shell command, and a recipe may be somebody else's.",
+            fix=f"If you trust the recipe, add --allow-pipe to the command, or set {ALLOW_PIPE}=1.",
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         with open(temporary, "wb") as out:
@@ -117,11 +123,13 @@ def fetch(url: str, path: Path, check: Callable[[Path], Any]) -> None:
 def _blocks(url: str) -> Generator[bytes]:
     from webdataset.gopen import gopen  # imports torch, which only URLs need
 
+    # Its older versions give other addresses than pipe: to a shell, too, in single quotes.
+    address = url if url.startswith("pipe:") else url.replace("'", "%27")
     try:
-        with gopen(url, "rb") as stream:
+        with gopen(address, "rb") as stream:
             while block := stream.read(_FETCH_BYTES):
                 yield block
-    except (OSError, ValueError) as error:
+    except (AssertionError, OSError, ValueError) as error:  # it asserts that `pipe:` is in small letters
         raise DataError(
             f"{url}: cannot be fetched ({error}).",
             fix="Try the address by hand (curl, or the command behind pipe:), then run again; fetched shards are kept.",

@@ -1,5 +1,6 @@
 import bz2
 import gzip
+import importlib
 import io
 import json
 import lzma
@@ -28,10 +29,10 @@ from clip_cid.data.pairs.index import duplicate_keys
 from clip_cid.data.pairs.pair import BadSample, Pair
 from clip_cid.data.pairs.pairs import Pairs, fingerprint, open_pairs
 from clip_cid.data.pairs.sample_parts import key_hash
-from clip_cid.data.pairs.sources import cached_path
+from clip_cid.data.pairs.sources import cached_path, fetch
 from clip_cid.data.pairs.tars import scan_tar
-from clip_cid.errors import DataError
-from clip_cid.recipe import PairsConfig
+from clip_cid.errors import ConfigError, DataError
+from clip_cid.recipe import ALLOW_PIPE, PairsConfig
 
 Member = tuple[str, bytes]
 
@@ -447,6 +448,13 @@ def served(tmp_path: Path) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.fixture
+def _pipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user who allows `pipe:`."""
+    monkeypatch.setenv(ALLOW_PIPE, "1")
+
+
+@pytest.mark.usefixtures("_pipes")
 @pytest.mark.parametrize("scheme", ["http", "pipe"])
 def test_a_url_is_fetched_once_and_read_from_the_cache(tmp_path: Path, small: Path, served: str, scheme: str) -> None:
     url = f"{served}/small.tar" if scheme == "http" else f"pipe:cat '{small}'"
@@ -458,9 +466,11 @@ def test_a_url_is_fetched_once_and_read_from_the_cache(tmp_path: Path, small: Pa
     assert [path.read_bytes() for path in (cache / "shards").iterdir()] == [content]
 
 
+@pytest.mark.usefixtures("_pipes")
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
+        ("PIPE:cat {path}", "cannot be fetched"),
         ("pipe:cat {path}; exit 3", "cannot be fetched .*exit 3"),
         ("pipe:head -c 2000 {path}", "cut short at byte 2,000"),
         ("pipe:true", "an empty file"),
@@ -475,6 +485,42 @@ def test_a_failed_fetch_leaves_nothing_in_the_cache(
     with pytest.raises(DataError, match=problem):
         open_pairs(config(url), cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.*"))
+
+
+@pytest.mark.parametrize("allowed", [None, "", "0", "yes"])
+@pytest.mark.parametrize("scheme", ["pipe:", "PIPE:"])
+def test_a_shell_command_is_not_run_unless_the_user_allows_it(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, allowed: str | None
+) -> None:
+    monkeypatch.delenv(ALLOW_PIPE, raising=False)
+    if allowed is not None:
+        monkeypatch.setenv(ALLOW_PIPE, allowed)
+    source = f"{scheme}touch '{tmp_path}/ran'; cat '{small}'"
+    with pytest.raises(ConfigError, match="not run, because it is a shell command") as error:
+        open_pairs(config(source), cache_dir=tmp_path / "cache")
+    assert "--allow-pipe" in error.value.fix
+    assert ALLOW_PIPE in error.value.fix
+    assert {path.name for path in tmp_path.iterdir()} == {small.name}
+
+
+def test_a_shard_that_is_in_the_cache_needs_no_command_and_no_permission(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"pipe:cat '{small}'"
+    monkeypatch.setenv(ALLOW_PIPE, "1")
+    fetched = read_all(open_pairs(config(url), cache_dir=tmp_path / "cache"))
+    monkeypatch.delenv(ALLOW_PIPE)
+    assert read_all(open_pairs(config(url), cache_dir=tmp_path / "cache")) == fetched
+
+
+def test_a_quote_in_an_address_is_no_end_of_a_word_for_a_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """webdataset 0.2.86 runs `curl '{url}'` in a shell."""
+    opened: list[str] = []
+    module = importlib.import_module("webdataset.gopen")  # the package has a function of this name
+    monkeypatch.setattr(module, "gopen", lambda url, mode: opened.append(url) or io.BytesIO())
+    for url in ("http://host/a'; touch ran; '.tar", "gs://bucket/it's.tar"):
+        fetch(url, tmp_path / "file", check=lambda path: None)
+    assert opened == ["http://host/a%27; touch ran; %27.tar", "gs://bucket/it%27s.tar"]
 
 
 def test_urls_that_end_alike_have_files_of_their_own(tmp_path: Path) -> None:
@@ -826,6 +872,7 @@ def test_threads_may_read_more_tars_than_stay_open(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) < 400
 
 
+@pytest.mark.usefixtures("_pipes")
 def test_relative_paths_hold_when_the_working_folder_changes(
     tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

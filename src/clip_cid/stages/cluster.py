@@ -266,4 +266,4 @@ def _read_clusters(folder: Path, *, dim: int, kept: int) -> tuple[np.ndarray, np
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(centers):
         raise DataError(f"{folder}: labels outside the {len(centers):,} centers.", fix=fix)
 
-    return centers.astype(np.float32), labels.astype(np.int32)
+    return centers.astype(np.float32, order="C"), labels.astype(np.int32)

@@ -52,13 +52,14 @@ def read_kept_elsewhere(path: Path, ok: Bool[np.ndarray, " rows"]) -> Int[np.nda
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a .npy array ({error}).", fix=_FIX) from error
     if kept.ndim != 1 or kept.dtype.kind not in "iu" or len(kept) == 0:
-        raise DataError(f"{path}: holds {kept.dtype} of shape {kept.shape}, not row numbers.", fix=_FIX)
-
-    kept = kept.astype(np.int64)
-    if (np.diff(kept) <= 0).any():
+        mask = " A mask becomes row numbers by np.flatnonzero(mask)." if kept.dtype.kind == "b" else ""
+        raise DataError(f"{path}: holds {kept.dtype} of shape {kept.shape}, not row numbers.", fix=_FIX + mask)
+    if (kept[1:] <= kept[:-1]).any():
         raise DataError(f"{path}: row numbers are not sorted and different.", fix=_FIX)
     if kept[0] < 0 or kept[-1] >= len(ok):
         raise DataError(f"{path}: row {kept[0]:,} or {kept[-1]:,} is outside the store's {len(ok):,} rows.", fix=_FIX)
+
+    kept = kept.astype(np.int64)
     if not ok[kept].all():
         bad = kept[~ok[kept]]
         raise DataError(f"{path}: {len(bad):,} rows have no embedding, the first is row {bad[0]:,}.", fix=_FIX)

@@ -14,6 +14,9 @@ A store of imported embeddings refers to their files where they are, and holds o
 import dataclasses
 import io
 import json
+import math
+import zipfile
+import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +35,8 @@ SKIPPED_FILE, PROGRESS_FILE = "skipped.jsonl", "store.part.jsonl"
 FOLDERS = {"image": "img_emb", "text": "text_emb", "more_text": "more_text_emb", "metadata": "metadata"}
 COLUMNS = ("key", "caption", "captions", "ok", "width", "height")
 AGAIN = "Run the embed stage again, with --force."
+_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_UNREADABLE = (OSError, zlib.error, zipfile.BadZipFile)  # of the file or of the archive, not of the header
 _FORMAT, _VERSION = "clip-cid embedding store", 1
 
 
@@ -155,9 +160,10 @@ def array_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
     if fortran or dtype.hasobject:
         raise DataError(f"{path}: rows are not stored one after the other as plain numbers.", fix=AGAIN)
 
-    size, expected = path.stat().st_size, offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size, expected = path.stat().st_size, offset + math.prod(shape) * dtype.itemsize
     if size != expected:
-        raise DataError(f"{path}: {size:,} bytes, but {shape} {dtype} needs {expected:,}; it is cut short.", fix=AGAIN)
+        how = "cut short" if size < expected else "longer than it says"
+        raise DataError(f"{path}: {size:,} bytes, but {shape} {dtype} needs {expected:,}; it is {how}.", fix=AGAIN)
     return shape, dtype
 
 
@@ -235,11 +241,18 @@ def read_array_header(handle: IO[bytes] | io.BufferedIOBase) -> tuple[tuple[int,
     """Shape, whether columns come first, and type of the .npy that begins here; its numbers follow.
 
     Raises:
-        ValueError: It is not a .npy of version 1 or 2.
+        OSError: It cannot be read.
+        ValueError: It is not a whole header of version 1 or 2.
     """
-    version = np.lib.format.read_magic(handle)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(handle)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(handle)
-    raise ValueError(f"version {version} of the format")
+    try:
+        version = np.lib.format.read_magic(handle)
+        if version not in _HEADER_READERS:
+            raise ValueError(f"version {version} of the format")
+        shape, fortran, dtype = _HEADER_READERS[version](handle)
+    except _UNREADABLE:
+        raise
+    except Exception as error:  # the header is parsed as Python, so a damaged one raises nearly anything
+        raise ValueError(" ".join(str(error).split())) from error
+    if any(length < 0 for length in shape):
+        raise ValueError(f"shape {shape}")
+    return shape, fortran, dtype

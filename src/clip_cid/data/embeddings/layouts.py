@@ -10,6 +10,7 @@ X/part1.npy ... or one X.npy       rows of images alone, with or without part1.p
 import contextlib
 import dataclasses
 import io
+import math
 import zipfile
 import zlib
 from collections.abc import Generator, Iterator, Sequence
@@ -443,7 +444,7 @@ def _member_header(path: Path, member: str) -> tuple[tuple[int, ...], np.dtype[A
     except _BROKEN as error:
         raise _broken(f"{path} ({member})", error) from error
 
-    expected = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    expected = offset + math.prod(shape) * dtype.itemsize
     if fortran or dtype.hasobject:
         raise DataError(f"{path} ({member}): rows are not stored one after the other as plain numbers.", fix=_AGAIN)
     if size != expected:

@@ -1,5 +1,6 @@
 """Which files of a folder are taken for what: names where they are clear, an error where they are not."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -248,3 +249,40 @@ def test_any_name_is_taken_apart(name: str) -> None:
     assert apart.role is None or apart.roles == {apart.role}
     assert Name.of(f"{name}_img").roles == apart.roles | {"image"}
     assert Name.of(f"{name}_img").rest == Name.of(f"{name}_embeddings").rest == apart.rest
+
+
+@pytest.mark.parametrize("source", ["x.npy", "x.npz"])
+def test_every_damaged_header_is_named(tmp_path: Path, source: str) -> None:
+    """Each byte of the header replaced by characters that mean something to the parser, and each cut."""
+    path = tmp_path / source
+    np.save(path, unit(0)) if path.suffix == ".npy" else np.savez(path, l14_img=unit(0))
+    whole = path.read_bytes()
+    first = whole.index(b"\x93NUMPY")
+    damaged = [
+        whole[:at] + char + whole[at + 1 :] for at in range(first, first + 80) for char in (b"(", b"'", b"-", b"9")
+    ]
+    damaged += [whole[:length] for length in range(first, first + 140, 3)]
+
+    for content in damaged:
+        path.write_bytes(content)
+        with contextlib.suppress(DataError):
+            (shard,) = find_embeddings(path)
+            assert shard.image.rows * shard.image.dim == ROWS * DIM  # a byte of the padding, say
+
+
+@pytest.mark.parametrize(
+    ("array", "problem"),
+    [
+        (np.asfortranarray(unit(0)), "not stored one after the other"),
+        (np.array([[object()] * DIM]), "not stored one after the other as plain numbers"),
+        (unit(0).view(np.uint16), "uint16, not rows of float16"),
+        (unit(0).astype(np.complex64), "complex64, not rows of"),
+        (np.zeros(3, dtype=[("x", np.float32)]), "not rows of"),
+        (unit(0)[0, 0], r"\(\) float16, not rows of"),
+        (unit(0)[None], r"\(1, 4, 6\) float16, not rows of"),
+    ],
+)
+def test_what_is_not_rows_of_numbers_is_refused(tmp_path: Path, array: Any, problem: str) -> None:
+    np.save(tmp_path / "x.npy", array, allow_pickle=True)
+    with pytest.raises(DataError, match=problem):
+        find_embeddings(tmp_path / "x.npy")

@@ -617,7 +617,12 @@ def parse_recipe(values: Any, *, where: str) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The full recipe as YAML; reading it gives an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1000)
+    return as_yaml(recipe.model_dump(mode="json"))
+
+
+def as_yaml(settings: Mapping[str, Any]) -> str:
+    """Settings as YAML, in their order."""
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def commented_recipe() -> str:

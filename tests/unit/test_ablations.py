@@ -345,6 +345,24 @@ def test_results_hold_every_run_and_the_table_its_mean(tmp_path: Path, ran: list
 
 
 @pytest.mark.slow
+def test_no_local_path_of_a_teacher_is_in_what_an_ablation_publishes(tmp_path: Path, ran: list[str]):
+    """Two teachers of one name stay two lines and two folders."""
+    local = tmp_path / "top-secret"
+    values = [f"run:{local}/a/teacher", f"run:{local}/b/teacher"]
+    page = recipe(pairs={"source": ["https://host.example/x.tar?sig=SIGNED"]})
+    runs.run(variants.plan("teacher", page, values=values), page, tmp_path / "out", seeds=1)
+    for path in tmp_path.glob("out/ablation.*"):
+        text = path.read_text()
+        assert not [secret for secret in ("top-secret", "host.example", "SIGNED") if secret in text], path
+    results = json.loads((tmp_path / "out/ablation.json").read_text())
+    assert [run["variant"] for run in results["runs"]] == ["run:teacher", "run:teacher (2)"]
+    assert results["changes"]["run:teacher (2)"] == {"embed.teacher": "run:teacher"}
+    folders = {run["folder"] for run in results["runs"]}
+    assert {path.name for path in tmp_path.glob("out/runs/*")} == folders
+    assert len(folders) == 2
+
+
+@pytest.mark.slow
 def test_the_table_of_a_stopped_ablation_has_the_finished_runs(tmp_path: Path, ran: list[str], monkeypatch):
     make, made = runs._make, []
 

@@ -10,6 +10,7 @@ from clip_cid.errors import ConfigError, RunError
 from clip_cid.evaluation.protocols import PROTOCOLS
 from clip_cid.evaluation.scores import STUDENT, read_task_summaries
 from clip_cid.figures.ablation import AblationTable, Line, write
+from clip_cid.models.public_names import public_settings, unique_public_names
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder, read_json, write_json
 from clip_cid.stage_names import DISTILL, EVALUATE
@@ -36,42 +37,42 @@ class _Finished:
     scores: dict[str, float]
     training: DistillSummary
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, name: str) -> dict[str, Any]:
         training = {name: getattr(self.training, name) for name in ("pairs", "steps", "collapse_alarm", "seconds")}
-        about = {"variant": self.run.label, "seed": self.run.seed, "folder": self.run.folder.path.name}
+        about = {"variant": name, "seed": self.run.seed, "folder": self.run.folder.path.name}
         return {**about, "scores": self.scores, **training}
 
 
 def write_results(ablation: Ablation, recipe: Recipe, out: Path, runs: Sequence[Run]) -> AblationTable:
-    """Write the table of the finished runs, and their numbers one by one as JSON.
+    """Write the table of the finished runs, and their numbers one by one as JSON, fit to be published.
 
     Raises:
         RunError: The runs measured nothing, or measured different sets.
     """
     finished = [_Finished(run, _scores(run.folder), _training(run.folder)) for run in runs]
-    metrics = _metrics(out, finished)
+    metrics, names = _metrics(out, finished), unique_public_names(variant.label for variant in ablation.variants)
 
     lines: list[Line] = []
     for variant in ablation.variants:
         own = [one for one in finished if one.run.label == variant.label]
         lines.append(
             Line(
-                variant.label,
+                names[variant.label],
                 pairs=tuple(one.training.pairs for one in own),
                 scores={one.run.seed: one.scores for one in own},
                 collapsed=sum(one.training.collapse_alarm for one in own),
             )
         )
-    table = AblationTable(TITLES[ablation.name], ablation.reference, metrics, tuple(lines))
+    table = AblationTable(TITLES[ablation.name], names[ablation.reference], metrics, tuple(lines))
     write(table, out)
 
     results = {
         "ablation": ablation.name,
-        "reference": ablation.reference,
+        "reference": names[ablation.reference],
         "seeded": ablation.seeded,
-        "changes": {variant.label: variant.changes for variant in ablation.variants},
-        "runs": [one.as_json() for one in finished],
-        "recipe": recipe.model_dump(mode="json"),
+        "changes": {names[variant.label]: public_settings(variant.changes) for variant in ablation.variants},
+        "runs": [one.as_json(names[one.run.label]) for one in finished],
+        "recipe": public_settings(recipe.model_dump(mode="json")),
     }
     write_json(out / _RESULTS, results)
     return table

@@ -12,8 +12,9 @@ from clip_cid.ablations.results import Run, refuse_another, write_results
 from clip_cid.ablations.variants import TITLES, Ablation, recipe_of
 from clip_cid.errors import ClipCidError, ConfigError
 from clip_cid.figures.ablation import notes
+from clip_cid.models.public_names import public_name
 from clip_cid.recipe import Recipe
-from clip_cid.run_folder import RunFolder
+from clip_cid.run_folder import RunFolder, digest
 from clip_cid.stage_names import EVALUATE
 from clip_cid.summaries import EvaluateSummary, read_summary
 
@@ -96,11 +97,20 @@ def _runs(ablation: Ablation, recipe: Recipe, out: Path, seeds: int) -> list[Run
             variant.label,
             seed,
             recipe_of(ablation, recipe, variant, seed),
-            RunFolder(out / "runs" / f"{quote(variant.label.replace(' ', ''), safe='+,')}-seed{seed}"),
+            _folder(out / "runs", variant.label, seed),
         )
         for seed in range(seeds)
         for variant in ablation.variants
     ]
+
+
+def _folder(runs: Path, label: str, seed: int) -> RunFolder:
+    """The folder of a run; earlier versions called it by the whole path of its teacher."""
+    public = public_name(label)
+    if public != label:  # two teachers may have the same name
+        public = f"{public}-{digest(label)[:8]}"
+    earlier, now = (runs / f"{quote(name.replace(' ', ''), safe='+,')}-seed{seed}" for name in (label, public))
+    return RunFolder(earlier if earlier.exists() else now)
 
 
 def _stages(recipe: Recipe) -> list[pipeline.Stage]:

@@ -19,6 +19,7 @@ from clip_cid.errors import RunError
 from clip_cid.models.clip import Clip
 from clip_cid.models.loading import load_clip
 from clip_cid.models.open_clip_errors import open_clip_warnings
+from clip_cid.models.public_names import public_provenance
 from clip_cid.models.references import CONFIG_FILE, WEIGHTS_FILE
 from clip_cid.run_folder import own_mark
 
@@ -35,7 +36,8 @@ def export_student(clip: Clip, out: Path, *, head_state: Mapping[str, Tensor], p
         clip: The student; its weights are left where they are.
         out: The folder to make.
         head_state: What was trained beside the student (alignment, cluster head); may be empty.
-        provenance: How it came to be; kept under `clip_cid` in the configuration, where open_clip does not look.
+        provenance: How it came to be; kept under `clip_cid` in the configuration, where open_clip does not look,
+            without secrets and local paths.
 
     Raises:
         RunError: `out` holds something else, or the reloaded model differs.
@@ -93,7 +95,7 @@ def _write(clip: Clip, folder: Path, head_state: Mapping[str, Tensor], provenanc
     if bias is not None:
         model_cfg["init_logit_bias"] = float(bias.detach())  # open_clip makes room for a bias only when this is there
 
-    config = {"model_cfg": model_cfg, "preprocess_cfg": clip.preprocess_cfg, "clip_cid": provenance}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": clip.preprocess_cfg, "clip_cid": public_provenance(provenance)}
     text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 

@@ -16,9 +16,9 @@ from clip_cid import log
 from clip_cid.errors import ConfigError, HubError, RunError
 from clip_cid.models.export import HEAD_FILE, export_student
 from clip_cid.models.loading import load_clip
+from clip_cid.models.public_names import local_names
 from clip_cid.models.references import CONFIG_FILE
 from clip_cid.publish.model_card import model_card
-from clip_cid.publish.public_names import local_names, public_provenance
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import DISTILL
 
@@ -60,8 +60,7 @@ def card_of(run: RunFolder, repo: str, *, license: str | None) -> str:
 def push_student(run: RunFolder, repo: str, *, license: str | None, private: bool) -> str:
     """Upload the student of a finished run; the token is the one huggingface_hub finds.
 
-    The folder is written anew without local names in its provenance, reloaded and compared as any export, and uploaded
-    with its card in one commit. An earlier push to the same repository is replaced.
+    The folder is written anew, reloaded and compared as any export, and uploaded with its card in one commit. An earlier push to the same repository is replaced.
 
     Returns:
         The address of the commit.
@@ -75,7 +74,7 @@ def push_student(run: RunFolder, repo: str, *, license: str | None, private: boo
     _require_token()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "student"
-        _write_public(run, folder)
+        _write_student(run, folder)
         (folder / CARD_FILE).write_text(model_card(run, repo, license=license), encoding="utf-8")
         with _hub_errors_in_words(repo):
             return _upload(HfApi(), folder, repo, private=private)
@@ -97,8 +96,8 @@ def _no_token(problem: str) -> HubError:
     )
 
 
-def _write_public(run: RunFolder, folder: Path) -> None:
-    """The student's folder without local names."""
+def _write_student(run: RunFolder, folder: Path) -> None:
+    """The student's folder, exported anew."""
     source = run.stage(DISTILL) / "student"
     if changed := run.changed_files(DISTILL, digests=True):
         raise RunError(
@@ -114,7 +113,7 @@ def _write_public(run: RunFolder, folder: Path) -> None:
         )
     head_state = load_file(source / HEAD_FILE) if (source / HEAD_FILE).is_file() else {}
     provenance = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))["clip_cid"]
-    export_student(clip, folder, head_state=head_state, provenance=public_provenance(provenance))
+    export_student(clip, folder, head_state=head_state, provenance=provenance)
 
 
 def _upload(api: HfApi, folder: Path, repo: str, *, private: bool) -> str:

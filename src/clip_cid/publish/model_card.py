@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
@@ -23,8 +22,9 @@ from clip_cid.evaluation.scores import (
     read_task_summaries,
     score_rows,
 )
+from clip_cid.models.public_names import PublicWords, public_name, public_provenance
 from clip_cid.models.references import CONFIG_FILE
-from clip_cid.publish.public_names import public_name, public_provenance
+from clip_cid.recipe import as_yaml
 from clip_cid.run_folder import RunFolder, StageRecord, read_json
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, EMBED, EVALUATE
 from clip_cid.summaries import BalanceSummary, ClusterSummary, DistillSummary, EmbedSummary, read_summary
@@ -63,7 +63,7 @@ def model_card(run: RunFolder, repo: str, *, license: str | None) -> str:
     """
     student = run.stage(DISTILL) / "student"
     config = read_json(student / CONFIG_FILE)
-    records = _records(run)
+    records, words = _records(run), PublicWords(config["clip_cid"].get("recipe", {}), run.path)
     try:
         values = _values(repo, config, records, public_provenance(config["clip_cid"]), run.path / "evaluate")
     except (AttributeError, KeyError, TypeError) as error:
@@ -72,7 +72,7 @@ def model_card(run: RunFolder, repo: str, *, license: str | None) -> str:
             fix=f"Run `clip-cid distill {run.path} --force` with this version, or `clip-cid export` and write a card"
             " yourself.",
         ) from error
-    return f"{_front_matter(license, distilled=values['teacher'] is not None)}\n{_render(values)}"
+    return f"{_front_matter(license, distilled=values['teacher'] is not None)}\n{_render(values, words)}"
 
 
 def markdown_text(value: object) -> str:
@@ -93,11 +93,11 @@ def _front_matter(license: str | None, *, distilled: bool) -> str:
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _render(values: Mapping[str, Any]) -> str:
+def _render(values: Mapping[str, Any], words: PublicWords) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("clip_cid", "publish"),
         undefined=jinja2.StrictUndefined,
-        finalize=markdown_text,
+        finalize=lambda value: markdown_text(words(value) if type(value) is str else value),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -133,7 +133,7 @@ def _values(
 ) -> dict[str, Any]:
     recipe, record = provenance["recipe"], records[DISTILL]
     distill = read_summary(DistillSummary, record.summary)
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000).rstrip()
+    text = as_yaml(recipe).rstrip()
     longest_fence = max((len(run) for run in re.findall(r"`+", text)), default=0)
     scores = _scores(evaluate) if EVALUATE in records else []
 

@@ -151,7 +151,18 @@ def _write_graph(tower: _Tower, path: Path) -> None:
         )
     if program is None:
         raise RuntimeError("torch.onnx.export made no program")
+    _forget_sources(program.model)
     program.save(path)  # weights of 2 GB and more go to a file beside it by themselves
+
+
+def _forget_sources(model: Any) -> None:
+    """Drop what the converter notes of each node: the lines of the sources it comes from, by their local paths."""
+    from onnx_ir.traversal import RecursiveGraphIterator
+
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for node in RecursiveGraphIterator(graph):
+            node.metadata_props.clear()
+            node.doc_string = None
 
 
 def _compare(tower: _Tower, path: Path) -> float:

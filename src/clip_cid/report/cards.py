@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from clip_cid import units
+from clip_cid.models.public_names import public_name
+from clip_cid.models.references import LOCAL, RUN
 from clip_cid.recipe import Recipe
 from clip_cid.report.run_records import RunRecords
 from clip_cid.stage_names import DISTILL
@@ -65,4 +67,4 @@ def _balance_cards(balance: BalanceSummary, recipe: Recipe) -> list[Card]:
 
 def _short_name(reference: str) -> str:
     """The last part of a path or of a reference to one."""
-    return reference.rstrip("/").split("/")[-1].removeprefix("run:").removeprefix("local-dir:")
+    return public_name(reference).split("/")[-1].removeprefix(RUN).removeprefix(LOCAL)

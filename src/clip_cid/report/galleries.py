@@ -1,17 +1,16 @@
 """Pictures on the page: the sets and clusters that the draw stage chose, each image with its number."""
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+from clip_cid.figures import style
 from clip_cid.report.drawing.removed_sets import distance_note
 from clip_cid.report.thumbnails import Thumbnail, Thumbnails
 
 _FOLD_BEYOND = 12
 _CAPTION_CHARACTERS = 300  # a web caption can be a whole article
-_MOST_CHARACTERS = 2**31 - 1  # of a cell; the default limit of the csv module is 131,072
 
 
 @dataclass(frozen=True)
@@ -167,6 +166,6 @@ def _picture(line: Mapping[str, str], note: str, thumbnails: Thumbnails) -> Pict
 
 
 def _lines(path: Path) -> Iterator[dict[str, str]]:
-    csv.field_size_limit(_MOST_CHARACTERS)
-    with open(path, encoding="utf-8", newline="") as handle:
-        yield from csv.DictReader(handle)
+    columns = style.read_csv(path)
+    for cells in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, cells, strict=True))

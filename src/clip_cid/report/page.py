@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import unescape
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from markupsafe import Markup, escape
 
 from clip_cid import units
 from clip_cid.figures import style
+from clip_cid.models.public_names import PublicWords
 
 _COLORS = {
     style.PAPER: "paper",
@@ -37,16 +39,18 @@ class Placed:
     of_data: bool
 
 
-def render(values: Mapping[str, Any]) -> str:
-    """The page with these values; a value that the template needs but does not get is an error."""
+def render(values: Mapping[str, Any], words: PublicWords) -> str:
+    """The page with these values, every text cut by `words`; a value that is needed but missing is an error."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("clip_cid", "report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: words(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "caption": lambda value: escape(words.data(value)),
         "number": lambda value: f"{value:,}",
         "percent": unbroken_percent,
         "points": units.signed_points,
@@ -61,9 +65,10 @@ def unbroken_percent(share: float) -> str:
     return units.percent(share).replace(" ", "\N{NO-BREAK SPACE}")
 
 
-def inline_svg(path: Path, description: str) -> Markup:
+def inline_svg(path: Path, description: str, words: PublicWords) -> Markup:
     """One of our figures as a part of the page: in the page's font and colors, light or dark, with its own ids.
 
+    Its texts are cut by `words`.
     Each figure may stand on the page once.
     """
     text = path.read_text(encoding="utf-8")
@@ -72,6 +77,7 @@ def inline_svg(path: Path, description: str) -> Markup:
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{path.stem}-", text)
     text = re.sub(r"font-family: [^;\"]+", "font-family: inherit", text)
     text = re.sub("|".join(_COLORS), lambda match: f"var(--{_COLORS[match[0]]})", text)
+    text = re.sub(r">([^<>]*[^<>\s][^<>]*)<", lambda match: f">{escape(words(unescape(match[1])))}<", text)
     size = re.match(r'<svg[^>]* viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
     assert size is not None, "matplotlib always writes a viewBox"
     opening = (

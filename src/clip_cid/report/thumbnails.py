@@ -4,6 +4,7 @@ import base64
 import io
 from dataclasses import dataclass
 
+from markupsafe import Markup
 from PIL import Image
 
 from clip_cid.data.pairs.pictures import Pictures
@@ -15,7 +16,7 @@ _WEBP_QUALITY = 70
 class Thumbnail:
     """A small picture ready for the page: a `data:` address and its size in pixels."""
 
-    src: str
+    src: Markup
     width: int
     height: int
 
@@ -64,4 +65,5 @@ def thumbnail(image: Image.Image, side: int) -> Thumbnail:
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     small.save(file, format="WEBP", quality=_WEBP_QUALITY, method=6)
-    return Thumbnail("data:image/webp;base64," + base64.b64encode(file.getvalue()).decode(), small.width, small.height)
+    source = Markup("data:image/webp;base64," + base64.b64encode(file.getvalue()).decode())
+    return Thumbnail(source, small.width, small.height)

@@ -1,8 +1,7 @@
-"""Stage `report`: one self-contained HTML page about the run, and its tables as CSV."""
+"""Stage `report`: one self-contained HTML page about the run, and its tables as CSV; both fit to be published."""
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from clip_cid.evaluation.scores import (
 )
 from clip_cid.figures import losses, style
 from clip_cid.figures import scores as score_figure
-from clip_cid.recipe import Recipe, dump_recipe
+from clip_cid.models.public_names import PublicWords, public_settings, unique_public_names
+from clip_cid.recipe import Recipe, as_yaml, dump_recipe
 from clip_cid.report import galleries, page, story
 from clip_cid.report.cards import cards
 from clip_cid.report.drawing.all_figures import FIGURES
@@ -55,24 +55,26 @@ class _Scores:
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> ReportSummary:
     """Write `report.html` and `tables/*.csv`."""
     draw, tables = folder.stage(DRAW), out / "tables"
-    records = RunRecords.read(folder, recipe)
+    records, settings = RunRecords.read(folder, recipe), recipe.model_dump(mode="json")
+    words = PublicWords(settings, folder.path)
     tables.mkdir()
     thumbnails, sample, no_pictures = _pictures(folder, draw, recipe)
     pairs = galleries.removed_pairs(draw / "removed_pairs.csv", thumbnails)
     measured = _scores(folder, recipe, tables)
-    for path in sorted(draw.glob("*.csv")):
-        if recipe.report.images or path.stem not in _WITH_PICTURES:
-            shutil.copyfile(path, tables / path.name)
+    skipped, stages = _skipped(folder, recipe, tables), _stages(records.by_stage.values(), tables)
+    shown = [path for path in draw.glob("*.csv") if recipe.report.images or path.stem not in _WITH_PICTURES]
+    for path in (*shown, *tables.iterdir()):
+        style.write_csv(tables / path.name, _public_table(style.read_csv(path), words))
 
     values = {
         "title": recipe.report.title,
-        "run": folder.path.name,
+        "run": _name(folder),
         "digest": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest(),
         "blur": recipe.report.blur,
         "story": _story(records, measured, recipe),
         "cards": cards(records, recipe),
         "summaries": records,
-        "figures": _figures(draw, records.draw.figures, images=recipe.report.images),
+        "figures": _figures(draw, records.draw.figures, words, images=recipe.report.images),
         "left_out": records.draw.left_out,
         "numbers": records.draw.figures,
         "metric_name": recipe.balance.metric,
@@ -86,10 +88,10 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ReportSummary:
         "clusters": _by_stratum(galleries.clusters, draw / "clusters.csv", thumbnails),
         "sample": galleries.sample(sample, thumbnails),
         "scores": measured,
-        "skipped": _skipped(folder, recipe, tables),
-        "stages": _stages(records.by_stage.values(), tables),
+        "skipped": skipped,
+        "stages": stages,
         "versions": _versions(records.by_stage.values()),
-        "settings": dump_recipe(recipe),
+        "settings": as_yaml(public_settings(settings)),
         "seeds": _seeds(recipe),
         "commands": _commands(folder),
         "thumbnails": thumbnails,
@@ -97,7 +99,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ReportSummary:
         "tables": sorted(path.name for path in tables.iterdir()),
     }
     with atomic_file(out / PAGE) as temporary:
-        temporary.write_text(page.render(values), encoding="utf-8")
+        temporary.write_text(page.render(values, words), encoding="utf-8")
 
     return ReportSummary(
         page=str(folder.path / REPORT / PAGE),
@@ -132,7 +134,7 @@ def _by_stratum(
     return strata
 
 
-def _figures(draw: Path, numbers: dict[str, Any], *, images: bool) -> dict[str, page.Placed]:
+def _figures(draw: Path, numbers: dict[str, Any], words: PublicWords, *, images: bool) -> dict[str, page.Placed]:
     """Name -> figure, of those that were drawn and may be shown."""
     placed: dict[str, page.Placed] = {}
     for figure in FIGURES:
@@ -143,7 +145,7 @@ def _figures(draw: Path, numbers: dict[str, Any], *, images: bool) -> dict[str, 
         if figure.small_description:
             files[f"{figure.name}_small"] = (figure.small_description, figure.small_caption)
         for name, (description, caption) in files.items():
-            svg = page.inline_svg(draw / f"{name}.svg", description)
+            svg = page.inline_svg(draw / f"{name}.svg", description, words)
             section = figure.section if name == figure.name else "head"
             placed[name] = page.Placed(svg, caption, section, figure.of_data)
     return placed
@@ -243,10 +245,21 @@ def _versions(records: Iterable[StageRecord]) -> dict[str, str]:
     return {name: " and ".join(versions) for name, versions in by_package.items()}
 
 
+def _public_table(columns: dict[str, list[str]], words: PublicWords) -> dict[str, list[str]]:
+    """A table without secrets and local paths, in its header neither."""
+    names = unique_public_names(columns, words)
+    cut = {name: words.data if name == "caption" else words for name in columns}
+    return {names[name]: [cut[name](cell) for cell in cells] for name, cells in columns.items()}
+
+
+def _name(folder: RunFolder) -> str:
+    return folder.path.resolve().name
+
+
 def _commands(folder: RunFolder) -> Sequence[tuple[str, str]]:
-    recipe = folder.path / "recipe.yaml"
+    name = _name(folder)
     return (
-        (f"clip-cid run {folder.path.name}-again --recipe {recipe}", "the same run in another folder"),
-        (f"clip-cid verify {folder.path}", "compare every file with its digest"),
-        (f"clip-cid status {folder.path}", "shows what is done, and what a changed recipe would run again"),
+        (f"clip-cid run {name}-again --recipe {name}/recipe.yaml", "the same run in another folder"),
+        (f"clip-cid verify {name}", "compare every file with its digest"),
+        (f"clip-cid status {name}", "shows what is done, and what a changed recipe would run again"),
     )

@@ -131,3 +131,31 @@ def test_the_lines_to_paste_run(tmp_path: Path) -> None:
     assert command[:2] == ["clip_benchmark", "eval"]
     assert "{model}" not in command[command.index("--output") + 1]
     assert command[command.index("--model") + 1] == f"local-dir:{tmp_path / 'student'}"
+
+
+def test_no_secret_and_no_local_path_is_in_an_exported_folder(tmp_path: Path) -> None:
+    """Neither in a new one, nor in a copy of one whose version wrote the recipe as it is."""
+    recipe = {
+        "pairs": {"source": ["pipe:curl -H 'Authorization: HEADER'", "https://u:PASSWORD@h/x.tar?sig=SIGNED"]},
+        "distill": {"student": "/home/ada/top-secret/tiny.json"},
+        "machine": {"cache_dir": "/home/ada/cache"},
+    }
+    teacher = {"reference": "local-dir:/home/ada/teacher", "weights_sha256": "12", "model_cfg": {"x": "/home/ada"}}
+    provenance = {"recipe": recipe, "steps": 3, "teacher": teacher}
+    export_student(tiny(tmp_path), tmp_path / "new", head_state={}, provenance=provenance)
+
+    config = tmp_path / "new" / "open_clip_config.json"
+    copy_student(tmp_path / "new", tmp_path / "old")
+    old = tmp_path / "old" / "open_clip_config.json"
+    old.write_text(json.dumps(json.loads(old.read_text()) | {"clip_cid": provenance}))
+    copy_student(tmp_path / "old", tmp_path / "copy")
+
+    assert (tmp_path / "copy" / "open_clip_config.json").read_bytes() == config.read_bytes()
+    for path in (*(tmp_path / "new").iterdir(), *(tmp_path / "copy").iterdir()):
+        data = path.read_bytes()
+        for secret in (b"HEADER", b"PASSWORD", b"SIGNED", b"/home/ada", b"top-secret", bytes(tmp_path)):
+            assert secret not in data, (path, secret)
+    assert json.loads(config.read_text())["clip_cid"]["teacher"] == {
+        "reference": "local-dir:teacher",
+        "weights_sha256": "12",
+    }

@@ -78,6 +78,12 @@ def test_graphs_answer_as_open_clip_does_for_pictures_and_captions(graphs: Path,
 
 
 @pytest.mark.slow
+def test_no_path_of_this_machine_is_in_a_graph(graphs: Path) -> None:
+    for path in graphs.iterdir():
+        data = path.read_bytes()
+        assert not [here for here in (open_clip.__file__, onnx_export.__file__, str(graphs)) if here.encode() in data]
+
+
 def test_embeddings_have_length_one(graphs: Path) -> None:
     pixels = np.random.default_rng(0).standard_normal((4, 3, 48, 48)).astype(np.float32)
     np.testing.assert_allclose(np.linalg.norm(answers(graphs / "image.onnx", pixels=pixels), axis=1), 1, rtol=1e-6)

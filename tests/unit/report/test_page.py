@@ -7,9 +7,11 @@ import pytest
 
 from clip_cid import units
 from clip_cid.figures import style
+from clip_cid.models.public_names import PublicWords
 from clip_cid.report import galleries, page
 from clip_cid.report.thumbnails import Thumbnails
 
+WORDS = PublicWords({})
 NO_PICTURES = Thumbnails(None, side=0, budget=0)
 
 
@@ -29,7 +31,7 @@ def test_equal_figures_are_equal_files_without_a_date(tmp_path: Path) -> None:
 
 
 def test_an_inline_figure_has_its_own_ids_and_no_address_outside(tmp_path: Path) -> None:
-    one, two = (str(page.inline_svg(draw_line(tmp_path / f"{name}.svg"), "d")) for name in ("one", "two"))
+    one, two = (str(page.inline_svg(draw_line(tmp_path / f"{name}.svg"), "d", WORDS)) for name in ("one", "two"))
     ids = [set(re.findall(r'\bid="([^"]+)"', text)) for text in (one, two)]
     assert ids[0]
     assert not ids[0] & ids[1]
@@ -39,14 +41,14 @@ def test_an_inline_figure_has_its_own_ids_and_no_address_outside(tmp_path: Path)
 
 
 def test_an_inline_figure_takes_the_colors_and_the_font_of_the_page(tmp_path: Path) -> None:
-    text = str(page.inline_svg(draw_line(tmp_path / "one.svg"), "d"))
+    text = str(page.inline_svg(draw_line(tmp_path / "one.svg"), "d", WORDS))
     assert "var(--blue)" in text
     assert not re.search(r"#[0-9a-f]{6}\b", text)
     assert "DejaVu" not in text
 
 
 def test_descriptions_and_labels_cannot_leave_their_place(tmp_path: Path) -> None:
-    text = str(page.inline_svg(draw_line(tmp_path / "one.svg", '</text><script>"'), '"><script>'))
+    text = str(page.inline_svg(draw_line(tmp_path / "one.svg", '</text><script>"'), '"><script>', WORDS))
     assert "<script" not in text
 
 
@@ -58,12 +60,28 @@ def test_every_color_of_a_figure_is_one_that_the_page_knows() -> None:
 
 def test_a_value_that_the_page_lacks_is_an_error() -> None:
     with pytest.raises(jinja2.UndefinedError):
-        page.render({"title": "only this"})
+        page.render({"title": "only this"}, WORDS)
 
 
 def test_columns_of_unequal_length_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'a': 2, 'b': 1"):
         style.write_csv(tmp_path / "t.csv", {"a": [1, 2], "b": [1]})
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+cmd", "-1+x", "@SUM(A1)", "\tx", " =1", "'=x", "''+x", "\uff1d1"])
+def test_no_cell_is_a_formula_and_every_text_comes_back(tmp_path: Path, text: str) -> None:
+    """A key, a caption or a name of a model, in cells and in the header."""
+    path = tmp_path / "t.csv"
+    style.write_csv(path, {text: [text, "plain", "'quoted'"]})
+    with open(path, newline="", encoding="utf-8") as handle:
+        cells = [cell for row in csv.reader(handle) for cell in row]
+    assert cells == [f"'{text}", f"'{text}", "plain", "'quoted'"]
+    assert style.read_csv(path) == {text: [text, "plain", "'quoted'"]}
+
+
+def test_numbers_in_a_table_stay_as_they_are(tmp_path: Path) -> None:
+    style.write_csv(tmp_path / "t.csv", {"x": [-0.25, "-0.25", "+7", -3, None, float("-inf")]})
+    assert (tmp_path / "t.csv").read_text() == 'x\n-0.25\n-0.25\n+7\n-3\n""\n-inf\n'
 
 
 @pytest.mark.parametrize(

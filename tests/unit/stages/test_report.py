@@ -24,8 +24,10 @@ from fabricated_run import (
 )
 from PIL import Image
 
+from clip_cid.data.pairs.pictures import NoPicturesError
 from clip_cid.errors import RunError
-from clip_cid.recipe import Recipe, dump_recipe
+from clip_cid.models.public_names import public_settings
+from clip_cid.recipe import Recipe, as_yaml
 from clip_cid.report.drawing import run_inputs
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import draw, report
@@ -288,8 +290,8 @@ def test_settings_are_all_there_and_so_are_the_commands(full: tuple[RunFolder, R
     folder, recipe = full
     out, _ = write(folder, recipe)
     page = read(out)
-    assert dump_recipe(recipe) in page.words
-    assert f"clip-cid verify {folder.path}" in page.text
+    assert as_yaml(public_settings(recipe.model_dump(mode="json"))) in page.words
+    assert f"clip-cid verify {folder.path.name}" in page.text
 
 
 def test_equal_runs_give_equal_bytes(full: tuple[RunFolder, Recipe]) -> None:
@@ -303,6 +305,53 @@ def test_every_csv_of_a_figure_is_a_table_of_the_report(full: tuple[RunFolder, R
     for path in folder.stage("draw").glob("*.csv"):
         assert (out / "tables" / path.name).read_bytes() == path.read_bytes()
     assert {"scores", "skipped", "stages"} < {path.stem for path in (out / "tables").iterdir()}
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_no_secret_and_no_local_path_of_the_recipe_is_published(tmp_path: Path, images: bool) -> None:
+    """Sources, models, sets, the reasons of what failed, names that are paths, and the folder of the run itself."""
+    base = tmp_path / "Grace Hopper" / "top-secret"
+    recipe = make_recipe(base, evaluate={"compare": {f"run:{base}/runs/old": f"run:{base}/runs/old"}})
+    folder = make_run(base, recipe)
+    secrets = {
+        "pairs": {"source": ["https://ada:PASSWORD@127.0.0.1:9/TENANT/x.tar?X-Amz-Signature=SIGNED&token=TOKEN"]},
+        "embed": {"teacher": f"local-dir:{base}/teacher-of-ours"},
+        "distill": {"student": f"{base}/models/tiny.json"},
+        "machine": {"cache_dir": str(base / "cache")},
+        "report": {"images": images},
+    }
+    recipe = make_recipe(base, **secrets, evaluate=recipe.evaluate.model_dump())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_inputs, "load_clip", fake_clip)
+        redraw(folder, recipe)
+    out, _ = write(folder, recipe)
+
+    page = read(out)
+    assert "the pairs cannot be read (x.tar" in page.text or not images
+    assert all(name in page.text for name in ("teacher-of-ours", "tiny.json", "run:old"))
+    planted = ("Grace", "top-secret", "PASSWORD", "TENANT", "SIGNED", "TOKEN", "127.0.0.1", str(tmp_path))
+    for path in (path for path in out.rglob("*") if path.is_file() and path.name != "stage-key"):
+        text = path.read_text(encoding="utf-8")
+        assert not [secret for secret in planted if secret in text], path
+
+
+def test_a_command_behind_a_pipe_is_not_published(tmp_path: Path) -> None:
+    folder, recipe = drawn(tmp_path)
+    command = "pipe:curl -H 'Authorization: Bearer HEADER' https://host.example/{00..03}.tar?key=KEY"
+    changed = recipe.model_copy(update={"pairs": recipe.pairs.model_copy(update={"source": (command,)})})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "open_pictures", _refuse(command.replace("{00..03}", "02")))
+        out, _ = write(folder, changed)
+    text = (out / "report.html").read_text(encoding="utf-8")
+    assert "pipe:...: cannot be fetched" in text
+    assert not [secret for secret in ("curl", "Authorization", "HEADER", "KEY", "host.example") if secret in text]
+
+
+def _refuse(source: str) -> Any:
+    def refuse(*_: Any) -> None:
+        raise NoPicturesError(f"the pairs cannot be read ({source}: cannot be fetched)")
+
+    return refuse
 
 
 def test_with_images_off_no_picture_caption_or_key_is_left(full: tuple[RunFolder, Recipe]) -> None:

@@ -15,15 +15,15 @@ import threadpoolctl
 import torch
 
 from clip_cid import tasks
-from clip_cid.check import captions, estimates, likely_mistakes, rehearsal, trial
-from clip_cid.errors import ConfigError, MissingExtraError
+from clip_cid.check import captions, estimates, likely_mistakes, misfits, rehearsal, trial
+from clip_cid.errors import ClipCidError, ConfigError, MissingExtraError
 from clip_cid.models.costs import Costs, count_costs, count_parameters
 from clip_cid.models.device import resolve_device
 from clip_cid.pipeline import State
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import CLUSTER, EMBED
-from clip_cid.training.assemble import distinct_labels, refuse_without_float64
+from clip_cid.training.assemble import distinct_labels, make_student, refuse_without_float64
 from clip_cid.training.batches import Batch
 from clip_cid.training.ranks.distributed import Ranks
 from clip_cid.training.records import make_listeners
@@ -68,7 +68,7 @@ def check(folder: RunFolder, recipe: Recipe) -> Report:
     """Try the training of a run; nothing of the run changes.
 
     Raises:
-        ClipCidError: The training could not begin.
+        ClipCidError: The run would be refused, sooner or later; all reasons that are known are listed.
     """
     if tasks.torchrun_place().size > 1:
         raise ConfigError("check is for one process, but torchrun has started several.", fix="Start it by itself.")
@@ -99,12 +99,23 @@ def _try(folder: RunFolder, recipe: Recipe, original: Recipe, scratch: Path) -> 
 
     run, out = trial.UntouchedRun(folder.path, scratch), scratch / "distill"
     out.mkdir()
-    teacher = trial.find_teacher(run, recipe, missing)
-    if missing and teacher is not None:
-        tried = trial.with_random_targets(run, out, recipe, ranks, teacher)
-    else:
-        tried = trial.from_the_run(run, out, recipe, ranks)
-    return _measure(folder, original, tried, teacher, missing)
+    teacher: trial.TeacherFacts | None = None
+    tried: trial.Tried | None = None
+    found, left_out = misfits.find_misfits(run, recipe, missing)
+    try:
+        teacher = trial.find_teacher(run, recipe, missing)
+        if not missing or teacher is None:
+            tried = trial.from_the_run(run, out, recipe, ranks)
+        elif not found:
+            tried = trial.with_random_targets(run, out, recipe, ranks, teacher)
+        else:  # what is wrong with the student stands in the same list
+            make_student(recipe.distill, teacher.width, recipe.machine)
+    except ClipCidError as error:
+        found.append(error)
+    misfits.raise_together(found)
+    assert tried is not None, "nothing was found"
+    report = _measure(folder, original, tried, teacher, missing)
+    return dataclasses.replace(report, warnings=[*report.warnings, *left_out])
 
 
 def _measure(
@@ -186,7 +197,6 @@ def _warnings(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str
         *likely_mistakes.of_room(
             report.disk, folder.path, memory=report.waiting_bytes, available=tasks.available_memory()
         ),
-        *likely_mistakes.of_evaluation(recipe),
     ]
     labels, head = tried.training.inputs.pairs.labels, tried.trainer.model.objective.head
     if labels is not None and head is not None:
@@ -212,7 +222,7 @@ def _unchecked(recipe: Recipe, missing: list[State], teacher: trial.TeacherFacts
     unchecked: list[str] = []
     names = [state.stage.name for state in missing]
     if EMBED in names and recipe.embed.existing is not None:
-        unchecked.append(f"embed.existing: {recipe.embed.existing} was not opened; the embed stage does")
+        unchecked.append(f"embed.existing: the rows of {recipe.embed.existing} were not read; the embed stage does")
     elif EMBED in names and teacher is not None:
         unchecked.append(f"whether the weights of {teacher.name} load (they are neither read nor fetched)")
     if names:

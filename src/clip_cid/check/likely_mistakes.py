@@ -9,11 +9,7 @@ from clip_cid import tasks, units
 from clip_cid.check.captions import Sights
 from clip_cid.check.estimates import Disk, Duration
 from clip_cid.check.rehearsal import Reading
-from clip_cid.data.pairs.pairs import fingerprint
-from clip_cid.data.sets.evaluation_sets import open_set
-from clip_cid.errors import ClipCidError
-from clip_cid.models.loading import known_architecture
-from clip_cid.recipe import DistillConfig, MachineConfig, Recipe
+from clip_cid.recipe import DistillConfig, MachineConfig
 from clip_cid.training.step import resolve_precision
 
 _WARM_UP = 0.1  # of the steps
@@ -126,31 +122,3 @@ def of_room(disk: Disk, where: Path, *, memory: float, available: float) -> Iter
             f"machine.workers: the batches they hold ready take {units.memory(memory)}, but"
             f" {units.memory(available)} of memory are left; lower it"
         )
-
-
-def of_evaluation(recipe: Recipe) -> Iterator[str]:
-    """Sets and models that are missing, which evaluate would report only hours later."""
-    for name, where in recipe.evaluate.sets.items():
-        if problem := _problem_of_set(name, where, recipe):
-            yield problem
-    for name, source in recipe.evaluate.retrieval.items():
-        try:
-            fingerprint(recipe.pairs.model_copy(update={"source": source}))
-        except ClipCidError as error:
-            yield f"evaluate.retrieval.{name}: {error.problem}"
-    for name, reference in recipe.evaluate.compare.items():
-        try:
-            known_architecture(reference)
-        except ClipCidError as error:
-            yield f"evaluate.compare.{name}: {error.problem}"
-
-
-def _problem_of_set(name: str, where: str, recipe: Recipe) -> str:
-    try:
-        cache_dir = recipe.machine.cache_dir
-        test = open_set(name, where, max_pixels=recipe.pairs.max_pixels, splits=("test",), cache_dir=cache_dir)
-        if recipe.evaluate.zero_shot:
-            test.prompts(0)
-    except ClipCidError as error:
-        return error.problem
-    return ""

@@ -63,6 +63,21 @@ def parameter_groups(student: nn.Module, objective: nn.Module, settings: Distill
     return [group for group in groups if group["params"]]
 
 
+def refuse_long_warmup(settings: DistillConfig, steps: int) -> None:
+    """Refuse a warm-up that is not shorter than the run.
+
+    Nothing is shortened in silence, because the paper's 2,000 steps say nothing about a small run.
+
+    Raises:
+        ConfigError: It is as long or longer.
+    """
+    if settings.warmup_steps >= steps:
+        raise ConfigError(
+            f"distill.warmup_steps: {settings.warmup_steps:,}, but the whole run has {steps:,} steps.",
+            fix=f"Set distill.warmup_steps to {steps // 10} (a tenth of the run), or train for longer.",
+        )
+
+
 def make_optimizers(
     student: nn.Module, objective: nn.Module, settings: DistillConfig, *, steps: int
 ) -> list[torch.optim.Optimizer]:
@@ -71,15 +86,9 @@ def make_optimizers(
     The head has an optimizer of its own, which is `RowAdam` where a step reads a sample of the centers.
 
     Raises:
-        ConfigError: The warm-up is not shorter than the run. Nothing is shortened in silence, because the paper's
-            2,000 steps say nothing about a small run.
+        ConfigError: As `refuse_long_warmup`.
     """
-    if settings.warmup_steps >= steps:
-        raise ConfigError(
-            f"distill.warmup_steps: {settings.warmup_steps:,}, but the whole run has {steps:,} steps.",
-            fix=f"Set distill.warmup_steps to {steps // 10} (a tenth of the run), or train for longer.",
-        )
-
+    refuse_long_warmup(settings, steps)
     groups = parameter_groups(student, objective, settings)
     how: dict[str, Any] = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
     fused = next(student.parameters()).device.type in ("cpu", "cuda")

@@ -23,7 +23,7 @@ from clip_cid.models.architectures import build_skeleton
 from clip_cid.models.costs import count_costs
 from clip_cid.models.loading import known_architecture
 from clip_cid.models.student import build_student
-from clip_cid.recipe import DistillConfig, MachineConfig, PairsConfig, Recipe, parse_recipe
+from clip_cid.recipe import DistillConfig, MachineConfig, PairsConfig, Recipe, dump_recipe, parse_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import distill
 from clip_cid.summaries import DistillSummary
@@ -285,15 +285,79 @@ def test_chance_of_a_sample_of_centers():
         ({"machine": {"callbacks": ["no.such:thing"]}}, ConfigError, "cannot be imported"),
         ({"machine": {"device": "cuda:77"}}, ConfigError, "machine.device is cuda:77"),
         ({"pairs": {"source": ["nowhere"]}}, DataError, "nowhere"),
+        ({"evaluate": {"sets": {"birds": "no/birds"}}}, DataError, "none of 1 sets exists .*nothing at no/birds"),
+        ({"evaluate": {"retrieval": {"held": ["no/held"]}}}, DataError, "none of 1 .*retrieval.held: no/held"),
+        ({"evaluate": {"sets": {"d": "builtin:no"}}}, ConfigError, "no built-in set 'builtin:no'"),
+        ({"evaluate": {"compare": {"old": "run:no/run"}}}, DataError, "evaluate.compare.old: no/run: the distill"),
     ],
 )
-def test_what_the_training_would_refuse_is_refused(
-    case: Case, changed: dict[str, Any], kind: type[ClipCidError], says: str
-):
+def test_what_the_run_would_refuse_is_refused(case: Case, changed: dict[str, Any], kind: type[ClipCidError], says: str):
     before = tree(case.path)
     with pytest.raises(kind, match=says):
         check(case.folder, case.recipe(**changed))
     assert tree(case.path) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "says"),
+    [
+        ({"cluster": {"num_centers": 5_000_000}}, ConfigError, r"5,000,000 centers, but at most 40 images are kept\."),
+        ({"cluster": {"num_centers": COUNT + 1}}, ConfigError, r"41 centers, but at most 40 images are kept"),
+        ({"cluster": {"existing": "no/clusters"}}, DataError, "no/clusters: cannot read centers.npy"),
+        ({"balance": {"threshold": 3.0}}, ConfigError, "balance: .*3.0"),
+        ({"balance": {"existing": "no.npy"}}, DataError, "no.npy: cannot be read"),
+        ({"balance": {"grow_from": "no/run"}}, DataError, "no/run is no folder"),
+        ({"embed": {"existing": "no/store"}}, DataError, "no/store"),
+        ({"distill": {"head_perplexity": 6}}, ConfigError, "6 likely centers, but there are only 6"),
+        ({"distill": {"batch_size": COUNT + 1}}, ConfigError, "batch_size: 41, but there are 40 pairs"),
+        ({"distill": {"warmup_steps": 15}}, ConfigError, "warmup_steps: 15, but the whole run has 15 steps"),
+    ],
+)
+def test_what_stages_to_come_would_refuse_is_refused(
+    case: Case, tmp_path: Path, changed: dict[str, Any], kind: type[ClipCidError], says: str
+):
+    with pytest.raises(kind, match=says):
+        check(RunFolder(tmp_path / "new"), case.recipe(**changed))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kept", [5, 7])
+def test_centers_are_compared_with_what_balance_has_kept(case: Case, tmp_path: Path, kept: int):
+    np.save(tmp_path / "kept.npy", np.arange(kept))
+    recipe = case.recipe(balance={"existing": str(tmp_path / "kept.npy")})
+    run = RunFolder(tmp_path / "run")
+    for stage in ("embed", "balance"):
+        pipeline.run(run, recipe, only=stage)
+    if kept < CENTERS:
+        with pytest.raises(ConfigError, match="6 centers, but at most 5 images are kept"):
+            check(run, recipe)
+    else:
+        check(run, recipe)
+
+
+def test_embeddings_without_texts_do_not_serve_a_loss_that_reads_them(case: Case, tmp_path: Path):
+    np.save(tmp_path / "rows.npy", unit_rows(COUNT, seed=1))
+    recipe = case.recipe(embed={"existing": str(tmp_path / "rows.npy")}, balance={"keep": "best_caption"})
+    with pytest.raises(ConfigError) as error:
+        check(RunFolder(tmp_path / "new"), recipe)
+    assert "a loss reads the teacher's texts" in error.value.problem
+    assert "best_caption needs embeddings of captions" in error.value.problem
+
+
+def test_all_that_does_not_fit_is_listed_at_once(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recipe = case.recipe(
+        cluster={"num_centers": 5_000_000},
+        distill={"batch_size": 64, "student": "ViT-B-23"},
+        evaluate={"sets": {"birds": "no/birds"}, "compare": {"old": "run:no/run"}},
+    )
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
+    assert cli.main(["check", str(tmp_path / "new"), "--recipe", str(tmp_path / "r.yaml")]) == 2
+    told = capsys.readouterr().err
+    assert "check: 5 problems, each of which stops the run" in told
+    for words in ("5,000,000 centers", "batch_size: 64", "No model is named", "nothing at no/birds", "compare.old"):
+        assert words in told
+    assert "can begin" not in told
+    assert not (tmp_path / "new").exists()
 
 
 def test_captions_that_changed_after_they_were_embedded_are_refused(case: Case, tmp_path: Path):
@@ -346,9 +410,8 @@ def test_a_sound_recipe_raises_no_doubt_but_its_tiny_size(case: Case):
         ({"distill": {"batch_size": 30}}, "distill.batch_size: 30 of 40 pairs"),
         ({"distill": {"sample_rate": 0.2}}, "distill.sample_rate: 0.2 is 1 of 6 centers a step"),
         ({"distill": {"precision": "fp16"}}, "distill.precision: fp16 on the CPU"),
-        ({"evaluate": {"sets": {"birds": "no/birds"}}}, "evaluate.sets.birds: nothing at no/birds"),
-        ({"evaluate": {"retrieval": {"held": ["no/held"]}}}, "evaluate.retrieval.held: no/held"),
-        ({"evaluate": {"compare": {"old": "run:no/run"}}}, "evaluate.compare.old: no/run: the distill stage has not"),
+        ({"evaluate": {"sets": {"birds": "no/birds", "d": "builtin:digits"}}}, "evaluate.sets.birds: nothing at no/b"),
+        ({"evaluate": {"sets": {"d": "builtin:digits"}, "retrieval": {"r": ["no/r"]}}}, "evaluate.retrieval.r: no/r"),
     ],
 )
 def test_each_doubt_is_told_in_numbers(case: Case, changed: dict[str, Any], says: str):
@@ -363,7 +426,7 @@ def test_sets_behind_urls_are_kept_where_the_recipe_says(case: Case, tmp_path: P
         evaluate={"sets": {"measured": measured}},
         machine={"cache_dir": str(tmp_path / "cache")},
     )
-    assert not [line for line in check(case.folder, recipe).warnings if "evaluate.sets" in line]
+    check(case.folder, recipe)
     assert len([*(tmp_path / "cache").rglob("test/0.tar")]) == 2
     assert not (tmp_path / "home").exists()
 

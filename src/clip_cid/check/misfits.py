@@ -1,0 +1,222 @@
+"""What `clip-cid run` would refuse, sooner or later: settings, pairs and files that do not fit each other."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from clip_cid.data.balance.kept_file import read_kept_elsewhere
+from clip_cid.data.embeddings.files import STORE_FILE
+from clip_cid.data.embeddings.layouts import find_embeddings
+from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.npy_files import read_npy
+from clip_cid.data.pairs.pairs import open_pairs
+from clip_cid.data.pairs.sources import find_sources
+from clip_cid.data.sets.evaluation_sets import MissingSetError, open_set
+from clip_cid.errors import ClipCidError, ConfigError, DataError
+from clip_cid.method.balance.semantic_balance import BalanceRule
+from clip_cid.models.loading import known_architecture
+from clip_cid.pipeline import State
+from clip_cid.recipe import Recipe
+from clip_cid.run_folder import RunFolder
+from clip_cid.stage_names import BALANCE, CLUSTER, EMBED
+from clip_cid.training.assemble import count_steps
+from clip_cid.training.join import plain_pairs, read_kept
+from clip_cid.training.optimizer import refuse_long_warmup
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The images that balance and cluster will see, as far as is known before they run."""
+
+    rows: int
+    """Of the embedding store."""
+    most: int
+    """How many can be kept."""
+    has_texts: bool
+
+
+def find_misfits(folder: RunFolder, recipe: Recipe, missing: Sequence[State]) -> tuple[list[ClipCidError], list[str]]:
+    """All of them that are known before the training is tried; and what evaluate would leave out with a warning.
+
+    Args:
+        folder: The run, which is only read.
+        recipe: The settings.
+        missing: The stages before the training that are to run.
+    """
+    found: list[ClipCidError] = []
+    names = {state.stage.name for state in missing}
+    images: _Images | None = None
+    if names:
+        with _noted(found):
+            _check_pairs(folder, recipe)
+        with _noted(found):
+            images = _images(folder, recipe, names)
+    if images is not None and EMBED in names:
+        with _noted(found):
+            _check_texts(recipe, images)
+    if images is not None and BALANCE in names:
+        with _noted(found):
+            _check_balance(folder, recipe, images, embedded=EMBED not in names)
+    if images is not None and CLUSTER in names:
+        with _noted(found):
+            _check_clusters(recipe, images)
+        with _noted(found):
+            _check_perplexity(recipe)
+    left_out = _check_evaluation(recipe, found)
+    return _different(found), left_out
+
+
+def raise_together(found: Sequence[ClipCidError]) -> None:
+    """Raise the only one as it is, or one error that lists all."""
+    found = _different(found)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        lines = (f"{error.problem}\n    {error.fix}" for error in found)
+        raise ConfigError(
+            "\n  ".join([f"check: {len(found)} problems, each of which stops the run", *lines]),
+            fix="Mend them all, and check again.",
+        )
+
+
+@contextlib.contextmanager
+def _noted(found: list[ClipCidError]) -> Iterator[None]:
+    try:
+        yield
+    except ClipCidError as error:
+        found.append(error)
+
+
+def _different(found: Sequence[ClipCidError]) -> list[ClipCidError]:
+    return list({error.problem: error for error in found}.values())
+
+
+def _check_pairs(folder: RunFolder, recipe: Recipe) -> None:
+    """The numbers of a training on all pairs; balance leaves fewer."""
+    pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
+    refuse_long_warmup(recipe.distill, count_steps(recipe.distill, len(plain_pairs(pairs))))
+
+
+def _images(folder: RunFolder, recipe: Recipe, missing: set[str]) -> _Images | None:
+    """None without a teacher."""
+    if not recipe.has_teacher:
+        return None
+
+    if EMBED not in missing:
+        store = EmbeddingStore.open(folder.stage(EMBED))
+        balanced = recipe.balance.enabled and BALANCE not in missing
+        most = len(read_kept(folder, store)) if balanced else int(store.ok.sum())
+        return _Images(store.rows, most, store.has_texts)
+
+    existing = recipe.embed.existing
+    if existing is None:
+        pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
+        return _Images(len(pairs), len(plain_pairs(pairs)), has_texts=True)
+    if (existing / STORE_FILE).is_file():
+        store = EmbeddingStore.open(existing)
+        return _Images(store.rows, int(store.ok.sum()), store.has_texts)
+    shards = find_embeddings(existing)
+    rows = sum(shard.image.rows for shard in shards)
+    return _Images(rows, rows, all(shard.text is not None for shard in shards))
+
+
+def _check_texts(recipe: Recipe, images: _Images) -> None:
+    if recipe.uses_teacher_texts and not images.has_texts:
+        raise ConfigError(
+            f"distill.weights: a loss reads the teacher's texts, but {recipe.embed.existing} has images only.",
+            fix="Give embeddings of the captions too, or set the weights of those losses to 0.",
+        )
+
+
+def _check_balance(folder: RunFolder, recipe: Recipe, images: _Images, *, embedded: bool) -> None:
+    settings = recipe.balance
+    if settings.existing is not None:
+        ok = EmbeddingStore.open(folder.stage(EMBED)).ok if embedded else np.ones(images.rows, dtype=bool)
+        read_kept_elsewhere(settings.existing, ok)
+        return
+
+    try:
+        BalanceRule(
+            settings.threshold,
+            settings.metric,
+            settings.max_threshold,
+            settings.target_removed,
+            settings.keep,
+            settings.max_radius,
+        )
+    except ValueError as error:
+        raise ConfigError(f"balance: {error}", fix="Give distances on the scale of balance.metric.") from error
+    if settings.keep == "best_caption" and not images.has_texts:
+        raise ConfigError(
+            "balance.keep: best_caption needs embeddings of captions.", fix="Set balance.keep: nearest_centroid."
+        )
+    if settings.grow_from is not None and not settings.grow_from.is_dir():
+        raise DataError(
+            f"balance.grow_from: {settings.grow_from} is no folder.", fix="Name the folder RUN/balance of a run."
+        )
+
+
+def _check_clusters(recipe: Recipe, images: _Images) -> None:
+    settings = recipe.cluster
+    if settings.existing is not None:
+        for name in ("centers.npy", "labels.npy"):
+            try:
+                read_npy(settings.existing / name, mmap_mode="r")
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"{settings.existing}: cannot read {name} ({error}).", fix="Give the cluster folder of a run."
+                ) from error
+    elif settings.num_centers > images.most:
+        raise ConfigError(
+            f"cluster.num_centers: {settings.num_centers:,} centers, but at most {images.most:,} images are kept.",
+            fix=f"Set cluster.num_centers to {max(1, images.most // 20):,} or so (20 images a cluster).",
+        )
+
+
+def _check_perplexity(recipe: Recipe) -> None:
+    perplexity, centers = recipe.distill.head_perplexity, recipe.cluster.num_centers
+    if recipe.cluster.existing is None and perplexity is not None and perplexity >= centers:
+        raise ConfigError(
+            f"distill.head_perplexity: {perplexity:g} likely centers, but there are only {centers:,}.",
+            fix="Choose a smaller one, or leave it out and set distill.head_scale.",
+        )
+
+
+def _check_evaluation(recipe: Recipe, found: list[ClipCidError]) -> list[str]:
+    """Sets and models that evaluate would refuse, after hours; returns the missing sets, which it leaves out."""
+    settings = recipe.evaluate
+    left_out: list[str] = []
+    for name, where in settings.sets.items():
+        with _noted(found):
+            try:
+                _open_set(name, where, recipe)
+            except MissingSetError as error:
+                left_out.append(error.problem)
+    for name, source in settings.retrieval.items():
+        try:
+            find_sources(recipe.pairs.model_copy(update={"source": source}))
+        except ClipCidError as error:
+            left_out.append(f"evaluate.retrieval.{name}: {error.problem}")
+    for name, reference in settings.compare.items():
+        try:
+            known_architecture(reference)
+        except ClipCidError as error:
+            found.append(DataError(f"evaluate.compare.{name}: {error.problem}", fix=error.fix))
+
+    if left_out and len(left_out) == len(settings.sets) + len(settings.retrieval):
+        found.append(
+            DataError(
+                f"evaluate: none of {len(left_out)} sets exists ({'; '.join(left_out)}).",
+                fix="Name sets that exist in evaluate.sets or evaluate.retrieval; builtin:digits always does.",
+            )
+        )
+    return left_out
+
+
+def _open_set(name: str, where: str, recipe: Recipe) -> None:
+    cache_dir = recipe.machine.cache_dir
+    test = open_set(name, where, max_pixels=recipe.pairs.max_pixels, splits=("test",), cache_dir=cache_dir)
+    if recipe.evaluate.zero_shot:
+        test.prompts(0)

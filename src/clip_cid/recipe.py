@@ -103,6 +103,9 @@ class EmbedConfig(Config):
     folder, or .npy files. On the command line: `--embeddings`."""
     normalize: bool = False
     """Scale imported embeddings to length one. When off, rows of another length are refused."""
+    max_bad_share: Share | None = None
+    """Leave out imported rows that are all zeros or not finite, if they are at most this share of
+    all; they are counted and listed. When absent, one such row refuses the import."""
 
 
 class BalanceConfig(Config):

@@ -52,7 +52,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> EmbedSummary:
 
 
 def _take_over(existing: Path, folder: RunFolder, out: Path, recipe: Recipe) -> EmbedSummary:
-    import_existing(existing, out, normalize=recipe.embed.normalize)
+    import_existing(existing, out, normalize=recipe.embed.normalize, max_bad_share=recipe.embed.max_bad_share)
     store = EmbeddingStore.open(out)
     if recipe.pairs.source:
         pairs = _open_pairs(folder, recipe)

@@ -197,6 +197,21 @@ def table_rows(path: Path) -> int:
         raise DataError(f"{path}: not a whole Parquet file ({error}).", fix=AGAIN) from error
 
 
+def check_column(path: Path, schema: pa.Schema, name: str) -> None:
+    """A shard's metadata has this column, once.
+
+    Raises:
+        DataError: It does not.
+    """
+    count = schema.names.count(name)
+    if count != 1:
+        number = "no column" if count == 0 else f"{count:,} columns"
+        raise DataError(
+            f"{path}: {number} {name!r}; there are {', '.join(schema.names)}.",
+            fix="Name it in pairs.keep_fields and run the embed stage again, or use a store that has it.",
+        )
+
+
 def read_column(path: Path, name: str) -> pa.Array:
     """One column of a shard's metadata.
 
@@ -205,15 +220,51 @@ def read_column(path: Path, name: str) -> pa.Array:
     """
     try:
         with pq.ParquetFile(path) as table:
-            if name not in table.schema_arrow.names:
-                raise DataError(
-                    f"{path}: no column {name!r}; there are {', '.join(table.schema_arrow.names)}.",
-                    fix="Name it in pairs.keep_fields and run the embed stage again, or use a store that has it.",
-                )
+            check_column(path, table.schema_arrow, name)
             column = table.read(columns=[name]).column(name)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read ({error}).", fix=AGAIN) from error
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], type=column.type)
+
+
+def read_texts(path: Path, name: str) -> pa.LargeStringArray:
+    """A column of a shard's metadata with one text or number a row, as texts.
+
+    Raises:
+        DataError: The file cannot be read, has no such column, or the column holds something else.
+    """
+    column = read_column(path, name)
+    if pa.types.is_nested(column.type):
+        raise not_texts(path, name, column.type)
+    try:
+        return column.cast(pa.large_string())
+    except pa.ArrowException as error:
+        raise not_texts(path, name, column.type) from error
+
+
+def not_texts(path: Path, name: str, kind: pa.DataType) -> DataError:
+    return DataError(
+        f"{path}: column {name!r} holds {kind}, not one text or whole number a row.",
+        fix="Write the column anew with one value a row, such as the first of each list, or use another column.",
+    )
+
+
+def read_captions(path: Path, name: str) -> pa.Array:
+    """A column of a shard's metadata with one caption a row, or a list of captions.
+
+    Raises:
+        DataError: The file cannot be read, has no such column, or the column holds something else.
+    """
+    column = read_column(path, name)
+    try:
+        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            return column.cast(pa.list_(pa.string()))
+        return read_texts(path, name)
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{path}: column {name!r} holds {column.type}, not captions ({error}).",
+            fix="Write the column anew with a caption, or a list of captions, in each row.",
+        ) from error
 
 
 def check_unit(
@@ -233,7 +284,8 @@ def check_unit(
             f"({len(wrong):,} such rows among {len(vectors):,}).",
             fix="The embeddings must be finite and normalized; compute them again, or repair them at their source. "
             "If they are imported and only their length differs, `embed.normalize` scales them: "
-            "`clip-cid embed RUN --embeddings PATH --embed.normalize`.",
+            "`clip-cid embed RUN --embeddings PATH --embed.normalize`. Imported rows of zeros or NaN are left out "
+            "by --embed.max-bad-share 0.01.",
         )
 
 

@@ -4,6 +4,7 @@ Arrays that cannot be read in place (members of a .npz, float64) or are to be sc
 shard by shard.
 """
 
+import collections
 import dataclasses
 import shutil
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from clip_cid import log, units
 from clip_cid.data.embeddings.files import (
@@ -27,7 +28,10 @@ from clip_cid.data.embeddings.files import (
     StoreInfo,
     StoreShard,
     array_header,
+    check_column,
     check_unit,
+    not_texts,
+    read_texts,
     record_file,
     write_info,
     write_table,
@@ -35,13 +39,14 @@ from clip_cid.data.embeddings.files import (
 from clip_cid.data.embeddings.layouts import FIX, LayoutShard, Vectors, find_embeddings
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.errors import DataError
+from clip_cid.journal import Journal
 from clip_cid.run_folder import atomic_file
 
 _KEY_COLUMNS = ("key", "uid", "image_path")
 _CAPTION_COLUMNS = ("caption", "text")
 
 
-def import_existing(source: Path, out: Path, *, normalize: bool = False) -> None:
+def import_existing(source: Path, out: Path, *, normalize: bool = False, max_bad_share: float | None = None) -> None:
     """Make `out` a store that refers to `source`: a store of ours, or any layout of `layouts.py`.
 
     Every array is read once: lengths, values, and a digest of each file.
@@ -50,6 +55,8 @@ def import_existing(source: Path, out: Path, *, normalize: bool = False) -> None
         source: A folder or a file.
         out: The store to make; converted shards that a killed attempt on the same source left there are used.
         normalize: Scale rows to length one (into `out`) instead of refusing rows of another length.
+        max_bad_share: Leave out rows that are zero or not finite, if they are no larger share, instead of refusing
+            them; not for a store of ours.
 
     Raises:
         DataError: It is none of these, a part is missing or cut short, widths differ, keys repeat, a row is zero or not
@@ -64,33 +71,37 @@ def import_existing(source: Path, out: Path, *, normalize: bool = False) -> None
         if (source / SKIPPED_FILE).is_file():
             shutil.copyfile(source / SKIPPED_FILE, out / SKIPPED_FILE)
     else:
-        info = _take_over(source, find_embeddings(source), out, normalize=normalize)
-        (out / SKIPPED_FILE).write_text("", encoding="utf-8")
+        info = _take_over(source, find_embeddings(source), out, normalize=normalize, max_bad_share=max_bad_share)
 
     write_info(out, info)
     store = EmbeddingStore.open(out)
-    if not len(store.keys):
+    if not len(store.keys) or not store.ok.any():
         raise DataError(f"{source}: no embeddings there.", fix=FIX)
     with log.progress("check", store.rows, unit="rows") as bar:
         store.check_values(bar.advance)
 
 
-def _take_over(source: Path, layout: Sequence[LayoutShard], out: Path, *, normalize: bool) -> StoreInfo:
+def _take_over(
+    source: Path, layout: Sequence[LayoutShard], out: Path, *, normalize: bool, max_bad_share: float | None
+) -> StoreInfo:
     dtypes = {vectors.dtype.newbyteorder("=") for shard in layout for vectors in shard.vectors.values()}
     dtype = np.dtype(np.float16 if dtypes == {np.dtype(np.float16)} else np.float32)
-    columns = _columns(layout[0])
+    columns = _columns(layout)
     _log_plan(layout, out, dtype, normalize=normalize)
 
     shards: list[StoreShard] = []
-    with log.progress("take over", sum(shard.image.rows for shard in layout), unit="rows") as bar:
+    skipped = _Skipped(sum(shard.image.rows for shard in layout), max_bad_share)
+    with log.progress("take over", skipped.total, unit="rows") as bar:
         for number, shard in enumerate(layout):
-            files = {"metadata": _metadata_file(shard, out, number)}
+            ok = skipped.ok_rows(shard, columns.key, first_row=sum(before.rows for before in shards))
+            files = {"metadata": _metadata_file(shard, out, number, columns.key, ok)}
             for kind, vectors in shard.vectors.items():
                 name = f"{FOLDERS[kind]}/{FOLDERS[kind]}_{number:04d}.npy"
-                files[kind] = _array_file(vectors, out, name, dtype, normalize=normalize)
+                files[kind] = _array_file(vectors, out, name, dtype, ok, normalize=normalize)
             rows = shard.image.rows
-            shards.append(StoreShard(name=shard.name, rows=rows, ok=rows, more=0, files=files))
+            shards.append(StoreShard(name=shard.name, rows=rows, ok=int(ok.sum()), more=0, files=files))
             bar.advance(rows)
+    skipped.write(out / SKIPPED_FILE)
 
     return StoreInfo(
         teacher={"reference": f"unknown (taken over from {source})"} | _members(layout[0]),
@@ -114,44 +125,133 @@ class _Columns:
     fields: tuple[str, ...]
 
 
-def _columns(shard: LayoutShard) -> _Columns:
+def _columns(layout: Sequence[LayoutShard]) -> _Columns:
     """The columns of the first shard's metadata, which all shards have.
 
     Raises:
-        DataError: There is no key, or no caption though there are text embeddings.
+        DataError: There is no key, or no caption though there are text embeddings; or a shard lacks one of them, or
+            has several keys in a row.
     """
-    if shard.metadata is None:
+    first = layout[0]
+    if first.metadata is None:
         return _Columns("key", None, ())
-    names = pq.read_schema(shard.metadata).names
+    names = pq.read_schema(first.metadata).names
     key, caption = (next((name for name in few if name in names), None) for few in (_KEY_COLUMNS, _CAPTION_COLUMNS))
-    if key is None or (caption is None and shard.text is not None):
+    if key is None or (caption is None and first.text is not None):
         raise DataError(
-            f"{shard.metadata}: no column key, uid or image_path, or no caption or text, among {', '.join(names)}.",
+            f"{first.metadata}: no column key, uid or image_path, or no caption or text, among {', '.join(names)}.",
             fix="Keys join embeddings to pairs; add the column, or leave the metadata out.",
         )
+
+    # Before anything is converted, which can take hours.
+    for path in (shard.metadata for shard in layout if shard.metadata is not None):
+        schema = pq.read_schema(path)
+        for name in (key, caption):
+            if name is not None:
+                check_column(path, schema, name)
+        if pa.types.is_nested(schema.field(key).type):
+            raise not_texts(path, key, schema.field(key).type)
     return _Columns(key, caption, tuple(name for name in names if name not in (*COLUMNS, key, caption)))
 
 
-def _metadata_file(shard: LayoutShard, out: Path, number: int) -> StoreFile:
-    """The metadata where it is; without any, keys made of the file's name and the row's number in it."""
-    if shard.metadata is not None:
+class _Skipped:
+    """The rows that are left out, because they have no direction: all zeros, or not finite."""
+
+    def __init__(self, total: int, max_share: float | None) -> None:
+        self.total, self._max_share = total, max_share
+        self._entries: list[dict[str, Any]] = []
+
+    def ok_rows(self, shard: LayoutShard, key_column: str, *, first_row: int) -> Bool[np.ndarray, " rows"]:
+        """Which rows of a shard to take; all of them, unread, if no share may be left out.
+
+        Raises:
+            DataError: More rows are left out than may be.
+        """
+        ok = np.ones(shard.image.rows, dtype=bool)
+        if self._max_share is None:
+            return ok
+
+        reasons: dict[int, str] = {}
+        for kind, vectors in shard.vectors.items():
+            start = 0
+            for block in vectors.blocks():
+                for row, what in _undirected(block).items():
+                    reasons.setdefault(start + row, f"{kind} embedding {what}")
+                start += len(block)
+
+        ok[list(reasons)] = False
+        keys = _keys(shard, key_column) if reasons else pa.array([])
+        for row, reason in sorted(reasons.items()):
+            key = keys[row].as_py()
+            self._entries.append({"row": first_row + row, "key": key, "shard": shard.name, "reason": reason})
+        self._check_share()
+        return ok
+
+    def write(self, path: Path) -> None:
+        """List them, and log how many there are."""
+        Journal(path).replace(*self._entries)
+        if self._entries:
+            log.warn(f"embed     {self._summary()} are left out; each is listed in {path.name}")
+
+    def _check_share(self) -> None:
+        share = self._max_share or 0
+        if len(self._entries) > share * self.total:
+            raise DataError(
+                f"{self._summary()} cannot be used, more than embed.max_bad_share {share:g};"
+                f" the first is {self._entries[0]['key']!r} in {self._entries[0]['shard']}.",
+                fix="Compute them again, or raise embed.max_bad_share.",
+            )
+
+    def _summary(self) -> str:
+        reasons = collections.Counter(entry["reason"] for entry in self._entries)
+        kinds = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        return f"{len(self._entries):,} of {self.total:,} rows ({kinds})"
+
+
+def _undirected(block: Float[np.ndarray, "rows dim"]) -> dict[int, str]:
+    """The rows that have no direction, and why."""
+    peaks = np.abs(block).max(axis=1)
+    bad = np.flatnonzero(~(np.isfinite(peaks) & (peaks > 0)))
+    return {int(row): "is all zeros" if peaks[row] == 0 else "is not finite" for row in bad}
+
+
+def _metadata_file(
+    shard: LayoutShard, out: Path, number: int, key_column: str, ok: Bool[np.ndarray, " rows"]
+) -> StoreFile:
+    """The metadata where it is; or here, if it has no keys, or must say which rows are left out."""
+    if shard.metadata is not None and ok.all():
         return record_file(out, str(shard.metadata))
-    rows = pc.cast(pa.array(np.arange(shard.image.rows)), pa.large_string())
-    stem, slash = (pa.scalar(text, pa.large_string()) for text in (shard.name, "/"))
+    if shard.metadata is None:
+        table = pa.table({key_column: _keys(shard, key_column)})
+    else:
+        table = pq.read_table(shard.metadata, partitioning=None)
+        table = table.drop_columns([name for name in table.column_names if name == "ok"])
+
     name = f"{FOLDERS['metadata']}/{FOLDERS['metadata']}_{number:04d}.parquet"
     (out / name).parent.mkdir(exist_ok=True)
-    write_table(out / name, pa.table({"key": pc.call_function("binary_join_element_wise", [stem, rows, slash])}))
+    write_table(out / name, table if ok.all() else table.append_column("ok", pa.array(ok)))
     return record_file(out, name)
 
 
-def _array_file(vectors: Vectors, out: Path, name: str, dtype: np.dtype[Any], *, normalize: bool) -> StoreFile:
+def _keys(shard: LayoutShard, key_column: str) -> pa.Array:
+    """The key of each row; without metadata the file's name and the row's number in it."""
+    if shard.metadata is not None:
+        return read_texts(shard.metadata, key_column)
+    rows = pc.cast(pa.array(np.arange(shard.image.rows)), pa.large_string())
+    stem, slash = (pa.scalar(text, pa.large_string()) for text in (shard.name, "/"))
+    return pc.call_function("binary_join_element_wise", [stem, rows, slash])
+
+
+def _array_file(
+    vectors: Vectors, out: Path, name: str, dtype: np.dtype[Any], ok: Bool[np.ndarray, " rows"], *, normalize: bool
+) -> StoreFile:
     """The array where it is, or converted into the store."""
-    if not _must_convert(vectors, dtype, normalize=normalize):
+    if ok.all() and not _must_convert(vectors, dtype, normalize=normalize):
         return record_file(out, str(vectors.path))
     path = out / name
     if not (path.is_file() and array_header(path) == ((vectors.rows, vectors.dim), dtype)):
         path.parent.mkdir(exist_ok=True)
-        _convert(vectors, path, dtype, normalize=normalize)
+        _convert(vectors, path, dtype, ok, normalize=normalize)
     return record_file(out, name)
 
 
@@ -159,7 +259,10 @@ def _must_convert(vectors: Vectors, dtype: np.dtype[Any], *, normalize: bool) ->
     return normalize or vectors.member is not None or vectors.dtype != dtype
 
 
-def _convert(vectors: Vectors, path: Path, dtype: np.dtype[Any], *, normalize: bool) -> None:
+def _convert(
+    vectors: Vectors, path: Path, dtype: np.dtype[Any], ok: Bool[np.ndarray, " rows"], *, normalize: bool
+) -> None:
+    """Write the ok rows as they are or scaled, and zeros for the others."""
     shape = (vectors.rows, vectors.dim)
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     prepare = _scaled if normalize else _unit
@@ -167,36 +270,42 @@ def _convert(vectors: Vectors, path: Path, dtype: np.dtype[Any], *, normalize: b
         np.lib.format.write_array_header_1_0(handle, header)
         first_row = 0
         for block in vectors.blocks():
-            handle.write(prepare(block, str(vectors), first_row).astype(dtype).tobytes())
+            good = ok[first_row : first_row + len(block)]
+            rows = block if good.all() else np.where(good[:, None], block, np.zeros((), dtype=block.dtype))
+            handle.write(prepare(rows, good, str(vectors), first_row).astype(dtype).tobytes())
             first_row += len(block)
 
 
-def _unit(block: Float[np.ndarray, "rows dim"], where: str, first_row: int) -> Float[np.ndarray, "rows dim"]:
-    """The rows as they are; each must be of length one."""
+def _unit(
+    block: Float[np.ndarray, "rows dim"], ok: Bool[np.ndarray, " rows"], where: str, first_row: int
+) -> Float[np.ndarray, "rows dim"]:
+    """The rows as they are; each ok row must be of length one."""
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, and is refused
         narrow = block if block.dtype.itemsize == 2 else block.astype(np.float32)
-    check_unit(narrow, np.ones(len(block), dtype=bool), where=where, first_row=first_row)
+    check_unit(narrow, ok, where=where, first_row=first_row)
     return narrow
 
 
-def _scaled(block: Float[np.ndarray, "rows dim"], where: str, first_row: int) -> Float[np.ndarray, "rows dim"]:
-    """The rows scaled to length one, in float64.
+def _scaled(
+    block: Float[np.ndarray, "rows dim"], ok: Bool[np.ndarray, " rows"], where: str, first_row: int
+) -> Float[np.ndarray, "rows dim"]:
+    """The ok rows scaled to length one, in float64; the others are zeros and stay so.
 
     Raises:
-        DataError: A row has no direction: it is all zeros, or not finite.
+        DataError: An ok row has no direction: it is all zeros, or not finite.
     """
     wide = block.astype(np.float64)
-    peaks = np.abs(wide).max(axis=1)
-    undirected = np.flatnonzero(~(np.isfinite(peaks) & (peaks > 0)))
-    if len(undirected):
-        what = "is all zeros" if peaks[undirected[0]] == 0 else "is not finite"
+    undirected = {row: what for row, what in _undirected(wide).items() if ok[row]}
+    if undirected:
+        row = min(undirected)
         raise DataError(
-            f"{where}: row {first_row + int(undirected[0]):,} {what} ({len(undirected):,} such rows among"
-            f" {len(block):,}).",
-            fix="Remove such rows at their source; they have no direction to compare.",
+            f"{where}: row {first_row + row:,} {undirected[row]} ({len(undirected):,} such rows among {len(block):,}).",
+            fix="They have no direction to compare: compute them again, or leave them out by"
+            " --embed.max-bad-share 0.01.",
         )
-    wide /= peaks[:, None]  # so that no square overflows
-    return wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    wide[ok] /= np.abs(wide[ok]).max(axis=1, keepdims=True)  # so that no square overflows
+    wide[ok] /= np.linalg.norm(wide[ok], axis=1, keepdims=True)
+    return wide
 
 
 def _members(shard: LayoutShard) -> dict[str, str]:

@@ -16,8 +16,10 @@ from clip_cid.data.embeddings.files import (
     StoreInfo,
     check_shard,
     check_unit,
+    read_captions,
     read_column,
     read_info,
+    read_texts,
 )
 from clip_cid.data.embeddings.sharded_rows import ShardedRows, checked_rows
 from clip_cid.errors import DataError
@@ -123,10 +125,10 @@ class EmbeddingStore:
         parts: list[pa.Array] = []
         for index in range(len(self.info.shards)):
             path = self._file(index, "metadata")
-            column = read_column(path, self.info.key_column)
+            column = read_texts(path, self.info.key_column)
             if column.null_count:
-                raise DataError(f"{path}: {column.null_count:,} rows have no {self.info.key_column}.", fix=AGAIN)
-            parts.append(column.cast(pa.large_string()))
+                raise DataError(f"{path}: {column.null_count:,} rows have no {self.info.key_column}.", fix=self._mend)
+            parts.append(column)
 
         packed = pa.concat_arrays(parts) if parts else pa.array([], type=pa.large_string())
         _check_unique(packed.filter(pa.array(self.ok)), self.path)
@@ -141,7 +143,7 @@ class EmbeddingStore:
             return ("",)
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
         captions = self._shard_captions(shard)[row - int(self._starts[shard])].as_py()
-        return tuple(captions) if isinstance(captions, list) else (captions or "",)
+        return tuple(caption or "" for caption in captions) if isinstance(captions, list) else (captions or "",)
 
     def field(self, name: str) -> list[str]:
         """A column of the metadata for all rows, as strings; "" where a row has none.
@@ -151,8 +153,7 @@ class EmbeddingStore:
         """
         values: list[str] = []
         for index in range(len(self.info.shards)):
-            column = read_column(self._file(index, "metadata"), name).cast(pa.large_string())
-            values += column.fill_null("").to_pylist()
+            values += read_texts(self._file(index, "metadata"), name).fill_null("").to_pylist()
         return values
 
     def classes(self, name: str) -> tuple[Int[np.ndarray, " rows"], list[str]]:
@@ -163,8 +164,8 @@ class EmbeddingStore:
         Raises:
             DataError: A shard does not have it.
         """
-        columns = (read_column(self._file(index, "metadata"), name) for index in range(len(self.info.shards)))
-        encoded = [column.cast(pa.large_string()).fill_null("").dictionary_encode() for column in columns]
+        columns = (read_texts(self._file(index, "metadata"), name) for index in range(len(self.info.shards)))
+        encoded = [column.fill_null("").dictionary_encode() for column in columns]
         chunks = pa.chunked_array(encoded).unify_dictionaries().chunks
 
         values = np.array(chunks[0].dictionary.to_pylist(), dtype=object)
@@ -247,6 +248,11 @@ class EmbeddingStore:
             block = np.asarray(vectors[start : start + _BLOCK_ROWS])
             check_unit(block, np.ones(len(block), dtype=bool), where=str(path), first_row=start)
 
+    @property
+    def _mend(self) -> str:
+        """What to do about wrong metadata: ours is made again, that of others is mended where it is."""
+        return AGAIN if self.info.pairs is not None else "Mend the metadata at its source, or leave it out."
+
     @functools.cached_property
     def _first_more(self) -> np.ndarray:
         """Where the further captions of each row begin among those of all rows."""
@@ -266,7 +272,8 @@ class EmbeddingStore:
         if shard not in self._captions:
             if len(self._captions) >= 8:
                 self._captions.clear()
-            self._captions[shard] = read_column(self._file(shard, "metadata"), self.info.captions_column or "captions")
+            path, name = self._file(shard, "metadata"), self.info.captions_column or "captions"
+            self._captions[shard] = read_captions(path, name)
         return self._captions[shard]
 
 

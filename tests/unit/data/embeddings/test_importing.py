@@ -232,7 +232,7 @@ def test_a_row_without_direction_is_refused_with_its_file_and_row(
 
 @given(arrays.arrays(np.float64, (3, 4), elements=st.floats(-1e300, 1e300).filter(lambda value: abs(value) > 1e-300)))
 def test_scaling_gives_unit_rows_of_the_same_direction_at_any_length(vectors: np.ndarray) -> None:
-    scaled = _scaled(vectors, "x", 0)
+    scaled = _scaled(vectors, np.ones(3, dtype=bool), "x", 0)
     assert np.allclose(np.linalg.norm(scaled, axis=1), 1, atol=1e-12)
     largest = np.abs(vectors).argmax(axis=1)[:, None]
     ratio = vectors / np.take_along_axis(vectors, largest, axis=1)
@@ -384,3 +384,151 @@ def test_scaling_is_a_setting_of_the_stage(tmp_path: Path) -> None:
     assert json.loads((folder.path / "embed" / "store.json").read_text())["dtype"] == "float32"
     other = recipe.model_copy(update={"embed": recipe.embed.model_copy(update={"normalize": False})})
     assert embed_state(folder, other) == ("stale", "embed.normalize True -> False")
+
+
+# Rows that are left out
+
+
+BAD = {"nan": np.nan, "inf": np.inf, "minus inf": -np.inf, "zeros": 0.0}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kind", ["npy", "npz", "float64"])
+def test_rows_without_direction_are_left_out_and_counted_if_they_may_be(
+    tmp_path: Path, bad: str, normalize: bool, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    vectors = unit(200, 0, np.float64 if kind == "float64" else np.float32)
+    vectors[7, :] = BAD[bad]
+    path = tmp_path / ("x.npz" if kind == "npz" else "x.npy")
+    np.savez(path, l14_img=vectors) if kind == "npz" else np.save(path, vectors)
+    with pytest.raises(DataError, match="row 7 "):
+        import_existing(path, tmp_path / "refused", normalize=normalize)
+
+    store = taken(path, tmp_path / "out", normalize=normalize, max_bad_share=0.01)
+    good = np.arange(200) != 7
+    assert np.array_equal(store.ok, good)
+    assert np.allclose(store.images[:][good], vectors[good], atol=1e-6)
+    assert not store.images[:][7].any()
+    what = "is all zeros" if bad == "zeros" else "is not finite"
+    (line,) = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"row": 7, "key": "x/7", "shard": "x", "reason": f"image embedding {what}"}
+    assert f"1 of 200 rows (1 image embedding {what}) are left out" in caplog.text
+
+
+def test_a_row_whose_text_has_no_direction_is_left_out_and_its_metadata_kept(
+    tmp_path: Path, clip_retrieval: Path
+) -> None:
+    """Of 22 rows in 11 shards, one bad image and one bad text, in two shards: only these are copied."""
+    for name, row in (("img_emb/img_emb_3.npy", 1), ("text_emb/text_emb_5.npy", 0)):
+        vectors = np.load(clip_retrieval / name)
+        vectors[row] = np.nan if row else 0
+        np.save(clip_retrieval / name, vectors)
+    with pytest.raises(
+        DataError, match=r"1 of 22 rows .* cannot be used, more than embed\.max_bad_share 0\.01"
+    ) as error:
+        import_existing(clip_retrieval, tmp_path / "out", max_bad_share=0.01)
+    assert "'3-1' in img_emb_3" in error.value.problem
+
+    store = taken(clip_retrieval, tmp_path / "out", max_bad_share=0.1)
+    assert np.flatnonzero(~store.ok).tolist() == [7, 10]
+    assert [store.keys[row] for row in (7, 10)] == ["3-1", "5-0"]
+    assert store.captions(11) == ("b",)
+    assert store.num_captions.tolist() == store.ok.astype(int).tolist()
+    assert not store.texts[:][[7, 10]].any()
+    assert len(arrays_in(tmp_path / "out")) == 4
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert reasons == ["image embedding is not finite", "text embedding is all zeros"]
+
+
+def test_a_store_without_a_single_good_row_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((3, DIM), dtype=np.float16))
+    with pytest.raises(DataError, match="no embeddings there"):
+        import_existing(tmp_path / "x.npy", tmp_path / "out", max_bad_share=1)
+
+
+def test_good_rows_are_taken_in_place_whatever_may_be_left_out(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", unit(3, 0))
+    import_existing(tmp_path / "x.npy", tmp_path / "plain")
+    import_existing(tmp_path / "x.npy", tmp_path / "lenient", max_bad_share=0.5)
+    for name in ("store.json", "skipped.jsonl"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "lenient" / name).read_bytes()
+    assert arrays_in(tmp_path / "lenient") == []
+
+
+# Columns of other types
+
+
+def with_column(folder: Path, name: str, values: Any) -> Path:
+    folder.mkdir()
+    np.save(folder / "x.npy", unit(2, 0))
+    pq.write_table(pa.table({"key": ["a", "b"], "caption": ["c", "d"]} | {name: values}), folder / "x.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "keys"),
+    [
+        (pa.array([7, 10]), ["7", "10"]),
+        (pa.array(["a", "b"]).dictionary_encode(), ["a", "b"]),
+        (pa.array([b"a", b"b"]), ["a", "b"]),
+        (pa.array(["a", "b"], pa.large_string()), ["a", "b"]),
+    ],
+)
+def test_keys_of_plain_types_are_texts(tmp_path: Path, values: pa.Array, keys: list[str]) -> None:
+    assert list(taken(with_column(tmp_path / "in", "key", values), tmp_path / "out").keys) == keys
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([["a"], ["b"]]),
+        pa.array([["a"], ["b"]], pa.large_list(pa.string())),
+        pa.array([["a"], ["b"]], pa.list_(pa.string(), 1)),
+        pa.array([{"id": "a"}, {"id": "b"}]),
+        pa.array([[("a", 1)], [("b", 2)]], pa.map_(pa.string(), pa.int64())),
+        pa.array([b"\xff", b"\xfe"]),
+    ],
+)
+def test_keys_of_other_types_are_refused_with_file_column_and_type(tmp_path: Path, values: pa.Array) -> None:
+    source = with_column(tmp_path / "in", "key", values)
+    with pytest.raises(DataError, match=r"x\.parquet: column 'key' holds .*, not one text or whole number a row"):
+        import_existing(source, tmp_path / "out")
+
+
+def test_a_kept_field_of_lists_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    store = taken(with_column(tmp_path / "in", "tags", pa.array([["x"], ["y"]])), tmp_path / "out")
+    for read in (store.field, store.classes):
+        with pytest.raises(DataError, match="column 'tags' holds list"):
+            read("tags")
+
+
+@pytest.mark.parametrize(
+    ("values", "captions"),
+    [
+        (pa.array([["c", "d"], []]), [("c", "d"), ()]),
+        (pa.array([["c", None], ["d"]], pa.large_list(pa.large_string())), [("c", ""), ("d",)]),
+        (pa.array([5, None]), [("5",), ("",)]),
+    ],
+)
+def test_captions_may_be_lists(tmp_path: Path, values: pa.Array, captions: list[tuple[str, ...]]) -> None:
+    store = taken(with_column(tmp_path / "in", "caption", values), tmp_path / "out")
+    assert [store.captions(row) for row in range(2)] == captions
+
+
+def test_captions_of_other_types_are_refused(tmp_path: Path) -> None:
+    store = taken(with_column(tmp_path / "in", "caption", pa.array([{"en": "c"}, {"en": "d"}])), tmp_path / "out")
+    with pytest.raises(DataError, match="column 'caption' holds struct"):
+        store.captions(0)
+
+
+def test_every_shard_has_the_columns_of_the_first(tmp_path: Path, clip_retrieval: Path) -> None:
+    pq.write_table(
+        pa.table({"uid": ["a", "b"], "caption": ["c", "d"]}), clip_retrieval / "metadata" / "metadata_4.parquet"
+    )
+    with pytest.raises(DataError, match=r"metadata_4\.parquet: no column 'key'; there are uid, caption"):
+        import_existing(clip_retrieval, tmp_path / "out")
+    twice = pa.Table.from_arrays([pa.array(["a", "b"])] * 3, names=["key", "key", "caption"])
+    pq.write_table(twice, clip_retrieval / "metadata" / "metadata_4.parquet")
+    with pytest.raises(DataError, match=r"metadata_4\.parquet: 2 columns 'key'"):
+        import_existing(clip_retrieval, tmp_path / "out")

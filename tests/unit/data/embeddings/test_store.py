@@ -97,7 +97,7 @@ def test_rows_without_a_class_have_the_number_minus_one(finished: Path, monkeypa
     ):
         stored = iter(columns)
         monkeypatch.setattr(
-            "clip_cid.data.embeddings.store.read_column", lambda path, name, stored=stored: pa.array(next(stored))
+            "clip_cid.data.embeddings.store.read_texts", lambda path, name, stored=stored: pa.array(next(stored))
         )
         found, of = store.classes("thing")
         assert (found.tolist(), of) == (numbers, names)

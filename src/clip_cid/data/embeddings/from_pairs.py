@@ -14,7 +14,7 @@ from clip_cid import log
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
 from clip_cid.data.pairs.decoding import decoded_batches
 from clip_cid.data.pairs.images import decode_image
-from clip_cid.data.pairs.pair import BadSample, reason_kind
+from clip_cid.data.pairs.pair import BadSample, reason_kind, remedy
 from clip_cid.data.pairs.pairs import Pairs, Shard
 from clip_cid.errors import DataError
 from clip_cid.recipe import MachineConfig, PairsConfig
@@ -61,6 +61,7 @@ def embed_pairs(
         smaller_batch="machine.embed_batch",
         pin=encoder.device.type == "cuda",
     )
+    doubts = collections.Counter[str]()
     progress = log.progress("embed", len(pairs), unit="images", start=writer.rows)
     with contextlib.closing(batches), progress as bar:
         for shard in todo:
@@ -68,10 +69,13 @@ def embed_pairs(
             while part.filled < shard.rows:
                 batch = next(batches)
                 part.add(batch, encoder, machine.embed_batch)
+                doubts.update(reason_kind(item.doubt) for item in batch.items if item.doubt)
                 _check_bad_share(writer, part.skipped, len(pairs), settings)
                 bar.advance(len(batch.items))
             writer.add(part.finished())
 
+    for doubt, count in doubts.items():
+        log.warn(f"{count:,} of the pairs are embedded with a doubt: {doubt}")
     if not any(shard.ok for shard in writer.shards):
         raise DataError(
             f"None of the {len(pairs):,} pairs can be used; see {writer.write_skipped()}.", fix="Mend the pairs."
@@ -89,6 +93,8 @@ class _Item(NamedTuple):
     size: tuple[int, int]
     reason: str
     """Why the row cannot be used; empty when it can."""
+    doubt: str = ""
+    """As in `Pair`."""
 
 
 class _Batch(NamedTuple):
@@ -113,17 +119,10 @@ class _PairImages:
         try:
             pair = self._pairs.read(row)
             captions, fields = pair.captions, pair.fields
-            image = decode_image(pair.image, max_pixels=self._max_pixels)
-            _check_shape(image.size, self._side, self._max_pixels)
-            return _Item(row, self._preprocess(image), captions, fields, image.size, "")
+            image = decode_image(pair.image, max_pixels=self._max_pixels, side=self._side)
+            return _Item(row, self._preprocess(image), captions, fields, image.size, "", pair.doubt)
         except BadSample as error:
             return _Item(row, None, captions, fields, (0, 0), error.reason)
-
-
-def _check_shape(size: tuple[int, int], side: int, max_pixels: int) -> None:
-    """The shorter side is resized to the model's, so a very narrow image would grow beyond `max_pixels`."""
-    if max(size) / min(size) * side * side > max_pixels:
-        raise BadSample(f"image is too narrow ({size[0]} x {size[1]} pixels)")
 
 
 def _stack(items: list[_Item]) -> _Batch:
@@ -231,5 +230,5 @@ def _check_bad_share(writer: StoreWriter, unfinished: list[dict[str, Any]], tota
     raise DataError(
         f"{len(bad):,} of {total:,} pairs cannot be used so far, more than pairs.max_bad_share {share:g}; "
         f"most often: {reason} ({count:,}).",
-        fix=f"Each is listed in {path}; repair the pairs, or raise pairs.max_bad_share.",
+        fix=f"Each is listed in {path}; {remedy(reason)}, or raise pairs.max_bad_share.",
     )

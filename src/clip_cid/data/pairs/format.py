@@ -14,10 +14,12 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlparse
 
 import pyarrow as pa
 
 from clip_cid.data.pairs.pair import Pair
+from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
 
 SHARD_ROWS = 10_000
@@ -34,6 +36,10 @@ Member = tuple[str, bytes]
 """A file of a sample: name and contents."""
 
 
+class EmptySourceError(DataError):
+    """A source without a single pair: left out if others have pairs."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A source as the user named it: one shard, table or folder."""
@@ -48,6 +54,14 @@ class Source:
     def bytes(self) -> int:
         """Bytes of the file; -1 for a URL, whose size would take a request to learn."""
         return -1 if self.path is None else self.path.stat().st_size
+
+    @property
+    def path_without_suffix(self) -> str:
+        """The absolute path, or that of the URL, up to the suffix of its last part."""
+        path = urlparse(self.name).path if self.path is None else str(self.path)
+        folder, slash, last = path.strip().rpartition("/")
+        is_folder = self.path is not None and self.path.is_dir()
+        return folder + slash + (last if is_folder else last.rpartition(".")[0] or last)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
-"""Image bytes to RGB pixels, as open_clip sees them, with broken and hostile files refused."""
+"""Image bytes to RGB pixels, as open_clip sees them, with broken and hostile files refused.
+
+This is the one place where images are decoded: for embedding, training, evaluation and pictures.
+"""
 
 import contextlib
 import io
 import warnings
 from collections.abc import Generator
 
-from PIL import Image, ImageFile
+import numpy as np
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from clip_cid.data.pairs.pair import BadSample
 
@@ -13,20 +17,31 @@ from clip_cid.data.pairs.pair import BadSample
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
-def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
+
+
+def decode_image(data: bytes, *, max_pixels: int, side: int | None = None) -> Image.Image:
     """The image in RGB: first frame, alpha dropped and orientation ignored, exactly as open_clip's preprocessing does.
 
+    Sixteen bits of gray are scaled to eight, which Pillow cuts off at 255 instead: nearly all would be white.
+
+    Args:
+        data: The file.
+        max_pixels: An image that claims more pixels is refused.
+        side: The side to which the shorter one will be resized. An image so narrow that it would then have more than
+            `max_pixels` is refused before it is decoded.
+
     Raises:
-        BadSample: Not an image of a known format, broken, cut short, or of more than `max_pixels` pixels.
+        BadSample: Not an image of a known format, broken, cut short, too large, or of a mode whose white is not known.
     """
     if not data:
         raise BadSample("image is empty (0 bytes)")
     with _strict_pillow(max_pixels):
         try:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    raise BadSample(_too_large(image.width * image.height, max_pixels))
-                return image.convert("RGB")
+                _check_size(image.size, max_pixels, side)
+                return _rgb(image)
         except (BadSample, MemoryError):
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -35,6 +50,39 @@ def decode_image(data: bytes, *, max_pixels: int) -> Image.Image:
             raise BadSample(f"image is of no known format ({len(data):,} bytes)") from error
         except Exception as error:  # on broken bytes Pillow's decoders raise nearly everything there is
             raise BadSample(f"image cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _check_size(size: tuple[int, int], max_pixels: int, side: int | None) -> None:
+    """Refuse what the header says, before anything is unpacked."""
+    if size[0] * size[1] > max_pixels:
+        raise BadSample(_too_large(size[0] * size[1], max_pixels))
+    if side is not None and max(size) / max(1, min(size)) * side * side > max_pixels:
+        raise BadSample(f"image is too narrow ({size[0]} x {size[1]} pixels)")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    # Netpbm of more than 8 bits is of mode I too; Pillow has then scaled it to 16 bits.
+    if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return _from_sixteen_bits(image)
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating point"
+        raise BadSample(f"image is of mode {image.mode} ({kind}), whose black and white are not known")
+    return image.convert("RGB")
+
+
+def _from_sixteen_bits(image: Image.Image) -> Image.Image:
+    """The highest 8 bits of each value, which is also how Pillow reads colors of 16 bits."""
+    bits, inverted = 16, False
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits = int(image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0])
+        inverted = image.tag_v2.get(_PHOTOMETRIC) == 0  # white is zero, which Pillow minds for fewer bits only
+
+    values = np.asarray(image)
+    largest = int(values.max(initial=0))
+    if 0 < largest < 1 << (bits - 8):
+        raise BadSample(f"image is of mode {image.mode}, and black in 8 bits: no value of its {bits} is over {largest}")
+    gray = np.minimum(values >> (bits - 8), 255).astype(np.uint8)
+    return Image.fromarray(255 - gray if inverted else gray).convert("RGB")
 
 
 def _too_large(pixels: int | None, max_pixels: int) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,14 +17,16 @@ from jaxtyping import Int64, UInt64
 
 from clip_cid import log
 from clip_cid.data.pairs import sources
-from clip_cid.data.pairs.format import LocalSource, PairFormat, Source
-from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS
+from clip_cid.data.pairs.format import EmptySourceError, LocalSource, PairFormat, Source
+from clip_cid.data.pairs.pair import DUPLICATE
+from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS, key_hash
 from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
 from clip_cid.run_folder import atomic_file
 
-_VERSION = 1  # raise it when the same source would give another index
+_VERSION = 2  # raise it when the same source would give another index
 _OPEN_FILES = 128
+_CHECKSUM_BYTES = 4
 _ROWS_PER_PASS = 1 << 24  # the search for duplicates holds about 50 bytes for each of so many rows
 _BAD_SCHEMA = pa.schema([("row", pa.int64()), ("reason", pa.string())])
 
@@ -34,6 +37,8 @@ class IndexedSource:
 
     format: PairFormat
     local: LocalSource
+    key_prefix: str
+    """What stands before each key of the source; the index has it already."""
     rows: tuple[int, ...]
     """Of each batch."""
     index: str | None
@@ -46,7 +51,12 @@ class IndexedSource:
 @lru_cache(maxsize=_OPEN_FILES)
 def _open_index(path: str) -> pa.RecordBatchFileReader:
     # No threads of its own, so that a forked process can use it.
-    return pa.ipc.open_file(pa.memory_map(path), options=pa.ipc.IpcReadOptions(use_threads=False))
+    return pa.ipc.open_file(_mapped(path)[:-_CHECKSUM_BYTES], options=pa.ipc.IpcReadOptions(use_threads=False))
+
+
+def _mapped(path: str) -> pa.Buffer:
+    """An index file: Arrow's own, and a checksum of it."""
+    return pa.memory_map(path).read_buffer()
 
 
 @lru_cache(maxsize=_OPEN_FILES)
@@ -60,51 +70,104 @@ def index_sources(
     """Index every source, fetching URLs first; the index of an unchanged file is taken from the `index` folder.
 
     Raises:
-        DataError: A source is broken, empty or cannot be fetched.
+        DataError: A source is broken or cannot be fetched, or all are empty.
     """
     if index is not None:
         index.mkdir(parents=True, exist_ok=True)
 
     indexed: list[IndexedSource] = []
+    empty: list[EmptySourceError] = []
+    prefixes = _key_prefixes(named, settings)
     with log.progress("index", len(named), unit="shards") as bar:
-        for source in named:
-            indexed.append(_index_source(source, settings, index, cache_dir, bar))
-            if not sum(indexed[-1].rows):
-                raise DataError(
-                    f"{source.name}: an empty {source.format.kind}, without a single pair.",
-                    fix=f"Give sources that hold images (.{', .'.join(IMAGE_EXTENSIONS)}) with captions.",
-                )
+        for source, prefix in zip(named, prefixes, strict=True):
+            try:
+                indexed.append(_index_source(source, prefix, settings, index, cache_dir, bar))
+            except EmptySourceError as error:
+                empty.append(error)
             bar.advance(1)
+
+    if not indexed:
+        raise empty[0]
+    if empty:
+        log.warn(f"{len(empty):,} of {len(named):,} sources hold no pair and are left out; {empty[0].problem}")
     return tuple(indexed)
 
 
+def _key_prefixes(named: Sequence[Source], settings: PairsConfig) -> list[str]:
+    """What stands before the keys of each source: its name, with as many folders as make it unlike the others."""
+    if settings.key_prefix == "none":
+        return [""] * len(named)
+
+    paths = [source.path_without_suffix.split("/") for source in named]
+    names: list[str] = []
+    for parts in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-parts:]).strip("/") for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return [f"{name}/" for name in names]
+
+
 def _index_source(
-    source: Source, settings: PairsConfig, index: Path | None, cache_dir: Path, bar: log.Bar
+    source: Source, prefix: str, settings: PairsConfig, index: Path | None, cache_dir: Path, bar: log.Bar
 ) -> IndexedSource:
     path = source.path or _fetched(source, settings, cache_dir)
     local = LocalSource.of(source.name, path)
     scan = source.format.scan(local, settings)
-    batches = _with_progress(scan.batches, source.name, bar)
+    batches = _with_progress(_not_empty(_with_prefix(scan.batches, prefix), source), source.name, bar)
     if index is None:
         in_memory = tuple(batches)
-        return IndexedSource(source.format, local, tuple(batch.num_rows for batch in in_memory), None, in_memory)
+        rows = tuple(batch.num_rows for batch in in_memory)
+        return IndexedSource(source.format, local, prefix, rows, None, in_memory)
 
-    identity = [_VERSION, source.format.kind, str(path), *scan.identity]
+    identity = [_VERSION, source.format.kind, str(path), prefix, *scan.identity]
     file = index.absolute() / f"{path.name[:40]}-{_digest(identity)}.arrow"
     if not _usable(file, source.format.schema):
         _write(file, source.format.schema, batches)
 
     numbers = range(_open_index(str(file)).num_record_batches)
     rows = tuple(_mapped_batch(str(file), number).num_rows for number in numbers)
-    return IndexedSource(source.format, local, rows, str(file))
+    return IndexedSource(source.format, local, prefix, rows, str(file))
+
+
+def _with_prefix(batches: Iterable[pa.RecordBatch], prefix: str) -> Generator[pa.RecordBatch]:
+    for batch in batches:
+        if prefix:
+            keys = [prefix + key for key in batch.column("key").to_pylist()]
+            columns = {"key": keys, "key_hash": [key_hash(key) for key in keys]}
+            for name, values in columns.items():
+                at = batch.schema.get_field_index(name)
+                batch = batch.set_column(at, batch.schema.field(at), pa.array(values, batch.schema.field(at).type))
+        yield batch
+
+
+def _not_empty(batches: Iterable[pa.RecordBatch], source: Source) -> Generator[pa.RecordBatch]:
+    """The batches that have rows.
+
+    Raises:
+        EmptySourceError: None has.
+    """
+    empty = True
+    for batch in batches:
+        if batch.num_rows:
+            empty = False
+            yield batch
+    if empty:
+        raise EmptySourceError(
+            f"{source.name}: an empty {source.format.kind}, without a single pair.",
+            fix=f"Give sources that hold images (.{', .'.join(IMAGE_EXTENSIONS)}) with captions.",
+        )
 
 
 def _fetched(source: Source, settings: PairsConfig, cache_dir: Path) -> Path:
     """The local copy of a URL; it is kept only when a scan shows that it is whole."""
 
     def scan_all(part: Path) -> None:
-        for _ in source.format.scan(LocalSource.of(source.name, part), settings).batches:
-            pass
+        try:
+            for _ in source.format.scan(LocalSource.of(source.name, part), settings).batches:
+                pass
+        except EmptySourceError as error:
+            if not part.stat().st_size:  # nothing came, which is not an empty shard
+                raise DataError(error.problem, fix=error.fix) from error
 
     path = sources.cached_path(source.name, cache_dir)
     if not path.exists():
@@ -125,22 +188,37 @@ def _usable(path: Path, schema: pa.Schema) -> bool:
     if not path.exists():
         return False
     try:
-        return _open_index(str(path)).schema.equals(schema)
+        status = path.stat()
+        if _is_whole(str(path), status.st_size, status.st_mtime_ns) and _open_index(str(path)).schema.equals(schema):
+            return True
+        problem = "its checksum is wrong"
     except (pa.ArrowException, OSError) as error:
-        log.warn(f"{path}: this index cannot be read ({error}); it is made again")
-        return False
+        problem = str(error)
+    log.warn(f"{path}: this index cannot be read ({problem}); it is made again")
+    return False
+
+
+@lru_cache(maxsize=_OPEN_FILES)
+def _is_whole(path: str, bytes: int, mtime_ns: int) -> bool:
+    """Whether the checksum at the end of an index file of that size and time is that of the rest."""
+    mapped = _mapped(path)
+    return bytes > _CHECKSUM_BYTES and _checksum(mapped[:-_CHECKSUM_BYTES]) == mapped[-_CHECKSUM_BYTES:].to_pybytes()
+
+
+def _checksum(data: pa.Buffer) -> bytes:
+    return zlib.crc32(data).to_bytes(_CHECKSUM_BYTES)
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    with (
-        atomic_file(path) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as writer,
-    ):
-        for batch in batches:
-            writer.write_batch(batch)
-    _open_index.cache_clear()  # it may hold the file that was there before
-    _mapped_batch.cache_clear()
+    with atomic_file(path) as temporary:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        checksum = _checksum(_mapped(str(temporary)))
+        with open(temporary, "ab") as file:
+            file.write(checksum)
+    for cached in (_open_index, _mapped_batch, _is_whole):
+        cached.cache_clear()  # it may hold the file that was there before
 
 
 def _digest(value: Any) -> str:
@@ -199,7 +277,7 @@ class PairIndex:
     def _find_bad(self) -> dict[int, str]:
         bad: dict[int, str] = {}
         for row, first in duplicate_keys(self.hashes, len(self), self.key).items():
-            bad[row] = f"duplicate key, first used by row {first:,}"
+            bad[row] = f"{DUPLICATE}, first used by row {first:,}"
 
         for shard in range(len(self.batches)):
             problems = self.batch(shard).column("problem")

@@ -3,6 +3,9 @@
 import re
 from dataclasses import dataclass
 
+DUPLICATE = "duplicate key"
+"""How the reason of a sample with the key of an earlier one begins."""
+
 
 class BadSample(Exception):
     """One sample cannot be used; it is counted and listed, and keeps its row."""
@@ -17,6 +20,16 @@ def reason_kind(reason: str) -> str:
     return re.sub(r"'[^']*'|\d[\d,.]*", "...", reason.partition(" (")[0])
 
 
+def remedy(reason: str) -> str:
+    """What can be done about samples that cannot be used for this reason."""
+    if reason.startswith(DUPLICATE):
+        return (
+            "set pairs.key_prefix: shard if keys repeat from one shard to the next, or pairs.merge_rows: true if a table"
+            " has a row for each caption"
+        )
+    return "repair the pairs"
+
+
 @dataclass(frozen=True)
 class Pair:
     """An image, still encoded, and its captions."""
@@ -27,3 +40,5 @@ class Pair:
     """At least one; none is empty or has white space around it."""
     fields: dict[str, str]
     """`pairs.keep_fields` as text, empty if the sample has none."""
+    doubt: str = ""
+    """What of the sample could not be used, though the pair can; empty for most."""

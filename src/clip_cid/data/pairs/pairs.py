@@ -113,6 +113,8 @@ class Pairs:
     def original_files(self, rows: Int64[np.ndarray, " rows"]) -> Generator[list[Member]]:
         """The files of each sample as they lie in the source, all of them and in their order; `has_members` only.
 
+        Their names begin with the prefix that the keys have, so that they stay the names of these keys.
+
         Args:
             rows: Ascending; each shard is read through once.
 
@@ -123,7 +125,8 @@ class Pairs:
         for shard in np.flatnonzero(np.diff(edges)).tolist():
             source = self._index.source(shard)
             places = rows[edges[shard] : edges[shard + 1]] - self._index.first_row[shard]
-            yield from source.format.members(source.local, places.tolist())
+            for members in source.format.members(source.local, places.tolist()):
+                yield [(source.key_prefix + name, data) for name, data in members]
 
     def _sample(self, row: int) -> tuple[IndexedSource, dict[str, Any]]:
         """The source of a row, and the row of its index."""

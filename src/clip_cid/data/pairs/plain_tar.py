@@ -6,6 +6,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import BinaryIO
 
+from clip_cid.data.pairs.format import EmptySourceError
 from clip_cid.errors import DataError
 
 FETCH_AGAIN = "Fetch or write this shard again, then repeat the command."
@@ -86,7 +87,7 @@ def _refuse_compressed(handle: BinaryIO, name: str) -> None:
     start = handle.read(8)
     handle.seek(0)
     if not start:
-        raise DataError(f"{name}: an empty file (0 bytes).", fix=FETCH_AGAIN)
+        raise EmptySourceError(f"{name}: an empty file (0 bytes).", fix=FETCH_AGAIN)
 
     for magic, method in _COMPRESSED.items():
         if start.startswith(magic):

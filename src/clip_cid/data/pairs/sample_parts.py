@@ -48,6 +48,9 @@ def clean_captions(texts: list[Any]) -> tuple[str, ...]:
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # JSON can spell what UTF-8 cannot hold
             raise BadSample(f"caption {number} is not UTF-8 (half a surrogate pair)")
 
+        if "\0" in text:
+            raise BadSample(f"caption {number} holds {text.count(chr(0)):,} zero bytes, so the file is damaged")
+
         if stripped := text.strip():
             captions.append(stripped)
 

@@ -1,20 +1,28 @@
 """Tables (.csv, .tsv, .parquet) of image paths and captions."""
 
 import difflib
+import itertools
 import os
-from collections.abc import Generator, Iterable, Iterator
+import textwrap
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
+from clip_cid import log
+from clip_cid.data.pairs.delimited import TableFault, find_header, find_reading, records
 from clip_cid.data.pairs.format import COMMON_COLUMNS, SHARD_ROWS, LocalSource, PairFormat, Scan
 from clip_cid.data.pairs.pair import Pair
 from clip_cid.data.pairs.sample_parts import clean_captions, field_text, key_hash, read_file, readable_key
 from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
+
+_Cells = dict[str, list[Any]]
+"""The cells of some rows, by column: bytes of text tables, values of Parquet."""
+
+_LONGEST_PATH = 4096  # bytes; Linux has no longer ones
 
 
 class Tables(PairFormat):
@@ -37,6 +45,7 @@ class Tables(PairFormat):
 
     def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
         columns = [settings.image_column, settings.caption_column, settings.key_column, settings.keep_fields]
+        columns.append(settings.merge_rows)
         return Scan([source.bytes, source.mtime_ns, *columns], _scan_table(source.path, source.name, settings))
 
     def read(self, source: LocalSource, row: dict[str, Any], settings: PairsConfig) -> Pair:
@@ -61,55 +70,88 @@ def _scan_table(path: Path, name: str, settings: PairsConfig) -> Generator[pa.Re
     if settings.key_column is not None and settings.key_column not in columns:
         columns.append(settings.key_column)
 
-    open_table = _open_parquet if path.suffix.lower() == ".parquet" else _open_csv
+    read_table = _read_parquet if path.suffix.lower() == ".parquet" else _read_text
+    fix = "Check that it is whole, and of the kind its name says (.csv: commas, .tsv: tabs, .parquet)."
     try:
-        schema, batches = open_table(path, columns)
-        _check_columns(name, schema, columns, settings)
-        for table in _rebatch(batches):
-            yield _index_rows(table, settings)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(
-            f"{name}: this table cannot be read ({' '.join(str(error).split())}).",
-            fix="Check that it is whole, and of the kind its name says (.csv: commas, .tsv: tabs, .parquet).",
-        ) from error
+        parts = read_table(path, name, columns, settings)
+        for cells in _merged(parts, name, settings) if settings.merge_rows else parts:
+            yield _index_rows(cells, settings)
+    except (pa.ArrowException, TableFault, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, TableFault) and error.of_quotes:
+            fix = (
+                "Mend that line. In a value in quotes, quotes are doubled; a .tsv without quotes around its values may"
+                " hold single ones."
+            )
+        raise DataError(f"{name}: this table cannot be read ({' '.join(str(error).split())}).", fix=fix) from error
 
 
-def _open_csv(path: Path, columns: list[str]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """Cells are read as bytes: text that is not UTF-8 makes its own row bad, not the table."""
-    parse = pyarrow.csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
-    with pyarrow.csv.open_csv(path, parse_options=parse) as reader:
-        schema = reader.schema
-    if any(column not in schema.names for column in columns):
-        return schema, iter(())
+def _read_text(path: Path, name: str, columns: list[str], settings: PairsConfig) -> Generator[_Cells]:
+    """Cells are bytes: text that is not UTF-8 makes its own row bad, not the table."""
+    delimiter, names = find_header(path, "\t" if path.suffix.lower() == ".tsv" else ",", columns)
+    _check_columns(name, names, columns)
+    reading = find_reading(path, delimiter, names, settings.image_column)
 
-    convert = pyarrow.csv.ConvertOptions(
-        include_columns=columns, column_types={column: pa.binary() for column in columns}, strings_can_be_null=False
-    )
-    return schema, iter(pyarrow.csv.open_csv(path, parse_options=parse, convert_options=convert))
+    places = {column: names.index(column) for column in columns}
+    rows = records(path, reading, len(names))
+    while some := list(itertools.islice(rows, SHARD_ROWS)):
+        yield {column: [record.cells[at].encode("latin-1") for record in some] for column, at in places.items()}
 
 
-def _open_parquet(path: Path, columns: list[str]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    file = pyarrow.parquet.ParquetFile(path, memory_map=True)
-    return file.schema_arrow, file.iter_batches(batch_size=SHARD_ROWS, columns=columns)
+def _read_parquet(path: Path, name: str, columns: list[str], settings: PairsConfig) -> Generator[_Cells]:
+    file = pyarrow.parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+    _check_columns(name, file.schema_arrow.names, columns)
+    _check_types(name, file.schema_arrow, settings)
+    for table in _rebatch(file.iter_batches(batch_size=SHARD_ROWS, columns=columns)):
+        cells = {column: table.column(column).to_pylist() for column in columns}
+        if pictures := [image for image in cells[settings.image_column] if image and _is_picture(image)]:
+            raise _pictures_inside(name, settings.image_column, f"such as one of {len(pictures[0]):,} bytes")
+        yield cells
 
 
-def _check_columns(name: str, schema: pa.Schema, columns: list[str], settings: PairsConfig) -> None:
-    """Every column is there once; in Parquet, which has types, images and captions are text."""
+def _merged(parts: Iterable[_Cells], name: str, settings: PairsConfig) -> Generator[_Cells]:
+    """One row for all rows of one key and image: the first, with the captions of each. The table is held in memory."""
+    rows, merged = 0, list[dict[str, Any]]()
+    first_of: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for cells in parts:
+        for values in zip(*cells.values(), strict=True):
+            rows += 1
+            row = dict(zip(cells, values, strict=True))
+            caption, image = row[settings.caption_column], row[settings.image_column]
+            row[settings.caption_column] = list(caption) if isinstance(caption, list) else [caption]
+
+            first = first_of.setdefault((row[settings.key_column or settings.image_column], image), row)
+            if first is row or not image:
+                merged.append(row)
+            else:
+                first[settings.caption_column] += row[settings.caption_column]
+
+    log.info(f"{name}: {rows:,} rows are {len(merged):,} pairs")
+    for start in range(0, len(merged), SHARD_ROWS):
+        some = merged[start : start + SHARD_ROWS]
+        yield {column: [row[column] for row in some] for column in some[0]}
+
+
+def _check_columns(name: str, names: list[str], columns: list[str]) -> None:
+    """Every column is there once."""
     for column in columns:
-        if schema.names.count(column) == 1:
+        if names.count(column) == 1:
             continue
-        problem = "is there more than once" if column in schema.names else "is not there"
-        near = difflib.get_close_matches(column, schema.names, n=1)
+        problem = "is there more than once" if column in names else "is not there"
+        near = difflib.get_close_matches(column, names, n=1)
         hint = f"did you mean {near[0]}? " if near and near[0] != column else ""
+        listed = textwrap.shorten(", ".join(names), 400, placeholder=" ...")
         raise DataError(
-            f"{name}: column {column!r} {problem}; the table has {', '.join(schema.names)}.",
+            f"{name}: column {column!r} {problem}; the table has {listed}.",
             fix=f"{hint}Set pairs.image_column, pairs.caption_column, pairs.key_column and pairs.keep_fields to"
             " columns of it.",
         )
 
-    if not name.lower().endswith(".parquet"):
-        return
+
+def _check_types(name: str, schema: pa.Schema, settings: PairsConfig) -> None:
+    """Images are paths, captions are text or lists of it, a key is one value."""
     image, caption = (schema.field(column).type for column in (settings.image_column, settings.caption_column))
+    if pa.types.is_struct(image):
+        raise _pictures_inside(name, settings.image_column, str(image))
     if not _is_text(image):
         raise DataError(
             f"{name}: column {settings.image_column!r} is of type {image}, not image paths.",
@@ -120,6 +162,23 @@ def _check_columns(name: str, schema: pa.Schema, columns: list[str], settings: P
             f"{name}: column {settings.caption_column!r} is of type {caption}, not text or lists of text.",
             fix="Set pairs.caption_column to the column with the captions.",
         )
+    if settings.key_column is not None and pa.types.is_nested(key := schema.field(settings.key_column).type):
+        raise DataError(
+            f"{name}: column {settings.key_column!r} is of type {key}, not one key a row.",
+            fix="Set pairs.key_column to a column of text or numbers; without it, the image path is the key.",
+        )
+
+
+def _pictures_inside(name: str, column: str, kind: str) -> DataError:
+    return DataError(
+        f"{name}: column {column!r} holds pictures ({kind}), not the paths of image files.",
+        fix="Write the pictures to files and their paths to a column, or write image and caption as WebDataset tars.",
+    )
+
+
+def _is_picture(value: str | bytes) -> bool:
+    """Whether a cell holds the bytes of a picture: every format has zero bytes, and no path has."""
+    return isinstance(value, bytes) and b"\0" in value
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -155,26 +214,28 @@ def _rebatch(batches: Iterable[pa.RecordBatch]) -> Generator[pa.Table]:
         yield pa.Table.from_batches(waiting)
 
 
-def _index_rows(table: pa.Table, settings: PairsConfig) -> pa.RecordBatch:
+def _index_rows(cells: _Cells, settings: PairsConfig) -> pa.RecordBatch:
     """The rows of the index for some rows of the table."""
-    images = table.column(settings.image_column).to_pylist()
-    captions = table.column(settings.caption_column).to_pylist()
-    keys = images if settings.key_column is None else table.column(settings.key_column).to_pylist()
-    fields = [table.column(column).to_pylist() for column in settings.keep_fields]
+    images, captions = cells[settings.image_column], cells[settings.caption_column]
+    keys = images if settings.key_column is None else cells[settings.key_column]
+    fields = [cells[column] for column in settings.keep_fields]
 
     columns: dict[str, list[object]] = {column: [] for column in Tables.schema.names}
     for row, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        key, problem = readable_key(_bytes(keys[row]))
+        image = _bytes(image)
+        key, problem = readable_key(_bytes(keys[row])[:_LONGEST_PATH])
         texts = [_bytes(text) for text in (caption if isinstance(caption, list) else [caption]) if text is not None]
         if not image:
             problem = f"no image (empty {settings.image_column})"
+        elif len(image) > _LONGEST_PATH:
+            problem = f"image is no path ({len(image):,} bytes)"
         elif not texts:
             problem = f"no caption (empty {settings.caption_column})"
 
         columns["key"].append(key)
         columns["key_hash"].append(key_hash(key))
         columns["problem"].append(problem)
-        columns["image"].append(_bytes(image))
+        columns["image"].append(image[:_LONGEST_PATH])
         columns["captions"].append(texts)
         columns["fields"].append([field_text(values[row]) for values in fields])
     return pa.RecordBatch.from_pydict(columns, schema=Tables.schema)

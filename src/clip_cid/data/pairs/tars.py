@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from clip_cid.data.pairs.format import COMMON_COLUMNS, LocalSource, Member, PairFormat, Scan
+from clip_cid.data.pairs.format import COMMON_COLUMNS, EmptySourceError, LocalSource, Member, PairFormat, Scan
 from clip_cid.data.pairs.pair import BadSample, Pair
 from clip_cid.data.pairs.plain_tar import FETCH_AGAIN, plain_files
 from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS, clean_captions, field_text, key_hash, readable_key
@@ -53,18 +53,20 @@ class Tars(PairFormat):
         image, text, described = (_part(source, row, part) for part in ("image", "text", "json"))
         if image is None:
             raise AssertionError("a sample without image is known to be bad")
-        fields = {} if described is None else _json_object(described)
 
-        captions = fields.get(settings.captions_field)
-        if captions is not None and not isinstance(captions, str | list):
-            raise BadSample(f"json field {settings.captions_field!r} holds a {type(captions).__name__}, not captions")
-        if isinstance(captions, str):
-            captions = [captions]
-        elif not captions:
-            captions = [] if text is None else [text]
+        fields, captions, doubt = dict[str, Any](), tuple[str, ...](), ""
+        try:
+            if described is not None:
+                fields = _json_object(described)
+                captions = _json_captions(fields, settings.captions_field)
+        except BadSample as error:
+            if text is None:
+                raise
+            doubt = f"the .txt is used alone: {error.reason}"
 
+        captions = captions or _text_captions(text or b"", fields)
         kept = {name: field_text(fields.get(name)) for name in settings.keep_fields}
-        return Pair(row["key"], image, clean_captions(captions), kept)
+        return Pair(row["key"], image, captions, kept, doubt)
 
     def shard_name(self, source: LocalSource, number: int) -> str:
         return source.name
@@ -98,7 +100,9 @@ def scan_tar(path: Path, name: str) -> pa.RecordBatch:
 
     batch = pa.RecordBatch.from_pydict(columns, schema=Tars.schema)
     if not batch.num_rows:
-        raise DataError(f"{name}: an empty shard, {path.stat().st_size:,} bytes without a sample.", fix=FETCH_AGAIN)
+        raise EmptySourceError(
+            f"{name}: an empty shard, {path.stat().st_size:,} bytes without a sample.", fix=FETCH_AGAIN
+        )
     return batch
 
 
@@ -142,6 +146,27 @@ def _row(name: str, members: dict[str, tarfile.TarInfo]) -> dict[str, object]:
         row[f"{part}_at"] = _ABSENT if member is None else member.offset_data
         row[f"{part}_size"] = _ABSENT if member is None else member.size
     return row
+
+
+def _json_captions(fields: dict[str, Any], captions_field: str) -> tuple[str, ...]:
+    """The captions of the json; none where it does not have the field."""
+    captions = fields.get(captions_field)
+    if captions is not None and not isinstance(captions, str | list):
+        raise BadSample(f"json field {captions_field!r} holds a {type(captions).__name__}, not captions")
+    return clean_captions([captions] if isinstance(captions, str) else captions) if captions else ()
+
+
+def _text_captions(text: bytes, fields: dict[str, Any]) -> tuple[str, ...]:
+    """A caption a line, as in CLIP_benchmark's retrieval sets; one in all where a json field holds the same text.
+
+    The latter is how img2dataset writes a caption with line ends.
+    """
+    lines = text.splitlines()
+    if len(lines) > 1:
+        words = text.decode("utf-8-sig", errors="replace").split()
+        if any(isinstance(value, str) and value.split() == words for value in fields.values()):
+            lines = [text]
+    return clean_captions(lines)
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

@@ -130,6 +130,72 @@ def test_open_clips_order_of_extensions_picks_the_image(tmp_path: Path) -> None:
     assert open_pairs(config(write_tar(tmp_path / "a.tar", members))).read(0).image == b"png"
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_each_line_of_a_txt_is_a_caption_in_a_tar_as_in_a_folder(tmp_path: Path, end: str) -> None:
+    text = f"\ufeffone{end}{end} two {end}three".encode()
+    tar = write_tar(tmp_path / "a.tar", [("a.jpg", b"image"), ("a.txt", text)])
+    folder = make_folder(tmp_path / "f", {"a.jpg": b"image", "a.txt": text})
+    for source in (tar, folder):
+        assert open_pairs(config(source)).read(0).captions == ("one", "two", "three")
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "captions"),
+    [
+        # img2dataset: str(caption) in the .txt, and the same in the json.
+        ("a dog\non a mat", {"caption": "a dog\non a mat", "url": "u"}, ("a dog\non a mat",)),
+        ("a dog\r\n on a mat\n", {"TEXT": "a dog\n on a mat"}, ("a dog\r\n on a mat",)),
+        ("one\ntwo", {"caption": "one", "url": "u"}, ("one", "two")),
+        ("one\ntwo", {"caption": ["one", "two"]}, ("one", "two")),
+        ("one\ntwo", {"captions": ["x", "y\nz"]}, ("x", "y\nz")),
+        ("one\ntwo", {"captions": "y\nz"}, ("y\nz",)),
+        ("one", {"caption": "other"}, ("one",)),
+    ],
+)
+def test_a_txt_whose_whole_text_is_in_the_json_is_one_caption(
+    tmp_path: Path, text: str, fields: dict[str, Any], captions: tuple[str, ...]
+) -> None:
+    members = [("a.jpg", b"image"), ("a.txt", text.encode()), ("a.json", json.dumps(fields).encode())]
+    assert open_pairs(config(write_tar(tmp_path / "a.tar", members))).read(0).captions == captions
+
+
+@pytest.mark.parametrize(
+    ("described", "doubt"),
+    [
+        (b"", "json cannot be read"),
+        (b"{'a': 1}", "json cannot be read"),
+        (bytes(512), "json cannot be read"),
+        (b"[" * 100_000, "json cannot be read"),
+        (b"[1]", "json holds a list"),
+        (b"null", "json holds a NoneType"),
+        (b'{"captions": {"a": "b"}}', "holds a dict"),
+        (b'{"captions": ["a", 7]}', "caption 2 is a int"),
+        (b'{"captions": [" "]}', "the caption is empty"),
+        (b'{"captions": ["\\ud800"]}', "half a surrogate pair"),
+    ],
+)
+def test_an_odd_json_beside_a_good_txt_is_left_out_with_a_doubt(tmp_path: Path, described: bytes, doubt: str) -> None:
+    members = [*sample("a"), ("a.json", described), *sample("b", dup=7)]
+    pairs = open_pairs(config(write_tar(tmp_path / "a.tar", members), keep_fields=("dup",)))
+    odd, good = (pairs.read(row) for row in range(2))
+    assert (odd.captions, odd.fields, good.fields, good.doubt) == (("caption of a",), {"dup": ""}, {"dup": "7"}, "")
+    assert odd.doubt.startswith("the .txt is used alone: ")
+    assert doubt in odd.doubt
+
+
+def test_zeros_in_a_caption_are_a_damaged_sample_in_every_format(tmp_path: Path) -> None:
+    text = b"a dog" + bytes(7)
+    tar = write_tar(
+        tmp_path / "a.tar", [("a.jpg", b"image"), ("a.txt", text), ("b.jpg", b"image"), ("b.txt", bytes(4))]
+    )
+    folder = make_folder(tmp_path / "f", {"a.jpg": b"image", "a.txt": text})
+    table = pa.table({"image": ["f/a.jpg"], "caption": [text.decode()]})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    for source in (tar, folder, tmp_path / "t.parquet"):
+        assert reason(open_pairs(config(source)), 0) == "caption 1 holds 7 zero bytes, so the file is damaged"
+    assert reason(open_pairs(config(tar)), 1) == "caption 1 holds 4 zero bytes, so the file is damaged"
+
+
 names = st.text("ab.é/_-", min_size=1, max_size=6).filter(
     lambda name: (
         not name.startswith("/") and ".." not in name.split("/") and not any(part == "" for part in name.split("/"))
@@ -193,12 +259,12 @@ def test_every_kind_of_bad_sample_is_named_and_shifts_no_row(tmp_path: Path) -> 
         "no caption": [("bad1.jpg", b"image")],
         "the caption is empty": sample("bad2", text=" \n"),
         "caption 1 is not UTF-8": [("bad3.jpg", b"image"), ("bad3.txt", b"caf\xe9")],
-        "json cannot be read": [*sample("bad4"), ("bad4.json", b"{'a': 1}")],
-        "json holds a list": [*sample("bad5"), ("bad5.json", b"[]")],
-        "caption 2 is a int, not text": sample("bad6", captions=["a", 7]),
-        "field 'captions' holds a dict": sample("bad7", captions={"a": "b"}),
-        "caption 1 is not UTF-8 (half": [*sample("bad8"), ("bad8.json", b'{"captions": ["\\ud800"]}')],
-        "json cannot be read (maximum": [*sample("bad9"), ("bad9.json", b"[" * 100_000)],
+        "json cannot be read": [("bad4.jpg", b"image"), ("bad4.json", b"{'a': 1}")],
+        "json holds a list": [("bad5.jpg", b"image"), ("bad5.json", b"[]")],
+        "caption 2 is a int, not text": sample("bad6", text=None, captions=["a", 7]),
+        "field 'captions' holds a dict": sample("bad7", text=None, captions={"a": "b"}),
+        "caption 1 is not UTF-8 (half": [("bad8.jpg", b"image"), ("bad8.json", b'{"captions": ["\\ud800"]}')],
+        "json cannot be read (maximum": [("bad9.jpg", b"image"), ("bad9.json", b"[" * 100_000)],
         "duplicate key, first used by row 0": sample("good0"),
     }
     members = sample("good0")
@@ -224,6 +290,31 @@ def test_the_first_of_equal_keys_stays_good_across_shards(tmp_path: Path) -> Non
     }
     assert [isinstance(read, Pair) for read in read_all(pairs)] == [True, True, False, False, True, False]
     assert open_pairs(config(first, second), index=tmp_path / "index").known_bad == pairs.known_bad
+
+
+def test_keys_that_repeat_across_shards_get_the_shards_name_before_them(tmp_path: Path) -> None:
+    tars = [write_tar(tmp_path / name, [*sample("000"), *sample("001")]) for name in ("a.tar", "b.x.tar")]
+    for where in (None, tmp_path / "index"):
+        assert len(open_pairs(config(*tars), index=where).known_bad) == 2
+        pairs = open_pairs(config(*tars, key_prefix="shard"), index=where)
+        assert pairs.keys(0, 4) == ["a/000", "a/001", "b.x/000", "b.x/001"]
+        assert pairs.known_bad == {}
+        assert pairs.read(2) == Pair("b.x/000", b"image of 000", ("caption of 000",), {})
+    names = [[name for name, _ in files] for files in pairs.original_files(np.array([1, 2]))]
+    assert names == [["a/001.jpg", "a/001.txt"], ["b.x/000.jpg", "b.x/000.txt"]]
+
+
+def test_a_prefix_has_as_many_folders_as_make_it_unlike_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ALLOW_PIPE, "1")
+    tars = [write_tar(tmp_path / part / "00000.tar", sample("a")) for part in ("x", "y")]
+    assert open_pairs(config(*tars, key_prefix="shard")).keys(0, 2) == ["x/00000/a", "y/00000/a"]
+    folders = [make_folder(tmp_path / part / "v1.0", {"a.jpg": b"", "a.txt": b"a"}) for part in ("x", "y")]
+    assert open_pairs(config(*folders, key_prefix="shard")).keys(0, 2) == ["x/v1.0/a", "y/v1.0/a"]
+    urls = [f"pipe:cat {tar}" for tar in tars]
+    keys = open_pairs(config(*urls, key_prefix="shard"), cache_dir=tmp_path / "cache").keys(0, 2)
+    assert [key.split("/")[-3:] for key in keys] == [["x", "00000", "a"], ["y", "00000", "a"]]
 
 
 def test_a_repeated_member_begins_a_sample_of_a_duplicate_key(tmp_path: Path) -> None:
@@ -365,6 +456,34 @@ def test_an_empty_shard_is_refused(tmp_path: Path, content: bytes, problem: str)
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"a.tar: {problem}"):
         open_pairs(config(path))
+
+
+@pytest.mark.parametrize("content", [b"", bytes(10_240)])
+@pytest.mark.parametrize("with_index", [True, False])
+def test_an_empty_shard_among_good_ones_is_left_out_and_counted(
+    tmp_path: Path, content: bytes, with_index: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in (0, 2, 4):
+        write_tar(tmp_path / f"{number}.tar", sample(f"key{number}"))
+    for number in (1, 3):
+        (tmp_path / f"{number}.tar").write_bytes(content)
+    settings = config(f"{tmp_path}/{{0..4}}.tar")
+    pairs = open_pairs(settings, index=tmp_path / "index" if with_index else None)
+    assert pairs.keys(0, 3) == ["key0", "key2", "key4"]
+    assert [Path(shard.name).name for shard in pairs.shards] == ["0.tar", "2.tar", "4.tar"]
+    assert "2 of 5 sources hold no pair and are left out" in caplog.text
+    assert "1.tar: an empty" in caplog.text
+    assert len(read_all(pairs)) == 3
+
+
+def test_empty_tables_and_folders_among_good_ones_are_left_out_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "0.csv").write_text("image,caption\n")
+    (tmp_path / "1.csv").write_text("image,caption\nf/a.jpg,x\n")
+    full, empty = make_folder(tmp_path / "f", {"a.jpg": b"a", "a.txt": b"a"}), make_folder(tmp_path / "g", {"x": b""})
+    assert len(open_pairs(config(tmp_path / "*.csv"))) == len(open_pairs(config(empty, full))) == 1
+    assert caplog.text.count("1 of 2 sources hold no pair and are left out") == 2
 
 
 def test_tars_joined_by_cat_are_refused(tmp_path: Path, small: Path) -> None:
@@ -573,6 +692,70 @@ def test_a_parquet_table_holds_lists_of_captions_and_a_key_of_its_own(tmp_path: 
         Pair("8", b"image images/001.jpg", ("c",), {"score": "", "texts": '["c"]'}),
         Pair("9", b"image images/002.jpg", ("d",), {"score": "2.0", "texts": '["", "d"]'}),
     ]
+
+
+ROWS_OF_CAPTIONS = [(0, "a"), (1, "b"), (0, "c"), (2, "d"), (1, "e"), (0, "")]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_rows_of_one_image_are_one_pair_of_several_captions_where_that_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(tables, "SHARD_ROWS", 2)
+    images = make_images(tmp_path, 3)
+    path = tmp_path / f"t{suffix}"
+    rows = [(images[image], caption, f"note {caption}") for image, caption in ROWS_OF_CAPTIONS]
+    if suffix == ".csv":
+        path.write_text("image,caption,note\n" + "".join(",".join(row) + "\n" for row in rows))
+    else:
+        columns = dict(zip(("image", "caption", "note"), zip(*rows, strict=True), strict=True))
+        pyarrow.parquet.write_table(pa.table({name: list(values) for name, values in columns.items()}), path)
+
+    assert list(open_pairs(config(path)).known_bad) == [2, 4, 5]
+    for where in (None, tmp_path / "index"):
+        pairs = open_pairs(config(path, merge_rows=True, keep_fields=("note",)), index=where)
+        assert read_all(pairs) == [
+            Pair(images[0], b"image images/000.jpg", ("a", "c"), {"note": "note a"}),
+            Pair(images[1], b"image images/001.jpg", ("b", "e"), {"note": "note b"}),
+            Pair(images[2], b"image images/002.jpg", ("d",), {"note": "note d"}),
+        ]
+        assert [shard.rows for shard in pairs.shards] == [2, 1]
+
+
+def test_rows_of_one_key_and_several_images_are_not_one_pair(tmp_path: Path) -> None:
+    images = make_images(tmp_path, 2)
+    (tmp_path / "t.csv").write_text(f"id,image,caption\n7,{images[0]},a\n7,{images[1]},b\n7,{images[0]},c\n,,d\n,,e\n")
+    pairs = open_pairs(config(tmp_path / "t.csv", key_column="id", merge_rows=True))
+    assert pairs.read(0).captions == ("a", "c")
+    assert list(pairs.known_bad.values()) == ["duplicate key, first used by row 0", *["no image (empty image)"] * 2]
+
+
+def test_pictures_in_a_column_are_named_and_never_printed(tmp_path: Path) -> None:
+    picture = b"\xff\xd8\xff\xe0\0\x10JFIF" + bytes(9000)
+    kinds = {
+        "binary": pa.array([picture] * 2),
+        "large_binary": pa.array([b"a.jpg", picture], pa.large_binary()),
+        "struct": pa.array([{"bytes": picture, "path": "a.jpg"}] * 2),
+    }
+    for values in kinds.values():
+        pyarrow.parquet.write_table(pa.table({"image": values, "caption": ["x", "y"]}), tmp_path / "t.parquet")
+        with pytest.raises(DataError, match=r"column 'image' holds pictures \((such as one of 9,010|struct)") as error:
+            open_pairs(config(tmp_path / "t.parquet"))
+        assert len(str(error.value)) < 400
+    (tmp_path / "t.csv").write_text(
+        f"image,caption\ndata:image/jpeg;base64,{'A' * 9000},x\n".replace("g;base64,", "g;")
+    )
+    with pytest.raises(DataError, match=r"image is no path \(9,016 bytes\)"):
+        open_pairs(config(tmp_path / "t.csv"))
+
+
+def test_a_key_of_several_values_is_refused(tmp_path: Path) -> None:
+    for kind in ([["a"], ["b"]], [{"a": 1}, {"a": 2}]):
+        pyarrow.parquet.write_table(
+            pa.table({"image": ["a", "b"], "caption": ["x", "y"], "id": kind}), tmp_path / "t.parquet"
+        )
+        with pytest.raises(DataError, match=r"column 'id' is of type (list|struct).*not one key a row"):
+            open_pairs(config(tmp_path / "t.parquet", key_column="id"))
 
 
 def test_bad_rows_of_a_table_keep_their_place(tmp_path: Path) -> None:
@@ -799,6 +982,28 @@ def test_an_index_that_cannot_be_read_is_made_again_with_a_word(
     index._mapped_batch.cache_clear()
     assert read_all(open_pairs(config(small), index=tmp_path / "index")) == expected
     assert caplog.text.count("this index cannot be read") == 2
+
+
+@pytest.mark.parametrize("damage", ["zeros", "one bit", "cut", "appended"])
+def test_a_damaged_index_is_noticed_and_made_again(
+    tmp_path: Path, small: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    expected = read_all(open_pairs(config(small), index=tmp_path / "index"))
+    for file in (tmp_path / "index").iterdir():
+        content = bytearray(file.read_bytes())
+        at = len(content) // 2
+        content[at : at + 64] = {
+            "zeros": bytes(64),
+            "one bit": bytes([content[at] ^ 1]) + content[at + 1 : at + 64],
+            "cut": b"",
+            "appended": content[at : at + 65],
+        }[damage]
+        file.unlink()
+        file.write_bytes(content)
+    for cached in (index._open_index, index._mapped_batch, index._is_whole):
+        cached.cache_clear()
+    assert read_all(open_pairs(config(small), index=tmp_path / "index")) == expected
+    assert caplog.text.count("this index cannot be read (its checksum is wrong); it is made again") == 2
 
 
 def test_no_part_of_an_index_is_left_by_a_broken_tar(tmp_path: Path) -> None:

@@ -1,0 +1,280 @@
+"""Text tables (.csv, .tsv): one row a record, with every line of the file accounted for.
+
+A value in quotes may hold line ends and delimiters, so one quote out of place can swallow rows. Whether the quotes of a
+file quote is therefore decided from the whole file, before the first row is given: `find_reading` says how.
+"""
+
+import csv
+import os
+import re
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+
+_QUOTE = '"'
+_BODY = {"doubled": re.compile(r'(?:[^"]|"")*'), "escaped": re.compile(r'(?:[^"\\]|\\.|\\\Z)*')}
+"""What may follow an opening quote on a line, up to the closing quote or the end of the line."""
+
+_LONGEST = 1 << 24  # characters of a line or a quoted value: no caption is as long, and memory is bounded
+_IMAGE_NAME = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm)\Z", re.IGNORECASE)
+_UTF8_MARK = "\xef\xbb\xbf"  # in Latin-1, in which lines are held
+_UTF16_MARKS = ("\xff\xfe", "\xfe\xff")
+
+
+class TableFault(Exception):
+    """A text table that cannot be read without losing or making up rows."""
+
+    def __init__(self, line: int, problem: str, *, of_quotes: bool = False) -> None:
+        super().__init__(f"line {line:,}: {problem}")
+        self.of_quotes = of_quotes
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a text table is written."""
+
+    delimiter: str
+    quotes: Literal["doubled", "escaped", "letters"]
+    """A quote inside a quoted value is doubled (`""`) or escaped (`\\"`); or no value is quoted."""
+
+
+class Record(NamedTuple):
+    """A row of the table, or its header. Cells are bytes, held as Latin-1."""
+
+    line: int
+    """Of the file, from 1, on which it begins."""
+    cells: list[str]
+    long: Sequence[int] = ()
+    """The cells that go on over more than one line."""
+
+
+def find_header(path: Path, delimiter: str, wanted: Sequence[str]) -> tuple[str, list[str]]:
+    """The delimiter and the column names: those of the first delimiter that gives all wanted columns.
+
+    Args:
+        path: The table.
+        delimiter: The one that the name of the file says; others are tried when it does not give the columns.
+        wanted: Columns.
+
+    Raises:
+        TableFault: The file is empty, not text, or its first line never ends.
+    """
+    usual = _header(path, delimiter)
+    for other in (delimiter, *DELIMITERS):
+        names = usual if other == delimiter else _header(path, other)
+        if all(column in names for column in wanted):
+            return other, names
+    return delimiter, usual
+
+
+def find_reading(path: Path, delimiter: str, names: Sequence[str], image_column: str) -> Reading:
+    """How the table is quoted.
+
+    Its quotes quote if the whole file can be read so: each value that begins with a quote also ends with one, every
+    row has the columns of the header, and no value hides lines that look like rows. Otherwise, where tabs separate the
+    values, quotes are letters, unless most rows are quoted rightly, so that only some are damaged.
+
+    Raises:
+        TableFault: Neither holds.
+    """
+    if not _has_quotes(path):
+        return Reading(delimiter, "letters")
+
+    image_at, faults = names.index(image_column), list[TableFault]()
+    for quotes in ("doubled", "escaped"):
+        reading = Reading(delimiter, quotes)
+        try:
+            for record in _checked_records(path, reading, len(names)):
+                if record.long:
+                    _refuse_hidden_rows(record, delimiter, len(names), image_at, path.parent)
+            return reading
+        except TableFault as fault:
+            faults.append(fault)
+
+    if delimiter == "\t" and _all_letters(path, len(names)):
+        return Reading(delimiter, "letters")
+    raise faults[0]
+
+
+def records(path: Path, reading: Reading, columns: int) -> Iterator[Record]:
+    """The rows below the header, in order; blank lines are none.
+
+    Raises:
+        TableFault: A row has another number of cells than `columns`, is too long, holds zero bytes, or its quotes are
+            out of place.
+    """
+    rows = _checked_records(path, reading, columns)
+    next(rows, None)  # the header
+    return rows
+
+
+def _header(path: Path, delimiter: str) -> list[str]:
+    """The names of the columns, read with quotes if that is possible."""
+    first = None
+    for quotes in ("doubled", "letters"):
+        try:
+            first = next(_records(path, Reading(delimiter, quotes)), None)
+            break
+        except TableFault as fault:
+            if not fault.of_quotes:
+                raise
+    if first is None:
+        raise TableFault(1, "Empty CSV file")
+    return [cell.encode("latin-1").decode(errors="backslashreplace") for cell in first.cells]
+
+
+def _has_quotes(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return any(b'"' in block for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def _all_letters(path: Path, columns: int) -> bool:
+    """Whether the table can be read with quotes as letters, and few of its rows look quoted."""
+    rows = quoted = 0
+    try:
+        for record in _checked_records(path, Reading("\t", "letters"), columns):
+            looks_quoted = any(len(cell) > 1 and cell[0] == cell[-1] == _QUOTE for cell in record.cells)
+            if rows == 0 and looks_quoted:
+                return False  # the names of the columns
+            rows += 1
+            quoted += looks_quoted
+    except TableFault:
+        return False
+    return 2 * quoted <= rows
+
+
+def _checked_records(path: Path, reading: Reading, columns: int) -> Generator[Record]:
+    for record in _records(path, reading):
+        if len(record.cells) != columns:
+            raise TableFault(record.line, f"Expected {columns} columns, got {len(record.cells)}")
+        yield record
+
+
+def _refuse_hidden_rows(record: Record, delimiter: str, columns: int, image_at: int, folder: Path) -> None:
+    """A quote out of place that meets another joins the rows between them to one value, which then holds such rows."""
+    for at in record.long:
+        if at == image_at:
+            raise TableFault(record.line, "the image's name goes on on the next line", of_quotes=True)
+
+        lines = re.split("\r\n|\r|\n", record.cells[at])
+        for number, line in enumerate(lines):
+            cells = line.split(delimiter)
+            if delimiter == "\t":
+                is_row = len(cells) > 1  # text has no tabs
+            else:
+                # The value begins within one row, and ends within another.
+                first, last = number == 0, number == len(lines) - 1
+                place = image_at - at if first else image_at
+                whole = len(cells) >= (columns - at if first else at + 1 if last else columns)
+                known = 0 <= place < len(cells) and not (last and image_at > at)
+                is_row = whole and known and _looks_like_image(cells[place], record.cells[image_at], folder)
+            if is_row:
+                problem = "the value in quotes that begins here seems to hold other rows"
+                raise TableFault(record.line, f"{problem}, such as line {record.line + number:,}", of_quotes=True)
+
+
+def _looks_like_image(cell: str, own: str, folder: Path) -> bool:
+    """Whether a cell could name an image: by its ending, by its likeness to the row's `own` image, or by being there."""
+    name, shape = cell.strip().strip(_QUOTE), re.compile(r"\d+")
+    if not name:
+        return False
+    alike = shape.search(own) is not None and shape.sub("0", name) == shape.sub("0", own)
+    return alike or _IMAGE_NAME.search(name) is not None or os.path.exists(folder / os.fsdecode(name.encode("latin-1")))
+
+
+def _records(path: Path, reading: Reading) -> Generator[Record]:
+    """Every record with its line; a blank line is none."""
+    with open(path, encoding="latin-1", newline="") as file:
+        lines = _Lines(lambda: file.readline(_LONGEST))
+        while (text := lines.next()) is not None:
+            if reading.quotes != "letters" and _QUOTE in text:
+                yield _quoted_record(text, lines, reading)
+            elif text:
+                yield Record(lines.number, text.split(reading.delimiter))
+
+
+class _Lines:
+    """The lines of a file, without their ends."""
+
+    def __init__(self, read_line: Callable[[], str]) -> None:
+        self._read_line = read_line
+        self.number = 0
+        """Of the last line, from 1."""
+        self.end = ""
+        """The end that the last line had."""
+
+    def next(self) -> str | None:
+        """The next line; None at the end of the file."""
+        line = self._read_line()
+        if not line:
+            return None
+        self.number += 1
+        text = line.rstrip("\r\n")
+        self.end = line[len(text) :]
+
+        if self.number == 1:
+            if text.startswith(_UTF16_MARKS):
+                raise TableFault(1, "the text is UTF-16, not UTF-8")
+            text = text.removeprefix(_UTF8_MARK)
+        if "\0" in text:
+            raise TableFault(self.number, f"{text.count(chr(0)):,} zero bytes, so the file is damaged or no text")
+        if len(line) >= _LONGEST:
+            raise TableFault(self.number, f"more than {_LONGEST:,} bytes on one line")
+        return text
+
+
+def _quoted_record(text: str, lines: _Lines, reading: Reading) -> Record:
+    """The record that begins on a line with quotes; the lines it goes on on are taken from `lines`."""
+    if reading.quotes == "doubled":
+        try:
+            return Record(lines.number, next(csv.reader((text,), delimiter=reading.delimiter, strict=True)))
+        except csv.Error:
+            pass  # out of place, or a value of several lines: both are for what follows
+
+    first, cells, long, at = lines.number, list[str](), list[int](), 0
+    while True:
+        if text.startswith(_QUOTE, at):
+            began = lines.number
+            cell, text, at = _quoted_cell(text, at + 1, lines, reading)
+            if lines.number > began:
+                long.append(len(cells))
+            if at < len(text) and text[at] != reading.delimiter:
+                raise TableFault(
+                    lines.number, f"a value in quotes goes on behind them: {text[at : at + 20]!r}", of_quotes=True
+                )
+        else:
+            end = text.find(reading.delimiter, at)
+            cell = text[at:] if end < 0 else text[at:end]
+            at += len(cell)
+
+        cells.append(cell)
+        if at == len(text):
+            return Record(first, cells, long)
+        at += 1
+
+
+def _quoted_cell(text: str, at: int, lines: _Lines, reading: Reading) -> tuple[str, str, int]:
+    """The value behind an opening quote, the line on which it ends, and the place behind its closing quote."""
+    first, size, parts, body = lines.number, 0, list[str](), _BODY[reading.quotes]
+    while True:
+        match = body.match(text, at)
+        assert match is not None  # it may be empty
+        parts.append(match[0])
+        if match.end() < len(text):
+            break
+
+        parts.append(lines.end)
+        size += len(text)
+        following = lines.next()
+        if following is None:
+            raise TableFault(first, "a quote opens a value here and is never closed", of_quotes=True)
+        if size > _LONGEST:
+            raise TableFault(first, f"a value in quotes has more than {_LONGEST:,} bytes", of_quotes=True)
+        text, at = following, 0
+
+    value = "".join(parts)
+    value = value.replace('""', _QUOTE) if reading.quotes == "doubled" else re.sub(r'\\(["\\])', r"\1", value)
+    return value, text, match.end() + 1

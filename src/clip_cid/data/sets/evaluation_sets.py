@@ -14,6 +14,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from clip_cid import log
+from clip_cid.data.sets.class_names import words_of
 from clip_cid.data.sets.known_sets import (
     KnownSet,
     MetricName,
@@ -26,6 +27,7 @@ from clip_cid.data.sets.known_sets import (
 )
 from clip_cid.data.sets.labelled_images import Contents, LabelledImages
 from clip_cid.data.sets.readers import ANY_SET, READERS, folders, tars
+from clip_cid.data.sets.readers.class_list import HOW_TO_NAME
 from clip_cid.data.sets.readers.contract import Request, SetFiles
 from clip_cid.data.sets.readers.layout_parts import cropped
 from clip_cid.data.sets.remote_sets import fetch_set, is_url
@@ -65,6 +67,8 @@ class EvaluationSet:
     ImageNet's order."""
     class_keys: tuple[str, ...] = ()
     """The set's own label of each class: a folder, a WordNet id, a number."""
+    nameless: tuple[str, ...] = ()
+    """Classes whose name is a WordNet id that is not known here: there is no word to prompt with."""
 
     def split(self, name: str) -> LabelledImages:
         """The images of `train`, `val` or `test`.
@@ -83,8 +87,14 @@ class EvaluationSet:
         """Every template filled with the name of class `label`.
 
         Raises:
-            DataError: The set has no templates; none is invented, since scores depend on them.
+            DataError: The set has no templates; none is invented, since scores depend on them. Or a class has no name.
         """
+        if self.nameless:
+            raise DataError(
+                f"{self.where}: {len(self.nameless)} of {len(self.class_names)} classes are WordNet ids without a name"
+                f" here ({few(self.nameless)}), and zero-shot needs words.",
+                fix=HOW_TO_NAME.format(Path(self.where) / tars.CLASSES),
+            )
         if not self.templates:
             raise DataError(
                 f"{self.where}: the set {self.name} has no prompts, which zero-shot needs.",
@@ -94,7 +104,8 @@ class EvaluationSet:
 
     def _template_file(self) -> Path:
         root = Path(self.where)
-        return root / (tars.TEMPLATES if (root / tars.CLASSES).exists() else folders.TEMPLATES)
+        is_of_tars = any((root / split / tars.SHARDS).exists() for split in SPLITS)
+        return root / (tars.TEMPLATES if is_of_tars else folders.TEMPLATES)
 
 
 def open_set(
@@ -162,14 +173,17 @@ def _read(request: Request) -> SetFiles:
 
 
 def _own_set(request: Request, files: SetFiles) -> EvaluationSet:
+    words = words_of(request.name, files.names or files.classes, request.root / tars.CLASSES)
     return EvaluationSet(
         name=request.name,
         where=str(request.root),
-        class_names=files.names or files.classes,
+        class_names=words.names,
         templates=files.templates,
         metric=metric_of(request.name),
         splits=files.splits,
+        variant=words.note,
         class_keys=files.classes,
+        nameless=words.nameless,
     )
 
 

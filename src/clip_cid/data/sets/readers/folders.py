@@ -6,9 +6,11 @@ from pathlib import Path
 from clip_cid import log
 from clip_cid.data.sets.known_sets import load_prompts
 from clip_cid.data.sets.labelled_images import LabelledImages
+from clip_cid.data.sets.readers.class_list import names_beside
 from clip_cid.data.sets.readers.contract import Request, SetFiles
 from clip_cid.data.sets.readers.layout_parts import class_folders, draw, home, images_in, known_classes
-from clip_cid.data.sets.readers.tars import read_templates
+from clip_cid.data.sets.readers.tars import CLASSES, read_templates
+from clip_cid.data.sets.readers.tars import TEMPLATES as TAR_TEMPLATES
 from clip_cid.errors import DataError
 
 TEMPLATES = "templates.txt"
@@ -16,7 +18,10 @@ _FREQUENCY = "matched-frequency"
 
 
 def read_folders(request: Request) -> SetFiles | None:
-    """{train,val,test}/CLASS/IMAGE; classes are the sorted folders; folder `polka_dot` is class `polka dot`."""
+    """{train,val,test}/CLASS/IMAGE; classes are the sorted folders; folder `polka_dot` is class `polka dot`.
+
+    A classnames.txt above the splits names the classes instead.
+    """
     present = [split for split in request.splits if (request.root / split).is_dir()]
     if "test" not in present:
         return None
@@ -32,8 +37,17 @@ def read_folders(request: Request) -> SetFiles | None:
 
     classes = folders["test"]
     splits = {split: _split(request, split, request.root / split, classes) for split in present}
-    names = tuple(name.replace("_", " ") for name in classes)
-    return SetFiles(tuple(classes), splits, names, read_templates(request.root / TEMPLATES))
+    given = names_beside(request.root / CLASSES, classes, request.name)
+    if request.known_set is not None:  # its own names go by its labels
+        return SetFiles(given or tuple(classes), splits, templates=_templates(request.root))
+    return SetFiles(
+        tuple(classes), splits, given or tuple(name.replace("_", " ") for name in classes), _templates(request.root)
+    )
+
+
+def _templates(root: Path) -> tuple[str, ...]:
+    """Prompts beside the splits, under the name that CLIP_benchmark gives them or ours."""
+    return read_templates(root / TEMPLATES) or read_templates(root / TAR_TEMPLATES)
 
 
 def read_imagenet(request: Request) -> SetFiles | None:

@@ -28,7 +28,7 @@ def lines(path: Path) -> tuple[str, ...]:
         DataError: It cannot be read, or a line is empty.
     """
     try:
-        texts = path.read_text(encoding="utf-8").rstrip().splitlines()
+        texts = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}).", fix="This layout needs the file.") from error
 

@@ -18,7 +18,7 @@ def read_tars(request: Request) -> SetFiles | None:
     """Class names and templates lie beside the splits; labels count from 0 in the order of the class names."""
     root = request.root
     present = [split for split in request.splits if (root / split).is_dir()]
-    if not (root / CLASSES).exists() and not any((root / split / SHARDS).exists() for split in present):
+    if not any(_holds_tars(root / split) for split in present):
         return None
     classes = lines(root / CLASSES)
     splits = {split: _split(request, root / split, split) for split in present}
@@ -67,6 +67,10 @@ def shard_count(folder: Path) -> int:
     if more or not text.isdecimal() or int(text) < 1:
         raise DataError(f"{folder / SHARDS}: {text!r} is not a number of tars.", fix="Write that number alone.")
     return int(text)
+
+
+def _holds_tars(folder: Path) -> bool:
+    return (folder / SHARDS).exists() or any(tar.stem.isdecimal() for tar in folder.glob("*.tar"))
 
 
 def _shards(folder: Path) -> tuple[Path, ...]:

@@ -26,6 +26,7 @@ from clip_cid.data.sets.known_sets import (
     metric_of,
 )
 from clip_cid.data.sets.labelled_images import Contents, LabelledImages
+from clip_cid.data.sets.near_layouts import near_layout
 from clip_cid.data.sets.readers import ANY_SET, READERS, folders, tars
 from clip_cid.data.sets.readers.class_list import HOW_TO_NAME
 from clip_cid.data.sets.readers.contract import Request, SetFiles
@@ -140,6 +141,10 @@ def open_set(
     else:
         known = find_known_set(name)
         root = fetch_set(where, wanted, cache_dir) if is_url(where) else Path(where)
+        if root.is_file():
+            raise DataError(
+                f"evaluate.sets.{name}: {root} is a file; a set is a folder.", fix=_layouts(known, root.parent)
+            )
         if not root.is_dir():
             raise MissingSetError(f"evaluate.sets.{name}: nothing at {root}.", fix=_layouts(known, root))
         request = Request(name, root, known, wanted, max_pixels, digest_of)
@@ -166,9 +171,10 @@ def _read(request: Request) -> SetFiles:
         files = reader(request)
         if files is not None and "test" in files.splits:
             return files
+    near = near_layout(request.root)
     raise DataError(
-        f"{request.root}: the set {request.name} has no test split in a layout that is known.",
-        fix=_layouts(request.known_set, request.root),
+        f"{request.root}: the set {request.name} has no test split in a layout that is known; {near.problem}.",
+        fix=f"{near.fix} {_layouts(request.known_set, request.root)}".strip(),
     )
 
 

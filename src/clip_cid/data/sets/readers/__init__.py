@@ -16,6 +16,7 @@ READERS: dict[str, Reader] = {
     "eurosat": folders.read_eurosat,
     "fgvc_aircraft": listed.read_fgvc_aircraft,
     "flowers102": listed.read_flowers102,
+    "flat_imagenet": listed.read_flat_imagenet,
     "food101": listed.read_food101,
     "imagenet": folders.read_imagenet,
     "imagenet_v2": folders.read_imagenet_v2,

@@ -4,11 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip_cid import log
-from clip_cid.data.sets.known_sets import load_prompts
-from clip_cid.data.sets.labelled_images import LabelledImages
+from clip_cid.data.sets.known_sets import few, load_prompts
+from clip_cid.data.sets.labelled_images import IMAGE_TYPES, LabelledImages
 from clip_cid.data.sets.readers.class_list import names_beside
 from clip_cid.data.sets.readers.contract import Request, SetFiles
-from clip_cid.data.sets.readers.layout_parts import class_folders, draw, home, images_in, known_classes
+from clip_cid.data.sets.readers.layout_parts import (
+    class_folders,
+    draw,
+    has_class_folders,
+    home,
+    images_in,
+    known_classes,
+)
 from clip_cid.data.sets.readers.tars import CLASSES, read_templates
 from clip_cid.data.sets.readers.tars import TEMPLATES as TAR_TEMPLATES
 from clip_cid.errors import DataError
@@ -23,7 +30,7 @@ def read_folders(request: Request) -> SetFiles | None:
     A classnames.txt above the splits names the classes instead.
     """
     present = [split for split in request.splits if (request.root / split).is_dir()]
-    if "test" not in present:
+    if "test" not in present or not has_class_folders(request.root / "test"):
         return None
 
     folders = {split: class_folders(request.root / split) for split in present}
@@ -36,7 +43,7 @@ def read_folders(request: Request) -> SetFiles | None:
             )
 
     classes = folders["test"]
-    splits = {split: _split(request, split, request.root / split, classes) for split in present}
+    splits = {split: split_of_folders(request, split, request.root / split, classes) for split in present}
     given = names_beside(request.root / CLASSES, classes, request.name)
     if request.known_set is not None:  # its own names go by its labels
         return SetFiles(given or tuple(classes), splits, templates=_templates(request.root))
@@ -52,13 +59,20 @@ def _templates(root: Path) -> tuple[str, ...]:
 
 def read_imagenet(request: Request) -> SetFiles | None:
     """{train,val}/WNID: the official validation images are the test split."""
-    if not any((request.root / "val" / wnid).is_dir() for wnid in known_classes(request.known)):
+    places = (place for place in imagenet_places(request.root) if _has_wnids(request, place / "val"))
+    place = next(places, None)
+    if place is None:
         return None
-    classes = class_folders(request.root / "val")
-    splits = {"test": _split(request, "test", request.root / "val", classes)}
-    if request.wants("train") and (request.root / "train").is_dir():
-        splits["train"] = _split(request, "train", request.root / "train", classes)
+    classes = class_folders(place / "val")
+    splits = {"test": split_of_folders(request, "test", place / "val", classes)}
+    if request.wants("train") and (place / "train").is_dir():
+        splits["train"] = split_of_folders(request, "train", place / "train", classes)
     return SetFiles(tuple(classes), splits)
+
+
+def imagenet_places(root: Path) -> list[Path]:
+    """Where ImageNet's `train` and `val` may lie: in the folder named, or where Kaggle's archive has them."""
+    return [root, *(root / sub for sub in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC"))]
 
 
 def read_wnid_folders(request: Request) -> SetFiles | None:
@@ -68,7 +82,7 @@ def read_wnid_folders(request: Request) -> SetFiles | None:
     if folder is None:
         return None
     classes = class_folders(folder)
-    return SetFiles(tuple(classes), {"test": _split(request, "test", folder, classes)})
+    return SetFiles(tuple(classes), {"test": split_of_folders(request, "test", folder, classes)})
 
 
 def read_imagenet_v2(request: Request) -> SetFiles | None:
@@ -88,7 +102,7 @@ def read_imagenet_v2(request: Request) -> SetFiles | None:
             fix="Unpack the archive again.",
         )
 
-    split = _split(request, "test", folder, [str(number) for number in range(len(wnids))])
+    split = split_of_folders(request, "test", folder, [str(number) for number in range(len(wnids))])
     other = "imagenetv2" in folder.name and _FREQUENCY not in folder.name
     return SetFiles(
         wnids, {"test": split}, notes=(f"{folder.name}, not the matched-frequency images",) if other else ()
@@ -102,7 +116,7 @@ def read_objectnet(request: Request) -> SetFiles | None:
         return None
     prompts = load_prompts(request.known.prompts)
     classes = [name for name in class_folders(folder) if name not in prompts.others]
-    return SetFiles(tuple(classes), {"test": _split(request, "test", folder, classes)})
+    return SetFiles(tuple(classes), {"test": split_of_folders(request, "test", folder, classes)})
 
 
 def read_caltech101(request: Request) -> SetFiles | None:
@@ -137,7 +151,7 @@ def _has_wnids(request: Request, folder: Path) -> bool:
     return any((folder / wnid).is_dir() for wnid in known_classes(request.known))
 
 
-def _split(request: Request, split: str, folder: Path, classes: Sequence[str]) -> LabelledImages:
+def split_of_folders(request: Request, split: str, folder: Path, classes: Sequence[str]) -> LabelledImages:
     files: list[str] = []
     labels: list[int] = []
     others: list[str] = []
@@ -149,9 +163,15 @@ def _split(request: Request, split: str, folder: Path, classes: Sequence[str]) -
         labels += [label] * len(images)
         others += rest
 
+    if others and not files:
+        raise DataError(
+            f"{folder}: none of {len(others):,} files in the class folders is an image of a known type"
+            f" ({few(sorted({Path(file).suffix or file for file in others}))}).",
+            fix=f"Images are read from .{', .'.join(IMAGE_TYPES)}, directly in the folder of their class.",
+        )
     if others:
         log.warn(
-            f"{request.title(split)}: {len(others):,} files are not .jpg, .png or .webp and are left out, "
+            f"{request.title(split)}: {len(others):,} files are not .{', .'.join(IMAGE_TYPES)} and are left out, "
             f"the first {folder / others[0]}"
         )
     return request.files(split, folder, files, labels)

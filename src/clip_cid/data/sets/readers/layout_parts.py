@@ -63,6 +63,10 @@ def class_folders(folder: Path) -> list[str]:
     return names
 
 
+def has_class_folders(folder: Path) -> bool:
+    return any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
+
+
 def images_in(folder: Path, name: str) -> tuple[list[str], list[str]]:
     """The images of one class folder, sorted, as paths from `folder`; and the other files."""
     files: list[str] = []

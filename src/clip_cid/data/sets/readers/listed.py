@@ -10,11 +10,70 @@ import numpy as np
 
 from clip_cid import log
 from clip_cid.data.sets.readers.contract import Request, SetFiles
+from clip_cid.data.sets.readers.folders import imagenet_places, split_of_folders
 from clip_cid.data.sets.readers.layout_parts import check_labels_are, damaged, home, known_classes, label_of, lines
 from clip_cid.errors import DataError
 
 _Listing = Iterable[tuple[str, int]]
 """A file, as a path from the folder of the images, and its label."""
+
+
+def read_flat_imagenet(request: Request) -> SetFiles | None:
+    """ImageNet's validation images in one folder, as in their archive; the list is Kaggle's or the devkit's."""
+    flat = ((place, val) for place in imagenet_places(request.root) for val in (place / "val", place))
+    place, val = next(((place, val) for place, val in flat if _is_flat(val)), (None, None))
+    if place is None or val is None:
+        return None
+
+    rows = _validation_classes(request.root, place)
+    label = label_of(request.known)
+    files, labels = [file for file, _ in rows], [label(wnid, str(request.root)) for _, wnid in rows]
+    splits = {"test": request.files("test", val, files, labels)}
+    if request.wants("train") and (place / "train").is_dir():
+        classes = known_classes(request.known)
+        splits["train"] = split_of_folders(request, "train", place / "train", classes)
+    return SetFiles(known_classes(request.known), splits)
+
+
+def _is_flat(folder: Path) -> bool:
+    return next(folder.glob("ILSVRC2012_val_*.JPEG"), None) is not None
+
+
+def _validation_classes(root: Path, place: Path) -> list[tuple[str, str]]:
+    """File and WordNet id of every validation image."""
+    for folder in (root, place, place.parent):
+        solution = folder / "LOC_val_solution.csv"
+        devkit = home(folder, "ILSVRC2012_devkit_t12", "data", has="ILSVRC2012_validation_ground_truth.txt")
+        if solution.is_file():
+            return _of_solution(solution)
+        if devkit is not None:
+            return _of_devkit(devkit)
+    raise DataError(
+        f"{root}: ImageNet's validation images lie in one folder, and no list says their classes.",
+        fix=f"Put Kaggle's LOC_val_solution.csv or the folder ILSVRC2012_devkit_t12 into {root}, or move the images to"
+        " val/WNID/.",
+    )
+
+
+def _of_solution(path: Path) -> list[tuple[str, str]]:
+    """Kaggle's list: `ImageId,PredictionString`, and in the latter the WordNet id and a box for each object."""
+    rows = [line.partition(",") for line in lines(path)[1:]]
+    if short := [number for number, (_, _, boxes) in enumerate(rows, start=2) if not boxes.strip()]:
+        raise damaged(path, f"line {short[0]} has no class")
+    return [(f"{image}.JPEG", boxes.split()[0]) for image, _, boxes in rows]
+
+
+def _of_devkit(folder: Path) -> list[tuple[str, str]]:
+    """The authors' list: a class number a line, in the order of the images; meta.mat has the WordNet ids."""
+    path, meta = folder / "ILSVRC2012_validation_ground_truth.txt", folder / "meta.mat"
+    try:
+        wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in np.atleast_1d(_mat(meta, "synsets"))}
+    except (ValueError, IndexError, TypeError) as error:
+        raise damaged(meta, f"has no number and WordNet id a row ({error})") from error
+    numbers = lines(path)
+    if wrong := [line for line in numbers if not line.isdecimal() or int(line) not in wnids]:
+        raise damaged(path, f"{wrong[0]!r} is none of the {len(wnids):,} class numbers of meta.mat")
+    return [(f"ILSVRC2012_val_{row:08d}.JPEG", wnids[int(line)]) for row, line in enumerate(numbers, start=1)]
 
 
 def read_food101(request: Request) -> SetFiles | None:

@@ -106,7 +106,7 @@ def _samples(path: Path) -> list[tuple[str, Member, int]]:
 
     if images.keys() != labels.keys():
         odd = sorted(images.keys() ^ labels.keys())
-        lacks = "a label (.cls)" if odd[0] in images else "an image (.jpg, .png or .webp)"
+        lacks = "a label (.cls)" if odd[0] in images else "an image (.jpg, .png, .webp, ...)"
         raise DataError(
             f"{path}: {len(odd)} of {len(images.keys() | labels.keys())} samples are not whole; {odd[0]} lacks"
             f" {lacks}.",

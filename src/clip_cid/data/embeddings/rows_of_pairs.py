@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int
 
+from clip_cid.data.embeddings.key_mismatch import explain_mismatch
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.errors import DataError
@@ -34,19 +35,39 @@ def join(
 
     absent = int((rows < 0).sum())
     if absent > max_absent_share * len(rows) or absent == len(rows):
-        missing = packed[int(np.argmax(rows < 0))].as_py() if len(rows) else None
-        sample = store.keys[0] if store.rows else None
-        raise DataError(
-            f"{store.path}: {absent:,} of {len(rows):,} pairs have no embedding here, such as {missing!r}; "
-            f"the store's keys look like {sample!r}.",
-            fix="Give the pairs the embeddings were made from (keys must be equal), or run the embed stage on"
-            " these pairs.",
-        )
+        raise _absent(packed.filter(pa.array(rows < 0)), len(rows), store)
 
     _, first = np.unique(rows, return_index=True)
     once = np.full(len(rows), -1, dtype=np.int64)
     once[first] = rows[first]
     return once
+
+
+def _absent(missing: pa.LargeStringArray, total: int, store: EmbeddingStore) -> DataError:
+    """The error, with what the keys would have to lose to match, if that is known."""
+    first = missing[0].as_py() if len(missing) else None
+    problem = (
+        f"{store.path}: {len(missing):,} of {total:,} pairs have no embedding here, such as {first!r}; "
+        f"the store's keys look like {store.keys[0] if store.rows else None!r}"
+    )
+    if store.has_made_keys:
+        return DataError(
+            f"{problem}, file and row, because these embeddings came without metadata.",
+            fix="Give them a metadata.parquet (or one .parquet for each file, with its name): a column key that holds"
+            " the key of the pair of each row, in the order of the rows.",
+        )
+    if (mismatch := explain_mismatch(missing, store.keys.packed)) is None:
+        return DataError(
+            f"{problem}.",
+            fix="Give the pairs the embeddings were made from (keys must be equal), or run the embed stage on"
+            " these pairs.",
+        )
+    return DataError(
+        f"{problem}; {mismatch}.",
+        fix=f"Keys must be equal: write {mismatch.pair_key!r} for {mismatch.store_key!r} and so on into column"
+        f" {store.info.key_column!r} of the metadata of the embeddings. For pairs in a table, pairs.key_column can name"
+        f" a column with {mismatch.store_key!r} instead.",
+    )
 
 
 def rows_in_store(pairs: Pairs, store: EmbeddingStore, *, max_absent_share: float = 0.01) -> Int[np.ndarray, " pairs"]:

@@ -83,6 +83,11 @@ class EmbeddingStore:
         return all("text" in shard.files for shard in self.info.shards)
 
     @property
+    def has_made_keys(self) -> bool:
+        """Whether the keys are file and row, for want of metadata."""
+        return self.info.pairs is None and self.rows > 0 and self.keys[0] == f"{self.info.shards[0].name}/0"
+
+    @property
     def texts(self) -> ShardedRows:
         """The embedding of each first caption.
 

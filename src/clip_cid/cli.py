@@ -121,6 +121,9 @@ _SHORT = {
 }
 """Flags that are short for settings."""
 
+_LONGEST_ARGUMENT = 8_192
+_MOST_CHARACTERS = 10_000  # of an error
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
@@ -133,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     log.setup(quiet=torchrun_place().rank > 0)
     try:
+        _refuse_long(arguments)
         done = tyro.extras.subcommand_cli_from_dict(
             _commands(arguments), prog="clip-cid", description=_ABOUT, args=arguments, sort_subcommands=False
         )
@@ -151,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    sys.stderr.write(f"clip-cid: {message}\n")
+    sys.stderr.write(f"clip-cid: {units.shortened(message, _MOST_CHARACTERS)}\n")
     return code
 
 
@@ -174,6 +178,16 @@ def _commands(arguments: Sequence[str] = ()) -> dict[str, Callable[..., Any]]:
         "init": init,
         "sample": sample,
     }
+
+
+def _refuse_long(arguments: Sequence[str]) -> None:
+    """Refuse what is no name, number or pattern, before the parser prints all of it."""
+    for argument in arguments:
+        if len(argument) > _LONGEST_ARGUMENT:
+            raise ConfigError(
+                f"An argument of more than {_LONGEST_ARGUMENT:,} characters: {units.shortened(argument, 100)}",
+                fix="Put long values into a recipe: --recipe FILE.",
+            )
 
 
 def _refuse_repeated(arguments: Sequence[str]) -> None:

@@ -7,15 +7,19 @@ The docstring of a setting is its help: `clip-cid init` and `--help` print it.
 """
 
 import difflib
+import re
 import textwrap
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -24,10 +28,12 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-from clip_cid import units
+from clip_cid import plain_yaml, units
 from clip_cid.errors import ConfigError
 from clip_cid.loss_table import LOSSES, Reading, rows_of
 from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, EVALUATE
@@ -37,6 +43,7 @@ Metric = Literal["cosine", "squared_euclidean", "euclidean"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ALLOW_PIPE = "CLIP_CID_ALLOW_PIPE"
 """The environment variable that lets a source `pipe:COMMAND` run its command: a recipe may be somebody else's."""
+_MOST_PROBLEMS = 20  # that a message names
 _LIMITS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
 
 
@@ -58,13 +65,46 @@ AUGMENTATIONS = ("color_jitter", "color_jitter_prob", "gray_scale_prob")
 class Config(BaseModel):
     """A section: frozen, and an unknown name is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _can_be_stored(cls, value: Any) -> Any:
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise PydanticCustomError("too_large", "input should fit into 64 bits")
+        if any(re.search(r"[\0\ud800-\udfff]", text) for text in _texts_in(value)):
+            raise PydanticCustomError("not_text", "input should be text without zero bytes, in UTF-8")
+        return value
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = tuple(cast(dict[Any, Any], value).items())
+    if isinstance(value, tuple):
+        for part in cast(tuple[Any, ...], value):
+            yield from _texts_in(part)
+    elif isinstance(value, str | Path):
+        yield str(value)
+
+
+def _as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _each_once(values: tuple[str, ...]) -> tuple[str, ...]:
+    if twice := sorted(value for value, times in Counter(values).items() if times > 1):
+        raise PydanticCustomError("twice", "{names} is named twice", {"names": ", ".join(twice)})
+    return values
+
+
+_Texts = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+"""A list of texts; one text alone is a list of one."""
 
 
 class PairsConfig(Config):
     """Where the image-text pairs are."""
 
-    source: tuple[str, ...] = ()
+    source: _Texts = ()
     """WebDataset tars or their URLs, CSV/TSV/Parquet tables, or folders of images with .txt files
     (one caption a line). All must be of one kind. Brace ranges and wildcards are allowed.
     `pipe:COMMAND` reads a tar from a shell command, if `--allow-pipe` is given."""
@@ -82,7 +122,7 @@ class PairsConfig(Config):
     captions_field: str = "captions"
     """Tars only: the json field with several captions of one image. Where it is absent, each line
     of the .txt is a caption, unless another json field holds the whole text too."""
-    keep_fields: tuple[str, ...] = ()
+    keep_fields: Annotated[_Texts, AfterValidator(_each_once)] = ()
     """Json fields or table columns to store beside the embeddings, such as a known duplicate
     group."""
     max_bad_share: Share = 0.01
@@ -383,7 +423,7 @@ class EvaluateConfig(Config):
     """Name -> labelled set. It is `builtin:digits` (of scikit-learn), a folder in CLIP_benchmark's
     WebDataset layout or its URL, a folder with train/ and test/ of one folder a class, or a known
     set as it is published; see docs/evaluation_sets.md."""
-    retrieval: dict[str, tuple[str, ...]] = {}
+    retrieval: dict[str, _Texts] = {}
     """Name -> pairs, as in pairs.source, on which image-text retrieval is measured."""
     zero_shot: bool = True
     """Zero-shot classification by the nearest prompt."""
@@ -422,7 +462,7 @@ class DrawConfig(Config):
     images_of: str | None = None
     """The evaluation set whose images patch PCA and activation maps show. When absent: the first
     one that is there."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of what is shown."""
 
 
@@ -472,7 +512,7 @@ class MachineConfig(Config):
     tensorboard: Literal["auto", "on", "off"] = "auto"
     """Also write the metrics for TensorBoard, into the folder of the training. auto does so where
     the package is installed."""
-    callbacks: tuple[str, ...] = ()
+    callbacks: _Texts = ()
     """Python functions `package.module:name` that are called with every line of metrics.jsonl as a
     dict. docs/training.md sends them to Weights & Biases."""
     cache_dir: Path | None = None
@@ -550,17 +590,6 @@ class Recipe(Config):
         return self
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML silently keeps the last of two equal keys; this refuses them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [str(key.value) for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file, its defaults filled in.
 
@@ -568,7 +597,7 @@ def read_recipe(path: Path) -> Recipe:
         ConfigError: The file is missing or not YAML, or settings are misspelt or out of limits; all
             are named at once.
     """
-    return parse_recipe(_read_yaml(path), where=str(path))
+    return parse_recipe(_read_yaml(path), where=_named(path))
 
 
 def read_run_recipe(path: Path) -> Recipe:
@@ -587,22 +616,38 @@ def read_run_recipe(path: Path) -> Recipe:
         settings = sections.get(section)
         if isinstance(settings, dict) and setting in settings and settings[setting] in removed.without_effect:
             del settings[setting]
-    return parse_recipe(values, where=str(path))
+    return parse_recipe(values, where=_named(path))
+
+
+def _named(path: Path) -> str:
+    return units.shortened(str(path), 500)
 
 
 def _read_yaml(path: Path) -> Any:
+    where = _named(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as handle:
+            content = handle.read(plain_yaml.MOST_BYTES + 1)
+    except OSError as error:
         raise ConfigError(
-            f"{path}: cannot read this recipe ({error}).", fix="`clip-cid init FILE` writes one to start from."
+            f"{where}: cannot read this recipe ({error.strerror}).",
+            fix="`clip-cid init FILE` writes one to start from.",
         ) from error
 
-    try:
-        values = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
+    if len(content) > plain_yaml.MOST_BYTES:
         raise ConfigError(
-            f"{path}: not valid YAML: {' '.join(str(error).split())}", fix="Mend the line it names."
+            f"{where}: more than {units.size(plain_yaml.MOST_BYTES)}, so this is not a recipe.",
+            fix="Name a recipe, as `clip-cid init FILE` writes one; many sources are written as {00000..00331}.",
+        )
+    try:
+        values = plain_yaml.parse(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{where}: not text in UTF-8 (byte {error.start:,}).", fix="Save it as UTF-8 without other encodings."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{where}: not valid YAML: {units.shortened(str(error), 300)}", fix="Mend the line it names."
         ) from error
     return {} if values is None else values
 
@@ -616,9 +661,11 @@ def parse_recipe(values: Any, *, where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors()]
+        problems = [_describe(problem) for problem in error.errors(include_url=False)[:_MOST_PROBLEMS]]
+        if (more := error.error_count() - len(problems)) > 0:
+            problems.append(f"and {more:,} more")
         raise ConfigError(
-            "\n  ".join([f"{where}: {units.counted(len(problems), 'problem')}", *problems]),
+            "\n  ".join([f"{where}: {units.counted(error.error_count(), 'problem')}", *problems]),
             fix="`clip-cid init FILE` writes a recipe with every setting explained.",
         ) from error
 
@@ -684,7 +731,7 @@ def _limits(schema: dict[str, Any]) -> str:
 
 def _describe(problem: Any) -> str:
     """One of pydantic's problems in our words; a misspelt name gets the nearest right one."""
-    location = tuple(str(part) for part in problem["loc"])
+    location = tuple(units.shortened(str(part), 100) for part in problem["loc"])
     name = ".".join(location)
     if name in _REMOVED:
         return f"{name}: this setting was removed; {_REMOVED[name].hint}"
@@ -695,8 +742,12 @@ def _describe(problem: Any) -> str:
         return f"{name}: no such setting; {hint}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return message
-    return f"{name or 'recipe'}: {message[:1].lower()}{message[1:]}, got {problem['input']!r}"
+        return units.shortened(message, 500)
+    try:
+        got = units.shortened(repr(problem["input"]), 200)
+    except ValueError:
+        got = "a number of more digits than Python writes"
+    return f"{name or 'recipe'}: {message[:1].lower()}{units.shortened(message[1:], 500)}, got {got}"
 
 
 def _names_at(location: tuple[str, ...]) -> list[str]:

@@ -48,3 +48,8 @@ def signed_points(share: float) -> str:
     """A difference of two shares of 1 in points: +1.2, 0.0, or with a true minus sign."""
     points = round(100 * share, 1)
     return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}") if points else "0.0"
+
+
+def shortened(text: str, most: int) -> str:
+    """A text with at most so many characters; the end of a longer one becomes dots and its length."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"

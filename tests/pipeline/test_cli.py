@@ -477,3 +477,34 @@ def test_help_has_no_double_blank_line(page: list[str]):
 def test_help_says_how_flags_meet_the_recipe():
     text = " ".join(clip_cid("--help").stdout.split())
     assert "entries are added, those of the same name are replaced, and the flag alone removes all" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--balance.threshold", "x" * 1_000_000],
+        ["--balance.metric", "x" * 8_000],
+        ["--" + "x" * 8_000],
+        ["--distill.epochs", "9" * 5_000],
+        ["--distill.lr", "nan"],
+        ["--pairs.keep-fields", "dup", "dup"],
+        ["--report.title", os.fsdecode(b"\xff")],
+        ["--recipe", "x" * 5_000],
+    ],
+    ids=lambda flags: flags[0][:20],
+)
+def test_a_value_that_is_none_is_refused_in_few_words(tmp_path: Path, flags: list[str]):
+    done = clip_cid("run", "out", *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stdout + done.stderr) < 20_000
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_of_many_aliases_prints_one_short_line(tmp_path: Path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{row}: &a{row} [{', '.join([f'*a{row - 1}'] * 9)}]" for row in range(1, 9)]
+    (tmp_path / "r.yaml").write_text("\n".join(lines))
+    done = clip_cid("run", "out", "--recipe", "r.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr) < 500

@@ -1,4 +1,5 @@
 import itertools
+import random
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,196 @@ def test_a_recipe_that_is_not_a_mapping_is_refused():
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_that_ship_are_valid(path: Path):
     assert read_recipe(path).pairs.source
+
+
+def test_one_text_is_a_list_of_one():
+    recipe = parse_recipe(
+        {
+            "pairs": {"source": "folder", "keep_fields": "dup"},
+            "evaluate": {"retrieval": {"flickr": "a.tar", "coco": ["b.tar", "c.tar"]}},
+            "machine": {"callbacks": "package.module:name"},
+        },
+        where="x",
+    )
+    assert (recipe.pairs.source, recipe.pairs.keep_fields) == (("folder",), ("dup",))
+    assert recipe.evaluate.retrieval == {"flickr": ("a.tar",), "coco": ("b.tar", "c.tar")}
+    assert recipe.machine.callbacks == ("package.module:name",)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"pairs": {"keep_fields": ["dup", "kind", "dup"]}}, "pairs.keep_fields: dup is named twice"),
+        ({"distill": {"lr": float("inf")}}, "distill.lr: input should be a finite number, got inf"),
+        ({"distill": {"lr": "nan"}}, "distill.lr: input should be a finite number"),
+        ({"balance": {"threshold": "1e999"}}, "balance.threshold: input should be a finite number"),
+        ({"distill": {"augmentation": {"gray_scale_prob": float("nan")}}}, "gray_scale_prob: input should be a finite"),
+        ({"distill": {"schedule": {"clip": [[0, float("inf")]]}}}, "schedule.clip.0.1: input should be a finite"),
+        ({"distill": {"epochs": 10**20}}, "distill.epochs: input should fit into 64 bits"),
+        ({"cluster": {"num_centers": 10**5000}}, "cluster.num_centers: input should fit into 64 bits"),
+        ({"distill": {"epochs": "9" * 5000}}, "distill.epochs: unable to parse"),
+        ({"draw": {"seed": 2**32}}, "draw.seed: input should be less than 4294967296"),
+        ({"report": {"title": "a\0b"}}, "report.title: input should be text without zero bytes"),
+        ({"evaluate": {"sets": {"a\0": "x"}}}, "evaluate.sets: input should be text without zero bytes"),
+        ({"report": {"title": "\udc00"}}, "report.title: input should be text without zero bytes"),
+        ({"embed": {"existing": "\udcff.npy"}}, "embed.existing: input should be text without zero bytes"),
+        ({"evaluate": {"sets": {"\udcff": "x"}}}, "evaluate.sets: input should be text without zero bytes"),
+        ({"evaluate": {"sets": {2024: "x"}}}, "evaluate.sets.2024.[key]: input should be a valid string"),
+        ({3: {}}, "keys should be strings"),
+        ({"pairs": None}, "pairs: input should be a valid dictionary"),
+    ],
+)
+def test_values_that_no_stage_can_use_are_refused(values: object, problem: str):
+    assert problem in problems(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"balance": {"metric": "x" * 1_000_000}},
+        {"x" * 1_000_000: 1},
+        {"evaluate": {"sets": {"x" * 1_000_000: 1}}},
+        {"distill": {"weights": "x" * 1_000_000}},
+        {"distill": {"schedule": {"x" * 1_000_000: [[0, 1]]}}},
+        {"draw": {"images_of": "x" * 1_000_000}},
+        {"pairs": {"keep_fields": ["x" * 1_000_000] * 2}},
+        {"pairs": {"source": [0] * 50_000}},
+        {f"x{row}": 1 for row in range(50_000)},
+    ],
+    ids=lambda values: str(values)[:40],
+)
+def test_a_message_is_short_whatever_the_recipe_holds(values: object):
+    assert len(problems(values)) < 10_000
+
+
+def test_many_problems_are_counted_and_the_first_named():
+    text = problems({"pairs": {"source": list(range(1000))}})
+    assert text.startswith("r.yaml: 1,000 problems\n  pairs.source.0: input should be a valid string, got 0\n")
+    assert text.endswith("and 980 more")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("pairs: {}".encode("utf-16"), r"not text in UTF-8 \(byte 0\)"),
+        (b"report: {title: caf\xe9}", r"not text in UTF-8 \(byte 19\)"),
+        (b"pairs: \x00", "not valid YAML"),
+        (b"# " + b"x" * (5 << 20), "more than 4.2 MB, so this is not a recipe"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named_as_such(tmp_path: Path, content: bytes, problem: str):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=problem):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("path", ["", "/dev/zero", "x" * 5000])
+def test_a_path_that_is_no_recipe_is_a_config_error(tmp_path: Path, path: str):
+    with pytest.raises(ConfigError) as error:
+        read_recipe(tmp_path / path)
+    assert len(str(error.value)) < 800
+
+
+def test_a_recipe_with_a_mark_of_its_encoding_is_read(tmp_path: Path):
+    (tmp_path / "r.yaml").write_bytes(b"\xef\xbb\xbfreport: {title: caf\xc3\xa9}\r\n")
+    assert read_recipe(tmp_path / "r.yaml").report.title == "caf\u00e9"
+
+
+RECIPES = [commented_recipe(), *(path.read_text() for path in sorted(Path(__file__).parents[2].glob("recipes/*.yaml")))]
+ODDITIES = [
+    *("[", "]", "{", "}", ":", ": ", "- ", "#", "|", ">", "&a ", "*a", "<<: *a", "!!int ", "!!float ", "!!map "),
+    *(
+        "%YAML 1.1\n",
+        "---\n",
+        "...\n",
+        "? ",
+        ",",
+        '"',
+        "'",
+        "\t",
+        "\n",
+        "\r",
+        "\0",
+        "\x85",
+        "\u2028",
+        "\ufeff",
+        "@",
+        "`",
+    ),
+    *(
+        '"\\ud83d\\ude00"',
+        '"\\ud83d"',
+        '"\\0"',
+        "2026-02-30",
+        "2026-02-30 25:61:61",
+        "1:30",
+        ".inf",
+        "-.nan",
+        "~",
+        "null",
+    ),
+    *(
+        "0x" + "f" * 5000,
+        "9" * 5000,
+        "-1",
+        "0x",
+        "0o9",
+        "1e400",
+        "no",
+        "{a: b}",
+        "[[]]",
+        "!!binary ===",
+        "!!timestamp 1",
+        "\U0001f600",
+        "é",
+    ),
+]
+
+
+def mutant(source: random.Random) -> bytes:
+    """A recipe with a few changes, mostly still a text."""
+    lines = source.choice(RECIPES).splitlines(keepends=True)
+    for _ in range(source.randint(1, 4)):
+        line = source.randrange(len(lines))
+        place = source.randint(0, len(lines[line]))
+        match source.randrange(6):
+            case 0:
+                lines[line] = lines[line][:place] + source.choice(ODDITIES) + lines[line][place:]
+            case 1:
+                name = lines[line].partition(":")[0]
+                lines[line] = f"{name}: {source.choice(ODDITIES)}\n"
+            case 2:
+                lines.insert(line, lines[source.randrange(len(lines))])
+            case 3:
+                lines[line] = " " * source.randint(0, 6) + lines[line].lstrip()
+            case 4:
+                lines[line] = lines[line][:place]
+            case _:
+                lines = lines[: line + 1]
+    content = "".join(lines).encode("utf-8", "surrogatepass")
+    if source.random() < 0.2:
+        place = source.randrange(len(content) + 1)
+        content = content[:place] + source.randbytes(source.randint(1, 3)) + content[place + source.randint(0, 2) :]
+    return content
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_a_damaged_recipe_is_a_recipe_or_a_config_error(tmp_path: Path, seed: int):
+    """400 of them. What is read is stored and read again as it is."""
+    source, path = random.Random(seed), tmp_path / "r.yaml"
+    outcomes, longest = {"read": 0, "refused": 0}, 0
+    for _ in range(50):
+        path.write_bytes(mutant(source))
+        try:
+            recipe = read_recipe(path)
+        except ConfigError as error:
+            outcomes["refused"] += 1
+            longest = max(longest, len(str(error)))
+            continue
+        outcomes["read"] += 1
+        path.write_text(dump_recipe(recipe), encoding="utf-8")
+        assert read_run_recipe(path) == recipe
+    assert min(outcomes.values()) > 0
+    assert longest < 10_000

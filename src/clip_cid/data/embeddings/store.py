@@ -23,6 +23,7 @@ from clip_cid.data.embeddings.files import (
 )
 from clip_cid.data.embeddings.sharded_rows import ShardedRows, checked_rows
 from clip_cid.errors import DataError
+from clip_cid.loss_table import LOSSES
 
 _BLOCK_ROWS = 16_384
 
@@ -95,11 +96,12 @@ class EmbeddingStore:
             DataError: The store has images only.
         """
         if not self.has_texts:
+            readers = ", ".join(f"distill.weights.{loss.name}: 0" for loss in LOSSES if "teacher_text" in loss.reads)
             raise DataError(
                 f"{self.path}: this store has image embeddings only; the instance loss needs the captions' too "
                 "(balance, cluster and the cluster losses do not).",
-                fix="Set distill.weights.instance: 0, or take over embeddings that have their text_emb, or let"
-                " the embed stage compute both.",
+                fix=f"Switch off the losses that read them ({readers}), or take over embeddings that have their"
+                " text_emb, or let the embed stage compute both.",
             )
         return self._texts
 

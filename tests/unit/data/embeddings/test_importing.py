@@ -335,7 +335,7 @@ def test_a_store_without_texts_says_what_needs_them(tmp_path: Path) -> None:
     for ask in (lambda: store.texts, lambda: store.text_for(np.array([0]), 0)):
         with pytest.raises(DataError, match="image embeddings only; the instance loss needs") as error:
             ask()
-        assert "distill.weights.instance: 0" in error.value.fix
+        assert "distill.weights.instance_image: 0" in error.value.fix
 
 
 def test_distill_refuses_the_instance_loss_before_it_reads_a_pair(tmp_path: Path) -> None:

@@ -381,7 +381,7 @@ def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000, a
     When it was killed, the same command resumes it.
 
     Args:
-        run: The run folder; its balance stage must have finished.
+        run: The run folder; its balance stage must have finished and be up to date.
         out: The folder to create.
         shards: Also write the kept pairs as WebDataset tars. Their files are copied byte for byte from
             pairs.source of the run's recipe.
@@ -393,6 +393,7 @@ def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000, a
     folder = _existing(run)
     recipe = read_run_recipe(run / pipeline.RECIPE_FILE)
     with _pipes(allow_pipe), os_errors.explained(out, kept="Finished tars are kept."):
+        pipeline.require_current(folder, recipe, BALANCE)
         said = export_subset(folder, recipe, out, shard_size=shard_size if shards else None)
     log.say(said)
     return 0

@@ -14,7 +14,7 @@ from typing import Any
 import threadpoolctl
 
 from clip_cid import log, os_errors, units
-from clip_cid.errors import ConfigError, RunError
+from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.file_digests import digest
 from clip_cid.recipe import Recipe, dump_recipe
 from clip_cid.run_folder import RunFolder, StageRecord, atomic_file, now
@@ -69,6 +69,29 @@ def states(folder: RunFolder, recipe: Recipe) -> list[State]:
             of_stages.append(State(stage, "stale", reason, record, resumes))
             will_run[stage.name] = f"{stage.name} runs again"
     return of_stages
+
+
+def require_current(folder: RunFolder, recipe: Recipe, name: str) -> None:
+    """Refuse the results of a stage that are of other settings or inputs than the recipe's.
+
+    Raises:
+        ConfigError: The recipe does not use the stage.
+        RunError: It is stale. (One that has not run is left to those who open it.)
+    """
+    try:
+        state = next(state for state in states(folder, recipe) if state.stage.name == name)
+    except ClipCidError as error:
+        log.warn(f"{folder.path}: whether {name} is up to date cannot be told ({error.problem})")
+        return
+    if state.status == "off":
+        raise ConfigError(
+            f"{folder.path}: the run's recipe does not use {name}.", fix="It is switched off by its settings."
+        )
+    if state.status == "stale":
+        raise RunError(
+            f"{folder.path}: {name} is stale ({state.reason}), so its results are not those of the run's recipe.",
+            fix=f"Run `clip-cid {name} {folder.path}` first, or `clip-cid run {folder.path}` for all.",
+        )
 
 
 def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bool = False) -> None:

@@ -431,3 +431,33 @@ def test_the_manifest_tells_all_three_scales(tmp_path):
     balance(tmp_path / "run", planted(50), "--balance.metric", "euclidean", "--balance.threshold", "0.3")
     summary = json.loads((tmp_path / "run" / "balance" / "manifest.json").read_text())["summary"]
     assert summary["threshold"] == pytest.approx({"cosine": 0.045, "squared_euclidean": 0.09, "euclidean": 0.3})
+
+
+@pytest.mark.slow
+def test_the_list_of_a_stale_balance_is_not_exported(tmp_path, small_chunks, capsys):
+    rows, run = planted(300), tmp_path / "run"
+    balance(run, rows)
+    recipe = (run / "recipe.yaml").read_text()
+
+    def export(name: str) -> int:
+        capsys.readouterr()
+        return cli.main(["subset", str(run), str(tmp_path / name)])
+
+    assert export("fresh") == 0
+    for was, becomes, words in (
+        ("threshold: 0.07", "threshold: 0.2", "balance is stale (balance.threshold 0.07 -> 0.2)"),
+        ("enabled: true", "enabled: false", "the run's recipe does not use balance"),
+        ("normalize: false", "normalize: true", "balance is stale (embed runs again)"),
+    ):
+        (run / "recipe.yaml").write_text(recipe.replace(was, becomes, 1))
+        assert export("stale") != 0
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "stale").exists()
+    (run / "recipe.yaml").write_text(recipe)
+
+    np.save(run / "balance" / "kept.npy", np.arange(3))
+    assert export("stale") == 1
+    assert "kept.npy has" in capsys.readouterr().err
+    np.save(tmp_path / "run-data" / "rows.npy", planted(300, seed=1))
+    assert export("stale") == 1
+    assert "balance is stale (embed runs again)" in capsys.readouterr().err

@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # The tests of numbers: what another processor's kernels could change.
 NUMBERS := tests/golden tests/properties tests/unit/method tests/unit/evaluation tests/unit/training
 
-.PHONY: help setup quick test test-elsewhere check format demo clean
+.PHONY: help setup quick test test-elsewhere faults check format demo clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -30,6 +30,13 @@ test-elsewhere: setup  ## the tests of numbers as another processor would run th
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott OMP_NUM_THREADS=3 $(PYTEST) -m 'not slow' $(NUMBERS)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell OMP_NUM_THREADS=1 $(PYTEST) -m 'not slow' $(NUMBERS)
 	CLIP_CID_SEED_SHIFT=1000 HYPOTHESIS_PROFILE=elsewhere $(PYTEST) -m 'not slow' --hypothesis-seed=1000 $(NUMBERS)
+
+# How often each command is disturbed in each way; another SEED gives other places.
+KILLS ?= 40
+SEED ?= 0
+
+faults: setup  ## kill commands at file operations, let these fail, cut the power: the long rounds (an hour or more)
+	$(BIN)/python tests/faults --kills $(KILLS) --kills-in-time $(KILLS) --power-cuts $(KILLS) --failures $(KILLS) --seed $(SEED)
 
 check: setup  ## format, lint, types, and who imports whom
 	$(BIN)/ruff format --check $(SOURCES)

@@ -14,6 +14,7 @@ from tyro.conf import Positional
 
 from clip_cid import log, os_errors, pipeline, units
 from clip_cid.errors import ClipCidError, ConfigError, RunError
+from clip_cid.new_folder import drop_left
 from clip_cid.overruling import let_flags_count, settings_given
 from clip_cid.recipe import (
     ALLOW_PIPE,
@@ -497,6 +498,7 @@ def init(file: File) -> int:
     if file.exists():
         raise ConfigError(f"{file}: exists already.", fix="Give another name, or delete it first.")
     file.parent.mkdir(parents=True, exist_ok=True)
+    drop_left(file)
     with atomic_file(file) as temporary:
         temporary.write_text(commented_recipe(), encoding="utf-8")
     log.say(f"Wrote {file}; set pairs.source in it, then: clip-cid run runs/{file.stem} --recipe {file}")
@@ -511,8 +513,12 @@ def sample(out: Out, pairs: int = 6000, seed: int = 0) -> int:
         pairs: Number of training pairs.
         seed: Seed of the scenes.
     """
-    from clip_cid.data.sample.write import write_sample
+    from clip_cid.data.sample.write import FEWEST_PAIRS, write_sample
 
+    if pairs < FEWEST_PAIRS:
+        raise ConfigError(
+            f"--pairs: must be at least {FEWEST_PAIRS}, got {pairs}.", fix=f"Give {FEWEST_PAIRS} or more."
+        )
     with os_errors.explained(out):
         summary = write_sample(out, pairs=pairs, seed=seed)
     log.say(f"{out}: {summary}")

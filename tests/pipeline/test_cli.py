@@ -508,3 +508,9 @@ def test_a_recipe_of_many_aliases_prints_one_short_line(tmp_path: Path):
     done = clip_cid("run", "out", "--recipe", "r.yaml", cwd=tmp_path)
     assert done.returncode == 2
     assert len(done.stderr) < 500
+
+
+def test_a_sample_that_is_too_small_is_exit_2_and_makes_no_folder(tmp_path: Path):
+    done = clip_cid("sample", "out", "--pairs", "19", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "clip-cid: --pairs: must be at least 20, got 19.\nGive 20 or more.\n")
+    assert not (tmp_path / "out").exists()

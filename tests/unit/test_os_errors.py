@@ -149,7 +149,7 @@ def test_a_mistake_of_the_program_keeps_its_traceback(error: Exception) -> None:
         ["verify", "RUN"],
         ["run", "RUN", "--recipe", "RUN/recipe.yaml"],
         ["init", "RUN/new.yaml"],
-        ["sample", "RUN/sample", "--pairs", "3"],
+        ["sample", "RUN/sample", "--pairs", "30"],
     ],
 )
 def test_every_command_says_in_two_lines_that_a_file_cannot_be_used(

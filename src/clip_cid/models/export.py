@@ -1,8 +1,6 @@
 """Export the student as a folder that open_clip, the Hub and CLIP_benchmark load; test it by a reload first."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +19,7 @@ from clip_cid.models.loading import load_clip
 from clip_cid.models.open_clip_errors import open_clip_warnings
 from clip_cid.models.public_names import public_provenance
 from clip_cid.models.references import CONFIG_FILE, WEIGHTS_FILE
-from clip_cid.run_folder import own_mark
+from clip_cid.new_folder import new_folder
 
 HEAD_FILE = "cid_head.safetensors"
 
@@ -45,18 +43,9 @@ def export_student(clip: Clip, out: Path, *, head_state: Mapping[str, Tensor], p
     if out.exists() and not _is_ours(out):
         raise RunError(f"{out}: exists and is not an export of clip-cid.", fix="Give another folder, or remove it.")
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part, old = (out.with_name(f".{out.name}.{suffix}-{own_mark()}") for suffix in ("part", "old"))
-    part.mkdir()
-    try:
+    with new_folder(out) as part:
         _write(clip, part, head_state, provenance)
         _self_test(clip, part)
-        if out.exists():
-            os.replace(out, old)
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def usage(out: Path) -> str:
@@ -104,10 +93,6 @@ def _write(clip: Clip, folder: Path, head_state: Mapping[str, Tensor], provenanc
         save_file(_plain(head_state), folder / HEAD_FILE, metadata={"format": "pt"})
     if isinstance(clip.tokenizer, HFTokenizer):
         clip.tokenizer.save_pretrained(str(folder))  # local-dir: looks for the tokenizer here and nowhere else
-
-    for path in folder.iterdir():
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
 
 
 def _is_ours(folder: Path) -> bool:

@@ -3,8 +3,6 @@
 import contextlib
 import importlib
 import logging
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,7 +16,8 @@ from torch import Tensor
 from clip_cid.errors import MissingExtraError, RunError
 from clip_cid.models.clip import Clip
 from clip_cid.models.loading import load_clip
-from clip_cid.run_folder import own_mark, write_json
+from clip_cid.new_folder import new_folder
+from clip_cid.run_folder import write_json
 
 FOLDER, ABOUT = "onnx", "onnx.json"
 OPSET = 20
@@ -111,19 +110,12 @@ def export_onnx(folder: Path) -> dict[str, float]:
     """
     require_onnx()
     clip = load_clip(f"local-dir:{folder}")
-    out, part = folder / FOLDER, folder / f".{FOLDER}.part-{own_mark()}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
-        gaps: dict[str, float] = {}
+    gaps: dict[str, float] = {}
+    with new_folder(folder / FOLDER) as part:
         for tower in _towers(clip):
             _write_graph(tower, part / tower.file)
             gaps[tower.name] = _compare(tower, part / tower.file)
         write_json(part / ABOUT, _about(clip, gaps))
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return gaps
 
 

@@ -10,6 +10,7 @@ from clip_cid.errors import RunError
 from clip_cid.figures import removed_share
 from clip_cid.method.balance.forest import Forest
 from clip_cid.method.distances import from_squared, to_squared
+from clip_cid.new_folder import drop_left
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import BALANCE
 
@@ -35,6 +36,8 @@ def sweep(folder: RunFolder) -> tuple[list[str], list[list[str]]]:
     images = int(record.summary["ok"])
     out = folder.path / _FOLDER
     out.mkdir(exist_ok=True)
+    for name in ("removed_share.svg", "removed_share.csv"):
+        drop_left(out / name)
     removed_share.draw(stored._replace(rows=images), threshold=tables.threshold, metric=tables.metric, out=out)
     log.info(f"balance   the curve is drawn in {out / 'removed_share.svg'}")
     forest, limit = Forest(*stored), _on_metric(stored.limit, tables.metric)

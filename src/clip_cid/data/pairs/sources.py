@@ -14,6 +14,7 @@ from braceexpand import braceexpand
 from clip_cid.data.pairs.format import Source
 from clip_cid.data.pairs.formats import URL_FORMAT, format_of
 from clip_cid.errors import ConfigError, DataError
+from clip_cid.new_folder import drop_left
 from clip_cid.recipe import ALLOW_PIPE, PairsConfig
 from clip_cid.run_folder import atomic_file
 
@@ -113,6 +114,7 @@ def fetch(url: str, path: Path, check: Callable[[Path], Any]) -> None:
             fix=f"If you trust the recipe, add --allow-pipe to the command, or set {ALLOW_PIPE}=1.",
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    drop_left(path)
     with atomic_file(path) as temporary:
         with open(temporary, "wb") as out:
             for block in _blocks(url):

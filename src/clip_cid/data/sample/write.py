@@ -10,7 +10,6 @@ import io
 import itertools
 import json
 import random
-import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,11 +23,12 @@ from clip_cid.data.sample.drawing import SIZE, draw_scene
 from clip_cid.data.sample.scenes import Scene, SceneBook
 from clip_cid.data.sample.sets import LABELLED_SETS, LabelledSet
 from clip_cid.errors import DataError
-from clip_cid.run_folder import own_mark
+from clip_cid.new_folder import new_folder
 
 VERSION = 3
 """Raised when the same seed would give other files."""
 
+FEWEST_PAIRS = 20
 _DUPLICATES = 0.4
 _PERCEPTUAL = 0.5
 _POPULARITY = 1.0
@@ -70,26 +70,21 @@ def write_sample(out: Path, *, pairs: int = 6_000, seed: int = 0) -> SampleSumma
 
     Args:
         out: The folder to make. It appears whole or not at all.
-        pairs: How many pairs to write, duplicates included; 20 or more.
+        pairs: How many pairs to write, duplicates included; at least `FEWEST_PAIRS`.
         seed: Another seed gives other scenes, drawings and captions.
 
     Raises:
+        ValueError: Fewer than `FEWEST_PAIRS`.
         DataError: `out` holds something else, or a sample of other arguments.
     """
-    if pairs < 20:
-        raise ValueError(f"pairs must be at least 20, got {pairs}")
+    if pairs < FEWEST_PAIRS:
+        raise ValueError(f"pairs must be at least {FEWEST_PAIRS}, got {pairs}")
     if (existing := _existing(out, pairs=pairs, seed=seed)) is not None:
         return existing
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part-{own_mark()}")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with new_folder(out) as part:
         summary = _fill(part, pairs=pairs, seed=seed)
         (part / _MARK).write_text(json.dumps(asdict(summary), indent=1) + "\n", encoding="utf-8")
-        part.replace(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return summary
 
 

@@ -1,0 +1,37 @@
+"""A short, seeded part of what `make faults` does at length."""
+
+import random
+import sys
+from collections.abc import Iterator
+
+import commands
+import disturbances
+import pytest
+from cases import CASES, Cases
+from disturbances import Outcome
+
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.slow,
+    pytest.mark.resume,
+    pytest.mark.skipif(sys.platform != "linux", reason="the shim knows Linux only"),
+    pytest.mark.skipif(commands.compiler() is None, reason="no C compiler (cc, gcc or clang) for the shim"),
+]
+BY_NAME = {case.name: case for case in CASES}
+QUICK = ("embed", "balance", "cluster", "distill", "evaluate", "sample", "init")
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cases]:
+    folder = tmp_path_factory.mktemp("faults")
+    server = commands.Commands(folder / "server")
+    yield Cases(folder / "work", server)
+    server.close()
+
+
+@pytest.mark.parametrize("kind", [disturbances.kills])
+@pytest.mark.parametrize("name", QUICK)
+def test_the_same_command_puts_right_what_a_disturbance_has_left(cases: Cases, name: str, kind):
+    for trial in kind(cases, BY_NAME[name], 2, random.Random(f"{kind.__name__} {name}")):
+        result = disturbances.attempt(cases, trial)
+        assert result.outcome in (Outcome.RIGHT, Outcome.LEFTOVER), f"{trial}: {result.words}"

@@ -1,0 +1,74 @@
+import errno
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from clip_cid.new_folder import drop_left, new_folder
+
+pytestmark = pytest.mark.resume
+
+DEAD = f"{socket.gethostname()}-{2**22 + 1}-0123abcd"  # above every number that Linux gives
+
+
+def fill(out: Path, words: str) -> None:
+    with new_folder(out) as part:
+        (part / "inner").mkdir()
+        (part / "inner" / "file").write_text(words)
+        if not words:
+            raise RuntimeError("cut short")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_appears_whole_and_takes_the_place_of_another(tmp_path: Path):
+    for words in ("one", "two"):
+        fill(tmp_path / "new" / "out", words)
+        assert (tmp_path / "new" / "out" / "inner" / "file").read_text() == words
+    assert names(tmp_path / "new") == ["out"]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path):
+    fill(tmp_path / "out", "one")
+    with pytest.raises(RuntimeError, match="cut short"):
+        fill(tmp_path / "out", "")
+    assert (tmp_path / "out" / "inner" / "file").read_text() == "one"
+    assert names(tmp_path) == ["out"]
+
+
+def test_the_folder_before_comes_back_if_the_last_step_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fill(tmp_path / "out", "one")
+    replace = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if ".part-" in source.name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match=f"error: '{tmp_path / 'out'}'"):
+        fill(tmp_path / "out", "two")
+    assert (tmp_path / "out" / "inner" / "file").read_text() == "one"
+    assert names(tmp_path) == ["out"]
+
+
+def test_every_file_and_folder_is_synced_before_it_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    fill(tmp_path / "out", "one")
+    parts = [Path(path).relative_to(tmp_path).parts for path in synced]
+    assert [part[1:] for part in parts] == [("inner", "file"), ("inner",), (), ()]
+    assert [part[0].partition(".part-")[0] for part in parts if part] == [".out"] * 3
+
+
+def test_only_what_dead_processes_have_left_of_this_name_is_removed(tmp_path: Path):
+    mine = f"{socket.gethostname()}-{os.getpid()}-0123abcd"
+    kept = [f".out.part-{mine}", f".other.part-{DEAD}", f".out.part-elsewhere-{2**22 + 1}-0123abcd", ".out.part", "out"]
+    for name in (*kept, f".out.part-{DEAD}", f".out.old-{DEAD}"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    (tmp_path / f".out.tmp-{DEAD}").touch()
+    drop_left(tmp_path / "out")
+    assert names(tmp_path) == sorted(kept)

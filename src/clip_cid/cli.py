@@ -351,13 +351,17 @@ def status(run: Run, recipe: Path | None = None) -> int:
     """
     folder = _existing(run)
     rows: list[list[str]] = []
+    work = folder.at_work()
     wanted = read_run_recipe(run / pipeline.RECIPE_FILE) if recipe is None else read_recipe(recipe)
     for state in pipeline.states(folder, wanted):
         record = state.record
         made = f"{record.started}, {units.duration(record.seconds)}" if record else ""
-        reason = f"{state.reason}; can resume" if state.resumes else state.reason
-        rows.append([state.stage.name, state.status, reason, made, pipeline.headline(record)])
-    log.table(["stage", "status", "reason", "made", "result"], rows, title=str(folder.path))
+        status, reason = state.status, f"{state.reason}; can resume" if state.resumes else state.reason
+        if work is not None and work.stage == state.stage.name:
+            status, reason = "running", f"since {work.since}"
+        rows.append([state.stage.name, status, reason, made, pipeline.headline(record)])
+    title = str(folder.path) if work is None else f"{folder.path} (in use by {work.holder})"
+    log.table(["stage", "status", "reason", "made", "result"], rows, title=title)
     return 0
 
 

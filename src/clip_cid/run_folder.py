@@ -14,17 +14,19 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clip_cid import os_errors
 from clip_cid.errors import RunError
 from clip_cid.file_digests import FileDigests, digest, sha256_file
 
 MANIFEST = "manifest.json"
-_PART, _OLD, _KEY = ".part", ".old", "stage-key"
+_PART, _OLD, _KEY, _LOCK = ".part", ".old", "stage-key", ".lock"
+_PROBE_SECONDS = 0.2  # longer than `at_work` holds the lock
 _held_locks: set[int] = set()
 
 
@@ -64,12 +66,24 @@ class StageRecord:
         return digest([self.key, {name: file.sha256 for name, file in self.files.items()}])
 
 
+class Work(NamedTuple):
+    """What a process does in a run folder."""
+
+    holder: str
+    """The process: pid, host, and since when."""
+    stage: str = ""
+    """What it runs; empty before its first stage."""
+    since: str = ""
+    """When the stage began."""
+
+
 class RunFolder:
     """One run: `embed/`, `balance/`, ... each whole or absent."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._forgotten: set[str] = set()
+        self._lock: int | None = None
 
     @property
     def index(self) -> Path:
@@ -135,7 +149,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise RunError(
                 f"{self.path}: cannot be used as a run folder ({error.strerror}).",
@@ -145,22 +159,38 @@ class RunFolder:
         _held_locks.add(handle)
         try:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(handle)
             except OSError as error:
-                holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
                 raise RunError(
-                    f"{self.path}: another process works in this run folder ({holder}).",
+                    f"{self.path}: another process works in this run folder ({_work(handle).holder}).",
                     fix="Wait for it to end, or give another folder.",
                 ) from error
 
             # Say who holds the lock, and put right what an earlier process left.
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()} since {now()}".encode(), 0)
+            _sign_lock(handle, Work(f"pid {os.getpid()} on {socket.gethostname()} since {now()}"))
             self._mend()
+            self._lock = handle
             yield
         finally:
+            self._lock = None
             _held_locks.remove(handle)
             os.close(handle)
+
+    def at_work(self) -> Work | None:
+        """What another process does here now; None if none does."""
+        try:
+            handle = os.open(self.path / _LOCK, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for a moment, which `lock` waits out
+        except BlockingIOError:
+            return _work(handle)
+        except OSError:  # a file system without locks
+            return None
+        finally:
+            os.close(handle)
+        return None
 
     def part(self, stage: str) -> Path:
         """The stage's work folder, which `begin` makes."""
@@ -175,6 +205,7 @@ class RunFolder:
         if not part.exists():
             part.mkdir()
             mark.write_text(key)
+        self._sign(stage)
         return part
 
     def resumes(self, stage: str, key: str) -> bool:
@@ -190,6 +221,7 @@ class RunFolder:
         # From here on a killed publish is finished by the next process.
         write_json(part / MANIFEST, asdict(complete))
         self._swap(record.stage)
+        self._sign("")
         return complete
 
     def adopt(self, stage: str, other: "RunFolder") -> None:
@@ -223,6 +255,11 @@ class RunFolder:
                 changes.append(f"{name} changed on disk")
         return changes
 
+    def _sign(self, stage: str) -> None:
+        """Say in the lock's file which stage runs."""
+        if self._lock is not None:
+            _sign_lock(self._lock, Work(_work(self._lock).holder, stage, now()))
+
     def _swap(self, stage: str) -> None:
         """Put a complete work folder in the place of the stage's old results."""
         part, final, old = (self.path / f"{stage}{suffix}" for suffix in (_PART, "", _OLD))
@@ -245,6 +282,31 @@ class RunFolder:
                 shutil.rmtree(old)
             else:
                 os.replace(old, final)
+
+
+def _lock(handle: int) -> None:
+    """Take the lock, or raise OSError; moments in which `at_work` holds it are waited out."""
+    deadline = time.monotonic() + _PROBE_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _sign_lock(handle: int, work: Work) -> None:
+    """Write into the lock's file who holds it."""
+    content = "\n".join(work).encode()
+    os.pwrite(handle, content, 0)
+    os.ftruncate(handle, len(content))
+
+
+def _work(handle: int) -> Work:
+    lines = os.pread(handle, 1000, 0).decode(errors="replace").splitlines()
+    return Work(*lines[:3]) if lines else Work("unknown")
 
 
 def _link(source: str | Path, target: str | Path) -> None:

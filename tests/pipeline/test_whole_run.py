@@ -240,12 +240,17 @@ def test_ctrl_c_and_a_second_process(tmp_path: Path, capsys):
         metrics = Path(run, "distill.part", "metrics.jsonl")
         while training.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.05)
+        during = statuses(run, capsys)
         code = cli.main(["distill", run])
         second = capsys.readouterr().err
         training.send_signal(signal.SIGINT)
         _, error = training.communicate()
     assert code == 1
+    assert "running" in during
+    assert f"in use by pid {training.pid} on " in during
     assert f"another process works in this run folder (pid {training.pid}" in second
     assert training.returncode == 130
     assert "Run the same command again to resume" in error
-    assert "can resume" in statuses(run, capsys)
+    after = statuses(run, capsys)
+    assert "can resume" in after
+    assert "running" not in after

@@ -3,6 +3,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,48 @@ except RunError as error:
     after = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert f"another process works in this run folder (pid {os.getpid()} on " in during
     assert after.strip() == "entered"
+
+
+def test_what_a_process_does_here_is_told_to_others_while_it_does_it(tmp_path: Path):
+    folder, other = RunFolder(tmp_path), RunFolder(tmp_path)
+    assert other.at_work() is None
+    with folder.lock():
+        work = other.at_work()
+        assert work is not None
+        assert work.holder.startswith(f"pid {os.getpid()} on ")
+        assert work.stage == ""
+
+        folder.begin("balance", "key", resumable=False)
+        work = other.at_work()
+        assert work is not None
+        assert work.stage == "balance"
+
+        publish(folder, "abc")
+        work = other.at_work()
+        assert work is not None
+        assert work.stage == ""
+    assert other.at_work() is None
+    assert RunFolder(tmp_path / "no such").at_work() is None
+
+
+def test_asking_who_works_here_keeps_nobody_out(tmp_path: Path):
+    with RunFolder(tmp_path).lock():
+        pass
+    asked = threading.Event()
+
+    def ask() -> None:
+        while not asked.is_set():
+            RunFolder(tmp_path).at_work()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        for _ in range(200):
+            with RunFolder(tmp_path).lock():
+                pass
+    finally:
+        asked.set()
+        thread.join()
 
 
 @pytest.mark.parametrize(

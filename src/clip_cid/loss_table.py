@@ -50,6 +50,8 @@ class Loss:
     """The recipe's help for its weight."""
     needs_float64: bool = False
     """Whether it is summed in float64, which not every device supports."""
+    compares_pairs: bool = False
+    """Whether it compares the pairs of a batch with each other: with one pair there is nothing to learn."""
 
     @property
     def reads_targets(self) -> bool:
@@ -70,6 +72,7 @@ LOSSES = (
         function="contrastive:contrastive_loss",
         reads=("image", "text", "logit_scale"),
         help="Weight of `L_clip`.",
+        compares_pairs=True,
     ),
     Loss(
         name="siglip",
@@ -79,6 +82,7 @@ LOSSES = (
         reads=("image", "text", "logit_scale", "logit_bias"),
         help="Weight of SigLIP's sigmoid loss, which replaces `clip` (set its weight to 0). It gives the student a"
         " logit bias.",
+        compares_pairs=True,
     ),
     Loss(
         name="cluster_cls",
@@ -106,6 +110,7 @@ LOSSES = (
         reads=("aligned_image", "teacher_text", "instance_scale"),
         help="Weight of the half of `L_instance` that compares the student's images with the teacher's texts (the"
         " paper's beta).",
+        compares_pairs=True,
     ),
     Loss(
         name="instance_text",
@@ -115,6 +120,7 @@ LOSSES = (
         reads=("aligned_text", "teacher_image", "instance_scale"),
         help="Weight of the half of `L_instance` that compares the student's texts with the teacher's images (the"
         " paper's beta).",
+        compares_pairs=True,
     ),
     Loss(
         name="affinity",
@@ -125,6 +131,7 @@ LOSSES = (
         needs_float64=True,
         help="Weight of the divergence from the teacher's image-text similarities within the batch (open_clip's"
         " distillation, CLIP-KD's CRD, TinyCLIP, MobileCLIP).",
+        compares_pairs=True,
     ),
     Loss(
         name="feature",
@@ -141,6 +148,7 @@ LOSSES = (
         function="peer_losses:one_way_instance_loss",
         reads=("aligned_image", "aligned_text", "teacher_image", "teacher_text", "instance_scale"),
         help="Weight of the instance loss with the student as query only (CLIP-KD's ICL).",
+        compares_pairs=True,
     ),
 )
 """All losses, in the order in which they are summed and written."""

@@ -139,7 +139,8 @@ class EmbedConfig(Config):
     """An open_clip model name, `hf-hub:org/name`, `local-dir:path`, `run:path` for the student of a
     finished run, or `none` to train without a teacher."""
     pretrained: str | None = "laion2b_s39b_b160k"
-    """The open_clip tag of the weights; ignored for hf-hub:, local-dir: and run:."""
+    """The open_clip tag of the weights, or a checkpoint of open_clip's training (.pt); ignored for
+    hf-hub:, local-dir: and run:."""
     precision: Precision = "auto"
     """Precision of the teacher: auto is bf16 on CUDA and fp32 elsewhere. Embeddings are always
     stored as float16."""
@@ -288,8 +289,8 @@ class DistillConfig(Config):
     """An open_clip model name, one of our small models (`cid-tiny`, `cid-small`, `cid-conv`), or
     the path of a model config in JSON."""
     pretrained: str | None = None
-    """Start from these weights: an open_clip tag, the folder of an exported student, `run:path`, or
-    `hf-hub:org/name`."""
+    """Start from these weights: an open_clip tag, a checkpoint of open_clip's training (.pt), the
+    folder of an exported student, `run:path`, or `hf-hub:org/name`."""
     lock: Literal["none", "image", "text"] = "none"
     """Freeze one tower as it was loaded by `pretrained`: neither its weights nor its statistics
     change, and it has no dropout."""
@@ -382,6 +383,14 @@ class DistillConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "DistillConfig":
+        # The batch.
+        comparing = [loss.name for loss in rows_of(self.weights.switched_on) if loss.compares_pairs]
+        if self.batch_size < 2 and comparing:
+            raise ValueError(
+                f"batch_size: {self.batch_size}, but {', '.join(comparing)} compare the pairs of a batch with each"
+                " other: set at least 2"
+            )
+
         # The schedule of the weights.
         for name, points in self.schedule.items():
             if name not in LossWeights.model_fields:
@@ -439,7 +448,7 @@ class EvaluateConfig(Config):
     compare are measured."""
     compare: dict[str, str] = {}
     """Name -> model evaluated beside the student: `run:path`, `local-dir:path`, `hf-hub:org/name`,
-    or `name/tag` of open_clip."""
+    or `name/tag` of open_clip, where the tag may be a checkpoint (.pt)."""
     seed: NonNegativeInt = 0
     """Seed of hold-outs and intervals."""
 

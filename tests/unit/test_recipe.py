@@ -102,6 +102,19 @@ def test_an_unknown_preset_is_named_with_those_there_are():
     assert "paper-r1, paper-r2, clip-only" in problems({"distill": {"weights": "paper"}})
 
 
+@pytest.mark.parametrize("loss", ["clip", "siglip", "instance_image", "instance_text", "affinity", "icl"])
+def test_one_pair_is_no_batch_for_a_loss_that_compares_pairs(loss: str):
+    weights = dict.fromkeys(LossWeights.model_fields, 0.0) | {loss: 1.0}
+    said = problems({"distill": {"batch_size": 1, "weights": weights}})
+    assert f"batch_size: 1, but {loss} compare the pairs of a batch with each other: set at least 2" in said
+    parse_recipe({"distill": {"batch_size": 2, "weights": weights}}, where="two")
+
+
+def test_one_pair_is_a_batch_for_losses_that_look_at_each_pair_alone():
+    weights = dict.fromkeys(LossWeights.model_fields, 0.0) | {"cluster_cls": 1.0, "cluster_kl": 1.0, "feature": 1.0}
+    assert parse_recipe({"distill": {"batch_size": 1, "weights": weights}}, where="one").distill.batch_size == 1
+
+
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_a_weight_that_is_negative_or_not_finite_is_refused(weight: float):
     assert "distill.weights.clip: input should be" in problems({"distill": {"weights": {"clip": weight}}})

@@ -3,12 +3,15 @@
 import difflib
 import json
 import tempfile
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from torch import Tensor
 
 from clip_cid.errors import ConfigError
 from clip_cid.models.open_clip_errors import LOADING_ERRORS, clean_name, open_clip_warnings
@@ -46,6 +49,20 @@ def architecture(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if model_cfg is None:
         raise no_such_model(name)
     return model_cfg, {}
+
+
+def tokenizer_of(name: str, model_cfg: dict[str, Any]) -> Callable[[list[str]], Tensor]:
+    """The tokenizer of a model that is not loaded from a folder, chosen as open_clip chooses."""
+    text_cfg = model_cfg["text_cfg"]
+    if not name.endswith(".json") and name not in own_configs():
+        return open_clip.get_tokenizer(clean_name(name))
+
+    length = text_cfg.get("context_length", 77)
+    options = text_cfg.get("tokenizer_kwargs", {})
+    if source := text_cfg.get("hf_tokenizer_name"):
+        mode = text_cfg.get("tokenizer_mode")
+        return HFTokenizer(source, context_length=length, tokenizer_mode=mode, **options)
+    return SimpleTokenizer(context_length=length, **options)
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -86,9 +103,22 @@ def no_such_model(name: str) -> ConfigError:
 
 
 def random_model(
-    model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any], seed: int, device: str = "cpu"
+    model_cfg: dict[str, Any],
+    preprocess_cfg: dict[str, Any],
+    seed: int,
+    device: str = "cpu",
+    *,
+    pretrained_text: bool = False,
 ) -> torch.nn.Module:
-    """A model with random weights: open_clip makes one of a folder with a configuration and no weights."""
+    """A model with random weights: open_clip makes one of a folder with a configuration and no weights.
+
+    Args:
+        model_cfg: As `architecture` gives it.
+        preprocess_cfg: Likewise.
+        seed: Equal seeds give equal weights.
+        device: Where it is made.
+        pretrained_text: Whether a text tower of transformers gets the weights of the model it is named after.
+    """
     with (
         tempfile.TemporaryDirectory() as folder,
         open_clip_warnings(),
@@ -98,4 +128,4 @@ def random_model(
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
         torch.default_generator.manual_seed(seed)
         with torch.device(device):
-            return open_clip.create_model(f"{LOCAL}{folder}", pretrained_text=False, device=device)
+            return open_clip.create_model(f"{LOCAL}{folder}", pretrained_text=pretrained_text, device=device)

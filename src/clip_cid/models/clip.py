@@ -1,9 +1,10 @@
 """A CLIP model with its tokenizer and its image transforms."""
 
+import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import open_clip
@@ -14,7 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from clip_cid.errors import ConfigError
-from clip_cid.models.open_clip_errors import one_line, open_clip_warnings
+from clip_cid.models.open_clip_errors import LOADING_ERRORS, one_line, open_clip_warnings
+
+_SHORTEST_CONTEXT = 3  # tokens: begin, a word, end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,77 @@ def use_grad_checkpointing(clip: Clip) -> None:
             f"machine.grad_checkpointing: {clip.name} cannot do it ({one_line(problems[0])}).",
             fix="Set it to false; machine.micro_batch saves memory with any student that has no batch normalization.",
         )
+
+
+def refuse_misfit(clip: Clip) -> None:
+    """Send one made-up pair through a model whose configuration may be the user's own.
+
+    Raises:
+        ConfigError: Sizes do not fit each other.
+    """
+    text_cfg, tokens_fix = clip.model_cfg["text_cfg"], "Set text_cfg.context_length to what the text tower is made for."
+    length = text_cfg.get("context_length", 77)
+    if not isinstance(length, int) or length < _SHORTEST_CONTEXT:
+        raise ConfigError(
+            f"{clip.name}: text_cfg.context_length is {length}, which holds no word between begin and end; the least is"
+            f" {_SHORTEST_CONTEXT}.",
+            fix=tokens_fix,
+        )
+    positions = getattr(getattr(clip.model, "text", None), "context_length", None)
+    if "hf_model_name" in text_cfg and positions and length > positions:
+        raise ConfigError(
+            f"{clip.name}: text_cfg.context_length is {length}, but {text_cfg['hf_model_name']} has {positions}"
+            " positions.",
+            fix=tokens_fix,
+        )
+
+    model: Any = clip.model
+    height, width = (
+        (clip.image_side,) * 2 if isinstance(clip.preprocess_cfg["size"], int) else clip.preprocess_cfg["size"]
+    )
+    with _misfit(
+        clip.name,
+        "preprocess_cfg",
+        f"it cannot make an image of {height} x {width} pixels",
+        "Correct vision_cfg.image_size, and mean and std",
+    ):
+        pixels = clip.preprocess(Image.new("RGB", (width, height)))[None]
+    patch = clip.model_cfg["vision_cfg"].get("patch_size") if hasattr(model.visual, "patch_size") else None
+    with _misfit(
+        clip.name,
+        "vision_cfg",
+        f"the image tower does not take images of {height} x {width} pixels"
+        + (f" in patches of {patch}" if patch else ""),
+        "Set image_size (and patch_size) to what the tower is made for",
+    ):
+        image = _encoded(model, model.encode_image, pixels.to(clip.device))
+    with _misfit(clip.name, "text_cfg", f"the text tower does not take {length} tokens", tokens_fix.rstrip(".")):
+        text = _encoded(model, model.encode_text, clip.tokenizer(["a"]).to(clip.device))
+
+    if not image.shape[1] == text.shape[1] == clip.dim:
+        raise ConfigError(
+            f"{clip.name}: embed_dim is {clip.dim}, but the image embedding has {image.shape[1]} numbers and the text"
+            f" embedding {text.shape[1]}.",
+            fix="Set embed_dim to the width of both towers.",
+        )
+
+
+def _encoded(model: torch.nn.Module, tower: Callable[[Tensor], Tensor], row: Tensor) -> Tensor:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return tower(row)
+    finally:
+        model.train(training)
+
+
+@contextlib.contextmanager
+def _misfit(name: str, where: str, what: str, fix: str) -> Iterator[None]:
+    try:
+        yield
+    except LOADING_ERRORS as error:
+        raise ConfigError(f"{name}: {where}: {what} ({one_line(error)}).", fix=f"{fix}.") from error
 
 
 def assemble(model: Any, model_cfg: dict[str, Any], tokenizer: Any, name: str) -> Clip:

@@ -11,25 +11,36 @@ import torch
 
 from clip_cid import log
 from clip_cid.errors import ConfigError, DataError
-from clip_cid.models.architectures import no_such_model, own_configs, read_config
-from clip_cid.models.clip import Clip, assemble
+from clip_cid.models.architectures import (
+    architecture,
+    no_such_model,
+    own_configs,
+    random_model,
+    read_config,
+    tokenizer_of,
+)
+from clip_cid.models.clip import Clip, assemble, refuse_misfit
 from clip_cid.models.device import resolve_device
 from clip_cid.models.open_clip_errors import LOADING_ERRORS, clean_name, missing_package, one_line, open_clip_warnings
-from clip_cid.models.references import CONFIG_FILE, HUB, LOCAL, RUN, WEIGHTS_FILE
+from clip_cid.models.references import CONFIG_FILE, HUB, LOCAL, RUN, WEIGHTS_FILE, is_checkpoint, split_checkpoint
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import DISTILL
+
+NEEDS_ARCHITECTURE = (
+    "Give NAME/FILE, or the architecture as embed.teacher (such as ViT-B-32) and the file as embed.pretrained."
+)
 
 
 def load_clip(reference: str, *, device: str = "cpu") -> Clip:
     """A trained model, ready for inference.
 
     Args:
-        reference: `run:PATH` (the student of a finished run), `local-dir:PATH`, `hf-hub:ORG/NAME`, or `NAME/TAG` of
-            open_clip.
+        reference: `run:PATH` (the student of a finished run), `local-dir:PATH`, `hf-hub:ORG/NAME`, `NAME/TAG` of
+            open_clip, or `NAME/FILE` with a checkpoint.
         device: As in `machine.device`.
 
     Raises:
-        ConfigError: No such model or tag.
+        ConfigError: No such model or tag, or one whose sizes do not fit each other.
         RunError: The run has not finished its distill stage.
         DataError: The weights are missing, broken, of another architecture, or not finite.
     """
@@ -39,11 +50,49 @@ def load_clip(reference: str, *, device: str = "cpu") -> Clip:
         clip = _load_folder(_folder_of(reference), reference)
     elif reference.startswith(HUB):
         clip = _load_hub(reference)
+    elif is_checkpoint(reference):
+        name, path = _checkpoint(reference)
+        clip = load_checkpoint(name, architecture(name)[0], path)
     else:
         clip = _load_tag(reference)
 
     _check_finite(clip)
     clip.model.to(target).eval()
+    if reference.startswith((RUN, LOCAL)):  # of a configuration that open_clip does not know
+        refuse_misfit(clip)
+    return clip
+
+
+def load_checkpoint(name: str, model_cfg: dict[str, Any], path: Path) -> Clip:
+    """A model with the weights of a checkpoint: one of open_clip's training, or its `state_dict` alone.
+
+    It is read without running any code in it.
+
+    Args:
+        name: Of the architecture: open_clip's, one of ours, or the path of a JSON file.
+        model_cfg: Of the architecture.
+        path: The file.
+
+    Raises:
+        ConfigError: open_clip cannot build the architecture.
+        DataError: The file is missing, not a checkpoint, or of another architecture.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such checkpoint.", fix="Give the file that open_clip's training wrote.")
+    with open_clip_warnings():
+        try:
+            model: Any = random_model(model_cfg, architecture(name)[1], seed=0)
+            clip = assemble(model, model_cfg, tokenizer_of(name, model_cfg), f"{name}/{path}")
+            open_clip.load_checkpoint(model, str(path), weights_only=True)
+        except ImportError as error:
+            raise missing_package(name, error) from error
+        except (StopIteration, *LOADING_ERRORS) as error:
+            raise DataError(
+                f"{path}: not the weights of a {name} ({one_line(error)}).",
+                fix="Name the architecture that it was trained with. It must hold tensors only, or a training's"
+                " `state_dict`; export a TorchScript archive to one first.",
+            ) from error
+    _check_finite(clip)
     return clip
 
 
@@ -59,6 +108,8 @@ def known_architecture(reference: str) -> dict[str, Any] | None:
         return None
     if reference.startswith((RUN, LOCAL)):
         return _folder_architecture(_folder_of(reference))
+    if is_checkpoint(reference):
+        return architecture(_checkpoint(reference)[0])[0]
     return _tag_architecture(reference)
 
 
@@ -68,7 +119,19 @@ def _folder_of(reference: str) -> Path:
     return Path(reference.removeprefix(LOCAL))
 
 
+def _checkpoint(reference: str) -> tuple[str, Path]:
+    """Architecture and file of `NAME/FILE`."""
+    if (split := split_checkpoint(reference)) is None:
+        raise DataError(
+            f"{reference}: no architecture and, behind a slash, the checkpoint of one.",
+            fix=NEEDS_ARCHITECTURE,
+        )
+    return split
+
+
 def _folder_architecture(path: Path) -> dict[str, Any]:
+    if path.is_file() and is_checkpoint(path.name):
+        raise ConfigError(f"{path}: a checkpoint does not say its architecture.", fix=NEEDS_ARCHITECTURE)
     if not (path / CONFIG_FILE).is_file():
         raise DataError(
             f"{path}: no {CONFIG_FILE} here, so this is not an exported model.",

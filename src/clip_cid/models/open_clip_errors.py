@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from clip_cid.errors import ConfigError
 
 LOADING_ERRORS = (
-    *(OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, AssertionError),
+    *(OSError, ValueError, RuntimeError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError),
     *(SafetensorError, pickle.UnpicklingError, EOFError),
 )
 """The errors that open_clip, torch and safetensors raise for a broken folder."""

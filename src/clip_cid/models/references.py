@@ -13,6 +13,7 @@ RUN, LOCAL, HUB = "run:", "local-dir:", "hf-hub:"
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 _TYPES = (*_WEIGHTS, ".json", ".txt", ".model", ".jinja")
 """What open_clip and transformers read: weights, configuration, tokenizer."""
+_CHECKPOINTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
 def files_behind_model(reference: str) -> list[Path]:
@@ -20,6 +21,10 @@ def files_behind_model(reference: str) -> list[Path]:
 
     None for a model that open_clip or the Hub names, or for a folder that does not exist.
     """
+    if (split := split_checkpoint(reference)) is not None:
+        architecture, checkpoint = split
+        config = Path(architecture)
+        return sorted([checkpoint, config] if config.suffix == ".json" and config.is_file() else [checkpoint])
     folder = _folder_of(reference)
     if folder is None or not folder.is_dir():
         return []
@@ -28,8 +33,22 @@ def files_behind_model(reference: str) -> list[Path]:
 
 def files_beside_weights(reference: str) -> list[Path]:
     """Those of `files_behind_model` that neither the weights nor `model_cfg` and `preprocess_cfg` hold: the tokenizer's."""
-    files = files_behind_model(reference)
+    files = [] if split_checkpoint(reference) else files_behind_model(reference)
     return [path for path in files if path.suffix not in _WEIGHTS and path.name != CONFIG_FILE]
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether this is the name of a file of weights, such as open_clip's training writes, and not a tag."""
+    return name.lower().endswith(_CHECKPOINTS)
+
+
+def split_checkpoint(reference: str) -> tuple[str, Path] | None:
+    """Architecture and file of `NAME/FILE`, such as `ViT-B-32//data/epoch_32.pt`; None if it names no file."""
+    if not is_checkpoint(reference) or reference.startswith((RUN, LOCAL, HUB)) or Path(reference).is_file():
+        return None
+    slashes = [place for place, letter in enumerate(reference) if letter == "/" and place]
+    splits = ((reference[:place], Path(reference[place + 1 :]).expanduser()) for place in slashes)
+    return next(((name, path) for name, path in splits if path.is_file()), None)
 
 
 def _folder_of(reference: str) -> Path | None:

@@ -2,20 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import open_clip
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-from torch import Tensor
 
+from clip_cid import log
 from clip_cid.errors import ConfigError
-from clip_cid.models.architectures import architecture, own_configs, random_model
-from clip_cid.models.clip import Clip, assemble
-from clip_cid.models.loading import load_clip
+from clip_cid.models.architectures import architecture, random_model, tokenizer_of
+from clip_cid.models.clip import Clip, assemble, refuse_misfit
+from clip_cid.models.loading import load_checkpoint, load_clip
 from clip_cid.models.open_clip_errors import LOADING_ERRORS, clean_name, missing_package, one_line
-from clip_cid.models.references import CONFIG_FILE, HUB, LOCAL, RUN
+from clip_cid.models.references import CONFIG_FILE, HUB, LOCAL, RUN, is_checkpoint
 
 
 def build_student(
@@ -28,12 +26,13 @@ def build_student(
             open_clip's `model_cfg`, alone or beside a `preprocess_cfg`.
         embed_dim: Overrides the configuration's width, to meet the teacher in its own space (`alignment: native`).
         pretrained: Start from this open_clip tag or exported student instead of random weights.
-        seed: Equal seeds give equal weights.
+        seed: Equal seeds give equal weights. As in open_clip, a text tower of transformers (`hf_model_name`) starts
+            from the weights of that name, unless its configuration says `hf_model_pretrained: false`.
         with_bias: A sigmoid loss needs a logit bias; a fresh model without one gets it, with SigLIP's first scale.
 
     Raises:
-        ConfigError: No such model, a configuration open_clip cannot build, or weights of another shape or without the
-            bias.
+        ConfigError: No such model, a configuration that open_clip cannot build or whose sizes do not fit each other, or
+            weights of another shape or without the bias.
         DataError: The weights could not be loaded.
     """
     model_cfg, preprocess_cfg = architecture(name)
@@ -43,7 +42,7 @@ def build_student(
         model_cfg = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0, **model_cfg}
 
     if pretrained is not None:
-        clip = _pretrained_student(name, model_cfg, pretrained)
+        clip = _pretrained_student(name, model_cfg, pretrained, native=embed_dim is not None)
     else:
         clip = _fresh_student(name, model_cfg, preprocess_cfg, seed)
 
@@ -57,9 +56,13 @@ def build_student(
 
 
 def _fresh_student(name: str, model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any], seed: int) -> Clip:
+    text_cfg = model_cfg["text_cfg"]
     try:
-        model = random_model(model_cfg, preprocess_cfg, seed)
-        return assemble(model, model_cfg, _tokenizer(name, model_cfg), name)
+        with_text = "hf_model_name" in text_cfg and text_cfg.get("hf_model_pretrained", True)
+        model = random_model(model_cfg, preprocess_cfg, seed, pretrained_text=with_text)
+        if with_text:
+            log.info(f"{name}: the text tower starts from the weights of {text_cfg['hf_model_name']}")
+        clip = assemble(model, model_cfg, tokenizer_of(name, model_cfg), name)
     except ImportError as error:
         raise missing_package(name, error) from error
     except LOADING_ERRORS as error:
@@ -67,24 +70,14 @@ def _fresh_student(name: str, model_cfg: dict[str, Any], preprocess_cfg: dict[st
             f"{name}: open_clip cannot build this model ({one_line(error)}).",
             fix="Compare its model_cfg with one of open_clip's own configurations.",
         ) from error
+    refuse_misfit(clip)
+    return clip
 
 
-def _tokenizer(name: str, model_cfg: dict[str, Any]) -> Callable[[list[str]], Tensor]:
-    """The tokenizer of a model that is not loaded from a folder, chosen as open_clip chooses."""
-    text_cfg = model_cfg["text_cfg"]
-    if not name.endswith(".json") and name not in own_configs():
-        return open_clip.get_tokenizer(clean_name(name))
-
-    length = text_cfg.get("context_length", 77)
-    options = text_cfg.get("tokenizer_kwargs", {})
-    if source := text_cfg.get("hf_tokenizer_name"):
-        mode = text_cfg.get("tokenizer_mode")
-        return HFTokenizer(source, context_length=length, tokenizer_mode=mode, **options)
-    return SimpleTokenizer(context_length=length, **options)
-
-
-def _pretrained_student(name: str, model_cfg: dict[str, Any], pretrained: str) -> Clip:
+def _pretrained_student(name: str, model_cfg: dict[str, Any], pretrained: str, *, native: bool) -> Clip:
     """The model with its weights, whose architecture must be `model_cfg`."""
+    if is_checkpoint(pretrained):  # which holds no configuration of its own
+        return dataclasses.replace(load_checkpoint(name, model_cfg, Path(pretrained).expanduser()), name=name)
     folder = Path(pretrained.removeprefix(LOCAL))
     if (folder / CONFIG_FILE).is_file():
         clip = load_clip(f"{LOCAL}{folder}")
@@ -93,8 +86,8 @@ def _pretrained_student(name: str, model_cfg: dict[str, Any], pretrained: str) -
     elif "/" in pretrained or clean_name(name) not in open_clip.list_models():
         raise ConfigError(
             f"distill.pretrained: {pretrained} is not the folder of an exported student, nor weights known for {name}.",
-            fix=f"Give a folder with {CONFIG_FILE}, run:PATH, hf-hub:ORG/NAME, or an open_clip tag of an"
-            " open_clip model.",
+            fix=f"Give a folder with {CONFIG_FILE}, run:PATH, hf-hub:ORG/NAME, a checkpoint (.pt), or an open_clip tag"
+            " of an open_clip model.",
         )
     else:
         clip = load_clip(f"{name}/{pretrained}")
@@ -108,8 +101,15 @@ def _pretrained_student(name: str, model_cfg: dict[str, Any], pretrained: str) -
         listed = ", ".join(f"{key} {model_cfg.get(key)} but {clip.model_cfg.get(key)}" for key in different)
         raise ConfigError(
             f"distill.pretrained: {pretrained} is not a {name}: {listed}.",
-            fix="Set distill.alignment: linear to keep the width of the weights, or drop distill.pretrained."
-            if different == ["embed_dim"]
-            else "Give weights of the same architecture, or drop distill.pretrained.",
+            fix=_remedy(different, clip.dim, native=native),
         )
     return dataclasses.replace(clip, name=name)
+
+
+def _remedy(different: list[str], width: int, *, native: bool) -> str:
+    """What to do about weights that differ from the configuration in these parts."""
+    if different != ["embed_dim"]:
+        return "Give weights of the same architecture, or drop distill.pretrained."
+    if native:
+        return "Set distill.alignment: linear to keep the width of the weights, or drop distill.pretrained."
+    return f"Give a model config in JSON with embed_dim {width} as distill.student, or drop distill.pretrained."

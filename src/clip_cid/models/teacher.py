@@ -14,8 +14,8 @@ from torch import Tensor
 
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.models.clip import Clip
-from clip_cid.models.loading import load_clip
-from clip_cid.models.references import HUB, LOCAL, RUN
+from clip_cid.models.loading import NEEDS_ARCHITECTURE, load_clip
+from clip_cid.models.references import HUB, LOCAL, RUN, is_checkpoint
 from clip_cid.recipe import EmbedConfig, Precision
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -113,10 +113,16 @@ def teacher_reference(embed: EmbedConfig) -> str:
         )
     if embed.teacher.startswith((RUN, LOCAL, HUB)):
         return embed.teacher
+    if is_checkpoint(embed.teacher):
+        raise ConfigError(
+            f"embed.teacher: {embed.teacher} is a checkpoint, which does not say its architecture.",
+            fix=NEEDS_ARCHITECTURE,
+        )
     if embed.pretrained is None:
         raise ConfigError(
             f"embed.teacher: {embed.teacher} is an architecture without weights.",
-            fix="Set embed.pretrained to one of its tags in open_clip, or give local-dir:, hf-hub: or run:.",
+            fix="Set embed.pretrained to one of its tags in open_clip or to a checkpoint (.pt), or give local-dir:,"
+            " hf-hub: or run:.",
         )
     return f"{embed.teacher}/{embed.pretrained}"
 

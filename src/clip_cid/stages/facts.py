@@ -11,6 +11,7 @@ from typing import Any
 
 from clip_cid import summaries
 from clip_cid.data.outside_files import of_pair_sets, of_pairs, of_paths, of_sets, weights_file
+from clip_cid.models.references import files_behind_model, is_checkpoint
 from clip_cid.recipe import Recipe
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE
 from clip_cid.summaries import Summary
@@ -47,8 +48,14 @@ class Stage:
         return {section: values[section] for section in self.sections}
 
 
+def _files_of_model(reference: str) -> list[Path] | list[Path | None]:
+    return files_behind_model(reference) if is_checkpoint(reference) else [weights_file(reference)]
+
+
 def _outside_embed(recipe: Recipe) -> dict[str, str]:
-    return of_pairs(recipe.pairs) | of_paths(recipe.embed.existing, weights_file(recipe.embed.teacher))
+    teacher, pretrained = recipe.embed.teacher, recipe.embed.pretrained or ""
+    reference = f"{teacher}/{pretrained}" if is_checkpoint(pretrained) else teacher
+    return of_pairs(recipe.pairs) | of_paths(recipe.embed.existing, *_files_of_model(reference))
 
 
 def _outside_balance(recipe: Recipe) -> dict[str, str]:
@@ -67,7 +74,7 @@ def _outside_distill(recipe: Recipe) -> dict[str, str]:
 
 def _outside_evaluate(recipe: Recipe) -> dict[str, str]:
     settings = recipe.evaluate
-    models = of_paths(*(weights_file(reference) for reference in settings.compare.values()))
+    models = of_paths(*(path for reference in settings.compare.values() for path in _files_of_model(reference)))
     return of_sets(settings.sets) | of_pair_sets(settings.retrieval, recipe.pairs) | models
 
 

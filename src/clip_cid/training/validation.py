@@ -43,7 +43,8 @@ def hold_out(training: TrainingPairs, share: float, *, batch_size: int, ranks: i
     Args:
         training: All of them.
         share: Of these, to hold out.
-        batch_size: Of the training; the held-out batches are as large, or smaller.
+        batch_size: Of the training; the held-out batches are as large, or smaller, but of two pairs at least if the
+            training's are: a single pair has no loss.
         ranks: Share every batch; the few pairs that this leaves over are neither measured nor trained on.
 
     Raises:
@@ -52,15 +53,17 @@ def hold_out(training: TrainingPairs, share: float, *, batch_size: int, ranks: i
     mixed = _mixed(training.rows)
     chosen = mixed < np.uint64(share * 2.0**64)
     own = np.flatnonzero(chosen)
-    batches = max(-(-len(own) // batch_size), 1)
-    count = len(own) // (batches * ranks) * batches * ranks
+    least = max(min(2, batch_size), ranks)
+    batches = max(min(-(-len(own) // batch_size), len(own) // least), 1)
+    each = min(len(own) // (batches * ranks) * ranks, batch_size)
+    count = each * batches
     if count < 2:
         raise DataError(
             f"distill.validation.share: {share:g} of {len(training):,} pairs are too few to measure anything.",
             fix="Hold out more, or set it to 0.",
         )
     measured = np.sort(own[np.argsort(mixed[own], kind="stable")[:count]])
-    return training.take(np.flatnonzero(~chosen)), HeldOut(training.take(measured), count // batches)
+    return training.take(np.flatnonzero(~chosen)), HeldOut(training.take(measured), each)
 
 
 @dataclasses.dataclass(frozen=True)

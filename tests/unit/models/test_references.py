@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from clip_cid.models.references import files_behind_model
+from clip_cid.models.references import files_behind_model, files_beside_weights, split_checkpoint
 
 
 def exported(folder: Path, **text_cfg: Any) -> Path:
@@ -39,6 +39,20 @@ def test_a_text_tower_in_a_folder_of_its_own_counts(tmp_path: Path) -> None:
     (tmp_path / "bert" / "config.json").write_text("{}")
     folder = exported(tmp_path / "model", hf_model_name=str(tmp_path / "bert"))
     assert tmp_path / "bert" / "config.json" in files_behind_model(f"local-dir:{folder}")
+
+
+def test_a_checkpoint_stands_for_itself_and_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, config = tmp_path / "my runs" / "epoch_32.pt", Path("tiny.json")
+    path.parent.mkdir()
+    path.write_bytes(b"weights")
+    config.write_text("{}")
+    assert files_behind_model(f"ViT-B/32/{path}") == [path]
+    assert split_checkpoint("ViT-B/32/my runs/epoch_32.pt") == ("ViT-B/32", Path("my runs/epoch_32.pt"))
+    assert split_checkpoint(f"tiny.json/{path}") == ("tiny.json", path)
+    assert files_behind_model(f"tiny.json/{path}") == sorted([path, config])
+    assert files_beside_weights(f"tiny.json/{path}") == []
+    assert split_checkpoint(str(path)) is split_checkpoint("ViT-B-32/gone.pt") is None
 
 
 @pytest.mark.parametrize("reference", ["ViT-B-32/openai", "hf-hub:org/name", "local-dir:/gone", "run:/gone", "none"])

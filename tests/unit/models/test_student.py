@@ -16,6 +16,8 @@ from clip_cid.models.clip import Clip, train_transform
 from clip_cid.models.export import export_student
 from clip_cid.models.loading import load_clip
 from clip_cid.models.student import build_student
+from clip_cid.models.teacher import load_teacher
+from clip_cid.recipe import EmbedConfig
 
 TINY: dict[str, Any] = {
     "embed_dim": 12,
@@ -107,6 +109,84 @@ def test_a_configuration_open_clip_cannot_build_is_refused(tmp_path: Path, model
         build_student(write_config(tmp_path, model_cfg), embed_dim=None)
 
 
+def tiny_with(**sections: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {**value, **sections.get(name, {})} if isinstance(value, dict) else value for name, value in TINY.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("model_cfg", "numbers"),
+    [
+        (tiny_with(vision_cfg={"image_size": 8}), ("8 x 8 pixels", "patches of 16")),
+        (tiny_with(vision_cfg={"image_size": [32, 8]}), ("32 x 8 pixels", "patches of 16")),
+        (tiny_with(vision_cfg={"image_size": 16, "layers": [1, 1, 1, 1], "width": 8}), ("16 x 16 pixels", "1x1")),
+        (tiny_with(vision_cfg={"image_size": 0}), ("0 x 0 pixels",)),
+        (
+            tiny_with(vision_cfg={"timm_model_name": "vit_tiny_patch16_224", "image_size": 192}),
+            ("192 x 192 pixels", "224"),
+        ),
+        (tiny_with(text_cfg={"context_length": 2}), ("context_length is 2", "the least is 3")),
+        (tiny_with(text_cfg={"context_length": 0}), ("context_length is 0", "the least is 3")),
+        ({**TINY, "embed_dim": 0}, ("embed_dim is 0", "text embedding 8")),
+        (tiny_with(vision_cfg={"patch_size": 0}), ("cannot build", "zero")),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(tmp_path: Path, model_cfg: Any, numbers: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_student(write_config(tmp_path, model_cfg), embed_dim=None)
+    assert all(number in error.value.problem for number in numbers), error.value.problem
+
+
+@pytest.mark.parametrize("preprocess", [{"mean": [0.5, 0.5]}, {"std": [0, 0, 0]}])
+def test_a_preprocessing_that_does_not_fit_is_named(tmp_path: Path, preprocess: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="preprocess_cfg: it cannot make an image of 32 x 32 pixels"):
+        build_student(write_config(tmp_path, preprocess_cfg=preprocess), embed_dim=None)
+
+
+def test_sizes_of_an_exported_folder_that_do_not_fit_are_named(exported: Path) -> None:
+    config = exported / "open_clip_config.json"
+    config.write_text(config.read_text().replace('"mean": [', '"mean": [0.5, '))
+    with pytest.raises(ConfigError, match="preprocess_cfg: it cannot make an image of 32 x 32 pixels"):
+        load_clip(f"local-dir:{exported}")
+
+
+@pytest.mark.parametrize(("says", "wanted"), [({}, True), ({"hf_model_pretrained": False}, False)])
+def test_a_text_tower_of_transformers_starts_from_the_weights_it_names_as_in_open_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: dict[str, Any], wanted: bool
+) -> None:
+    asked: list[bool] = []
+
+    def record(*_: Any, pretrained_text: bool, **__: Any) -> None:
+        asked.append(pretrained_text)
+        raise RuntimeError("enough is known")
+
+    monkeypatch.setattr(open_clip, "create_model", record)
+    config = tiny_with(text_cfg={"hf_model_name": "some/tower", **says})
+    with pytest.raises(ConfigError, match="enough is known"):
+        build_student(write_config(tmp_path, config), embed_dim=None)
+    assert asked == [wanted]
+
+
+def test_the_weights_of_a_text_tower_are_those_of_its_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    tower = transformers.BertModel(transformers.BertConfig(**size, vocab_size=49408, max_position_embeddings=32))
+    tower.save_pretrained(tmp_path / "bert")
+    text_cfg = {"hf_model_name": str(tmp_path / "bert"), "hf_proj_type": "linear", "context_length": 16}
+    caplog.set_level("INFO", logger="clip_cid")
+
+    clip = build_student(write_config(tmp_path, {**TINY, "text_cfg": text_cfg}), embed_dim=None)
+    model: Any = clip.model
+    ours = model.text.transformer.embeddings.word_embeddings.weight
+    assert torch.equal(ours, tower.embeddings.word_embeddings.weight)
+    assert f"the text tower starts from the weights of {tmp_path / 'bert'}" in caplog.text
+
+    too_long = {**TINY, "text_cfg": {**text_cfg, "context_length": 40}}
+    with pytest.raises(ConfigError, match=r"context_length is 40, but .*bert has 32 positions"):
+        build_student(write_config(tmp_path, too_long), embed_dim=None)
+
+
 def test_a_configuration_that_is_not_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot read"):
@@ -122,6 +202,67 @@ def test_a_student_can_start_from_an_exported_one(tmp_path: Path, tiny: Clip, ex
     with pytest.raises(ConfigError, match="embed_dim 13 but 12") as error:
         build_student(path, embed_dim=13, pretrained=str(exported))
     assert "alignment: linear" in error.value.fix
+    wider = write_config(tmp_path, {**TINY, "embed_dim": 13}, "wider.json")
+    with pytest.raises(ConfigError, match="embed_dim 13 but 12") as error:
+        build_student(wider, embed_dim=None, pretrained=str(exported))  # alignment: linear
+    assert "linear" not in error.value.fix
+    assert "embed_dim 12" in error.value.fix
+
+
+def as_trained(clip: Clip, path: Path) -> Path:
+    """A checkpoint as open_clip's training writes it from several processes."""
+    state = {f"module.{name}": value for name, value in clip.model.state_dict().items()}
+    optimizer = torch.optim.AdamW(clip.model.parameters()).state_dict()
+    torch.save({"epoch": 32, "name": "my-run", "state_dict": state, "optimizer": optimizer}, path)
+    return path
+
+
+def test_a_checkpoint_of_open_clips_training_is_a_teacher_and_a_student_to_start_from(
+    tmp_path: Path, tiny: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As open_clip itself loads it, by the name of an architecture or the path of a configuration."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-known", TINY)
+    path = as_trained(tiny, tmp_path / "epoch_32.pt")
+    theirs = open_clip.create_model("tiny-known", pretrained=str(path)).state_dict()
+    for name in ("tiny-known", str(tmp_path / "tiny.json")):
+        teacher = load_teacher(EmbedConfig(teacher=name, pretrained=str(path)), device="cpu")
+        for clip in (teacher.clip, build_student(name, embed_dim=None, pretrained=str(path), seed=9)):
+            assert equal_weights(clip, tiny)
+            assert all(torch.equal(value, theirs[key]) for key, value in clip.model.state_dict().items())
+    torch.save(tiny.model.state_dict(), tmp_path / "plain.pt")
+    assert equal_weights(load_clip(f"tiny-known/{tmp_path / 'plain.pt'}"), tiny)
+
+
+class _Attack:
+    def __reduce__(self) -> Any:
+        return (exec, ("raise SystemExit('code of a checkpoint was run')",))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.load:UserWarning")
+def test_a_file_that_is_no_checkpoint_of_this_architecture_is_refused(tmp_path: Path, tiny: Clip) -> None:
+    config, path = str(tmp_path / "tiny.json"), tmp_path / "x.pt"
+    wider = build_student(config, embed_dim=20)
+    archive = torch.jit.script(torch.nn.Linear(2, 2))
+    writers: dict[str, Any] = {
+        "size mismatch": lambda: torch.save(wider.model.state_dict(), path),
+        "Missing key": lambda: torch.save({"state_dict": {"x": torch.zeros(1)}}, path),
+        "StopIteration": lambda: torch.save({}, path),
+        "Weights only load failed": lambda: torch.save({"state_dict": _Attack()}, path),
+        "TorchScript": lambda: archive.save(str(path)),
+        "invalid|Invalid|magic|unpickl|Weights only": lambda: path.write_bytes(b"no checkpoint"),
+    }
+    for problem, write in writers.items():
+        write()
+        with pytest.raises(DataError, match=rf"x\.pt: not the weights of a .*tiny\.json \(.*({problem})"):
+            build_student(config, embed_dim=None, pretrained=str(path))
+    with pytest.raises(DataError, match="no such checkpoint"):
+        build_student(config, embed_dim=None, pretrained=str(tmp_path / "gone.pt"))
+    with pytest.raises(ConfigError, match="does not say its architecture"):
+        load_clip(f"local-dir:{path}")
+    with pytest.raises(DataError, match="no architecture and, behind a slash"):
+        load_clip("ViT-B-32/gone.pt")
 
 
 @pytest.mark.parametrize("pretrained", ["runs/gone/student", "laion2b"])

@@ -105,6 +105,7 @@ def test_a_teacher_does_not_learn(teacher: Teacher) -> None:
         (EmbedConfig(teacher="ViT-B-32", pretrained=None), "architecture without weights"),
         (EmbedConfig(teacher="ViT-B-32", pretrained="nope"), "no weights named 'nope'"),
         (EmbedConfig(teacher="ViT-giant-99"), "No model is named 'ViT-giant-99'"),
+        (EmbedConfig(teacher="runs/epoch_32.pt"), "does not say its architecture"),
     ],
 )
 def test_a_teacher_that_cannot_be_found_is_refused(embed: EmbedConfig, problem: str) -> None:

@@ -67,6 +67,19 @@ def test_about_the_share_is_held_out_in_whole_batches_and_never_trained_on(folde
     assert 0 <= 20_000 - len(rows) - len(kept) < 4 * batches  # what does not fill a batch is in neither
 
 
+@pytest.mark.parametrize("pairs", [11, 20, 21, 34, 55])
+@pytest.mark.parametrize(("batch_size", "ranks"), [(2, 1), (3, 1), (2, 2), (4, 4), (4, 2), (7, 1)])
+def test_no_batch_of_held_out_pairs_is_a_single_pair(folder: Path, pairs: int, batch_size: int, ranks: int):
+    """Its contrastive loss would be 0 whatever the student is."""
+    training, held_out = hold_out(plain(folder, range(pairs)), 0.5, batch_size=batch_size, ranks=ranks)
+    own = pairs - len(training)
+    batches, rest = divmod(len(held_out.pairs), held_out.batch_size)
+    assert rest == held_out.batch_size % ranks == 0
+    assert 2 <= held_out.batch_size <= batch_size
+    assert batches >= 1
+    assert own - len(held_out.pairs) < max(2, ranks) * (batches + 1)
+
+
 def test_a_pair_is_held_out_or_not_whatever_is_balanced_away_and_however_many_ranks_there_are(folder: Path):
     everything = plain(folder, range(5000))
     training, held_out = hold_out(everything, 0.1, batch_size=64, ranks=1)

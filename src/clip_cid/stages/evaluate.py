@@ -9,6 +9,7 @@ from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.data.pairs.sources import find_sources
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, MissingSetError, open_set
 from clip_cid.data.sets.known_sets import IMAGENET, find_known_set, known_sets
+from clip_cid.data.sets.readers import tars
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
 from clip_cid.evaluation.comparison import differences
@@ -165,6 +166,12 @@ def _open_pairs(name: str, settings: PairsConfig, recipe: Recipe) -> PairSet:
         find_sources(settings)
     except DataError as error:
         raise _MissingPairsError(f"evaluate.retrieval.{name}: {error.problem}", fix=error.fix) from error
+    for folder in map(Path, settings.source):
+        if (folder / "test" / tars.SHARDS).is_file():
+            raise DataError(
+                f"evaluate.retrieval.{name}: {folder} is a folder of CLIP_benchmark's, and pairs are read from its tars.",
+                fix=f"Name them: {folder}/test/*.tar",
+            )
     pairs = open_pairs(settings, cache_dir=recipe.machine.cache_dir)
     return PairSet(f"{name}/pairs", pairs, settings.max_pixels)
 

@@ -10,13 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_sets import CLASSES, TEMPLATES, tar_set, tiny_clip
+from tiny_sets import CLASSES, TEMPLATES, image, tar_set, tiny_clip, write_tar
 
+from clip_cid.data.pairs.images import decode_image
+from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.data.sets.evaluation_sets import open_set
 from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
 from clip_cid.evaluation.features import Encoder
+from clip_cid.evaluation.measurements import PairSet, retrieval_measurement
 from clip_cid.evaluation.scores import Score
 from clip_cid.evaluation.zero_shot import prompt_classifier, zero_shot
+from clip_cid.models.clip import Clip
+from clip_cid.recipe import PairsConfig
 
 
 def score(
@@ -94,3 +99,62 @@ def test_its_zero_shot_gives_our_answers_to_the_last_image(tmp_path: Path) -> No
     logits, labels = theirs.run_classification(clip.model, weights, loader, "cpu", amp=False)
     np.testing.assert_array_equal(opened.split("test").labels, labels.numpy())
     np.testing.assert_array_equal(ours.predicted, logits.argmax(dim=1).numpy())
+
+
+def captioned_tar(path: Path, count: int) -> list[list[str]]:
+    """Images with one to five captions, one a line; returns these."""
+    captions = [[f"a thing {7 * row + line} in {row % 5}" for line in range(1 + row % 5)] for row in range(count)]
+    members: list[tuple[str, bytes]] = []
+    for row, lines in enumerate(captions):
+        picture = image([(67 * row) % 256, (31 * row) % 256, (17 * row) % 256], row)
+        members += [(f"s{row:04d}.jpg", picture), (f"s{row:04d}.txt", "\n".join(lines).encode())]
+    write_tar(path, members)
+    return captions
+
+
+def recalls_of(source: Path, clip: Clip, cache: Path) -> dict[str, float]:
+    pairs = open_pairs(PairsConfig(source=(str(source),)))
+    encoder = Encoder("tiny", clip, cache, device=torch.device("cpu"), batch_size=7, workers=0)
+    scores, _ = retrieval_measurement(PairSet("colors/pairs", pairs, 10**6), seed=0).measure(encoder)
+    return {score.metric: score.score for score in scores}
+
+
+def test_recalls_on_a_retrieval_tar_count_every_line_as_a_caption(tmp_path: Path) -> None:
+    """CLIP_benchmark's rule written out: a query is right if any of its own is among the first k."""
+    clip, captions = tiny_clip(tmp_path), captioned_tar(tmp_path / "0.tar", 24)
+    ours = recalls_of(tmp_path / "0.tar", clip, tmp_path / "cache")
+
+    model: Any = clip.model
+    pairs = open_pairs(PairsConfig(source=(str(tmp_path / "0.tar"),)))
+    with torch.inference_mode():
+        pixels = [clip.preprocess(decode_image(pairs.read(row).image, max_pixels=10**6)) for row in range(24)]
+        images = model.encode_image(torch.stack(pixels), normalize=True)
+        texts = model.encode_text(clip.tokenizer([line for lines in captions for line in lines]), normalize=True)
+    similarity = (texts @ images.T).numpy()
+    owners = np.repeat(np.arange(24), [len(lines) for lines in captions])
+    for depth in (1, 5, 10):
+        nearest_images = np.argsort(-similarity, axis=1)[:, :depth]
+        nearest_texts = np.argsort(-similarity.T, axis=1)[:, :depth]
+        of_texts = (nearest_images == owners[:, None]).any(axis=1).mean()
+        of_images = (owners[nearest_texts] == np.arange(24)[:, None]).any(axis=1).mean()
+        assert ours[f"text_to_image_R@{depth}"] == pytest.approx(of_texts)
+        assert ours[f"image_to_text_R@{depth}"] == pytest.approx(of_images)
+
+
+def test_its_retrieval_gives_our_recalls(tmp_path: Path) -> None:
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    builder = importlib.import_module("clip_benchmark.datasets.builder")
+    clip = tiny_clip(tmp_path)
+    captioned_tar(tmp_path / "colors" / "test" / "0.tar", 24)
+    (tmp_path / "colors" / "test" / "nshards.txt").write_text("1")
+    (tmp_path / "colors" / "dataset_type.txt").write_text("retrieval")
+
+    dataset = builder.build_wds_dataset("colors", clip.preprocess, split="test", data_dir=str(tmp_path / "colors"))
+    batches = dataset.batched(
+        24, collation_fn=lambda rows: (torch.stack([row[0] for row in rows]), [row[1] for row in rows])
+    )
+    expected = theirs.evaluate(clip.model, batches, clip.tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
+    ours = recalls_of(tmp_path / "colors" / "test" / "0.tar", clip, tmp_path / "cache")
+    for depth in (1, 5, 10):
+        assert ours[f"text_to_image_R@{depth}"] == pytest.approx(expected[f"image_retrieval_recall@{depth}"])
+        assert ours[f"image_to_text_R@{depth}"] == pytest.approx(expected[f"text_retrieval_recall@{depth}"])

@@ -164,6 +164,15 @@ def test_a_missing_set_is_left_out_and_named(
     assert read_json(tmp_path / "out" / "linear_probe.json")["missing"].keys() == {"birds"}
 
 
+def test_a_retrieval_folder_of_clip_benchmark_is_named_with_its_tars(run_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "wds_flickr"
+    pair_tar(root / "test" / "0.tar", {"a": ("a thing",)})
+    (root / "test" / "nshards.txt").write_text("1")
+    with pytest.raises(DataError, match=r"evaluate\.retrieval\.flickr: .* is a folder of CLIP_benchmark's") as error:
+        run(run_folder, tmp_path / "out", retrieval={"flickr": [str(root)]})
+    assert error.value.fix == f"Name them: {root}/test/*.tar"
+
+
 def test_all_sets_missing_is_an_error(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of 1 sets exists \(evaluate\.sets\.a: nothing at"):
         run(run_folder, tmp_path / "out", sets={"a": str(tmp_path / "gone")})

@@ -234,6 +234,18 @@ def test_a_list_of_class_names_alone_makes_no_set_of_tars(tmp_path: Path) -> Non
     assert "no class folder and no tar lies in" in refused(root)
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("retrieval\n", r"Name the tars under evaluate\.retrieval: .*/test/\*\.tar"), ("multilabel", "not measured here")],
+)
+def test_tars_for_another_task_are_named_by_their_type(kind: str, expected: str, tmp_path: Path) -> None:
+    root = tar_set(tmp_path)
+    (root / "dataset_type.txt").write_text("classification\n")
+    opened(root)
+    (root / "dataset_type.txt").write_text(kind)
+    assert re.search(expected, refused(root))
+
+
 def test_the_lines_for_parquet_in_the_docs_write_a_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hub" / "data").mkdir(parents=True)
     pictures = [{"bytes": image(color), "path": None} for color in COLORS.values()]

@@ -12,6 +12,7 @@ from clip_cid.data.sets.readers.layout_parts import lines
 from clip_cid.errors import DataError
 
 CLASSES, TEMPLATES, SHARDS = "classnames.txt", "zeroshot_classification_templates.txt", "nshards.txt"
+TYPE = "dataset_type.txt"
 
 
 def read_tars(request: Request) -> SetFiles | None:
@@ -20,9 +21,25 @@ def read_tars(request: Request) -> SetFiles | None:
     present = [split for split in request.splits if (root / split).is_dir()]
     if not any(_holds_tars(root / split) for split in present):
         return None
+    _check_type(root)
     classes = lines(root / CLASSES)
     splits = {split: _split(request, root / split, split) for split in present}
     return SetFiles(classes, splits, templates=read_templates(root / TEMPLATES))
+
+
+def _check_type(root: Path) -> None:
+    """CLIP_benchmark's dataset_type.txt says what other tasks the tars are for; absent, it is classification."""
+    kind = (root / TYPE).read_text(encoding="utf-8").strip().lower() if (root / TYPE).is_file() else "classification"
+    if kind == "retrieval":
+        raise DataError(
+            f"{root}: {TYPE} says retrieval, so its tars hold images and captions, not labels.",
+            fix=f"Name the tars under evaluate.retrieval: {root}/test/*.tar",
+        )
+    if kind != "classification":
+        raise DataError(
+            f"{root}: {TYPE} says {kind}, which is not measured here.",
+            fix="Leave the set out; it needs one label an image.",
+        )
 
 
 def read_templates(path: Path) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from clip_cid import log, units
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.data.pairs.sources import find_sources
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, MissingSetError, open_set
-from clip_cid.data.sets.known_sets import IMAGENET, find_known_set, known_sets
+from clip_cid.data.sets.known_sets import IMAGENET, few, find_known_set, known_sets
 from clip_cid.data.sets.readers import tars
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
@@ -18,7 +18,7 @@ from clip_cid.evaluation.measurements import Measurement, PairSet, measurements_
 from clip_cid.evaluation.printed_tables import difference_lines, same_class_lines, table_lines, variant_notes
 from clip_cid.evaluation.protocols import PROTOCOLS, RETRIEVAL, ZERO_SHOT
 from clip_cid.evaluation.results import Results
-from clip_cid.evaluation.scores import STUDENT, Difference, Score
+from clip_cid.evaluation.scores import RESULTS, STUDENT, Difference, Score, read_scores
 from clip_cid.evaluation.tables import Group, Table, retrieval_table, score_table
 from clip_cid.models.device import resolve_device
 from clip_cid.models.loading import load_clip
@@ -74,11 +74,13 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> EvaluateSummary:
     if folder.forgets(EVALUATE) and (dropped := prune(_cache(folder), frozenset())):
         log.info(f"evaluate: forced, so {units.counted(dropped, 'cached feature')} of this run are made again")
     models = _models(folder, recipe)
+    earlier = folder.earlier(EVALUATE)
     sets = _open_all(recipe, folder.digests.of)
+    _check_none_lost(sets.missing, earlier)
     measurements = sets.measurements(recipe)
     _say_plan(models, sets, measurements)
 
-    results = Results(out, folder.earlier(EVALUATE))
+    results = Results(out, earlier)
     for name, reference in models.items():
         _measure(_encoder(name, reference, folder, recipe), measurements, results, sets.failed)
     if sets.failed and not results.scores:
@@ -150,6 +152,19 @@ def _open_all(recipe: Recipe, digest_of: Callable[[Path], str]) -> _Sets:
             fix="Name sets that exist in evaluate.sets or evaluate.retrieval; builtin:digits always does.",
         )
     return sets
+
+
+def _check_none_lost(missing: Mapping[str, str], earlier: Path | None) -> None:
+    """Scores that replace others are of at least their sets: one that is out of reach now does not lose its scores."""
+    path = earlier / RESULTS if earlier is not None else None
+    measured = {score.set for score in read_scores(path)} if path is not None and path.is_file() else set[str]()
+    if lost := [name for name in missing if name in measured]:
+        raise DataError(
+            f"evaluate: {few(lost)} was measured before and is not there now, so its scores would be lost:"
+            f" {missing[lost[0]]}",
+            fix=f"Bring it back (paths are taken from {Path.cwd()}), or take it out of the recipe; --force goes on"
+            " without it.",
+        )
 
 
 class _MissingPairsError(DataError):

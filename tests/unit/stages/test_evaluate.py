@@ -164,6 +164,24 @@ def test_a_missing_set_is_left_out_and_named(
     assert read_json(tmp_path / "out" / "linear_probe.json")["missing"].keys() == {"birds"}
 
 
+@pytest.mark.slow
+def test_scores_of_a_set_that_is_out_of_reach_now_are_not_replaced(own_run: Path, tmp_path: Path) -> None:
+    sets = {"colors": str(tar_set(tmp_path / "colors")), "digits": "builtin:digits"}
+    settings: dict[str, Any] = {"linear_probe": False, "knn": False}
+    run(own_run, tmp_path / "first", sets=sets, **settings)
+    folder = finished(own_run, tmp_path / "first")
+    (tmp_path / "colors").rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="colors was measured before and is not there now") as error:
+        run(own_run, tmp_path / "second", sets=sets, **settings)
+    assert f"paths are taken from {Path.cwd()}" in error.value.fix
+
+    folder.forget("evaluate")
+    (tmp_path / "third").mkdir()
+    assert evaluate.run(folder, tmp_path / "third", recipe(sets=sets, **settings)).missing.keys() == {"colors"}
+    _, rows = run(own_run, tmp_path / "fourth", sets={"digits": "builtin:digits"}, **settings)
+    assert [row["set"] for row in rows] == ["digits"]
+
+
 def test_a_retrieval_folder_of_clip_benchmark_is_named_with_its_tars(run_folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "wds_flickr"
     pair_tar(root / "test" / "0.tar", {"a": ("a thing",)})

@@ -176,6 +176,33 @@ def test_reasons_are_counted_without_what_belongs_to_one_sample(tmp_path: Path, 
     assert (summary["images"], summary["ok"]) == (9, 6)
 
 
+def test_how_odd_samples_were_read_is_counted(
+    tmp_path: Path, teachers: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    buffer = io.BytesIO()
+    picture("x").save(buffer, "png")
+    with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+        for key, described in {"a": b"", "b": b"[1]", "c": b"{}", "d": b"{", "e": b'{"caption": "one\\ntwo"}'}.items():
+            for extension, data in (("png", buffer.getvalue()), ("txt", b"one\ntwo"), ("json", described)):
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    assert run(tmp_path / "run", recipe(str(tmp_path / "odd.tar"), teachers[0]))["ok"] == 5
+    assert "2 pairs: the .txt is used alone: json cannot be read" in caplog.text
+    assert "1 pairs: the .txt is used alone: json holds a list, not an object" in caplog.text
+    assert "1 pairs: each line of the .txt is a caption" in caplog.text
+
+
+def test_keys_that_repeat_are_told_with_the_settings_that_help(tmp_path: Path, teachers: list[str]) -> None:
+    tars = write_tars(tmp_path / "pairs").replace("{a,b,c}", "{a,b,c,d}")
+    (tmp_path / "pairs" / "d.tar").write_bytes((tmp_path / "pairs" / "a.tar").read_bytes())
+    with pytest.raises(DataError, match=r"4 of 13 pairs cannot be used so far.*duplicate key") as error:
+        run(tmp_path / "run", recipe(tars, teachers[0]))
+    assert "pairs.key_prefix: shard" in error.value.fix
+    assert "pairs.merge_rows: true" in error.value.fix
+    assert run(tmp_path / "more", recipe(tars, teachers[0], pairs={"key_prefix": "shard"}))["ok"] == 13
+
+
 def test_a_narrow_image_does_not_grow_into_a_bomb(tmp_path: Path, teachers: list[str]) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (20_000, 1)).save(buffer, "PNG")

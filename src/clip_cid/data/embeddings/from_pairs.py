@@ -61,7 +61,7 @@ def embed_pairs(
         smaller_batch="machine.embed_batch",
         pin=encoder.device.type == "cuda",
     )
-    doubts = collections.Counter[str]()
+    remarks = collections.Counter[str]()
     progress = log.progress("embed", len(pairs), unit="images", start=writer.rows)
     with contextlib.closing(batches), progress as bar:
         for shard in todo:
@@ -69,13 +69,13 @@ def embed_pairs(
             while part.filled < shard.rows:
                 batch = next(batches)
                 part.add(batch, encoder, machine.embed_batch)
-                doubts.update(reason_kind(item.doubt) for item in batch.items if item.doubt)
+                remarks.update(reason_kind(item.remark) for item in batch.items if item.remark)
                 _check_bad_share(writer, part.skipped, len(pairs), settings)
                 bar.advance(len(batch.items))
             writer.add(part.finished())
 
-    for doubt, count in doubts.items():
-        log.warn(f"{count:,} of the pairs are embedded with a doubt: {doubt}")
+    for remark, count in remarks.items():
+        log.warn(f"{count:,} pairs: {remark}")
     if not any(shard.ok for shard in writer.shards):
         raise DataError(
             f"None of the {len(pairs):,} pairs can be used; see {writer.write_skipped()}.", fix="Mend the pairs."
@@ -93,7 +93,7 @@ class _Item(NamedTuple):
     size: tuple[int, int]
     reason: str
     """Why the row cannot be used; empty when it can."""
-    doubt: str = ""
+    remark: str = ""
     """As in `Pair`."""
 
 
@@ -120,7 +120,7 @@ class _PairImages:
             pair = self._pairs.read(row)
             captions, fields = pair.captions, pair.fields
             image = decode_image(pair.image, max_pixels=self._max_pixels, side=self._side)
-            return _Item(row, self._preprocess(image), captions, fields, image.size, "", pair.doubt)
+            return _Item(row, self._preprocess(image), captions, fields, image.size, "", pair.remark)
         except BadSample as error:
             return _Item(row, None, captions, fields, (0, 0), error.reason)
 

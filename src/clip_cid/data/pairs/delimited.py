@@ -187,13 +187,20 @@ def _looks_like_image(cell: str, own: str, folder: Path) -> bool:
 
 def _records(path: Path, reading: Reading) -> Generator[Record]:
     """Every record with its line; a blank line is none."""
-    with open(path, encoding="latin-1", newline="") as file:
+    with open(path, encoding="latin-1", newline=_line_end(path)) as file:
         lines = _Lines(lambda: file.readline(_LONGEST))
         while (text := lines.next()) is not None:
             if reading.quotes != "letters" and _QUOTE in text:
                 yield _quoted_record(text, lines, reading)
             elif text:
                 yield Record(lines.number, text.split(reading.delimiter))
+
+
+def _line_end(path: Path) -> str:
+    """The end of the first line; other ends are letters, which pandas leaves without quotes."""
+    with open(path, "rb") as file:
+        first = re.search(rb"\r\n|\r|\n", file.read(1 << 20))
+    return "\r" if first is not None and first[0] == b"\r" else "\n"
 
 
 class _Lines:
@@ -242,9 +249,9 @@ def _quoted_record(text: str, lines: _Lines, reading: Reading) -> Record:
             if lines.number > began:
                 long.append(len(cells))
             if at < len(text) and text[at] != reading.delimiter:
-                raise TableFault(
-                    lines.number, f"a value in quotes goes on behind them: {text[at : at + 20]!r}", of_quotes=True
-                )
+                since = f" (from line {began:,})" if lines.number > began else ""
+                problem = f"a value in quotes{since} goes on behind them: {text[at : at + 20]!r}"
+                raise TableFault(lines.number, problem, of_quotes=True)
         else:
             end = text.find(reading.delimiter, at)
             cell = text[at:] if end < 0 else text[at:end]

@@ -40,5 +40,5 @@ class Pair:
     """At least one; none is empty or has white space around it."""
     fields: dict[str, str]
     """`pairs.keep_fields` as text, empty if the sample has none."""
-    doubt: str = ""
-    """What of the sample could not be used, though the pair can; empty for most."""
+    remark: str = ""
+    """How the sample was read, where it could be meant otherwise; empty for most."""

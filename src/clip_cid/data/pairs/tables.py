@@ -184,10 +184,9 @@ def _is_picture(value: str | bytes) -> bool:
 def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return any(
-        check(kind)
-        for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    )
+    of_text = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
+    of_bytes = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view
+    return any(is_kind(kind) for is_kind in (*of_text, *of_bytes))
 
 
 def _is_list(kind: pa.DataType) -> bool:

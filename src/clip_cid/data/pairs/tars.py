@@ -54,7 +54,7 @@ class Tars(PairFormat):
         if image is None:
             raise AssertionError("a sample without image is known to be bad")
 
-        fields, captions, doubt = dict[str, Any](), tuple[str, ...](), ""
+        fields, captions, remark = dict[str, Any](), tuple[str, ...](), ""
         try:
             if described is not None:
                 fields = _json_object(described)
@@ -62,11 +62,13 @@ class Tars(PairFormat):
         except BadSample as error:
             if text is None:
                 raise
-            doubt = f"the .txt is used alone: {error.reason}"
+            remark = f"the .txt is used alone: {error.reason}"
 
-        captions = captions or _text_captions(text or b"", fields)
+        if not captions:
+            captions = _text_captions(text or b"", fields)
+            remark = remark or ("each line of the .txt is a caption" if len(captions) > 1 else "")
         kept = {name: field_text(fields.get(name)) for name in settings.keep_fields}
-        return Pair(row["key"], image, captions, kept, doubt)
+        return Pair(row["key"], image, captions, kept, remark)
 
     def shard_name(self, source: LocalSource, number: int) -> str:
         return source.name

@@ -89,7 +89,7 @@ def test_one_damaged_row_does_not_put_quotes_around_all_others(tmp_path: Path) -
 
 
 def test_a_quote_that_is_never_closed_is_an_error_of_a_csv_with_its_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"p\.csv: .*line 4: a value in quotes goes on behind them: ' x'") as error:
+    with pytest.raises(DataError, match=r"p\.csv: .*line 4: a value in quotes \(from line 2\) goes .*: ' x'") as error:
         open_table(tmp_path, "p.csv", ISSUE.format(","))
     assert "doubled" in error.value.fix
 
@@ -179,6 +179,12 @@ def test_line_ends_of_all_systems_and_a_byte_order_mark_change_nothing(
 ) -> None:
     table = mark + end.join(["image,caption", "0.jpg,one", "", '1.jpg,"two, three"']) + (end if last else "")
     assert captions(open_table(tmp_path, "p.csv", table)) == ["one", "two, three"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_an_end_of_another_system_within_a_line_is_a_letter(tmp_path: Path, end: str) -> None:
+    table = end.join(["image,caption", "0.jpg,one\rtwo", '1.jpg,"three\r, four"', "2.jpg,five"])
+    assert captions(open_table(tmp_path, "p.csv", table)) == ["one\rtwo", "three\r, four", "five"]
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("p.csv", "\t"), ("p.csv", ";"), ("p.csv", "|"), ("p.tsv", ",")])
@@ -287,7 +293,7 @@ def test_damage_to_a_table_is_an_error_or_every_line_is_accounted_for(
             assert not any(f"{image:02d}.jpg" in row[1] for image in range(12)), data
 
         # The header, each row, each line within a value and each blank line are one line of the file.
-        lines = re.split("\r\n|\r|\n", data.decode("latin-1"))
-        values = [re.split("\r\n|\r|\n", cell) for row in [names, *found] for cell in row]
+        lines = re.sub("\r+\n", "\n", data.decode("latin-1")).split("\n")
+        values = [re.sub("\r+\n", "\n", cell).split("\n") for row in [names, *found] for cell in row]
         blank = lines.count("") - sum(value[1:-1].count("") for value in values)
         assert 1 + len(found) + sum(len(value) - 1 for value in values) + blank == len(lines), data

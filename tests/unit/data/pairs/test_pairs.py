@@ -7,6 +7,7 @@ import lzma
 import multiprocessing
 import os
 import pickle
+import random
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -137,6 +138,7 @@ def test_each_line_of_a_txt_is_a_caption_in_a_tar_as_in_a_folder(tmp_path: Path,
     folder = make_folder(tmp_path / "f", {"a.jpg": b"image", "a.txt": text})
     for source in (tar, folder):
         assert open_pairs(config(source)).read(0).captions == ("one", "two", "three")
+    assert open_pairs(config(tar)).read(0).remark == "each line of the .txt is a caption"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_a_txt_whose_whole_text_is_in_the_json_is_one_caption(
 
 
 @pytest.mark.parametrize(
-    ("described", "doubt"),
+    ("described", "remark"),
     [
         (b"", "json cannot be read"),
         (b"{'a': 1}", "json cannot be read"),
@@ -174,13 +176,13 @@ def test_a_txt_whose_whole_text_is_in_the_json_is_one_caption(
         (b'{"captions": ["\\ud800"]}', "half a surrogate pair"),
     ],
 )
-def test_an_odd_json_beside_a_good_txt_is_left_out_with_a_doubt(tmp_path: Path, described: bytes, doubt: str) -> None:
+def test_an_odd_json_beside_a_good_txt_is_left_out_with_a_remark(tmp_path: Path, described: bytes, remark: str) -> None:
     members = [*sample("a"), ("a.json", described), *sample("b", dup=7)]
     pairs = open_pairs(config(write_tar(tmp_path / "a.tar", members), keep_fields=("dup",)))
     odd, good = (pairs.read(row) for row in range(2))
-    assert (odd.captions, odd.fields, good.fields, good.doubt) == (("caption of a",), {"dup": ""}, {"dup": "7"}, "")
-    assert odd.doubt.startswith("the .txt is used alone: ")
-    assert doubt in odd.doubt
+    assert (odd.captions, odd.fields, good.fields, good.remark) == (("caption of a",), {"dup": ""}, {"dup": "7"}, "")
+    assert odd.remark.startswith("the .txt is used alone: ")
+    assert remark in odd.remark
 
 
 def test_zeros_in_a_caption_are_a_damaged_sample_in_every_format(tmp_path: Path) -> None:
@@ -785,6 +787,16 @@ def test_bad_rows_of_a_table_keep_their_place(tmp_path: Path) -> None:
     assert sorted(pairs.known_bad) == [3, 4, 7]
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()]
+)
+def test_parquet_columns_of_text_are_read_in_every_type_of_text(tmp_path: Path, kind: pa.DataType) -> None:
+    (image,) = make_images(tmp_path, 1)
+    table = pa.table({"image": pa.array([image], kind), "caption": pa.array(["é"], kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    assert open_pairs(config(tmp_path / "t.parquet")).read(0).captions == ("é",)
+
+
 def test_empty_cells_of_parquet_are_bad_samples(tmp_path: Path) -> None:
     images = make_images(tmp_path, 4)
     table = pa.table(
@@ -927,6 +939,62 @@ def test_a_folder_without_images_is_refused(tmp_path: Path, files: dict[str, byt
     folder = make_folder(tmp_path / "f", {"notes.md": b"", **files})
     with pytest.raises(DataError, match="an empty folder, without a single pair"):
         open_pairs(config(folder))
+
+
+# Links and damage
+
+
+def test_files_of_the_hubs_cache_have_the_names_of_their_links(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    make_folder(blobs, {"1f": b"image", "2f": b"caption", "3f": b"image,caption\npictures/a.jpg,of the table\n"})
+    write_tar(blobs / "4f", sample("a"))
+    (snapshot / "pictures").mkdir(parents=True)
+    for blob, name in {"1f": "pictures/a.jpg", "2f": "pictures/a.txt", "3f": "t.csv", "4f": "0.tar"}.items():
+        (snapshot / name).symlink_to(blobs / blob)
+    found = {
+        name: open_pairs(config(snapshot / name), index=tmp_path / "index") for name in ("pictures", "t.csv", "*.tar")
+    }
+    assert {name: (pairs.key(0), pairs.read(0).captions) for name, pairs in found.items()} == {
+        "pictures": ("a", ("caption",)),
+        "t.csv": ("pictures/a.jpg", ("of the table",)),
+        "*.tar": ("a", ("caption of a",)),
+    }
+    assert found["pictures"].image_name(0) == "a.jpg"
+
+
+def damaged(data: bytes, draw: random.Random) -> bytes:
+    """The bytes with some changed, zeroed, taken out, repeated, or all from a place on gone."""
+    at, size = draw.randrange(len(data)), draw.choice([1, 8, 64, 512, 1024])
+    return {
+        "bit": data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1 :],
+        "zero": data[:at] + bytes(min(size, len(data) - at)) + data[at + size :],
+        "out": data[:at] + data[at + size :],
+        "twice": data[: at + size] + data[at:],
+        "cut": data[:at],
+    }[draw.choice(["bit", "bit", "zero", "out", "twice", "cut"])]
+
+
+@pytest.mark.parametrize("name", ["t.tar", "t.parquet"])
+def test_damage_to_a_source_is_an_error_or_a_bad_sample_and_adds_no_pair(tmp_path: Path, name: str) -> None:
+    path, draw = tmp_path / name, random.Random(0)
+    images = make_images(tmp_path, 8)
+    if name == "t.tar":
+        write_tar(path, [member for image in images for member in sample(image[7:10], captions=["a", "b"], dup=1)])
+    else:
+        table = pa.table({"image": images, "caption": [["a", f"of {image}"] for image in images]})
+        pyarrow.parquet.write_table(table, path, write_page_checksum=True)
+
+    whole = path.read_bytes()
+    good = read_all(open_pairs(config(path)))
+    for _ in range(200):
+        path.write_bytes(damaged(whole, draw))
+        try:
+            found = read_all(open_pairs(config(path)))
+        except DataError:
+            continue
+        assert len(found) <= len(good) + 1  # a key that changed leaves the rest of its sample behind
+        if name == "t.parquet":
+            assert found == good
 
 
 # Index, processes, access

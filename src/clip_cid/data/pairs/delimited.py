@@ -20,6 +20,7 @@ _BODY = {"doubled": re.compile(r'(?:[^"]|"")*'), "escaped": re.compile(r'(?:[^"\
 
 _LONGEST = 1 << 24  # characters of a line or a quoted value: no caption is as long, and memory is bounded
 _IMAGE_NAME = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm)\Z", re.IGNORECASE)
+_DIGITS = re.compile(r"\d+")
 _UTF8_MARK = "\xef\xbb\xbf"  # in Latin-1, in which lines are held
 _UTF16_MARKS = ("\xff\xfe", "\xfe\xff")
 
@@ -48,7 +49,7 @@ class Record(NamedTuple):
     """Of the file, from 1, on which it begins."""
     cells: list[str]
     long: Sequence[int] = ()
-    """The cells that go on over more than one line."""
+    """The cells that span several lines."""
 
 
 def find_header(path: Path, delimiter: str, wanted: Sequence[str]) -> tuple[str, list[str]]:
@@ -157,13 +158,13 @@ def _refuse_hidden_rows(record: Record, delimiter: str, columns: int, image_at: 
     """A quote out of place that meets another joins the rows between them to one value, which then holds such rows."""
     for at in record.long:
         if at == image_at:
-            raise TableFault(record.line, "the image's name goes on on the next line", of_quotes=True)
+            raise TableFault(record.line, "the name of the image continues on the next line", of_quotes=True)
 
         lines = re.split("\r\n|\r|\n", record.cells[at])
         for number, line in enumerate(lines):
             cells = line.split(delimiter)
             if delimiter == "\t":
-                is_row = len(cells) > 1  # text has no tabs
+                is_row = len(cells) > 1  # captions have no tabs
             else:
                 # The value begins within one row, and ends within another.
                 first, last = number == 0, number == len(lines) - 1
@@ -172,17 +173,16 @@ def _refuse_hidden_rows(record: Record, delimiter: str, columns: int, image_at: 
                 known = 0 <= place < len(cells) and not (last and image_at > at)
                 is_row = whole and known and _looks_like_image(cells[place], record.cells[image_at], folder)
             if is_row:
-                problem = "the value in quotes that begins here seems to hold other rows"
+                problem = "the quoted value that begins here seems to hold other rows"
                 raise TableFault(record.line, f"{problem}, such as line {record.line + number:,}", of_quotes=True)
 
 
 def _looks_like_image(cell: str, own: str, folder: Path) -> bool:
     """Whether a cell could name an image: by its ending, by its likeness to the row's `own` image, or by being there."""
-    name, shape = cell.strip().strip(_QUOTE), re.compile(r"\d+")
-    if not name:
-        return False
-    alike = shape.search(own) is not None and shape.sub("0", name) == shape.sub("0", own)
-    return alike or _IMAGE_NAME.search(name) is not None or os.path.exists(folder / os.fsdecode(name.encode("latin-1")))
+    name = cell.strip().strip(_QUOTE)
+    if _DIGITS.search(own) and _DIGITS.sub("0", name) == _DIGITS.sub("0", own):
+        return True
+    return bool(_IMAGE_NAME.search(name)) or os.path.isfile(folder / os.fsdecode(name.encode("latin-1")))
 
 
 def _records(path: Path, reading: Reading) -> Generator[Record]:
@@ -234,7 +234,7 @@ class _Lines:
 
 
 def _quoted_record(text: str, lines: _Lines, reading: Reading) -> Record:
-    """The record that begins on a line with quotes; the lines it goes on on are taken from `lines`."""
+    """The record that begins on a line with quotes; further lines of it are taken from `lines`."""
     if reading.quotes == "doubled":
         try:
             return Record(lines.number, next(csv.reader((text,), delimiter=reading.delimiter, strict=True)))
@@ -250,7 +250,7 @@ def _quoted_record(text: str, lines: _Lines, reading: Reading) -> Record:
                 long.append(len(cells))
             if at < len(text) and text[at] != reading.delimiter:
                 since = f" (from line {began:,})" if lines.number > began else ""
-                problem = f"a value in quotes{since} goes on behind them: {text[at : at + 20]!r}"
+                problem = f"text follows the closing quote of a value{since}: {text[at : at + 20]!r}"
                 raise TableFault(lines.number, problem, of_quotes=True)
         else:
             end = text.find(reading.delimiter, at)
@@ -277,9 +277,9 @@ def _quoted_cell(text: str, at: int, lines: _Lines, reading: Reading) -> tuple[s
         size += len(text)
         following = lines.next()
         if following is None:
-            raise TableFault(first, "a quote opens a value here and is never closed", of_quotes=True)
+            raise TableFault(first, "the quote that opens a value here is never closed", of_quotes=True)
         if size > _LONGEST:
-            raise TableFault(first, f"a value in quotes has more than {_LONGEST:,} bytes", of_quotes=True)
+            raise TableFault(first, f"a quoted value has more than {_LONGEST:,} bytes", of_quotes=True)
         text, at = following, 0
 
     value = "".join(parts)

@@ -18,6 +18,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+_NARROWEST = 4_000  # the longer side over the shorter: at 224 pixels, three times the usual `max_pixels`
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 
 
@@ -29,8 +30,8 @@ def decode_image(data: bytes, *, max_pixels: int, side: int | None = None) -> Im
     Args:
         data: The file.
         max_pixels: An image that claims more pixels is refused.
-        side: The side to which the shorter one will be resized. An image so narrow that it would then have more than
-            `max_pixels` is refused before it is decoded.
+        side: The side to which the shorter one will be resized, if it is known. An image so narrow that it would then
+            have more than `max_pixels` is refused before it is decoded.
 
     Raises:
         BadSample: Not an image of a known format, broken, cut short, too large, or of a mode whose white is not known.
@@ -56,7 +57,8 @@ def _check_size(size: tuple[int, int], max_pixels: int, side: int | None) -> Non
     """Refuse what the header says, before anything is unpacked."""
     if size[0] * size[1] > max_pixels:
         raise BadSample(_too_large(size[0] * size[1], max_pixels))
-    if side is not None and max(size) / max(1, min(size)) * side * side > max_pixels:
+    ratio = max(size) / max(1, min(size))
+    if ratio > _NARROWEST or (side is not None and ratio * side * side > max_pixels):
         raise BadSample(f"image is too narrow ({size[0]} x {size[1]} pixels)")
 
 

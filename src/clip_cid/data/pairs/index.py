@@ -104,7 +104,7 @@ def _key_prefixes(named: Sequence[Source], settings: PairsConfig) -> list[str]:
         names = ["/".join(path[-parts:]).strip("/") for path in paths]
         if len(set(names)) == len(names):
             break
-    return [f"{name}/" for name in names]
+    return [f"{name}/".encode(errors="backslashreplace").decode() for name in names]  # a path need not be UTF-8
 
 
 def _index_source(

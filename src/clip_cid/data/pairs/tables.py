@@ -79,8 +79,8 @@ def _scan_table(path: Path, name: str, settings: PairsConfig) -> Generator[pa.Re
     except (pa.ArrowException, TableFault, OSError, ValueError, OverflowError) as error:
         if isinstance(error, TableFault) and error.of_quotes:
             fix = (
-                "Mend that line. In a value in quotes, quotes are doubled; a .tsv without quotes around its values may"
-                " hold single ones."
+                "Correct that line: a quote inside a quoted value is doubled. In a .tsv without quoted values, quotes"
+                " are letters."
             )
         raise DataError(f"{name}: this table cannot be read ({' '.join(str(error).split())}).", fix=fix) from error
 

@@ -89,7 +89,7 @@ def test_one_damaged_row_does_not_put_quotes_around_all_others(tmp_path: Path) -
 
 
 def test_a_quote_that_is_never_closed_is_an_error_of_a_csv_with_its_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"p\.csv: .*line 4: a value in quotes \(from line 2\) goes .*: ' x'") as error:
+    with pytest.raises(DataError, match=r"p\.csv: .*line 4: text follows the closing quote .*line 2\): ' x'") as error:
         open_table(tmp_path, "p.csv", ISSUE.format(","))
     assert "doubled" in error.value.fix
 
@@ -106,12 +106,15 @@ def test_a_quote_that_is_never_closed_is_an_error_of_a_csv_with_its_line(tmp_pat
         ('caption,image\n"Hello world,0.jpg\nsecond",1.jpg\nx,2.jpg\n', "line 2: .*other rows, such as line 2"),
         ('image,caption,note\n0.jpg,"Hello,n\n1.jpg,third",n\n2.jpg,x,n\n', "line 2: .*other rows, such as line 3"),
         ('note,image,caption\nn,a/0001,"Hello\nn,a/0002,third"\nn,a/0003,x\n', "line 2: .*other rows, such as line 3"),
-        ('image,caption\n"0.jpg,one\n1.jpg",two\n2.jpg,x\n', "line 2: the image's name goes on on the next line"),
+        (
+            'image,caption\n"0.jpg,one\n1.jpg",two\n2.jpg,x\n',
+            "line 2: the name of the image continues on the next line",
+        ),
         (
             'image,caption\n0.jpg,one\n1.jpg,"two\n2.jpg,three\n',
-            "line 3: a quote opens a value here and is never closed",
+            "line 3: the quote that opens a value here is never closed",
         ),
-        ('image,caption\n0.jpg,"one" two\n', "line 2: a value in quotes goes on behind them: ' two'"),
+        ('image,caption\n0.jpg,"one" two\n', "line 2: text follows the closing quote of a value: ' two'"),
         ('image,"caption\n0.jpg,one\n', "column 'caption' is not there"),
         ('image,caption\n0.jpg,one\n1.jpg,two,"three"\n', "line 3: Expected 2 columns, got 3"),
         ("image,caption\n0.jpg,one\n1.jpg\n", "line 3: Expected 2 columns, got 1"),
@@ -164,7 +167,7 @@ def test_quotes_escaped_by_backslashes_are_read_where_the_whole_file_is_so(tmp_p
     with open(tmp_path / "q.csv", newline="") as file:  # but for the escape in the last row, which is not in quotes
         expected = list(csv.reader(file, doublequote=False, escapechar="\\"))
     assert read(tmp_path / "q.csv", ",")[1][0] == expected[1]
-    with pytest.raises(DataError, match="line 2: a value in quotes goes on behind them"):
+    with pytest.raises(DataError, match="line 2: text follows the closing quote"):
         open_table(tmp_path, "p.csv", table + '3.jpg,"and ""doubled"" ones"\n')
 
 
@@ -212,7 +215,7 @@ def test_a_long_line_and_a_long_value_are_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(delimited, "_LONGEST", 1000)
     with pytest.raises(DataError, match="line 3: more than 1,000 bytes on one line"):
         open_table(tmp_path, "p.csv", f"image,caption\n0.jpg,x\n1.jpg,{'x' * 2000}\n")
-    with pytest.raises(DataError, match="line 2: a value in quotes has more than 1,000 bytes"):
+    with pytest.raises(DataError, match="line 2: a quoted value has more than 1,000 bytes"):
         open_table(tmp_path, "p.csv", 'image,caption\n0.jpg,"x\n' + "1.jpg,x\n" * 1000)
 
 
@@ -229,7 +232,7 @@ cells = st.text(alphabet='ab "\n,;\t|é\\', max_size=8)
     end=st.sampled_from(["\n", "\r\n"]),
 )
 def test_what_a_csv_writer_wrote_comes_back(
-    rows: Sequence[tuple[str, str]], delimiter: str, quoting: int, end: str, tmp_path: Path
+    rows: Sequence[tuple[str, str]], delimiter: str, quoting: Any, end: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "p.csv"
     with open(path, "w", newline="", encoding="utf-8") as file:

@@ -159,8 +159,9 @@ def test_black_of_sixteen_bits_is_black() -> None:
 
 
 def test_an_image_too_narrow_for_the_model_is_refused_before_it_is_unpacked() -> None:
-    with pytest.raises(BadSample, match=r"image is too narrow \(1 x 80000000 pixels\)"):
-        decode_image(png_that_claims(1, 80_000_000), max_pixels=89_478_485, side=224)
+    for width, height, side in [(1, 80_000_000, None), (1, 80_000_000, 224), (2000, 1, 224)]:
+        with pytest.raises(BadSample, match=rf"image is too narrow \({width} x {height} pixels\)"):
+            decode_image(png_that_claims(width, height), max_pixels=89_478_485, side=side)
     data = encoded(noise(size=(40, 1)), "PNG")
     assert decode_image(data, max_pixels=40 * 32 * 32, side=32).size == (40, 1)
     with pytest.raises(BadSample, match="too narrow"):

@@ -26,27 +26,30 @@ class Words:
 
 
 def words_of(name: str, names: Sequence[str], file: Path) -> Words:
-    """Names in words, with WordNet ids looked up; names that are mere numbers are warned of.
+    """Names in words, with WordNet ids looked up; names that are mere numbers, or that classes share, are warned of.
 
     Args:
         name: The set's, for messages.
         names: As the files of the set call its classes.
         file: Where its names can be written.
     """
+    notes: list[str] = []
     ids = [text for text in names if _WORDNET_ID.fullmatch(text)]
+    known = _wordnet_names() if ids else {}
     if ids:
-        known = _wordnet_names()
-        looked_up = tuple(known.get(text, text) for text in names)
-        note = f"{len(ids)} of {len(names)} classes are named by their WordNet ids"
-        log.info(f"{name}: {note}: {few([' is '.join((text, known.get(text, 'unknown'))) for text in ids])}")
-        return Words(looked_up, note, tuple(text for text in ids if text not in known))
+        notes.append(f"{len(ids)} of {len(names)} classes are named by their WordNet ids")
+        log.info(f"{name}: {notes[-1]}: {few([' is '.join((text, known.get(text, 'unknown'))) for text in ids])}")
 
     numbers = [text for text in names if _NUMBER.fullmatch(text)]
     if 2 * len(numbers) > len(names):
-        note = f"{len(numbers)} of {len(names)} classes are named by numbers ({few(numbers)})"
-        log.warn(f"{name}: {note}, which zero-shot prompts with. {HOW_TO_NAME.format(file)}")
-        return Words(tuple(names), note)
-    return Words(tuple(names))
+        notes.append(f"{len(numbers)} of {len(names)} classes are named by numbers ({few(numbers)})")
+        log.warn(f"{name}: {notes[-1]}, which zero-shot prompts with. {HOW_TO_NAME.format(file)}")
+
+    words = tuple(known.get(text, text) for text in names)
+    if shared := [text for text in dict.fromkeys(words) if words.count(text) > 1]:
+        notes.append(f"classes share a name ({few(shared)})")
+        log.warn(f"{name}: {notes[-1]}, so zero-shot cannot tell them apart. {HOW_TO_NAME.format(file)}")
+    return Words(words, "; ".join(notes), tuple(text for text in ids if text not in known))
 
 
 @cache

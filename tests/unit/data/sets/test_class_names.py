@@ -153,6 +153,17 @@ def test_wordnet_ids_are_prompted_by_their_names(tmp_path: Path, caplog: pytest.
     assert "n01440764 is tench" in caplog.text
 
 
+@pytest.mark.parametrize("names", [["polka_dot", "polka dot", "plain"], ["n03773504", "n04008634", "n02123045"]])
+def test_classes_of_one_name_are_warned_of(
+    names: Sequence[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "clip_cid"):
+        found = opened(folders(tmp_path, names))
+    (shared,) = {text for text in found.class_names if found.class_names.count(text) > 1}
+    assert f"classes share a name ({shared}), so zero-shot cannot tell them apart" in caplog.text
+    assert f"classes share a name ({shared})" in found.variant
+
+
 def test_a_wordnet_id_without_a_name_is_refused_for_zero_shot_only(tmp_path: Path) -> None:
     found = opened(folders(tmp_path, ["n99999999", "n01440764", "n02123045"]))
     with pytest.raises(DataError, match=r"1 of 3 classes are WordNet ids without a name here \(n99999999\)") as error:

@@ -224,6 +224,9 @@ def test_a_sample_that_is_not_whole_is_named(tmp_path: Path, members: list[tuple
     [
         ("classnames.txt", "red thing\n\nblue thing", "line 2 is empty"),
         ("zeroshot_classification_templates.txt", "a photo.\n{c}", "line 1 has no {c}"),
+        ("zeroshot_classification_templates.txt", "a {c}\n{c}\0\0\0", "3 zero bytes, so a part of it is lost"),
+        ("classnames.txt", "red thing\n\0\0\0\0\nblue thing", "4 zero bytes"),
+        ("test/nshards.txt", "\0\0", "2 zero bytes"),
     ],
 )
 def test_a_text_file_with_a_wrong_line_is_named(tmp_path: Path, file: str, text: str, problem: str) -> None:

@@ -1,5 +1,6 @@
 """The 14 + 5 sets in the layouts they are published in: each image reaches the class its folder, list or record says."""
 
+import contextlib
 import json
 import logging
 import pickle
@@ -41,6 +42,7 @@ from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, MissingSetError, open_set
 from clip_cid.data.sets.known_sets import known_sets, load_prompts, spelled
 from clip_cid.data.sets.readers.layout_parts import draw
+from clip_cid.data.sets.readers.matlab import whole_numbers_of
 from clip_cid.errors import DataError
 
 IMAGENET_SETS = ("imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet")
@@ -557,6 +559,29 @@ def test_a_class_number_out_of_range_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"MATLAB 5.0 MAT-file, cut")
     with pytest.raises(DataError, match="has no readable variable `labels`"):
         opened("flowers102", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["flowers102", "stanford_cars"])
+def test_a_damaged_matlab_file_is_an_error_and_no_crash(task: str, tmp_path: Path) -> None:
+    """SciPy's reader ends the whole process on some of these."""
+    {"flowers102": flowers102, "stanford_cars": stanford_cars}[task](tmp_path)
+    random = np.random.default_rng(0)
+    for path in sorted(tmp_path.rglob("*.mat")):
+        whole = path.read_bytes()
+        for place in random.integers(128, 600, size=2).tolist():
+            path.write_bytes(whole[:place] + bytes(120) + whole[place + 120 :])
+            with contextlib.suppress(DataError):  # or the damage is in what is not read
+                opened(task, tmp_path)
+        path.write_bytes(whole)
+    opened(task, tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.array([1.5, 2.0]), np.array([np.nan, 1.0]), np.array(["a", "b"], dtype=object)])
+def test_what_is_no_whole_number_in_a_matlab_file_is_named(value: np.ndarray, tmp_path: Path) -> None:
+    savemat(tmp_path / "setid.mat", {"trnid": value})
+    with pytest.raises(DataError, match="not a whole number"):
+        whole_numbers_of(tmp_path / "setid.mat", "trnid")
 
 
 def test_a_list_of_classes_that_lacks_one_is_named(tmp_path: Path) -> None:

@@ -25,13 +25,15 @@ def lines(path: Path) -> tuple[str, ...]:
     """The lines of a text file, none of which may be empty.
 
     Raises:
-        DataError: It cannot be read, or a line is empty.
+        DataError: It cannot be read, is no text, or a line is empty.
     """
     try:
         texts = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}).", fix="This layout needs the file.") from error
 
+    if zeros := sum(text.count("\0") for text in texts):
+        raise damaged(path, f"{zeros} zero bytes, so a part of it is lost")
     empty = [number for number, line in enumerate(texts, start=1) if not line.strip()]
     if empty or not texts:
         problem = f"line {empty[0]} is empty" if empty else "the file is empty"

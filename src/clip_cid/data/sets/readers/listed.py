@@ -4,14 +4,12 @@ import csv
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from clip_cid import log
 from clip_cid.data.sets.readers.contract import Request, SetFiles
 from clip_cid.data.sets.readers.folders import imagenet_places, split_of_folders
 from clip_cid.data.sets.readers.layout_parts import check_labels_are, damaged, home, known_classes, label_of, lines
+from clip_cid.data.sets.readers.matlab import rows_of, whole_numbers_of
 from clip_cid.errors import DataError
 
 _Listing = Iterable[tuple[str, int]]
@@ -67,8 +65,8 @@ def _of_devkit(folder: Path) -> list[tuple[str, str]]:
     """The authors' list: a class number a line, in the order of the images; meta.mat has the WordNet ids."""
     path, meta = folder / "ILSVRC2012_validation_ground_truth.txt", folder / "meta.mat"
     try:
-        wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in np.atleast_1d(_mat(meta, "synsets"))}
-    except (ValueError, IndexError, TypeError) as error:
+        wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows_of(meta, "synsets")}
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise damaged(meta, f"has no number and WordNet id a row ({error})") from error
     numbers = lines(path)
     if wrong := [line for line in numbers if not line.isdecimal() or int(line) not in wnids]:
@@ -101,14 +99,14 @@ def read_stanford_cars(request: Request) -> SetFiles | None:
     if folder is None:
         return None
     meta = folder / "devkit" / "cars_meta.mat"
-    labels = check_labels_are(request.known, [str(name) for name in np.atleast_1d(_mat(meta, "class_names"))], meta)
+    labels = check_labels_are(request.known, [str(name) for name in rows_of(meta, "class_names")], meta)
     lists = {"train": folder / "devkit" / "cars_train_annos.mat", "test": folder / "cars_test_annos_withlabels.mat"}
 
     def listing(split: str) -> _Listing:
         path = lists[split]
         try:
-            rows = [(str(row["fname"]), int(row["class"])) for row in np.atleast_1d(_mat(path, "annotations"))]
-        except (ValueError, IndexError, TypeError) as error:
+            rows = [(str(row["fname"]), int(row["class"])) for row in rows_of(path, "annotations")]
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise damaged(path, f"has no file and class a row ({error})") from error
         return [(f"cars_{split}/{file}", _numbered(number, labels, path)) for file, number in rows]
 
@@ -167,14 +165,14 @@ def read_flowers102(request: Request) -> SetFiles | None:
         return None
     names = {"train": "trnid", "val": "valid", "test": "tstid"}
     path = folder / "imagelabels.mat"
-    classes = np.atleast_1d(_mat(path, "labels"))
+    classes = whole_numbers_of(path, "labels")
     labels = list(range(len(known_classes(request.known))))
 
     def listing(split: str) -> _Listing:
-        images = [int(image) for image in np.atleast_1d(_mat(folder / "setid.mat", names[split]))]
+        images = whole_numbers_of(folder / "setid.mat", names[split])
         if images and not 1 <= min(images) <= max(images) <= len(classes):
             raise damaged(folder / "setid.mat", f"{names[split]} has images that imagelabels.mat has no class of")
-        return [(f"image_{image:05d}.jpg", _numbered(int(classes[image - 1]), labels, path)) for image in images]
+        return [(f"image_{image:05d}.jpg", _numbered(classes[image - 1], labels, path)) for image in images]
 
     return _listed(request, folder / "jpg", listing, ("train", "val", "test"))
 
@@ -258,13 +256,3 @@ def _numbered(number: int, labels: list[int], path: Path) -> int:
     if not 1 <= number <= len(labels):
         raise damaged(path, f"class {number}, but the classes are 1 to {len(labels)}")
     return labels[number - 1]
-
-
-def _mat(path: Path, name: str) -> Any:
-    """One variable of a MATLAB file."""
-    from scipy.io import loadmat
-
-    try:
-        return loadmat(path, squeeze_me=True, variable_names=[name])[name]
-    except Exception as error:  # on damaged bytes SciPy's reader raises nearly everything there is
-        raise damaged(path, f"has no readable variable `{name}` ({type(error).__name__}: {error})") from error

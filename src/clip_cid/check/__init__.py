@@ -123,7 +123,7 @@ def _measure(
 ) -> Report:
     trainer, clip, machine = tried.trainer, tried.training.clip, recipe.machine
     training = tried.training.inputs.pairs
-    sights, pairs = captions.look_at(training, clip), len(training)
+    sights, pairs = captions.look_at(training, clip, max_pixels=recipe.pairs.max_pixels), len(training)
 
     # Measure: reading of batches, then steps on the first of them.
     to_try = rehearsal.batches_to_try(trainer.batches, workers=machine.workers, steps=trainer.plan.steps)

@@ -1,13 +1,12 @@
 """A look at some of the pairs: what the student will see of their captions and images."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from clip_cid.data.pairs.images import image_size
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.models.clip import Clip
 from clip_cid.training.batches import TrainingPairs
@@ -33,7 +32,7 @@ class Sights:
     """Of an encoded image, on average."""
 
 
-def look_at(training: TrainingPairs, clip: Clip) -> Sights:
+def look_at(training: TrainingPairs, clip: Clip, *, max_pixels: int) -> Sights:
     """Read pairs at equal steps through the data.
 
     Raises:
@@ -48,9 +47,8 @@ def look_at(training: TrainingPairs, clip: Clip) -> Sights:
     for row in training.rows[chosen].tolist():
         try:
             pair = training.pairs.read(row)
-            with Image.open(io.BytesIO(pair.image)) as image:
-                sides.append(min(image.size))
-        except (BadSample, OSError, Image.DecompressionBombError):
+            sides.append(min(image_size(pair.image, max_pixels=max_pixels)))
+        except BadSample:
             unreadable += 1
             continue
         captions += pair.captions

@@ -40,6 +40,8 @@ class Reading:
     delimiter: str
     quotes: Literal["doubled", "escaped", "letters"]
     """A quote inside a quoted value is doubled (`""`) or escaped (`\\"`); or no value is quoted."""
+    reason: str = ""
+    """Why quotes that are there are not read by the rules of CSV; empty where they are."""
 
 
 class Record(NamedTuple):
@@ -86,7 +88,7 @@ def find_reading(path: Path, delimiter: str, names: Sequence[str], image_column:
 
     image_at, faults = names.index(image_column), list[TableFault]()
     for quotes in ("doubled", "escaped"):
-        reading = Reading(delimiter, quotes)
+        reading = Reading(delimiter, quotes, str(faults[0]) if faults else "")
         try:
             for record in _checked_records(path, reading, len(names)):
                 if record.long:
@@ -96,7 +98,7 @@ def find_reading(path: Path, delimiter: str, names: Sequence[str], image_column:
             faults.append(fault)
 
     if delimiter == "\t" and _all_letters(path, len(names)):
-        return Reading(delimiter, "letters")
+        return Reading(delimiter, "letters", str(faults[0]))
     raise faults[0]
 
 

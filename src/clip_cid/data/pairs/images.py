@@ -36,13 +36,30 @@ def decode_image(data: bytes, *, max_pixels: int, side: int | None = None) -> Im
     Raises:
         BadSample: Not an image of a known format, broken, cut short, too large, or of a mode whose white is not known.
     """
+    with _opened(data, max_pixels, side) as image:
+        return _rgb(image)
+
+
+def image_size(data: bytes, *, max_pixels: int) -> tuple[int, int]:
+    """Width and height as the header of a file says; nothing is decoded.
+
+    Raises:
+        BadSample: Not an image of a known format, broken, or too large.
+    """
+    with _opened(data, max_pixels, None) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: int, side: int | None) -> Generator[Image.Image]:
+    """The image while it is read; whatever fails is a `BadSample`."""
     if not data:
         raise BadSample("image is empty (0 bytes)")
     with _strict_pillow(max_pixels):
         try:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_size(image.size, max_pixels, side)
-                return _rgb(image)
+                yield image
         except (BadSample, MemoryError):
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

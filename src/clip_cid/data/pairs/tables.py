@@ -90,6 +90,9 @@ def _read_text(path: Path, name: str, columns: list[str], settings: PairsConfig)
     delimiter, names = find_header(path, "\t" if path.suffix.lower() == ".tsv" else ",", columns)
     _check_columns(name, names, columns)
     reading = find_reading(path, delimiter, names, settings.image_column)
+    if reading.reason:
+        meaning = "letters" if reading.quotes == "letters" else "escaped by backslashes"
+        log.info(f"{name}: quotes are read as {meaning}; by the rules of CSV they are broken ({reading.reason})")
 
     places = {column: names.index(column) for column in columns}
     rows = records(path, reading, len(names))

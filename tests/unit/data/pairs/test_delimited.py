@@ -43,10 +43,13 @@ def read(path: Path, usual: str, image: str = "image") -> tuple[list[str], list[
 # Quotes that are letters
 
 
-def test_a_quote_that_is_never_closed_swallows_no_row_of_a_tsv(tmp_path: Path) -> None:
+def test_a_quote_that_is_never_closed_swallows_no_row_of_a_tsv(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pairs = open_table(tmp_path, "p.tsv", ISSUE.format("\t"))
     assert captions(pairs) == ['"Hello world', "second", 'third" x', "fourth"]
     assert pairs.keys(0, 4) == [f"{number}.jpg" for number in range(4)]
+    assert "p.tsv: quotes are read as letters; by the rules of CSV they are broken (line 4: text follows" in caplog.text
 
 
 @pytest.mark.parametrize(

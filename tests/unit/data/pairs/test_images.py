@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from clip_cid.data.pairs.images import decode_image
+from clip_cid.data.pairs.images import decode_image, image_size
 from clip_cid.data.pairs.pair import BadSample
 
 MANY = 10_000_000
@@ -237,3 +237,11 @@ def test_damaged_bytes_give_pixels_or_a_bad_sample_and_nothing_else(kind: str, d
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(BadSample):
         assert decode_image(bytes(whole), max_pixels=MANY).mode == "RGB"
+    with contextlib.suppress(BadSample):
+        assert min(image_size(bytes(whole), max_pixels=MANY)) > 0
+
+
+def test_the_size_is_that_of_the_header() -> None:
+    assert image_size(png_that_claims(30, 40), max_pixels=1200) == (30, 40)
+    with pytest.raises(BadSample, match=r"more pixels than pairs\.max_pixels 1,199"):
+        image_size(png_that_claims(30, 40), max_pixels=1199)

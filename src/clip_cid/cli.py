@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from clip_cid import log, os_errors, pipeline, units
+from clip_cid import log, open_files, os_errors, pipeline, units
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.new_folder import drop_left
 from clip_cid.overruling import let_flags_count, settings_given
@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
 
+    open_files.raise_limit()
     log.setup(quiet=torchrun_place().rank > 0)
     try:
         _refuse_long(arguments)

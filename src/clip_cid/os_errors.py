@@ -20,6 +20,11 @@ _MEMORY = (
     "memory ran out",
     "Lower machine.workers or the batch (machine.embed_batch, machine.micro_batch), or use a machine with more memory",
 )
+_KILLED = (
+    "a process that decodes images was killed",
+    "Memory or /dev/shm ran out: lower machine.workers (0 decodes in this process) or the batch (distill.batch_size,"
+    " machine.embed_batch)",
+)
 _SHORT_WRITE = ("could not be written whole; most often the disk is full", _ROOM)
 _UNKNOWN = ("cannot be read or written", "Put this right")
 _MEANINGS: dict[int, tuple[str, str]] = {
@@ -66,6 +71,8 @@ _PATHS = re.compile(
 )
 _TORCH_WRITES = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+|iostream error")
 _NUMPY_WRITES = re.compile(r"\d+ requested and \d+ written")
+_TOO_MANY_FILES = re.compile(r"^Too many open files|received \d+ items of ancdata")  # PyTorch's, between processes
+_WORKER_KILLED = re.compile(r"DataLoader worker \(pid")  # raised wherever this process is at that moment
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory")
 
 
@@ -162,6 +169,10 @@ def _meaning(cause: BaseException, code: int | None, text: str) -> tuple[str, st
         return _MEANINGS[errno.ENOENT]
     if _NUMPY_WRITES.search(text) or _TORCH_WRITES.search(text):
         return _SHORT_WRITE
+    if _TOO_MANY_FILES.search(text):
+        return _MEANINGS[errno.EMFILE]
+    if _WORKER_KILLED.search(text):
+        return _KILLED
     if _OUT_OF_MEMORY.search(text):
         return _MEMORY
     if _PATHS.search(text) or isinstance(cause, OSError):

@@ -125,6 +125,10 @@ def test_a_copy_without_room_names_its_target_and_an_unreadable_one_its_source()
         ),
         (shutil.Error([("/a", "/b", "[Errno 28] No space left on device: '/a' -> '/b'")]), "/b: the disk is full"),
         (OSError("Corrupt snappy compressed data."), "Corrupt snappy"),
+        (RuntimeError("DataLoader worker (pid 8720) is killed by signal: Killed. "), "decodes images was killed"),
+        (RuntimeError("DataLoader worker (pid(s) 1, 2) exited unexpectedly"), "decodes images was killed"),
+        (RuntimeError("Too many open files. Communication with the workers is no longer possible."), "too many files"),
+        (RuntimeError("received 0 items of ancdata"), "too many files"),
     ],
 )
 def test_libraries_words_are_understood(error: Exception, words: str) -> None:

@@ -4,6 +4,7 @@ Batch number `step` is the same in every process and after every interruption: t
 permutation for each epoch, and a hash of (seed, epoch, row) draws the crop and the caption of a pair.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -241,8 +242,9 @@ class Batches:
             smaller_batch="distill.batch_size",
             pin=self._pin,
         )
-        for items in decoded:
-            yield self._complete(items)
+        with contextlib.closing(decoded):
+            for items in decoded:
+                yield self._complete(items)
 
     def _complete(self, items: Items) -> Batch:
         """Add the targets of each pair from teacher and clustering."""

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
+from clip_cid.open_files import KeptOpen
+
 _OPEN_FILES = 256  # a process may hold some 65,000 maps; a large store has more shards than that
+
+
+def _mapped(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 class ShardedRows:
@@ -29,7 +35,7 @@ class ShardedRows:
         self._starts = np.cumsum([0, *self._counts], dtype=np.int64)
         self._dim, self._chosen = dim, chosen
         self.dtype = dtype
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps = KeptOpen(_mapped, most=_OPEN_FILES)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,7 +60,10 @@ class ShardedRows:
         return ShardedRows(self._files, self._counts, dim=self._dim, dtype=self.dtype, chosen=chosen)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_maps"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _maps=KeptOpen(_mapped, most=_OPEN_FILES))
 
     def _range(self, start: int, stop: int) -> np.ndarray:
         out = np.empty((stop - start, self._dim), dtype=self.dtype)
@@ -81,13 +90,7 @@ class ShardedRows:
         return out
 
     def _map(self, shard: int) -> np.ndarray:
-        mapped = self._maps.pop(shard, None)
-        if mapped is None:
-            mapped = np.load(self._files[shard], mmap_mode="r", allow_pickle=False)
-            if len(self._maps) >= _OPEN_FILES:
-                del self._maps[next(iter(self._maps))]
-        self._maps[shard] = mapped  # at the end, so that the first is the least recently used
-        return mapped
+        return self._maps(self._files[shard])
 
 
 def checked_rows(rows: Integer[np.ndarray, " n"], count: int) -> Int[np.ndarray, " n"]:

@@ -1,8 +1,11 @@
 """Decoding in worker processes: batches arrive in order, and what fails in a worker is raised in this process."""
 
+import atexit
 import functools
+import multiprocessing
 import signal
 import traceback
+import weakref
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -58,8 +61,11 @@ def decoded_batches(
         worker_init_fn=_leave_signals_to_the_parent,
     )
 
-    decoded: Any = iter(loader)
+    decoded: Any = None
+    others = set(multiprocessing.active_children())
     try:
+        decoded = iter(loader)
+        _live.add(decoded)
         for batch in decoded:
             if isinstance(batch, _Failure):
                 raise batch.error
@@ -72,10 +78,31 @@ def decoded_batches(
             fix=f"Memory or /dev/shm ran out: lower machine.workers (0 decodes in this process) or {smaller_batch}.",
         ) from error
     finally:
-        # By default torch ends the workers when the iterator is freed. The traceback of a kept exception delays
-        # that to the exit of Python, which sends SIGTERM and waits; these workers ignore SIGTERM.
-        if workers:
-            decoded._shutdown_workers()
+        if decoded is not None:
+            _end_workers(decoded)
+        else:  # not all could be started, and torch forgets those that were
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+
+
+# By default torch ends the workers when the iterator is freed. The traceback of a kept exception delays that to the exit
+# of Python, which sends SIGTERM and waits; these workers ignore SIGTERM. So they are ended here in any case.
+_live: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+def _end_workers(decoded: Any) -> None:
+    workers = getattr(decoded, "_workers", ())
+    if workers:
+        decoded._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():  # in a read that does not end
+            worker.kill()
+
+
+@atexit.register
+def _end_all() -> None:
+    for decoded in list(_live):
+        _end_workers(decoded)
 
 
 @dataclass(frozen=True)

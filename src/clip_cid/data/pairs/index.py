@@ -21,6 +21,7 @@ from clip_cid.data.pairs.format import EmptySourceError, LocalSource, PairFormat
 from clip_cid.data.pairs.pair import DUPLICATE
 from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS, key_hash
 from clip_cid.errors import DataError
+from clip_cid.open_files import KeptOpen
 from clip_cid.recipe import PairsConfig
 from clip_cid.run_folder import atomic_file
 
@@ -45,11 +46,10 @@ class IndexedSource:
     in_memory: tuple[pa.RecordBatch, ...] = ()
 
     def batch(self, number: int) -> pa.RecordBatch:
-        return self.in_memory[number] if self.index is None else _mapped_batch(self.index, number)
+        return self.in_memory[number] if self.index is None else _mapped_batch((self.index, number))
 
 
-@lru_cache(maxsize=_OPEN_FILES)
-def _open_index(path: str) -> pa.RecordBatchFileReader:
+def _open(path: str) -> pa.RecordBatchFileReader:
     # No threads of its own, so that a forked process can use it.
     return pa.ipc.open_file(_mapped(path)[:-_CHECKSUM_BYTES], options=pa.ipc.IpcReadOptions(use_threads=False))
 
@@ -59,9 +59,13 @@ def _mapped(path: str) -> pa.Buffer:
     return pa.memory_map(path).read_buffer()
 
 
-@lru_cache(maxsize=_OPEN_FILES)
-def _mapped_batch(path: str, number: int) -> pa.RecordBatch:
+def _read_batch(place: tuple[str, int]) -> pa.RecordBatch:
+    path, number = place
     return _open_index(path).get_batch(number)
+
+
+_open_index = KeptOpen(_open, most=_OPEN_FILES)
+_mapped_batch = KeptOpen(_read_batch, most=_OPEN_FILES)
 
 
 def index_sources(
@@ -125,7 +129,7 @@ def _index_source(
         _write(file, source.format.schema, batches)
 
     numbers = range(_open_index(str(file)).num_record_batches)
-    rows = tuple(_mapped_batch(str(file), number).num_rows for number in numbers)
+    rows = tuple(_mapped_batch((str(file), number)).num_rows for number in numbers)
     return IndexedSource(source.format, local, prefix, rows, str(file))
 
 
@@ -217,8 +221,9 @@ def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> 
         checksum = _checksum(_mapped(str(temporary)))
         with open(temporary, "ab") as file:
             file.write(checksum)
-    for cached in (_open_index, _mapped_batch, _is_whole):
-        cached.cache_clear()  # it may hold the file that was there before
+    for cached in (_open_index, _mapped_batch):
+        cached.clear()  # it may hold the file that was there before
+    _is_whole.cache_clear()
 
 
 def _digest(value: Any) -> str:
@@ -271,7 +276,7 @@ class PairIndex:
             columns = {"row": list(bad), "reason": list(bad.values())}
             _write(path, _BAD_SCHEMA, [pa.RecordBatch.from_pydict(columns, schema=_BAD_SCHEMA)])
 
-        listed = _mapped_batch(str(path), 0)
+        listed = _mapped_batch((str(path), 0))
         return dict(zip(listed.column("row").to_pylist(), listed.column("reason").to_pylist(), strict=True))
 
     def _find_bad(self) -> dict[int, str]:

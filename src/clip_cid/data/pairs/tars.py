@@ -8,7 +8,6 @@ import os
 import re
 import tarfile
 from collections.abc import Generator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from clip_cid.data.pairs.pair import BadSample, Pair
 from clip_cid.data.pairs.plain_tar import FETCH_AGAIN, plain_files
 from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS, clean_captions, field_text, key_hash, readable_key
 from clip_cid.errors import DataError
+from clip_cid.open_files import KeptOpen
 from clip_cid.recipe import PairsConfig
 
 METADATA = re.compile(r"__[^/]*__($|/)")
@@ -203,19 +203,21 @@ class _Descriptor:
         os.close(self.number)
 
 
-@lru_cache(maxsize=_OPEN_TARS)
-def _open(source: LocalSource) -> _Descriptor:
+def _open_tar(source: LocalSource) -> _Descriptor:
     try:
         opened = _Descriptor(os.open(source.path, os.O_RDONLY | os.O_CLOEXEC), source.name)
     except FileNotFoundError as error:
         raise _changed(source.name) from error
-    except OSError as error:
+    except PermissionError as error:
         raise DataError(f"{source.name}: cannot be opened ({error.strerror}).", fix="Check its permissions.") from error
 
     status = os.fstat(opened.number)
     if (status.st_size, status.st_mtime_ns) != (source.bytes, source.mtime_ns):
         raise _changed(source.name)
     return opened
+
+
+_open = KeptOpen(_open_tar, most=_OPEN_TARS)
 
 
 def _changed(name: str) -> DataError:

@@ -109,6 +109,40 @@ def test_a_process_ends_though_an_error_that_it_keeps_holds_its_workers() -> Non
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, timeout=120)
 
 
+@pytest.mark.slow
+def test_a_process_ends_though_its_reader_failed_and_is_kept() -> None:
+    """The reader's traceback holds the generator, which nobody has closed."""
+    code = (
+        "from test_decoding import Numbers, decoded_batches\n"
+        "batches = decoded_batches(Numbers(), ([n] for n in range(99)), tuple, workers=2, smaller_batch='x')\n"
+        "try:\n"
+        "    for batch in batches:\n"
+        "        raise OSError(24, 'Too many open files')\n"
+        "except OSError as error:\n"
+        "    kept = error\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, timeout=120)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's iterator, half made
+def test_workers_are_ended_if_not_all_of_them_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, starts = set(multiprocessing.active_children()), []
+    start = multiprocessing.process.BaseProcess.start
+
+    def start_one(process: Any) -> None:
+        if starts:
+            raise OSError(errno.EMFILE, "Too many open files")
+        starts.append(process)
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_one)
+    with pytest.raises(OSError, match="Too many open files"):
+        decode(Numbers(), workers=2)
+    starts[0].join(60)
+    assert starts[0].exitcode == -signal.SIGKILL
+    assert set(multiprocessing.active_children()) <= before
+
+
 def test_no_worker_outlives_a_reader_that_stops_early() -> None:
     before = multiprocessing.active_children()
     batches = decoded_batches(

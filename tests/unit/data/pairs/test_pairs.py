@@ -1046,8 +1046,8 @@ def test_an_index_that_cannot_be_read_is_made_again_with_a_word(
     for file in files:
         file.unlink()
         file.write_bytes(b"ARROW1 and then nothing")
-    index._open_index.cache_clear()
-    index._mapped_batch.cache_clear()
+    index._open_index.clear()
+    index._mapped_batch.clear()
     assert read_all(open_pairs(config(small), index=tmp_path / "index")) == expected
     assert caplog.text.count("this index cannot be read") == 2
 
@@ -1068,8 +1068,9 @@ def test_a_damaged_index_is_noticed_and_made_again(
         }[damage]
         file.unlink()
         file.write_bytes(content)
-    for cached in (index._open_index, index._mapped_batch, index._is_whole):
-        cached.cache_clear()
+    for cached in (index._open_index, index._mapped_batch):
+        cached.clear()
+    index._is_whole.cache_clear()
     assert read_all(open_pairs(config(small), index=tmp_path / "index")) == expected
     assert caplog.text.count("this index cannot be read (its checksum is wrong); it is made again") == 2
 
@@ -1153,8 +1154,8 @@ def test_relative_paths_hold_when_the_working_folder_changes(
     local = open_pairs(config(small.name), index=Path("index"))
     fetched = open_pairs(config(f"pipe:cat {small.name}"), index=Path("index"), cache_dir=Path("cache"))
     monkeypatch.chdir("/")
-    index._open_index.cache_clear()
-    index._mapped_batch.cache_clear()
+    index._open_index.clear()
+    index._mapped_batch.clear()
     assert read_all(local) == read_all(fetched)
 
 

@@ -31,12 +31,13 @@ test-elsewhere: setup  ## the tests of numbers as another processor would run th
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell OMP_NUM_THREADS=1 $(PYTEST) -m 'not slow' $(NUMBERS)
 	CLIP_CID_SEED_SHIFT=1000 HYPOTHESIS_PROFILE=elsewhere $(PYTEST) -m 'not slow' --hypothesis-seed=1000 $(NUMBERS)
 
-# How often each command is disturbed in each way; another SEED gives other places.
+# How often each command is disturbed in each way, and damaged files of each kind; another SEED gives other ones.
 KILLS ?= 40
+MUTANTS ?= 170
 SEED ?= 0
 
-faults: setup  ## kill commands at file operations, let these fail, cut the power: the long rounds (an hour or more)
-	$(BIN)/python tests/faults --kills $(KILLS) --kills-in-time $(KILLS) --power-cuts $(KILLS) --failures $(KILLS) --seed $(SEED)
+faults: setup  ## kill commands at file operations, let these fail, cut the power, damage files: hours
+	$(BIN)/python tests/faults --kills $(KILLS) --kills-in-time $(KILLS) --power-cuts $(KILLS) --failures $(KILLS) --mutants $(MUTANTS) --seed $(SEED)
 
 check: setup  ## format, lint, types, and who imports whom
 	$(BIN)/ruff format --check $(SOURCES)

@@ -1,16 +1,18 @@
 """The commands that are disturbed, each with the folder it begins in; made once, on the smallest sample."""
 
 import dataclasses
+import io
 import json
 import shutil
-from collections.abc import Mapping
+import tarfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import results
 from commands import Commands, Ended, Harm
 
-PAIRS = 48
+PAIRS, CAPTIONS = 48, "captions.json"
 TINY: dict[str, Any] = {
     "embed_dim": 12,
     "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8},
@@ -82,47 +84,89 @@ CASES = (
 )
 
 
+def read_tars(folder: Path) -> dict[str, dict[str, bytes]]:
+    """The samples of tars by key: extension -> content."""
+    samples: dict[str, dict[str, bytes]] = {}
+    for shard in sorted(folder.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                stem, _, suffix = member.name.partition(".")
+                content = tar.extractfile(member)
+                assert content is not None
+                samples.setdefault(stem, {})[suffix] = content.read()
+    return samples
+
+
+def _split(folder: Path) -> None:
+    """The one tar of so small a sample as several, so that embed has shards to resume at."""
+    samples = list(read_tars(folder).items())
+    for path in folder.glob("*.tar"):
+        path.unlink()
+    for number, start in enumerate(range(0, len(samples), PAIRS // 3)):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for stem, files in samples[start : start + PAIRS // 3]:
+                for suffix, content in files.items():
+                    member = tarfile.TarInfo(f"{stem}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
 class Cases:
     """The states, the undisturbed result of each command, and a folder in which they are tried."""
 
-    def __init__(self, scratch: Path, commands: Commands) -> None:
-        self.commands = commands
+    def __init__(
+        self, scratch: Path, commands: Commands, makers: Mapping[str, Callable[["Cases"], None]] | None = None
+    ) -> None:
+        self.commands, self._makers = commands, makers or {}
         self._states, self.here = scratch / "states", scratch / "here"  # one path in all trials: it is in some results
-        self._expected: dict[str, Mapping[str, str]] = {}
+        self._undisturbed: dict[str, tuple[Ended, Mapping[str, str]]] = {}
 
     def expected(self, case: Case) -> Mapping[str, str]:
         """What the undisturbed command leaves."""
-        if case.name not in self._expected:
-            self.begin(case)
-            ended = self.run(case)
-            assert ended.code == 0, ended.stderr
-            self._expected[case.name] = results.contents(self.here)
-        return self._expected[case.name]
+        return self._of(case)[1]
+
+    def said(self, case: Case) -> Ended:
+        """How the undisturbed command ends."""
+        return self._of(case)[0]
 
     def begin(self, case: Case) -> None:
         """Put the folder into the case's state."""
-        self._restore(case.before)
+        self.restore(case.before)
 
     def run(self, case: Case, harm: Harm | None = None, *, kill_after: float | None = None) -> Ended:
         return self.commands.run(case.arguments, self.here, harm=harm, kill_after=kill_after)
 
-    def _restore(self, state: str) -> None:
+    def restore(self, state: str) -> None:
+        """Put the folder into a state."""
         if not (self._states / state).exists():
             self._make(state)
         shutil.rmtree(self.here, ignore_errors=True)
         shutil.copytree(self._states / state, self.here, symlinks=True)
 
+    def _of(self, case: Case) -> tuple[Ended, Mapping[str, str]]:
+        if case.name not in self._undisturbed:
+            self.begin(case)
+            ended = self.run(case)
+            assert ended.code == 0, ended.stderr
+            self._undisturbed[case.name] = ended, results.contents(self.here)
+        return self._undisturbed[case.name]
+
     def _make(self, state: str) -> None:
         """Make a state, from the one before it."""
-        if state == "data":
+        if state in self._makers:
+            self._makers[state](self)
+        elif state == "data":
             self.here.mkdir(parents=True, exist_ok=True)
             for name, content in (("tiny.json", TINY), ("teacher.yaml", TEACHER), ("student.yaml", STUDENT)):
                 (self.here / name).write_text(json.dumps(content))  # which is YAML too
             self._must("sample", "data", "--pairs", str(PAIRS))
+            _split(self.here / "data" / "pairs")
+            captions = {stem: files["txt"].decode() for stem, files in read_tars(self.here / "data" / "pairs").items()}
+            (self.here / CAPTIONS).write_text(json.dumps(captions))
             self._must("distill", "teacher", "--recipe", "teacher.yaml")
         else:
             case = CASES[STAGES.index(state)]
-            self._restore(case.before)
+            self.restore(case.before)
             self._must(*case.arguments)
         shutil.copytree(self.here, self._states / state, symlinks=True)
 

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import commands
 import disturbances
+import mutants
 import pytest
 from cases import CASES, Cases
 from disturbances import Outcome
+from states import MAKERS
 
 pytestmark = [
     pytest.mark.faults,
@@ -19,13 +21,14 @@ pytestmark = [
 ]
 BY_NAME = {case.name: case for case in CASES}
 QUICK = ("embed", "balance", "cluster", "distill", "evaluate", "sample", "init")
+DAMAGED = ("pairs: csv", "pairs: tar", "embeddings: .npz", "embed's files", "manifests", "recipe", "unfinished balance")
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cases]:
     folder = tmp_path_factory.mktemp("faults")
     server = commands.Commands(folder / "server")
-    yield Cases(folder / "work", server)
+    yield Cases(folder / "work", server, MAKERS)
     server.close()
 
 
@@ -35,3 +38,10 @@ def test_the_same_command_puts_right_what_a_disturbance_has_left(cases: Cases, n
     for trial in kind(cases, BY_NAME[name], 2, random.Random(f"{kind.__name__} {name}")):
         result = disturbances.attempt(cases, trial)
         assert result.outcome in (Outcome.RIGHT, Outcome.LEFTOVER), f"{trial}: {result.words}"
+
+
+@pytest.mark.parametrize("target", [target for target in mutants.targets() if target.name in DAMAGED], ids=str)
+def test_a_damaged_file_is_an_error_in_two_lines_or_counted_or_made_again(cases: Cases, target: mutants.Target):
+    for mutant in mutants.mutants(target, 2, random.Random(target.name)):
+        judged = mutants.judge(cases, mutant)
+        assert judged.kind not in mutants.BAD, f"{mutant}: {judged.words}"

@@ -114,11 +114,12 @@ class PairsConfig(Config):
     """Table only: the column with the caption, or with a list of captions."""
     key_column: str | None = None
     """Table only: the column with a unique key; the image path when absent."""
-    key_prefix: Literal["none", "shard"] = "none"
-    """Put the name of the tar, table or folder before the keys of its pairs (`00000/key`), for keys
-    that repeat from one to the next."""
-    merge_rows: bool = False
-    """Table only: make one pair of all rows of one key, with the caption of each row."""
+    key_prefix: Literal["shard"] | None = None
+    """shard puts the name of the tar, table or folder before the keys of its pairs (`00000/key`),
+    for keys that repeat from one to the next."""
+    repeated_rows: Literal["merge"] | None = None
+    """Table only: merge makes one pair of all rows of one key, with the caption of each. When
+    absent, a row whose key an earlier one has is broken."""
     captions_field: str = "captions"
     """Tars only: the json field with several captions of one image. Where it is absent, each line
     of the .txt is a caption, unless another json field holds the whole text too."""

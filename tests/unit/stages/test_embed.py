@@ -199,7 +199,7 @@ def test_keys_that_repeat_are_told_with_the_settings_that_help(tmp_path: Path, t
     with pytest.raises(DataError, match=r"4 of 13 pairs cannot be used so far.*duplicate key") as error:
         run(tmp_path / "run", recipe(tars, teachers[0]))
     assert "pairs.key_prefix: shard" in error.value.fix
-    assert "pairs.merge_rows: true" in error.value.fix
+    assert "pairs.repeated_rows: merge" in error.value.fix
     assert run(tmp_path / "more", recipe(tars, teachers[0], pairs={"key_prefix": "shard"}))["ok"] == 13
 
 

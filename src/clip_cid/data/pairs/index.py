@@ -99,7 +99,7 @@ def index_sources(
 
 def _key_prefixes(named: Sequence[Source], settings: PairsConfig) -> list[str]:
     """What stands before the keys of each source: its name, with as many folders as make it unlike the others."""
-    if settings.key_prefix == "none":
+    if settings.key_prefix is None:
         return [""] * len(named)
 
     paths = [source.path_without_suffix.split("/") for source in named]

@@ -45,7 +45,7 @@ class Tables(PairFormat):
 
     def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
         columns = [settings.image_column, settings.caption_column, settings.key_column, settings.keep_fields]
-        columns.append(settings.merge_rows)
+        columns.append(settings.repeated_rows)
         return Scan([source.bytes, source.mtime_ns, *columns], _scan_table(source.path, source.name, settings))
 
     def read(self, source: LocalSource, row: dict[str, Any], settings: PairsConfig) -> Pair:
@@ -74,7 +74,7 @@ def _scan_table(path: Path, name: str, settings: PairsConfig) -> Generator[pa.Re
     fix = "Check that it is whole, and of the kind its name says (.csv: commas, .tsv: tabs, .parquet)."
     try:
         parts = read_table(path, name, columns, settings)
-        for cells in _merged(parts, name, settings) if settings.merge_rows else parts:
+        for cells in _merged(parts, name, settings) if settings.repeated_rows == "merge" else parts:
             yield _index_rows(cells, settings)
     except (pa.ArrowException, TableFault, OSError, ValueError, OverflowError) as error:
         if isinstance(error, TableFault) and error.of_quotes:

@@ -715,7 +715,7 @@ def test_rows_of_one_image_are_one_pair_of_several_captions_where_that_is_set(
 
     assert list(open_pairs(config(path)).known_bad) == [2, 4, 5]
     for where in (None, tmp_path / "index"):
-        pairs = open_pairs(config(path, merge_rows=True, keep_fields=("note",)), index=where)
+        pairs = open_pairs(config(path, repeated_rows="merge", keep_fields=("note",)), index=where)
         assert read_all(pairs) == [
             Pair(images[0], b"image images/000.jpg", ("a", "c"), {"note": "note a"}),
             Pair(images[1], b"image images/001.jpg", ("b", "e"), {"note": "note b"}),
@@ -727,7 +727,7 @@ def test_rows_of_one_image_are_one_pair_of_several_captions_where_that_is_set(
 def test_rows_of_one_key_and_several_images_are_not_one_pair(tmp_path: Path) -> None:
     images = make_images(tmp_path, 2)
     (tmp_path / "t.csv").write_text(f"id,image,caption\n7,{images[0]},a\n7,{images[1]},b\n7,{images[0]},c\n,,d\n,,e\n")
-    pairs = open_pairs(config(tmp_path / "t.csv", key_column="id", merge_rows=True))
+    pairs = open_pairs(config(tmp_path / "t.csv", key_column="id", repeated_rows="merge"))
     assert pairs.read(0).captions == ("a", "c")
     assert list(pairs.known_bad.values()) == ["duplicate key, first used by row 0", *["no image (empty image)"] * 2]
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from clip_cid import os_errors
 from clip_cid.units import duration
@@ -103,11 +104,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str |
     out = Console()
     if not out.is_terminal:
         out = Console(width=_FILE_WIDTH)
-    grid = Table(title=title, title_justify="left", header_style="bold")
+    # As `Text`, since a name may have brackets, which rich takes for its markup.
+    grid = Table(title=None if title is None else Text(title), title_justify="left", header_style="bold")
     for column in columns:
-        grid.add_column(column, overflow="fold")
+        grid.add_column(Text(column), overflow="fold")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))
     with _standard_output():
         out.print(grid)
 
@@ -156,10 +158,10 @@ def progress(what: str, total: int, *, unit: str = "images", start: int = 0) -> 
         yield Bar(what, total, unit, start, None)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -44,6 +44,10 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ALLOW_PIPE = "CLIP_CID_ALLOW_PIPE"
 """The environment variable that lets a source `pipe:COMMAND` run its command: a recipe may be somebody else's."""
 _MOST_PROBLEMS = 20  # that a message names
+STUDENT = "student"
+"""The name of a run's own model among those it compares."""
+STORE_COLUMNS = ("key", "caption", "captions", "ok", "width", "height")
+"""Columns that an embedding store has of its own."""
 _LIMITS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
 
 
@@ -97,6 +101,22 @@ def _each_once(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
+def _not_taken(values: tuple[str, ...]) -> tuple[str, ...]:
+    if taken := sorted(set(values) & set(STORE_COLUMNS)):
+        raise PydanticCustomError(
+            "taken", "{names} would hide a column the store has of its own", {"names": ", ".join(taken)}
+        )
+    return values
+
+
+def _printable(value: str) -> str:
+    if not (value.strip() and value.isprintable()):
+        raise PydanticCustomError("name", "a name should be of characters that can be printed")
+    return value
+
+
+_ModelName = Annotated[str, AfterValidator(_printable)]
+_SetName = Annotated[str, Field(max_length=100), AfterValidator(_printable)]  # a part of names of files
 _Texts = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 """A list of texts; one text alone is a list of one."""
 
@@ -123,7 +143,7 @@ class PairsConfig(Config):
     captions_field: str = "captions"
     """Tars only: the json field with several captions of one image. Where it is absent, each line
     of the .txt is a caption, unless another json field holds the whole text too."""
-    keep_fields: Annotated[_Texts, AfterValidator(_each_once)] = ()
+    keep_fields: Annotated[_Texts, AfterValidator(_each_once), AfterValidator(_not_taken)] = ()
     """Json fields or table columns to store beside the embeddings, such as a known duplicate
     group."""
     max_bad_share: Share = 0.01
@@ -268,7 +288,7 @@ class ValidationConfig(Config):
     them."""
     every: PositiveInt | None = None
     """Pairs between two measurements. When absent: an epoch."""
-    sets: dict[str, str] = {}
+    sets: dict[_SetName, str] = {}
     """Name -> labelled set, as in evaluate.sets. It is classified zero-shot at each measurement."""
     metric: Literal["retrieval", "zero_shot", "loss"] = "retrieval"
     """The number that decides which student is the best: mean recall on the held-out pairs, mean
@@ -429,11 +449,11 @@ class DistillConfig(Config):
 class EvaluateConfig(Config):
     """Zero-shot, linear probe, neighbors and retrieval (docs/evaluation.md)."""
 
-    sets: dict[str, str] = {}
+    sets: dict[_SetName, str] = {}
     """Name -> labelled set. It is `builtin:digits` (of scikit-learn), a folder in CLIP_benchmark's
     WebDataset layout or its URL, a folder with train/ and test/ of one folder a class, or a known
     set as it is published; see docs/evaluation_sets.md."""
-    retrieval: dict[str, _Texts] = {}
+    retrieval: dict[_SetName, _Texts] = {}
     """Name -> pairs, as in pairs.source, on which image-text retrieval is measured."""
     zero_shot: bool = True
     """Zero-shot classification by the nearest prompt."""
@@ -447,7 +467,7 @@ class EvaluateConfig(Config):
     student: bool = True
     """Off for a recipe without a student of its own: nothing is trained, and only the models of
     compare are measured."""
-    compare: dict[str, str] = {}
+    compare: dict[_ModelName, str] = {}
     """Name -> model evaluated beside the student: `run:path`, `local-dir:path`, `hf-hub:org/name`,
     or `name/tag` of open_clip, where the tag may be a checkpoint (.pt)."""
     seed: NonNegativeInt = 0
@@ -459,6 +479,8 @@ class EvaluateConfig(Config):
             raise ValueError(
                 "evaluate.student: false, and evaluate.compare names no model, so there is none to evaluate"
             )
+        if self.student and STUDENT in self.compare:
+            raise ValueError(f"evaluate.compare: a model is named {STUDENT!r}, which is this run's own; rename it")
         return self
 
 

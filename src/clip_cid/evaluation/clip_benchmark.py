@@ -26,7 +26,7 @@ def write_clip_benchmark(folder: Path, scores: Sequence[Score], references: Mapp
     for (model, name, task), values in metrics.items():
         architecture, tag = _architecture_and_tag(model, references[model])
         theirs = PROTOCOLS[task].clip_benchmark
-        title = re.sub(r"[^A-Za-z0-9]+", "-", f"{name}_{model}_{theirs}")
+        title = re.sub(r"[^A-Za-z0-9]+", "-", f"{name}_{model}_{theirs}")[:150]
         digest = hashlib.sha256(f"{model}\n{name}\n{task}".encode()).hexdigest()[:8]  # titles may collide
         result = {"dataset": name, "model": architecture, "pretrained": tag, "task": theirs, "metrics": values}
         write_json(folder / f"{title}-{digest}.json", {**result, "language": "en"})

@@ -8,10 +8,11 @@ from typing import Any, overload
 from clip_cid.errors import DataError
 from clip_cid.evaluation.protocols import PROTOCOLS, RETRIEVAL
 from clip_cid.journal import Journal
+from clip_cid.recipe import STUDENT
 from clip_cid.run_folder import read_json
 
 RESULTS = "results.jsonl"
-STUDENT, TEACHER, BASELINE = "student", "teacher", "baseline"
+TEACHER, BASELINE = "teacher", "baseline"
 MEAN = "mean"
 """The metric of a difference over a group of sets."""
 

@@ -10,7 +10,7 @@ from clip_cid.data.pairs.sources import find_sources
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, MissingSetError, open_set
 from clip_cid.data.sets.known_sets import IMAGENET, few, find_known_set, known_sets
 from clip_cid.data.sets.readers import tars
-from clip_cid.errors import ConfigError, DataError
+from clip_cid.errors import DataError
 from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
 from clip_cid.evaluation.comparison import differences
 from clip_cid.evaluation.features import Encoder, UnmeasurableError, drop_unfinished, prune
@@ -108,10 +108,6 @@ def _models(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
     compare = recipe.evaluate.compare
     if not recipe.evaluate.student:
         return compare
-    if STUDENT in compare:
-        raise ConfigError(
-            f"evaluate.compare: a model is named {STUDENT!r}, which is this run's own.", fix="Give it another name."
-        )
     return {STUDENT: f"local-dir:{folder.stage(DISTILL) / 'student'}", **compare}
 
 

@@ -33,7 +33,6 @@ from clip_cid.unit_length import is_unit
 
 SKIPPED_FILE, PROGRESS_FILE = "skipped.jsonl", "store.part.jsonl"
 FOLDERS = {"image": "img_emb", "text": "text_emb", "more_text": "more_text_emb", "metadata": "metadata"}
-COLUMNS = ("key", "caption", "captions", "ok", "width", "height")
 AGAIN = "Run the embed stage again, with --force."
 _HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _UNREADABLE = (OSError, zlib.error, zipfile.BadZipFile)  # of the file or of the archive, not of the header

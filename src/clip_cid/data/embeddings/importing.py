@@ -19,7 +19,6 @@ from jaxtyping import Bool, Float
 
 from clip_cid import log, units
 from clip_cid.data.embeddings.files import (
-    COLUMNS,
     FOLDERS,
     PROGRESS_FILE,
     SKIPPED_FILE,
@@ -40,6 +39,7 @@ from clip_cid.data.embeddings.layouts import FIX, LayoutShard, Vectors, find_emb
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.errors import DataError
 from clip_cid.journal import Journal
+from clip_cid.recipe import STORE_COLUMNS
 from clip_cid.run_folder import atomic_file
 
 _KEY_COLUMNS = ("key", "uid", "image_path")
@@ -151,7 +151,7 @@ def _columns(layout: Sequence[LayoutShard]) -> _Columns:
                 check_column(path, schema, name)
         if pa.types.is_nested(schema.field(key).type):
             raise not_texts(path, key, schema.field(key).type)
-    return _Columns(key, caption, tuple(name for name in names if name not in (*COLUMNS, key, caption)))
+    return _Columns(key, caption, tuple(name for name in names if name not in (*STORE_COLUMNS, key, caption)))
 
 
 class _Skipped:

@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float
 
 from clip_cid.data.embeddings.files import (
     AGAIN,
-    COLUMNS,
     FOLDERS,
     PROGRESS_FILE,
     SKIPPED_FILE,
@@ -30,6 +29,7 @@ from clip_cid.data.embeddings.files import (
 )
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.journal import Journal
+from clip_cid.recipe import STORE_COLUMNS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +69,10 @@ class StoreWriter:
         fields: tuple[str, ...],
         num_shards: int,
     ) -> None:
-        if taken := sorted(set(fields) & set(COLUMNS)):
+        if taken := sorted(set(fields) & set(STORE_COLUMNS)):
             raise ConfigError(
                 f"pairs.keep_fields: {', '.join(taken)} would hide a column the store has of its own.",
-                fix=f"Rename the field in the data, or leave it out; taken are {', '.join(COLUMNS)}.",
+                fix=f"Rename the field in the data, or leave it out; taken are {', '.join(STORE_COLUMNS)}.",
             )
 
         self._out, self._progress = out, Journal(out / PROGRESS_FILE)

@@ -7,6 +7,8 @@ So a measurement with answers is whole, even if the process was killed.
 
 import re
 import shutil
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from clip_cid import log
+from clip_cid.errors import DataError
 from clip_cid.evaluation.scores import RESULTS, Score, read_scores
 from clip_cid.journal import Journal
 from clip_cid.run_folder import atomic_file
@@ -34,6 +38,7 @@ class Results:
         (folder / ANSWERS).mkdir(exist_ok=True)
         self._journal = Journal(folder / RESULTS)
         self._journal.drop_torn_line()
+        self._drop_damaged()
         self._known: dict[str, tuple[Path, list[Score]]] = {}
         for place in (earlier, folder):
             if place is not None:
@@ -79,9 +84,30 @@ class Results:
             if path.name not in used:
                 path.unlink()
 
+    def _drop_damaged(self) -> None:
+        """Work that does not load is absent: what it held is measured again."""
+        try:
+            _scores_in(self._folder)
+        except DataError as error:
+            log.warn(f"{error.problem} What was measured there is measured again.")
+            self._journal.replace()
+
     def _append(self, scores: Sequence[Score]) -> None:
         self._journal.append(*(score.line() for score in scores))
         self._journal.sync()
+
+
+def _scores_in(folder: Path) -> list[Score]:
+    return read_scores(folder / RESULTS) if (folder / RESULTS).is_file() else []
+
+
+def _can_be_read(answers: Path) -> bool:
+    """Whether every array is there and as its checksum says."""
+    try:
+        with open(answers, "rb") as handle, np.load(handle) as arrays:
+            return all(array is not None for array in arrays.values())
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        return False
 
 
 def _small(values: np.ndarray) -> np.ndarray:
@@ -90,11 +116,10 @@ def _small(values: np.ndarray) -> np.ndarray:
 
 
 def _whole_measurements(folder: Path) -> dict[str, list[Score]]:
-    """Key -> the scores of one model with that key, if its answers are there too."""
-    path = folder / RESULTS
+    """Key -> the scores of one model with that key, if its answers can be read too."""
     by_model: dict[tuple[str, str], dict[str, Score]] = {}
-    for score in read_scores(path) if path.is_file() else ():
-        if score.key and score.answers and (folder / ANSWERS / score.answers).is_file():
+    for score in _scores_in(folder):
+        if score.key and score.answers and _can_be_read(folder / ANSWERS / score.answers):
             # By metric, because a measurement killed before its answers were there has left its lines twice.
             by_model.setdefault((score.key, score.model), {})[score.metric] = score
 

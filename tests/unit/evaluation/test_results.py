@@ -43,6 +43,38 @@ def test_a_torn_line_is_dropped_and_the_next_one_is_whole(tmp_path: Path) -> Non
     assert [json.loads(line)["set"] for line in (out / RESULTS).read_text().splitlines()] == ["x", "y"]
 
 
+@pytest.mark.resume
+@pytest.mark.parametrize("damage", [b"\0" * 40, b"\xff{}\n", b"[]\n", b'{"model": 3}\n'])
+def test_lines_that_do_not_load_are_measured_again(
+    damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = folder(tmp_path / "out")
+    Results(out, None).add("k1", [score()], PREDICTED)
+    content = (out / RESULTS).read_bytes()
+    (out / RESULTS).write_bytes(damage + content)
+    again = Results(out, None)
+    assert "is measured again" in caplog.text
+    assert again.take_over("k1", model="a") is None
+    again.add("k1", [score()], PREDICTED)
+    assert (out / RESULTS).read_bytes() == content
+    assert Results(out, None).take_over("k1", model="a") is not None
+
+
+@pytest.mark.resume
+@pytest.mark.parametrize("damage", ["empty", "zeros", "cut", "one byte"])
+def test_answers_that_do_not_load_are_measured_again(damage: str, tmp_path: Path) -> None:
+    out = folder(tmp_path / "out")
+    Results(out, None).add("k1", [score()], {"predicted": np.arange(500), "labels": np.arange(500)})
+    (answers,) = (out / ANSWERS).iterdir()
+    content = bytearray(answers.read_bytes())
+    content[len(content) // 3] ^= 255
+    whole = answers.read_bytes()
+    answers.write_bytes(
+        {"empty": b"", "zeros": bytes(len(whole)), "cut": whole[:-30], "one byte": bytes(content)}[damage]
+    )
+    assert Results(out, None).take_over("k1", model="a") is None
+
+
 def test_lines_without_their_answers_are_measured_again_and_not_doubled(tmp_path: Path) -> None:
     """As after a kill between the lines and the answers, twice."""
     out = folder(tmp_path / "out")

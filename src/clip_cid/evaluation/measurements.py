@@ -41,9 +41,13 @@ class PairSet:
     pairs: Pairs
     max_pixels: int
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """A digest of every image and caption, in order: of what is read, in whatever files it lies."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256(f"at most {self.max_pixels} pixels".encode())
         with log.progress(f"reading {self.title}", len(self), unit="pairs") as bar:
             for row in range(len(self)):

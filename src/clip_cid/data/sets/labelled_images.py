@@ -40,6 +40,7 @@ class Contents:
     digest_of: Callable[[Path], str] = sha256_file
     reading: str = ""
 
+    @functools.cached_property
     def digest(self) -> str:
         """Equal for equal files, wherever they lie and whenever they were written."""
         digest = hashlib.sha256(self.reading.encode())
@@ -62,13 +63,13 @@ class LabelledImages:
     contents: Contents
     images: Images
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """Changes when the content of the files behind the split changes, or how they are read.
 
         Reads every file that `contents.digest_of` does not know: only what keeps results asks for it.
         """
-        return self.contents.digest()
+        return self.contents.digest
 
     def __len__(self) -> int:
         return len(self.labels)

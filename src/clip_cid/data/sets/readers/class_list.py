@@ -30,9 +30,8 @@ def names_beside(file: Path, folders: Sequence[str], name: str) -> tuple[str, ..
             fix=HOW_TO_NAME.format(file),
         )
 
-    pairs = [tuple(part.strip() for part in line.partition("\t")[::2]) for line in named]
     if any("\t" in line for line in named):
-        names = _by_folder(file, dict(pairs), folders)
+        names = _by_folder(file, dict(_folder_and_name(line) for line in named), folders)
     elif sorted(_plain(line) for line in named) == sorted(_plain(folder) for folder in folders):
         names = _by_folder(file, {_plain(line): line for line in named}, [_plain(folder) for folder in folders])
     else:
@@ -40,6 +39,11 @@ def names_beside(file: Path, folders: Sequence[str], name: str) -> tuple[str, ..
     shown = few([f"{folder} is {text}" for folder, text in zip(folders, names, strict=True)])
     log.info(f"{name}: class names from {file.name}: {shown}")
     return names
+
+
+def _folder_and_name(line: str) -> tuple[str, str]:
+    folder, _, name = line.partition("\t")
+    return folder.strip(), name.strip()
 
 
 def _by_folder(file: Path, names: dict[str, str], folders: Sequence[str]) -> tuple[str, ...]:

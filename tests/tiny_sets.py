@@ -24,9 +24,9 @@ _CONFIG = {
 }
 
 
-def tiny_clip(folder: Path, *, seed: int = 0, **vision_cfg: object) -> Clip:
+def tiny_clip(folder: Path, *, seed: int = 0, embed_dim: int = 12, **vision_cfg: object) -> Clip:
     """A random model; `vision_cfg` replaces the whole of the ViT's."""
-    config = {**_CONFIG, "vision_cfg": vision_cfg or _CONFIG["vision_cfg"]}
+    config = {**_CONFIG, "embed_dim": embed_dim, "vision_cfg": vision_cfg or _CONFIG["vision_cfg"]}
     path = folder / "tiny.json"
     path.write_text(json.dumps(config))
     clip = build_student(str(path), embed_dim=None, seed=seed)

@@ -65,7 +65,9 @@ class Tars(PairFormat):
             remark = f"the .txt is used alone: {error.reason}"
 
         if not captions:
-            captions = _text_captions(text or b"", fields)
+            if text is None:
+                raise BadSample(f"no caption (no .txt, and no json field {settings.captions_field!r})")
+            captions = _text_captions(text, fields)
             remark = remark or ("each line of the .txt is a caption" if len(captions) > 1 else "")
         kept = {name: field_text(fields.get(name)) for name in settings.keep_fields}
         return Pair(row["key"], image, captions, kept, remark)

@@ -267,6 +267,7 @@ def test_every_kind_of_bad_sample_is_named_and_shifts_no_row(tmp_path: Path) -> 
         "field 'captions' holds a dict": sample("bad7", text=None, captions={"a": "b"}),
         "caption 1 is not UTF-8 (half": [("bad8.jpg", b"image"), ("bad8.json", b'{"captions": ["\\ud800"]}')],
         "json cannot be read (maximum": [("bad9.jpg", b"image"), ("bad9.json", b"[" * 100_000)],
+        "no caption (no .txt, and no json field 'captions')": sample("bad10", text=None, caption="x"),
         "duplicate key, first used by row 0": sample("good0"),
     }
     members = sample("good0")
@@ -278,7 +279,7 @@ def test_every_kind_of_bad_sample_is_named_and_shifts_no_row(tmp_path: Path) -> 
         assert reason(pairs, 2 * place + 1).startswith(why) or why in reason(pairs, 2 * place + 1)
     for place in range(len(bad) + 1):
         assert pairs.read(2 * place).image == f"image of good{place}".encode()
-    assert set(pairs.known_bad) == {1, 3, 21}
+    assert set(pairs.known_bad) == {1, 3, 23}
 
 
 def test_the_first_of_equal_keys_stays_good_across_shards(tmp_path: Path) -> None:

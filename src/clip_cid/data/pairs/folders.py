@@ -1,5 +1,6 @@
 """Folders of images, each with a .txt of the same name beside it; every line of the .txt is a caption."""
 
+import collections
 import os
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -9,11 +10,21 @@ from typing import Any
 import pyarrow as pa
 
 from clip_cid import log
-from clip_cid.data.pairs.format import COMMON_COLUMNS, SHARD_ROWS, LocalSource, PairFormat, Scan, Source
+from clip_cid.data.pairs.format import (
+    COMMON_COLUMNS,
+    SHARD_ROWS,
+    EmptySourceError,
+    LocalSource,
+    PairFormat,
+    Scan,
+    Source,
+)
 from clip_cid.data.pairs.pair import Pair
 from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS, clean_captions, key_hash, read_file, readable_key
 from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
+
+_OTHER_IMAGES = {".gif", ".bmp", ".tif", ".tiff", ".jfif", ".jpe", ".avif", ".heic", ".heif", ".ppm", ".pgm", ".jp2"}
 
 
 class Folders(PairFormat):
@@ -33,6 +44,7 @@ class Folders(PairFormat):
 
     def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
         listing = _list_folder(source.path)
+        _refuse_other_sources(source.name, listing)
         _warn_of_files_left_out(source.path, listing)
 
         # The folder's own size and time say nothing of the files below it, so theirs stand in the identity.
@@ -90,6 +102,8 @@ class _Listing:
     """Not followed, since links can form a circle."""
     texts_alone: list[str]
     """.txt files without an image of their name."""
+    others: collections.Counter[str]
+    """Files of other types, by suffix."""
 
 
 def _list_folder(path: Path) -> _Listing:
@@ -100,8 +114,9 @@ def _list_folder(path: Path) -> _Listing:
     """
     images: dict[str, os.stat_result] = {}
     texts: dict[str, os.stat_result] = {}
+    others = collections.Counter[str]()
     try:
-        linked = _walk(path, "", images, texts)
+        linked = _walk(path, "", images, texts, others)
     except OSError as error:
         raise DataError(f"{path}: cannot be listed ({error}).", fix="Check its permissions.") from error
 
@@ -120,10 +135,16 @@ def _list_folder(path: Path) -> _Listing:
         )
 
     used = {file.caption_file for file in listed}
-    return _Listing(listed, linked, sorted(text for text in texts if text not in used))
+    return _Listing(listed, linked, sorted(text for text in texts if text not in used), others)
 
 
-def _walk(root: Path, below: str, images: dict[str, os.stat_result], texts: dict[str, os.stat_result]) -> int:
+def _walk(
+    root: Path,
+    below: str,
+    images: dict[str, os.stat_result],
+    texts: dict[str, os.stat_result],
+    others: collections.Counter[str],
+) -> int:
     """Collect the files under `root/below`; returns how many linked folders were left out."""
     linked = 0
     with os.scandir(root / below) as entries:
@@ -134,7 +155,7 @@ def _walk(root: Path, below: str, images: dict[str, os.stat_result], texts: dict
                 continue
 
             if entry.is_dir(follow_symlinks=False):
-                linked += _walk(root, name + "/", images, texts)
+                linked += _walk(root, name + "/", images, texts, others)
             elif entry.is_dir():
                 linked += 1
             elif suffix.removeprefix(".") in IMAGE_EXTENSIONS and (entry.is_file() or entry.is_symlink()):
@@ -142,10 +163,25 @@ def _walk(root: Path, below: str, images: dict[str, os.stat_result], texts: dict
                 images[name] = entry.stat(follow_symlinks=entry.is_file())
             elif suffix == ".txt" and entry.is_file():
                 texts[name] = entry.stat()
+            else:
+                others[suffix] += 1
     return linked
 
 
+def _refuse_other_sources(name: str, listing: _Listing) -> None:
+    """Nothing but files that are sources themselves, such as the tars of a downloaded data set."""
+    for suffix in (".tar", ".parquet", ".csv", ".tsv"):
+        if not listing.images and (count := listing.others[suffix]):
+            raise EmptySourceError(
+                f"{name}: a folder without images; it holds {count:,} {suffix} files.",
+                fix=f"Give the files themselves: {name.rstrip('/')}/**/*{suffix}",
+            )
+
+
 def _warn_of_files_left_out(path: Path, listing: _Listing) -> None:
+    if pictures := {suffix: count for suffix, count in listing.others.items() if suffix in _OTHER_IMAGES}:
+        types = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(pictures.items()))
+        log.warn(f"{path}: images of other types than .{', .'.join(IMAGE_EXTENSIONS)} are left out: {types}")
     if listing.linked_folders:
         log.warn(f"{path}: {listing.linked_folders:,} linked folders are not followed; name them in pairs.source")
     if listing.texts_alone:

@@ -926,6 +926,23 @@ def test_what_a_folder_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCapt
     assert "1 .txt files have no image of their name beside them, such as 'README.txt'" in caplog.text
 
 
+def test_images_of_other_types_in_a_folder_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {"a.jpg": b"a", "a.txt": b"a", "b.bmp": b"b", "c/d.BMP": b"d", "e.tiff": b"e", "notes.md": b""}
+    assert len(open_pairs(config(make_folder(tmp_path / "f", files)))) == 1
+    assert "images of other types than .jpg, .png, .jpeg, .webp are left out: 2 .bmp, 1 .tiff" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["x/0.tar", "0.parquet", "a/b/0.csv"])
+def test_a_folder_of_sources_is_not_a_source(tmp_path: Path, name: str) -> None:
+    folder = make_folder(tmp_path / "f", {name: b"", "README.md": b""})
+    suffix = Path(name).suffix
+    with pytest.raises(DataError, match=rf"f: a folder without images; it holds 1 {suffix} files") as error:
+        open_pairs(config(folder))
+    pattern = error.value.fix.removeprefix("Give the files themselves: ")
+    with pytest.raises(DataError, match=r"empty|cannot be read"):
+        open_pairs(config(pattern))
+
+
 def test_odd_entries_of_a_folder_are_no_trap(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "f", {"a.jpg": b"a", "a.txt": b"a", "gone.txt": b"x"})
     (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")

@@ -101,7 +101,7 @@ def make_run(base: Path, recipe: Recipe) -> RunFolder:
         if recipe.balance.enabled:
             _balance(folder, recipe, embeddings[good], result)
         clusters = spherical_kmeans(embeddings[kept], num_centers=recipe.cluster.num_centers)
-        part = folder.begin("cluster", "key", resumable=False)
+        part = folder.begin("cluster", {"key": "key"}, resumable=False).part
         np.save(part / "centers.npy", clusters.centers)
         np.save(part / "labels.npy", clusters.labels)
         publish(folder, "cluster", _cluster_summary(embeddings[kept], clusters))
@@ -181,9 +181,9 @@ def _embeddings() -> np.ndarray:
 
 
 def _embed(folder: RunFolder, recipe: Recipe, embeddings: np.ndarray) -> None:
-    part = folder.begin("embed", "key", resumable=False)
+    part = folder.begin("embed", {"key": "key"}, resumable=False).part
     pairs = open_pairs(recipe.pairs, index=folder.path / "index")
-    writer = StoreWriter(part, teacher={}, pairs=None, dim=DIM, fields=(), num_shards=1)
+    writer = StoreWriter(part, teacher={}, dim=DIM, fields=(), num_shards=1)
     writer.add(
         ShardRows(
             name="pairs",
@@ -222,7 +222,7 @@ def _embed(folder: RunFolder, recipe: Recipe, embeddings: np.ndarray) -> None:
 
 
 def _balance(folder: RunFolder, recipe: Recipe, rows: np.ndarray, result: Balance) -> None:
-    part = folder.begin("balance", "key", resumable=False)
+    part = folder.begin("balance", {"key": "key"}, resumable=False).part
     kept, set_of = result.kept, np.append(result.set_of, -1)
     images = UnitRows(rows, name="rows", any_length=False)
     forest = _forest(images, limit=0.2)
@@ -265,7 +265,7 @@ def _forest(images: UnitRows, *, limit: float) -> Forest:
 
 
 def _distill(folder: RunFolder, recipe: Recipe) -> None:
-    part = folder.begin("distill", "key", resumable=False)
+    part = folder.begin("distill", {"key": "key"}, resumable=False).part
     names = [name for name, weight in recipe.distill.weights.model_dump().items() if weight]
     with open(part / "metrics.jsonl", "w", encoding="utf-8") as handle:
         for step in range(10, 310, 10):
@@ -277,7 +277,7 @@ def _distill(folder: RunFolder, recipe: Recipe) -> None:
 
 
 def _evaluate(folder: RunFolder, recipe: Recipe) -> None:
-    part = folder.begin("evaluate", "key", resumable=False)
+    part = folder.begin("evaluate", {"key": "key"}, resumable=False).part
     with open(part / "results.jsonl", "w", encoding="utf-8") as handle:
         for place, model in enumerate(("student", *recipe.evaluate.compare)):
             for task in ("zero_shot", "linear_probe"):

@@ -72,7 +72,7 @@ def finished_run(path: Path, *, seed: int = 1, head: bool = True, evaluated: boo
     }
     publish(run, "balance", balance, ("embed",))
     publish(run, "cluster", CLUSTERS, ("embed", "balance"))
-    part = run.begin("distill", "distill-1", resumable=False)
+    part = run.begin("distill", {"key": "distill-1"}, resumable=False).part
     provenance = {
         "recipe": recipe,
         "steps": 3,
@@ -107,14 +107,14 @@ def finished_run(path: Path, *, seed: int = 1, head: bool = True, evaluated: boo
     }
     run.publish(record("distill", summary, results(run, "embed", "balance", "cluster")))
     if evaluated:
-        part = run.begin("evaluate", "evaluate-1", resumable=False)
+        part = run.begin("evaluate", {"key": "evaluate-1"}, resumable=False).part
         _results(part)
         run.publish(record("evaluate", {}, results(run, "distill"), settings={"evaluate": recipe["evaluate"]}))
     return run
 
 
 def publish(run: RunFolder, stage: str, summary: dict[str, Any], needs: Sequence[str], *, version: int = 1) -> None:
-    run.begin(stage, f"{stage}-{version}", resumable=False)
+    run.begin(stage, {"key": f"{stage}-{version}"}, resumable=False)
     run.publish(record(stage, summary, results(run, *needs), version=version))
 
 

@@ -67,7 +67,7 @@ def make_store(folder: Path, pairs: Pairs) -> EmbeddingStore:
     """Teacher embeddings of both captions of every pair."""
     if not (folder / "store.json").exists():
         count = len(pairs)
-        writer = StoreWriter(folder, teacher={"reference": "noise"}, pairs=None, dim=DIM, fields=(), num_shards=1)
+        writer = StoreWriter(folder, teacher={"reference": "noise"}, dim=DIM, fields=(), num_shards=1)
         rows = ShardRows(
             name="all",
             images=unit_rows(count, seed=1),

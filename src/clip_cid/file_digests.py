@@ -22,8 +22,8 @@ class FileDigests:
     written costs another read of the file.
     """
 
-    def __init__(self, store: Path) -> None:
-        self.store = store
+    def __init__(self, store: Path, *, read_only: bool = False) -> None:
+        self._store, self._read_only = store, read_only
         self._known: dict[str, str] | None = None
 
     def of(self, path: Path) -> str:
@@ -61,10 +61,12 @@ class FileDigests:
         if self._lines().get(state) == contents:
             return
         self._lines()[state] = contents
+        if self._read_only:
+            return
         line = json.dumps([state, contents]).encode() + b"\n"
         with contextlib.suppress(OSError):
-            self.store.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.store, "ab") as handle:
+            self._store.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._store, "ab") as handle:
                 handle.write(line)
 
     def learn_from(self, other: "FileDigests") -> None:
@@ -80,7 +82,7 @@ class FileDigests:
             self._known = {}
             content = b""
             with contextlib.suppress(OSError):
-                content = self.store.read_bytes()
+                content = self._store.read_bytes()
             for line in content.split(b"\n"):
                 with contextlib.suppress(ValueError, TypeError):
                     state, contents = json.loads(line)

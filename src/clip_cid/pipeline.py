@@ -7,17 +7,18 @@ a finished run are quick.
 import dataclasses
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any
 
 import threadpoolctl
 
 from clip_cid import log, os_errors, units
+from clip_cid.deciding_settings import deciding
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.file_digests import digest
+from clip_cid.made_from import Origins, whole_record
 from clip_cid.recipe import Recipe, dump_recipe
-from clip_cid.run_folder import RunFolder, StageRecord, atomic_file, now
+from clip_cid.run_folder import Begun, RunFolder, StageRecord, atomic_file, now
 from clip_cid.stage_names import BALANCE, EVALUATE
 from clip_cid.stages.facts import BY_NAME, STAGES, Stage
 from clip_cid.summaries import BalanceSummary, EvaluateSummary, as_json, read_summary
@@ -48,6 +49,7 @@ def active_stages(recipe: Recipe) -> tuple[Stage, ...]:
 def states(folder: RunFolder, recipe: Recipe) -> list[State]:
     """Each stage's state under this recipe, with the reason in words."""
     active = active_stages(recipe)
+    origins = Origins(folder, recipe, active)
     of_stages: list[State] = []
     will_run: dict[str, str] = {}  # stage -> the reason it gives to those after it
     for stage in STAGES:
@@ -55,14 +57,14 @@ def states(folder: RunFolder, recipe: Recipe) -> list[State]:
             of_stages.append(State(stage, "off", "not used by this recipe", None))
             continue
 
-        key, record = _key(stage, recipe, folder, active), folder.record(stage.name)
-        reason = _reason(stage, recipe, folder, record, will_run, active)
+        record = whole_record(folder, stage.name)
+        reason = _reason(stage, folder, record, will_run, origins)
         if record is not None and not reason:
             of_stages.append(State(stage, "done", "", record))
             continue
 
-        resumes = stage.resumable and key is not None and folder.resumes(stage.name, key)
-        if record is None:
+        resumes = _can_resume(stage, folder, origins)
+        if record is None and not reason:
             of_stages.append(State(stage, "missing", "has not run yet", None, resumes))
             will_run[stage.name] = f"{stage.name} has not run yet"
         else:
@@ -119,21 +121,12 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
         if only is not None:
             _check_only(folder, recipe, BY_NAME[only], todo, active)
 
-        # From here on the folder belongs to this recipe.
-        with atomic_file(folder.path / RECIPE_FILE) as temporary:
-            temporary.write_text(dump_recipe(recipe), encoding="utf-8")
-
+        # The folder belongs to this recipe as soon as a stage has accepted it.
+        folder.when_accepted(lambda: _store_recipe(folder, recipe))
         for stage in todo:
             forced = force and only in (None, stage.name)
-            state = next(state for state in states(folder, recipe) if state.stage is stage)
-            if state.status == "done" and not forced:
-                log.info(f"{stage.name:<9} up to date   {headline(state.record)}")
-                continue
-            if forced:
-                folder.forget(stage.name)
-            why = "forced" if state.status == "done" else f"{state.status}: {state.reason}"
-            log.info(f"{stage.name:<9} {why}; {'resuming' if state.resumes else 'running'}")
-            _run_stage(stage, folder, recipe, active)
+            _bring_up_to_date(stage, folder, recipe, active, forced=forced)
+        folder.accept()
 
         if only is None:
             _say_outcome(folder, recipe)
@@ -142,27 +135,31 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
 def take_over(folder: RunFolder, recipe: Recipe, others: Sequence[RunFolder]) -> None:
     """Adopt stages that other runs have finished, from the first on, if they are not current here.
 
-    A stage is adopted if its key is equal. The first one that is not adopted ends this; if it grows and has no
-    results here, it is given those of other settings to build upon.
+    A stage is adopted if it is what this run would make. The first one that is not adopted ends this; if it grows and
+    has no results here, it is given those of other settings to build upon.
     """
     with folder.lock():
         active = active_stages(recipe)
+        origins = Origins(folder, recipe, active)
+        for other in others:
+            folder.digests.learn_from(other.digests)
+
         for stage in active:
-            key, own = _key(stage, recipe, folder, active), folder.record(stage.name)
-            if own is not None and own.key == key:
+            own = whole_record(folder, stage.name)
+            if own is not None and not origins.difference(stage, own):
                 continue
 
-            finished = [(other, record) for other in others if (record := other.record(stage.name)) is not None]
-            lender = _first_whole(stage, [other for other, record in finished if record.key == key])
+            finished = [(other, record) for other in others if (record := whole_record(other, stage.name)) is not None]
+            lender = _first_whole(stage, [other for other, record in finished if not origins.difference(stage, record)])
             if lender is None:
                 if stage.grows and own is None:
-                    inputs = _inputs(stage, recipe, folder, active)
+                    inputs = origins.of(stage, parts=True).inputs
                     lender = _first_whole(stage, [other for other, record in finished if record.inputs == inputs])
                     if lender is not None:
                         folder.adopt(stage.name, lender)
                 return
 
-            folder.adopt(stage.name, lender)
+            folder.adopt(stage.name, lender, keep_old=stage.costly)
             log.info(f"{stage.name:<9} taken over from {lender.path}")
 
 
@@ -173,7 +170,7 @@ def _first_whole(stage: Stage, lenders: Sequence[RunFolder]) -> RunFolder | None
 def footprint(stage: Stage, recipe: Recipe) -> str:
     """A digest of all settings behind a stage's results: on the same files, equal footprints give equal results."""
     used = [BY_NAME[need] for need in stage.needs if recipe.uses(need)]
-    return digest([stage.settings(recipe), stage.version, *(footprint(need, recipe) for need in used)])
+    return digest([deciding(stage.settings(recipe)), stage.version, *(footprint(need, recipe) for need in used)])
 
 
 def verify(folder: RunFolder) -> list[str]:
@@ -223,30 +220,102 @@ def _say_outcome(folder: RunFolder, recipe: Recipe) -> None:
         log.table(["model", *names], rows)
 
 
-def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, active: tuple[Stage, ...]) -> None:
-    key, inputs = _key(stage, recipe, folder, active), _inputs(stage, recipe, folder, active)
-    assert key is not None, "the stages before it have run"
+def _store_recipe(folder: RunFolder, recipe: Recipe) -> None:
+    with atomic_file(folder.path / RECIPE_FILE) as temporary:
+        temporary.write_text(dump_recipe(recipe), encoding="utf-8")
 
+
+def _bring_up_to_date(
+    stage: Stage, folder: RunFolder, recipe: Recipe, active: tuple[Stage, ...], *, forced: bool
+) -> None:
+    """Run a stage that is missing, stale or forced."""
+    origins = Origins(folder, recipe, active)
+    state = next(state for state in states(folder, recipe) if state.stage is stage)
+    if state.status == "done" and not forced:
+        log.info(f"{stage.name:<9} up to date   {headline(state.record)}")
+        return
+
+    # The same settings may have been used before.
+    if not forced:
+        for aside, record in folder.finished_asides(stage.name):
+            if not origins.difference(stage, record):
+                folder.take_back(stage.name, aside)
+                log.info(f"{stage.name:<9} back from {aside}   {headline(record)}")
+                return _bring_up_to_date(stage, folder, recipe, active, forced=False)
+
+    if forced:
+        folder.forget(stage.name)
+        if folder.drop_unfinished(stage.name):
+            log.info(f"{stage.name:<9} forced: what was left unfinished is dropped")
+    why = "forced" if state.status == "done" else f"{state.status}: {state.reason}"
+    log.info(f"{stage.name:<9} {why}; {'resuming' if state.resumes and not forced else 'running'}")
+    _run_stage(stage, folder, recipe, origins)
+
+
+def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, origins: Origins) -> None:
+    """Run a stage and publish its results; a refused one leaves everything as it was."""
     started, clock = now(), time.monotonic()
     what = f"; {stage.name} could not write its results"
     with os_errors.explained(folder.part(stage.name), what=lambda: what, kept="Earlier results are whole."):
-        out = folder.begin(stage.name, key, resumable=stage.resumable)
-        module = importlib.import_module(f"clip_cid.stages.{stage.name}")
-        with threadpoolctl.threadpool_limits(recipe.machine.threads or None):
-            summary = module.run(folder, out, recipe)
+        if stage.long:
+            for need in stage.needs:
+                folder.verify(need)
+
+        folder.accepted = False
+        begun = _begin(stage, folder, origins)
+        states_before = origins.states(stage)
+        try:
+            module = importlib.import_module(f"clip_cid.stages.{stage.name}")
+            with threadpoolctl.threadpool_limits(recipe.machine.threads or None):
+                summary = module.run(folder, begun.part, recipe)
+        except BaseException:
+            if not folder.accepted:
+                folder.undo(begun)
+            raise
+        folder.accept()
+
+        _check_unchanged(stage, states_before, origins.states(stage))
+        made_from = origins.of(stage, parts=True)
+        before = whole_record(folder, stage.name)
         record = StageRecord(
             stage=stage.name,
-            key=key,
+            key=made_from.key,
             version=stage.version,
             settings=stage.settings(recipe),
-            inputs=inputs,
+            inputs=made_from.inputs,
             summary=as_json(summary),
             versions=_versions(),
             device=_device(recipe),
             started=started,
             seconds=round(time.monotonic() - clock, 3),
+            by_contents=True,
+            equals=before.results if before is not None and folder.holds_the_same(stage.name) else None,
         )
-        log.info(f"{stage.name:<9} {headline(folder.publish(record))}")
+        keep_old = stage.costly and not folder.forgets(stage.name) and not folder.holds_all_of_before(stage.name)
+        log.info(f"{stage.name:<9} {headline(folder.publish(record, keep_old=keep_old))}")
+
+
+def _begin(stage: Stage, folder: RunFolder, origins: Origins) -> Begun:
+    """The work folder of a stage; unfinished work of other settings is moved aside with a word."""
+    left = folder.unfinished(stage.name)
+    begun = folder.begin(stage.name, origins.of(stage).as_json(), resumable=stage.resumable)
+    if begun.aside is not None:
+        why = origins.difference_of_work(stage, left) if left is not None else "of an older version"
+        log.warn(
+            f"{stage.name}: unfinished work of other settings ({why}) is kept in {begun.aside}; the same settings"
+            " again resume it; delete that folder if you do not need it"
+        )
+    return begun
+
+
+def _check_unchanged(stage: Stage, before: Mapping[str, str], after: Mapping[str, str]) -> None:
+    """No file made elsewhere changed while the stage read it."""
+    changed = [setting for setting in before if after.get(setting) != before[setting]]
+    if changed:
+        raise RunError(
+            f"{', '.join(changed)}: files changed while {stage.name} read them, so its results are of neither.",
+            fix="Run the same command again when nobody writes there; what has not changed is not done again.",
+        )
 
 
 def _check_ranks(only: str | None) -> None:
@@ -292,75 +361,30 @@ def _check_only(
             )
 
 
-def _inputs(stage: Stage, recipe: Recipe, folder: RunFolder, active: tuple[Stage, ...]) -> dict[str, str]:
-    """Digests of the stage's inputs by name: results of the stages before it, and files made elsewhere."""
-    names = {used.name for used in active}
-    inputs: dict[str, str] = {}
-    for need in stage.needs:
-        record = folder.record(need) if need in names else None
-        if record is not None:
-            inputs[need] = record.results
-    return {**inputs, **stage.outside(recipe)}
-
-
-def _key(stage: Stage, recipe: Recipe, folder: RunFolder, active: tuple[Stage, ...]) -> str | None:
-    """A digest of all that decides the stage's results; None while a stage it needs has not run."""
-    names = {used.name for used in active}
-    if any(need in names and not folder.has(need) for need in stage.needs):
-        return None
-    parts = [stage.settings(recipe), _inputs(stage, recipe, folder, active), stage.version]
-    return digest(parts)
+def _can_resume(stage: Stage, folder: RunFolder, origins: Origins) -> bool:
+    """Whether unfinished work of the same settings and inputs is there."""
+    if not stage.resumable or (left := folder.unfinished(stage.name)) is None:
+        return False
+    try:
+        return not origins.difference_of_work(stage, left)
+    except (ClipCidError, OSError):  # it will be said when the stage runs
+        return False
 
 
 def _reason(
-    stage: Stage,
-    recipe: Recipe,
-    folder: RunFolder,
-    record: StageRecord | None,
-    will_run: dict[str, str],
-    active: tuple[Stage, ...],
+    stage: Stage, folder: RunFolder, record: StageRecord | None, will_run: dict[str, str], origins: Origins
 ) -> str:
     """Why a finished stage is not current, in words; empty when it is."""
     if record is None:
-        return ""
-
-    # What was asked for.
-    if changes := _differences(record.settings, stage.settings(recipe)):
-        return "; ".join(changes)
-    if record.version != stage.version:
-        return f"made by an older version of {stage.name}"
+        return f"its record cannot be read ({damage})" if (damage := folder.damage(stage.name)) else ""
 
     # What it was made from.
-    for need in stage.needs:
-        if need in will_run:
-            return will_run[need]
-    current = _inputs(stage, recipe, folder, active)
-    for name in sorted(current.keys() | record.inputs.keys()):
-        if current.get(name) != record.inputs.get(name):
-            return f"{name} was run again" if name in BY_NAME else f"{name} changed on disk"
+    needs = next((will_run[need] for need in stage.needs if need in will_run), "")
+    if difference := origins.difference(stage, record, earlier=not needs) or needs:
+        return difference
 
     # What it wrote.
     return "; ".join(folder.changed_files(stage.name, digests=False))
-
-
-def _differences(before: Any, after: Any, name: str = "") -> list[str]:
-    """Settings that differ, as `balance.threshold 0.07 -> 0.06`; those of an earlier version are named as such."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        differences: list[str] = []
-        for part in sorted(before.keys() | after.keys()):
-            full_name = f"{name}.{part}" if name else str(part)
-            if part not in after:
-                differences.append(f"{full_name} is no longer a setting")
-            else:
-                differences += _differences(before.get(part), after[part], full_name)
-        return differences
-
-    return [] if before == after else [f"{name} {_short(before)} -> {_short(after)}"]
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _versions() -> dict[str, str]:

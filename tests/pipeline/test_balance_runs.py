@@ -228,8 +228,6 @@ def test_damaged_work_is_done_again_and_never_trusted(tmp_path, small_chunks, mo
         counts.append(len(tasks))
         original(tasks, begin, processes=processes, on_done=on_done)
 
-    command = ["balance", str(tmp_path / "cut"), "--embeddings", source(tmp_path / "cut", rows)]
-    work = tmp_path / "cut" / "balance.part" / "work"
     for name, again in (
         ("links-00000-00001.npy", 18),  # of 21 tasks
         ("codes.npy", 21),
@@ -237,11 +235,12 @@ def test_damaged_work_is_done_again_and_never_trusted(tmp_path, small_chunks, mo
         ("known.npy", 21),
         ("arrays.json", 21),
     ):
+        cut = tmp_path / name
         monkeypatch.setattr(tasks, "run_tasks", interrupted)
-        assert cli.main([*command, "--force"]) == 130
-        damage(work / name)
+        assert cli.main(["balance", str(cut), "--embeddings", source(cut, rows)]) == 130
+        damage(cut / "balance.part" / "work" / name)
         monkeypatch.setattr(tasks, "run_tasks", counted)
-        assert_equal(balance(tmp_path / "cut", rows, "--force"), whole)
+        assert_equal(balance(cut, rows), whole)
         assert counts.pop() == again, name
 
 

@@ -442,7 +442,7 @@ def test_changed_pairs_are_embedded_again_once(tmp_path: Path, ran: list[str]):
 
 def test_each_group_of_sets_that_may_be_averaged_is_a_metric(tmp_path: Path):
     folder = RunFolder(tmp_path)
-    out = folder.begin("evaluate", "key", resumable=False)
+    out = folder.begin("evaluate", {"key": "key"}, resumable=False).part
     groups = [
         {"title": "mean of 2/14 (CLIP's sets)", "of": "2/14", "sets": [], "mean": {"student": 0.5, "teacher": 0.7}},
         {"title": "mean of 1/1 (other sets)", "of": "1/1", "sets": [], "mean": {"student": 0.25}},

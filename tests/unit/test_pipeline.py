@@ -9,6 +9,7 @@ import pytest
 
 from clip_cid import pipeline
 from clip_cid.errors import ConfigError, RunError
+from clip_cid.made_from import different_settings
 from clip_cid.recipe import Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.summaries import (
@@ -188,7 +189,7 @@ def test_given_data_that_changes_makes_its_stage_stale(tmp_path: Path, ran: list
     folder, settings = RunFolder(tmp_path / "run"), recipe(balance={"existing": str(kept)})
     pipeline.run(folder, settings)
     kept.write_bytes(b"second")
-    assert reasons(folder, settings)["balance"] == f"{kept} changed on disk"
+    assert reasons(folder, settings)["balance"] == f"balance.existing ({kept}) changed on disk"
 
 
 def test_a_teacher_trained_anew_makes_the_embeddings_stale(tmp_path: Path, ran: list[str]):
@@ -198,7 +199,7 @@ def test_a_teacher_trained_anew_makes_the_embeddings_stale(tmp_path: Path, ran: 
     folder, settings = RunFolder(tmp_path / "run"), recipe(embed={"teacher": f"run:{tmp_path / 'teacher'}"})
     pipeline.run(folder, settings)
     weights.write_bytes(b"other")
-    assert reasons(folder, settings)["embed"] == f"{weights} changed on disk"
+    assert reasons(folder, settings)["embed"] == f"embed.teacher (run:{tmp_path / 'teacher'}) changed on disk"
 
 
 def test_an_evaluation_set_that_changes_makes_its_scores_stale(tmp_path: Path, ran: list[str]):
@@ -208,7 +209,7 @@ def test_an_evaluation_set_that_changes_makes_its_scores_stale(tmp_path: Path, r
     settings = recipe(evaluate={"sets": {"mine": str(tmp_path / "set")}})
     pipeline.run(folder, settings)
     shard.write_bytes(b"other")
-    assert reasons(folder, settings)["evaluate"] == "mine changed on disk"
+    assert reasons(folder, settings)["evaluate"] == f"evaluate.sets.mine ({tmp_path / 'set'}) changed on disk"
 
 
 def test_an_unused_stage_asked_for_is_a_config_error(tmp_path: Path, ran: list[str]):
@@ -383,7 +384,7 @@ def _sections_behind(name: str) -> set[str]:
 
 def test_a_setting_that_was_removed_since_is_named_as_such():
     before = {"cluster": {"algorithm": "faiss", "num_centers": 7}}
-    assert pipeline._differences(before, {"cluster": {"num_centers": 8}}) == [
+    assert different_settings(before, {"cluster": {"num_centers": 8}}) == [
         "cluster.algorithm is no longer a setting",
         "cluster.num_centers 7 -> 8",
     ]

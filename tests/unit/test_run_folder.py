@@ -1,15 +1,20 @@
+import contextlib
+import errno
+import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from clip_cid.errors import RunError
-from clip_cid.run_folder import RunFolder, StageRecord, atomic_file, read_json, write_json
+from clip_cid.run_folder import Begun, RunFolder, StageRecord, atomic_file, read_json, write_json
 
 
 def record(stage: str = "balance", key: str = "k1") -> StageRecord:
@@ -28,14 +33,14 @@ def record(stage: str = "balance", key: str = "k1") -> StageRecord:
 
 
 def publish(folder: RunFolder, text: str, key: str = "k1") -> None:
-    part = folder.begin("balance", key, resumable=False)
+    part = folder.begin("balance", {"key": key}, resumable=False).part
     (part / "kept.txt").write_text(text)
     folder.publish(record(key=key))
 
 
 def test_a_stage_is_absent_until_it_is_published(tmp_path: Path):
     folder = RunFolder(tmp_path)
-    part = folder.begin("balance", "k1", resumable=False)
+    part = folder.begin("balance", {"key": "k1"}, resumable=False).part
     (part / "kept.txt").write_text("1")
     assert not folder.has("balance")
     with pytest.raises(RunError, match="clip-cid balance"):
@@ -75,7 +80,7 @@ def test_killed_at_any_rename_of_publish_the_old_or_the_new_results_are_there(
 ):
     folder = RunFolder(tmp_path)
     publish(folder, "old")
-    part = folder.begin("balance", "k2", resumable=False)
+    part = folder.begin("balance", {"key": "k2"}, resumable=False).part
     (part / "kept.txt").write_text("new")
     calls = 0
     replace = os.replace
@@ -94,30 +99,184 @@ def test_killed_at_any_rename_of_publish_the_old_or_the_new_results_are_there(
             died = False
         except Killed:
             died = True
-    assert died == (dies_at < 3)  # manifest, old away, new in place
+    assert died == (dies_at < 4)  # manifest, old away, new in place, old to be removed
     with folder.lock():
         found = folder.record("balance")
         assert found is not None
         text = (folder.stage("balance") / "kept.txt").read_text()
         assert (found.key, text) in (("k1", "old"), ("k2", "new"))
         assert (text == "new") == (dies_at > 0)
-        assert not list(tmp_path.glob("*.old"))
+        unpublished = ["balance.part"] if dies_at == 0 else []
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "balance", *unpublished]
+
+
+def begin(folder: RunFolder, key: str) -> Begun:
+    return folder.begin("embed", {"key": key}, resumable=True)
 
 
 @pytest.mark.resume
-def test_a_resumable_stage_finds_its_work_again_only_under_the_same_key(tmp_path: Path):
+def test_work_of_other_settings_is_kept_aside_and_comes_back_with_them(tmp_path: Path):
     folder = RunFolder(tmp_path)
-    part = folder.begin("embed", "k1", resumable=True)
-    (part / "shard").write_text("done")
-    assert folder.resumes("embed", "k1")
-    assert (folder.begin("embed", "k1", resumable=True) / "shard").exists()
-    assert not (folder.begin("embed", "k2", resumable=True) / "shard").exists()
+    begun = begin(folder, "k1")
+    assert (begun.resumes, begun.aside) == (False, None)
+    (begun.part / "shard").write_text("one")
+
+    begun = begin(folder, "k2")
+    assert (begun.resumes, begun.aside) == (False, tmp_path / "aside" / "embed-1")
+    assert not (begun.part / "shard").exists()
+    (begun.part / "shard").write_text("two")
+
+    begun = begin(folder, "k1")
+    assert (begun.resumes, begun.aside) == (True, tmp_path / "aside" / "embed-2")
+    assert (begun.part / "shard").read_text() == "one"
+    assert (begin(folder, "k2").part / "shard").read_text() == "two"
+    assert len(folder.asides("embed")) == 1
+
+
+@pytest.mark.resume
+def test_a_work_folder_without_work_is_not_kept_aside(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    begin(folder, "k1")
+    begun = begin(folder, "k2")
+    assert (begun.resumes, begun.aside) == (False, None)
+
+
+@pytest.mark.resume
+def test_a_refused_stage_leaves_the_unfinished_work_where_it_was(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    (begin(folder, "k1").part / "shard").write_text("one")
+    folder.undo(begin(folder, "k2"))
+    assert (folder.part("embed") / "shard").read_text() == "one"
+    assert begin(folder, "k1").resumes
+    assert folder.asides("embed") == []
+
+
+@pytest.mark.resume
+def test_results_of_other_settings_are_kept_aside_and_taken_back(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    publish(folder, "old")
+    part = folder.begin("balance", {"key": "k2"}, resumable=False).part
+    (part / "kept.txt").write_text("new")
+    folder.publish(record(key="k2"), keep_old=True)
+    ((aside, kept),) = folder.finished_asides("balance")
+    assert (kept.key, (aside / "kept.txt").read_text()) == ("k1", "old")
+
+    folder.take_back("balance", aside)
+    assert (folder.stage("balance") / "kept.txt").read_text() == "old"
+    assert folder.changed_files("balance", digests=True) == []
+    ((aside, kept),) = folder.finished_asides("balance")
+    assert (kept.key, (aside / "kept.txt").read_text()) == ("k2", "new")
+    assert sorted(path.name for path in (tmp_path / "balance").iterdir()) == ["kept.txt", "manifest.json"]
+
+
+@pytest.mark.resume
+@pytest.mark.parametrize("dies_at", range(8))
+def test_a_folder_killed_while_it_is_removed_is_whole_or_gone(tmp_path: Path, dies_at: int, monkeypatch):
+    folder = RunFolder(tmp_path)
+    part = folder.begin("embed", {"key": "k1"}, resumable=True).part
+    for name in "abcd":
+        (part / name).write_text(name)
+    whole = {path.name for path in part.iterdir()}
+    unlink, calls = os.unlink, 0
+
+    def dying_unlink(*arguments: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > dies_at:
+            raise Killed
+        unlink(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", dying_unlink)
+        with contextlib.suppress(Killed):
+            folder.drop_unfinished("embed")
+    assert not part.exists() or {path.name for path in part.iterdir()} == whole
+    with folder.lock():
+        pass
+    # What is left under a hidden name belongs to this process, which is alive; of a dead one it is removed.
+    (left,) = [path for path in tmp_path.iterdir() if path.name != ".lock"] or [None]
+    if left is not None:
+        dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+        left.rename(tmp_path / left.name.replace(f"-{os.getpid()}-", f"-{int(dead.stdout)}-"))
+        with folder.lock():
+            assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_half_written_files_are_never_published(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    part = folder.begin("balance", {"key": "k1"}, resumable=False).part
+    (part / "kept.txt").write_text("1")
+    for name in (".kept.npy.tmp-host-1-0123abcd", ".student.part-77", "work/.x.drop-host-1-99999999"):
+        (part / name).parent.mkdir(exist_ok=True)
+        (part / name).mkdir()
+        (part / name / "weights").write_text("half")
+    assert list(folder.publish(record()).files) == ["kept.txt"]
+
+
+@pytest.mark.parametrize("dangles", [False, True])
+def test_a_stage_that_was_moved_and_linked_is_replaced_and_what_the_link_names_stays(tmp_path: Path, dangles: bool):
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    publish(folder, "old")
+    shutil.move(tmp_path / "run" / "balance", tmp_path / "elsewhere")
+    (tmp_path / "run" / "balance").symlink_to(tmp_path / ("nowhere" if dangles else "elsewhere"))
+    publish(folder, "new", key="k2")
+    assert (folder.stage("balance") / "kept.txt").read_text() == "new"
+    assert (tmp_path / "elsewhere" / "kept.txt").read_text() == "old"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["balance"]
+
+
+def test_without_locks_in_the_file_system_a_run_goes_on_with_a_warning(tmp_path: Path, monkeypatch, caplog):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with RunFolder(tmp_path).lock():
+        pass
+    assert "cannot lock files (No locks available)" in caplog.text
+
+
+def test_every_file_is_on_the_disk_before_the_record_is(tmp_path: Path, monkeypatch):
+    """A power cut may empty a file that was not synced."""
+    folder = RunFolder(tmp_path)
+    part = folder.begin("balance", {"key": "k1"}, resumable=False).part
+    (part / "deep").mkdir()
+    for name in ("kept.npy", "deep/table.parquet"):
+        (part / name).write_bytes(b"1")
+    inodes = {path.stat().st_ino for path in (part, part / "deep", part / "kept.npy", part / "deep" / "table.parquet")}
+    synced: set[int] = set()
+    fsync, replace = os.fsync, os.replace
+
+    def recording_fsync(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def checking_replace(source: Path, target: Path) -> None:
+        assert inodes <= synced
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "replace", checking_replace)
+    folder.publish(record())
+    assert folder.has("balance")
+
+
+def test_results_are_verified_once_before_long_work(tmp_path: Path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    publish(folder, "abc")
+    status = (tmp_path / "balance" / "kept.txt").stat()
+    (tmp_path / "balance" / "kept.txt").write_bytes(bytes(3))  # as a power cut leaves it: zeros of equal size
+    os.utime(tmp_path / "balance" / "kept.txt", ns=(status.st_mtime_ns, status.st_mtime_ns))
+    folder.verify("balance")  # this process has just written it
+    with pytest.raises(RunError, match="other contents") as caught:
+        RunFolder(tmp_path).verify("balance")
+    assert "--force" in caught.value.fix
 
 
 def test_a_stage_that_cannot_resume_starts_empty(tmp_path: Path):
     folder = RunFolder(tmp_path)
-    (folder.begin("balance", "k1", resumable=False) / "half").write_text("")
-    assert not (folder.begin("balance", "k1", resumable=False) / "half").exists()
+    (folder.begin("balance", {"key": "k1"}, resumable=False).part / "half").write_text("")
+    assert not (folder.begin("balance", {"key": "k1"}, resumable=False).part / "half").exists()
 
 
 @pytest.mark.resume
@@ -171,7 +330,7 @@ def test_what_a_process_does_here_is_told_to_others_while_it_does_it(tmp_path: P
         assert work.holder.startswith(f"pid {os.getpid()} on ")
         assert work.stage == ""
 
-        folder.begin("balance", "key", resumable=False)
+        folder.begin("balance", {"key": "key"}, resumable=False)
         work = other.at_work()
         assert work is not None
         assert work.stage == "balance"
@@ -305,7 +464,7 @@ def test_making_an_adopted_stage_again_leaves_the_lenders_as_it_was(tmp_path: Pa
 def test_killed_while_adopting_the_stage_is_whole_or_absent(tmp_path: Path, dies_at: int, monkeypatch):
     lender, folder = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
     lender.path.mkdir()
-    (lender.begin("balance", "k1", resumable=False) / "set_of.txt").write_text("0")
+    (lender.begin("balance", {"key": "k1"}, resumable=False).part / "set_of.txt").write_text("0")
     (lender.part("balance") / "kept.txt").write_text("1")
     lender.publish(record())
     link, calls = os.link, 0

@@ -77,7 +77,8 @@ class TeacherFacts:
 def undone(folder: RunFolder, recipe: Recipe) -> list[pipeline.State]:
     """The stages that the training needs and that are not there, or not as the recipe has them."""
     needs = next(stage for stage in pipeline.STAGES if stage.name == DISTILL).needs
-    states = (state for state in pipeline.states(folder, recipe) if state.stage.name in needs)
+    states = pipeline.states(RunFolder(folder.path, read_only=True), recipe)
+    states = (state for state in states if state.stage.name in needs)
     return [state for state in states if state.status not in ("done", "off")]
 
 

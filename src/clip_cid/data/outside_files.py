@@ -1,56 +1,102 @@
-"""Files made elsewhere that a stage reads: a cheap digest of each, which shows a change."""
+"""Files made elsewhere that a stage reads: their state, which costs no reading, and their contents, which decide.
 
-import contextlib
-from collections.abc import Mapping
+A file of the same path, bytes and time of change is unchanged. Of any other the digest of its contents decides,
+computed once and remembered in the run folder. Links count as what they point to, and a place does not count: data
+that were moved, copied or touched are the same.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from clip_cid.data.embeddings.files_behind import files_behind
+from clip_cid.data.sets.files_behind import files_behind_set
 from clip_cid.errors import DataError
-from clip_cid.file_digests import digest
+from clip_cid.file_digests import FileDigests, state_of_all
 from clip_cid.recipe import PairsConfig
-from clip_cid.stage_names import DISTILL
 
 
-def of_pairs(pairs: PairsConfig) -> dict[str, str]:
-    """The pairs to train on; empty if the recipe names none."""
-    return {"pairs": _pairs_digest(pairs)} if pairs.source else {}
+@dataclass(frozen=True)
+class Outside:
+    """One input made elsewhere: some files, or pairs."""
+
+    state: Callable[[], str]
+    """A digest of names, bytes and times."""
+    contents: Callable[[], str]
+    """A digest of what is inside; read only if the state is not known."""
+    where: tuple[str, ...]
+    """As the recipe names it."""
+    is_here: Callable[[], bool]
+    """Whether all of it can be found."""
 
 
-def of_pair_sets(sources: Mapping[str, tuple[str, ...]], pairs: PairsConfig) -> dict[str, str]:
-    """Sets of pairs by name, read as `pairs` says; the stage reports one that does not exist."""
-    digests: dict[str, str] = {}
-    for name, source in sources.items():
-        with contextlib.suppress(DataError):
-            digests[name] = _pairs_digest(pairs.model_copy(update={"source": source}))
-    return digests
+@dataclass(frozen=True)
+class Reader:
+    """Reads inputs for one run, whose folder remembers their digests."""
+
+    digests: FileDigests
+    index: Path | None
+    """Where the index of pairs is kept; None for a run folder that cannot be written."""
+    cache_dir: Path | None
+
+    def pairs(self, settings: PairsConfig) -> Outside:
+        """Image-text pairs, with the fields that `settings` keeps."""
+
+        def state() -> str:
+            from clip_cid.data.pairs.contents import state_of_pairs  # pyarrow, which `clip-cid --help` does without
+
+            return state_of_pairs(settings, index=self.index, cache_dir=self.cache_dir)
+
+        def contents() -> str:
+            from clip_cid.data.pairs.contents import contents_of_pairs
+
+            return contents_of_pairs(settings, self.digests, index=self.index, cache_dir=self.cache_dir)
+
+        return Outside(state, contents, settings.source, lambda: _are_here(settings))
+
+    def embeddings(self, path: Path) -> Outside:
+        """A store, or files of any layout, with all that they refer to."""
+        return self._files(path, files_behind(path))
+
+    def set(self, where: str, *, trained: bool = True) -> Outside:
+        """An evaluation set; `trained` if its training images are read too."""
+        return self._files(Path(where), files_behind_set(where, trained=trained))
+
+    def model(self, reference: str, files: Sequence[Path]) -> Outside:
+        """The files behind a model."""
+        common = Path(os.path.commonpath([file.parent for file in files])) if files else Path(reference)
+        return self._files(common, files, where=reference)
+
+    def file(self, path: Path) -> Outside:
+        """A file or a folder with all that is in it."""
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        return self._files(path, files)
+
+    def _files(self, root: Path, files: Sequence[Path], *, where: str = "") -> Outside:
+        named = _named(root, files)
+        return Outside(
+            state=lambda: state_of_all(named),
+            contents=lambda: self.digests.of_all(named),
+            where=(where or str(root),),
+            is_here=lambda: bool(named),
+        )
 
 
-def of_sets(sets: Mapping[str, str]) -> dict[str, str]:
-    """Evaluation sets by name, without a look at each of a million images: shards, splits and class folders."""
-    return {name: _listing([*Path(where).glob("*"), *Path(where).glob("*/*")]) for name, where in sets.items()}
+def _named(root: Path, files: Sequence[Path]) -> Mapping[str, Path]:
+    """Files by a name that does not change when all of them are moved together."""
+    names: dict[str, Path] = {}
+    for file in files:
+        inside = file != root and file.is_relative_to(root)
+        name = file.relative_to(root).as_posix() if inside else file.suffix
+        names[f"{len(names):09d}" if name in names else name] = file
+    return names
 
 
-def of_paths(*paths: Path | None) -> dict[str, str]:
-    """Files, and folders with all that is in them; those that do not exist are skipped."""
-    return {str(path): _listing(_files(path)) for path in paths if path is not None and path.name and path.exists()}
+def _are_here(settings: PairsConfig) -> bool:
+    from clip_cid.data.pairs.sources import find_sources
 
-
-def weights_file(reference: str) -> Path | None:
-    """The weights file behind a `run:` or `local-dir:` reference; None for a model from elsewhere."""
-    kind, _, path = reference.partition(":")
-    folders = {"run": Path(path) / DISTILL / "student", "local-dir": Path(path)}
-    return folders[kind] / "open_clip_model.safetensors" if kind in folders else None
-
-
-def _pairs_digest(pairs: PairsConfig) -> str:
-    from clip_cid.data.pairs.pairs import fingerprint  # pyarrow, which `clip-cid --help` does without
-
-    return digest(fingerprint(pairs))
-
-
-def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-
-
-def _listing(paths: list[Path]) -> str:
-    """A digest of names, sizes and times."""
-    return digest([(str(path), (status := path.stat()).st_size, status.st_mtime_ns) for path in sorted(paths)])
+    try:
+        return bool(find_sources(settings))
+    except DataError:
+        return False

@@ -55,6 +55,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
     texts = _unit_rows(store, store.texts, "texts") if store.has_texts else None
     rule = _rule(settings, images, texts)
     known = _known(folder, settings, images, rule.limit)
+    folder.accept()
     work = ArrayFolder(out / "work")
     balance = _balance(store.path, work, recipe, images, texts, rule, known)
 

@@ -17,7 +17,7 @@ from clip_cid.errors import ConfigError, DataError
 from clip_cid.method.cluster.cluster_quality import cluster_quality, gini, margin_quantiles, purity, size_quantiles
 from clip_cid.method.cluster.clustering import Clusters, KMeansState, spherical_kmeans
 from clip_cid.models.device import resolve_device
-from clip_cid.recipe import Recipe
+from clip_cid.recipe import ClusterConfig, Recipe
 from clip_cid.run_folder import RunFolder, atomic_file
 from clip_cid.stage_names import EMBED
 from clip_cid.summaries import ClusterSummary, ClusterTruth, KmeansRound
@@ -41,6 +41,8 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ClusterSummary:
         centers, labels = _read_clusters(settings.existing, dim=store.dim, kept=len(kept))
         origin: dict[str, Any] = {"from_": str(settings.existing)}
     else:
+        _check_centers(settings, len(kept))
+        folder.accept()
         clusters = _cluster(store, kept, out, recipe)
         centers, labels = clusters.centers, clusters.labels
         history = [KmeansRound(**stats) for stats in clusters.history]
@@ -68,15 +70,17 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ClusterSummary:
     return summary
 
 
+def _check_centers(settings: ClusterConfig, kept: int) -> None:
+    if settings.num_centers > kept:
+        raise ConfigError(
+            f"cluster.num_centers: {settings.num_centers:,} centers for {kept:,} kept images.",
+            fix=f"Set cluster.num_centers to {max(1, kept // 20):,} or so (20 images a cluster).",
+        )
+
+
 def _cluster(store: EmbeddingStore, kept: np.ndarray, out: Path, recipe: Recipe) -> Clusters:
     """Cluster the kept rows, from the state that an earlier attempt left if there is one."""
     settings = recipe.cluster
-    if settings.num_centers > len(kept):
-        raise ConfigError(
-            f"cluster.num_centers: {settings.num_centers:,} centers for {len(kept):,} kept images.",
-            fix=f"Set cluster.num_centers to {max(1, len(kept) // 20):,} or so (20 images a cluster).",
-        )
-
     (out / _WORK).mkdir(exist_ok=True)
     file = _StateFile(out / _WORK / _STATE_FILE, _fingerprint(store, kept, recipe))
     start = file.read()

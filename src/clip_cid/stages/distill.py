@@ -38,6 +38,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> DistillSummary | None:
             return _finish(folder, out) if ranks.is_main else None
 
         training = prepare(folder, out, recipe, ranks)
+        folder.accept()
         summary = {**training.trainer.run(), **training.sharpness.summary}
         student, beside = training.trainer.student_state(), training.trainer.objective_state()
         if ranks.is_main:

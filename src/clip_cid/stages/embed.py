@@ -8,17 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clip_cid import log, os_errors, units
-from clip_cid.data.embeddings.from_pairs import embed_pairs
+from clip_cid.data.embeddings.files import StoreShard
+from clip_cid.data.embeddings.finished_shards import FinishedShards, read_shards
+from clip_cid.data.embeddings.from_pairs import check_known_bad, embed_pairs
 from clip_cid.data.embeddings.importing import import_existing
 from clip_cid.data.embeddings.rows_of_pairs import join
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import StoreWriter
+from clip_cid.data.pairs.contents import shard_contents
 from clip_cid.data.pairs.pair import reason_kind
-from clip_cid.data.pairs.pairs import Pairs, fingerprint_digest, open_pairs
-from clip_cid.errors import RunError
-from clip_cid.models.teacher import load_teacher
+from clip_cid.data.pairs.pairs import Pairs, open_pairs
+from clip_cid.errors import DataError, RunError
+from clip_cid.models.teacher import Teacher, load_teacher
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
+from clip_cid.stage_names import EMBED
 from clip_cid.summaries import EmbedSummary
 
 
@@ -29,26 +33,84 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> EmbedSummary:
 
     pairs = _open_pairs(folder, recipe)
     teacher = load_teacher(recipe.embed, device=recipe.machine.device)
-    writer = StoreWriter(
-        out,
-        teacher=teacher.identity,
-        pairs=fingerprint_digest(recipe.pairs),
-        dim=teacher.dim,
-        fields=recipe.pairs.keep_fields,
-        num_shards=len(pairs.shards),
-    )
+    writer, finished = _begin(folder, out, recipe, pairs, teacher)
     log.info(
         f"embed     teacher {teacher.identity['reference']}: {teacher.dim} dimensions, {teacher.identity['precision']}"
     )
 
-    rows_before, started = writer.rows, time.monotonic()
+    started = time.monotonic()
     with _room_on_disk(out, writer, pairs, dim=teacher.dim):
-        embed_pairs(pairs, teacher, writer, recipe.pairs, recipe.machine)
+        check_known_bad(pairs, writer, recipe.pairs)
+        folder.accept()
+        embedded = embed_pairs(pairs, teacher, writer, finished, folder.digests, recipe.pairs, recipe.machine)
         writer.finish()
+    _say_of_before(folder, writer)
 
-    rate = (len(pairs) - rows_before) / max(time.monotonic() - started, 1e-9)
+    rate = embedded / max(time.monotonic() - started, 1e-9)
     reasons = collections.Counter(reason_kind(entry["reason"]) for entry in writer.skipped)
     return _summary(EmbeddingStore.open(out), dict(reasons.most_common()), images_per_s=round(rate, 1))
+
+
+def _begin(
+    folder: RunFolder, out: Path, recipe: Recipe, pairs: Pairs, teacher: Teacher
+) -> tuple[StoreWriter, FinishedShards]:
+    """The store to write, with the shards that are finished, and what earlier stores hold.
+
+    A killed attempt is resumed if its shards are those the pairs begin with. If not, since pairs were added in front,
+    mended or damaged on disk, its store is moved aside and its shards are taken over from there.
+    """
+
+    def store() -> StoreWriter:
+        return StoreWriter(
+            out,
+            teacher=teacher.identity,
+            dim=teacher.dim,
+            fields=recipe.pairs.keep_fields,
+            num_shards=len(pairs.shards),
+        )
+
+    if not _fields_are(out, recipe.pairs.keep_fields):
+        folder.begin_again(EMBED)
+    writer = store()
+    numbers = range(min(len(writer.shards), len(pairs.shards)))
+    contents = [shard_contents(pairs, number, folder.digests).rows for number in numbers]
+    if writer.whole_shards(contents) < len(writer.shards):
+        aside = folder.begin_again(EMBED)
+        log.warn(
+            f"embed: {len(writer.shards):,} finished shards are of other pairs or damaged; they are kept in {aside}"
+        )
+        writer = store()
+
+    earlier = [] if folder.forgets(EMBED) else [folder.path / EMBED, *folder.asides(EMBED)]
+    return writer, FinishedShards(earlier, writer.made_from)
+
+
+def _fields_are(out: Path, fields: tuple[str, ...]) -> bool:
+    """Whether unfinished work keeps these fields, too; a record that cannot be read is not our concern here."""
+    try:
+        held = read_shards(out)
+    except DataError:
+        return True
+    return held is None or held[0].get("fields") == list(fields)
+
+
+def _say_of_before(folder: RunFolder, writer: StoreWriter) -> None:
+    """How the new store stands to the present one: the same embeddings in the same order, or all of them and more."""
+    if not folder.has(EMBED) or folder.forgets(EMBED):
+        return
+    try:
+        held = read_shards(folder.path / EMBED)
+    except DataError:
+        return
+    before = [] if held is None else [_arrays(shard) for shard in held[1]]
+    now = [_arrays(shard) for shard in writer.shards]
+    known = all(contents is not None for contents, _ in before)
+    folder.say_of_before(EMBED, same=known and before == now, all_of_it=known and set(before) <= set(now))
+
+
+def _arrays(shard: StoreShard) -> tuple[str | None, tuple[str, ...]]:
+    """The contents of a shard, and the digests of its embeddings."""
+    return shard.contents, tuple(file.sha256 for kind, file in sorted(shard.files.items()) if kind != "metadata")
 
 
 def _take_over(existing: Path, folder: RunFolder, out: Path, recipe: Recipe) -> EmbedSummary:

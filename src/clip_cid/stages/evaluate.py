@@ -79,6 +79,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> EvaluateSummary:
     _check_none_lost(sets.missing, earlier)
     measurements = sets.measurements(recipe)
     _say_plan(models, sets, measurements)
+    folder.accept()
 
     results = Results(out, earlier)
     for name, reference in models.items():

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from clip_cid import summaries
-from clip_cid.data.outside_files import of_pair_sets, of_pairs, of_paths, of_sets, weights_file
+from clip_cid.data.outside_files import Outside, Reader
 from clip_cid.models.references import files_behind_model, is_checkpoint
-from clip_cid.recipe import Recipe
+from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE
 from clip_cid.summaries import Summary
 
@@ -29,10 +29,16 @@ class Stage:
     """The recipe sections its result depends on."""
     version: int
     """Raise it when the same settings and inputs would give other files."""
-    outside: Callable[[Recipe], dict[str, str]] = lambda recipe: {}
-    """The files made elsewhere that it reads -> a cheap digest of each."""
+    outside: Callable[[Recipe, Reader], dict[str, Outside]] = lambda recipe, reader: {}
+    """The files made elsewhere that it reads, by the setting that names them."""
+    in_parts: frozenset[str] = frozenset()
+    """Of these, those that unfinished work knows part by part: a change does not end it."""
     resumable: bool = False
     """A killed attempt leaves work that the next one resumes."""
+    costly: bool = False
+    """Its results take so long that those of other settings are kept aside when new ones replace them."""
+    long: bool = False
+    """Its work is so long that all results it reads are verified first, byte by byte."""
     grows: bool = False
     """It builds upon its earlier results, also those of other settings."""
     joint: bool = False
@@ -43,39 +49,74 @@ class Stage:
         return self.summary.stage
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
-        """The settings its result depends on, as plain values."""
+        """The sections its result depends on, as plain values."""
         values = recipe.model_dump(mode="json")
         return {section: values[section] for section in self.sections}
 
 
-def _files_of_model(reference: str) -> list[Path] | list[Path | None]:
-    return files_behind_model(reference) if is_checkpoint(reference) else [weights_file(reference)]
-
-
-def _outside_embed(recipe: Recipe) -> dict[str, str]:
-    teacher, pretrained = recipe.embed.teacher, recipe.embed.pretrained or ""
+def _outside_embed(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
+    existing, teacher, pretrained = recipe.embed.existing, recipe.embed.teacher, recipe.embed.pretrained or ""
     reference = f"{teacher}/{pretrained}" if is_checkpoint(pretrained) else teacher
-    return of_pairs(recipe.pairs) | of_paths(recipe.embed.existing, *_files_of_model(reference))
+    outside = _pairs(recipe, reader, keep_fields=recipe.pairs.keep_fields)
+    if existing is not None:
+        outside["embed.existing"] = reader.embeddings(existing)
+    if files := files_behind_model(reference):
+        outside["embed.teacher"] = reader.model(reference, files)
+    return outside
 
 
-def _outside_balance(recipe: Recipe) -> dict[str, str]:
-    return of_paths(recipe.balance.existing, recipe.balance.grow_from)
+def _outside_balance(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
+    files = {"balance.existing": recipe.balance.existing, "balance.grow_from": recipe.balance.grow_from}
+    return {setting: reader.file(path) for setting, path in files.items() if path is not None}
 
 
-def _outside_cluster(recipe: Recipe) -> dict[str, str]:
-    return of_paths(recipe.cluster.existing)
+def _outside_cluster(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
+    existing = recipe.cluster.existing
+    return {} if existing is None else {"cluster.existing": reader.file(existing)}
 
 
-def _outside_distill(recipe: Recipe) -> dict[str, str]:
-    settings, pretrained = recipe.distill, recipe.distill.pretrained or ""
-    models = of_paths(Path(settings.student), weights_file(pretrained) or Path(pretrained))
-    return of_pairs(recipe.pairs) | of_sets(settings.validation.sets) | models
+def _outside_distill(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
+    settings, outside = recipe.distill, _pairs(recipe, reader)
+    if (student := Path(settings.student)).is_file():
+        outside["distill.student"] = reader.file(student)
+    if files := _weights_to_start_from(settings.pretrained):
+        outside["distill.pretrained"] = reader.model(str(settings.pretrained), files)
+    if settings.validation.keep == "best":
+        for name, where in settings.validation.sets.items():
+            outside[f"distill.validation.sets.{name}"] = reader.set(where, trained=False)
+    return outside
 
 
-def _outside_evaluate(recipe: Recipe) -> dict[str, str]:
-    settings = recipe.evaluate
-    models = of_paths(*(path for reference in settings.compare.values() for path in _files_of_model(reference)))
-    return of_sets(settings.sets) | of_pair_sets(settings.retrieval, recipe.pairs) | models
+def _weights_to_start_from(pretrained: str | None) -> list[Path]:
+    if pretrained is None:
+        return []
+    if Path(pretrained).is_file():
+        return [Path(pretrained)]
+    return files_behind_model(pretrained) or files_behind_model(f"local-dir:{pretrained}")
+
+
+def _outside_evaluate(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
+    settings, outside = recipe.evaluate, dict[str, Outside]()
+    trained = settings.linear_probe or settings.knn
+    for name, where in settings.sets.items():
+        outside[f"evaluate.sets.{name}"] = reader.set(where, trained=trained)
+    for name, source in settings.retrieval.items():
+        outside[f"evaluate.retrieval.{name}"] = reader.pairs(_read_for_training(recipe, source=source))
+    for name, reference in settings.compare.items():
+        if files := files_behind_model(reference):
+            outside[f"evaluate.compare.{name}"] = reader.model(reference, files)
+    return outside
+
+
+def _pairs(recipe: Recipe, reader: Reader, *, keep_fields: tuple[str, ...] = ()) -> dict[str, Outside]:
+    if not recipe.pairs.source:
+        return {}
+    return {"pairs.source": reader.pairs(_read_for_training(recipe, keep_fields=keep_fields))}
+
+
+def _read_for_training(recipe: Recipe, **changes: Any) -> PairsConfig:
+    """How pairs are read where only their images and captions are used."""
+    return recipe.pairs.model_copy(update={"keep_fields": (), **changes})
 
 
 STAGES = (
@@ -85,7 +126,9 @@ STAGES = (
         sections=("pairs", "embed"),
         version=2,
         outside=_outside_embed,
+        in_parts=frozenset({"pairs.source"}),
         resumable=True,
+        costly=True,
     ),
     Stage(
         summaries.BalanceSummary,
@@ -103,6 +146,8 @@ STAGES = (
         version=3,
         outside=_outside_cluster,
         resumable=True,
+        costly=True,
+        long=True,
     ),
     Stage(
         summaries.DistillSummary,
@@ -111,6 +156,8 @@ STAGES = (
         version=4,
         outside=_outside_distill,
         resumable=True,
+        costly=True,
+        long=True,
         joint=True,
     ),
     Stage(

@@ -19,6 +19,7 @@ from clip_cid import log
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.data.sets.evaluation_sets import open_set
+from clip_cid.deciding_settings import deciding
 from clip_cid.errors import ConfigError
 from clip_cid.loss_table import rows_of
 from clip_cid.method.distill.cluster_distillation import Shard
@@ -350,7 +351,8 @@ def _key(
     centers: Float[np.ndarray, "centers dim"] | None,
 ) -> str:
     """Digest of everything that decides the result."""
-    digest = hashlib.sha256(json.dumps(settings.model_dump(mode="json"), sort_keys=True).encode())
+    decide = deciding({"distill": settings.model_dump(mode="json")})
+    digest = hashlib.sha256(json.dumps(decide, sort_keys=True).encode())
     for rows in (training.rows, training.labels, training.store_rows, centers):
         digest.update(
             b"none" if rows is None else np.ascontiguousarray(rows).data

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -55,7 +56,7 @@ def write_pairs(folder: Path, caption: str = "color") -> None:
 
 def write_store(folder: Path, pairs: Path) -> None:
     found = open_pairs(PairsConfig(source=(str(pairs),)))
-    writer = StoreWriter(folder, teacher={"reference": "noise"}, pairs=None, dim=DIM, fields=(), num_shards=1)
+    writer = StoreWriter(folder, teacher={"reference": "noise"}, dim=DIM, fields=(), num_shards=1)
     images, texts = unit_rows(COUNT, seed=1), unit_rows(COUNT, seed=2)
     captions = [found.read(row).captions for row in range(COUNT)]
     ok, sizes = np.ones(COUNT, dtype=bool), [(24, 12)] * COUNT
@@ -367,7 +368,9 @@ def test_captions_that_changed_after_they_were_embedded_are_refused(case: Case, 
     written = [path.read_text() for path in texts]
     try:
         for path, text in zip(texts, written, strict=True):
-            path.write_text(text.upper())  # as many bytes, so that the embeddings do not count as stale
+            status = path.stat()
+            path.write_text(text.upper())
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # so the embeddings do not count as stale
         with pytest.raises(DataError, match="has the caption 'COLOR 0'"):
             check(RunFolder(copy), case.recipe())
     finally:

@@ -80,13 +80,13 @@ def write_run(path: Path, keys: list[str], kept: list[int], source: Path | str |
     rows = np.random.default_rng(0).normal(size=(len(keys), DIM))
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
     writer = StoreWriter(
-        folder.begin("embed", "k", resumable=False), teacher={}, pairs=None, dim=DIM, fields=(), num_shards=1
+        folder.begin("embed", {"key": "k"}, resumable=False).part, teacher={}, dim=DIM, fields=(), num_shards=1
     )
     ok, captions = np.ones(len(keys), dtype=bool), [("c",)] * len(keys)
     writer.add(ShardRows("s", rows, rows, rows[:0], ok, keys, captions, [(1, 1)] * len(keys), {}, []))
     writer.finish()
     publish(folder, "embed")
-    part = folder.begin("balance", "k", resumable=False)
+    part = folder.begin("balance", {"key": "k"}, resumable=False).part
     np.save(part / "kept.npy", np.array(kept, dtype=np.int64))
     table = {"key": pa.array([keys[row] for row in kept], pa.large_string()), "row": kept, "set_size": [1] * len(kept)}
     pq.write_table(pa.table(table), part / "kept.parquet")

@@ -52,7 +52,7 @@ def write_store(folder: Path, pairs: Path) -> None:
     backwards = range(COUNT)[::-1]
     ok = np.arange(COUNT) != COUNT - 2
     keep = ok[:, None]
-    writer = StoreWriter(folder, teacher={"reference": "noise"}, pairs=None, dim=DIM, fields=(), num_shards=1)
+    writer = StoreWriter(folder, teacher={"reference": "noise"}, dim=DIM, fields=(), num_shards=1)
     rows = ShardRows(
         name="all",
         images=unit_rows(COUNT, seed=1) * keep,
@@ -207,7 +207,7 @@ def test_a_store_of_these_very_pairs_and_one_in_another_order_are_told_apart(cas
     pairs = open_pairs(case.recipe().pairs)
     turned = EmbeddingStore.open(case.folder.stage("embed"))
     assert rows_in_store(pairs, turned).tolist() == list(range(COUNT))[::-1]
-    writer = StoreWriter(tmp_path / "same", teacher={}, pairs=None, dim=DIM, fields=(), num_shards=1)
+    writer = StoreWriter(tmp_path / "same", teacher={}, dim=DIM, fields=(), num_shards=1)
     vectors = unit_rows(COUNT, seed=1)
     keys, captions = pairs.keys(0, COUNT), [("a caption",)] * COUNT
     none = np.zeros((0, DIM), dtype=np.float32)

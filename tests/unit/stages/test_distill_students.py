@@ -19,6 +19,7 @@ from torch import Tensor
 from clip_cid import pipeline
 from clip_cid.data.sets.evaluation_sets import open_set
 from clip_cid.errors import ConfigError
+from clip_cid.made_from import Origins
 from clip_cid.models.student import build_student
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import DISTILL
@@ -326,7 +327,7 @@ def stale(case: Case, before: dict[str, Any], after: dict[str, Any]) -> bool:
     recipes = [case.recipe(**changes) for changes in (before, after)]
     for need in ("embed", "balance", "cluster"):
         publish(case.folder, need)
-    keys = [pipeline._key(stage, recipe, case.folder, pipeline.active_stages(recipe)) for recipe in recipes]
+    keys = [Origins(case.folder, recipe, pipeline.active_stages(recipe)).of(stage).key for recipe in recipes]
     return keys[0] != keys[1]
 
 
@@ -352,6 +353,7 @@ def test_how_a_machine_does_the_work_makes_nothing_stale(case: Case):
     assert stale(case, {}, {"ema_decay": 0.9})
     assert stale(case, {}, {"augmentation": {"gray_scale_prob": 0.1}})
     assert stale(case, {}, {"validation": {"share": 0.1}})
+    assert not stale(case, {}, {"log_every": 3, "skip_limit": 7})
 
 
 def grow(path: Path) -> None:
@@ -368,16 +370,24 @@ def test_other_weights_to_start_from_make_the_stage_stale(finished: Case, how: s
 def test_another_set_to_measure_on_makes_the_stage_stale(case: Case):
     folder = case.path / "set"
     (folder / "test").mkdir(parents=True)
-    changes = {"validation": {"sets": {"own": str(folder)}, "metric": "zero_shot"}}
-    assert other_inputs(case, changes, lambda: (folder / "test" / "cats").mkdir())
+    (folder / "test" / "cat.jpg").write_bytes(b"cat")
+    watched = {"sets": {"own": str(folder)}, "metric": "zero_shot"}
+    kept = {"validation": {**watched, "keep": "best"}}
+    assert other_inputs(case, kept, lambda: grow(folder / "test" / "cat.jpg"))
+    assert not other_inputs(case, {"validation": watched}, lambda: grow(folder / "test" / "cat.jpg")), (
+        "the last is kept"
+    )
 
 
 def other_inputs(case: Case, changes: dict[str, Any], action: Callable[[], object]) -> bool:
-    outside = BY_NAME[DISTILL].outside
-    before = outside(case.recipe(**changes))
-    assert outside(case.recipe(**changes)) == before
+    def inputs() -> dict[str, str]:
+        recipe = case.recipe(**changes)
+        return Origins(case.folder, recipe, pipeline.active_stages(recipe)).of(BY_NAME[DISTILL]).inputs
+
+    before = inputs()
+    assert inputs() == before
     action()
-    return outside(case.recipe(**changes)) != before
+    return inputs() != before
 
 
 @pytest.mark.slow

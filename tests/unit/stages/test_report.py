@@ -84,12 +84,12 @@ def drawn(base: Path, **changed: dict[str, Any]) -> tuple[RunFolder, Recipe]:
 
 
 def redraw(folder: RunFolder, recipe: Recipe) -> None:
-    summary = draw.run(folder, folder.begin("draw", "key", resumable=False), recipe)
+    summary = draw.run(folder, folder.begin("draw", {"key": "key"}, resumable=False).part, recipe)
     publish(folder, "draw", as_json(summary))
 
 
 def write(folder: RunFolder, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
-    out = folder.begin("report", "key", resumable=False)
+    out = folder.begin("report", {"key": "key"}, resumable=False).part
     return out, as_json(report.run(folder, out, recipe))
 
 
@@ -554,7 +554,7 @@ def test_equal_steps_are_read_from_the_baselines_own_run(tmp_path: Path, monkeyp
     )
     other = RunFolder(tmp_path / "other")
     other.path.mkdir()
-    part = other.begin("distill", "key", resumable=False)
+    part = other.begin("distill", {"key": "key"}, resumable=False).part
     (part / "student").mkdir()
     plain = make_recipe(tmp_path, **PLAIN).distill.model_dump(mode="json")
     publish(other, "distill", TRAINED, settings={"distill": plain})

@@ -61,6 +61,10 @@ class StoreShard:
     """Embeddings of further captions, those after the first."""
     files: dict[str, StoreFile]
     """By kind: image, metadata and, if there are any, text and more_text."""
+    contents: str | None = None
+    """Digest of the keys, images and captions that were embedded; None if nobody recorded it."""
+    contents_with_fields: str | None = None
+    """Digest of these and the kept fields."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,7 @@ class StoreInfo:
     teacher: dict[str, Any]
     """As `Teacher.identity`: reference, weights_sha256, model_cfg, preprocessing, precision."""
     pairs: str | None
-    """Digest of the pairs' fingerprint; None for a store made elsewhere."""
+    """Digest of the contents of the pairs; None for a store made elsewhere."""
     dim: int
     dtype: str
     fields: tuple[str, ...]
@@ -209,6 +213,18 @@ def check_column(path: Path, schema: pa.Schema, name: str) -> None:
             f"{path}: {number} {name!r}; there are {', '.join(schema.names)}.",
             fix="Name it in pairs.keep_fields and run the embed stage again, or use a store that has it.",
         )
+
+
+def read_table(path: Path) -> pa.Table:
+    """A shard's metadata.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read ({error}).", fix=AGAIN) from error
 
 
 def read_column(path: Path, name: str) -> pa.Array:

@@ -6,18 +6,23 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
 
 from clip_cid import log
+from clip_cid.data.embeddings.files import read_table
+from clip_cid.data.embeddings.finished_shards import FinishedShard, FinishedShards
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
+from clip_cid.data.pairs.contents import ContentsInProgress, RowDigest, ShardContents, digest_of_pair, shard_contents
 from clip_cid.data.pairs.decoding import decoded_batches
 from clip_cid.data.pairs.images import decode_image
 from clip_cid.data.pairs.pair import BadSample, reason_kind, remedy
 from clip_cid.data.pairs.pairs import Pairs, Shard
 from clip_cid.errors import DataError
-from clip_cid.recipe import MachineConfig, PairsConfig
+from clip_cid.file_digests import FileDigests
+from clip_cid.recipe import STORE_COLUMNS, MachineConfig, PairsConfig
 
 
 @runtime_checkable
@@ -42,16 +47,32 @@ class Encoder(Protocol):
 
 
 def embed_pairs(
-    pairs: Pairs, encoder: Encoder, writer: StoreWriter, settings: PairsConfig, machine: MachineConfig
-) -> None:
-    """Embed every shard that `writer` does not have yet.
+    pairs: Pairs,
+    encoder: Encoder,
+    writer: StoreWriter,
+    finished: FinishedShards,
+    digests: FileDigests,
+    settings: PairsConfig,
+    machine: MachineConfig,
+) -> int:
+    """Add every shard that `writer` does not have yet; returns the rows that were embedded for it.
+
+    Args:
+        pairs: The pairs.
+        encoder: The teacher.
+        writer: Of the store.
+        finished: Shards that other stores hold; those of the same contents are taken over.
+        digests: Where the contents of each shard are remembered.
+        settings: Of the pairs.
+        machine: Batches and processes.
 
     Raises:
         DataError: Too many pairs cannot be used, or a source changed.
         RunError: A process that decodes images was killed.
     """
-    todo = pairs.shards[len(writer.shards) :]
-    _check_known_bad(pairs, todo, writer, settings)
+    first = len(writer.shards)
+    reused = _shards_to_reuse(pairs, first, finished, digests)
+    todo = [shard for number, shard in enumerate(pairs.shards) if number >= first and number not in reused]
 
     batches = decoded_batches(
         _PairImages(pairs, encoder.preprocess, side=encoder.image_side, max_pixels=settings.max_pixels),
@@ -64,7 +85,13 @@ def embed_pairs(
     remarks = collections.Counter[str]()
     progress = log.progress("embed", len(pairs), unit="images", start=writer.rows)
     with contextlib.closing(batches), progress as bar:
-        for shard in todo:
+        for number, shard in enumerate(pairs.shards[first:], start=first):
+            if number in reused:
+                _take(writer, reused[number], pairs, number, digests, settings.keep_fields)
+                _check_bad_share(writer, [], len(pairs), settings)
+                bar.advance(shard.rows)
+                continue
+
             part = _ShardInProgress(pairs, shard, dim=encoder.dim, fields=settings.keep_fields)
             while part.filled < shard.rows:
                 batch = next(batches)
@@ -72,7 +99,7 @@ def embed_pairs(
                 remarks.update(reason_kind(item.remark) for item in batch.items if item.remark)
                 _check_bad_share(writer, part.skipped, len(pairs), settings)
                 bar.advance(len(batch.items))
-            writer.add(part.finished())
+            writer.add(part.finished(part.contents.keep(pairs, number, digests)))
 
     for remark, count in remarks.items():
         log.warn(f"{count:,} pairs: {remark}")
@@ -80,6 +107,50 @@ def embed_pairs(
         raise DataError(
             f"None of the {len(pairs):,} pairs can be used; see {writer.write_skipped()}.", fix="Mend the pairs."
         )
+    return sum(shard.rows for shard in todo)
+
+
+def _shards_to_reuse(
+    pairs: Pairs, first: int, finished: FinishedShards, digests: FileDigests
+) -> dict[int, FinishedShard]:
+    """Number of a shard of the pairs -> a finished shard of the same contents."""
+    if not len(finished):
+        return {}
+    reused: dict[int, FinishedShard] = {}
+    for number in range(first, len(pairs.shards)):
+        same = finished.find(shard_contents(pairs, number, digests).rows)
+        if same is not None and same.shard.rows == pairs.shards[number].rows:
+            reused[number] = same
+    if reused:
+        log.info(f"embed     {len(reused):,} of {len(pairs.shards):,} shards are embedded already and taken over")
+    return reused
+
+
+def _take(
+    writer: StoreWriter,
+    finished: FinishedShard,
+    pairs: Pairs,
+    number: int,
+    digests: FileDigests,
+    fields: tuple[str, ...],
+) -> None:
+    """Take a finished shard over; its metadata are written anew if other fields are kept, or fields have changed."""
+    contents, shard = shard_contents(pairs, number, digests), pairs.shards[number]
+    metadata = None
+    if finished.shard.contents_with_fields != contents.with_fields:
+        metadata = read_table(finished.store / finished.shard.files["metadata"].path).select(STORE_COLUMNS)
+        values = [_fields_of(pairs, row) for row in range(shard.first_row, shard.first_row + shard.rows)]
+        for name in fields:
+            column = pa.array([value.get(name, "") for value in values], pa.string())
+            metadata = metadata.append_column(name, column)
+    writer.take(finished, shard.name, metadata=metadata, with_fields=contents.with_fields)
+
+
+def _fields_of(pairs: Pairs, row: int) -> dict[str, str]:
+    try:
+        return pairs.read(row).fields
+    except BadSample:
+        return {}
 
 
 class _Item(NamedTuple):
@@ -93,6 +164,8 @@ class _Item(NamedTuple):
     size: tuple[int, int]
     reason: str
     """Why the row cannot be used; empty when it can."""
+    digest: RowDigest
+    """Of what was read."""
     remark: str = ""
     """As in `Pair`."""
 
@@ -116,13 +189,14 @@ class _PairImages:
     def __getitem__(self, row: int, /) -> _Item:
         captions: tuple[str, ...] = ()
         fields: dict[str, str] = {}
+        digest = digest_of_pair(self._pairs.key(row), None)
         try:
             pair = self._pairs.read(row)
-            captions, fields = pair.captions, pair.fields
+            captions, fields, digest = pair.captions, pair.fields, digest_of_pair(pair.key, pair)
             image = decode_image(pair.image, max_pixels=self._max_pixels, side=self._side)
-            return _Item(row, self._preprocess(image), captions, fields, image.size, "", pair.remark)
+            return _Item(row, self._preprocess(image), captions, fields, image.size, "", digest, pair.remark)
         except BadSample as error:
-            return _Item(row, None, captions, fields, (0, 0), error.reason)
+            return _Item(row, None, captions, fields, (0, 0), error.reason, digest)
 
 
 def _stack(items: list[_Item]) -> _Batch:
@@ -153,6 +227,7 @@ class _ShardInProgress:
         self.sizes: list[tuple[int, int]] = []
         self.fields: dict[str, list[str]] = {name: [] for name in fields}
         self.skipped: list[dict[str, Any]] = []
+        self.contents = ContentsInProgress()
 
     def add(self, batch: _Batch, encoder: Encoder, chunk: int) -> None:
         """Embed a batch, `chunk` captions at a time, and put its rows behind those that are there."""
@@ -178,6 +253,7 @@ class _ShardInProgress:
         self.filled += len(ok)
 
     def _add_metadata(self, item: _Item) -> None:
+        self.contents.add(item.digest)
         self.captions.append(item.captions)
         self.sizes.append(item.size)
         for name, values in self.fields.items():
@@ -186,7 +262,7 @@ class _ShardInProgress:
             key = self.keys[item.row - self.shard.first_row]
             self.skipped.append({"row": item.row, "key": key, "shard": self.shard.name, "reason": item.reason})
 
-    def finished(self) -> ShardRows:
+    def finished(self, contents: ShardContents) -> ShardRows:
         return ShardRows(
             name=self.shard.name,
             images=self.images,
@@ -198,6 +274,8 @@ class _ShardInProgress:
             sizes=self.sizes,
             fields=self.fields,
             skipped=self.skipped,
+            contents=contents.rows,
+            contents_with_fields=contents.with_fields,
         )
 
 
@@ -205,9 +283,13 @@ def _half(embeddings: Tensor) -> np.ndarray:
     return embeddings.half().cpu().numpy()
 
 
-def _check_known_bad(pairs: Pairs, todo: Sequence[Shard], writer: StoreWriter, settings: PairsConfig) -> None:
-    """Stop before any work if the index alone shows that too many of the remaining pairs are bad."""
-    first = todo[0].first_row if todo else len(pairs)
+def check_known_bad(pairs: Pairs, writer: StoreWriter, settings: PairsConfig) -> None:
+    """Stop before any work if the index alone shows that too many of the remaining pairs are bad.
+
+    Raises:
+        DataError: They are.
+    """
+    first = writer.rows
     ahead: list[dict[str, Any]] = []
     for row, reason in sorted(pairs.known_bad.items()):
         if row >= first:

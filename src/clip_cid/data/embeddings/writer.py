@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,24 @@ import pyarrow as pa
 from jaxtyping import Bool, Float
 
 from clip_cid.data.embeddings.files import (
-    AGAIN,
     FOLDERS,
     PROGRESS_FILE,
     SKIPPED_FILE,
-    STORE_FILE,
+    StoreFile,
     StoreInfo,
     StoreShard,
-    check_shard,
     check_unit,
-    read_info,
     record_file,
-    shard_from_json,
     write_array,
     write_info,
     write_table,
 )
-from clip_cid.errors import ConfigError, DataError
+from clip_cid.data.embeddings.finished_shards import FinishedShard, check_same, is_whole, read_shards
+from clip_cid.data.pairs.contents import contents_of_shards
+from clip_cid.errors import ConfigError
 from clip_cid.journal import Journal
 from clip_cid.recipe import STORE_COLUMNS
+from clip_cid.run_folder import link_or_copy, remove_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +49,16 @@ class ShardRows:
     fields: dict[str, list[str]]
     skipped: list[dict[str, Any]]
     """row (of the store), key, shard and reason of each row that is not ok."""
+    contents: str | None = None
+    """Digest of keys, images and captions, to know the shard again."""
+    contents_with_fields: str | None = None
 
 
 class StoreWriter:
     """Adds finished shards to a store and, at the end, declares it finished.
 
     Raises:
-        DataError: The folder holds embeddings of another teacher or of other pairs, or a finished shard was damaged.
+        DataError: The folder holds embeddings of another teacher or with other fields.
     """
 
     def __init__(
@@ -64,7 +66,6 @@ class StoreWriter:
         out: Path,
         *,
         teacher: dict[str, Any],
-        pairs: str | None,
         dim: int,
         fields: tuple[str, ...],
         num_shards: int,
@@ -79,7 +80,7 @@ class StoreWriter:
         self._digits = max(4, len(str(num_shards - 1)))
         self._info = StoreInfo(
             teacher=json.loads(json.dumps(teacher)),
-            pairs=pairs,
+            pairs=None,
             dim=dim,
             dtype="float16",
             fields=fields,
@@ -93,6 +94,12 @@ class StoreWriter:
         self._resume()
 
     @property
+    def made_from(self) -> dict[str, Any]:
+        """The facts that must be equal for two shards to lie in one store."""
+        info = self._info
+        return {"teacher": info.teacher, "dim": info.dim, "fields": list(info.fields)}
+
+    @property
     def rows(self) -> int:
         """Rows of the finished shards."""
         return sum(shard.rows for shard in self.shards)
@@ -100,32 +107,65 @@ class StoreWriter:
     def add(self, rows: ShardRows) -> None:
         """Write a shard; once this returns, the shard survives a kill."""
         _check_rows(rows, self._info)
-        number = f"{len(self.shards):0{self._digits}d}"
-        paths = {kind: f"{folder}/{folder}_{number}.npy" for kind, folder in FOLDERS.items() if kind != "metadata"}
-        paths["metadata"] = f"metadata/metadata_{number}.parquet"
+        paths = self._paths(kind for kind in FOLDERS if kind != "more_text" or len(rows.more_texts))
         arrays = {"image": rows.images, "text": rows.texts, "more_text": rows.more_texts}
-        if not len(rows.more_texts):
-            del paths["more_text"], arrays["more_text"]
 
-        for path in paths.values():
-            (self._out / path).parent.mkdir(exist_ok=True)
-        for kind, array in arrays.items():
-            half = array.astype(np.float16)
-            good = np.ones(len(half), dtype=bool) if kind == "more_text" else rows.ok
-            check_unit(half, good, where=f"{rows.name} ({kind})", first_row=0)
-            write_array(self._out / paths[kind], half)
+        for kind, path in paths.items():
+            if kind in arrays:
+                half = arrays[kind].astype(np.float16)
+                good = np.ones(len(half), dtype=bool) if kind == "more_text" else rows.ok
+                check_unit(half, good, where=f"{rows.name} ({kind})", first_row=0)
+                write_array(self._out / path, half)
         write_table(self._out / paths["metadata"], _metadata(rows))
 
         # The journal's line comes last: a shard without it does not exist.
         files = {kind: record_file(self._out, path) for kind, path in paths.items()}
-        shard = StoreShard(rows.name, len(rows.ok), int(rows.ok.sum()), len(rows.more_texts), files)
-        self._record({"shard": dataclasses.asdict(shard), "skipped": rows.skipped})
-        self.shards.append(shard)
-        self.skipped += rows.skipped
+        count = len(rows.ok)
+        contents = (rows.contents, rows.contents_with_fields)
+        self._add(
+            StoreShard(rows.name, count, int(rows.ok.sum()), len(rows.more_texts), files, *contents), rows.skipped
+        )
+
+    def take(self, finished: FinishedShard, name: str, *, metadata: pa.Table | None, with_fields: str) -> None:
+        """Add a shard that another store holds: its files are linked, or copied where that is not possible.
+
+        Args:
+            finished: The shard, whole.
+            name: Of the shard in these pairs.
+            metadata: Its metadata with other fields; None keeps the file.
+            with_fields: Digest of the contents with the fields.
+        """
+        paths, files = self._paths(finished.shard.files), dict[str, StoreFile]()
+        for kind, file in finished.shard.files.items():
+            if kind == "metadata" and metadata is not None:
+                write_table(self._out / paths[kind], metadata)
+                files[kind] = record_file(self._out, paths[kind])
+                continue
+            remove_folder(self._out / paths[kind])  # of a shard that was not finished
+            link_or_copy(finished.store / file.path, self._out / paths[kind])
+            files[kind] = dataclasses.replace(file, path=paths[kind])
+
+        first_row = self.rows
+        skipped = [entry | {"row": first_row + entry["row"], "shard": name} for entry in finished.skipped]
+        shard = dataclasses.replace(finished.shard, name=name, files=files, contents_with_fields=with_fields)
+        self._add(shard, skipped)
+
+    def whole_shards(self, contents: Sequence[str]) -> int:
+        """How many of the finished shards, from the first on, are as they were written and of these contents.
+
+        Args:
+            contents: Of as many shards of the pairs as are finished here.
+        """
+        for number, (shard, wanted) in enumerate(zip(self.shards, contents, strict=False)):
+            if shard.contents != wanted or not is_whole(self._out, shard, dim=self._info.dim, dtype=self._info.dtype):
+                return number
+        return min(len(self.shards), len(contents))
 
     def finish(self) -> StoreInfo:
         """Declare the store finished."""
-        info = dataclasses.replace(self._info, shards=tuple(self.shards))
+        contents = [shard.contents for shard in self.shards if shard.contents is not None]
+        pairs = contents_of_shards(contents) if len(contents) == len(self.shards) else None
+        info = dataclasses.replace(self._info, shards=tuple(self.shards), pairs=pairs)
         self.write_skipped()
         write_info(self._out, info)
         self._progress.path.unlink(missing_ok=True)
@@ -137,22 +177,33 @@ class StoreWriter:
         Journal(path).replace(*self.skipped, *unfinished)
         return path
 
+    def _add(self, shard: StoreShard, skipped: list[dict[str, Any]]) -> None:
+        self._record({"shard": dataclasses.asdict(shard), "skipped": skipped})
+        self.shards.append(shard)
+        self.skipped += skipped
+
+    def _paths(self, kinds: Iterable[str]) -> dict[str, str]:
+        """The files of the next shard, by kind; their folders exist."""
+        number = f"{len(self.shards):0{self._digits}d}"
+        paths: dict[str, str] = {}
+        for kind in kinds:
+            folder, suffix = FOLDERS[kind], "parquet" if kind == "metadata" else "npy"
+            (self._out / folder).mkdir(exist_ok=True)
+            paths[kind] = f"{folder}/{folder}_{number}.{suffix}"
+        return paths
+
     def _resume(self) -> None:
         """Take over the shards that an earlier process finished, and delete unfinished ones."""
         self._out.mkdir(parents=True, exist_ok=True)
 
         if self._progress.path.is_file():
             self._progress.drop_torn_line()
-            made_from, self.shards, self.skipped = _read_progress(self._progress)
-        elif (self._out / STORE_FILE).is_file():
-            made_from, self.shards, self.skipped = _read_finished(self._out)
+        if (held := read_shards(self._out)) is not None:
+            made_from, self.shards, self.skipped = held
         else:
-            made_from = _made_from(self._info)
-            self._record(made_from)
-
-        _check_same(self._out, made_from, _made_from(self._info))
-        for shard in self.shards:
-            check_shard(self._out, shard, dim=self._info.dim, dtype=self._info.dtype)
+            made_from = self.made_from
+            self._progress.replace(made_from)
+        check_same(self._out, made_from, self.made_from)
 
         known = {file.path for shard in self.shards for file in shard.files.values()}
         for folder in FOLDERS.values():
@@ -163,44 +214,6 @@ class StoreWriter:
     def _record(self, value: dict[str, Any]) -> None:
         self._progress.append(value)
         self._progress.sync()
-
-
-def _made_from(info: StoreInfo) -> dict[str, Any]:
-    """The facts that must be equal for two shards to lie in one store."""
-    return {"teacher": info.teacher, "pairs": info.pairs, "dim": info.dim, "fields": list(info.fields)}
-
-
-def _read_progress(progress: Journal) -> tuple[dict[str, Any], list[StoreShard], list[dict[str, Any]]]:
-    try:
-        made_from, *finished = progress.read()
-        shards = [shard_from_json(entry["shard"]) for entry in finished]
-        return made_from, shards, [skipped for entry in finished for skipped in entry["skipped"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{progress.path}: not a record of finished shards ({error}).", fix=AGAIN) from error
-
-
-def _read_finished(out: Path) -> tuple[dict[str, Any], list[StoreShard], list[dict[str, Any]]]:
-    """The store of a process that ended after its last shard, before the stage's folder was renamed."""
-    info = read_info(out)
-    try:
-        return _made_from(info), list(info.shards), Journal(out / SKIPPED_FILE).read()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{out / SKIPPED_FILE}: cannot be read ({error}).", fix=AGAIN) from error
-
-
-def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Teacher and pairs are the same. The reference of a teacher is not compared: a folder may have moved."""
-    if not isinstance(before.get("teacher"), dict):
-        raise DataError(f"{out / PROGRESS_FILE}: not a record of finished shards.", fix=AGAIN)
-
-    parts = {name for name in {*before["teacher"], *now["teacher"]} if name != "reference"}
-    different = sorted(name for name in parts if before["teacher"].get(name) != now["teacher"].get(name))
-    different += [name for name in ("pairs", "dim", "fields") if before.get(name) != now[name]]
-    if different:
-        raise DataError(
-            f"{out}: holds embeddings of another teacher or of other pairs ({', '.join(different)} differ).",
-            fix="Embeddings are not mixed: use another run folder, or start over with --force.",
-        )
 
 
 def _check_rows(rows: ShardRows, info: StoreInfo) -> None:

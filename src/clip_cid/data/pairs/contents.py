@@ -6,6 +6,7 @@ times are taken for the same; others are read again, and their digests decide.
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 from clip_cid import log
 from clip_cid.data.pairs.pair import BadSample, Pair
@@ -15,8 +16,15 @@ from clip_cid.file_digests import FileDigests, digest, file_state
 from clip_cid.recipe import PairsConfig
 
 
+class RowDigest(NamedTuple):
+    """Two digests of a row, as bytes."""
+
+    row: bytes
+    with_fields: bytes
+
+
 def state_of_pairs(settings: PairsConfig, *, index: Path | None, cache_dir: Path | None) -> str:
-    """A digest of names, bytes and times of all files behind the pairs. Of a URL it is the address.
+    """A digest of names, bytes and times of all files behind the pairs. Of URLs it is their addresses.
 
     Raises:
         DataError: As `open_pairs`.
@@ -34,10 +42,14 @@ def contents_of_pairs(
 ) -> str:
     """A digest of every key, image and caption in their order. Only shards that are not known are read.
 
+    Nothing is fetched to know it: where a source is a URL, the addresses stand for the contents.
+
     Raises:
         DataError: As `open_pairs`.
     """
     state = state_of_pairs(settings, index=index, cache_dir=cache_dir)
+    if any(source.path is None for source in find_sources(settings)):
+        return state
     if (contents := digests.recall(state)) is None:
         pairs = open_pairs(settings, index=index, cache_dir=cache_dir)
         contents = contents_of_shards(read_contents(pairs, digests))
@@ -56,38 +68,77 @@ def read_contents(pairs: Pairs, digests: FileDigests) -> list[str]:
     unknown = sum(shard.rows for shard, known in zip(pairs.shards, contents, strict=True) if known is None)
     with log.progress("read", unknown, unit="pairs") as bar:
         return [
-            shard_contents(pairs, number, digests, bar) if known is None else known
+            shard_contents(pairs, number, digests, bar).with_fields if known is None else known
             for number, known in enumerate(contents)
         ]
 
 
-def shard_contents(pairs: Pairs, number: int, digests: FileDigests, bar: log.Bar | None = None) -> str:
-    """The contents of one shard, read if they are not known."""
-    state = pairs.shard_state(number)
-    if (known := digests.recall(state)) is not None:
-        return known
+class ShardContents(NamedTuple):
+    """Two digests of a shard."""
 
-    rows, shard = hashlib.sha256(), pairs.shards[number]
+    rows: str
+    """Of keys, images and captions: all that decides the embeddings."""
+    with_fields: str
+    """Of these and the kept fields."""
+
+
+def shard_contents(pairs: Pairs, number: int, digests: FileDigests, bar: log.Bar | None = None) -> ShardContents:
+    """The contents of one shard, read if they are not known."""
+    rows, with_fields = (digests.recall(state) for state in _states(pairs, number))
+    if rows is not None and with_fields is not None:
+        return ShardContents(rows, with_fields)
+
+    reading, shard = ContentsInProgress(), pairs.shards[number]
     for row in range(shard.first_row, shard.first_row + shard.rows):
-        try:
-            rows.update(row_digest(pairs.key(row), pairs.read(row)))
-        except BadSample:
-            rows.update(row_digest(pairs.key(row), None))
+        reading.add(row_digest(pairs, row))
         if bar is not None:
             bar.advance(1)
-    digests.keep(state, rows.hexdigest())
-    return rows.hexdigest()
+    return reading.keep(pairs, number, digests)
 
 
-def row_digest(key: str, pair: Pair | None) -> bytes:
-    """A digest of a row; without a pair, of a row that cannot be read. A shard's is the SHA-256 of its rows'."""
-    parts = [key.encode()]
-    if pair is not None:
-        parts += [pair.image, *(caption.encode() for caption in pair.captions), b""]
-        parts += [part.encode() for field in sorted(pair.fields.items()) for part in field]
+class ContentsInProgress:
+    """The contents of a shard whose rows are read one after the other."""
 
-    row = hashlib.sha256(len(parts).to_bytes(8))
+    def __init__(self) -> None:
+        self._rows, self._with_fields = hashlib.sha256(), hashlib.sha256()
+
+    def add(self, row: RowDigest) -> None:
+        self._rows.update(row.row)
+        self._with_fields.update(row.with_fields)
+
+    def keep(self, pairs: Pairs, number: int, digests: FileDigests) -> ShardContents:
+        """Remember the contents of a shard, all of whose rows were added."""
+        contents = ShardContents(self._rows.hexdigest(), self._with_fields.hexdigest())
+        for state, digest_of_all in zip(_states(pairs, number), contents, strict=True):
+            digests.keep(state, digest_of_all)
+        return contents
+
+
+def _states(pairs: Pairs, number: int) -> tuple[str, str]:
+    return pairs.shard_state(number, fields=False), pairs.shard_state(number)
+
+
+def row_digest(pairs: Pairs, row: int) -> RowDigest:
+    """The digests of a row, which is read for it."""
+    try:
+        return digest_of_pair(pairs.key(row), pairs.read(row))
+    except BadSample:
+        return digest_of_pair(pairs.key(row), None)
+
+
+def digest_of_pair(key: str, pair: Pair | None) -> RowDigest:
+    """The digests of a row; without a pair, of one that cannot be read."""
+    if pair is None:
+        alone = _digest_of([key.encode()])
+        return RowDigest(alone, alone)
+    row = _digest_of([key.encode(), pair.image, *(caption.encode() for caption in pair.captions)])
+    fields = [part.encode() for field in sorted(pair.fields.items()) for part in field]
+    return RowDigest(row, _digest_of([row, *fields]) if fields else row)
+
+
+def _digest_of(parts: list[bytes]) -> bytes:
+    whole = hashlib.sha256(len(parts).to_bytes(8))
     for part in parts:
-        row.update(len(part).to_bytes(8))
-        row.update(part)
-    return row.digest()
+        whole.update(len(part).to_bytes(8))
+        whole.update(part)
+    return whole.digest()

@@ -84,8 +84,13 @@ class Pairs:
         source, sample = self._sample(row)
         return source.format.image_name(sample)
 
-    def shard_state(self, number: int) -> str:
-        """A digest of names, bytes and times of the files behind a shard, and of how they are read."""
+    def shard_state(self, number: int, *, fields: bool = True) -> str:
+        """A digest of names, bytes and times of the files behind a shard, and of how they are read.
+
+        Args:
+            number: Of the shard.
+            fields: Whether the kept fields are read, too.
+        """
         shard, source = self.shards[number], self._index.source(number)
         first, after = (bisect_left(self._bad_rows, row) for row in (shard.first_row, shard.first_row + shard.rows))
         bad_rows = self._bad_rows[first:after]
@@ -93,7 +98,8 @@ class Pairs:
         own = [] if source.local.path.is_dir() else file_state(source.local.path)
         files = [_state(path) for path in source.format.files_of(source.local, self._index.batch(number))]
         place = [str(source.local.path), shard.first_row - self._first_row_of(number), shard.rows]
-        reading = self._settings.model_dump(mode="json", exclude={"source", "max_bad_share", "max_pixels"})
+        settings = self._settings if fields else self._settings.model_copy(update={"keep_fields": ()})
+        reading = settings.model_dump(mode="json", exclude={"source", "max_bad_share", "max_pixels"})
         return digest([source.format.kind, place, own, files, unusable, reading])
 
     @functools.cached_property

@@ -374,7 +374,7 @@ def test_the_stage_takes_a_file_or_a_folder_and_sees_it_change(tmp_path: Path, f
     folder, recipe = run(tmp_path, existing=str(source))
     assert embed_state(folder, recipe) == ("done", "")
     np.save(existing, unit(4, 0))
-    assert embed_state(folder, recipe) == ("stale", f"{source} changed on disk")
+    assert embed_state(folder, recipe) == ("stale", f"embed.existing ({source}) changed on disk")
 
 
 def test_scaling_is_a_setting_of_the_stage(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def shards() -> list[ShardRows]:
 
 
 def writer(out: Path, **changed: Any) -> StoreWriter:
-    options = {"teacher": TEACHER, "pairs": "p", "dim": DIM, "fields": ("dup",), "num_shards": 3} | changed
+    options = {"teacher": TEACHER, "dim": DIM, "fields": ("dup",), "num_shards": 3} | changed
     return StoreWriter(out, **options)
 
 
@@ -251,7 +251,6 @@ def test_a_writer_of_a_finished_store_has_nothing_left_to_do(path: Path) -> None
     [
         ({"teacher": TEACHER | {"weights_sha256": "cd"}}, "weights_sha256"),
         ({"teacher": TEACHER | {"precision": "bf16"}}, "precision"),
-        ({"pairs": "q"}, "pairs"),
         ({"dim": 7}, "dim"),
         ({"fields": ()}, "fields"),
     ],
@@ -262,7 +261,7 @@ def test_stores_are_not_mixed(tmp_path: Path, changed: dict[str, Any], name: str
     first.add(shards()[0])
     if done:
         first.finish()
-    with pytest.raises(DataError, match=rf"another teacher or of other pairs \({name} differ"):
+    with pytest.raises(DataError, match=rf"another teacher or other fields \({name} differ"):
         writer(tmp_path, **changed)
 
 

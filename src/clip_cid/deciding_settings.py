@@ -1,0 +1,79 @@
+"""The settings that decide a result, as they are compared.
+
+Two kinds are left out. What does not change a result, such as `distill.log_every`, may change at any time. And a
+path says only where files are: what they hold decides, and is compared by digest.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Settings = Mapping[str, Any]
+"""Sections by name, as `Recipe.model_dump(mode="json")` gives them, or some of them."""
+
+_FILES = "(its files decide)"
+_PATHS = ("run:", "local-dir:", "/", "./", "../", "~")
+_FILE_TYPES = (".json", ".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+_WITHOUT_EFFECT = {
+    "pairs": ("source", "max_bad_share", "keep_fields"),
+    "embed": ("existing",),
+    "balance": ("existing", "grow_from"),
+    "cluster": ("existing",),
+    "distill": ("log_every", "skip_limit"),
+}
+
+
+def deciding(settings: Settings) -> dict[str, Any]:
+    """A copy of the sections without what does not decide their results."""
+    sections: dict[str, Any] = copy.deepcopy(dict(settings))
+    for name, values in sections.items():
+        for setting in _WITHOUT_EFFECT.get(name, ()):
+            values.pop(setting, None)
+        if name in _PLACES:
+            _PLACES[name](values)
+    return sections
+
+
+def is_local(reference: Any) -> bool:
+    """Whether a model is named by a path: its files are compared, and not its name."""
+    if not isinstance(reference, str) or reference.startswith("hf-hub:"):
+        return False
+    return reference.startswith(_PATHS) or reference.lower().endswith(_FILE_TYPES)
+
+
+def _embed(values: dict[str, Any]) -> None:
+    _by_files(values, "teacher", is_local)
+    _by_files(values, "pretrained", is_local)
+
+
+def _distill(values: dict[str, Any]) -> None:
+    _by_files(values, "student", is_local)
+    _by_files(values, "pretrained", lambda weights: is_local(weights) or ("/" in weights and ":" not in weights))
+    watched = values.get("validation")
+    if isinstance(watched, dict) and watched.get("keep", "last") == "last" and watched.get("patience") is None:
+        # The student is the last one, whatever was measured; only the pairs that are held out are not trained on.
+        values["validation"] = {"share": watched.get("share", 0.0)}
+
+
+def _evaluate(values: dict[str, Any]) -> None:
+    for entries, elsewhere in (("sets", _is_elsewhere), ("retrieval", _is_elsewhere), ("compare", _is_no_path)):
+        for name in values.get(entries) or {}:
+            _by_files(values[entries], name, lambda value, elsewhere=elsewhere: not elsewhere(value))
+
+
+def _is_elsewhere(value: Any) -> bool:
+    """A set that is no file here: built in, or behind a URL."""
+    places = value if isinstance(value, list) else [value]
+    return any("://" in str(place) or str(place).startswith(("builtin:", "pipe:")) for place in places)
+
+
+def _is_no_path(value: Any) -> bool:
+    return not is_local(value)
+
+
+def _by_files(values: dict[str, Any], name: str, local: Callable[[Any], bool]) -> None:
+    if values.get(name) is not None and local(values[name]):
+        values[name] = _FILES
+
+
+_PLACES: dict[str, Callable[[dict[str, Any]], None]] = {"embed": _embed, "distill": _distill, "evaluate": _evaluate}

@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from clip_cid.data.sets.known_sets import MetricName
 from clip_cid.evaluation.metrics import accuracy, per_class
+from clip_cid.method.array_likes import ArrayLike, as_array
 
 GRID = 10.0 ** np.linspace(-6, 6, 97)
 """The values of C: 1e-6 to 1e6, eight a decade."""
@@ -87,13 +88,13 @@ class FoldedProbe:
 
 
 def linear_probe(
-    train_x: Float[np.ndarray, "train dim"],
-    train_y: Int[np.ndarray, " train_labels"],
-    test_x: Float[np.ndarray, "test test_dim"],
-    test_y: Int[np.ndarray, " test_labels"],
+    train_x: Float[np.ndarray, "train dim"] | ArrayLike,
+    train_y: Int[np.ndarray, " train_labels"] | ArrayLike,
+    test_x: Float[np.ndarray, "test test_dim"] | ArrayLike,
+    test_y: Int[np.ndarray, " test_labels"] | ArrayLike,
     *,
     metric: MetricName = "top1",
-    val: tuple[Float[np.ndarray, "val val_dim"], Int[np.ndarray, " val_labels"]] | None = None,
+    val: tuple[Float[np.ndarray, "val val_dim"] | ArrayLike, Int[np.ndarray, " val_labels"] | ArrayLike] | None = None,
     seed: int = 0,
     threads: int = 1,
     device: torch.device | None = None,
@@ -106,7 +107,7 @@ def linear_probe(
     protocol does not normalize them. Class numbers may have gaps, but every class of the test images must be trained.
 
     Args:
-        train_x: Features of the training images; fitted in float32.
+        train_x: Features of the training images, fitted in float32; like all four an array, tensor, data frame or list.
         train_y: Their class numbers.
         test_x: Features of the test images.
         test_y: Their class numbers.
@@ -119,7 +120,7 @@ def linear_probe(
         on_fit: Called after each fit, `MOST_FITS` times at most.
 
     Raises:
-        ValueError: Lengths or widths differ, a feature is not finite, training knows fewer than two classes, the test
+        ValueError: Something is not numbers, lengths or widths differ, a feature is not finite, training knows fewer than two classes, the test
             images have a class that training has not, nothing can be held out, or this scikit-learn has no array API.
     """
     train = _checked(train_x, train_y, name="train")
@@ -329,10 +330,15 @@ def _hold_out(train: _Part, seed: int) -> tuple[_Part, _Part]:
     return _Part(train.x[~held], train.y[~held]), _Part(train.x[held], train.y[held])
 
 
-def _checked(
-    x: Float[np.ndarray, "images dim"], y: Int[np.ndarray, " labels"], *, name: str, train: _Part | None = None
-) -> _Part:
+def _checked(x: ArrayLike, y: ArrayLike, *, name: str, train: _Part | None = None) -> _Part:
     """The features in float32, after checking them and the class numbers, alone and against `train`."""
+    x = np.asarray(as_array(x, name=f"{name}_x"))
+    y = np.asarray(as_array(y, name=f"{name}_y"))
+    if x.ndim != 2 or x.dtype.kind not in "fiu":
+        raise ValueError(f"{name}_x must be real numbers of shape (images, dim), got {x.dtype} of shape {x.shape}")
+    if y.ndim != 1 or y.dtype.kind not in "iub":
+        raise ValueError(f"{name}_y must be a class number for each image, got {y.dtype} of shape {y.shape}")
+    y = y if y.dtype.kind == "i" else y.astype(np.int64)
     if len(x) != len(y) or len(y) == 0:
         raise ValueError(f"{name}_x and {name}_y must have one row an image, got {len(x)} and {len(y)}")
     finite = np.isfinite(x).all(axis=1)

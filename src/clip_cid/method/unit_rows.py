@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
+from clip_cid.method.array_likes import ArrayLike, as_array
 from clip_cid.unit_length import NORM_TOLERANCE, is_unit
 
 BLOCK_ROWS = 4096
@@ -47,19 +48,21 @@ class UnitRows:
     A row has the same bits whichever other rows are read with it, so results do not depend on the block size.
 
     Args:
-        rows: (rows, dim) numbers.
+        rows: (rows, dim) numbers, in any form that `as_array` reads.
         name: What to call them in an error.
         any_length: Accept rows of any length but zero.
         lengths: Of these very rows, measured earlier; then nothing is read or checked here.
 
     Raises:
-        ValueError: Not two-dimensional, empty, or a row that is not finite, is zero, or has a wrong length.
+        ValueError: Not numbers, not two-dimensional, empty, or a row that is not finite, is zero, or has a wrong
+            length.
     """
 
     def __init__(
-        self, rows: Rows, *, name: str, any_length: bool, lengths: Float[np.ndarray, " rows"] | None = None
+        self, rows: Rows | ArrayLike, *, name: str, any_length: bool, lengths: Float[np.ndarray, " rows"] | None = None
     ) -> None:
-        shape = tuple(getattr(rows, "shape", ()))
+        rows = as_array(rows, name=name)
+        shape = tuple(rows.shape)
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"{name} must be an array of (rows, dim), neither of them 0, got shape {shape}")
         self._rows = rows

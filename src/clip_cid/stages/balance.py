@@ -24,7 +24,7 @@ from clip_cid.method.balance.known_pairs import EarlierForest, KnownPairs, known
 from clip_cid.method.balance.near_pairs import Progress, save_links
 from clip_cid.method.balance.pair_agreement import agreement
 from clip_cid.method.balance.prepared_rows import ChunkPair, PreparedRows
-from clip_cid.method.balance.semantic_balance import Balance, BalanceRule, balance_rows
+from clip_cid.method.balance.semantic_balance import Balance, BalanceRule, balance_rows, similarity_warning
 from clip_cid.method.balance.set_explanation import Explanation, explain
 from clip_cid.method.distances import from_squared, threshold_for
 from clip_cid.method.unit_rows import Rows, UnitRows
@@ -65,6 +65,8 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
     counts = _write_kept(out, store, good[balance.kept], set_of)
     _write_forest(out, store.rows, good, balance)
 
+    if (warning := similarity_warning(rule, balance)) is not None:
+        log.warn(f"balance: {warning}")
     threshold = {metric: threshold_for(balance.squared_threshold, metric) for metric in get_args(Metric)}
     log.info("balance   threshold " + ", ".join(f"{name} {value:.5g}" for name, value in threshold.items()))
 

@@ -67,12 +67,13 @@ class EmbeddingStore:
         self._captions: dict[int, pa.Array] = {}
 
     @classmethod
-    def open(cls, path: Path) -> "EmbeddingStore":
+    def open(cls, path: Path | str) -> "EmbeddingStore":
         """Open a store and check that every file is there, whole, and of the right shape.
 
         Raises:
             DataError: It is not a store, is unfinished, or a file is missing, cut short or of another shape.
         """
+        path = Path(path)
         store = cls(path, read_info(path))
         for shard in store.info.shards:
             check_shard(store._root, shard, dim=store.dim, dtype=store.info.dtype)

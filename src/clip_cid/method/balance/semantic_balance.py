@@ -1,5 +1,6 @@
 """Image semantic balance (paper section 3.1): join near-duplicates into sets, keep one image of each."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt64
 
+from clip_cid.method.array_likes import ArrayLike
 from clip_cid.method.balance.array_store import ArrayStore
 from clip_cid.method.balance.forest import Forest
 from clip_cid.method.balance.kept_rows import Keep, check_keep, keep_one_of_each
@@ -15,6 +17,8 @@ from clip_cid.method.balance.near_pairs import RunTasks, near_forest
 from clip_cid.method.balance.pair_plan import Layout, Plan, lay_out
 from clip_cid.method.distances import LARGEST, Metric, threshold_for, threshold_on
 from clip_cid.method.unit_rows import Rows, UnitRows
+
+_LIKE_A_SIMILARITY = 0.5  # a cosine distance above this joins images that have little in common
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +97,7 @@ class BalanceRule:
 
 
 def balance(
-    embeddings: Rows,
+    embeddings: Rows | ArrayLike,
     *,
     threshold: float = 0.07,
     metric: Metric = "cosine",
@@ -101,7 +105,7 @@ def balance(
     target_removed: float | None = None,
     keep: Keep = "nearest_centroid",
     max_radius: float | None = None,
-    text_embeddings: Rows | None = None,
+    text_embeddings: Rows | ArrayLike | None = None,
     normalize: bool = False,
     device: str = "cpu",
     plan: Plan | None = None,
@@ -116,8 +120,9 @@ def balance(
     the one with the better image-text cosine, then the lowest. `plan` and `device` do not change the result.
 
     Args:
-        embeddings: (rows, dim), an array or anything with a shape and rows by slice and by row numbers.
-        threshold: On the scale of `metric`.
+        embeddings: (rows, dim), an array, tensor, data frame or list of rows, or anything with a shape and rows by
+            slice and by row numbers.
+        threshold: On the scale of `metric`; a distance, not a similarity.
         metric: cosine is 1 - cos; the others are of the unit vectors.
         max_threshold: The forest answers every threshold up to this one; `threshold` when None, twice that with
             `target_removed`.
@@ -142,7 +147,22 @@ def balance(
     check_keep(images, texts, keep)
 
     layout = None if plan is None else lay_out(images, plan)
-    return balance_rows(images, texts, rule, layout=layout, device=device, on_plan=on_plan, on_progress=on_progress)
+    result = balance_rows(images, texts, rule, layout=layout, device=device, on_plan=on_plan, on_progress=on_progress)
+    if (warning := similarity_warning(rule, result)) is not None:
+        warnings.warn(warning, stacklevel=2)
+    return result
+
+
+def similarity_warning(rule: BalanceRule, result: Balance) -> str | None:
+    """A sentence about a cosine threshold that looks like a similarity and removes most rows; None if none does."""
+    rows, kept = len(result.set_of), len(result.kept)
+    given = rule.metric == "cosine" and rule.target_removed is None
+    if not given or not _LIKE_A_SIMILARITY < rule.threshold < 1 or 2 * kept >= rows:
+        return None
+    return (
+        f"the threshold {rule.threshold:g} is a distance, 1 - cos, and keeps {kept:,} of {rows:,} rows; if it was meant"
+        f" as a similarity, did you mean 1 - {rule.threshold:g} = {1 - rule.threshold:.4g}?"
+    )
 
 
 def balance_rows(

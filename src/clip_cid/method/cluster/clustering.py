@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int32
 
+from clip_cid.method.array_likes import ArrayLike
 from clip_cid.method.unit_rows import BLOCK_ROWS, Rows, UnitRows
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Clusters:
 
 
 def spherical_kmeans(
-    embeddings: Rows,
+    embeddings: Rows | ArrayLike,
     *,
     num_centers: int,
     iterations: int = 20,
@@ -66,7 +67,8 @@ def spherical_kmeans(
     resumed, with the same result as without the stop.
 
     Args:
-        embeddings: (rows, dim), an array or anything with a shape and rows by slice and by row numbers.
+        embeddings: (rows, dim), an array, tensor, data frame or list of rows, or anything with a shape and rows by
+            slice and by row numbers.
         num_centers: K.
         iterations: Rounds of assignment and update.
         seed: Of the sample and of the first centers.

@@ -74,8 +74,12 @@ def fused_cluster_loss(
         however small it is.
 
     Raises:
-        ValueError: Shapes do not fit, a label is not a center, or a number is out of its limits.
+        ValueError: Something is no tensor, shapes do not fit, a label is not a center, or a number is out of its
+            limits.
     """
+    for name, value in (("student", student), ("teacher", teacher), ("centers", centers), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}; torch.as_tensor makes one")
     losses = cluster_losses(student, centers, labels, teacher=teacher, scale=scale, temperature=temperature)
     return losses.cls, cast(Tensor, losses.kl)
 

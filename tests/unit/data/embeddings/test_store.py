@@ -367,6 +367,12 @@ def test_a_column_that_is_not_there_is_named(finished: Path) -> None:
     assert "pairs.keep_fields" in error.value.fix
 
 
+def test_a_path_may_be_a_text(finished: Path) -> None:
+    store = EmbeddingStore.open(str(finished))
+    assert store.path == finished
+    assert np.array_equal(store.images[:], EmbeddingStore.open(finished).images[:])
+
+
 def test_join_finds_each_pair_by_its_key(finished: Path) -> None:
     store = EmbeddingStore.open(finished)
     assert join(list(store.keys), store).tolist() == list(range(8))

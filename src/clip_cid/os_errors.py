@@ -60,6 +60,7 @@ _MEANINGS: dict[int, tuple[str, str]] = {
     errno.ENOTCONN: ("the file system is not connected any more", _NETWORK),
     errno.EREMOTEIO: ("the network file system failed", _NETWORK),
 }
+_OF_ABSENCE = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 _OF_WRITES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 # Where the texts of libraries hold the system's number, its words, and the path.
@@ -126,6 +127,12 @@ def explain(error: Exception, *, where: Path | None = None, what: str = "", kept
         f"{path}: {problem}{what} ({_shortened(said)}).",
         fix=f"{remedy}, then run the same command again. {kept}".rstrip(),
     )
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether a failure of the system may be gone at the next try, unlike a file that is missing or damaged."""
+    cause = None if error is None else _cause(error)
+    return isinstance(cause, MemoryError) or (cause is not None and _code(cause) not in _OF_ABSENCE)
 
 
 def disk_full(error: OSError) -> bool:

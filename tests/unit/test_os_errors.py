@@ -186,3 +186,21 @@ def test_results_that_cannot_be_printed_are_two_lines(
     monkeypatch.setattr("sys.stdout", FullDevice())
     assert cli.main(["init", str(tmp_path / "recipe.yaml")]) == 1
     assert capsys.readouterr().err.splitlines()[0].startswith("clip-cid: standard output: the disk is full")
+
+
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [
+        (None, False),
+        (OSError(errno.EIO, ""), True),
+        (OSError(errno.EMFILE, ""), True),
+        (MemoryError(), True),
+        (RuntimeError("I/O error: Input/output error (os error 5)"), True),
+        (FileNotFoundError(errno.ENOENT, ""), False),
+        (RuntimeError("I/O error: No such file (os error 2)"), False),
+        (OSError("Corrupt snappy compressed data."), False),
+        (ValueError("[Errno 5]"), False),
+    ],
+)
+def test_what_may_pass_is_told_from_what_is_missing_or_damaged(error: Exception | None, passing: bool) -> None:
+    assert os_errors.may_pass(error) is passing

@@ -16,7 +16,7 @@ from clip_cid.data.balance.kept_file import read_kept_elsewhere, write_kept
 from clip_cid.data.balance.kinds import Kinds, classify
 from clip_cid.data.balance.tables import write_tables
 from clip_cid.data.embeddings.store import EmbeddingStore
-from clip_cid.errors import ConfigError, DataError
+from clip_cid.errors import ConfigError, DataError, RunError
 from clip_cid.method.balance.chaining import chain_summary, giant_warning
 from clip_cid.method.balance.forest import Forest, ShareOutOfReach
 from clip_cid.method.balance.kept_rows import check_keep
@@ -194,7 +194,11 @@ def _processes(prepared: PreparedRows, machine: MachineConfig) -> int:
 def _open_task(work: ArrayFolder, store_path: Path) -> Callable[[ChunkPair], None]:
     """Open what the tasks read; in each process once."""
     prepared = PreparedRows.load(work)
-    assert prepared is not None, "it is saved before the tasks run"
+    if prepared is None:
+        raise RunError(
+            f"{work.path}: what was prepared for the tasks cannot be read any more.",
+            fix="Check the disk, then run the same command again; what is missing is done again.",
+        )
     store = EmbeddingStore.open(store_path)
     images = UnitRows(_good(store, store.images), name="images", any_length=False, lengths=prepared.lengths)
     return functools.partial(save_links, work, prepared, images)

@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -187,6 +188,21 @@ def test_a_convolutional_student_has_no_patches_to_look_at(
     assert all(
         "the student's patches are not available: its image tower is a ModifiedResNet" in w for w in left_out.values()
     )
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_read_now_is_no_reason_to_draw_without_it(
+    full: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(reference: str, *, device: str) -> Clip:
+        if reference == "local-dir:baseline":
+            raise DataError("baseline: cannot be read.", fix="Check the disk.") from OSError(errno.EIO, "I/O error")
+        return fake_clip(reference)
+
+    only(monkeypatch, "weights")
+    monkeypatch.setattr(run_inputs, "load_clip", load)
+    with pytest.raises(DataError, match="baseline: cannot be read"):
+        redrawn(full.folder, full.recipe, tmp_path / "out")
 
 
 @pytest.mark.slow

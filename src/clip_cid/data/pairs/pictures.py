@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
+from clip_cid import os_errors
 from clip_cid.data.pairs import images
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
@@ -68,6 +69,7 @@ def open_pictures(folder: RunFolder, recipe: Recipe, wanted: Mapping[str, int]) 
 
     Raises:
         NoPicturesError: The recipe names no pairs, or they are gone or broken.
+        DataError: They cannot be read now, which may pass.
     """
     if not recipe.pairs.source:
         raise NoPicturesError("the recipe names no pairs")
@@ -75,4 +77,6 @@ def open_pictures(folder: RunFolder, recipe: Recipe, wanted: Mapping[str, int]) 
         pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
         return Pictures(pairs, wanted, max_pixels=recipe.pairs.max_pixels)
     except DataError as error:
+        if os_errors.may_pass(error.__cause__):
+            raise
         raise NoPicturesError(f"the pairs cannot be read ({error.problem.splitlines()[0]})") from error

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_cid.errors import ClipCidError
 from clip_cid.evaluation.scores import STUDENT, TEACHER
 from clip_cid.figures import losses, throughput, weights
 from clip_cid.report.drawing.figure import Figure, Numbers
@@ -43,10 +42,8 @@ def _weights(inputs: RunInputs, out: Path) -> Numbers:
             continue
         try:
             parameters = inputs.clip(name).model.state_dict()
-        except ClipCidError as error:
-            if name == STUDENT:
-                raise
-            left_out[name] = error.problem
+        except LeftOut as reason:
+            left_out[name] = str(reason)
             continue
         layer = weights.last_layer(parameters)
         if layer is None:

@@ -4,6 +4,7 @@ from functools import cached_property
 
 import numpy as np
 
+from clip_cid import log, os_errors
 from clip_cid.data.balance.forest_file import FOREST_FILE, StoredForest, read_forest
 from clip_cid.data.balance.tables import BalanceTables
 from clip_cid.data.embeddings.store import EmbeddingStore
@@ -46,6 +47,7 @@ class RunInputs:
     def __init__(self, folder: RunFolder, recipe: Recipe) -> None:
         self.folder, self.recipe = folder, recipe
         self._clips: dict[str, Clip] = {}
+        self._broken: dict[str, str] = {}
 
     @cached_property
     def store(self) -> EmbeddingStore:
@@ -122,9 +124,22 @@ class RunInputs:
         return references if baseline is None else {**references, baseline: compare[baseline]}
 
     def clip(self, model: str) -> Clip:
-        """One of `references`, loaded once."""
+        """One of `references`, loaded once.
+
+        Raises:
+            LeftOut: It is not the student, and is gone or broken. What may pass is raised as it is.
+        """
+        if model in self._broken:
+            raise LeftOut(self._broken[model])
         if model not in self._clips:
-            self._clips[model] = load_clip(self.references[model], device=self.recipe.machine.device)
+            try:
+                self._clips[model] = load_clip(self.references[model], device=self.recipe.machine.device)
+            except ClipCidError as error:
+                if model == STUDENT or os_errors.may_pass(error.__cause__):
+                    raise
+                log.warn(f"draw      {model} is left out: {error.problem}")
+                self._broken[model] = error.problem
+                raise LeftOut(error.problem) from error
         return self._clips[model]
 
     @cached_property
@@ -135,10 +150,8 @@ class RunInputs:
         for model in self.references:
             try:
                 clip = self.clip(model)
-            except ClipCidError as error:
-                if model == STUDENT:
-                    raise
-                left_out[model] = error.problem
+            except LeftOut as reason:
+                left_out[model] = str(reason)
                 continue
             if reason := why_no_patches(clip):
                 left_out[model] = reason
@@ -165,6 +178,8 @@ class RunInputs:
                     cache_dir=self.recipe.machine.cache_dir,
                 )
             except DataError as error:
+                if os_errors.may_pass(error.__cause__):
+                    raise
                 problems.append(error.problem)
         raise LeftOut(f"no evaluation set to take images from ({' '.join(problems) or 'none is named'})")
 

@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    sys.stderr.write(f"clip-cid: {units.shortened(message, _MOST_CHARACTERS)}\n")
+    sys.stderr.write(f"clip-cid: {log.printable(units.shortened(message, _MOST_CHARACTERS))}\n")
     return code
 
 

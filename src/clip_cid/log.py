@@ -2,25 +2,33 @@
 
 import contextlib
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from clip_cid import os_errors
 from clip_cid.units import duration
 
-_console = Console(stderr=True, soft_wrap=True)
+
+def _plain_console(**options: Any) -> Console:
+    """A console that takes every text as it is: brackets and colons in names mean nothing to it."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+_console = _plain_console(stderr=True, soft_wrap=True)
 _logger = logging.getLogger("clip_cid")
 _logger.setLevel(logging.INFO)
 _FILE_WIDTH = 500  # of a table in a file or a pipe: wide enough for any
 _PLAIN_SECONDS = 10.0  # seconds between two lines, if there is no terminal for a bar
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # would move the cursor, or color what follows
 
 
 def setup(*, quiet: bool = False) -> None:
@@ -45,7 +53,7 @@ class _Lines(logging.Handler):
     """Plain lines to whatever standard error is at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+        _console.print(self.format(record), soft_wrap=True)
 
 
 class _LogFile(logging.FileHandler):
@@ -91,25 +99,30 @@ def quiet(answers: Path) -> Iterator[None]:
             handler.setLevel(level)
 
 
+def printable(text: str) -> str:
+    """A text with control characters and bytes that are no text written out, as names of files may hold them."""
+    readable = text.encode("utf-8", "backslashreplace").decode()
+    return _CONTROL.sub(lambda control: f"\\x{ord(control[0]):02x}", readable)
+
+
 def info(message: str) -> None:
-    _logger.info(message)
+    _logger.info(printable(message))
 
 
 def warn(message: str) -> None:
-    _logger.warning("warning: %s", message)
+    _logger.warning("warning: %s", printable(message))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
     """Print a result of a command to standard output, so that it can be piped."""
-    out = Console()
+    out = _plain_console()
     if not out.is_terminal:
-        out = Console(width=_FILE_WIDTH)
-    # As `Text`, since a name may have brackets, which rich takes for its markup.
-    grid = Table(title=None if title is None else Text(title), title_justify="left", header_style="bold")
+        out = _plain_console(width=_FILE_WIDTH)
+    grid = Table(title=None if title is None else printable(title), title_justify="left", header_style="bold")
     for column in columns:
-        grid.add_column(Text(column), overflow="fold")
+        grid.add_column(printable(column), overflow="fold")
     for row in rows:
-        grid.add_row(*map(Text, row))
+        grid.add_row(*map(printable, row))
     with _standard_output():
         out.print(grid)
 
@@ -117,7 +130,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str |
 def say(text: str) -> None:
     """Print a line of a result to standard output, as it is."""
     with _standard_output():
-        Console(soft_wrap=True).print(text, markup=False, highlight=False)
+        _plain_console(soft_wrap=True).print(printable(text))
 
 
 def _standard_output() -> contextlib.AbstractContextManager[None]:
@@ -141,13 +154,13 @@ class Bar:
         rate = (self._done - self._start) / max(now - self._began, 1e-9)
         text = f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2f} {self._unit}/s"
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=self._done, rate=f"{text} {note}".rstrip())
+            self._progress.update(self._task, completed=self._done, rate=f"{text} {printable(note)}".rstrip())
         elif now - self._spoke >= _PLAIN_SECONDS:
             self._spoke = now
             remaining = duration((self._total - self._done) / max(rate, 1e-9))
             _logger.info(
                 "%s  %s/%s  %s  %s left  %s",
-                *(self._what, f"{self._done:,}", f"{self._total:,}", text, remaining, note),
+                *(self._what, f"{self._done:,}", f"{self._total:,}", text, remaining, printable(note)),
             )
 
 

@@ -1,5 +1,6 @@
 import io
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -55,3 +56,44 @@ def test_brackets_in_names_are_letters(monkeypatch: pytest.MonkeyPatch, capsys: 
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
     for name in NAMES:
         assert all(f"{kind} {name}" in plain for kind in ("embed", "note of", "info of", "warning of")), name
+
+
+TEXTS = ["[/x] y", "[bold]x[/bold]", ":cat: [red]", "[link=https://x]y", "\\[x]", "100 %s {x}"]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_names_are_shown_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, terminal: bool
+):
+    """In tables, answers, messages and progress, on a terminal and elsewhere."""
+    said = io.StringIO()
+    monkeypatch.setattr(log, "_console", log._plain_console(file=said, force_terminal=terminal, width=200))
+    monkeypatch.setattr(log, "_logger", logging.Logger("as if new"))
+    log.setup()
+    log.table(["set", name], [[name, "1"]], title=name)
+    log.say(name)
+    log.info(f"info {name}")
+    log.warn(f"warn {name}")
+    with log.progress(name, 10) as bar:
+        bar.advance(5, note=f"note {name}")
+    out = capsys.readouterr().out
+    assert out.count(name) == 4
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.getvalue())
+    assert f"info {name}" in plain
+    assert f"warn {name}" in plain
+    assert (f"note {name}" in plain) == terminal
+
+
+def test_control_characters_and_undecodable_bytes_are_written_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    name = os.fsdecode(b"a\xff\x1b[31m\rb\x07")
+    caplog.set_level("INFO", logger="clip_cid")
+    with log.to_file(tmp_path / "run.log"):
+        log.info(name)
+    log.table(["name"], [[name]])
+    log.say(name)
+    expected = r"a\udcff\x1b[31m\x0db\x07"
+    assert expected in (tmp_path / "run.log").read_text()
+    assert capsys.readouterr().out.count(expected) == 2

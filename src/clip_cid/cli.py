@@ -449,15 +449,19 @@ def export(run: Run, out: Out, onnx: bool = False) -> int:
         onnx: Also write both towers as ONNX graphs, and compare each with PyTorch. Needs
             `pip install "clip-cid[onnx]"`.
     """
-    student = _existing(run).stage(DISTILL) / "student"
+    folder = _existing(run)
+    folder.stage(DISTILL)  # refused before the libraries are loaded
     from clip_cid.models.export import copy_student, usage
+    from clip_cid.publish.finished_student import finished_student, local_parts
     from clip_cid.publish.onnx_export import export_onnx, require_onnx
 
     if onnx:
         require_onnx()
     with os_errors.explained(out):
-        copy_student(student, out)
+        copy_student(finished_student(folder), out)
         gaps = ", ".join(f"{tower} {gap:.2g}" for tower, gap in (export_onnx(out) if onnx else {}).items())
+    if local := local_parts(out):
+        log.warn(f"{out}: loads on this machine only, as its model_cfg names {', '.join(local)}")
     log.say(usage(out))
     if onnx:
         log.say(f"# ONNX: {out / 'onnx'}; largest difference to PyTorch: {gaps}")

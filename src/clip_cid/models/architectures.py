@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from importlib import resources
@@ -16,6 +17,8 @@ from torch import Tensor
 from clip_cid.errors import ConfigError
 from clip_cid.models.open_clip_errors import LOADING_ERRORS, clean_name, open_clip_warnings
 from clip_cid.models.references import CONFIG_FILE, LOCAL
+
+_TOWERS = ("hf_model_name", "hf_tokenizer_name")
 
 
 def build_skeleton(model_cfg: dict[str, Any]) -> torch.nn.Module | None:
@@ -73,7 +76,20 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ConfigError(
             f"{path}: cannot read this model configuration ({error}).", fix="Give the path of a JSON file."
         ) from error
-    return _split_config(values, str(path))
+    return _split_config(_with_absolute_towers(values), str(path))
+
+
+def _with_absolute_towers(values: Any) -> Any:
+    """A text tower or tokenizer in a folder here by its absolute path, so that it is found from any other folder."""
+    if isinstance(values, dict):
+        return {
+            key: _absolute(value) if key in _TOWERS else _with_absolute_towers(value) for key, value in values.items()
+        }
+    return values
+
+
+def _absolute(name: Any) -> Any:
+    return os.path.abspath(name) if isinstance(name, str) and Path(name).is_dir() else name
 
 
 def _split_config(values: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -109,7 +109,7 @@ class PublicWords:
 def local_names(model_cfg: Any) -> list[str]:
     """Strings of a model's configuration that name files of this machine."""
     if isinstance(model_cfg, str):
-        return [model_cfg] if re.match(r"[/~.]", model_cfg) else []
+        return [model_cfg] if re.match(r"[/~.\\]|[A-Za-z]:\\|local-dir:", model_cfg) else []
     values = model_cfg.values() if isinstance(model_cfg, dict) else model_cfg if isinstance(model_cfg, list) else ()
     return [name for value in values for name in local_names(value)]
 

@@ -10,14 +10,12 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from safetensors.torch import load_file
 
 from clip_cid import log
-from clip_cid.errors import ConfigError, HubError, RunError
-from clip_cid.models.export import HEAD_FILE, export_student
-from clip_cid.models.loading import load_clip
-from clip_cid.models.public_names import local_names
+from clip_cid.errors import ConfigError, HubError
+from clip_cid.models.export import HEAD_FILE, copy_student
 from clip_cid.models.references import CONFIG_FILE
+from clip_cid.publish.finished_student import finished_student, local_parts, names_on_hub, nobody_can_load
 from clip_cid.publish.model_card import model_card
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import DISTILL
@@ -51,16 +49,20 @@ def card_of(run: RunFolder, repo: str, *, license: str | None) -> str:
 
     Raises:
         ConfigError: As `check_repo_name`.
-        RunError: As `model_card`.
+        RunError: As `model_card`, or nobody else could load the student.
     """
     check_repo_name(repo)
-    return model_card(run, repo, license=license)
+    card = model_card(run, repo, license=license)
+    if local := local_parts(student := run.stage(DISTILL) / "student"):
+        raise nobody_can_load(student, local)
+    return card
 
 
 def push_student(run: RunFolder, repo: str, *, license: str | None, private: bool) -> str:
     """Upload the student of a finished run; the token is the one huggingface_hub finds.
 
-    The folder is written anew, reloaded and compared as any export, and uploaded with its card in one commit. An earlier push to the same repository is replaced.
+    The folder is written anew, reloaded and compared as any export, and uploaded with its card in one commit. An
+    earlier push to the same repository is replaced.
 
     Returns:
         The address of the commit.
@@ -77,7 +79,9 @@ def push_student(run: RunFolder, repo: str, *, license: str | None, private: boo
         _write_student(run, folder)
         (folder / CARD_FILE).write_text(model_card(run, repo, license=license), encoding="utf-8")
         with _hub_errors_in_words(repo):
-            return _upload(HfApi(), folder, repo, private=private)
+            api = HfApi()
+            _refuse_unknown_parts(api, folder)
+            return _upload(api, folder, repo, private=private)
 
 
 def _require_token() -> None:
@@ -98,22 +102,16 @@ def _no_token(problem: str) -> HubError:
 
 def _write_student(run: RunFolder, folder: Path) -> None:
     """The student's folder, exported anew."""
-    source = run.stage(DISTILL) / "student"
-    if changed := run.changed_files(DISTILL, digests=True):
-        raise RunError(
-            f"{run.path}: the distill stage is not as it was written ({'; '.join(changed[:3])}).",
-            fix=f"Restore it, or train again: `clip-cid distill {run.path} --force`.",
-        )
-    clip = load_clip(f"local-dir:{source}")
-    if local := local_names(clip.model_cfg):
-        raise RunError(
-            f"{source}: its model_cfg names files of this machine ({', '.join(local)}), so it cannot be loaded"
-            " elsewhere.",
-            fix="Train with a tokenizer and a tower that have a name on the Hub.",
-        )
-    head_state = load_file(source / HEAD_FILE) if (source / HEAD_FILE).is_file() else {}
-    provenance = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))["clip_cid"]
-    export_student(clip, folder, head_state=head_state, provenance=provenance)
+    student = finished_student(run)
+    if local := local_parts(student):
+        raise nobody_can_load(student, local)
+    copy_student(student, folder)
+
+
+def _refuse_unknown_parts(api: HfApi, student: Path) -> None:
+    """The tower or the tokenizer may look like a name of the Hub and be a folder that was there in the training."""
+    if unknown := [name for name in names_on_hub(student) if not api.repo_exists(name)]:
+        raise nobody_can_load(student, unknown)
 
 
 def _upload(api: HfApi, folder: Path, repo: str, *, private: bool) -> str:

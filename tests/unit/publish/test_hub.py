@@ -22,7 +22,8 @@ from clip_cid.models import export
 from clip_cid.models.export import export_student
 from clip_cid.models.loading import load_clip
 from clip_cid.publish import hub
-from clip_cid.publish.hub import check_repo_name, push_student
+from clip_cid.publish.finished_student import local_parts
+from clip_cid.publish.hub import card_of, check_repo_name, push_student
 from clip_cid.publish.model_card import model_card
 from clip_cid.run_folder import RunFolder
 
@@ -238,10 +239,64 @@ def test_a_student_that_fails_the_self_test_is_not_pushed(
 def test_a_student_nobody_else_could_load_is_not_pushed(
     server: FakeHub, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "local_names", lambda model_cfg: ["/home/ada/tokenizer"])
-    with pytest.raises(RunError, match="names files of this machine"):
+    monkeypatch.setattr(hub, "local_parts", lambda student: ["/home/ada/tokenizer"])
+    with pytest.raises(RunError, match=r"names what only this machine has \(/home/ada/tokenizer\)"):
         push(run)
     assert server.requests == []
+    with pytest.raises(RunError, match="names what only this machine has"):
+        card_of(run, "me/tiny", license=None)
+
+
+@pytest.mark.parametrize(
+    ("text_cfg", "local"),
+    [
+        ({"hf_model_name": "/home/ada/bert"}, ["/home/ada/bert"]),
+        ({"hf_tokenizer_name": "./tokens"}, ["./tokens"]),
+        ({"hf_model_name": "here", "hf_tokenizer_name": "org/name"}, ["here"]),
+        ({"hf_model_name": "models/mine"}, ["models/mine"]),
+        ({"hf_tokenizer_name": "a/b/c"}, ["a/b/c"]),
+        ({"hf_model_name": r"C:\bert"}, [r"C:\bert"]),
+        ({"hf_model_name": "roberta-base", "hf_tokenizer_name": "org/name.v2"}, []),
+        ({"width": 8}, []),
+    ],
+)
+def test_a_text_tower_or_a_tokenizer_of_this_machine_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_cfg: dict[str, Any], local: list[str]
+) -> None:
+    """By its path, or because it is a folder here though it looks like a name of the Hub."""
+    monkeypatch.chdir(tmp_path)
+    student = tmp_path / "student"
+    for folder in (student, tmp_path / "here", tmp_path / "models" / "mine"):
+        folder.mkdir(parents=True)
+    config = {"model_cfg": {"embed_dim": 4, "vision_cfg": {}, "text_cfg": text_cfg}}
+    (student / CONFIG).write_text(json.dumps(config))
+    assert local_parts(student) == [os.path.abspath(name) if Path(name).is_dir() else name for name in local]
+
+
+def test_a_name_that_was_a_folder_in_the_training_and_is_not_on_the_hub_is_refused(
+    server: FakeHub, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.repos["org/tokens"] = Repo()
+    monkeypatch.setattr(hub, "names_on_hub", lambda student: ["org/tokens", "models/bert"])
+    with pytest.raises(RunError, match=r"names what only this machine has \(models/bert\)"):
+        push(run)
+    assert "me/tiny" not in server.repos
+    server.repos["models/bert"] = Repo()
+    push(run)
+    assert "me/tiny" in server.repos
+
+
+def test_what_push_refuses_export_refuses_too(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = finished_run(tmp_path / "run", evaluated=False)
+    weights = changed.path / "distill" / "student" / WEIGHTS
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert cli.main(["export", str(changed.path), str(tmp_path / "out")]) == 1
+    assert f"is not as it was written (student/{WEIGHTS}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_is_not_distilled_is_refused(server: FakeHub, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class Encoder:
     """A model whose features are computed once and then read from `cache`.
 
     An entry is keyed by content: the model's weights, configuration, preprocessing and tokenizer, and the files behind
-    the images, or the texts.
+    the images, or the texts. An entry that is not as it was written is made again.
 
     Args:
         name: The model's, in messages.
@@ -86,7 +86,6 @@ class Encoder:
         batch_size: Images or texts at once.
         workers: Processes that decode.
         tokenizer: File -> SHA-256 of what the model's tokenizer was read from; empty for one that open_clip has.
-        digest_of: The SHA-256 of a file, perhaps remembered: an entry that is not as it was written is made again.
     """
 
     def __init__(
@@ -99,14 +98,14 @@ class Encoder:
         batch_size: int,
         workers: int,
         tokenizer: Mapping[str, str] | None = None,
-        digest_of: Callable[[Path], str] = sha256_file,
     ) -> None:
         self.name, self.clip, self.device, self.batch_size = name, clip, device, batch_size
         self.digest = weights_sha256(clip.model)
-        self._cache, self._workers, self._digest_of = cache, workers, digest_of
+        self._cache, self._workers = cache, workers
         self._tokenizer = dict(tokenizer or {})
         self._used: set[str] = set()
         self._unmeasurable: dict[Path, UnmeasurableError] = {}
+        self._checked: dict[Path, str] = {}
         self._said: set[str] = set()
 
     @property
@@ -166,15 +165,22 @@ class Encoder:
         """The images an entry leaves out, with the reason; None unless these of its files are as they were written."""
         try:
             values = read_json(entry / _ENTRY)
-            if any(self._digest_of(entry / file) != values["files"][file] for file in files):
+            if any(self._digest(entry / file) != values["files"][file] for file in files):
                 return None
             return {int(row): str(reason) for row, reason in values["bad"].items()}
         except (RunError, OSError, AttributeError, KeyError, TypeError, ValueError):
             return None
 
+    def _digest(self, path: Path) -> str:
+        """The digest of a cached file, which is read for it once in the life of this encoder."""
+        if path not in self._checked:
+            self._checked[path] = sha256_file(path)
+        return self._checked[path]
+
     def _complete(self, entry: Path, title: str, files: Sequence[str], *, bad: Mapping[int, str]) -> None:
         """Say that an entry is whole: the last thing that is written of it."""
-        digests = {file: self._digest_of(entry / file) for file in files}
+        self._checked = {path: digest for path, digest in self._checked.items() if path.parent != entry}
+        digests = {file: self._digest(entry / file) for file in files}
         write_json(entry / _ENTRY, {"title": title, "model": self.name, "bad": bad, "files": digests})
 
     def _say_bad(self, source: ImageSource, named: tuple[str, ...]) -> None:

@@ -204,7 +204,6 @@ def _encoder(name: str, reference: str, folder: RunFolder, recipe: Recipe) -> En
         batch_size=machine.embed_batch,
         workers=machine.workers,
         tokenizer={path.name: folder.digests.of(path) for path in files_beside_weights(reference)},
-        digest_of=folder.digests.of,
     )
 
 

@@ -123,7 +123,7 @@ def _checkpoint(reference: str) -> tuple[str, Path]:
     """Architecture and file of `NAME/FILE`."""
     if (split := split_checkpoint(reference)) is None:
         raise DataError(
-            f"{reference}: no architecture and, behind a slash, the checkpoint of one.",
+            f"{reference}: no NAME/FILE with a checkpoint that is there.",
             fix=NEEDS_ARCHITECTURE,
         )
     return split

@@ -37,6 +37,11 @@ def files_beside_weights(reference: str) -> list[Path]:
     return [path for path in files if path.suffix not in _WEIGHTS and path.name != CONFIG_FILE]
 
 
+def is_of_files(reference: str) -> bool:
+    """Whether a reference to a model stands for files of this machine, also if these are not here now."""
+    return reference.startswith((RUN, LOCAL)) or is_checkpoint(reference)
+
+
 def is_checkpoint(name: str) -> bool:
     """Whether this is the name of a file of weights, such as open_clip's training writes, and not a tag."""
     return name.lower().endswith(_CHECKPOINTS)

@@ -11,7 +11,7 @@ from typing import Any
 
 from clip_cid import summaries
 from clip_cid.data.outside_files import Outside, Reader
-from clip_cid.models.references import files_behind_model, is_checkpoint
+from clip_cid.models.references import files_behind_model, is_checkpoint, is_of_files
 from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE
 from clip_cid.summaries import Summary
@@ -60,8 +60,8 @@ def _outside_embed(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
     outside = _pairs(recipe, reader, keep_fields=recipe.pairs.keep_fields)
     if existing is not None:
         outside["embed.existing"] = reader.embeddings(existing)
-    if files := files_behind_model(reference):
-        outside["embed.teacher"] = reader.model(reference, files)
+    if is_of_files(reference):
+        outside["embed.teacher"] = reader.model(reference, files_behind_model(reference))
     return outside
 
 
@@ -77,19 +77,17 @@ def _outside_cluster(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
 
 def _outside_distill(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
     settings, outside = recipe.distill, _pairs(recipe, reader)
-    if (student := Path(settings.student)).is_file():
-        outside["distill.student"] = reader.file(student)
-    if files := _weights_to_start_from(settings.pretrained):
-        outside["distill.pretrained"] = reader.model(str(settings.pretrained), files)
+    if settings.student.endswith(".json"):
+        outside["distill.student"] = reader.file(Path(settings.student))
+    if (pretrained := settings.pretrained or "") and (is_of_files(pretrained) or Path(pretrained).is_dir()):
+        outside["distill.pretrained"] = reader.model(pretrained, _weights_to_start_from(pretrained))
     if settings.validation.keep == "best":
         for name, where in settings.validation.sets.items():
             outside[f"distill.validation.sets.{name}"] = reader.set(where, trained=False)
     return outside
 
 
-def _weights_to_start_from(pretrained: str | None) -> list[Path]:
-    if pretrained is None:
-        return []
+def _weights_to_start_from(pretrained: str) -> list[Path]:
     if Path(pretrained).is_file():
         return [Path(pretrained)]
     return files_behind_model(pretrained) or files_behind_model(f"local-dir:{pretrained}")
@@ -103,8 +101,8 @@ def _outside_evaluate(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
     for name, source in settings.retrieval.items():
         outside[f"evaluate.retrieval.{name}"] = reader.pairs(_read_for_training(recipe, source=source))
     for name, reference in settings.compare.items():
-        if files := files_behind_model(reference):
-            outside[f"evaluate.compare.{name}"] = reader.model(reference, files)
+        if is_of_files(reference):
+            outside[f"evaluate.compare.{name}"] = reader.model(reference, files_behind_model(reference))
     return outside
 
 

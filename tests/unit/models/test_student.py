@@ -261,7 +261,7 @@ def test_a_file_that_is_no_checkpoint_of_this_architecture_is_refused(tmp_path: 
         build_student(config, embed_dim=None, pretrained=str(tmp_path / "gone.pt"))
     with pytest.raises(ConfigError, match="does not say its architecture"):
         load_clip(f"local-dir:{path}")
-    with pytest.raises(DataError, match="no architecture and, behind a slash"):
+    with pytest.raises(DataError, match="no NAME/FILE with a checkpoint that is there"):
         load_clip("ViT-B-32/gone.pt")
 
 

@@ -9,7 +9,7 @@ from clip_cid import os_errors
 from clip_cid.data.pairs import images
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
-from clip_cid.errors import DataError
+from clip_cid.errors import ConfigError, DataError
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 
@@ -45,7 +45,7 @@ class Pictures:
             return None
         try:
             return images.decode_image(self.pairs.read(self._rows[key]).image, max_pixels=self._max_pixels)
-        except BadSample:
+        except (BadSample, DataError):  # broken, or its source is gone since it was indexed
             return None
 
     def sample(self, count: int, *, seed: int) -> dict[str, str]:
@@ -57,7 +57,7 @@ class Pictures:
                 break
             try:
                 pair = self.pairs.read(row)
-            except BadSample:
+            except (BadSample, DataError):
                 continue
             captions[pair.key] = pair.captions[0]
             self._rows[pair.key] = row
@@ -68,7 +68,7 @@ def open_pictures(folder: RunFolder, recipe: Recipe, wanted: Mapping[str, int]) 
     """The pictures of some pairs, given as key -> row of the embedding store.
 
     Raises:
-        NoPicturesError: The recipe names no pairs, or they are gone or broken.
+        NoPicturesError: The recipe names no pairs, or they are gone or broken, or a command that may not run.
         DataError: They cannot be read now, which may pass.
     """
     if not recipe.pairs.source:
@@ -76,7 +76,7 @@ def open_pictures(folder: RunFolder, recipe: Recipe, wanted: Mapping[str, int]) 
     try:
         pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
         return Pictures(pairs, wanted, max_pixels=recipe.pairs.max_pixels)
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         if os_errors.may_pass(error.__cause__):
             raise
         raise NoPicturesError(f"the pairs cannot be read ({error.problem.splitlines()[0]})") from error

@@ -1,3 +1,4 @@
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,19 @@ def test_a_sample_is_of_different_pairs_and_the_same_every_time(pairs: Pairs) ->
     assert sample == pictures.sample(3, seed=1)
     assert all(pictures.get(key) is not None for key in sample)
     assert set(pictures.sample(9, seed=0).values()) == {f"caption {number}" for number in range(4)}
+
+
+def test_pictures_whose_source_went_away_are_none(tmp_path: Path) -> None:
+    """A tar that was indexed and is deleted, or exchanged, before it is read."""
+    tar = tmp_path / "a.tar"
+    with tarfile.open(tar, "w") as file:
+        for number, color in enumerate(COLORS):
+            Image.new("RGB", (40, 20), color).save(tmp_path / f"{number}.png")
+            (tmp_path / f"{number}.txt").write_text("a caption")
+            for name in (f"{number}.png", f"{number}.txt"):
+                file.add(tmp_path / name, name)
+    pairs = open_pairs(PairsConfig(source=(str(tar),)))
+    pictures = Pictures(pairs, {pairs.key(0): 0}, max_pixels=10_000)
+    tar.unlink()
+    assert pictures.get(pairs.key(0)) is None
+    assert pictures.sample(3, seed=0) == {}

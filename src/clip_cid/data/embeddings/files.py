@@ -23,6 +23,7 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydantic
 from jaxtyping import Bool, Float
 
 from clip_cid.data.embeddings.files_behind import STORE_FILE
@@ -36,6 +37,7 @@ FOLDERS = {"image": "img_emb", "text": "text_emb", "more_text": "more_text_emb",
 AGAIN = "Run the embed stage again, with --force."
 _HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _UNREADABLE = (OSError, zlib.error, zipfile.BadZipFile)  # of the file or of the archive, not of the header
+_BROKEN_TABLE = (OSError, ValueError, pa.ArrowException)  # names and texts may be no UTF-8
 _FORMAT, _VERSION = "clip-cid embedding store", 1
 
 
@@ -109,20 +111,38 @@ def read_info(path: Path) -> StoreInfo:
         raise DataError(f"{path}: no {STORE_FILE} here, so this is not an embedding store.", fix=AGAIN)
 
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text)
         if (values["format"], values["version"], values["finished"]) != (_FORMAT, _VERSION, True):
             raise ValueError(f"format {values['format']!r}, version {values['version']}")
-
-        names = [field.name for field in dataclasses.fields(StoreInfo)]
-        shards = tuple(shard_from_json(shard) for shard in values["shards"])
-        info = StoreInfo(
-            **{name: values[name] for name in names} | {"shards": shards, "fields": tuple(values["fields"])}
-        )
-        if values["rows"] != sum(shard.rows for shard in shards):
-            raise ValueError(f"{values['rows']:,} rows, but {sum(shard.rows for shard in shards):,} in its shards")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        info = pydantic.TypeAdapter(StoreInfo).validate_json(text, strict=True)
+        _check_info(info, values["rows"])
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{file}: not a manifest of this version ({where}: {first['msg']}).", fix=AGAIN) from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{file}: not a manifest of this version ({error}).", fix=AGAIN) from error
     return info
+
+
+def _check_info(info: StoreInfo, rows: int) -> None:
+    """What a manifest says agrees with itself.
+
+    Raises:
+        ValueError: It does not.
+    """
+    in_shards = sum(shard.rows for shard in info.shards)
+    if rows != in_shards:
+        raise ValueError(f"{rows:,} rows, but {in_shards:,} in its shards")
+    if info.dtype not in ("float16", "float32"):
+        raise ValueError(f"dtype {info.dtype!r}")
+    for shard in info.shards:
+        needed = {"image", "metadata"} | ({"more_text"} if shard.more else set())
+        if lacking := needed - shard.files.keys():
+            raise ValueError(f"shard {shard.name} without {' and '.join(sorted(lacking))}")
+        if not 0 <= shard.ok <= shard.rows or shard.more < 0:
+            raise ValueError(f"shard {shard.name} of {shard.rows} rows, {shard.ok} ok and {shard.more} more")
 
 
 def shard_from_json(values: dict[str, Any]) -> StoreShard:
@@ -192,12 +212,22 @@ def check_shard(root: Path, shard: StoreShard, *, dim: int, dtype: str) -> None:
 
 
 def table_rows(path: Path) -> int:
+    return _read_foot(path).num_rows
+
+
+def table_schema(path: Path) -> pa.Schema:
+    return _read_foot(path).schema.to_arrow_schema()
+
+
+def _read_foot(path: Path) -> pq.FileMetaData:
     try:
-        return pq.read_metadata(path).num_rows
+        foot = pq.read_metadata(path)
+        foot.schema.to_arrow_schema()
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing.", fix=AGAIN) from error
-    except (OSError, pa.ArrowException) as error:
+    except _BROKEN_TABLE as error:
         raise DataError(f"{path}: not a whole Parquet file ({error}).", fix=AGAIN) from error
+    return foot
 
 
 def check_column(path: Path, schema: pa.Schema, name: str) -> None:
@@ -237,7 +267,10 @@ def read_column(path: Path, name: str) -> pa.Array:
         with pq.ParquetFile(path) as table:
             check_column(path, table.schema_arrow, name)
             column = table.read(columns=[name]).column(name)
-    except (OSError, pa.ArrowException) as error:
+            column.validate(full=True)  # texts are UTF-8
+            if len(column) != table.metadata.num_rows:
+                raise pa.ArrowInvalid(f"{len(column):,} values of {name!r} in {table.metadata.num_rows:,} rows")
+    except _BROKEN_TABLE as error:
         raise DataError(f"{path}: cannot be read ({error}).", fix=AGAIN) from error
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], type=column.type)
 

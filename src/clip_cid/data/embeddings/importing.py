@@ -32,6 +32,7 @@ from clip_cid.data.embeddings.files import (
     not_texts,
     read_texts,
     record_file,
+    table_schema,
     write_info,
     write_table,
 )
@@ -135,7 +136,7 @@ def _columns(layout: Sequence[LayoutShard]) -> _Columns:
     first = layout[0]
     if first.metadata is None:
         return _Columns("key", None, ())
-    names = pq.read_schema(first.metadata).names
+    names = table_schema(first.metadata).names
     key, caption = (next((name for name in few if name in names), None) for few in (_KEY_COLUMNS, _CAPTION_COLUMNS))
     if key is None or (caption is None and first.text is not None):
         raise DataError(
@@ -145,7 +146,7 @@ def _columns(layout: Sequence[LayoutShard]) -> _Columns:
 
     # Before anything is converted, which can take hours.
     for path in (shard.metadata for shard in layout if shard.metadata is not None):
-        schema = pq.read_schema(path)
+        schema = table_schema(path)
         for name in (key, caption):
             if name is not None:
                 check_column(path, schema, name)

@@ -91,6 +91,42 @@ def test_a_finished_run_is_looked_at_without_torch():
     assert done.stdout.splitlines()[-1] == "False"
 
 
+def test_commands_that_do_not_train_import_nothing_that_a_recipe_names(tmp_path: Path, monkeypatch):
+    """`machine.callbacks` of somebody else's run."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "trap.py").write_text("raise ImportError")
+    recipe = Path("student/recipe.yaml").read_bytes()
+    theirs = yaml.safe_load(recipe)
+    theirs["machine"]["callbacks"] = ["trap:send"]
+    try:
+        Path("student/recipe.yaml").write_text(yaml.safe_dump(theirs))
+        for command in (["status"], ["verify"], ["evaluate"], ["draw"], ["report", "--force"], ["run"]):
+            assert cli.main([command[0], "student", *command[1:]]) == 0
+        assert cli.main(["subset", "student", str(tmp_path / "subset")]) == 0
+        assert cli.main(["export", "student", str(tmp_path / "export")]) == 0
+        assert cli.main(["push", "student", "me/x", "--dry-run"]) == 0
+        assert "trap" not in sys.modules
+        assert cli.main(["check", "student"]) == 2  # it tries what the training would do
+    finally:
+        Path("student/recipe.yaml").write_bytes(recipe)
+
+
+def test_models_are_evaluated_by_the_same_command_twice_and_by_one_with_another_set(caplog):
+    caplog.set_level("INFO", logger="clip_cid")
+    command = ["evaluate", "scores", "--model", "run:student", "--evaluate.no-linear-probe", "--machine.workers", "0"]
+    scenes = ["--evaluate.sets", "scenes", "data/sets/scenes"]
+    assert cli.main([*command, *scenes]) == 0
+    first = Path("scores/evaluate/manifest.json").read_bytes()
+    caplog.clear()
+    assert cli.main([*command, *scenes]) == 0
+    assert "up to date" in caplog.text
+    assert Path("scores/evaluate/manifest.json").read_bytes() == first
+
+    assert cli.main([*command, "--evaluate.sets", "colors", "data/sets/colors"]) == 0
+    measured = [json.loads(line) for line in Path("scores/evaluate/results.jsonl").read_text().splitlines()]
+    assert {score["set"] for score in measured} == {"scenes", "colors"}
+
+
 def test_rows_keys_sets_and_labels_belong_together():
     store = EmbeddingStore.open(Path("student/embed"))
     kept, set_of = np.load("student/balance/kept.npy"), np.load("student/balance/set_of.npy")

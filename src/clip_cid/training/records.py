@@ -127,7 +127,7 @@ def _callback(name: str) -> Listener:
         callback: Any = importlib.import_module(module)
         for part in function.split("."):
             callback = getattr(callback, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as error:
         raise ConfigError(
             f"machine.callbacks: {name!r} cannot be imported ({error}).",
             fix="Write package.module:function; the folder of a module of your own must be on PYTHONPATH.",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,23 @@ def test_commands_that_do_not_train_import_nothing_that_a_recipe_names(tmp_path:
         assert cli.main(["check", "student"]) == 2  # it tries what the training would do
     finally:
         Path("student/recipe.yaml").write_bytes(recipe)
+
+
+def test_a_finished_run_is_looked_at_from_anywhere_and_without_what_it_was_made_from(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    """Its recipe names pairs, sets and a teacher by relative paths."""
+    shutil.copytree(work / "student", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    run = "moved"
+    assert statuses(run, capsys).count("done") == len(STAGES)
+    for command in ("verify", "evaluate", "draw", "report"):
+        assert cli.main([command, run]) == 0
+    capsys.readouterr()
+    assert cli.main(["report", run, "--force"]) == 0
+    assert "no pictures, because the pairs cannot be read" in capsys.readouterr().err
+    assert cli.main(["export", run, "export"]) == 0
+    assert cli.main(["push", run, "me/x", "--dry-run"]) == 0
 
 
 def test_models_are_evaluated_by_the_same_command_twice_and_by_one_with_another_set(caplog):

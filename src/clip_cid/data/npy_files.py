@@ -1,10 +1,13 @@
-"""One array in a .npy file: read as it was written, or refused in words."""
+"""One array in a .npy file: read as it was written, or refused in words; made with room for all of it."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from clip_cid import os_errors
 from clip_cid.errors import DataError
 
 _MAGIC = b"\x93NUMPY"
@@ -43,3 +46,20 @@ def read_array_of_stage(path: Path, *, mmap_mode: Literal["r", "c"] | None = Non
         raise DataError(
             f"{path}: cannot be read ({error}).", fix=f"Make it again: `clip-cid {stage} {run} --force`."
         ) from error
+
+
+def new_npy(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap:
+    """A new array on the disk, to be filled; its pages take memory only while they are in use.
+
+    Raises:
+        OSError: There is no room for it. Without this check a write to the map would kill the process.
+    """
+    values = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as handle, os_errors.named(path):
+            try:
+                os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
+            except OSError as error:  # some file systems do not know it
+                if os_errors.disk_full(error):
+                    raise
+    return values

@@ -13,11 +13,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.lib.format import open_memmap
 from PIL import Image
 from torch import Tensor
 
 from clip_cid import log, units
+from clip_cid.data.npy_files import new_npy
 from clip_cid.data.pairs.decoding import decoded_batches
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.errors import DataError, RunError
@@ -254,7 +254,7 @@ class Encoder:
                     for kind, path in paths.items():
                         values = tapped[kind].float().cpu().numpy()
                         if kind not in arrays:
-                            arrays[kind] = open_memmap(path, "w+", np.float32, (len(source), values.shape[1]))
+                            arrays[kind] = new_npy(path, np.float32, (len(source), values.shape[1]))
                             arrays[kind][:] = np.nan  # what is read by mistake cannot pass for a feature
                         _check_finite(self.name, source, rows, values)
                         arrays[kind][rows] = values

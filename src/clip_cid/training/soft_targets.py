@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from clip_cid import log
 from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.npy_files import new_npy
 from clip_cid.errors import ConfigError
 from clip_cid.method.distill.cluster_distillation import calibrated_scale
 from clip_cid.method.distill.fused_cluster_loss import soft_centers
@@ -154,12 +155,10 @@ def soft_targets(
     folder.mkdir(exist_ok=True)
     mean, entropy = folder / "mean.npy", folder / "entropy.npy"
     done = _rows_done(folder, key) if mean.is_file() and entropy.is_file() else 0
-    mode = "r+" if done else "w+"
-    kept = SoftTargets(
-        np.lib.format.open_memmap(mean, mode, np.float32, (len(store_rows), images.shape[1])),
-        np.lib.format.open_memmap(entropy, mode, np.float64, (len(store_rows),)),
-        scale / temperature,
-    )
+    if not done:
+        new_npy(mean, np.float32, (len(store_rows), images.shape[1]))
+        new_npy(entropy, np.float64, (len(store_rows),))
+    kept = SoftTargets(*(np.load(path, mmap_mode="r+") for path in (mean, entropy)), scale / temperature)
 
     table = torch.from_numpy(centers).to(device)
     with log.progress("soft centers", len(store_rows), unit="images", start=done) as bar:

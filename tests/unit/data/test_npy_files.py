@@ -1,12 +1,14 @@
 """A .npy that is not whole is refused in words, whatever is wrong with it."""
 
 import contextlib
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from clip_cid.data.npy_files import read_array_of_stage, read_npy
+from clip_cid.data.npy_files import new_npy, read_array_of_stage, read_npy
 from clip_cid.errors import DataError
 
 
@@ -56,3 +58,23 @@ def test_an_array_of_a_stage_names_the_command_that_makes_it_again(written: Path
     written.unlink()
     with pytest.raises(DataError, match="No such file"):
         read_array_of_stage(written)
+
+
+def test_a_new_array_has_room_for_all_of_it_or_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a write to the map would kill the process, which no error would explain."""
+    path = tmp_path / "x.npy"
+    new_npy(path, np.float32, (1000, 4))[:] = 1
+    assert path.stat().st_blocks * 512 >= 16_000
+    assert np.load(path).sum() == 4000
+
+    def fail(_handle: int, _start: int, size: int) -> None:
+        assert size == path.stat().st_size
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        with pytest.raises(OSError, match=os.strerror(code)) as error:
+            new_npy(path, np.float64, (10,))
+        assert error.value.filename == str(path)
+    code = errno.EOPNOTSUPP  # a file system that cannot do it
+    assert new_npy(path, np.float64, (10,)).shape == (10,)

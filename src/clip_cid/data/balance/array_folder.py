@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from clip_cid import os_errors, tasks
-from clip_cid.data.npy_files import read_npy
+from clip_cid import tasks
+from clip_cid.data.npy_files import new_npy, read_npy
 from clip_cid.errors import ClipCidError, DataError
 from clip_cid.run_folder import atomic_file, digest, read_json, write_json
 
@@ -38,22 +38,13 @@ class ArrayFolder:
         return int(min(_WINDOW_SHARE * tasks.available_memory(), _LARGEST_WINDOW))
 
     def new(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-        """A new array on the disk, to be filled; its pages take memory only while they are in use.
+        """A new array on the disk, to be filled.
 
         Raises:
-            OSError: There is no room for it. Without this check a write to the map would kill the process.
+            OSError: As `new_npy`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        path = self._file(name)
-        values = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-        if hasattr(os, "posix_fallocate"):
-            with path.open("r+b") as handle:
-                try:
-                    os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
-                except OSError as error:  # some file systems do not know it
-                    if os_errors.disk_full(error):
-                        raise
-        return values
+        return new_npy(self._file(name), dtype, shape)
 
     def save_all(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         """Write each array and drop every other one, then write the facts, which mark the folder as finished.

@@ -257,9 +257,8 @@ def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, origins: Origins
     started, clock = now(), time.monotonic()
     what = f"; {stage.name} could not write its results"
     with os_errors.explained(folder.part(stage.name), what=lambda: what, kept="Earlier results are whole."):
-        if stage.long:
-            for need in stage.needs:
-                folder.verify(need)
+        for need in stage.verifies:
+            folder.verify(need)
 
         folder.accepted = False
         begun = _begin(stage, folder, origins)

@@ -37,8 +37,8 @@ class Stage:
     """A killed attempt leaves work that the next one resumes."""
     costly: bool = False
     """Its results take so long that those of other settings are kept aside when new ones replace them."""
-    long: bool = False
-    """Its work is so long that all results it reads are verified first, byte by byte."""
+    verifies: tuple[str, ...] = ()
+    """Of the stages it needs, those whose results are verified byte by byte before it works."""
     grows: bool = False
     """It builds upon its earlier results, also those of other settings."""
     joint: bool = False
@@ -142,20 +142,20 @@ STAGES = (
         needs=(EMBED, BALANCE),
         sections=("cluster",),
         version=3,
+        verifies=(EMBED, BALANCE),
         outside=_outside_cluster,
         resumable=True,
         costly=True,
-        long=True,
     ),
     Stage(
         summaries.DistillSummary,
         needs=(EMBED, BALANCE, CLUSTER),
         sections=("pairs", "distill"),
         version=4,
+        verifies=(EMBED, BALANCE, CLUSTER),
         outside=_outside_distill,
         resumable=True,
         costly=True,
-        long=True,
         joint=True,
     ),
     Stage(
@@ -163,6 +163,7 @@ STAGES = (
         needs=(DISTILL,),
         sections=("pairs", "evaluate"),
         version=2,
+        verifies=(DISTILL,),
         outside=_outside_evaluate,
         resumable=True,
     ),
@@ -170,12 +171,14 @@ STAGES = (
         summaries.DrawSummary,
         needs=(EMBED, BALANCE, CLUSTER, DISTILL, EVALUATE),
         sections=("draw",),
+        verifies=(BALANCE, CLUSTER, DISTILL, EVALUATE),
         version=5,
     ),
     Stage(
         summaries.ReportSummary,
         needs=(EMBED, BALANCE, CLUSTER, DISTILL, EVALUATE, DRAW),
         sections=("pairs", "report"),
+        verifies=(BALANCE, CLUSTER, DISTILL, EVALUATE, DRAW),
         version=3,
     ),
 )

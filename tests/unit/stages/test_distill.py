@@ -155,7 +155,11 @@ def test_the_stage_leaves_a_student_that_open_clip_loads_and_the_numbers_people_
 
 @pytest.mark.slow
 @pytest.mark.resume
-def test_a_killed_stage_gives_the_student_of_an_uninterrupted_one(case: Case, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("then", [{}, {"log_every": 3, "skip_limit": 2}, {"validation": {"share": 0.0, "every": 7}}])
+def test_a_killed_stage_gives_the_student_of_an_uninterrupted_one(
+    case: Case, monkeypatch: pytest.MonkeyPatch, then: dict[str, Any]
+):
+    """Also when settings have changed meanwhile that change no weight."""
     case.run("whole")
     train_step = Trainer._train_step
 
@@ -169,7 +173,7 @@ def test_a_killed_stage_gives_the_student_of_an_uninterrupted_one(case: Case, mo
         patch.setattr(Trainer, "_train_step", interrupted)
         with pytest.raises(OSError, match="power cut"):
             case.run()
-    case.run()
+    case.run(**then)
     weights = [
         (case.folder.path / out / "student" / "open_clip_model.safetensors").read_bytes()
         for out in ("whole", "distill.part")

@@ -34,7 +34,7 @@ from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.npy_files import read_npy
 from clip_cid.data.pairs.pair import BadSample
-from clip_cid.data.pairs.pairs import Pairs, fingerprint_digest, open_pairs
+from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS
 from clip_cid.data.pairs.tars import METADATA
 from clip_cid.errors import ConfigError, DataError, RunError
@@ -108,7 +108,7 @@ def export_subset(folder: RunFolder, recipe: Recipe, out: Path, *, shard_size: i
         )
 
     kept = _read_kept(folder)
-    plan = _plan(recipe.pairs, kept, shard_size)
+    plan = _plan(folder, recipe.pairs, kept, shard_size)
     _check_out(out, kept, plan)
     with RunFolder(out).lock():
         manifest = _check_out(out, kept, plan)
@@ -214,7 +214,7 @@ def _lines(keys: pa.LargeStringArray) -> Generator[bytes]:
         yield "".join(f"{key}\n" for key in keys.slice(start, _LINES_AT_ONCE).to_pylist()).encode()
 
 
-def _plan(pairs: PairsConfig, kept: _Kept, shard_size: int | None) -> _Plan | None:
+def _plan(folder: RunFolder, pairs: PairsConfig, kept: _Kept, shard_size: int | None) -> _Plan | None:
     if shard_size is None:
         return None
     if not pairs.source:
@@ -223,7 +223,16 @@ def _plan(pairs: PairsConfig, kept: _Kept, shard_size: int | None) -> _Plan | No
             fix="Leave --shards out for the keys alone, or set pairs.source in the run's recipe.yaml to the pairs the "
             "embeddings were made from.",
         )
-    return _Plan(shard_size, len(kept.keys), {"source": list(pairs.source), "sha256": fingerprint_digest(pairs)})
+    record = folder.record(EMBED)
+    contents = record.inputs.get("pairs.source") if record is not None else None
+    return _Plan(shard_size, len(kept.keys), {"source": list(pairs.source), "contents": contents})
+
+
+def _same_pairs(planned: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether tars are of these pairs: of the same contents, or from the same place where nobody recorded contents."""
+    if now["contents"] is None:
+        return planned["source"] == now["source"]
+    return planned.get("contents") == now["contents"]
 
 
 def _check_out(out: Path, kept: _Kept, plan: _Plan | None) -> dict[str, Any]:
@@ -247,7 +256,8 @@ def _check_out(out: Path, kept: _Kept, plan: _Plan | None) -> dict[str, Any]:
             raise ValueError(f"format {before['format']!r}, version {before['version']}")
         differ = [name for name, value in kept.identity.items() if before[name] != value]
         planned, _ = before["shards"], before["finished"]
-        same = plan is None or planned is None or {name: planned[name] for name in plan.described} == plan.described
+        same_pairs = plan is None or planned is None or _same_pairs(planned["sources"], plan.sources)
+        same_size = plan is None or planned is None or planned["shard_size"] == plan.shard_size
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out / MANIFEST}: not a subset of this version ({error}).", fix=other) from error
 
@@ -258,11 +268,9 @@ def _check_out(out: Path, kept: _Kept, plan: _Plan | None) -> dict[str, Any]:
             fix=other,
         )
 
-    if plan is not None and planned is not None and not same:
-        if planned["sources"] != plan.sources:
-            raise DataError(
-                f"{out}: its tars are of other pairs ({', '.join(planned['sources']['source'])}).", fix=other
-            )
+    if not same_pairs:
+        raise DataError(f"{out}: its tars are of other pairs ({', '.join(planned['sources']['source'])}).", fix=other)
+    if plan is not None and not same_size:
         raise ConfigError(
             f"{out}: its tars are of {planned['shard_size']:,} pairs each, not {plan.shard_size:,}.",
             fix=f"Continue with --shard-size {planned['shard_size']}, or give another folder.",

@@ -5,8 +5,6 @@ depends on what is broken: a sample that cannot be used keeps its row.
 """
 
 import functools
-import hashlib
-import json
 from bisect import bisect_left
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -182,15 +180,6 @@ def fingerprint(settings: PairsConfig) -> list[tuple[str, int]]:
         DataError: A source is missing, of no known format, or of another format than the first.
     """
     return [file for source in find_sources(settings) for file in source.format.fingerprint(source)]
-
-
-def fingerprint_digest(settings: PairsConfig) -> str:
-    """The digest that says from which pairs a file was made.
-
-    Raises:
-        DataError: As `fingerprint`.
-    """
-    return hashlib.sha256(json.dumps(fingerprint(settings)).encode()).hexdigest()
 
 
 def _state(path: Path) -> list[Any]:

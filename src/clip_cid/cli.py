@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Generator, Sequence
@@ -148,10 +149,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("stopped.\nRun the same command again to resume; finished work is kept.", 130, debug)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            return 1
         problem = os_errors.explain(error)
         if problem is None:
             raise
         return _fail(f"{problem.problem}\n{problem.fix}", problem.exit_code, debug)
+
+
+def _reader_has_left() -> bool:
+    """Whether the output goes into a pipe that nobody reads any more, as after `| head`."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest goes nowhere, without a word
+    return True
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

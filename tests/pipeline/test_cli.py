@@ -514,3 +514,10 @@ def test_a_sample_that_is_too_small_is_exit_2_and_makes_no_folder(tmp_path: Path
     done = clip_cid("sample", "out", "--pairs", "19", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "clip-cid: --pairs: must be at least 20, got 19.\nGive 20 or more.\n")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_read_enough_is_no_error():
+    command = f"{sys.executable} -m clip_cid run --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

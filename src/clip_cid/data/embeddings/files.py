@@ -230,6 +230,19 @@ def _read_foot(path: Path) -> pq.FileMetaData:
     return foot
 
 
+def read_table(path: Path) -> pa.Table:
+    """A shard's metadata, whole.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        with pq.ParquetFile(path) as table:
+            return table.read()
+    except _BROKEN_TABLE as error:
+        raise DataError(f"{path}: cannot be read ({error}).", fix=AGAIN) from error
+
+
 def check_column(path: Path, schema: pa.Schema, name: str) -> None:
     """A shard's metadata has this column, once.
 
@@ -243,18 +256,6 @@ def check_column(path: Path, schema: pa.Schema, name: str) -> None:
             f"{path}: {number} {name!r}; there are {', '.join(schema.names)}.",
             fix="Name it in pairs.keep_fields and run the embed stage again, or use a store that has it.",
         )
-
-
-def read_table(path: Path) -> pa.Table:
-    """A shard's metadata.
-
-    Raises:
-        DataError: The file cannot be read.
-    """
-    try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read ({error}).", fix=AGAIN) from error
 
 
 def read_column(path: Path, name: str) -> pa.Array:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from jaxtyping import Bool, Float
 
 from clip_cid import log, units
@@ -30,6 +29,7 @@ from clip_cid.data.embeddings.files import (
     check_column,
     check_unit,
     not_texts,
+    read_table,
     read_texts,
     record_file,
     table_schema,
@@ -192,7 +192,7 @@ class _Skipped:
         """List them, and log how many there are."""
         Journal(path).replace(*self._entries)
         if self._entries:
-            log.warn(f"embed     {self._summary()} are left out; each is listed in {path.name}")
+            log.warn(f"embed: {self._summary()} are left out; each is listed in {path.name}")
 
     def _check_share(self) -> None:
         share = self._max_share or 0
@@ -225,7 +225,7 @@ def _metadata_file(
     if shard.metadata is None:
         table = pa.table({key_column: _keys(shard, key_column)})
     else:
-        table = pq.read_table(shard.metadata, partitioning=None)
+        table = read_table(shard.metadata)
         table = table.drop_columns([name for name in table.column_names if name == "ok"])
 
     name = f"{FOLDERS['metadata']}/{FOLDERS['metadata']}_{number:04d}.parquet"

@@ -13,7 +13,9 @@ _WORDS: dict[Role, str] = {
     "metadata": r"metadata|meta",
 }
 _EMBEDDINGS = r"embs?|embeds?|embeddings?|feats?|features?|vecs?|vectors?"
-_ROLES = {role: re.compile(rf"(?:{words})(?:{_EMBEDDINGS})?") for role, words in _WORDS.items()}
+_ROLES: dict[Role, re.Pattern[str]] = {
+    role: re.compile(rf"(?:{words})(?:{_EMBEDDINGS})?") for role, words in _WORDS.items()
+}
 _FILLER = re.compile(_EMBEDDINGS)
 
 
@@ -31,11 +33,12 @@ class Name:
         """The name without its extension, as `img_emb_007` or `clipTextFeatures`."""
         apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
         words = [word.lower() for word in re.findall(r"\d+|[^\W\d_]+", apart)]
-        of_word = {word: [role for role, pattern in _ROLES.items() if pattern.fullmatch(word)] for word in words}
+        roles: set[Role] = {role for role, pattern in _ROLES.items() if any(map(pattern.fullmatch, words))}
 
-        rest = [word for word in words if not of_word[word] and not _FILLER.fullmatch(word)]
+        known = [*_ROLES.values(), _FILLER]
+        rest = [word for word in words if not any(pattern.fullmatch(word) for pattern in known)]
         return cls(
-            roles=frozenset(role for roles in of_word.values() for role in roles),
+            roles=frozenset(roles),
             rest=tuple(int(word) if word.isdecimal() else word for word in rest),
         )
 

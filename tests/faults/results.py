@@ -76,5 +76,9 @@ def _json(content: bytes) -> bytes:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items() if key not in _OF_TIMES and not key.endswith("_per_s")}
+        return {
+            key: _plain(part)
+            for key, part in value.items()
+            if key not in _OF_TIMES and not key.endswith(("_per_s", "_wait_share"))
+        }
     return [_plain(part) for part in value] if isinstance(value, list) else value

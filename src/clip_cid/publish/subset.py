@@ -138,7 +138,7 @@ def _export_shards(
     """Write the keys and the missing tars; every refusal comes before the first write."""
     recorded = (manifest.get("shards") or {}).get("files", [])
     journal = Journal(out / SHARDS / _JOURNAL)
-    good = _good_shards(out, [*recorded, *journal.read()])
+    good = _good_shards(out, [*recorded, *_finished(journal)])
 
     if all(name in good for name in plan.names):
         samples, rows = None, kept.rows[:0]
@@ -329,6 +329,16 @@ def _write_shards(
     if isinstance(samples, _MadeSamples):
         samples.warn_of_unusual()
     return files
+
+
+def _finished(journal: Journal) -> list[dict[str, Any]]:
+    """The records of the tars that a killed export has finished; none if they were damaged."""
+    try:
+        lines = journal.read()
+    except ValueError as error:
+        log.warn(f"{journal.path}: damaged ({error}); the tars that it lists are written again")
+        return []
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("name"), str)]
 
 
 def _good_shards(out: Path, recorded: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:

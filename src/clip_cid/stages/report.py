@@ -54,6 +54,9 @@ class _Scores:
 
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> ReportSummary:
     """Write `report.html` and `tables/*.csv`."""
+    for stage in (DRAW, EVALUATE):
+        if folder.has(stage):
+            folder.verify(stage)  # what the page shows must be as it was drawn and measured
     draw, tables = folder.stage(DRAW), out / "tables"
     records, settings = RunRecords.read(folder, recipe), recipe.model_dump(mode="json")
     words = PublicWords(settings, folder.path)

@@ -321,6 +321,27 @@ def test_a_killed_export_goes_on_and_leaves_the_same_bytes(
     assert {name: (tmp_path / "out" / "shards" / name).stat().st_mtime_ns for name in times} == times
 
 
+@pytest.mark.resume
+@pytest.mark.parametrize("damage", [b"\0" * 40, b"[", b'[1]\n{"name": 3}\n', b"\xff\xff\n"])
+def test_a_damaged_list_of_finished_tars_is_said_and_they_are_written_again(
+    tmp_path: Path,
+    run: tuple[RunFolder, Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    damage: bytes,
+) -> None:
+    export_subset(*run, tmp_path / "whole", shard_size=2)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)
+        with pytest.raises(Killed):
+            export_subset(*run, tmp_path / "out", shard_size=2)
+    journal = tmp_path / "out" / "shards" / "finished.jsonl"
+    journal.write_bytes(damage + journal.read_bytes()[len(damage) :])
+    export_subset(*run, tmp_path / "out", shard_size=2)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert "finished.jsonl: damaged" in caplog.text or damage.startswith(b"[1]")
+
+
 def killed_export(left: int, run: Path, recipe: Recipe, out: Path) -> None:
     replace = os.replace
 

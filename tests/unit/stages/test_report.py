@@ -1,6 +1,7 @@
 import csv
 import html.parser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -678,3 +679,16 @@ def test_blurred_pictures_have_no_edges(full: tuple[RunFolder, Recipe], tmp_path
         return float(steps[colorful[:, 1:]].sum())
 
     assert edges(blur=True) < 0.5 * edges(blur=False)
+
+
+@pytest.mark.parametrize("name", ["draw/losses.csv", "draw/removed_sets.csv", "evaluate/results.jsonl"])
+def test_a_file_that_is_not_as_it_was_written_is_named_and_not_shown(tmp_path: Path, name: str) -> None:
+    folder, recipe = drawn(tmp_path / "made")
+    path = folder.path / name
+    content, time = bytearray(path.read_bytes()), path.stat().st_mtime_ns
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(time, time))  # as when a disk rots
+    with pytest.raises(RunError, match=f"{path.name} has other contents") as error:
+        write(RunFolder(folder.path), recipe)
+    assert f"`clip-cid {name.partition('/')[0]} {folder.path} --force`" in error.value.fix

@@ -129,6 +129,16 @@ def test_a_finished_run_is_looked_at_from_anywhere_and_without_what_it_was_made_
     assert cli.main(["push", run, "me/x", "--dry-run"]) == 0
 
 
+def test_a_student_is_measured_on_another_set_without_the_pairs_it_was_trained_on(tmp_path: Path, monkeypatch):
+    for folder in ("student", "teacher"):
+        shutil.copytree(folder, tmp_path / folder)
+    shutil.copytree("data", tmp_path / "data", ignore=shutil.ignore_patterns("pairs"))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["evaluate", "student", "--evaluate.sets", "digits", "builtin:digits"]) == 0
+    lines = Path("student/evaluate/results.jsonl").read_text().splitlines()
+    assert {json.loads(line)["set"] for line in lines} == {"scenes", "heldout", "digits"}
+
+
 def test_models_are_evaluated_by_the_same_command_twice_and_by_one_with_another_set(caplog):
     caplog.set_level("INFO", logger="clip_cid")
     command = ["evaluate", "scores", "--model", "run:student", "--evaluate.no-linear-probe", "--machine.workers", "0"]

@@ -23,7 +23,7 @@ def new_folder(out: Path) -> Generator[Path]:
     drop_left(out)
     part, old = (out.with_name(f".{out.name}.{suffix}-{own_mark()}") for suffix in ("part", "old"))
     try:
-        with os_errors.named(out):
+        with os_errors.named(out, temporary=part):
             part.mkdir()
             yield part
             _sync_tree(part)

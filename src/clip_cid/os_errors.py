@@ -105,7 +105,7 @@ def named(path: Path, *, temporary: Path | None = None) -> Iterator[None]:
         yield
     except Exception as error:
         cause = _cause(error)
-        if isinstance(cause, OSError) and cause.filename in (None, str(temporary)):
+        if isinstance(cause, OSError) and (cause.filename is None or str(cause.filename) == str(temporary)):
             cause.filename = str(path)
         raise
 
@@ -190,7 +190,7 @@ def _meaning(cause: BaseException, code: int | None, text: str) -> tuple[str, st
 def _path(cause: BaseException, code: int | None, text: str) -> str:
     """The file that the error names; the target of a copy that could not be written."""
     if isinstance(cause, OSError):
-        names = [name for name in (cause.filename, cause.filename2) if isinstance(name, str | bytes)]
+        names = [name for name in (cause.filename, cause.filename2) if isinstance(name, str | bytes | Path)]
         if names:
             return os.fsdecode(names[-1 if code in _OF_WRITES else 0])
     found = _PATHS.search(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 _NOT_COMPARED = re.compile(
-    r"(^|/)(run\.log|answers\.log|\.lock|index/digests\.jsonl|throughput\.(svg|csv|png)|tables/stages\.csv)$"
+    r"(^|/)(run\.log|tables\.txt|\.lock|index/digests\.jsonl|throughput\.(svg|csv|png)|tables/stages\.csv)$"
 )
 _CACHE = re.compile(r"(^|/)features/[^./][^/]*(/[^./][^/]*)?$")  # what it holds may differ, but not what a file says
 _OF_TIMES = {

@@ -87,6 +87,15 @@ def test_a_whole_or_absent_file_is_named_as_itself_and_not_by_its_temporary_name
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_cannot_be_made_is_named_as_itself(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunError, match=f"^{tmp_path}/none/own: no such"),
+        os_errors.explained(tmp_path),
+        atomic_file(tmp_path / "none" / "own") as temporary,
+    ):
+        temporary.write_text("x")
+
+
 @pytest.mark.parametrize(
     "code",
     [

@@ -28,7 +28,12 @@ def set_limit(files: int) -> None:
 
 def test_the_least_recently_used_is_opened_again() -> None:
     opened: list[str] = []
-    kept = KeptOpen(lambda key: opened.append(key) or key, most=2)
+
+    def open_file(key: str) -> str:
+        opened.append(key)
+        return key
+
+    kept = KeptOpen(open_file, most=2)
     assert [kept(key) for key in "abacab"] == list("abacab")
     assert opened == ["a", "b", "c", "b"]
     kept.clear()
@@ -41,7 +46,12 @@ def test_a_cache_takes_an_eighth_of_what_the_system_leaves(limit: None, files: i
     """Of 1,024 files 192 are left to libraries and pipes: (1,024 - 192) / 8 = 104."""
     set_limit(files)
     opened: list[int] = []
-    cache = KeptOpen(lambda key: opened.append(key) or str(key), most=128)
+
+    def open_file(key: int) -> str:
+        opened.append(key)
+        return str(key)
+
+    cache = KeptOpen(open_file, most=128)
     for key in range(200):
         cache(key)
     opened.clear()

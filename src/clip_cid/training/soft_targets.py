@@ -158,7 +158,7 @@ def soft_targets(
     if not done:
         new_npy(mean, np.float32, (len(store_rows), images.shape[1]))
         new_npy(entropy, np.float64, (len(store_rows),))
-    kept = SoftTargets(*(np.load(path, mmap_mode="r+") for path in (mean, entropy)), scale / temperature)
+    kept = SoftTargets(np.load(mean, mmap_mode="r+"), np.load(entropy, mmap_mode="r+"), scale / temperature)
 
     table = torch.from_numpy(centers).to(device)
     with log.progress("soft centers", len(store_rows), unit="images", start=done) as bar:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_a_process_ends_though_its_reader_failed_and_is_kept() -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's iterator, half made
 def test_workers_are_ended_if_not_all_of_them_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     before, starts = set(multiprocessing.active_children()), []
-    start = multiprocessing.process.BaseProcess.start
+    start = BaseProcess.start
 
     def start_one(process: Any) -> None:
         if starts:
@@ -135,7 +136,7 @@ def test_workers_are_ended_if_not_all_of_them_can_be_started(monkeypatch: pytest
         starts.append(process)
         start(process)
 
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_one)
+    monkeypatch.setattr(BaseProcess, "start", start_one)
     with pytest.raises(OSError, match="Too many open files"):
         decode(Numbers(), workers=2)
     starts[0].join(60)

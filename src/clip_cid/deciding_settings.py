@@ -16,7 +16,7 @@ _PATHS = ("run:", "local-dir:", "/", "./", "../", "~")
 _FILE_TYPES = (".json", ".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _WITHOUT_EFFECT = {
     "pairs": ("source", "max_bad_share", "keep_fields"),
-    "embed": ("existing",),
+    "embed": ("existing", "max_bad_share"),
     "balance": ("existing", "grow_from"),
     "cluster": ("existing",),
     "distill": ("log_every", "skip_limit"),

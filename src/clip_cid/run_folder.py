@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from clip_cid import log, os_errors
 from clip_cid.errors import RunError
@@ -494,10 +494,10 @@ def _read_record(folder: Path, fix: str) -> StageRecord:
 def _made_from(folder: Path) -> dict[str, Any] | None:
     """What the work in a folder is made from; None if nothing there says so."""
     try:
-        values = json.loads((folder / _MADE_FROM).read_text(encoding="utf-8"))
+        values: Any = json.loads((folder / _MADE_FROM).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return values if isinstance(values, dict) else None
+    return cast(dict[str, Any], values) if isinstance(values, dict) else None
 
 
 def _holds_work(part: Path) -> bool:

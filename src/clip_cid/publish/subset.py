@@ -255,7 +255,8 @@ def _check_out(out: Path, kept: _Kept, plan: _Plan | None) -> dict[str, Any]:
         if (before["format"], before["version"]) != (_FORMAT, _VERSION):
             raise ValueError(f"format {before['format']!r}, version {before['version']}")
         differ = [name for name, value in kept.identity.items() if before[name] != value]
-        planned, _ = before["shards"], before["finished"]
+        planned: dict[str, Any] | None = before["shards"]
+        _ = before["finished"]
         same_pairs = plan is None or planned is None or _same_pairs(planned["sources"], plan.sources)
         same_size = plan is None or planned is None or planned["shard_size"] == plan.shard_size
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -268,9 +269,9 @@ def _check_out(out: Path, kept: _Kept, plan: _Plan | None) -> dict[str, Any]:
             fix=other,
         )
 
-    if not same_pairs:
+    if planned is not None and not same_pairs:
         raise DataError(f"{out}: its tars are of other pairs ({', '.join(planned['sources']['source'])}).", fix=other)
-    if plan is not None and not same_size:
+    if plan is not None and planned is not None and not same_size:
         raise ConfigError(
             f"{out}: its tars are of {planned['shard_size']:,} pairs each, not {plan.shard_size:,}.",
             fix=f"Continue with --shard-size {planned['shard_size']}, or give another folder.",

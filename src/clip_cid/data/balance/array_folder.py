@@ -150,5 +150,5 @@ def _is_sealed(path: Path, values: np.ndarray) -> bool:
 def _digest(values: np.ndarray) -> bytes:
     """SHA-256 of kind, shape and numbers."""
     sha256 = hashlib.sha256(repr((values.dtype.str, values.shape)).encode())
-    sha256.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    sha256.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
     return sha256.digest()

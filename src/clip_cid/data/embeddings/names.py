@@ -38,7 +38,7 @@ class Name:
         known = [*_ROLES.values(), _FILLER]
         rest = [word for word in words if not any(pattern.fullmatch(word) for pattern in known)]
         return cls(
-            roles=frozenset(roles),
+            roles=frozenset[Role](roles),
             rest=tuple(int(word) if word.isdecimal() else word for word in rest),
         )
 

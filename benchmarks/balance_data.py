@@ -15,6 +15,7 @@
 - cont: no clusters.
 - outlier: four columns 20 times the others before rows are normalized (which moves the mean cosine).
 - heavy: 6 % of the rows are near-copies of one, 0.005 to 0.02 from each other.
+- clique: 99 % of the rows are such near-copies of one.
 - drift: min(5000, rows / 4) rows are a random walk with steps of 0.005, so that all of them chain into one set.
 """
 
@@ -28,7 +29,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-Kind = Literal["pow", "tight", "flat", "soft", "cont", "outlier", "heavy", "drift"]
+Kind = Literal["pow", "tight", "flat", "soft", "cont", "outlier", "heavy", "clique", "drift"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 PLANTED, IDENTICAL, NEAREST, FARTHEST = 0.45, 0.20, 1e-4, 0.15
@@ -125,8 +126,8 @@ def _blocks(kind: Kind, rows: int, dim: int, seed: int) -> Iterator[np.ndarray]:
 
     # Rows of which a kind has its name.
     special = 0
-    if kind == "heavy":
-        special = int(0.06 * rows)
+    if kind in ("heavy", "clique"):
+        special = int((0.06 if kind == "heavy" else 0.99) * rows)
         yield from _near_copies(special, dim, world, random)
     elif kind == "drift":
         special = min(5000, rows // 4)

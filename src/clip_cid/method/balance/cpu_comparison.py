@@ -1,14 +1,19 @@
-"""Compare two chunks on the CPU: multiply codes block by block; pairs above the floor are candidates."""
+"""Compare two chunks on the CPU: multiply codes block by block; pairs above the floor are candidates.
+
+Crowds of rows near each other come first: most of their pairs would be candidates.
+"""
 
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 
+from clip_cid.method.balance.dense_crowds import crowd_links, find_crowds
 from clip_cid.method.balance.exact_links import ExactLinks
 from clip_cid.method.balance.prepared_rows import ChunkPair, PreparedRows
 from clip_cid.method.products import int8_product
+from clip_cid.method.unit_rows import UnitRows
 
 _SIDE = 1024  # rows of a block: its 4 MB of products stay in the cache until they are compared with the floor
 _PRODUCTS = _SIDE * _SIDE
@@ -16,16 +21,53 @@ _FOLDS = 16
 _PLACES = 1 << 16  # products checked one by one at a time
 
 
-def compare_on_cpu(prepared: PreparedRows, pair: ChunkPair, links: ExactLinks) -> None:
+def compare_on_cpu(prepared: PreparedRows, pair: ChunkPair, images: UnitRows, links: ExactLinks) -> None:
     """Give the candidates of two chunks to `links`."""
     first, second = prepared.positions(pair.first), prepared.positions(pair.second)
-    comparison = _Comparison(prepared, links)
+    comparison = _Comparison(prepared, links, _link_crowds(prepared, pair, images, links))
     if not len(prepared.visits):
         _compare_all(comparison, first, second)
         return
     _compare_cells(comparison, prepared, first, second, own_cell=True)
     if pair.first != pair.second:
         _compare_cells(comparison, prepared, second, first, own_cell=False)
+
+
+class _Crowds:
+    """The crowd of each position of two chunks; 0 for none."""
+
+    def __init__(self, first: slice, second: slice) -> None:
+        self._first, self._second = first, second
+        spans = (first,) if first == second else (first, second)
+        self.positions = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+        self.number = np.zeros(len(self.positions), dtype=np.int32)
+
+    @property
+    def is_first(self) -> Bool[np.ndarray, " positions"] | None:
+        """Which positions are in the first of two chunks; None if there is one."""
+        return None if self._first == self._second else self.positions < self._first.stop
+
+    def of(self, positions: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        beyond = self._first.stop - self._first.start - self._second.start
+        at = np.where(
+            (positions >= self._first.start) & (positions < self._first.stop),
+            positions - self._first.start,
+            positions + beyond,
+        )
+        return self.number[at]
+
+
+def _link_crowds(prepared: PreparedRows, pair: ChunkPair, images: UnitRows, links: ExactLinks) -> _Crowds | None:
+    """Give `links` the links of each crowd; None if there is none."""
+    crowds = _Crowds(prepared.positions(pair.first), prepared.positions(pair.second))
+    rows, is_first = prepared.row_at[crowds.positions], crowds.is_first
+    found = find_crowds(images, rows, prepared.limit)
+    for number, crowd in enumerate(found, 1):
+        crowds.number[crowd] = number
+        first = None if is_first is None else is_first[crowd]
+        if first is None or (first.any() and not first.all()):
+            links.take(crowd_links(images, rows[crowd], prepared.limit, first=first))
+    return crowds if found else None
 
 
 def blocks(positions: slice, side: int) -> Iterator[slice]:
@@ -37,25 +79,35 @@ def blocks(positions: slice, side: int) -> Iterator[slice]:
 class _Comparison:
     """Compares two lists of positions; its memory for the products is used again and again."""
 
-    def __init__(self, prepared: PreparedRows, links: ExactLinks) -> None:
-        self._prepared, self._links = prepared, links
+    def __init__(self, prepared: PreparedRows, links: ExactLinks, crowds: _Crowds | None) -> None:
+        self._prepared, self._links, self._crowds = prepared, links, crowds
         self._least = 1 - prepared.limit / 2
         self._space: np.ndarray | None = None
 
     def __call__(self, left: Int[np.ndarray, " left"], right: slice, *, triangle: bool) -> None:
-        """Every pair, or (triangle) every pair whose left position is the lower one."""
-        at_once = max(1, _PRODUCTS // max(right.stop - right.start, 1))
-        for start in range(0, len(left), at_once):
+        """Every pair, or (triangle) every pair whose left position is the lower one; none within a crowd."""
+        theirs = np.arange(right.start, right.stop)
+        if self._crowds is None:
+            self._compare(left, theirs, triangle=triangle)
+            return
+
+        ours, others = self._crowds.of(left), self._crowds.of(theirs)
+        for crowd in np.unique(ours):
+            self._compare(left[ours == crowd], theirs[(others != crowd) | (crowd == 0)], triangle=triangle)
+
+    def _compare(self, left: Int[np.ndarray, " left"], right: Int[np.ndarray, " right"], *, triangle: bool) -> None:
+        at_once = max(1, _PRODUCTS // max(len(right), 1))
+        for start in range(0, len(left) if len(right) else 0, at_once):
             block = left[start : start + at_once]
             for i, j in self._candidates(block, right):
-                i, j = block[i], j + right.start
+                i, j = block[i], right[j]
                 if triangle:
                     i, j = i[i < j], j[i < j]
                 if len(i):
                     self._links.add(self._prepared.row_at[i], self._prepared.row_at[j])
 
     def _candidates(
-        self, left: Int[np.ndarray, " left"], right: slice
+        self, left: Int[np.ndarray, " left"], right: Int[np.ndarray, " right"]
     ) -> Iterator[tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]]:
         """Places in `left` and in `right` of the pairs whose cosine may be large enough."""
         prepared = self._prepared
@@ -66,7 +118,7 @@ class _Comparison:
         loosest = left_errors.max(keepdims=True), right_errors.max(keepdims=True)
         lowest = float(prepared.coding.floor(self._least, *loosest)[0])
         # Not a copy where it can be a view: numpy takes half the time for the product of a matrix with itself.
-        products = self._product(prepared.codes[_as_slice(left)], prepared.codes[right])
+        products = self._product(prepared.codes[_as_slice(left)], prepared.codes[_as_slice(right)])
         places = _places_above(products, lowest)
 
         # Then each by its own floor.

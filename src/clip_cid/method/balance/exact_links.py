@@ -38,6 +38,11 @@ class ExactLinks:
         if self._num_candidates >= _PENDING_CANDIDATES:
             self._measure_all()
 
+    def take(self, links: Links) -> None:
+        """Near pairs that were measured elsewhere."""
+        self._links.append(links)
+        self._num_links += len(links.left)
+
     def links(self) -> Links:
         """The minimum spanning forest of all near pairs so far."""
         self._measure_all()

@@ -93,8 +93,10 @@ def save_links(store: ArrayStore, prepared: PreparedRows, images: UnitRows, pair
 def near_links(prepared: PreparedRows, images: UnitRows, pair: ChunkPair) -> Links:
     """The minimum spanning forest of the near pairs of two chunks; the same whenever and wherever it is computed."""
     links = ExactLinks(images, prepared.limit)
-    compare = compare_on_cpu if prepared.device == "cpu" else compare_on_device
-    compare(prepared, pair, links)
+    if prepared.device == "cpu":
+        compare_on_cpu(prepared, pair, images, links)
+    else:
+        compare_on_device(prepared, pair, links)
     return links.links()
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32
 
 from clip_cid.method.balance.cell_windows import Windows
+from clip_cid.method.balance.dense_crowds import FEWEST_ROWS, SAMPLED, ball_of, find_balls
 from clip_cid.method.balance.pair_plan import (
     CELL_ROUNDS,
     POINTS_PER_CELL,
@@ -48,6 +49,7 @@ _SECONDS_A_NUMBER = 5e-9
 _SECONDS_A_CALL = 1.5e-4
 _SECONDS_A_CENTER = 8e-9  # beside the product: the comparison with the window, and its bit
 _SECONDS_A_PASSING = 5e-8
+_SECONDS_A_CROWDED = 4e-9  # of a pair in a crowd, beside the product
 _SECONDS_A_CANDIDATE = 6e-7  # beside its exact distance
 _SMALL_PRODUCTS = 1.3  # small blocks are slower by this
 
@@ -82,7 +84,10 @@ class _Sample:
         self._pairs = new_rows * (len(images) - new_rows / 2)
         self._reading = len(images) * images.dim * _SECONDS_A_NUMBER
         self._exact_seconds = self._time_of_exact(images[chosen[:_EXACT_ROWS]])
-        self._near = self._pairs * _share_above(self._rows, self._least)
+        self._apart = _apart(self._rows, len(images), limit)
+        crowded = 0.0 if self._apart is None else self._pairs * (1 - float(self._apart.mean()))
+        self._reading += crowded * (_time_of_product("int8", images.dim) + _SECONDS_A_CROWDED) if crowded else 0.0
+        self._near = self._pairs * self._share_above(self._rows @ self._rows.T, np.float32(self._least))
         self._least_seconds = self._reading + self._near * self._exact_seconds
 
     def codes(self) -> list[Layout]:
@@ -167,13 +172,20 @@ class _Sample:
         """The share of pairs that pass the floor of their block, and of those that pass their own."""
         errors = layout.coding.encode(short)[1].astype(np.float64)
         products = short @ short.T
-        np.fill_diagonal(products, -2)
 
         def share(error: Float[np.ndarray, " one"]) -> float:
             floor = np.float32(layout.coding.floor(self._least, error, error)[0] * layout.coding.unit)
-            return float(np.count_nonzero(products >= floor)) / (len(short) * (len(short) - 1))
+            return self._share_above(products, floor)
 
         return share(errors.max(keepdims=True)), share(errors.mean(keepdims=True))
+
+    def _share_above(self, products: Float32[np.ndarray, "n n"], floor: np.float32) -> float:
+        """Of all pairs of different rows; pairs within a crowd do not count, because they are compared in another way."""
+        above = products >= floor
+        np.fill_diagonal(above, False)
+        if self._apart is not None:
+            above &= self._apart
+        return float(np.count_nonzero(above)) / (len(above) * (len(above) - 1))
 
     def _seconds_of(self, layout: Layout, pairs: float, candidates: float) -> float:
         projecting = len(self._images) * self._images.dim * 2 * layout.coding.width / _RATE
@@ -215,6 +227,8 @@ class _Sample:
         home, visits = windows(flat.projected(self._rows))
         own = home[:, None] == home[None, :]
         visited = visits[:, home] & ~own  # row i visits the cell of row j
+        if self._apart is not None:
+            own, visited = own & self._apart, visited & self._apart
         return 2 * self._pairs * (float(visited.mean()) + float(own.mean()) / 2)
 
     def _time_of_exact(self, units: Float[np.ndarray, "n dim"]) -> float:
@@ -226,10 +240,14 @@ class _Sample:
         return CELL_ROUNDS * POINTS_PER_CELL * cells * cells * 2 * layout.coding.width / _RATE
 
 
-def _share_above(rows: Float32[np.ndarray, "n dim"], least: float) -> float:
-    """Of all pairs of different rows."""
-    products = rows @ rows.T
-    return (np.count_nonzero(products >= np.float32(least)) - len(rows)) / (len(rows) * (len(rows) - 1))
+def _apart(sample: Float32[np.ndarray, "n dim"], rows: int, limit: float) -> Bool[np.ndarray, "n n"] | None:
+    """Which pairs of the sample are not in one crowd; None if there is no crowd."""
+    balls = find_balls(sample[:: math.ceil(len(sample) / SAMPLED)], limit)
+    if not balls:
+        return None
+    of = ball_of(sample, balls)
+    of[np.bincount(of)[of] * rows < FEWEST_ROWS * len(sample)] = 0
+    return (of[:, None] != of) | (of == 0)
 
 
 def _chunk_rows(rows: int) -> int:

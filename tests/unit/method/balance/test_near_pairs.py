@@ -7,7 +7,7 @@ import torch
 from hard_rows import KINDS, links_of, slow_forest, spanning_forest, squared_matrix, unit
 
 from clip_cid.data.balance.array_folder import ArrayFolder
-from clip_cid.method.balance import cpu_comparison, device_comparison, exact_links, prepared_rows
+from clip_cid.method.balance import cpu_comparison, dense_crowds, device_comparison, exact_links, prepared_rows
 from clip_cid.method.balance.array_store import MemoryStore
 from clip_cid.method.balance.forest import Forest, Links, join_links
 from clip_cid.method.balance.known_pairs import KnownPairs
@@ -215,14 +215,20 @@ def test_rows_of_one_direction_and_two_lengths_are_at_distance_zero(factor):
 
 
 def counted_distances(monkeypatch) -> list[int]:
+    """Of how many pairs the exact distances were computed, in crowds and elsewhere."""
     counts: list[int] = []
-    distances = exact_links._distances
+    distances, within_crowds = exact_links._distances, dense_crowds.squared_distances
 
     def counted(units, i, j):
         counts.append(len(i))
         return distances(units, i, j)
 
+    def counted_within(one, other):
+        counts.append(len(one))
+        return within_crowds(one, other)
+
     monkeypatch.setattr(exact_links, "_distances", counted)
+    monkeypatch.setattr(dense_crowds, "squared_distances", counted_within)
     return counts
 
 
@@ -325,6 +331,7 @@ def peak_of(rows: np.ndarray) -> tuple[int, tuple[bytes, bytes, bytes]]:
 def test_the_links_of_a_clique_are_never_all_in_memory(monkeypatch):
     """1,124,250 links are 27 MB; they are reduced to 1,499 whenever more than 50,000 have come on top."""
     rows = crowd(1500, 1500, 4)
+    monkeypatch.setattr(cpu_comparison, "find_crowds", lambda images, rows, limit: [])  # all come as candidates
     monkeypatch.setattr(cpu_comparison, "_SIDE", 128)  # so that no comparison gives many of them at once
     monkeypatch.setattr(cpu_comparison, "_PRODUCTS", 128 * 200)
     monkeypatch.setattr(exact_links, "_PENDING_CANDIDATES", 10_000)

@@ -70,7 +70,9 @@ def find_balls(sample: Float32[np.ndarray, "n dim"], limit: float) -> list[Ball]
 
 def ball_of(rows: Float32[np.ndarray, "n dim"], balls: Sequence[Ball]) -> Int[np.ndarray, " n"]:
     """The number of the first ball that each row is in, from 1; 0 for none."""
-    within = rows @ np.stack([ball.center for ball in balls], axis=1) >= np.float32([ball.least for ball in balls])
+    within = rows @ np.stack([ball.center for ball in balls], axis=1) >= np.array(
+        [ball.least for ball in balls], dtype=np.float32
+    )
     return np.where(within.any(axis=1), within.argmax(axis=1) + 1, 0)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from clip_cid import os_errors
 from clip_cid.data.outside_files import Outside, Reader
 from clip_cid.deciding_settings import deciding
 from clip_cid.errors import DataError, RunError
@@ -139,6 +140,8 @@ class Origins:
                 if outside.contents() != before:
                     return f"{setting} ({', '.join(outside.where)}) changed on disk"
             except (DataError, OSError) as error:
+                if os_errors.may_pass(error) or os_errors.may_pass(error.__cause__):
+                    raise  # nobody knows whether it has changed
                 return f"{setting} changed on disk ({error.problem if isinstance(error, DataError) else error})"
         return ""
 

@@ -64,6 +64,8 @@ CASES = (
         Case(stage, before, (stage, "run", *(("--recipe", "student.yaml") if stage == "embed" else ())))
         for before, stage in zip(("data", *STAGES), STAGES, strict=False)
     ),
+    Case("embed, two workers", "data", ("embed", "run", "--recipe", "student.yaml", "--machine.workers", "2")),
+    Case("distill, two workers", "cluster", ("distill", "run", "--machine.workers", "2")),
     Case("embed --force", "report", ("embed", "run", "--force")),
     Case("balance, other threshold", "report", ("balance", "run", "--balance.threshold", "0.001")),
     Case("cluster, other number", "report", ("cluster", "run", "--cluster.num-centers", "3")),

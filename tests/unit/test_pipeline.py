@@ -1,6 +1,7 @@
 """The pipeline's decisions, with stages that only write a file: what runs, in which order, and the reason given."""
 
 import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,6 +191,24 @@ def test_given_data_that_changes_makes_its_stage_stale(tmp_path: Path, ran: list
     pipeline.run(folder, settings)
     kept.write_bytes(b"second")
     assert reasons(folder, settings)["balance"] == f"balance.existing ({kept}) changed on disk"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EMFILE])
+def test_an_input_that_cannot_be_read_now_is_not_said_to_have_changed(
+    tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch, code: int
+):
+    kept = tmp_path / "kept.npy"
+    kept.write_bytes(b"kept")
+    settings, folder = recipe(balance={"existing": kept}), RunFolder(tmp_path / "run")
+    pipeline.run(folder, settings)
+    os.utime(kept, ns=(1, 1))
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code), str(kept))
+
+    monkeypatch.setattr("clip_cid.data.outside_files.Outside.contents", fail)
+    with pytest.raises(OSError, match=f"{os.strerror(code)}: '{kept}'"):
+        pipeline.states(RunFolder(tmp_path / "run"), settings)
 
 
 def test_a_teacher_trained_anew_makes_the_embeddings_stale(tmp_path: Path, ran: list[str]):

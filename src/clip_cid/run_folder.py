@@ -597,10 +597,13 @@ def read_json(path: Path) -> Any:
 
     Raises:
         RunError: The file is missing or not JSON.
+        OSError: It cannot be read now, which may pass: nobody may take it for missing.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        if os_errors.may_pass(error):
+            raise
         raise RunError(
             f"{path}: cannot be read ({error}).", fix="Run the stage that wrote it again, with --force."
         ) from error

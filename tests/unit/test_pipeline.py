@@ -199,14 +199,14 @@ def test_an_input_that_cannot_be_read_now_is_not_said_to_have_changed(
 ):
     kept = tmp_path / "kept.npy"
     kept.write_bytes(b"kept")
-    settings, folder = recipe(balance={"existing": kept}), RunFolder(tmp_path / "run")
+    settings, folder = recipe(balance={"existing": str(kept)}), RunFolder(tmp_path / "run")
     pipeline.run(folder, settings)
     os.utime(kept, ns=(1, 1))
 
     def fail(*_: object) -> None:
         raise OSError(code, os.strerror(code), str(kept))
 
-    monkeypatch.setattr("clip_cid.data.outside_files.Outside.contents", fail)
+    monkeypatch.setattr("clip_cid.file_digests.FileDigests.of_all", fail)
     with pytest.raises(OSError, match=f"{os.strerror(code)}: '{kept}'"):
         pipeline.states(RunFolder(tmp_path / "run"), settings)
 

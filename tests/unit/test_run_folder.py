@@ -499,3 +499,20 @@ def test_a_temporary_name_holds_host_process_and_a_part_that_is_never_the_same(t
     assert all(name.startswith(f".result.txt.tmp-{socket.gethostname()}-{os.getpid()}-") for name in seen)
     assert seen[0] != seen[1]
     assert [path.name for path in tmp_path.iterdir()] == ["result.txt"]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_a_record_that_cannot_be_read_now_is_not_taken_for_missing_or_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / "embed").mkdir()
+    (tmp_path / "embed" / "manifest.json").write_text("{}")
+
+    def fail(path: Path, **_: object) -> str:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    for read in (folder.record, folder.damage):
+        with pytest.raises(OSError, match=os.strerror(code)):
+            read("embed")

@@ -70,7 +70,9 @@ class Commands:
         self._scratch = scratch
         scratch.mkdir(parents=True, exist_ok=True)
         shim = scratch / "shim.so"
-        subprocess.run([compiler(), "-shared", "-fPIC", "-O1", "-o", shim, HERE / "shim.c", "-ldl"], check=True)
+        cc = compiler()
+        assert cc is not None, "the shim needs a C compiler"
+        subprocess.run([cc, "-shared", "-fPIC", "-O1", "-o", shim, HERE / "shim.c", "-ldl"], check=True)
         environment = {**os.environ, "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         environment |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "COLUMNS": "200"}
         self._server = subprocess.Popen(

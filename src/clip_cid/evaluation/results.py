@@ -18,6 +18,7 @@ import numpy as np
 
 from clip_cid import log
 from clip_cid.errors import DataError
+from clip_cid.evaluation.protocols import RETRIEVAL
 from clip_cid.evaluation.scores import RESULTS, Score, read_scores
 from clip_cid.journal import Journal
 from clip_cid.run_folder import atomic_file
@@ -101,11 +102,12 @@ def _scores_in(folder: Path) -> list[Score]:
     return read_scores(folder / RESULTS) if (folder / RESULTS).is_file() else []
 
 
-def _can_be_read(answers: Path) -> bool:
-    """Whether every array is there and as its checksum says."""
+def _can_be_read(answers: Path, score: Score) -> bool:
+    """Whether every array behind a score is there and as its checksum says."""
+    names = {"captions", score.metric} if score.task == RETRIEVAL else {"predicted", "labels"}
     try:
         with open(answers, "rb") as handle, np.load(handle) as arrays:
-            return all(array is not None for array in arrays.values())
+            return names <= dict(arrays).keys()
     except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error):
         return False
 
@@ -119,7 +121,7 @@ def _whole_measurements(folder: Path) -> dict[str, list[Score]]:
     """Key -> the scores of one model with that key, if its answers can be read too."""
     by_model: dict[tuple[str, str], dict[str, Score]] = {}
     for score in _scores_in(folder):
-        if score.key and score.answers and _can_be_read(folder / ANSWERS / score.answers):
+        if score.key and score.answers and _can_be_read(folder / ANSWERS / score.answers, score):
             # By metric, because a measurement killed before its answers were there has left its lines twice.
             by_model.setdefault((score.key, score.model), {})[score.metric] = score
 

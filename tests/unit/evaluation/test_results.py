@@ -75,13 +75,27 @@ def test_answers_that_do_not_load_are_measured_again(damage: str, tmp_path: Path
     assert Results(out, None).take_over("k1", model="a") is None
 
 
+@pytest.mark.parametrize(
+    ("task", "metric", "lost"),
+    [("zero_shot", "top1", "labels"), ("retrieval", "R@1", "R@1"), ("retrieval", "R@1", "captions")],
+)
+def test_answers_that_have_lost_an_array_are_measured_again(tmp_path: Path, task: str, metric: str, lost: str) -> None:
+    out = folder(tmp_path / "out")
+    answers = {"R@1": np.ones(3), "captions": np.ones(3), **PREDICTED}
+    Results(out, None).add("k1", [score(task=task, metric=metric)], answers)
+    assert Results(out, None).take_over("k1", model="a") is not None
+    (path,) = (out / ANSWERS).iterdir()
+    np.savez(path, **{name: values for name, values in answers.items() if name != lost})
+    assert Results(out, None).take_over("k1", model="a") is None
+
+
 def test_lines_without_their_answers_are_measured_again_and_not_doubled(tmp_path: Path) -> None:
     """As after a kill between the lines and the answers, twice."""
     out = folder(tmp_path / "out")
     recalls = [score(task="retrieval", metric=metric) for metric in ("R@1", "R@5")]
     names: list[str] = []
     for _ in range(2):
-        Results(out, None).add("k1", recalls, {"R@1": np.ones(3)})
+        Results(out, None).add("k1", recalls, dict.fromkeys(("R@1", "R@5", "captions"), np.ones(3)))
         names = [path.name for path in (out / ANSWERS).iterdir()]
         (out / ANSWERS / names[0]).rename(tmp_path / names[0])
         assert Results(out, None).take_over("k1", model="a") is None

@@ -28,6 +28,8 @@ from clip_cid.errors import RunError
 from clip_cid.file_digests import FileDigests, digest, sha256_file
 
 MANIFEST = "manifest.json"
+WORK = "work"
+"""In a stage's work folder, what is no result: removed only when the results are whole, so no kill loses it."""
 _PART, _OLD, _ASIDE, _LOCK = ".part", ".old", "aside", ".lock"
 _MADE_FROM, _KEEP_OLD = "made-from.json", ".keep-old"
 _TEMPORARY = re.compile(r"\..*\.(?:tmp|part|drop)-(?:(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}|(?P<old_pid>\d+))")
@@ -344,7 +346,8 @@ class RunFolder:
         part = self.part(record.stage)
         _remove_temporaries(part)
         _sync_tree(part)
-        names = sorted(path for path in part.rglob("*") if path.is_file() and path.name not in (_MADE_FROM, _KEEP_OLD))
+        results = [path for path in part.rglob("*") if path.is_file() and not path.is_relative_to(part / WORK)]
+        names = sorted(path for path in results if path.name not in (_MADE_FROM, _KEEP_OLD))
         complete = replace(record, files={str(path.relative_to(part)): file_record(path) for path in names})
         if keep_old:
             (part / _KEEP_OLD).touch()
@@ -414,6 +417,7 @@ class RunFolder:
     def _swap(self, stage: str) -> None:
         """Put a complete work folder in the place of the stage's old results."""
         part, final, old = (self.path / f"{stage}{suffix}" for suffix in (_PART, "", _OLD))
+        remove_folder(part / WORK)
         (part / _MADE_FROM).unlink(missing_ok=True)
         if final.is_symlink():
             log.warn(
@@ -615,9 +619,9 @@ def file_record(path: Path) -> FileRecord:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Bring every file under `folder`, and the folders themselves, to the disk for good."""
+    """Bring every result under `folder`, and the folders themselves, to the disk for good."""
     for path, _, names in os.walk(folder, topdown=False):
-        for name in names:
+        for name in names if not Path(path).is_relative_to(folder / WORK) else []:
             _sync(Path(path) / name)
         _sync(Path(path))
 

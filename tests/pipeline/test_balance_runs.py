@@ -175,16 +175,17 @@ def test_a_balance_killed_while_it_removes_its_work_ends_byte_identical(tmp_path
     """`strace -e inject=unlinkat:signal=SIGKILL`: once what is left was taken for whole, and every command failed."""
     rows = planted(300)
     whole = balance(tmp_path / "whole", rows)
-    command = ["balance", str(tmp_path / "cut"), "--embeddings", source(tmp_path / "cut", rows)]
-    for after in (1, 2, 5, 12):
+    for after in (1, 5, 12):
+        cut = tmp_path / f"cut{after}"
+        command = ["balance", str(cut), "--embeddings", source(cut, rows)]
         assert processes.exit_code(killed_while_removing, after, command) == -signal.SIGKILL
-        assert not (tmp_path / "cut" / "balance").exists()
-    assert_equal(balance(tmp_path / "cut", rows), whole)
+        assert not (cut / "balance").exists()
+        assert_equal(balance(cut, rows), whole)
 
     for after in (1, 4):  # of the forced one
         assert processes.exit_code(killed_while_removing, after, [*command, "--force"]) == -signal.SIGKILL
-        assert_equal(tmp_path / "cut" / "balance", whole)
-    assert_equal(balance(tmp_path / "cut", rows, "--force"), whole)
+        assert_equal(cut / "balance", whole)
+    assert_equal(balance(cut, rows, "--force"), whole)
 
 
 def nothing(path: Path) -> None:

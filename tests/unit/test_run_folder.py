@@ -516,3 +516,23 @@ def test_a_record_that_cannot_be_read_now_is_not_taken_for_missing_or_damaged(
     for read in (folder.record, folder.damage):
         with pytest.raises(OSError, match=os.strerror(code)):
             read("embed")
+
+
+@pytest.mark.resume
+def test_what_a_stage_works_with_is_removed_only_when_its_results_are_whole(tmp_path: Path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    part = folder.begin("balance", {"key": "k1"}, resumable=True).part
+    (part / "kept.txt").write_text("1")
+    (part / "work").mkdir()
+    (part / "work" / "task").write_text("hours")
+
+    def dying_write(path: Path, value: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clip_cid.run_folder.write_json", dying_write)
+        with pytest.raises(Killed):
+            folder.publish(record())
+    assert (folder.begin("balance", {"key": "k1"}, resumable=True).part / "work" / "task").read_text() == "hours"
+    assert list(folder.publish(record()).files) == ["kept.txt"]
+    assert sorted(path.name for path in (tmp_path / "balance").iterdir()) == ["kept.txt", "manifest.json"]

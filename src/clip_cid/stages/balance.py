@@ -30,7 +30,7 @@ from clip_cid.method.distances import from_squared, threshold_for
 from clip_cid.method.unit_rows import Rows, UnitRows
 from clip_cid.models.device import resolve_device
 from clip_cid.recipe import BalanceConfig, MachineConfig, Metric, Recipe
-from clip_cid.run_folder import RunFolder
+from clip_cid.run_folder import WORK, RunFolder
 from clip_cid.stage_names import BALANCE, EMBED
 from clip_cid.summaries import BalanceSummary, BalanceTruth, Chains
 
@@ -56,7 +56,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
     rule = _rule(settings, images, texts)
     known = _known(folder, settings, images, rule.limit)
     folder.accept()
-    work = ArrayFolder(out / "work")
+    work = ArrayFolder(out / WORK)
     balance = _balance(store.path, work, recipe, images, texts, rule, known)
 
     # In the store's numbers.
@@ -76,7 +76,6 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
     _write_tables(out, store, explanation, balance, kinds)
 
     truth = None if settings.truth_field is None else _against_truth(store, set_of, settings.truth_field)
-    work.clear()
     shares = None if kinds is None else kinds.summary()
     return replace(counts, threshold=threshold, chains=chains, kinds=shares, truth=truth)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from clip_cid.method.cluster.cluster_quality import cluster_quality, gini, margi
 from clip_cid.method.cluster.clustering import Clusters, KMeansState, spherical_kmeans
 from clip_cid.models.device import resolve_device
 from clip_cid.recipe import ClusterConfig, Recipe
-from clip_cid.run_folder import RunFolder, atomic_file
+from clip_cid.run_folder import WORK, RunFolder, atomic_file
 from clip_cid.stage_names import EMBED
 from clip_cid.summaries import ClusterSummary, ClusterTruth, KmeansRound
 from clip_cid.training.join import read_kept
 from clip_cid.unit_length import is_unit
 
-_WORK = "work"
 _STATE_FILE = "training.npz"
 
 
@@ -50,8 +48,6 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ClusterSummary:
 
     np.save(out / "centers.npy", centers)
     np.save(out / "labels.npy", labels)
-    if (out / _WORK).exists():
-        shutil.rmtree(out / _WORK)
 
     truth = None
     if settings.truth_field is not None:
@@ -81,8 +77,8 @@ def _check_centers(settings: ClusterConfig, kept: int) -> None:
 def _cluster(store: EmbeddingStore, kept: np.ndarray, out: Path, recipe: Recipe) -> Clusters:
     """Cluster the kept rows, from the state that an earlier attempt left if there is one."""
     settings = recipe.cluster
-    (out / _WORK).mkdir(exist_ok=True)
-    file = _StateFile(out / _WORK / _STATE_FILE, _fingerprint(store, kept, recipe))
+    (out / WORK).mkdir(exist_ok=True)
+    file = _StateFile(out / WORK / _STATE_FILE, _fingerprint(store, kept, recipe))
     start = file.read()
     with _Progress(settings.iterations, len(kept), start) as progress:
 

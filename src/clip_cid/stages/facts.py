@@ -133,6 +133,7 @@ STAGES = (
         needs=(EMBED,),
         sections=("balance",),
         version=2,
+        verifies=(EMBED,),
         outside=_outside_balance,
         resumable=True,
         grows=True,

@@ -11,7 +11,7 @@ from typing import Any
 Settings = Mapping[str, Any]
 """Sections by name, as `Recipe.model_dump(mode="json")` gives them, or some of them."""
 
-_FILES = "(its files decide)"
+OF_FILES = "(its files decide)"
 _PATHS = ("run:", "local-dir:", "/", "./", "../", "~")
 _FILE_TYPES = (".json", ".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _WITHOUT_EFFECT = {
@@ -73,7 +73,7 @@ def _is_no_path(value: Any) -> bool:
 
 def _by_files(values: dict[str, Any], name: str, local: Callable[[Any], bool]) -> None:
     if values.get(name) is not None and local(values[name]):
-        values[name] = _FILES
+        values[name] = OF_FILES
 
 
 _PLACES: dict[str, Callable[[dict[str, Any]], None]] = {"embed": _embed, "distill": _distill, "evaluate": _evaluate}

@@ -9,16 +9,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_cid import os_errors
+from clip_cid.data.embeddings.files_behind import missing_behind
 from clip_cid.data.outside_files import Outside, Reader
-from clip_cid.deciding_settings import deciding
+from clip_cid.deciding_settings import OF_FILES, deciding
 from clip_cid.errors import DataError, RunError
 from clip_cid.file_digests import digest
 from clip_cid.older_records import inputs_then
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder, StageRecord
+from clip_cid.stage_names import EMBED
 from clip_cid.stages.facts import BY_NAME, Stage
 
 _DEFAULTS = Recipe().model_dump(mode="json")
+_PLACES = (
+    "pairs.source",
+    "embed.existing",
+    "embed.teacher",
+    "embed.pretrained",
+    "balance.existing",
+    "balance.grow_from",
+    "cluster.existing",
+    "distill.student",
+    "distill.pretrained",
+    "distill.validation.sets",
+    "evaluate.sets",
+    "evaluate.retrieval",
+    "evaluate.compare",
+)
+"""Settings that say where files are."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +62,8 @@ class Origins:
 
     def __init__(self, folder: RunFolder, recipe: Recipe, active: tuple[Stage, ...]) -> None:
         self._folder, self._recipe, self._active = folder, recipe, {stage.name for stage in active}
-        index = folder.index if not folder.read_only and os.access(folder.path, os.W_OK) else None
+        writable = not folder.read_only and os.access(folder.path, os.W_OK)
+        index = folder.index if writable and (folder.index.is_dir() or not os.path.lexists(folder.index)) else None
         self._reader = Reader(folder.digests, index, recipe.machine.cache_dir)
 
     def of(self, stage: Stage, *, parts: bool = False) -> MadeFrom:
@@ -111,11 +130,22 @@ class Origins:
         now = self.of(stage).inputs
         for name in sorted(now.keys() | inputs.keys()):
             if now.get(name) != inputs.get(name):
-                return f"{name} was run again" if name in BY_NAME else f"{name} changed on disk"
+                if name in BY_NAME:
+                    return f"{name} was run again"
+                return f"{name} changed on disk" if name in now else f"{name}: its files are not there"
         return ""
+
+    def missing_behind(self, stage: Stage) -> str:
+        """The first file that finished results refer to and that is gone, though it could be found again."""
+        existing = self._recipe.embed.existing
+        if stage.name != EMBED or existing is None or not existing.exists():
+            return ""
+        missing = missing_behind(self._folder.path / EMBED)
+        return f"{missing[0]} is missing" if missing else ""
 
     def _files_changed(self, stage: Stage, record: StageRecord) -> str:
         every = stage.outside(_with_fields_of(self._recipe, stage, record), self._reader)
+        wanted = stage.settings(self._recipe)
         if not record.by_contents:
             then = {name: value for name, value in record.inputs.items() if name not in BY_NAME}
             now = inputs_then(stage.name, self._recipe)
@@ -125,18 +155,19 @@ class Origins:
 
         for setting in sorted(every.keys() | (record.inputs.keys() - BY_NAME.keys())):
             outside, before = every.get(setting), record.inputs.get(setting)
+            place_then, place_now = (_place(settings, setting) for settings in (record.settings, wanted))
             if outside is None:
                 return f"{setting} is not given any more"
             if not outside.is_here():
                 # Only a stage that runs asks for its files; but these must be the ones it was made from.
-                if before is not None and _place(record.settings, setting) != _place(
-                    stage.settings(self._recipe), setting
-                ):
+                if before is not None and place_then != place_now:
                     return f"{setting}: nothing at {', '.join(outside.where)}"
                 continue
             if before is None:
                 return f"{setting} ({', '.join(outside.where)}) was not there"
             try:
+                if outside.contents() != before and place_then != place_now:
+                    return f"{setting} {_short(place_then)} -> {_short(place_now)}"
                 if outside.contents() != before:
                     return f"{setting} ({', '.join(outside.where)}) changed on disk"
             except (DataError, OSError) as error:
@@ -161,7 +192,9 @@ def different_settings(before: Any, after: Any) -> list[str]:
 
 def _differences(before: Any, after: Any, defaults: Any, name: str) -> Iterator[str]:
     if not (isinstance(before, dict) and isinstance(after, dict)):
-        if before != after:
+        if before is None and after == OF_FILES:
+            yield f"{name} is given now"
+        elif before != after:
             yield f"{name} {_short(before)} -> {_short(after)}"
         return
     for part in sorted(before.keys() | after.keys()):
@@ -208,4 +241,6 @@ def _place(settings: Mapping[str, Any], setting: str) -> Any:
 def _names_other_places(record: StageRecord, stage: Stage, recipe: Recipe) -> bool:
     """Whether a record of an older version was made from files that the recipe names otherwise now."""
     wanted = stage.settings(recipe)
-    return any(record.settings.get(section) != wanted[section] for section in wanted)
+    return any(
+        _place(record.settings, name) != _place(wanted, name) for name in _PLACES if name.split(".")[0] in wanted
+    )

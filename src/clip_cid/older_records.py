@@ -44,7 +44,8 @@ def _pairs(pairs: PairsConfig) -> dict[str, str]:
 
 
 def _sets(sets: dict[str, str]) -> dict[str, str]:
-    return {name: _listing([*Path(where).glob("*"), *Path(where).glob("*/*")]) for name, where in sets.items()}
+    here = {name: Path(where) for name, where in sets.items() if Path(where).is_dir()}
+    return {name: _listing([*folder.glob("*"), *folder.glob("*/*")]) for name, folder in here.items()}
 
 
 def _paths(*paths: Path | None) -> dict[str, str]:

@@ -269,7 +269,7 @@ def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, origins: Origins
                 summary = module.run(folder, begun.part, recipe)
         except BaseException:
             if not folder.accepted:
-                folder.undo(begun)
+                folder.refuse(begun)
             raise
         folder.accept()
 
@@ -295,15 +295,18 @@ def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, origins: Origins
 
 
 def _begin(stage: Stage, folder: RunFolder, origins: Origins) -> Begun:
-    """The work folder of a stage; unfinished work of other settings is moved aside with a word."""
+    """The work folder of a stage; unfinished work of other settings is moved aside, with a word once it stays there."""
     left = folder.unfinished(stage.name)
     begun = folder.begin(stage.name, origins.of(stage).as_json(), resumable=stage.resumable)
     if begun.aside is not None:
-        why = origins.difference_of_work(stage, left) if left is not None else "of an older version"
-        log.warn(
-            f"{stage.name}: unfinished work of other settings ({why}) is kept in {begun.aside}; the same settings"
-            " again resume it; delete that folder if you do not need it"
-        )
+        if left is None:
+            what = f"unfinished work of an older version is kept in {begun.aside}; only that version can resume it"
+        else:
+            why = origins.difference_of_work(stage, left)
+            what = (
+                f"unfinished work of other settings ({why}) is kept in {begun.aside}; the same settings again resume it"
+            )
+        folder.when_accepted(lambda: log.warn(f"{stage.name}: {what}; delete that folder if you do not need it"))
     return begun
 
 
@@ -382,8 +385,8 @@ def _reason(
     if difference := origins.difference(stage, record, earlier=not needs) or needs:
         return difference
 
-    # What it wrote.
-    return "; ".join(folder.changed_files(stage.name, digests=False))
+    # What it wrote, and what that refers to.
+    return "; ".join(folder.changed_files(stage.name, digests=False)) or origins.missing_behind(stage)
 
 
 def _versions() -> dict[str, str]:

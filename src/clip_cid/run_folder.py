@@ -110,7 +110,7 @@ class RunFolder:
         self._all_of_before: dict[str, bool] = {}
         self.accepted = False
         """Whether the stage that runs has accepted its settings."""
-        self._on_accept: Callable[[], None] | None = None
+        self._on_accept: list[Callable[[], None]] = []
 
     @property
     def index(self) -> Path:
@@ -169,15 +169,25 @@ class RunFolder:
         return None if self.changed_files(stage, digests=True) else self.path / stage
 
     def when_accepted(self, then: Callable[[], None]) -> None:
-        """What to do as soon as the first stage accepts its settings."""
-        self._on_accept = then
+        """What to do as soon as a stage accepts its settings; if it refuses them, nothing is done."""
+        self._on_accept.append(then)
 
     def accept(self) -> None:
         """A stage calls this once its settings and inputs are checked, before its long work: they count from now on."""
         self.accepted = True
-        then, self._on_accept = self._on_accept, None
-        if then is not None:
+        waiting, self._on_accept = self._on_accept, []
+        for then in waiting:
             then()
+
+    def refuse(self, begun: Begun) -> None:
+        """The stage that has begun refused its settings: the work folder is as it was before `begin`."""
+        self._on_accept = []
+        if not begun.resumes:
+            remove_folder(begun.part)
+        if begun.aside is not None and not os.path.lexists(begun.part):
+            os.replace(begun.aside, begun.part)
+            with contextlib.suppress(OSError):  # holds other work
+                (self.path / _ASIDE).rmdir()
 
     def record(self, stage: str) -> StageRecord | None:
         """How a finished stage was made; None if it has not finished.
@@ -230,6 +240,7 @@ class RunFolder:
 
             # Say who holds the lock, and put right what an earlier process left.
             _sign_lock(handle, Work(f"pid {os.getpid()} on {socket.gethostname()} since {now()}"))
+            self._check_own_folders()
             self._mend()
             self._lock = handle
             yield
@@ -292,13 +303,6 @@ class RunFolder:
         _remove_temporaries(part)
         self._sign(stage)
         return Begun(part, resumes, aside)
-
-    def undo(self, begun: Begun) -> None:
-        """Put back the work folder as it was before `begin`, since the stage was refused."""
-        if not begun.resumes:
-            remove_folder(begun.part)
-        if begun.aside is not None and not os.path.lexists(begun.part):
-            os.replace(begun.aside, begun.part)
 
     def begin_again(self, stage: str) -> Path:
         """Move aside what the work folder holds, and give a new one for the same settings."""
@@ -409,6 +413,19 @@ class RunFolder:
                 changes.append(f"{name} changed on disk")
         return changes
 
+    def _check_own_folders(self) -> None:
+        """What is not a stage can be used, before long work relies on it."""
+        for path in (self.index, self.path / _ASIDE):
+            if os.path.lexists(path) and not path.is_dir():
+                kind = f"a link to {os.readlink(path)}, where no folder is" if path.is_symlink() else "not a folder"
+                raise RunError(f"{path}: {kind}.", fix="Remove it or move it away; it is made again.")
+        aside = self.path / _ASIDE
+        if aside.is_dir() and aside.stat().st_dev != self.path.stat().st_dev:
+            raise RunError(
+                f"{aside}: lies on another disk ({aside.resolve()}), where earlier results cannot be moved at once.",
+                fix="Move the link or the folder away; it is made again beside the stages.",
+            )
+
     def _sign(self, stage: str) -> None:
         """Say in the lock's file which stage runs."""
         if self._lock is not None:
@@ -438,7 +455,11 @@ class RunFolder:
         (self.path / _ASIDE).mkdir(exist_ok=True)
         latest = max((_aside_number(aside, stage) for aside in self.asides(stage)), default=0)
         aside = self.path / _ASIDE / f"{stage}-{latest + 1}"
-        os.replace(path, aside)
+        if path.is_symlink():  # a relative one would point elsewhere from there
+            aside.symlink_to(path.resolve())
+            path.unlink()
+        else:
+            os.replace(path, aside)
         _sync(aside.parent)
         _sync(self.path)
         return aside

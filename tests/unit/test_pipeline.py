@@ -1,7 +1,10 @@
 """The pipeline's decisions, with stages that only write a file: what runs, in which order, and the reason given."""
 
 import errno
+import io
+import json
 import os
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 from clip_cid import pipeline
 from clip_cid.errors import ConfigError, RunError
 from clip_cid.made_from import different_settings
+from clip_cid.older_records import inputs_then
 from clip_cid.recipe import Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.summaries import (
@@ -229,6 +233,107 @@ def test_an_evaluation_set_that_changes_makes_its_scores_stale(tmp_path: Path, r
     pipeline.run(folder, settings)
     shard.write_bytes(b"other")
     assert reasons(folder, settings)["evaluate"] == f"evaluate.sets.mine ({tmp_path / 'set'}) changed on disk"
+
+
+def test_the_same_checkpoint_as_another_architecture_is_another_model(
+    tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("x.pt").write_bytes(b"one")
+    folder, sets = RunFolder(tmp_path / "run"), {"digits": "builtin:digits"}
+    pipeline.run(folder, recipe(evaluate={"sets": sets, "compare": {"theirs": "cid-tiny/x.pt"}}))
+    found = reasons(folder, recipe(evaluate={"sets": sets, "compare": {"theirs": "cid-conv/x.pt"}}))
+    assert found["evaluate"] == "evaluate.compare.theirs cid-tiny/x.pt -> cid-conv/x.pt"
+
+
+def test_files_of_another_place_are_named_with_both_places(
+    tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("one.npy").write_bytes(b"first")
+    Path("other.npy").write_bytes(b"second")
+    folder = RunFolder(tmp_path / "run")
+    pipeline.run(folder, recipe(balance={"existing": "one.npy"}))
+    found = reasons(folder, recipe(balance={"existing": "other.npy"}))
+    assert found["balance"] == "balance.existing one.npy -> other.npy"
+
+
+def test_weights_to_start_from_that_are_gone_are_asked_for_by_no_finished_student(
+    tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """A folder named without a slash, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "open_clip_model.safetensors").write_bytes(b"one")
+    folder, settings = RunFolder(tmp_path / "run"), recipe(distill={"pretrained": "m"})
+    pipeline.run(folder, settings)
+    (tmp_path / "m" / "open_clip_model.safetensors").write_bytes(b"two")
+    assert reasons(folder, settings)["distill"] == "distill.pretrained (m) changed on disk"
+    (tmp_path / "m").rename(tmp_path / "elsewhere")
+    assert reasons(folder, settings) == {}
+
+
+def test_a_run_of_an_older_version_needs_its_pairs_and_sets_no_more_than_one_of_today(tmp_path: Path, ran: list[str]):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.jpg", "a.txt"):
+            tar.addfile(info := tarfile.TarInfo(name), io.BytesIO(b"x" * info.size))
+    shard = tmp_path / "set" / "test" / "0.tar"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"one")
+    folder = RunFolder(tmp_path / "run")
+    settings = recipe(pairs={"source": [str(tmp_path / "*.tar")]}, evaluate={"sets": {"mine": str(tmp_path / "set")}})
+    pipeline.run(folder, settings)
+    for name in ALL:
+        _as_an_older_version_wrote_it(folder.path / name / "manifest.json", name, settings)
+    assert reasons(folder, settings) == {}
+
+    (tmp_path / "0.tar").rename(tmp_path / "gone")
+    (tmp_path / "set").rename(tmp_path / "no-set")
+    assert reasons(folder, settings) == {}
+    other = recipe(pairs={"source": [str(tmp_path / "no" / "*.tar")]}, evaluate=settings.evaluate.model_dump())
+    assert reasons(folder, other)["embed"] == "pairs changed on disk"
+
+
+def _as_an_older_version_wrote_it(manifest: Path, stage: str, settings: Recipe) -> None:
+    values = json.loads(manifest.read_text())
+    earlier = {name: digest for name, digest in values["inputs"].items() if name in ALL}
+    values |= {"by_contents": False, "inputs": earlier | inputs_then(stage, settings)}
+    values["settings"].get("pairs", {}).pop("key_prefix", None)
+    values["settings"].get("embed", {}).pop("max_bad_share", None)
+    manifest.write_text(json.dumps(values))
+
+
+def test_what_is_set_aside_is_said_once_the_new_settings_are_accepted(
+    tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    folder = RunFolder(tmp_path)
+
+    def killed(folder: RunFolder, out: Path, recipe: Recipe) -> Summary:
+        folder.accept()
+        (out / "shard").write_text("one")
+        raise KeyboardInterrupt
+
+    def refuses(folder: RunFolder, out: Path, recipe: Recipe) -> Summary:
+        raise ConfigError("no such precision", fix="Give another.")
+
+    def stage_is(run: Any) -> None:
+        module = SimpleNamespace(import_module=lambda name: SimpleNamespace(run=run))
+        monkeypatch.setattr(pipeline, "importlib", module)
+
+    stage_is(killed)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(folder, recipe(), only="embed")
+    stage_is(refuses)
+    with pytest.raises(ConfigError):
+        pipeline.run(folder, recipe(embed={"precision": "bf16"}), only="embed")
+    assert "aside" not in caplog.text
+    assert (tmp_path / "embed.part" / "shard").read_text() == "one"
+    assert not (tmp_path / "aside").exists()
+
+    stage_is(killed)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(folder, recipe(embed={"precision": "bf16"}), only="embed")
+    assert f"is kept in {tmp_path / 'aside' / 'embed-1'}" in caplog.text
 
 
 def test_an_unused_stage_asked_for_is_a_config_error(tmp_path: Path, ran: list[str]):

@@ -145,10 +145,38 @@ def test_a_work_folder_without_work_is_not_kept_aside(tmp_path: Path):
 def test_a_refused_stage_leaves_the_unfinished_work_where_it_was(tmp_path: Path):
     folder = RunFolder(tmp_path)
     (begin(folder, "k1").part / "shard").write_text("one")
-    folder.undo(begin(folder, "k2"))
+    folder.refuse(begin(folder, "k2"))
     assert (folder.part("embed") / "shard").read_text() == "one"
     assert begin(folder, "k1").resumes
     assert folder.asides("embed") == []
+
+
+@pytest.mark.resume
+def test_results_behind_a_relative_link_are_kept_aside_and_taken_back(tmp_path: Path):
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    publish(folder, "old")
+    (folder.path / "balance").rename(tmp_path / "other-disk")
+    (folder.path / "balance").symlink_to("../other-disk")
+    part = folder.begin("balance", {"key": "k2"}, resumable=False).part
+    (part / "kept.txt").write_text("new")
+    folder.publish(record(key="k2"), keep_old=True)
+    ((aside, _),) = folder.finished_asides("balance")
+    folder.take_back("balance", aside)
+    assert (folder.stage("balance") / "kept.txt").read_text() == "old"
+    assert (tmp_path / "other-disk" / "kept.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["aside", "index"])
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_a_folder_of_the_run_that_is_none_is_named_before_any_work(tmp_path: Path, name: str, kind: str):
+    path = tmp_path / name
+    path.write_text("x") if kind == "file" else path.symlink_to(tmp_path / "nowhere")
+    with (
+        pytest.raises(RunError, match=f"{name}: (a link to .*, where no folder is|not a folder)"),
+        RunFolder(tmp_path).lock(),
+    ):
+        pass
 
 
 @pytest.mark.resume

@@ -63,18 +63,18 @@ class Reader:
         """An evaluation set; `trained` if its training images are read too."""
         return self._files(Path(where), files_behind_set(where, trained=trained))
 
-    def model(self, reference: str, files: Sequence[Path]) -> Outside:
-        """The files behind a model."""
+    def model(self, reference: str, files: Sequence[Path], *, architecture: str = "") -> Outside:
+        """The files behind a model, and the name of its architecture if none of them says it."""
         common = Path(os.path.commonpath([file.parent for file in files])) if files else Path(reference)
-        return self._files(common, files, where=reference)
+        return self._files(common, files, where=reference, prefix=architecture)
 
     def file(self, path: Path) -> Outside:
         """A file or a folder with all that is in it."""
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
         return self._files(path, files)
 
-    def _files(self, root: Path, files: Sequence[Path], *, where: str = "") -> Outside:
-        named = _named(root, files)
+    def _files(self, root: Path, files: Sequence[Path], *, where: str = "", prefix: str = "") -> Outside:
+        named = {f"{prefix}{name}": file for name, file in _named(root, files).items()}
         return Outside(
             state=lambda: state_of_all(named),
             contents=lambda: self.digests.of_all(named),

@@ -2,13 +2,15 @@
 
 import collections
 import contextlib
+import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from clip_cid import log, os_errors, units
-from clip_cid.data.embeddings.files import StoreShard
+from clip_cid.data.embeddings.files import StoreInfo, StoreShard, read_info
 from clip_cid.data.embeddings.finished_shards import FinishedShards, read_shards
 from clip_cid.data.embeddings.from_pairs import check_known_bad, embed_pairs
 from clip_cid.data.embeddings.importing import import_existing
@@ -94,6 +96,26 @@ def _fields_are(out: Path, fields: tuple[str, ...]) -> bool:
     return held is None or held[0].get("fields") == list(fields)
 
 
+def _say_of_import(folder: RunFolder, out: Path) -> None:
+    """Whether the store is the present one, taken over from another place or with other files beside it."""
+    if not folder.has(EMBED):
+        return
+    try:
+        before, now = (_without_places(read_info(store)) for store in (folder.path / EMBED, out))
+    except DataError:
+        return
+    folder.say_of_before(EMBED, same=before == now, all_of_it=before == now)
+
+
+def _without_places(info: StoreInfo) -> tuple[StoreInfo, list[tuple[Any, ...]]]:
+    """The facts of a store, and of each shard its rows and the digests of its files."""
+    shards = [
+        (shard.rows, shard.ok, shard.more, sorted((kind, file.sha256) for kind, file in shard.files.items()))
+        for shard in info.shards
+    ]
+    return dataclasses.replace(info, shards=(), root=None, teacher={}), shards
+
+
 def _say_of_before(folder: RunFolder, writer: StoreWriter) -> None:
     """How the new store stands to the present one: the same embeddings in the same order, or all of them and more."""
     if not folder.has(EMBED) or folder.forgets(EMBED):
@@ -115,6 +137,7 @@ def _arrays(shard: StoreShard) -> tuple[str | None, tuple[str, ...]]:
 
 def _take_over(existing: Path, folder: RunFolder, out: Path, recipe: Recipe) -> EmbedSummary:
     import_existing(existing, out, normalize=recipe.embed.normalize, max_bad_share=recipe.embed.max_bad_share)
+    _say_of_import(folder, out)
     store = EmbeddingStore.open(out)
     if recipe.pairs.source:
         pairs = _open_pairs(folder, recipe)

@@ -11,7 +11,7 @@ from typing import Any
 
 from clip_cid import summaries
 from clip_cid.data.outside_files import Outside, Reader
-from clip_cid.models.references import files_behind_model, is_checkpoint, is_of_files
+from clip_cid.models.references import files_behind_model, is_checkpoint, is_of_files, split_checkpoint
 from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE
 from clip_cid.summaries import Summary
@@ -61,7 +61,7 @@ def _outside_embed(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
     if existing is not None:
         outside["embed.existing"] = reader.embeddings(existing)
     if is_of_files(reference):
-        outside["embed.teacher"] = reader.model(reference, files_behind_model(reference))
+        outside["embed.teacher"] = _model(reader, reference)
     return outside
 
 
@@ -79,7 +79,7 @@ def _outside_distill(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
     settings, outside = recipe.distill, _pairs(recipe, reader)
     if settings.student.endswith(".json"):
         outside["distill.student"] = reader.file(Path(settings.student))
-    if (pretrained := settings.pretrained or "") and (is_of_files(pretrained) or Path(pretrained).is_dir()):
+    if pretrained := settings.pretrained:
         outside["distill.pretrained"] = reader.model(pretrained, _weights_to_start_from(pretrained))
     if settings.validation.keep == "best":
         for name, where in settings.validation.sets.items():
@@ -102,8 +102,15 @@ def _outside_evaluate(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
         outside[f"evaluate.retrieval.{name}"] = reader.pairs(_read_for_training(recipe, source=source))
     for name, reference in settings.compare.items():
         if is_of_files(reference):
-            outside[f"evaluate.compare.{name}"] = reader.model(reference, files_behind_model(reference))
+            outside[f"evaluate.compare.{name}"] = _model(reader, reference)
     return outside
+
+
+def _model(reader: Reader, reference: str) -> Outside:
+    architecture, _ = split_checkpoint(reference) or ("", None)
+    if Path(architecture).is_file():  # one of the files, then
+        architecture = ""
+    return reader.model(reference, files_behind_model(reference), architecture=architecture)
 
 
 def _pairs(recipe: Recipe, reader: Reader, *, keep_fields: tuple[str, ...] = ()) -> dict[str, Outside]:

@@ -325,7 +325,6 @@ def test_a_refused_setting_touches_nothing(
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
     refused: list[tuple[type[ClipCidError], Recipe]] = [
-        (ConfigError, recipe(tmp_path / "data", teachers[0], pairs={"keep_fields": ["key"]})),
         (ConfigError, recipe(tmp_path / "data", "ViT-B-33")),
         (DataError, recipe(tmp_path / "nowhere", teachers[0])),
     ]

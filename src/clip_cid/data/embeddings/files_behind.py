@@ -25,6 +25,11 @@ def files_behind(path: Path) -> list[Path]:
     return sorted(set(_below(path, above=frozenset())))
 
 
+def missing_behind(store: Path) -> list[Path]:
+    """The files that an embedding store names and that are not there."""
+    return [path for path in _named(store) if not path.is_file()]
+
+
 def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
     """The files of a folder; `above` are the real folders it lies in, so that a link to one of them ends."""
     if not folder.is_dir() or (real := folder.resolve()) in above:
@@ -44,12 +49,14 @@ def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
 
 def _of_store(folder: Path) -> Iterator[Path]:
     """A store's manifest and the files it names; of a manifest that cannot be read, the manifest alone."""
-    manifest = folder / STORE_FILE
-    yield manifest
+    yield folder / STORE_FILE
+    yield from (path for path in _named(folder) if path.is_file())
+
+
+def _named(folder: Path) -> list[Path]:
     try:
-        values = json.loads(manifest.read_text(encoding="utf-8"))
+        values = json.loads((folder / STORE_FILE).read_text(encoding="utf-8"))
         root = Path(values["root"]) if values["root"] else folder
-        named = [root / file["path"] for shard in values["shards"] for file in shard["files"].values()]
+        return [root / file["path"] for shard in values["shards"] for file in shard["files"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return
-    yield from (path for path in named if path.is_file())
+        return []

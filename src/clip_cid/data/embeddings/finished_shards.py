@@ -69,7 +69,7 @@ def _of_store(store: Path, made_from: dict[str, Any]) -> list[FinishedShard]:
             return []
         check_same(store, held[0] | {"fields": made_from["fields"]}, made_from)
     except DataError as error:
-        log.info(f"embed     {store} is not used: {error.problem}")
+        log.info(f"embed     not used: {error.problem}")
         return []
 
     finished: list[FinishedShard] = []

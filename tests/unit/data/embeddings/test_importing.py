@@ -377,6 +377,30 @@ def test_the_stage_takes_a_file_or_a_folder_and_sees_it_change(tmp_path: Path, f
     assert embed_state(folder, recipe) == ("stale", f"embed.existing ({source}) changed on disk")
 
 
+def test_embeddings_that_were_moved_are_taken_over_again_and_are_the_same_to_later_stages(tmp_path: Path) -> None:
+    source, moved = tmp_path / "in", tmp_path / "moved"
+    source.mkdir()
+    np.save(source / "x.npy", unit(3, 0))
+    folder, _ = run(tmp_path, existing=str(source))
+    before = folder.record("embed")
+    source.rename(moved)
+    recipe = parse_recipe({"embed": {"existing": str(moved)}, "machine": {"workers": 0}}, where="test")
+    assert embed_state(folder, recipe) == ("stale", f"{source / 'x.npy'} is missing")
+    pipeline.run(folder, recipe, only="embed")
+    assert EmbeddingStore.open(folder.stage("embed")).rows == 3
+    after = folder.record("embed")
+    assert before is not None
+    assert after is not None
+    assert after.results == before.results
+
+    (moved / "README").write_text("a file beside them")
+    assert embed_state(folder, recipe) == ("stale", f"embed.existing ({moved}) changed on disk")
+    pipeline.run(folder, recipe, only="embed")
+    again = folder.record("embed")
+    assert again is not None
+    assert again.results == before.results
+
+
 def test_scaling_is_a_setting_of_the_stage(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", unit(3, 0, np.float32) * 5)
     folder, recipe = run(tmp_path, existing=str(tmp_path / "x.npy"), normalize=True)

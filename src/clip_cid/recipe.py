@@ -642,6 +642,11 @@ def read_run_recipe(path: Path) -> Recipe:
         ConfigError: As `read_recipe`.
     """
     values = _read_yaml(path)
+    if values == {} and not path.stat().st_size:
+        raise ConfigError(
+            f"{_named(path)}: this recipe of a run is empty, as after a power cut; its settings are lost.",
+            fix="Give the recipe again with --recipe FILE. What was made with the same settings stays up to date.",
+        )
     sections = cast(dict[str, Any], values) if isinstance(values, dict) else {}
     for name, removed in _REMOVED.items():
         section, setting = name.split(".")

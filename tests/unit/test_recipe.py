@@ -184,6 +184,13 @@ def test_a_removed_setting_that_had_an_effect_is_not_passed_over(tmp_path: Path)
         read_run_recipe(tmp_path / "recipe.yaml")
 
 
+def test_an_emptied_recipe_of_a_run_is_not_a_recipe_of_defaults(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"this recipe of a run is empty.*\n.*again with --recipe FILE"):
+        read_run_recipe(tmp_path / "recipe.yaml")
+    assert read_recipe(tmp_path / "recipe.yaml") == Recipe()
+
+
 def test_a_missing_recipe_points_to_init(tmp_path: Path):
     with pytest.raises(ConfigError, match="clip-cid init"):
         read_recipe(tmp_path / "no.yaml")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -104,6 +105,7 @@ REFUSED = {
     "number": (3.0, "embeddings must be an array, got float"),
     "None": (None, "embeddings must be an array, got NoneType"),
     "dictionary": ({"a": 1}, "got dict"),
+    "table of pyarrow": (pa.table({"a": [1.0, 0.0], "b": [0.0, 1.0]}), "must be an array, got Table"),
     "ragged": ([[1.0, 0.0], [1.0]], "must have rows of one length"),
     "one row": ([1.0, 0.0], r"\(rows, dim\), neither of them 0, got shape \(2,\)"),
     "empty": ([], r"got shape \(0,\)"),

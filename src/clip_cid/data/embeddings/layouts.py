@@ -33,6 +33,7 @@ FIX = (
 _AGAIN = (
     "Fetch or write this file again: rows of float16, float32 or float64, one after the other (np.ascontiguousarray)."
 )
+_SPLITS = ("train", "val", "valid", "validation", "dev", "test")
 _NAMES = (
     "Name files or folders by what they hold, alike but for that word: image_embeddings.npy and"
     " text_embeddings.npy (and metadata.parquet); for shards image_0.npy, text_0.npy, image_1.npy and so on."
@@ -124,7 +125,7 @@ def find_embeddings(source: Path) -> list[LayoutShard]:
     ]
     _check_fit(shards)
     if not metadata_of:
-        if images[0].role is None and (members is None or not members.clear):
+        if members is None or not members.clear:
             _check_one_series(source, images, shards)
         _warn_of_lost_keys(source, images)
     _log_taken(source, shards, [*files.unread, *unread])
@@ -314,25 +315,33 @@ def _metadata_of(source: Path, images: list[_File], tables: list[_File]) -> tupl
 
 
 def _check_one_series(source: Path, images: list[_File], shards: list[LayoutShard]) -> None:
-    """Files that do not say what they hold: if their rows are equal in number, one may be of the other's texts.
+    """Files of several names: if their rows are equal in number, one may be of the other's images or texts.
 
     Raises:
         DataError: Two series of files have the same numbers of rows.
     """
+    named = images[0].name.role is not None
+    if images[0].role is not None and not named:
+        return  # a folder of images holds the shards of one series, whatever their names
+
+    meaning = "the same images twice (another model, a copy)" if named else "images and texts"
+    fix = "Give one of the files, or number the shards: image_0.npy, image_1.npy and so on." if named else _NAMES
+
     rows: dict[tuple[int | str, ...], list[int]] = {}
     example: dict[tuple[int | str, ...], Path] = {}
     for file, shard in zip(images, shards, strict=True):
-        rows.setdefault(file.name.pattern, []).append(shard.image.rows)
-        example.setdefault(file.name.pattern, file.path)
+        series = tuple(part for part in file.name.pattern if not (named and part in _SPLITS))
+        rows.setdefault(series, []).append(shard.image.rows)
+        example.setdefault(series, file.path)
 
     first: dict[tuple[int, ...], Path] = {}
     for pattern, counts in rows.items():
         if (other := first.setdefault(tuple(counts), example[pattern])) != example[pattern]:
             raise DataError(
                 f"{source}: {other.name} and {example[pattern].name} have the same number of rows ({sum(counts):,}):"
-                " they may be shards of images, or images and texts"
+                f" they may be shards of images, or {meaning}"
                 f" (the files are {listed([file.path for file in images], source)}).",
-                fix=_NAMES,
+                fix=fix,
             )
 
 

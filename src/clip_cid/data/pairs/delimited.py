@@ -8,7 +8,7 @@ import csv
 import os
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -42,6 +42,10 @@ class Reading:
     """A quote inside a quoted value is doubled (`""`) or escaped (`\\"`); or no value is quoted."""
     reason: str = ""
     """Why quotes that are there are not read by the rules of CSV; empty where they are."""
+    joined: int = 0
+    """Values that hold line ends and delimiters, as rows that a quote out of place joins would."""
+    first_joined: int = 0
+    """The line on which the first of them begins."""
 
 
 class Record(NamedTuple):
@@ -88,12 +92,14 @@ def find_reading(path: Path, delimiter: str, names: Sequence[str], image_column:
 
     image_at, faults = names.index(image_column), list[TableFault]()
     for quotes in ("doubled", "escaped"):
-        reading = Reading(delimiter, quotes, str(faults[0]) if faults else "")
+        reading, joined, first_joined = Reading(delimiter, quotes, str(faults[0]) if faults else ""), 0, 0
         try:
             for record in _checked_records(path, reading, len(names)):
                 if record.long:
                     _refuse_hidden_rows(record, delimiter, len(names), image_at, path.parent)
-            return reading
+                    joined += sum(delimiter in record.cells[at] for at in record.long)
+                    first_joined = first_joined or (record.line if joined else 0)
+            return replace(reading, joined=joined, first_joined=first_joined)
         except TableFault as fault:
             faults.append(fault)
 

@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import os
+import re
 import textwrap
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from clip_cid import log
-from clip_cid.data.pairs.delimited import TableFault, find_header, find_reading, records
+from clip_cid import log, units
+from clip_cid.data.pairs.delimited import DELIMITERS, TableFault, find_header, find_reading, records
 from clip_cid.data.pairs.format import COMMON_COLUMNS, SHARD_ROWS, LocalSource, PairFormat, Scan
 from clip_cid.data.pairs.pair import Pair
 from clip_cid.data.pairs.sample_parts import clean_captions, field_text, key_hash, read_file, readable_key
@@ -23,6 +24,8 @@ _Cells = dict[str, list[Any]]
 """The cells of some rows, by column: bytes of text tables, values of Parquet."""
 
 _LONGEST_PATH = 4096  # bytes; Linux has no longer ones
+_LONGEST_NAME = 255  # of a file
+_BASE64_PICTURE = re.compile(rb"data:image/|/9j/|iVBORw0KGgo|UklGR|R0lGOD")  # JPEG, PNG, WebP, GIF
 
 
 class Tables(PairFormat):
@@ -74,6 +77,7 @@ def _scan_table(path: Path, name: str, settings: PairsConfig) -> Generator[pa.Re
     fix = "Check that it is whole, and of the kind its name says (.csv: commas, .tsv: tabs, .parquet)."
     try:
         parts = read_table(path, name, columns, settings)
+        parts = _without_pictures(parts, name, settings.image_column)
         for cells in _merged(parts, name, settings) if settings.repeated_rows == "merge" else parts:
             yield _index_rows(cells, settings)
     except (pa.ArrowException, TableFault, OSError, ValueError, OverflowError) as error:
@@ -93,6 +97,11 @@ def _read_text(path: Path, name: str, columns: list[str], settings: PairsConfig)
     if reading.reason:
         meaning = "letters" if reading.quotes == "letters" else "escaped by backslashes"
         log.info(f"{name}: quotes are read as {meaning}; by the rules of CSV they are broken ({reading.reason})")
+    if reading.joined:
+        log.info(
+            f"{name}: {units.counted(reading.joined, 'quoted value')} with line ends and {DELIMITERS[delimiter]}, the"
+            f" first from line {reading.first_joined:,}, each read as one; if a quote is out of place, rows are in it"
+        )
 
     places = {column: names.index(column) for column in columns}
     rows = records(path, reading, len(names))
@@ -105,9 +114,18 @@ def _read_parquet(path: Path, name: str, columns: list[str], settings: PairsConf
     _check_columns(name, file.schema_arrow.names, columns)
     _check_types(name, file.schema_arrow, settings)
     for table in _rebatch(file.iter_batches(batch_size=SHARD_ROWS, columns=columns)):
-        cells = {column: table.column(column).to_pylist() for column in columns}
-        if pictures := [image for image in cells[settings.image_column] if image and _is_picture(image)]:
-            raise _pictures_inside(name, settings.image_column, f"such as one of {len(pictures[0]):,} bytes")
+        yield {column: table.column(column).to_pylist() for column in columns}
+
+
+def _without_pictures(parts: Iterable[_Cells], name: str, column: str) -> Generator[_Cells]:
+    """The same parts.
+
+    Raises:
+        DataError: The column with the paths holds pictures.
+    """
+    for cells in parts:
+        if pictures := [image for image in cells[column] if image and _is_picture(image)]:
+            raise _pictures_inside(name, column, f"such as one of {len(pictures[0]):,} bytes")
         yield cells
 
 
@@ -180,8 +198,9 @@ def _pictures_inside(name: str, column: str, kind: str) -> DataError:
 
 
 def _is_picture(value: str | bytes) -> bool:
-    """Whether a cell holds the bytes of a picture: every format has zero bytes, and no path has."""
-    return isinstance(value, bytes) and b"\0" in value
+    """Whether a cell holds a picture: every format has zero bytes, which no path has, or a known start in base64."""
+    data = value if isinstance(value, bytes) else value.encode(errors="replace")
+    return b"\0" in data or (len(data) > _LONGEST_NAME and _BASE64_PICTURE.match(data) is not None)
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -119,6 +119,12 @@ UNCLEAR = {
     "no role, three": (["clip.npy", "dino.npy", "mae.npy"], "have the same number of rows"),
     "no role, numbered": (["x_0.npy", "x_1.npy", "y_0.npy", "y_1.npy"], "x_0.npy and y_0.npy have the same number"),
     "no role, archives": (["a.npz", "b.npz"], "have the same number of rows"),
+    "images of two models": (["clip_image.npy", "dino_image.npy"], "or the same images twice (another model, a copy)"),
+    "images of two models, with texts": (
+        ["b32_img.npy", "b32_txt.npy", "l14_img.npy", "l14_txt.npy"],
+        "b32_img.npy and l14_img.npy have the same number of rows",
+    ),
+    "a copy": (["image_embeddings.npy", "image_embeddings_old.npy"], "have the same number of rows (4)"),
     "one of two": (["image_embeddings.npy", "other.npy"], "images: image_embeddings.npy; unclear: other.npy"),
     "texts and another": (["captions.npy", "x.npy"], "texts: captions.npy; unclear: x.npy"),
     "a stray among the two": (

@@ -163,6 +163,19 @@ def test_captions_of_several_lines_are_as_pandas_wrote_them(
     assert captions(open_table(tmp_path, "p.csv", text.getvalue())) == ["first", caption.strip(), "last"]
 
 
+def test_values_that_could_hide_rows_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def said(content: str) -> str:
+        caplog.clear()
+        open_table(tmp_path, "p.csv", content)
+        return caplog.text
+
+    hidden = 'image,caption\n0.jpg,first\nab12,"Hello\ncd9f,second\nffe1,third"\n'
+    assert "1 quoted value with line ends and commas, the first from line 3, each read as one" in said(hidden)
+    two = 'image,caption\n0.jpg,"a,\nb"\n1.jpg,"c\nd"\n2.jpg,"e\n,f"\n'
+    assert "2 quoted values with line ends and commas, the first from line 2" in said(two)
+    assert "quoted value" not in said('image,caption\n0.jpg,"a\nb"\n1.jpg,"c, d"\n')
+
+
 def test_quotes_escaped_by_backslashes_are_read_where_the_whole_file_is_so(tmp_path: Path) -> None:
     table = 'image,caption\n0.jpg,"he said \\"no, never\\""\n1.jpg,"C:\\\\x, \\n"\n2.jpg,a \\" b\n'
     assert captions(open_table(tmp_path, "p.csv", table)) == ['he said "no, never"', "C:\\x, \\n", 'a \\" b']

@@ -132,7 +132,7 @@ class Origins:
             if now.get(name) != inputs.get(name):
                 if name in BY_NAME:
                     return f"{name} was run again"
-                return f"{name} changed on disk" if name in now else f"{name}: its files are not there"
+                return f"other files behind {name}" if name in now else f"{name}: its files are not there"
         return ""
 
     def missing_behind(self, stage: Stage) -> str:

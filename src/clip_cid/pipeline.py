@@ -233,7 +233,16 @@ def _bring_up_to_date(
     state = next(state for state in states(folder, recipe) if state.stage is stage)
     if state.status == "done" and not forced:
         log.info(f"{stage.name:<9} up to date   {headline(state.record)}")
+        if not stage.resumable:  # what a killed --force has left is of no use to anybody
+            folder.drop_unfinished(stage.name)
         return
+
+    if (lost := folder.lost(stage.name)) and not forced:
+        raise RunError(
+            f"{folder.path}: {lost}.",
+            fix="Bring back what was there, such as a disk that is not mounted; or remove the link, or give --force,"
+            " to make the stage again.",
+        )
 
     # The same settings may have been used before.
     if not forced:
@@ -300,7 +309,10 @@ def _begin(stage: Stage, folder: RunFolder, origins: Origins) -> Begun:
     begun = folder.begin(stage.name, origins.of(stage).as_json(), resumable=stage.resumable)
     if begun.aside is not None:
         if left is None:
-            what = f"unfinished work of an older version is kept in {begun.aside}; only that version can resume it"
+            what = (
+                f"unfinished work of an older version, or damaged, is kept in {begun.aside}; this version cannot"
+                " resume it as it is"
+            )
         else:
             why = origins.difference_of_work(stage, left)
             what = (
@@ -378,7 +390,8 @@ def _reason(
 ) -> str:
     """Why a finished stage is not current, in words; empty when it is."""
     if record is None:
-        return f"its record cannot be read ({damage})" if (damage := folder.damage(stage.name)) else ""
+        damage = folder.damage(stage.name)
+        return f"its record cannot be read ({damage})" if damage else folder.lost(stage.name)
 
     # What it was made from.
     needs = next((will_run[need] for need in stage.needs if need in will_run), "")

@@ -207,6 +207,13 @@ class RunFolder:
             return error.problem
         return ""
 
+    def lost(self, stage: str) -> str:
+        """That a stage's folder is a link to a place where nothing is, such as a disk that is not mounted, in words."""
+        path = self.path / stage
+        if path.is_symlink() and not path.exists():
+            return f"{path} is a link to {os.readlink(path)}, where nothing is"
+        return ""
+
     @contextlib.contextmanager
     def lock(self) -> Generator[None]:
         """Lock the folder against other processes; the system frees the lock when this one dies.
@@ -469,6 +476,8 @@ class RunFolder:
         for part in sorted(self.path.glob(f"*{_PART}")):
             if (part / MANIFEST).is_file():
                 self._swap(part.name.removesuffix(_PART))
+            elif not _holds_work(part):
+                remove_folder(part)
         for old in sorted(self.path.glob(f"*{_OLD}")):
             final = self.path / old.name.removesuffix(_OLD)
             if os.path.lexists(final):

@@ -336,6 +336,43 @@ def test_what_is_set_aside_is_said_once_the_new_settings_are_accepted(
     assert f"is kept in {tmp_path / 'aside' / 'embed-1'}" in caplog.text
 
 
+def test_a_stage_behind_a_link_to_nothing_is_not_made_again_unless_forced(tmp_path: Path, ran: list[str]):
+    """The disk may only be not mounted now."""
+    folder = RunFolder(tmp_path / "run")
+    pipeline.run(folder, recipe())
+    (folder.path / "embed").rename(tmp_path / "disk")
+    (folder.path / "embed").symlink_to(tmp_path / "disk")
+    assert reasons(folder, recipe()) == {}
+
+    (tmp_path / "disk").rename(tmp_path / "away")
+    ran.clear()
+    lost = f"{folder.path / 'embed'} is a link to {tmp_path / 'disk'}, where nothing is"
+    assert reasons(folder, recipe())["embed"] == lost
+    with pytest.raises(RunError, match="where nothing is"):
+        pipeline.run(folder, recipe())
+    assert ran == []
+    (tmp_path / "away").rename(tmp_path / "disk")
+    assert reasons(folder, recipe()) == {}
+
+    (tmp_path / "disk").rename(tmp_path / "away")
+    pipeline.run(folder, recipe(), only="embed", force=True)
+    assert ran == ["embed"]
+    assert not (folder.path / "embed").is_symlink()
+
+
+@pytest.mark.parametrize(("stage", "left"), [("cluster", "made-from.json"), ("draw", "half.svg"), ("draw", ".x.tmp-9")])
+def test_what_a_killed_force_leaves_is_gone_after_the_next_command(
+    tmp_path: Path, ran: list[str], stage: str, left: str
+):
+    folder = RunFolder(tmp_path)
+    pipeline.run(folder, recipe())
+    (tmp_path / f"{stage}.part").mkdir()
+    (tmp_path / f"{stage}.part" / left).write_text("{}")
+    pipeline.run(folder, recipe(), only=stage)
+    assert [path.name for path in tmp_path.glob("*.part")] == []
+    assert reasons(folder, recipe()) == {}
+
+
 def test_an_unused_stage_asked_for_is_a_config_error(tmp_path: Path, ran: list[str]):
     with pytest.raises(ConfigError, match="does not use the stage"):
         pipeline.run(RunFolder(tmp_path), recipe(balance={"enabled": False}), only="balance")

@@ -38,8 +38,9 @@ from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS
 from clip_cid.data.pairs.tars import METADATA
 from clip_cid.errors import ConfigError, DataError, RunError
-from clip_cid.file_digests import sha256_file
+from clip_cid.file_digests import digest, sha256_file
 from clip_cid.journal import Journal
+from clip_cid.models.public_names import public_name
 from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.run_folder import RunFolder, atomic_file, write_json
 from clip_cid.stage_names import BALANCE, EMBED
@@ -75,7 +76,7 @@ class _Plan:
     """Pairs in each tar but the last."""
     count: int
     sources: dict[str, Any]
-    """Where the pairs are, and a digest of the names and bytes of their files."""
+    """Public names of where the pairs are, a digest of the true ones, and one of the contents."""
 
     @property
     def described(self) -> dict[str, Any]:
@@ -202,10 +203,14 @@ def _read_kept(folder: RunFolder) -> _Kept:
             " kept.parquet there.",
         )
 
-    digest = hashlib.sha256()
+    of_keys = hashlib.sha256()
     for line in _lines(keys):
-        digest.update(line)
-    identity = {"count": len(rows), "kept_sha256": sha256_file(balance / "kept.npy"), "keys_sha256": digest.hexdigest()}
+        of_keys.update(line)
+    identity = {
+        "count": len(rows),
+        "kept_sha256": sha256_file(balance / "kept.npy"),
+        "keys_sha256": of_keys.hexdigest(),
+    }
     return _Kept(rows, keys, identity)
 
 
@@ -225,13 +230,15 @@ def _plan(folder: RunFolder, pairs: PairsConfig, kept: _Kept, shard_size: int | 
         )
     record = folder.record(EMBED)
     contents = record.inputs.get("pairs.source") if record is not None else None
-    return _Plan(shard_size, len(kept.keys), {"source": list(pairs.source), "contents": contents})
+    names = [public_name(source) for source in pairs.source]
+    sources = {"source": names, "source_sha256": digest(list(pairs.source)), "contents": contents}
+    return _Plan(shard_size, len(kept.keys), sources)
 
 
 def _same_pairs(planned: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether tars are of these pairs: of the same contents, or from the same place where nobody recorded contents."""
     if now["contents"] is None:
-        return planned["source"] == now["source"]
+        return planned.get("source_sha256", digest(planned["source"])) == now["source_sha256"]
     return planned.get("contents") == now["contents"]
 
 

@@ -190,7 +190,28 @@ def test_the_manifest_names_each_tar_with_its_digest(tmp_path: Path, run: tuple[
     for file in shards["files"]:
         path = tmp_path / "out" / file["name"]
         assert (file["bytes"], file["sha256"]) == (path.stat().st_size, sha256_file(path))
-    assert shards["sources"]["source"] == list(run[1].pairs.source)
+    assert shards["sources"]["source"] == [Path(source).name for source in run[1].pairs.source]
+
+
+def test_the_manifest_holds_no_secret_and_no_local_path(tmp_path: Path, run: tuple[RunFolder, Recipe]) -> None:
+    folder, recipe = run
+    secret = "pipe:curl -H 'Authorization: SECRET' https://user:SECRET@host/a.tar?token=SECRET"
+    sources = (*recipe.pairs.source, secret)
+    kept = subset._read_kept(folder)
+    plan = subset._plan(folder, recipe.pairs.model_copy(update={"source": sources}), kept, 3)
+    other = subset._plan(folder, recipe.pairs.model_copy(update={"source": (*sources[:-1], secret + "2")}), kept, 3)
+    assert plan is not None
+    assert other is not None
+    written = json.dumps(plan.described)
+    assert "SECRET" not in written
+    assert str(tmp_path) not in written
+
+    # Where nobody recorded the contents, the true sources decide, also against a manifest that names them.
+    assert plan.sources["contents"] is None
+    assert subset._same_pairs(plan.sources, plan.sources)
+    assert not subset._same_pairs(other.sources, plan.sources)
+    assert subset._same_pairs({"source": list(sources)}, plan.sources)
+    assert not subset._same_pairs({"source": list(recipe.pairs.source)}, plan.sources)
 
 
 @pytest.mark.slow

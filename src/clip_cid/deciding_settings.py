@@ -1,12 +1,15 @@
 """The settings that decide a result, as they are compared.
 
-Two kinds are left out. What does not change a result, such as `distill.log_every`, may change at any time. And a
-path says only where files are: what they hold decides, and is compared by digest.
+Three kinds are left out. What does not change a result, such as `distill.log_every`, may change at any time. What
+another setting of its section overrules has no effect: `balance.threshold` beside `balance.existing`. And a path
+says only where files are: what they hold decides, and is compared by digest.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from clip_cid.overruling import OVERRULINGS
 
 Settings = Mapping[str, Any]
 """Sections by name, as `Recipe.model_dump(mode="json")` gives them, or some of them."""
@@ -27,11 +30,19 @@ def deciding(settings: Settings) -> dict[str, Any]:
     """A copy of the sections without what does not decide their results."""
     sections: dict[str, Any] = copy.deepcopy(dict(settings))
     for name, values in sections.items():
-        for setting in _WITHOUT_EFFECT.get(name, ()):
+        for setting in (*_overruled(name, values), *_WITHOUT_EFFECT.get(name, ())):
             values.pop(setting, None)
         if name in _PLACES:
             _PLACES[name](values)
     return sections
+
+
+def _overruled(section: str, values: Settings) -> Iterator[str]:
+    """The settings of a section that have no effect, since another one of it overrules them."""
+    for overruling in OVERRULINGS:
+        of, _, name = overruling.setting.partition(".")
+        if of == section and name in values and overruling.overrules(values[name]):
+            yield from (other.removeprefix(f"{of}.") for other in overruling.overruled)
 
 
 def is_local(reference: Any) -> bool:

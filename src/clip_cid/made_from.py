@@ -27,7 +27,6 @@ _PLACES = (
     "embed.teacher",
     "embed.pretrained",
     "balance.existing",
-    "balance.grow_from",
     "cluster.existing",
     "distill.student",
     "distill.pretrained",

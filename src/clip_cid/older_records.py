@@ -17,7 +17,7 @@ def inputs_then(stage: str, recipe: Recipe) -> dict[str, str]:
     if stage == EMBED:
         return _pairs(recipe.pairs) | _paths(recipe.embed.existing, _weights(recipe.embed.teacher))
     if stage == BALANCE:
-        return _paths(recipe.balance.existing, recipe.balance.grow_from)
+        return _paths(recipe.balance.existing)
     if stage == CLUSTER:
         return _paths(recipe.cluster.existing)
     if stage == DISTILL:

@@ -373,6 +373,39 @@ def test_what_a_killed_force_leaves_is_gone_after_the_next_command(
     assert reasons(folder, recipe()) == {}
 
 
+OVERRULED = {
+    "balance": ({"existing": "kept.npy"}, {"threshold": 0.3, "keep": "best_caption"}),
+    "cluster": ({"existing": "clusters"}, {"num_centers": 7}),
+    "distill": ({"steps": 5}, {"epochs": 3.0}),
+}
+
+
+@pytest.mark.parametrize("section", OVERRULED)
+def test_a_setting_without_effect_makes_no_stage_stale(
+    tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch, section: str
+):
+    monkeypatch.chdir(tmp_path)
+    Path("kept.npy").write_bytes(b"kept")
+    Path("clusters").mkdir()
+    Path("clusters/centers.npy").write_bytes(b"centers")
+    ruling, overruled = OVERRULED[section]
+    folder = RunFolder(tmp_path / "run")
+    pipeline.run(folder, recipe(**{section: ruling}))
+    assert reasons(folder, recipe(**{section: ruling | overruled})) == {}
+    assert section in reasons(folder, recipe(**{section: overruled}))
+
+
+def test_what_a_balance_grew_from_decides_nothing(tmp_path: Path, ran: list[str]):
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "kept.npy").write_bytes(b"one")
+    folder, settings = RunFolder(tmp_path / "run"), recipe(balance={"grow_from": str(earlier)})
+    pipeline.run(folder, settings)
+    (earlier / "kept.npy").write_bytes(b"another")
+    assert reasons(folder, settings) == {}
+    assert reasons(folder, recipe()) == {}
+
+
 def test_an_unused_stage_asked_for_is_a_config_error(tmp_path: Path, ran: list[str]):
     with pytest.raises(ConfigError, match="does not use the stage"):
         pipeline.run(RunFolder(tmp_path), recipe(balance={"enabled": False}), only="balance")

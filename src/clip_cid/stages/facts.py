@@ -66,8 +66,8 @@ def _outside_embed(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
 
 
 def _outside_balance(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
-    files = {"balance.existing": recipe.balance.existing, "balance.grow_from": recipe.balance.grow_from}
-    return {setting: reader.file(path) for setting, path in files.items() if path is not None}
+    existing = recipe.balance.existing  # what it grows from saves time and decides nothing
+    return {} if existing is None else {"balance.existing": reader.file(existing)}
 
 
 def _outside_cluster(recipe: Recipe, reader: Reader) -> dict[str, Outside]:

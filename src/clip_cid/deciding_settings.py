@@ -60,6 +60,9 @@ def _embed(values: dict[str, Any]) -> None:
 def _distill(values: dict[str, Any]) -> None:
     _by_files(values, "student", is_local)
     _by_files(values, "pretrained", lambda weights: is_local(weights) or ("/" in weights and ":" not in weights))
+    for setting, overruled in (("steps", "epochs"), ("head_perplexity", "head_scale")):
+        if values.get(setting) is not None:
+            values.pop(overruled, None)
     watched = values.get("validation")
     if isinstance(watched, dict) and watched.get("keep", "last") == "last" and watched.get("patience") is None:
         # The student is the last one, whatever was measured; only the pairs that are held out are not trained on.

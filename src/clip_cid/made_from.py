@@ -143,37 +143,51 @@ class Origins:
         return f"{missing[0]} is missing" if missing else ""
 
     def _files_changed(self, stage: Stage, record: StageRecord) -> str:
-        every = stage.outside(_with_fields_of(self._recipe, stage, record), self._reader)
-        wanted = stage.settings(self._recipe)
+        """The first change of files made elsewhere, in words; empty if there is none."""
         if not record.by_contents:
-            then = {name: value for name, value in record.inputs.items() if name not in BY_NAME}
-            now = inputs_then(stage.name, self._recipe)
-            changed = [name for name in now if now[name] != then.get(name)]
-            gone = [name for name in then if name not in now and _names_other_places(record, stage, self._recipe)]
-            return next((f"{name} changed on disk" for name in sorted(changed + gone)), "")
+            return self._files_changed_as_then(stage, record)
 
+        every = stage.outside(_with_fields_of(self._recipe, stage, record), self._reader)
         for setting in sorted(every.keys() | (record.inputs.keys() - BY_NAME.keys())):
-            outside, before = every.get(setting), record.inputs.get(setting)
-            place_then, place_now = (_place(settings, setting) for settings in (record.settings, wanted))
-            if outside is None:
+            if (outside := every.get(setting)) is None:
                 return f"{setting} is not given any more"
-            if not outside.is_here():
-                # Only a stage that runs asks for its files; but these must be the ones it was made from.
-                if before is not None and place_then != place_now:
-                    return f"{setting}: nothing at {', '.join(outside.where)}"
-                continue
-            if before is None:
-                return f"{setting} ({', '.join(outside.where)}) was not there"
-            try:
-                if outside.contents() != before and place_then != place_now:
-                    return f"{setting} {_short(place_then)} -> {_short(place_now)}"
-                if outside.contents() != before:
-                    return f"{setting} ({', '.join(outside.where)}) changed on disk"
-            except (DataError, OSError) as error:
-                if os_errors.may_pass(error) or os_errors.may_pass(error.__cause__):
-                    raise  # nobody knows whether it has changed
-                return f"{setting} changed on disk ({error.problem if isinstance(error, DataError) else error})"
+            if change := self._change_of(setting, outside, stage, record):
+                return change
         return ""
+
+    def _files_changed_as_then(self, stage: Stage, record: StageRecord) -> str:
+        """As the older version that wrote the record would say."""
+        then = {name: value for name, value in record.inputs.items() if name not in BY_NAME}
+        now = inputs_then(stage.name, self._recipe)
+        changed = [name for name in now if now[name] != then.get(name)]
+        gone = [name for name in then if name not in now and _names_other_places(record, stage, self._recipe)]
+        return next((f"{name} changed on disk" for name in sorted(changed + gone)), "")
+
+    def _change_of(self, setting: str, outside: Outside, stage: Stage, record: StageRecord) -> str:
+        before, where = record.inputs.get(setting), ", ".join(outside.where)
+        place_then, place_now = (
+            _place(settings, setting) for settings in (record.settings, stage.settings(self._recipe))
+        )
+        moved = place_then != place_now
+
+        # Only a stage that runs asks for its files; but these must be the ones it was made from.
+        if not outside.is_here():
+            return f"{setting}: nothing at {where}" if before is not None and moved else ""
+        if before is None:
+            return f"{setting} ({where}) was not there"
+
+        try:
+            if outside.contents() == before:
+                return ""
+        except (DataError, OSError) as error:
+            if os_errors.may_pass(error) or os_errors.may_pass(error.__cause__):
+                raise  # nobody knows whether it has changed
+            return f"{setting} changed on disk ({error.problem if isinstance(error, DataError) else error})"
+        return (
+            f"{setting} {_short(place_then)} -> {_short(place_now)}"
+            if moved
+            else f"{setting} ({where}) changed on disk"
+        )
 
 
 def whole_record(folder: RunFolder, stage: str) -> StageRecord | None:

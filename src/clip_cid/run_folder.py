@@ -617,7 +617,8 @@ def atomic_file(path: Path) -> Generator[Path]:
             os.replace(temporary, path)
             _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

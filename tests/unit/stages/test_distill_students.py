@@ -354,6 +354,7 @@ def test_how_a_machine_does_the_work_makes_nothing_stale(case: Case):
     assert stale(case, {}, {"augmentation": {"gray_scale_prob": 0.1}})
     assert stale(case, {}, {"validation": {"share": 0.1}})
     assert not stale(case, {}, {"log_every": 3, "skip_limit": 7})
+    assert not stale(case, {"steps": 4}, {"steps": 4, "epochs": 9}), "steps rule over epochs"
 
 
 def grow(path: Path) -> None:

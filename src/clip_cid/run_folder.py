@@ -442,6 +442,7 @@ class RunFolder:
         """Put a complete work folder in the place of the stage's old results."""
         part, final, old = (self.path / f"{stage}{suffix}" for suffix in (_PART, "", _OLD))
         remove_folder(part / WORK)
+        _remove_temporaries(part)  # a kill may have left the work folder half removed
         (part / _MADE_FROM).unlink(missing_ok=True)
         if final.is_symlink():
             log.warn(

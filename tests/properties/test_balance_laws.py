@@ -25,6 +25,8 @@ from clip_cid.method.balance.semantic_balance import Balance, BalanceRule, balan
 from clip_cid.method.distances import threshold_on
 from clip_cid.method.unit_rows import UnitRows
 
+pytestmark = pytest.mark.filterwarnings("ignore:the threshold .* is a distance")  # drawn at random, not meant otherwise
+
 METRICS = ["cosine", "squared_euclidean", "euclidean"]
 
 

@@ -109,7 +109,7 @@ def test_a_setting_that_overrules_is_kept_when_it_is_what_is_given(monkeypatch, 
     ],
 )
 def test_both_at_once_are_refused(monkeypatch, tmp_path: Path, capsys, flags: list[str], words: str):
-    _, code = wanted(monkeypatch, tmp_path / "run", "", *flags)
+    _, code = wanted(monkeypatch, tmp_path / "run", "{}", *flags)
     assert code == 2
     assert words in capsys.readouterr().err
 

@@ -376,6 +376,8 @@ def status(run: Run, recipe: Path | None = None) -> int:
         rows.append([state.stage.name, status, reason, made, pipeline.headline(record)])
     title = str(folder.path) if work is None else f"{folder.path} (in use by {work.holder})"
     log.table(["stage", "status", "reason", "made", "result"], rows, title=title)
+    if asides := [str(aside) for stage in pipeline.STAGES for aside in folder.asides(stage.name)]:
+        log.say(f"Of other settings, which bring it back: {', '.join(asides)}. Delete what you do not need.")
     return 0
 
 

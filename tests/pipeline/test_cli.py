@@ -521,3 +521,11 @@ def test_a_reader_that_has_read_enough_is_no_error():
     command = f"{sys.executable} -m clip_cid run --help | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_status_names_what_is_kept_aside(tmp_path: Path) -> None:
+    (tmp_path / "aside" / "distill-2").mkdir(parents=True)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(Recipe()))
+    done = clip_cid("status", tmp_path)
+    assert done.returncode == 0
+    assert f"{tmp_path / 'aside' / 'distill-2'}. Delete what you do not need." in " ".join(done.stdout.split())

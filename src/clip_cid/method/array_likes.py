@@ -36,7 +36,7 @@ def as_array(given: ArrayLike, *, name: str) -> Any:
         return as_array(list(values), name=name) if values.dtype == object and values.ndim == 1 else values
     if isinstance(given, list | tuple):
         return _of_list(given, name)
-    if not (hasattr(given, "shape") and hasattr(given, "dtype")):
+    if not hasattr(given, "shape") or hasattr(given, "schema"):  # a table of pyarrow has both
         hint = f"; give its images ({name}.images)" if hasattr(given, "images") else ""
         raise ValueError(f"{name} must be an array, got {type(given).__name__}{hint}")
     return given

@@ -20,10 +20,10 @@ setup: .venv/ready  ## a virtual environment with the package and the developer 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-quick: setup  ## the quick tests, for while you work, without the checks of shapes (under a minute on 2 cores)
+quick: setup  ## the quick tests, for while you work, without the checks of shapes (about two minutes on 2 cores)
 	HYPOTHESIS_PROFILE=quick $(PYTEST) -o addopts=--strict-markers -m 'not slow'
 
-test: setup  ## all tests (under five minutes on 2 cores)
+test: setup  ## all tests (about eight minutes on 2 cores)
 	$(PYTEST)
 
 test-elsewhere: setup  ## the tests of numbers as another processor would run them, and on other made-up data

@@ -118,14 +118,15 @@ def _small(values: np.ndarray) -> np.ndarray:
 
 
 def _whole_measurements(folder: Path) -> dict[str, list[Score]]:
-    """Key -> the scores of one model with that key, if its answers can be read too."""
+    """Key -> the scores of one model with that key, if the answers behind each of them can be read too."""
     by_model: dict[tuple[str, str], dict[str, Score]] = {}
     for score in _scores_in(folder):
-        if score.key and score.answers and _can_be_read(folder / ANSWERS / score.answers, score):
+        if score.key and score.answers:
             # By metric, because a measurement killed before its answers were there has left its lines twice.
             by_model.setdefault((score.key, score.model), {})[score.metric] = score
 
     whole: dict[str, list[Score]] = {}
     for (key, _), scores in by_model.items():
-        whole.setdefault(key, list(scores.values()))
+        if all(_can_be_read(folder / ANSWERS / str(score.answers), score) for score in scores.values()):
+            whole.setdefault(key, list(scores.values()))
     return whole

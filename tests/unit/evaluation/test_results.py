@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clip_cid.evaluation import results
 from clip_cid.evaluation.results import ANSWERS, Results
 from clip_cid.evaluation.scores import RESULTS, Score
 
@@ -147,3 +148,15 @@ def test_class_numbers_take_two_bytes_where_they_fit(tmp_path: Path, classes: in
     found = results.answers(results.scores[0])["predicted"]
     assert found.dtype == kind
     assert found.tolist() == [0, classes - 1]
+
+
+@pytest.mark.resume
+def test_of_a_measurement_all_numbers_are_taken_over_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that failed for a moment left one of two recalls behind, and the comparison of models ended."""
+    out = folder(tmp_path / "out")
+    recalls = [score("x", "retrieval", metric) for metric in ("image_to_text_R@1", "text_to_image_R@1")]
+    hits = {recall.metric: np.array([1, 0]) for recall in recalls}
+    Results(out, None).add("k1", recalls, {"captions": np.array([1, 1]), **hits})
+    assert len(Results(out, None).take_over("k1", model="a") or []) == 2
+    monkeypatch.setattr(results, "_can_be_read", lambda _, line: line.metric != "image_to_text_R@1")
+    assert Results(out, None).take_over("k1", model="a") is None

@@ -10,7 +10,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from clip_cid import os_errors
-from clip_cid.run_folder import own_mark
+from clip_cid.run_folder import lives, own_mark, sync, sync_tree
 
 
 @contextlib.contextmanager
@@ -26,7 +26,9 @@ def new_folder(out: Path) -> Generator[Path]:
         with os_errors.named(out, temporary=part):
             part.mkdir()
             yield part
-            _sync_tree(part)
+            sync_tree(part)
+
+            # The new in the place of the old.
             if out.exists():
                 os.replace(out, old)
             try:
@@ -35,7 +37,7 @@ def new_folder(out: Path) -> Generator[Path]:
                 if old.exists():
                     os.replace(old, out)
                 raise
-            _sync(out.parent)
+            sync(out.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -47,32 +49,8 @@ def drop_left(path: Path) -> None:
         rf"\.{re.escape(path.name)}\.(tmp|part|old)-{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{8}}"
     )
     for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if (match := ours.fullmatch(left.name)) and not _lives(int(match[2])):
+        if (match := ours.fullmatch(left.name)) and not lives(int(match[2])):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # of another user
-        return True
-    return True
-
-
-def _sync_tree(folder: Path) -> None:
-    for path, _, names in os.walk(folder, topdown=False):
-        for place in (*(Path(path) / name for name in names), Path(path)):
-            _sync(place)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

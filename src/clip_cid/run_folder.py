@@ -345,7 +345,7 @@ class RunFolder:
         if os.path.lexists(final):
             self._put_aside(final, stage)
         os.replace(aside, final)
-        _sync(self.path)
+        sync(self.path)
 
     def publish(self, record: StageRecord, *, keep_old: bool = False) -> StageRecord:
         """Make the stage's work folder its result, with digests of every file; returns the completed record.
@@ -356,7 +356,7 @@ class RunFolder:
         """
         part = self.part(record.stage)
         _remove_temporaries(part)
-        _sync_tree(part)
+        sync_tree(part, leave_out=part / WORK)
         results = [path for path in part.rglob("*") if path.is_file() and not path.is_relative_to(part / WORK)]
         names = sorted(path for path in results if path.name not in (_MADE_FROM, _KEEP_OLD))
         complete = replace(record, files={str(path.relative_to(part)): file_record(path) for path in names})
@@ -379,7 +379,7 @@ class RunFolder:
         remove_folder(part)
         without = {str(source): [MANIFEST]}
         shutil.copytree(source, part, copy_function=link_or_copy, ignore=lambda path, _: without.get(str(path), []))
-        _sync_tree(part)
+        sync_tree(part, leave_out=part / WORK)
         if keep_old:
             (part / _KEEP_OLD).touch()
         link_or_copy(source / MANIFEST, part / MANIFEST)  # last: a work folder that has one is whole
@@ -456,7 +456,7 @@ class RunFolder:
                 os.replace(final, old)
         (part / _KEEP_OLD).unlink(missing_ok=True)
         os.replace(part, final)
-        _sync(self.path)
+        sync(self.path)
         remove_folder(old)
 
     def _put_aside(self, path: Path, stage: str) -> Path:
@@ -468,8 +468,8 @@ class RunFolder:
             path.unlink()
         else:
             os.replace(path, aside)
-        _sync(aside.parent)
-        _sync(self.path)
+        sync(aside.parent)
+        sync(self.path)
         return aside
 
     def _mend(self) -> None:
@@ -579,13 +579,18 @@ def _is_left_by_a_dead_process(name: str) -> bool:
     match = _TEMPORARY.fullmatch(name)
     if match is None or match["host"] not in (None, socket.gethostname()):
         return False
+    return not lives(int(match["pid"] or match["old_pid"]))
+
+
+def lives(process: int) -> bool:
+    """Whether there is a process of this number on this host."""
     try:
-        os.kill(int(match["pid"] or match["old_pid"]), 0)
+        os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
         return False
-    return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -616,7 +621,7 @@ def atomic_file(path: Path) -> Generator[Path]:
             with open(temporary, "rb") as handle:
                 os.fsync(handle.fileno())
             os.replace(temporary, path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed
             temporary.unlink(missing_ok=True)
@@ -650,15 +655,16 @@ def file_record(path: Path) -> FileRecord:
     return FileRecord(bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=sha256_file(path))
 
 
-def _sync_tree(folder: Path) -> None:
-    """Bring every result under `folder`, and the folders themselves, to the disk for good."""
+def sync_tree(folder: Path, *, leave_out: Path | None = None) -> None:
+    """Bring every file under `folder`, and the folders themselves, to the disk for good."""
     for path, _, names in os.walk(folder, topdown=False):
-        for name in names if not Path(path).is_relative_to(folder / WORK) else []:
-            _sync(Path(path) / name)
-        _sync(Path(path))
+        left_out = leave_out is not None and Path(path).is_relative_to(leave_out)
+        for name in [] if left_out else names:
+            sync(Path(path) / name)
+        sync(Path(path))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make the contents of a file, or the renames in a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -339,6 +339,8 @@ def _checked(x: ArrayLike, y: ArrayLike, *, name: str, train: _Part | None = Non
     if y.ndim != 1 or y.dtype.kind not in "iub":
         raise ValueError(f"{name}_y must be a class number for each image, got {y.dtype} of shape {y.shape}")
     y = y if y.dtype.kind == "i" else y.astype(np.int64)
+
+    # Alone.
     if len(x) != len(y) or len(y) == 0:
         raise ValueError(f"{name}_x and {name}_y must have one row an image, got {len(x)} and {len(y)}")
     finite = np.isfinite(x).all(axis=1)
@@ -348,6 +350,8 @@ def _checked(x: ArrayLike, y: ArrayLike, *, name: str, train: _Part | None = Non
         raise ValueError(f"{name}_y must not be negative, got {y.min()}")
     if train is None and len(np.unique(y)) < 2:
         raise ValueError(f"{name}_y must have at least 2 classes, got only class {y[0]}")
+
+    # Against the training images.
     if train is not None and x.shape[1] != train.x.shape[1]:
         raise ValueError(f"{name}_x has width {x.shape[1]}, but train_x has width {train.x.shape[1]}")
     unknown = np.setdiff1d(y, train.y) if train is not None else []

@@ -50,12 +50,14 @@ def _absent(missing: pa.LargeStringArray, total: int, store: EmbeddingStore) -> 
         f"{store.path}: {len(missing):,} of {total:,} pairs have no embedding here, such as {first!r}; "
         f"the store's keys look like {store.keys[0] if store.rows else None!r}"
     )
+
     if store.has_made_keys:
         return DataError(
             f"{problem}, file and row, because these embeddings came without metadata.",
             fix="Give them a metadata.parquet (or one .parquet for each file, with its name): a column key that holds"
             " the key of the pair of each row, in the order of the rows.",
         )
+
     if (mismatch := explain_mismatch(missing, store.keys.packed)) is None:
         return DataError(
             f"{problem}.",

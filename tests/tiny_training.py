@@ -23,6 +23,7 @@ from clip_cid.method.distill.cluster_distillation import Shard
 from clip_cid.method.distill.objective import Objective, weighted_sum
 from clip_cid.models.clip import Clip
 from clip_cid.recipe import DistillConfig, LossWeights, MachineConfig, PairsConfig
+from clip_cid.training.bank import Bank
 from clip_cid.training.batches import Batch, Batches, PairDataset, TrainingPairs
 from clip_cid.training.loop import Plan, Trainer
 from clip_cid.training.model import Distillation, Outputs
@@ -30,6 +31,7 @@ from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.training.validation import HeldOut, Validation
 
 DIM, CENTERS, BATCH = 16, 12, 8
+STORED = {"cosine_image": 3.0, "cosine_text": 2.0, "bank_image": 5.0, "bank_text": 4.0}
 EVERY_PART: dict[str, dict[str, Any]] = {
     "the paper's": {},
     "the paper's, a head that learns": {"head_lr": 1e-3, "sample_rate": 1.0},
@@ -40,8 +42,9 @@ EVERY_PART: dict[str, dict[str, Any]] = {
     "open_clip's distillation": {"weights": "open-clip"},
     "CLIP-KD's": {"weights": "clip-kd", "alignment": "linear"},
     "TinyCLIP's": {"weights": "tiny-clip"},
+    "those of stored vectors": {"weights": STORED, "alignment": "linear", "bank_size": 13},
 }
-WEIGHTS = LossWeights().model_dump() | {"siglip": 1.0, "affinity": 1.0, "feature": 2000.0, "icl": 1.0}
+WEIGHTS = LossWeights().model_dump() | {"siglip": 1.0, "affinity": 1.0, "feature": 2000.0, "icl": 1.0} | STORED
 """What a loss weighs in each of `EVERY_PART` that has it."""
 
 
@@ -103,9 +106,18 @@ def make_dataset(training: TrainingPairs, seed: int = 0) -> PairDataset:
     return PairDataset(training, transform=transform, tokenizer=tokenize, max_pixels=10_000, seed=seed)
 
 
-def make_batches(training: TrainingPairs, *, workers: int = 0, seed: int = 0, ranks: Ranks = ALONE) -> Batches:
-    dataset = make_dataset(training, seed)
-    return Batches(training, dataset, batch_size=BATCH, seed=seed, workers=workers, pin=False, ranks=ranks)
+def make_batches(
+    training: TrainingPairs,
+    *,
+    workers: int = 0,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
+    settings: DistillConfig | None = None,
+) -> Batches:
+    dataset, bank = make_dataset(training, seed), None
+    if settings is not None and settings.weights.any_reads_bank:
+        bank = Bank(training, settings, ranks.device).at
+    return Batches(training, dataset, batch_size=BATCH, seed=seed, workers=workers, pin=False, ranks=ranks, bank=bank)
 
 
 def make_student(*, seed: int = 0, patch_dropout: float = 0.0, with_bias: bool = False) -> CLIP:
@@ -181,7 +193,8 @@ def make_trainer(
     settings = settings or make_settings()
     out.mkdir(parents=True, exist_ok=True)
     model = make_model(settings, patch_dropout=patch_dropout, ranks=ranks)
-    batches = make_batches(training or training_pairs(folder), workers=workers, seed=settings.seed, ranks=ranks)
+    training = training or training_pairs(folder)
+    batches = make_batches(training, workers=workers, seed=settings.seed, ranks=ranks, settings=settings)
     plan = Plan(steps=steps, key="tiny", max_bad_share=max_bad_share)
     how = MachineConfig.model_validate({"tensorboard": "off", "checkpoint_minutes": minutes, **machine})
     return Trainer(model, batches, settings, plan, out=out, ranks=ranks, machine=how, validation=validation)
@@ -204,6 +217,7 @@ def make_model(settings: DistillConfig, *, patch_dropout: float = 0.0, ranks: Ra
         sample_rate=settings.sample_rate,
         logq=settings.logq,
         affinity_scale=settings.affinity_scale,
+        bank_scale=settings.bank_scale,
         share_scale=settings.share_scale,
     )
     bias = settings.weights.any_reads("logit_bias")

@@ -17,6 +17,9 @@ Reading = Literal[
     "teacher_image",
     "teacher_text",
     "clusters",
+    "bank_images",
+    "bank_texts",
+    "bank_scale",
     "logit_scale",
     "logit_bias",
     "instance_scale",
@@ -28,6 +31,7 @@ Reading = Literal[
 - `image`, `text`: the student's embeddings; `aligned_image`, `aligned_text`: the same in the teacher's space.
 - `teacher_image`, `teacher_text`: the teacher's stored embeddings.
 - `clusters`: the cluster of each image, and the centers.
+- `bank_images`, `bank_texts`: stored embeddings of a draw of all pairs; `bank_scale`: the factor from cosines to logits.
 - `logit_scale`, `logit_bias`: learned by the student. `instance_scale`: learned by the objective for the losses that
   cross the modalities. `affinity_scale`, `teacher_scale`: the two of `affinity`.
 """
@@ -57,6 +61,16 @@ class Loss:
     def reads_targets(self) -> bool:
         """Whether it needs a teacher or a clustering."""
         return not {"teacher_image", "teacher_text", "clusters"}.isdisjoint(self.reads)
+
+    @property
+    def reads_teacher_texts(self) -> bool:
+        """Whether it needs stored text embeddings, of its rows or of the bank."""
+        return not {"teacher_text", "bank_texts"}.isdisjoint(self.reads)
+
+    @property
+    def reads_bank(self) -> bool:
+        """Whether it needs a draw of stored embeddings."""
+        return not {"bank_images", "bank_texts"}.isdisjoint(self.reads)
 
     def resolve(self) -> Callable[..., Any]:
         """The function itself; imports torch."""
@@ -149,6 +163,42 @@ LOSSES = (
         reads=("aligned_image", "aligned_text", "teacher_image", "teacher_text", "instance_scale"),
         help="Weight of the instance loss with the student as query only (CLIP-KD's ICL).",
         compares_pairs=True,
+    ),
+    Loss(
+        name="cosine_image",
+        weight=0.0,
+        equation="L_cosine",
+        function="stored_losses:cosine_loss",
+        reads=("aligned_image", "teacher_image"),
+        help="Weight of 1 - cosine between the student's image and the teacher's. The same weight fits any width.",
+    ),
+    Loss(
+        name="cosine_text",
+        weight=0.0,
+        equation="L_cosine",
+        function="stored_losses:cosine_loss",
+        reads=("aligned_text", "teacher_text"),
+        help="Weight of 1 - cosine between the student's text and the teacher's.",
+    ),
+    Loss(
+        name="bank_image",
+        weight=0.0,
+        equation="L_bank",
+        function="stored_losses:bank_loss",
+        reads=("aligned_image", "teacher_image", "bank_texts", "bank_scale"),
+        needs_float64=True,
+        help="Weight of the divergence between student and teacher in how an image picks among `bank_size` stored"
+        " texts.",
+    ),
+    Loss(
+        name="bank_text",
+        weight=0.0,
+        equation="L_bank",
+        function="stored_losses:bank_loss",
+        reads=("aligned_text", "teacher_text", "bank_images", "bank_scale"),
+        needs_float64=True,
+        help="Weight of the divergence between student and teacher in how a text picks among `bank_size` stored"
+        " images.",
     ),
 )
 """All losses, in the order in which they are summed and written."""

@@ -254,6 +254,11 @@ class LossWeights(_WeightOfEach):
         """Whether a loss that is switched on reads this."""
         return any(reading in loss.reads for loss in rows_of(self.switched_on))
 
+    @property
+    def any_reads_bank(self) -> bool:
+        """Whether a loss that is switched on reads a draw of stored embeddings."""
+        return any(loss.reads_bank for loss in rows_of(self.switched_on))
+
 
 class Preset(NamedTuple):
     """A named preset of loss weights, and the settings that belong to it."""
@@ -363,6 +368,11 @@ class DistillConfig(Config):
     D6)."""
     temperature: PositiveFloat = 1.0
     """tau: softens both distributions of `L_kl`."""
+    bank_size: Annotated[int, Field(ge=2)] = 16_384
+    """For weights.bank_image and bank_text: how many stored embeddings a batch is compared with. They
+    are drawn anew from all kept pairs as the training goes on; where there are fewer, all are taken."""
+    bank_scale: PositiveFloat = 16.0
+    """For weights.bank_image and bank_text: the factor from cosines to logits, of student and teacher."""
     share_scale: bool = False
     """Let the instance losses use the student's own learned scale instead of one of their own."""
     teacher_scale: PositiveFloat | None = None
@@ -580,7 +590,7 @@ class Recipe(Config):
     @property
     def uses_teacher_texts(self) -> bool:
         """Whether a loss reads the teacher's text embeddings while the student learns."""
-        return self.distill.weights.any_reads("teacher_text")
+        return any(loss.reads_teacher_texts for loss in rows_of(self.distill.weights.switched_on))
 
     def uses(self, stage: str) -> bool:
         """Whether this recipe has the stage: plain CLIP training has no embed, balance or cluster."""

@@ -56,10 +56,21 @@ def test_what_a_recipe_reads_follows_from_its_weights():
         "affinity": ["teacher_image", "teacher_text"],
         "feature": ["teacher_image", "teacher_text"],
         "icl": ["teacher_image", "teacher_text"],
+        "cosine_image": ["teacher_image"],
+        "cosine_text": ["teacher_text"],
+        "bank_image": ["teacher_image"],
+        "bank_text": ["teacher_text"],
     }
+
+
+def test_a_bank_of_texts_needs_stored_texts_and_one_of_images_does_not():
+    named = {loss.name: loss for loss in LOSSES}
+    assert [name for name, loss in named.items() if loss.reads_bank] == ["bank_image", "bank_text"]
+    assert named["bank_image"].reads_teacher_texts
+    assert not named["cosine_image"].reads_teacher_texts
 
 
 def test_rows_come_in_the_order_of_the_table_and_an_unknown_one_is_refused():
     assert [loss.name for loss in rows_of(["icl", "clip"])] == ["clip", "icl"]
-    with pytest.raises(ValueError, match=r"losses must be of clip, .*, icl, got alpha"):
+    with pytest.raises(ValueError, match=r"losses must be of clip, .*, bank_text, got alpha"):
         rows_of(["clip", "alpha"])

@@ -20,7 +20,7 @@ from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import DISTILL, EMBED
 from clip_cid.training.assemble import Inputs, Training, assemble, count_steps, make_student, prepare, split_off
-from clip_cid.training.batches import Batch
+from clip_cid.training.batches import BankRows, Batch
 from clip_cid.training.join import plain_pairs
 from clip_cid.training.loop import Trainer
 from clip_cid.training.ranks.distributed import Ranks
@@ -147,6 +147,10 @@ def add_random_targets(batch: Batch, recipe: Recipe, dim: int) -> Batch:
     if recipe.uses_clusters:
         labels = torch.from_numpy(generator.integers(0, recipe.cluster.num_centers, rows))
         batch = dataclasses.replace(batch, labels=labels)
+    if recipe.distill.weights.any_reads_bank:
+        size = recipe.distill.bank_size
+        images, texts = (torch.from_numpy(_unit_rows(size, dim, generator)) for _ in range(2))
+        batch = dataclasses.replace(batch, bank=BankRows(images, texts))
     return batch
 
 

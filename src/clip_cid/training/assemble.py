@@ -30,6 +30,7 @@ from clip_cid.models.teacher import weights_sha256
 from clip_cid.recipe import DistillConfig, MachineConfig, Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import EMBED
+from clip_cid.training.bank import Bank, log_perplexities
 from clip_cid.training.batches import Batches, PairDataset, TrainingPairs
 from clip_cid.training.join import distilled_pairs, plain_pairs, read_centers
 from clip_cid.training.loop import Plan, Trainer
@@ -176,15 +177,19 @@ def assemble(
             training = with_soft_centers(
                 training, centers, settings, out / SOFT_CENTERS, sharpness.scale, key, ranks.device
             )
+    bank = None
+    if settings.weights.any_reads_bank and training.store is not None:
+        bank = Bank(training, settings, ranks.device)
+        log_perplexities(bank, training, settings)
     trainer = Trainer(
         model,
-        make_batches(training, clip, recipe, ranks),
+        make_batches(training, clip, recipe, ranks, bank),
         settings,
         Plan(steps, key, recipe.pairs.max_bad_share),
         out=out,
         ranks=ranks,
         machine=machine,
-        validation=_validation(clip, inputs.held_out, recipe, ranks),
+        validation=_validation(clip, inputs.held_out, recipe, ranks, bank),
     )
     return Training(dataclasses.replace(inputs, pairs=training), clip, sharpness, trainer)
 
@@ -257,11 +262,14 @@ def make_objective(
             temperature=settings.temperature,
             teacher_scale=teacher_scale,
             affinity_scale=settings.affinity_scale,
+            bank_scale=settings.bank_scale,
             share_scale=settings.share_scale,
         )
 
 
-def make_batches(training: TrainingPairs, clip: Clip, recipe: Recipe, ranks: Ranks) -> Batches:
+def make_batches(
+    training: TrainingPairs, clip: Clip, recipe: Recipe, ranks: Ranks, bank: Bank | None = None
+) -> Batches:
     """The batches the student learns from."""
     settings = recipe.distill
     transform = train_transform(clip, crop_scale=settings.crop_scale, more=settings.augmentation)
@@ -273,10 +281,13 @@ def make_batches(training: TrainingPairs, clip: Clip, recipe: Recipe, ranks: Ran
         workers=recipe.machine.workers,
         pin=ranks.device.type == "cuda",
         ranks=ranks,
+        bank=bank.at if bank is not None else None,
     )
 
 
-def _validation(clip: Clip, held_out: HeldOut | None, recipe: Recipe, ranks: Ranks) -> Validation | None:
+def _validation(
+    clip: Clip, held_out: HeldOut | None, recipe: Recipe, ranks: Ranks, bank: Bank | None
+) -> Validation | None:
     """The validation. Its sets are opened now, so that a missing one is an error before the first step."""
     settings = recipe.distill
     if not settings.validation.measures:
@@ -299,6 +310,7 @@ def _validation(clip: Clip, held_out: HeldOut | None, recipe: Recipe, ranks: Ran
             workers=recipe.machine.workers,
             pin=ranks.device.type == "cuda",
             ranks=ranks,
+            bank=bank.at if bank is not None else None,
         )
     return Validation(clip, batches, sets, settings.weights.model_dump(), settings.seed, ranks)
 

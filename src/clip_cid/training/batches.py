@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +68,14 @@ class SoftTargets:
         return SoftCenters(torch.from_numpy(self.mean[rows]), torch.from_numpy(self.entropy[rows]), self.sharpness)
 
 
+class BankRows(NamedTuple):
+    """Stored embeddings of a draw of all pairs, on the device of the losses."""
+
+    images: Float[Tensor, "bank dim"]
+    texts: Float[Tensor, "bank dim"] | None
+    """None if no loss reads texts."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingPairs:
     """The training data: rows of the pairs, and the targets of each from teacher and clustering."""
@@ -116,19 +124,26 @@ class Batch:
     labels: Int[Tensor, " batch"] | None = None
     soft_centers: SoftCenters | None = None
     """What the divergence needs of the teacher, if that was computed once for all."""
+    bank: BankRows | None = None
+    """For the losses that compare with more than the batch."""
 
     @property
     def targets(self) -> Targets:
-        return Targets(self.teacher_image, self.teacher_text, self.labels, self.soft_centers)
+        images, texts = self.bank or (None, None)
+        return Targets(self.teacher_image, self.teacher_text, self.labels, self.soft_centers, images, texts)
 
     def to(self, device: torch.device) -> "Batch":
-        moved: dict[str, Tensor | SoftCenters] = {
+        moved: dict[str, Tensor | SoftCenters | BankRows] = {
             field.name: value.to(device, non_blocking=True)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         if self.soft_centers is not None:
             moved["soft_centers"] = self.soft_centers.to(device)
+        if self.bank is not None:
+            moved["bank"] = BankRows(
+                self.bank.images.to(device), None if (texts := self.bank.texts) is None else texts.to(device)
+            )
         return dataclasses.replace(self, **moved)
 
 
@@ -197,8 +212,9 @@ class Batches:
         workers: int,
         pin: bool,
         ranks: Ranks = ALONE,
+        bank: Callable[[int], BankRows] | None = None,
     ) -> None:
-        """See the class.
+        """See the class; `bank` gives the draw of a step.
 
         Raises:
             ConfigError: The ranks cannot share the batch equally.
@@ -211,6 +227,7 @@ class Batches:
         self.training = training
         self.batch_size = batch_size
         self._dataset, self._seed, self._workers, self._pin, self._ranks = dataset, seed, workers, pin, ranks
+        self._bank = bank
 
     def between(self, first_step: int, steps: int) -> Generator[Batch]:
         """This rank's part of the batches of the steps `first_step`, ..., `steps - 1`.
@@ -219,35 +236,36 @@ class Batches:
             DataError: The pairs cannot be read any more, or a teacher vector is not of unit length.
         """
         places = batch_places(len(self.training), self.batch_size, seed=self._seed, first_step=first_step)
-        yield from self._read(self._own(places), steps - first_step)
+        yield from self._read(self._own(places), range(first_step, steps))
 
     def in_order(self) -> Iterator[Batch]:
-        """This rank's part of all full batches of one pass, in the order of the rows: for validation."""
+        """This rank's part of all full batches of one pass, in the order of the rows, with one bank: for validation."""
         count = len(self.training) // self.batch_size
         places = (
             [Place(0, number * self.batch_size + place) for place in range(self.batch_size)] for number in range(count)
         )
-        yield from self._read(self._own(places), count)
+        yield from self._read(self._own(places), [0] * count)
 
     def _own(self, places: Iterator[list[Place]]) -> Iterator[list[Place]]:
         share = self.batch_size // self._ranks.size
         return (batch[self._ranks.rank * share :][:share] for batch in places)
 
-    def _read(self, places: Iterator[list[Place]], count: int) -> Iterator[Batch]:
+    def _read(self, places: Iterator[list[Place]], draws: Sequence[int]) -> Iterator[Batch]:
+        """The batches at the next places, one for each of `draws`: the step whose draw is its bank."""
         decoded = decoded_batches(
             self._dataset,
-            itertools.islice(places, count),
+            itertools.islice(places, len(draws)),
             stack,
             workers=self._workers,
             smaller_batch="distill.batch_size",
             pin=self._pin,
         )
         with contextlib.closing(decoded):
-            for items in decoded:
-                yield self._complete(items)
+            for items, draw in zip(decoded, draws, strict=True):
+                yield self._complete(items, draw)
 
-    def _complete(self, items: Items) -> Batch:
-        """Add the targets of each pair from teacher and clustering."""
+    def _complete(self, items: Items, draw: int) -> Batch:
+        """Add the targets of each pair from teacher and clustering, and the bank."""
         training, index = self.training, items.indices.numpy()
         batch = Batch(training.rows[index], items.bad, items.images, items.texts)
         if training.labels is not None:
@@ -263,7 +281,7 @@ class Batches:
 
         if training.soft_centers is not None:
             batch = dataclasses.replace(batch, soft_centers=training.soft_centers.of(index))
-        return batch
+        return batch if self._bank is None else dataclasses.replace(batch, bank=self._bank(draw))
 
 
 def stack(items: list[Item]) -> Items:

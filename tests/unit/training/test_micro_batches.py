@@ -24,7 +24,8 @@ from clip_cid.training.model import Distillation, Outputs, backward_in_micro_bat
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
     folder = tmp_path_factory.mktemp("micro")
-    return exact(next(make_batches(training_pairs(folder)).between(0, 1)))
+    with_bank = make_settings(**EVERY_PART["those of stored vectors"])
+    return exact(next(make_batches(training_pairs(folder), settings=with_bank).between(0, 1)))
 
 
 def model_of(settings: dict[str, Any], *, patch_dropout: float = 0.0) -> Distillation:

@@ -97,7 +97,7 @@ class EmbeddingStore:
             DataError: The store has images only.
         """
         if not self.has_texts:
-            readers = ", ".join(f"distill.weights.{loss.name}: 0" for loss in LOSSES if "teacher_text" in loss.reads)
+            readers = ", ".join(f"distill.weights.{loss.name}: 0" for loss in LOSSES if loss.reads_teacher_texts)
             raise DataError(
                 f"{self.path}: this store has image embeddings only; the instance loss needs the captions' too "
                 "(balance, cluster and the cluster losses do not).",

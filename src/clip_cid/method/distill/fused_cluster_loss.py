@@ -156,6 +156,25 @@ def cluster_losses(
     return ClusterLosses(cls, None if teacher is None else kl, own_center)
 
 
+def bank_divergence(
+    student: Float[Tensor, "batch dim"],
+    teacher: Float[Tensor, "batch dim"],
+    bank: Float[Tensor, "bank dim"],
+    *,
+    scale: float,
+) -> Float[Tensor, ""]:
+    r"""`L_kl` over the rows of a bank in place of centers: they learn nothing, and no row has one of its own.
+
+    As `fused_cluster_loss` otherwise.
+
+    Raises:
+        ValueError: Shapes do not fit, or the scale is out of its limits.
+    """
+    any_row = torch.zeros(len(student), dtype=torch.long, device=student.device)  # only `cls` depends on it
+    losses = cluster_losses(student, bank.detach(), any_row, teacher=teacher, scale=scale)
+    return cast(Tensor, losses.kl)
+
+
 def soft_centers(
     teacher: Float[Tensor, "batch dim"],
     centers: Float[Tensor, "centers dim"],

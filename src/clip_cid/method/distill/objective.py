@@ -36,6 +36,9 @@ class Targets:
     """Cluster of each image."""
     soft_centers: SoftCenters | None = None
     """All that `L_kl` needs of the teacher, if it was computed beforehand."""
+    bank_images: Float[Tensor, "bank teacher"] | None = None
+    """Stored embeddings of a draw of all pairs, not of these rows; the same on every rank."""
+    bank_texts: Float[Tensor, "bank teacher"] | None = None
 
 
 class Objective(nn.Module):
@@ -62,6 +65,7 @@ class Objective(nn.Module):
         temperature: tau of `L_kl`.
         teacher_scale: The teacher's factor from cosines to logits, for `affinity`.
         affinity_scale: The student's for `affinity`; absent, its own `logit_scale`.
+        bank_scale: S of the losses against the bank.
         share_scale: Whether the losses that cross the modalities use the student's `logit_scale` instead of one of
             their own.
 
@@ -85,6 +89,7 @@ class Objective(nn.Module):
         temperature: float = 1.0,
         teacher_scale: float = 100.0,
         affinity_scale: float | None = None,
+        bank_scale: float = 16.0,
         share_scale: bool = False,
     ) -> None:
         super().__init__()
@@ -93,7 +98,7 @@ class Objective(nn.Module):
             raise ValueError("there are no losses, so there is nothing to learn")
         self._functions = {loss.name: loss.resolve() for loss in self.losses if "clusters" not in loss.reads}
         self.sample_rate, self.logq, self.temperature = sample_rate, logq, temperature
-        self.teacher_scale, self.affinity_scale = teacher_scale, affinity_scale
+        self.teacher_scale, self.affinity_scale, self.bank_scale = teacher_scale, affinity_scale, bank_scale
         self._last: dict[str, Tensor] = {}
 
         # The maps into the teacher's space.
@@ -165,7 +170,7 @@ class Objective(nn.Module):
             ValueError: What a loss reads is missing.
         """
         with autocast_off(outputs["image"]):
-            batch = _Batch(outputs, targets, gather, self.affinity_scale, self.teacher_scale)
+            batch = _Batch(outputs, targets, gather, self.affinity_scale, self.teacher_scale, self.bank_scale)
             self._last = {"mean_image_norm": torch.linalg.vector_norm(batch.image.all.detach().mean(dim=0))}
 
             # One pass over the centers gives all losses of the clusters. It comes first: the order in which losses are
@@ -242,6 +247,7 @@ class _Batch:
     gather: Gather
     fixed_affinity_scale: float | None
     fixed_teacher_scale: float
+    fixed_bank_scale: float
 
     @cached_property
     def image(self) -> Side:
@@ -274,6 +280,14 @@ class _Batch:
         return self.gather(_given(self.targets.labels, "labels"))
 
     @property
+    def bank_images(self) -> Tensor:
+        return _stored(self.targets.bank_images, "bank_images")
+
+    @property
+    def bank_texts(self) -> Tensor:
+        return _stored(self.targets.bank_texts, "bank_texts")
+
+    @property
     def logit_scale(self) -> Tensor:
         return self.outputs["logit_scale"]
 
@@ -293,6 +307,10 @@ class _Batch:
     @property
     def teacher_scale(self) -> Tensor:
         return torch.full_like(self.logit_scale, self.fixed_teacher_scale)
+
+    @property
+    def bank_scale(self) -> float:
+        return self.fixed_bank_scale
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

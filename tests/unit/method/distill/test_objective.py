@@ -134,9 +134,13 @@ def test_a_part_alone_is_built_and_computed_alone(part):
         "affinity": {"teacher_image", "teacher_text"},
         "feature": {"teacher_image", "teacher_text"},
         "icl": {"teacher_image", "teacher_text"},
+        "cosine_image": {"teacher_image"},
+        "cosine_text": {"teacher_text"},
+        "bank_image": {"teacher_image", "bank_texts"},
+        "bank_text": {"teacher_text", "bank_images"},
     }[part]
     objective = native(losses=[part])
-    data = batch()
+    data = batch() | {"bank_images": unit_rows(9, 8, 5), "bank_texts": unit_rows(9, 8, 6)}
     given = {name: data[name] for name in ("student_image", "student_text", "logit_scale", *needed)}
     assert list(parts_of(objective, **given)) == [part]
     assert (objective.head is not None) == part.startswith("cluster")
@@ -317,7 +321,7 @@ def test_the_sum_is_weighted_by_name():
     ("settings", "message"),
     [
         ({"losses": []}, "there are no losses"),
-        ({"losses": ["alpha"]}, "losses must be of clip, .*, icl, got alpha"),
+        ({"losses": ["alpha"]}, "losses must be of clip, .*, bank_text, got alpha"),
         ({"teacher_dim": None}, "teacher_dim is needed by the losses that compare"),
         ({"centers": None}, r"centers must be \(K, 8\) for the losses of the clusters, got None"),
         ({"centers": torch.eye(9)}, r"centers must be \(K, 8\) for the losses of the clusters, got \(9, 9\)"),

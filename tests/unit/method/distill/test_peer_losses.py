@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clip_cid.method.distill.contrastive import Side, contrastive_loss, instance_loss
 from clip_cid.method.distill.peer_losses import affinity_loss, feature_loss, one_way_instance_loss, siglip_loss
+from clip_cid.method.distill.stored_losses import bank_loss, cosine_loss
 
 # Of the student's image and text, the teacher's image and text, two scales and a bias.
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -21,6 +22,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "affinity": lambda si, st, ti, tt, s, S, b: affinity_loss(si, st, s, ti, tt, S),
     "feature": lambda si, st, ti, tt, s, S, b: feature_loss(si, st, ti, tt),
     "icl": lambda si, st, ti, tt, s, S, b: one_way_instance_loss(si, st, ti, tt, s),
+    "cosine_text": lambda si, st, ti, tt, s, S, b: cosine_loss(st, tt),
+    "bank_text": lambda si, st, ti, tt, s, S, b: bank_loss(st, tt, ti.all, float(S.detach())),
 }
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=list(LOSSES))
 
@@ -243,6 +246,7 @@ def test_the_largest_scale_overflows_nothing(loss):
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [("clip", {1}), ("instance_image", {3}), ("instance_text", {2}), ("siglip", {1})]
+    + [("cosine_text", {3}), ("bank_text", {3})]
     + [(name, wrong) for name in ("affinity", "feature", "icl") for wrong in ({0}, {1}, {2}, {3}, {2, 3})],
 )
 def test_sides_of_other_rows_are_refused(name, wrong):

@@ -84,7 +84,7 @@ def gradients(case: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Ten
     torch.manual_seed(0)  # for the maps of `alignment: linear`
     model = make_model(settings, ranks=ranks).double()
     joint: Any = join_model(model, ranks)
-    batch = exact(next(make_batches(training_pairs(folder), ranks=ranks).between(0, 1)))
+    batch = exact(next(make_batches(training_pairs(folder), ranks=ranks, settings=settings).between(0, 1)))
 
     def loss(seen: dict[str, Tensor]) -> Tensor:
         if ranks.size == 1:

@@ -114,10 +114,20 @@ def make_batches(
     ranks: Ranks = ALONE,
     settings: DistillConfig | None = None,
 ) -> Batches:
-    dataset, bank = make_dataset(training, seed), None
+    bank = None
     if settings is not None and settings.weights.any_reads_bank:
         bank = Bank(training, settings, ranks.device).at
-    return Batches(training, dataset, batch_size=BATCH, seed=seed, workers=workers, pin=False, ranks=ranks, bank=bank)
+    return Batches(
+        training,
+        make_dataset(training, seed),
+        batch_size=BATCH,
+        seed=seed,
+        workers=workers,
+        pin=False,
+        ranks=ranks,
+        bank=bank,
+        per_cluster=None if settings is None else settings.per_cluster,
+    )
 
 
 def make_student(*, seed: int = 0, patch_dropout: float = 0.0, with_bias: bool = False) -> CLIP:

@@ -325,6 +325,9 @@ class DistillConfig(Config):
     width. `linear`: one more linear map per modality is learned."""
     epochs: PositiveInt = 32
     """Passes over the kept pairs."""
+    per_cluster: PositiveInt | None = None
+    """Take at most this many pairs of a cluster in an epoch, so that large clusters no longer lead. The
+    pairs of a cluster take turns from epoch to epoch, and an epoch is shorter. When absent: all."""
     steps: PositiveInt | None = None
     """Train for this many steps instead of epochs, whatever the number of pairs: for comparisons at
     equal steps."""
@@ -580,7 +583,13 @@ class Recipe(Config):
 
     @property
     def uses_clusters(self) -> bool:
+        """Whether a loss reads the clusters: their centers, and that of each image."""
         return self.distill.weights.any_reads("clusters")
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether the training reads which cluster an image is in, for a loss or for the order of the pairs."""
+        return self.uses_clusters or self.distill.per_cluster is not None
 
     @property
     def uses_teacher_images(self) -> bool:
@@ -599,7 +608,7 @@ class Recipe(Config):
         used = {
             EMBED: self.has_teacher,
             BALANCE: self.has_teacher and self.balance.enabled,
-            CLUSTER: self.has_teacher and self.uses_clusters,
+            CLUSTER: self.has_teacher and self.uses_labels,
             EVALUATE: bool(self.evaluate.sets or self.evaluate.retrieval),
         }
         return used.get(stage, True)
@@ -611,6 +620,10 @@ class Recipe(Config):
         if not self.has_teacher and (self.uses_clusters or self.uses_teacher_images or self.uses_teacher_texts):
             raise ValueError(
                 "embed.teacher: none, but distill.weights asks for distillation; set distill.weights: clip-only"
+            )
+        if not self.has_teacher and self.distill.per_cluster is not None:
+            raise ValueError(
+                "embed.teacher: none, but distill.per_cluster needs clusters of a teacher's embeddings; leave it out"
             )
         if not weights.switched_on:
             raise ValueError("distill.weights: all are 0, so there is nothing to learn")

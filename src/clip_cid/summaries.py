@@ -214,6 +214,8 @@ class DistillSummary(Summary):
     steps: int
     pairs: int
     """Pairs to train on."""
+    epoch_pairs: int | None = None
+    """How many of them an epoch has, where a cluster gives few (`distill.per_cluster`)."""
     pairs_seen: int
     epochs: float
     unreadable_pairs: int

@@ -23,7 +23,7 @@ from clip_cid.pipeline import State
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import CLUSTER, EMBED
-from clip_cid.training.assemble import distinct_labels, make_student, refuse_without_float64
+from clip_cid.training.assemble import distinct_labels, largest_epoch, make_student, refuse_without_float64
 from clip_cid.training.batches import Batch
 from clip_cid.training.ranks.distributed import Ranks
 from clip_cid.training.records import make_listeners
@@ -42,6 +42,8 @@ class Report:
     """Stages before the training that have not run: the targets of the steps were random."""
     pairs: int
     """To train on."""
+    epoch_pairs: int
+    """Of an epoch; at most so many while the clusters are not known."""
     held_out: int
     sights: captions.Sights
     parameters: dict[str, int]
@@ -153,6 +155,7 @@ def _measure(
         device=trainer.ranks.device,
         undone=missing,
         pairs=pairs,
+        epoch_pairs=largest_epoch(recipe, pairs) if tried.invented else trainer.batches.epoch_size,
         held_out=tried.held_out,
         sights=sights,
         parameters={**count_parameters(clip.model), "head": in_head},
@@ -189,7 +192,7 @@ def _warnings(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str
     settings, machine = recipe.distill, recipe.machine
     warnings = [
         *likely_mistakes.of_settings(
-            settings, steps=report.duration.steps, pairs=report.pairs, held_out=report.held_out
+            settings, steps=report.duration.steps, pairs=report.epoch_pairs, held_out=report.held_out
         ),
         *likely_mistakes.of_machine(settings, machine, report.device),
         *likely_mistakes.of_time(report.duration, machine),
@@ -200,7 +203,7 @@ def _warnings(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str
     ]
     labels, head = tried.training.inputs.pairs.labels, tried.trainer.model.objective.head
     if labels is not None and head is not None:
-        own = distinct_labels(labels, settings.batch_size)
+        own = distinct_labels(labels, settings.batch_size, per_cluster=settings.per_cluster)
         warnings += likely_mistakes.of_negatives(settings, num_centers=head.num_centers, own=own)
     return warnings
 

@@ -20,7 +20,7 @@ _LONG = 1800.0  # seconds: losing a run of this length costs much
 
 
 def of_settings(settings: DistillConfig, *, steps: int, pairs: int, held_out: int) -> Iterator[str]:
-    """Settings that do not fit the length of the run."""
+    """Settings that do not fit the length of the run; `pairs` are those of an epoch."""
     if settings.warmup_steps > _WARM_UP * steps:
         yield (
             f"distill.warmup_steps: {settings.warmup_steps:,} is {units.percent(settings.warmup_steps / steps, 0)}"

@@ -21,7 +21,7 @@ from clip_cid.pipeline import State
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import BALANCE, CLUSTER, EMBED
-from clip_cid.training.assemble import count_steps
+from clip_cid.training.assemble import count_steps, largest_epoch
 from clip_cid.training.join import plain_pairs, read_kept
 from clip_cid.training.optimizer import refuse_long_warmup
 
@@ -96,7 +96,8 @@ def _different(found: Sequence[ClipCidError]) -> list[ClipCidError]:
 def _check_pairs(folder: RunFolder, recipe: Recipe) -> None:
     """The numbers of a training on all pairs; balance leaves fewer."""
     pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
-    refuse_long_warmup(recipe.distill, count_steps(recipe.distill, len(plain_pairs(pairs))))
+    most = largest_epoch(recipe, len(plain_pairs(pairs)))
+    refuse_long_warmup(recipe.distill, count_steps(recipe.distill, most))
 
 
 def _images(folder: RunFolder, recipe: Recipe, missing: set[str]) -> _Images | None:

@@ -46,6 +46,8 @@ def verdict(report: Report) -> str:
 def _pairs(report: Report) -> Iterator[Row]:
     sights, most = report.sights, "at most " if report.undone else ""
     yield "pairs to train on", f"{most}{report.pairs:,}", _COUNTED
+    if (per_cluster := report.recipe.distill.per_cluster) is not None:
+        yield "pairs in an epoch", f"{most}{report.epoch_pairs:,}", f"{_COUNTED}; at most {per_cluster:,} of a cluster"
     if report.held_out:
         yield "pairs held out", f"{report.held_out:,}", _COUNTED
     looked = f"{sights.pairs:,} pairs looked at"

@@ -19,7 +19,16 @@ from clip_cid.models.teacher import teacher_reference
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import DISTILL, EMBED
-from clip_cid.training.assemble import Inputs, Training, assemble, count_steps, make_student, prepare, split_off
+from clip_cid.training.assemble import (
+    Inputs,
+    Training,
+    assemble,
+    count_steps,
+    largest_epoch,
+    make_student,
+    prepare,
+    split_off,
+)
 from clip_cid.training.batches import BankRows, Batch
 from clip_cid.training.join import plain_pairs
 from clip_cid.training.loop import Trainer
@@ -123,16 +132,19 @@ def from_the_run(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks) -> 
 def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, teacher: TeacherFacts) -> Tried:
     """A training on all pairs, of the size and shape that the recipe's will have; balance will leave fewer pairs.
 
+    The pairs of a cluster take no turns: nobody knows their clusters yet.
+
     Raises:
         ClipCidError: The pairs, the student or the settings cannot be used, or the centers do not fit the memory.
     """
     pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
     inputs = Inputs(*split_off(plain_pairs(pairs), recipe.distill, ranks))
-    steps = count_steps(recipe.distill, len(inputs.pairs))
+    steps = count_steps(recipe.distill, largest_epoch(recipe, len(inputs.pairs)))
     clip = make_student(recipe.distill, teacher.width, recipe.machine)
     teacher_dim = teacher.width or clip.dim
     if recipe.uses_clusters:
         inputs = dataclasses.replace(inputs, centers=_random_centers(recipe, teacher_dim))
+    recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"per_cluster": None})})
     training = assemble(inputs, clip, teacher_dim, out, recipe, ranks, steps=steps, soft_centers=False)
     return Tried(training, invented=True, teacher_dim=teacher_dim)
 

@@ -193,11 +193,11 @@ def _data(records: dict[str, StageRecord], distill: DistillSummary) -> list[tupl
 
 
 def _training(settings: dict[str, Any], distill: DistillSummary, device: str) -> list[tuple[str, str]]:
-    rows = [
-        ("steps", f"{distill.steps:,}"),
-        ("pairs seen", f"{distill.pairs_seen:,}"),
-        ("passes over the pairs", f"{distill.epochs:.4g}"),
-    ]
+    passes = ("passes over the pairs", f"{distill.epochs:.4g}")
+    if distill.epoch_pairs is not None:
+        few = f"{distill.epoch_pairs:,} pairs each, at most {settings['per_cluster']:,} of a cluster"
+        passes = ("epochs", f"{distill.epochs:.4g} of {few}")
+    rows = [("steps", f"{distill.steps:,}"), ("pairs seen", f"{distill.pairs_seen:,}"), passes]
     rows += [(name.replace("_", " "), str(settings[name])) for name in _SETTINGS if settings.get(name) is not None]
     if settings.get("schedule"):
         rows.append(("weights of the losses", "follow the schedule in the recipe below"))

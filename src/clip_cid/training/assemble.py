@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 
-from clip_cid import log
+from clip_cid import log, units
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.data.sets.evaluation_sets import open_set
@@ -31,6 +31,7 @@ from clip_cid.recipe import DistillConfig, MachineConfig, Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import EMBED
 from clip_cid.training.bank import Bank, log_perplexities
+from clip_cid.training.batch_order import epoch_size
 from clip_cid.training.batches import Batches, PairDataset, TrainingPairs
 from clip_cid.training.join import distilled_pairs, plain_pairs, read_centers
 from clip_cid.training.loop import Plan, Trainer
@@ -91,7 +92,8 @@ def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, *, soft_
         RunError: A stage before this one has not finished, or ranks differ.
     """
     inputs = read_inputs(folder, recipe, ranks)
-    steps = count_steps(recipe.distill, len(inputs.pairs))  # before the student is built, which takes longer
+    # Before the student is built, which takes longer.
+    steps = count_steps(recipe.distill, inputs.pairs.epoch_size(recipe.distill.per_cluster))
     teacher_dim = inputs.store.dim if inputs.store is not None else None
     clip = make_student(recipe.distill, teacher_dim, recipe.machine)
     return assemble(inputs, clip, teacher_dim, out, recipe, ranks, steps=steps, soft_centers=soft_centers)
@@ -165,6 +167,8 @@ def assemble(
     model.student = with_joint_statistics(model.student, ranks, machine.micro_batch)
     if centers is not None and training.labels is not None:
         _warn_of_negatives(settings, training.labels, len(centers))
+    if settings.per_cluster is not None and training.labels is not None:
+        _say_how_pairs_take_turns(training.labels, settings.per_cluster, len(training))
 
     # All ranks must train the same.
     key = _key(settings, training, store, centers)
@@ -194,18 +198,30 @@ def assemble(
     return Training(dataclasses.replace(inputs, pairs=training), clip, sharpness, trainer)
 
 
-def count_steps(settings: DistillConfig, num_pairs: int) -> int:
+def count_steps(settings: DistillConfig, epoch_pairs: int) -> int:
     """How many full batches the epochs hold together; the rows left at the end of one open the next.
 
     Raises:
-        ConfigError: There are not enough pairs for one batch.
+        ConfigError: There are not enough pairs in an epoch for one batch.
     """
-    if settings.batch_size > num_pairs:
+    if settings.batch_size > epoch_pairs:
+        where, more = "to train on", "give more pairs"
+        if settings.per_cluster is not None:
+            where = f"in an epoch (distill.per_cluster: {settings.per_cluster:,})"
+            more = "raise distill.per_cluster"
         raise ConfigError(
-            f"distill.batch_size: {settings.batch_size:,}, but there are {num_pairs:,} pairs to train on.",
-            fix=f"Set distill.batch_size to at most {num_pairs:,}, or give more pairs.",
+            f"distill.batch_size: {settings.batch_size:,}, but there are {epoch_pairs:,} pairs {where}.",
+            fix=f"Set distill.batch_size to at most {epoch_pairs:,}, or {more}.",
         )
-    return settings.steps or settings.epochs * num_pairs // settings.batch_size
+    return settings.steps or settings.epochs * epoch_pairs // settings.batch_size
+
+
+def largest_epoch(recipe: Recipe, num_pairs: int) -> int:
+    """The most pairs an epoch can have, before the clusters are known."""
+    per_cluster, centers = recipe.distill.per_cluster, recipe.cluster.num_centers
+    if per_cluster is None or recipe.cluster.existing is not None:
+        return num_pairs
+    return min(num_pairs, per_cluster * centers)
 
 
 def make_student(settings: DistillConfig, teacher_dim: int | None, machine: MachineConfig) -> Clip:
@@ -282,6 +298,7 @@ def make_batches(
         pin=ranks.device.type == "cuda",
         ranks=ranks,
         bank=bank.at if bank is not None else None,
+        per_cluster=settings.per_cluster,
     )
 
 
@@ -339,21 +356,32 @@ def refuse_without_float64(device: torch.device, recipe: Recipe) -> None:
         )
 
 
-def distinct_labels(labels: Int[np.ndarray, " rows"], batch_size: int) -> float:
+def distinct_labels(labels: Int[np.ndarray, " rows"], batch_size: int, *, per_cluster: int | None = None) -> float:
     """How many different clusters a random batch has on average."""
-    shares = np.bincount(labels) / len(labels)
+    counts = np.bincount(labels)
+    counts = counts if per_cluster is None else np.minimum(counts, per_cluster)
+    shares = counts / counts.sum()
     return float((1 - (1 - shares) ** batch_size).sum())
 
 
 def _warn_of_negatives(settings: DistillConfig, labels: Int[np.ndarray, " rows"], num_centers: int) -> None:
     """Say once when the centers of a batch fill the sample, so that no random negatives take part."""
-    quota, own = round(settings.sample_rate * num_centers), distinct_labels(labels, settings.batch_size)
+    quota = round(settings.sample_rate * num_centers)
+    own = distinct_labels(labels, settings.batch_size, per_cluster=settings.per_cluster)
     if quota <= own:
         log.info(
             f"distill.sample_rate {settings.sample_rate:g} is {quota:,} of {num_centers:,} centers a step, but"
             f" a batch of {settings.batch_size:,} holds {own:,.0f} of them by itself: its own centers are the only"
             " negatives"
         )
+
+
+def _say_how_pairs_take_turns(labels: Int[np.ndarray, " rows"], per_cluster: int, num_pairs: int) -> None:
+    epoch, largest = epoch_size(labels, per_cluster), int(np.bincount(labels).max())
+    log.info(
+        f"distill   an epoch is {epoch:,} of {num_pairs:,} pairs, at most {per_cluster:,} of a cluster; the largest"
+        f" cluster has {largest:,}, all of which were seen after {units.counted(-(-largest // per_cluster), 'epoch')}"
+    )
 
 
 def _key(

@@ -25,7 +25,7 @@ from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.objective import Targets
-from clip_cid.training.batch_order import Place, batch_places
+from clip_cid.training.batch_order import ClusterTurns, Place, batch_places, epoch_size
 from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.unit_length import is_unit
 
@@ -84,7 +84,7 @@ class TrainingPairs:
     rows: Int[np.ndarray, " rows"]
     """Rows of `pairs`."""
     labels: Int[np.ndarray, " rows"] | None = None
-    """The cluster of each; None when no loss reads it. Likewise for what follows."""
+    """The cluster of each; None when neither a loss nor `distill.per_cluster` reads it. Likewise for what follows."""
     store: EmbeddingStore | None = None
     """The teacher's embeddings."""
     store_rows: Int[np.ndarray, " rows"] | None = None
@@ -98,6 +98,13 @@ class TrainingPairs:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def epoch_size(self, per_cluster: int | None) -> int:
+        """How many of them an epoch holds, with at most `per_cluster` of each cluster."""
+        if per_cluster is None:
+            return len(self)
+        assert self.labels is not None, "the join reads them where a cluster gives few"
+        return epoch_size(self.labels, per_cluster)
 
     def take(self, index: Int[np.ndarray, " taken"]) -> "TrainingPairs":
         """Some of them, before anything is computed of all."""
@@ -200,6 +207,17 @@ class Batches:
     """The batches of a run, from any step on, with the targets of each pair.
 
     Each rank reads its own part of every batch: together they read the rows that one process would.
+
+    Args:
+        training: The pairs.
+        dataset: How they are read.
+        batch_size: Over all ranks.
+        seed: Of the order.
+        workers: Processes that read.
+        pin: Whether batches lie in pinned memory.
+        ranks: Who train together.
+        bank: Gives the draw of a step, if a loss reads one.
+        per_cluster: At most so many pairs of a cluster in an epoch; all when absent.
     """
 
     def __init__(
@@ -213,8 +231,9 @@ class Batches:
         pin: bool,
         ranks: Ranks = ALONE,
         bank: Callable[[int], BankRows] | None = None,
+        per_cluster: int | None = None,
     ) -> None:
-        """See the class; `bank` gives the draw of a step.
+        """See the class.
 
         Raises:
             ConfigError: The ranks cannot share the batch equally.
@@ -226,6 +245,11 @@ class Batches:
             )
         self.training = training
         self.batch_size = batch_size
+        self.epoch_size = training.epoch_size(per_cluster)
+        """Pairs in an epoch."""
+        self._turns: ClusterTurns | None = None
+        if per_cluster is not None and training.labels is not None:
+            self._turns = ClusterTurns(training.labels, per_cluster=per_cluster, seed=seed)
         self._dataset, self._seed, self._workers, self._pin, self._ranks = dataset, seed, workers, pin, ranks
         self._bank = bank
 
@@ -235,7 +259,13 @@ class Batches:
         Raises:
             DataError: The pairs cannot be read any more, or a teacher vector is not of unit length.
         """
-        places = batch_places(len(self.training), self.batch_size, seed=self._seed, first_step=first_step)
+        places = batch_places(
+            self.epoch_size,
+            self.batch_size,
+            seed=self._seed,
+            first_step=first_step,
+            rows_of=None if self._turns is None else self._turns.rows_of,
+        )
         yield from self._read(self._own(places), range(first_step, steps))
 
     def in_order(self) -> Iterator[Batch]:

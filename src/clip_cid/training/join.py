@@ -50,8 +50,8 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
             " leaves them out"
         )
 
-    # The targets from clustering and teacher, as far as a loss reads them.
-    labels = read_labels(folder, len(kept))[places[rows]] if recipe.uses_clusters else None
+    # The targets from clustering and teacher, as far as they are read.
+    labels = read_labels(folder, len(kept))[places[rows]] if recipe.uses_labels else None
     if not (recipe.uses_teacher_images or texts or recipe.distill.head_perplexity):
         return TrainingPairs(pairs, rows, labels=labels)
     num_captions = store.num_captions[store_rows[rows]] if texts else None
@@ -79,15 +79,22 @@ def read_labels(folder: RunFolder, num_kept: int) -> Int[np.ndarray, " kept"]:
     """The cluster of each kept image.
 
     Raises:
-        DataError: There is not one label for each.
+        DataError: There is not one label for each, or one names no center.
     """
     path = folder.stage(CLUSTER) / "labels.npy"
     labels = read_array_of_stage(path)
+    centers = read_array_of_stage(path.with_name("centers.npy"), mmap_mode="r")
     if labels.dtype.kind not in "iu":
         raise DataError(f"{path}: {labels.dtype}, not numbers of clusters.", fix="Run the cluster stage again.")
     if labels.shape != (num_kept,):
         raise DataError(
             f"{path}: {labels.size:,} labels, but {num_kept:,} images were kept.", fix="Run the cluster stage again."
+        )
+    num_centers = centers.shape[0] if centers.ndim else 0
+    if len(labels) and not (labels.min() >= 0 and labels.max() < num_centers):
+        raise DataError(
+            f"{path}: {num_centers:,} centers, but labels up to {labels.max():,}.",
+            fix="Run the cluster stage again, on these embeddings.",
         )
     return labels
 
@@ -96,7 +103,7 @@ def read_centers(folder: RunFolder, store: EmbeddingStore) -> Float[np.ndarray, 
     """The cluster centers, in the teacher's space.
 
     Raises:
-        DataError: They are of another width, or the labels name others.
+        DataError: They are of another width, or not unit vectors.
     """
     path = folder.stage(CLUSTER) / "centers.npy"
     centers = read_array_of_stage(path)
@@ -107,9 +114,6 @@ def read_centers(folder: RunFolder, store: EmbeddingStore) -> Float[np.ndarray, 
         )
     if not is_unit(np.linalg.norm(centers, axis=1)).all():
         raise DataError(f"{path}: not all centers are unit vectors.", fix=again)
-    labels = read_array_of_stage(path.with_name("labels.npy"))
-    if len(labels) and not (labels.min() >= 0 and labels.max() < len(centers)):
-        raise DataError(f"{path}: {len(centers):,} centers, but labels up to {labels.max():,}.", fix=again)
     return centers.astype(np.float32)
 
 

@@ -199,7 +199,7 @@ class Trainer:
         own = {**self.model.objective.diagnostics(), "data_wait_share": waited / seconds}
         line = {
             **self._position(),
-            "epoch": self.step * self.batches.batch_size / len(self.batches.training),
+            "epoch": self.step * self.batches.batch_size / self.batches.epoch_size,
             **step_numbers(measured, self.learner),
             **{name: finite(value) for name, value in self.ranks.mean(own).items()},
             "pairs_per_s": steps * self.batches.batch_size / seconds,
@@ -232,13 +232,14 @@ class Trainer:
             )
 
     def _summary(self) -> dict[str, Any]:
-        pairs_seen, pairs = self.step * self.batches.batch_size, len(self.batches.training)
+        pairs_seen, epoch_pairs = self.step * self.batches.batch_size, self.batches.epoch_size
         best = {"best_step": self.best.step, f"best_{self.best.metric}": self.best.value}
         return {
             "steps": self.step,
-            "pairs": pairs,
+            "pairs": len(self.batches.training),
+            **({} if self.settings.per_cluster is None else {"epoch_pairs": epoch_pairs}),
             "pairs_seen": pairs_seen,
-            "epochs": pairs_seen / pairs,
+            "epochs": pairs_seen / epoch_pairs,
             "unreadable_pairs": len(self.bad),
             "skipped_steps": self.progress.skipped_steps,
             "processes": self.ranks.size,
@@ -258,7 +259,7 @@ class Trainer:
         if self.validation is None:
             return False
         size = self.batches.batch_size
-        every = self.settings.validation.every or len(self.batches.training)
+        every = self.settings.validation.every or self.batches.epoch_size
         before, now = ((step * size) // every for step in (self.step - 1, self.step))
         return now > before or self.step == self.plan.steps
 

@@ -405,6 +405,17 @@ def test_a_sound_recipe_raises_no_doubt_but_its_tiny_size(case: Case):
     assert [line for line in found if not line.startswith("machine.workers")] == []
 
 
+def test_hours_are_of_epochs_as_short_as_the_clusters_make_them(case: Case, tmp_path: Path):
+    labels = np.load(case.folder.path / "cluster" / "labels.npy")
+    epoch = int(np.minimum(np.bincount(labels), 4).sum())
+    assert epoch < COUNT
+    report = check(case.folder, case.recipe(distill={"per_cluster": 4}))
+    assert (report.pairs, report.epoch_pairs, report.duration.steps) == (COUNT, epoch, 3 * epoch // BATCH)
+
+    unknown = check(RunFolder(tmp_path / "new"), case.recipe(distill={"per_cluster": 4}))
+    assert (unknown.pairs, unknown.epoch_pairs, unknown.duration.steps) == (COUNT, 4 * CENTERS, 3 * 24 // BATCH)
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [

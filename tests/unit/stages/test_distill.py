@@ -289,12 +289,64 @@ def test_steps_are_counted_over_all_epochs_together():
     assert assemble.count_steps(DistillConfig(batch_size=6, epochs=3, steps=100), 16) == 100
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["paper-r1", "clip-only"])
+def test_epochs_steps_and_measurements_are_counted_by_the_pairs_that_clusters_give(
+    case: Case, weights: str, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", logger="clip_cid")
+    labels = np.array([0] * 10 + [1] * 4 + [2] * 2, dtype=np.int32)
+    case.write("cluster", labels=labels, centers=unit_rows(CENTERS, seed=5))
+    validation = {"sets": {"digits": "builtin:digits"}, "metric": "zero_shot"}
+    summary = case.run(weights=weights, per_cluster=3, epochs=6, batch_size=4, log_every=1, validation=validation)
+    assert (summary["pairs"], summary["epoch_pairs"], summary["steps"]) == (16, 3 + 3 + 2, 6 * 8 // 4)
+    assert summary["epochs"] == 6
+    lines = [
+        json.loads(line) for line in (case.folder.path / "distill.part" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["epoch"] for line in lines if "loss" in line] == [step / 2 for step in range(1, 13)]
+    assert [line["step"] for line in lines if "val/zero_shot" in line] == [2, 4, 6, 8, 10, 12]
+    assert "an epoch is 8 of 16 pairs, at most 3 of a cluster; the largest cluster has 10" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_cap_above_all_clusters_gives_the_student_of_none(case: Case):
+    case.run("plain")
+    summary = case.run(per_cluster=4)
+    assert summary["epoch_pairs"] == summary["pairs"] == 16
+    weights = [
+        (case.folder.path / out / "student" / "open_clip_model.safetensors").read_bytes()
+        for out in ("plain", "distill.part")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_a_batch_larger_than_an_epoch_of_few_pairs_a_cluster_is_named_in_numbers(case: Case):
+    with pytest.raises(
+        ConfigError, match=r"batch_size: 6, but there are 4 pairs in an epoch .*per_cluster: 1\)"
+    ) as error:
+        case.run(per_cluster=1)
+    assert "raise distill.per_cluster" in error.value.fix
+
+
+def test_clusters_that_only_the_order_reads_need_a_teacher_and_their_stage(case: Case):
+    recipe = case.recipe(weights="clip-only", per_cluster=2)
+    assert recipe.uses("cluster")
+    assert not case.recipe(weights="clip-only").uses("cluster")
+    with pytest.raises(ConfigError, match=r"distill\.per_cluster needs clusters"):
+        case.recipe(teacher="none", weights="clip-only", per_cluster=2)
+
+
 def break_labels(case: Case) -> None:
     case.write("cluster", labels=np.zeros(15, dtype=np.int32))
 
 
 def break_label_range(case: Case) -> None:
     case.write("cluster", labels=np.full(16, CENTERS, dtype=np.int32))
+
+
+def break_labels_below(case: Case) -> None:
+    case.write("cluster", labels=np.arange(-12, 4, dtype=np.int32))
 
 
 def break_centers(case: Case) -> None:
@@ -330,6 +382,7 @@ def rename_pairs(case: Case) -> None:
     [
         (break_labels, "15 labels, but 16 images were kept"),
         (break_label_range, "4 centers, but labels up to 4"),
+        (break_labels_below, "4 centers, but labels up to 3"),
         (break_centers, r"shape \(4, 8\), but embeddings of width 16"),
         (break_center_value, "not all centers are unit vectors"),
         (break_kept, "not rows of a store of 20"),
@@ -361,6 +414,11 @@ def test_pairs_that_are_gone_are_counted(case: Case, caplog: pytest.LogCaptureFi
 def test_distinct_labels_of_a_batch_by_hand():
     # two pairs of four, of clusters with 1/2, 1/4, 1/4 of the images: 3/4 + 7/16 + 7/16
     assert assemble.distinct_labels(np.array([0, 0, 1, 2]), 2) == pytest.approx(1.625)
+
+
+def test_distinct_labels_where_clusters_give_few_by_hand():
+    # one pair of each of three clusters, two of which are drawn: 3 (1 - (2/3)^2)
+    assert assemble.distinct_labels(np.array([0, 0, 1, 2]), 2, per_cluster=1) == pytest.approx(5 / 3)
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_training import BATCH, make_batches, make_dataset, make_pairs, tokenize, training_pairs
+from tiny_training import BATCH, make_batches, make_dataset, make_pairs, make_settings, tokenize, training_pairs
 
 from clip_cid.errors import DataError
-from clip_cid.training.batch_order import Place, batch_places, epoch_orders
+from clip_cid.training import batch_order
+from clip_cid.training.batch_order import ClusterTurns, Place, batch_places, epoch_orders
 from clip_cid.training.batches import Batch, Item, TrainingPairs
+from clip_cid.training.ranks.distributed import Ranks
 
 sizes = st.integers(1, 12).flatmap(lambda batch: st.tuples(st.integers(batch, 60), st.just(batch)))
 
@@ -46,6 +48,86 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 def test_a_batch_larger_than_an_epoch_is_refused():
     with pytest.raises(ValueError, match=r"batch_size: must be in \[1, 7\] \(the rows\), got 8"):
         next(batch_places(7, 8, seed=0))
+
+
+# Clusters that give few pairs to an epoch
+
+labels_of_rows = st.lists(st.integers(0, 5), min_size=1, max_size=60).map(np.array)
+
+
+@given(labels_of_rows, st.integers(1, 12), st.integers(0, 3))
+def test_the_pairs_of_a_cluster_take_turns(labels: np.ndarray, per_cluster: int, seed: int):
+    turns = ClusterTurns(labels, per_cluster=per_cluster, seed=seed)
+    seen = np.zeros(len(labels), dtype=int)
+    for epoch in range(2 * len(labels)):
+        rows = turns.rows_of(epoch)
+        assert len(rows) == turns.epoch_size == len(set(rows.tolist()))
+        assert rows.tolist() == sorted(rows.tolist())
+        seen[rows] += 1
+        for cluster in set(labels.tolist()):
+            members = np.flatnonzero(labels == cluster)
+            quota = min(len(members), per_cluster)
+            assert np.isin(rows, members).sum() == quota
+            # Of (epoch + 1) quota turns every member had its share, rounded down or up.
+            share, more = divmod((epoch + 1) * quota, len(members))
+            assert sorted(seen[members]) == [share] * (len(members) - more) + [share + 1] * more
+
+
+@given(labels_of_rows, st.integers(1, 12), st.integers(0, 30), st.integers(0, 5))
+def test_turns_are_cut_into_batches_as_whole_epochs_are(
+    labels: np.ndarray, per_cluster: int, first_step: int, seed: int
+):
+    turns = ClusterTurns(labels, per_cluster=per_cluster, seed=seed)
+    size, batch_size = turns.epoch_size, min(7, turns.epoch_size)
+
+    def first(count: int, first_step: int = 0) -> list[list[Place]]:
+        places = batch_places(size, batch_size, seed=seed, first_step=first_step, rows_of=turns.rows_of)
+        return list(itertools.islice(places, count))
+
+    batches = first(first_step + 6)
+    assert first(6, first_step) == batches[first_step:]
+    assert all(len({place.index for place in batch}) == batch_size for batch in batches)
+    flat = [place for batch in batches for place in batch]
+    for epoch in range(flat[-1].epoch):
+        assert sorted(place.index for place in flat if place.epoch == epoch) == turns.rows_of(epoch).tolist()
+
+
+@given(labels_of_rows, st.integers(0, 5))
+def test_as_many_as_the_largest_cluster_has_are_all(labels: np.ndarray, seed: int):
+    turns = ClusterTurns(labels, per_cluster=int(np.bincount(labels).max()), seed=seed)
+    batch_size = max(1, len(labels) // 3)
+    capped = batch_places(turns.epoch_size, batch_size, seed=seed, rows_of=turns.rows_of)
+    assert list(itertools.islice(capped, 9)) == first_batches(len(labels), batch_size, 9, seed=seed)
+
+
+def test_which_pair_of_a_cluster_comes_first_is_the_seeds_and_no_pair_is_preferred():
+    labels = np.array([0] * 5 + [1])
+    firsts = [ClusterTurns(labels, per_cluster=1, seed=seed).rows_of(0).tolist() for seed in range(1000)]
+    counts = np.bincount([row for row, _ in firsts], minlength=5)
+    assert counts.sum() == 1000
+    assert np.abs(counts - 200).max() < 5 * (1000 * 0.2 * 0.8) ** 0.5  # five standard errors
+    assert all(other == 5 for _, other in firsts)
+
+
+def test_the_places_of_turns_do_not_depend_on_how_many_are_computed_at_once(monkeypatch: pytest.MonkeyPatch):
+    turns = ClusterTurns(np.random.default_rng(0).integers(0, 9, 200), per_cluster=13, seed=1)
+    expected = [turns.rows_of(epoch).tolist() for epoch in range(4)]
+    monkeypatch.setattr(batch_order, "_AT_ONCE", 7)
+    assert [turns.rows_of(epoch).tolist() for epoch in range(4)] == expected
+
+
+def test_ranks_read_together_what_one_process_reads_of_clusters_that_give_few(tmp_path: Path):
+    training = training_pairs(tmp_path)
+    assert training.labels is not None
+    settings = make_settings(per_cluster=1)
+    alone = make_batches(training, settings=settings)
+    assert alone.epoch_size == len(set(training.labels.tolist()))
+    parts = [list(make_batches(training, settings=settings, ranks=Ranks(rank, 2)).between(2, 7)) for rank in range(2)]
+    for whole, *halves in zip(alone.between(2, 7), *parts, strict=True):
+        assert np.concatenate([half.rows for half in halves]).tolist() == whole.rows.tolist()
+    epochs = np.concatenate([batch.rows for batch in alone.between(0, alone.epoch_size)])
+    for rows in epochs.reshape(-1, alone.epoch_size):
+        assert len(set(training.labels[rows].tolist())) == alone.epoch_size
 
 
 def assert_equal(ours: Batch, theirs: Batch) -> None:

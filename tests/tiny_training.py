@@ -43,6 +43,7 @@ EVERY_PART: dict[str, dict[str, Any]] = {
     "CLIP-KD's": {"weights": "clip-kd", "alignment": "linear"},
     "TinyCLIP's": {"weights": "tiny-clip"},
     "those of stored vectors": {"weights": STORED, "alignment": "linear", "bank_size": 13},
+    "the teacher's texts": {"weights": "clip-kd", "text_tower": "teacher"},
 }
 WEIGHTS = LossWeights().model_dump() | {"siglip": 1.0, "affinity": 1.0, "feature": 2000.0, "icl": 1.0} | STORED
 """What a loss weighs in each of `EVERY_PART` that has it."""
@@ -229,6 +230,7 @@ def make_model(settings: DistillConfig, *, patch_dropout: float = 0.0, ranks: Ra
         affinity_scale=settings.affinity_scale,
         bank_scale=settings.bank_scale,
         share_scale=settings.share_scale,
+        stored_texts=settings.keeps_text_tower,
     )
     bias = settings.weights.any_reads("logit_bias")
     student = make_student(seed=settings.seed, patch_dropout=patch_dropout, with_bias=bias)

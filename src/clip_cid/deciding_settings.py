@@ -60,6 +60,7 @@ def _embed(values: dict[str, Any]) -> None:
 def _distill(values: dict[str, Any]) -> None:
     _by_files(values, "student", is_local)
     _by_files(values, "pretrained", lambda weights: is_local(weights) or ("/" in weights and ":" not in weights))
+    _by_files(values, "text_tower", is_local)
     for setting, overruled in (("steps", "epochs"), ("head_perplexity", "head_scale")):
         if values.get(setting) is not None:
             values.pop(overruled, None)

@@ -72,6 +72,11 @@ class Loss:
         """Whether it needs a draw of stored embeddings."""
         return not {"bank_images", "bank_texts"}.isdisjoint(self.reads)
 
+    @property
+    def trains_text_only(self) -> bool:
+        """Whether it trains the text tower and not the image tower."""
+        return "aligned_text" in self.reads and "aligned_image" not in self.reads
+
     def resolve(self) -> Callable[..., Any]:
         """The function itself; imports torch."""
         module, name = self.function.split(":")

@@ -30,6 +30,7 @@ _PLACES = (
     "cluster.existing",
     "distill.student",
     "distill.pretrained",
+    "distill.text_tower",
     "distill.validation.sets",
     "evaluate.sets",
     "evaluate.retrieval",

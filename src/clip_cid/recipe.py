@@ -46,6 +46,8 @@ ALLOW_PIPE = "CLIP_CID_ALLOW_PIPE"
 _MOST_PROBLEMS = 20  # that a message names
 STUDENT = "student"
 """The name of a run's own model among those it compares."""
+OWN_TEXT_TOWER, TEACHERS_TEXT_TOWER = "own", "teacher"
+"""The values of `distill.text_tower` that name no model."""
 STORE_COLUMNS = ("key", "caption", "captions", "ok", "width", "height")
 """Columns that an embedding store has of its own."""
 _LIMITS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
@@ -107,6 +109,14 @@ def _not_taken(values: tuple[str, ...]) -> tuple[str, ...]:
             "taken", "{names} would hide a column the store has of its own", {"names": ", ".join(taken)}
         )
     return values
+
+
+def _text_tower(value: str) -> str:
+    if value not in (OWN_TEXT_TOWER, TEACHERS_TEXT_TOWER) and not re.search(r"[:/]", value):
+        raise PydanticCustomError(
+            "text_tower", "a text tower should be own, teacher, or of a model as local-dir:PATH or NAME/TAG"
+        )
+    return value
 
 
 def _printable(value: str) -> str:
@@ -267,6 +277,7 @@ class Preset(NamedTuple):
     settings: Mapping[str, float] = MappingProxyType({})
 
 
+_OF_TEXT = tuple(loss.name for loss in LOSSES if loss.trains_text_only)
 _NOTHING = dict.fromkeys(LossWeights.model_fields, 0.0)
 PRESETS: dict[str, Preset] = {
     "paper-r1": Preset(
@@ -320,6 +331,11 @@ class DistillConfig(Config):
     lock: Literal["none", "image", "text"] = "none"
     """Freeze one tower as it was loaded by `pretrained`: neither its weights nor its statistics
     change, and it has no dropout."""
+    text_tower: Annotated[str, AfterValidator(_text_tower)] = OWN_TEXT_TOWER
+    """Whose text tower the student has. `own`: it trains one. `teacher`: it keeps the teacher's as it
+    is, and only its image tower learns, against the stored text embeddings. The student then fits an
+    index of the teacher's text embeddings. Embeddings made elsewhere do not name their teacher: give
+    a model as in evaluate.compare (`local-dir:path`, `hf-hub:org/name`, `name/tag`, `run:path`)."""
     alignment: Literal["native", "linear"] = "native"
     """How the student meets the teacher's space. `native`: its own projection has the teacher's
     width. `linear`: one more linear map per modality is learned."""
@@ -408,12 +424,16 @@ class DistillConfig(Config):
         if not isinstance(values, dict):
             return values
         settings = cast(dict[str, Any], values)
-        name = settings.get("weights")
+        name = settings.get("weights", {})
+        # Without a text tower that learns, what nobody asked for by its own name is left out.
+        of_text = {} if settings.get("text_tower", OWN_TEXT_TOWER) == OWN_TEXT_TOWER else dict.fromkeys(_OF_TEXT, 0.0)
+        if isinstance(name, dict):
+            return {**settings, "weights": {**of_text, **name}} if of_text else settings
         if not isinstance(name, str):
             return settings
         if name not in PRESETS:
             raise ValueError(f"weights: no preset named {name!r}; there are {', '.join(PRESETS)}")
-        return {**PRESETS[name].settings, **settings, "weights": PRESETS[name].weights}
+        return {**PRESETS[name].settings, **settings, "weights": {**PRESETS[name].weights, **of_text}}
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "DistillConfig":
@@ -424,6 +444,9 @@ class DistillConfig(Config):
                 f"batch_size: {self.batch_size}, but {', '.join(comparing)} compare the pairs of a batch with each"
                 " other: set at least 2"
             )
+
+        if self.keeps_text_tower:
+            self._fits_text_tower()
 
         # The schedule of the weights.
         for name, points in self.schedule.items():
@@ -457,6 +480,33 @@ class DistillConfig(Config):
                 "validation.patience: the last student is not the best one then; set validation.keep: best"
             )
         return self
+
+    @property
+    def keeps_text_tower(self) -> bool:
+        """Whether the text tower is the teacher's, and does not learn."""
+        return self.text_tower != OWN_TEXT_TOWER
+
+    @property
+    def trains_logit_scale(self) -> bool:
+        """Whether a loss reads the student's own factor from cosines to logits."""
+        reads = self.weights.any_reads
+        return (
+            reads("logit_scale")
+            or (reads("affinity_scale") and self.affinity_scale is None)
+            or (reads("instance_scale") and self.share_scale)
+        )
+
+    def _fits_text_tower(self) -> None:
+        where = f"text_tower: {self.text_tower}"
+        if training := [name for name in _OF_TEXT if getattr(self.weights, name) > 0]:
+            zeros = ", ".join(f"distill.weights.{name}: 0" for name in training)
+            raise ValueError(f"{where} learns nothing, but {', '.join(training)} would train it; set {zeros}")
+        if self.alignment != "native":
+            raise ValueError(
+                f"{where} is in the teacher's space, where the image tower has to be too; set alignment: native"
+            )
+        if self.lock != "none":
+            raise ValueError(f"{where} is kept as it is, and the image tower has to learn; set lock: none")
 
 
 class EvaluateConfig(Config):
@@ -599,7 +649,10 @@ class Recipe(Config):
     @property
     def uses_teacher_texts(self) -> bool:
         """Whether a loss reads the teacher's text embeddings while the student learns."""
-        return any(loss.reads_teacher_texts for loss in rows_of(self.distill.weights.switched_on))
+        settings, weights = self.distill, self.distill.weights
+        as_students = weights.any_reads("text") or weights.any_reads("aligned_text") or settings.validation.share > 0
+        read = any(loss.reads_teacher_texts for loss in rows_of(weights.switched_on))
+        return read or (settings.keeps_text_tower and as_students)
 
     def uses(self, stage: str) -> bool:
         """Whether this recipe has the stage: plain CLIP training has no embed, balance or cluster."""
@@ -617,6 +670,11 @@ class Recipe(Config):
     def _parts_fit(self) -> "Recipe":
         # Some loss must be on, and distillation needs a teacher.
         weights = self.distill.weights
+        if self.distill.keeps_text_tower and not self.has_teacher:
+            raise ValueError(
+                f"distill.text_tower: {self.distill.text_tower}, but embed.teacher: none, so there are no embeddings of"
+                " it to learn from; set distill.text_tower: own"
+            )
         if not self.has_teacher and (self.uses_clusters or self.uses_teacher_images or self.uses_teacher_texts):
             raise ValueError(
                 "embed.teacher: none, but distill.weights asks for distillation; set distill.weights: clip-only"

@@ -17,6 +17,7 @@ import torch
 from clip_cid import tasks
 from clip_cid.check import captions, estimates, likely_mistakes, misfits, rehearsal, trial
 from clip_cid.errors import ClipCidError, ConfigError, MissingExtraError
+from clip_cid.models.architectures import architecture, build_skeleton
 from clip_cid.models.costs import Costs, count_costs, count_parameters
 from clip_cid.models.device import resolve_device
 from clip_cid.pipeline import State
@@ -48,6 +49,8 @@ class Report:
     sights: captions.Sights
     parameters: dict[str, int]
     student: Costs | None
+    own_towers: Costs | None
+    """Of the student with a text tower of its own, if it keeps the teacher's."""
     teacher: trial.TeacherFacts | None
     reading: rehearsal.Reading
     rehearsal: rehearsal.Rehearsal
@@ -160,6 +163,7 @@ def _measure(
         sights=sights,
         parameters={**count_parameters(clip.model), "head": in_head},
         student=student,
+        own_towers=_own_towers(recipe, width),
         teacher=teacher,
         reading=reading,
         rehearsal=rehearsed,
@@ -228,6 +232,11 @@ def _unchecked(recipe: Recipe, missing: list[State], teacher: trial.TeacherFacts
         unchecked.append(f"embed.existing: the rows of {recipe.embed.existing} were not read; the embed stage does")
     elif EMBED in names and teacher is not None:
         unchecked.append(f"whether the weights of {teacher.name} load (they are neither read nor fetched)")
+    if EMBED in names and recipe.distill.keeps_text_tower:
+        unchecked.append(
+            "distill.text_tower: the teacher's was not read, and the student's own stood in for it (in memory and on"
+            " the disk)"
+        )
     if names:
         unchecked.append(
             f"what {', '.join(names)} will leave: how many pairs stay, the join, the captions the teacher has read"
@@ -235,6 +244,15 @@ def _unchecked(recipe: Recipe, missing: list[State], teacher: trial.TeacherFacts
     if recipe.distill.validation.measures:
         unchecked.append("the time of the measurements on the way (distill.validation)")
     return unchecked
+
+
+def _own_towers(recipe: Recipe, width: int) -> Costs | None:
+    if not recipe.distill.keeps_text_tower:
+        return None
+    model_cfg = {**architecture(recipe.distill.student)[0], "embed_dim": width}
+    skeleton = build_skeleton(model_cfg)
+    length = model_cfg["text_cfg"].get("context_length", 77)
+    return None if skeleton is None else count_costs(skeleton, context_length=length)
 
 
 def _bytes_before(recipe: Recipe, missing: list[State], pairs: int, width: int) -> int:

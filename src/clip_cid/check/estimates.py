@@ -87,8 +87,11 @@ def chance_levels(
     """
     crossed = math.log(settings.batch_size)
     levels: dict[str, float] = {"clip": crossed, "instance_image": crossed, "instance_text": crossed, "icl": crossed}
-    levels["feature"] = 4 / width  # squared distance 2 of unit vectors at a right angle, for each of two towers
+    towers = 1 if settings.keeps_text_tower else 2
+    levels["feature"] = 2 * towers / width  # squared distance 2 of unit vectors at a right angle, for each tower
     levels |= {"cosine_image": 1.0, "cosine_text": 1.0}
+    if settings.keeps_text_tower:
+        del levels["icl"]  # half of it is the teacher's own
     if logit_bias is not None:
         levels["siglip"] = _softplus(-logit_bias) + (settings.batch_size - 1) * _softplus(logit_bias)
     if num_centers is not None and in_step is not None:

@@ -3,11 +3,12 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from clip_cid.data.balance.kept_file import read_kept_elsewhere
-from clip_cid.data.embeddings.files import STORE_FILE
+from clip_cid.data.embeddings.files import STORE_FILE, read_info
 from clip_cid.data.embeddings.layouts import find_embeddings
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.npy_files import read_npy
@@ -17,12 +18,14 @@ from clip_cid.data.sets.evaluation_sets import MissingSetError, open_set
 from clip_cid.errors import ClipCidError, ConfigError, DataError
 from clip_cid.method.balance.semantic_balance import BalanceRule
 from clip_cid.models.loading import known_architecture
+from clip_cid.models.teacher import teacher_reference
 from clip_cid.pipeline import State
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import BALANCE, CLUSTER, EMBED
 from clip_cid.training.assemble import count_steps, largest_epoch
 from clip_cid.training.join import plain_pairs, read_kept
+from clip_cid.training.kept_texts import text_tower_reference
 from clip_cid.training.optimizer import refuse_long_warmup
 
 
@@ -56,6 +59,9 @@ def find_misfits(folder: RunFolder, recipe: Recipe, missing: Sequence[State]) ->
     if images is not None and EMBED in names:
         with _noted(found):
             _check_texts(recipe, images)
+    if EMBED in names:
+        with _noted(found):
+            _check_text_tower(recipe)
     if images is not None and BALANCE in names:
         with _noted(found):
             _check_balance(folder, recipe, images, embedded=EMBED not in names)
@@ -129,6 +135,18 @@ def _check_texts(recipe: Recipe, images: _Images) -> None:
             f"distill.weights: a loss reads the teacher's texts, but {recipe.embed.existing} has images only.",
             fix="Give embeddings of the captions too, or set the weights of those losses to 0.",
         )
+
+
+def _check_text_tower(recipe: Recipe) -> None:
+    """The teacher whose text tower is kept is named, and its architecture is known."""
+    if not (recipe.distill.keeps_text_tower and recipe.has_teacher):
+        return
+    existing = recipe.embed.existing
+    if existing is None:
+        teacher: dict[str, Any] = {"reference": teacher_reference(recipe.embed), "model_cfg": None}
+    else:
+        teacher = read_info(existing).teacher if (existing / STORE_FILE).is_file() else {"reference": str(existing)}
+    known_architecture(text_tower_reference(recipe.distill, teacher))
 
 
 def _check_balance(folder: RunFolder, recipe: Recipe, images: _Images, *, embedded: bool) -> None:

@@ -77,10 +77,18 @@ def _student(report: Report) -> Iterator[Row]:
         return
     yield "FLOPs of a pair, forward", _flops(report.student.forward), f"{_COUNTED}; both towers, no losses"
     rows = len(report.reading.batch.rows)
-    again = estimates.forward_passes(report.recipe, rows) - 1
-    whole = report.student.training + again * report.student.forward
-    how = f"{_ARITHMETIC}: {3 + again} x forward" + (", with what is computed again" if again else "")
-    yield "FLOPs of a pair in a step", _flops(whole), how
+    passes = estimates.forward_passes(report.recipe, rows)
+    kept = report.recipe.distill.keeps_text_tower
+    whole = report.student.in_step(passes=passes, reads_texts=not kept)
+    how = f"{_ARITHMETIC}: {2 + passes} x forward" + (" of the image tower" if kept else "")
+    yield "FLOPs of a pair in a step", _flops(whole), how + (", with what is computed again" if passes > 1 else "")
+    if kept and report.own_towers is not None:
+        of_both = report.own_towers.in_step(passes=passes, reads_texts=True)
+        yield (
+            "saved by distill.text_tower",
+            units.percent(1 - whole / of_both, 0),
+            f"{_ARITHMETIC}: of a step with its own",
+        )
 
 
 def _losses(report: Report) -> Iterator[Row]:

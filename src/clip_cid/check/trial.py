@@ -140,7 +140,7 @@ def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ran
     pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
     inputs = Inputs(*split_off(plain_pairs(pairs), recipe.distill, ranks))
     steps = count_steps(recipe.distill, largest_epoch(recipe, len(inputs.pairs)))
-    clip = make_student(recipe.distill, teacher.width, recipe.machine)
+    clip = make_student(recipe.distill, teacher.width, recipe.machine)  # its own text tower stands in for a teacher's
     teacher_dim = teacher.width or clip.dim
     if recipe.uses_clusters:
         inputs = dataclasses.replace(inputs, centers=_random_centers(recipe, teacher_dim))

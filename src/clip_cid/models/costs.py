@@ -30,6 +30,15 @@ class Costs:
         """FLOPs of a pair forward and backward, nothing computed twice."""
         return (1 + _BACKWARD) * self.forward
 
+    def in_step(self, *, passes: int, reads_texts: bool) -> int:
+        """FLOPs of a pair in a step.
+
+        Args:
+            passes: Forward passes, those that are computed again included.
+            reads_texts: Whether the captions go through the text tower too.
+        """
+        return (passes + _BACKWARD) * (self.forward if reads_texts else self.image_flops)
+
 
 def count_parameters(student: torch.nn.Module) -> dict[str, int]:
     """Numbers in the image tower, and in everything else, which is the text's."""

@@ -24,7 +24,7 @@ from clip_cid.evaluation.scores import (
 )
 from clip_cid.models.public_names import PublicWords, public_name, public_provenance
 from clip_cid.models.references import CONFIG_FILE
-from clip_cid.recipe import as_yaml
+from clip_cid.recipe import OWN_TEXT_TOWER, as_yaml
 from clip_cid.run_folder import RunFolder, StageRecord, read_json
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, EMBED, EVALUATE
 from clip_cid.summaries import BalanceSummary, ClusterSummary, DistillSummary, EmbedSummary, read_summary
@@ -166,6 +166,8 @@ def _model(config: dict[str, Any], provenance: dict[str, Any], distill: DistillS
         ("image size", " x ".join(map(str, size if isinstance(size, list) else [size, size]))),
         ("context length", f"{config['model_cfg']['text_cfg'].get('context_length', 77)} tokens"),
     ]
+    if provenance["recipe"]["distill"].get("text_tower", OWN_TEXT_TOWER) != OWN_TEXT_TOWER:
+        rows.append(("text tower", "the teacher's, as it was; only the image tower was trained"))
     if teacher is None:
         return [*rows, ("teacher", "none")]
     digest = teacher.get("weights_sha256", "not recorded")

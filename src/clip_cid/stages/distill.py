@@ -59,7 +59,8 @@ def _export(
     """Export the student with its final weights, in a plain model without ranks."""
     store = training.inputs.store
     machine = recipe.machine.model_copy(update={"grad_checkpointing": False})
-    clip = make_student(recipe.distill, store.dim if store is not None else None, machine)
+    teacher_dim = store.dim if store is not None else None
+    clip = make_student(recipe.distill, teacher_dim, machine, text_tower=training.text_tower)
     clip.model.load_state_dict(student)
     clip.model.eval()
 

@@ -81,6 +81,8 @@ def _outside_distill(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
         outside["distill.student"] = reader.file(Path(settings.student))
     if pretrained := settings.pretrained:
         outside["distill.pretrained"] = reader.model(pretrained, _weights_to_start_from(pretrained))
+    if is_of_files(settings.text_tower):
+        outside["distill.text_tower"] = _model(reader, settings.text_tower)
     if settings.validation.keep == "best":
         for name, where in settings.validation.sets.items():
             outside[f"distill.validation.sets.{name}"] = reader.set(where, trained=False)

@@ -27,6 +27,7 @@ from clip_cid.method.distill.objective import Objective
 from clip_cid.models.clip import Clip, train_transform, use_grad_checkpointing
 from clip_cid.models.student import build_student
 from clip_cid.models.teacher import weights_sha256
+from clip_cid.models.text_tower import TextTower
 from clip_cid.recipe import DistillConfig, MachineConfig, Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import EMBED
@@ -34,6 +35,7 @@ from clip_cid.training.bank import Bank, log_perplexities
 from clip_cid.training.batch_order import epoch_size
 from clip_cid.training.batches import Batches, PairDataset, TrainingPairs
 from clip_cid.training.join import distilled_pairs, plain_pairs, read_centers
+from clip_cid.training.kept_texts import compare_with_stored, open_text_tower
 from clip_cid.training.loop import Plan, Trainer
 from clip_cid.training.model import Distillation
 from clip_cid.training.ranks.distributed import Ranks
@@ -74,6 +76,8 @@ class Training:
     """The student."""
     sharpness: Sharpness
     trainer: Trainer
+    text_tower: TextTower | None = None
+    """The teacher's that the student keeps, without its weights, which the student has."""
 
 
 def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, *, soft_centers: bool = True) -> Training:
@@ -95,8 +99,13 @@ def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, *, soft_
     # Before the student is built, which takes longer.
     steps = count_steps(recipe.distill, inputs.pairs.epoch_size(recipe.distill.per_cluster))
     teacher_dim = inputs.store.dim if inputs.store is not None else None
-    clip = make_student(recipe.distill, teacher_dim, recipe.machine)
-    return assemble(inputs, clip, teacher_dim, out, recipe, ranks, steps=steps, soft_centers=soft_centers)
+    tower = open_text_tower(recipe.distill, inputs.store)
+    clip = make_student(recipe.distill, teacher_dim, recipe.machine, text_tower=tower)
+    if tower is not None:
+        compare_with_stored(clip, inputs.pairs)
+        tower = tower.without_weights()
+    training = assemble(inputs, clip, teacher_dim, out, recipe, ranks, steps=steps, soft_centers=soft_centers)
+    return dataclasses.replace(training, text_tower=tower)
 
 
 def read_inputs(folder: RunFolder, recipe: Recipe, ranks: Ranks) -> Inputs:
@@ -224,8 +233,17 @@ def largest_epoch(recipe: Recipe, num_pairs: int) -> int:
     return min(num_pairs, per_cluster * centers)
 
 
-def make_student(settings: DistillConfig, teacher_dim: int | None, machine: MachineConfig) -> Clip:
-    """The student, on the CPU; as wide as the teacher if it is compared without a map."""
+def make_student(
+    settings: DistillConfig, teacher_dim: int | None, machine: MachineConfig, *, text_tower: TextTower | None = None
+) -> Clip:
+    """The student, on the CPU; as wide as the teacher if it is compared without a map.
+
+    Args:
+        settings: Of the training.
+        teacher_dim: None without a teacher.
+        machine: Whether activations are computed again.
+        text_tower: Of the teacher, which the student keeps.
+    """
     width = teacher_dim if settings.alignment == "native" else None
     clip = build_student(
         settings.student,
@@ -233,6 +251,8 @@ def make_student(settings: DistillConfig, teacher_dim: int | None, machine: Mach
         pretrained=settings.pretrained,
         seed=settings.seed,
         with_bias=settings.weights.any_reads("logit_bias"),
+        text_tower=text_tower,
+        own_scale=settings.trains_logit_scale,
     )
 
     if settings.lock != "none" and settings.pretrained is None:
@@ -280,6 +300,7 @@ def make_objective(
             affinity_scale=settings.affinity_scale,
             bank_scale=settings.bank_scale,
             share_scale=settings.share_scale,
+            stored_texts=settings.keeps_text_tower,
         )
 
 

@@ -31,7 +31,7 @@ class Distillation(nn.Module):
         super().__init__()
         self.student: Any = student  # open_clip's models share an interface, but no base class that declares it
         self.objective = objective
-        self._locked = _tower(student, lock)
+        self._locked = _tower(student, "text" if objective.stored_texts else lock)
         for part in self._locked:
             part.requires_grad_(False)
 
@@ -42,14 +42,17 @@ class Distillation(nn.Module):
         *,
         precision: torch.dtype,
     ) -> Outputs:
-        """See `Objective.forward`; without images or without texts, what is left."""
+        """See `Objective.forward`; without images or without texts, what is left.
+
+        Texts of pairs are not encoded where their embeddings are stored.
+        """
         device = next(self.student.parameters()).device.type
         outputs: Outputs = {}
 
         with torch.autocast(device, dtype=precision, enabled=precision != torch.float32):
             if images is not None:
                 outputs["image"] = self.student.encode_image(images)
-            if texts is not None:
+            if texts is not None and not (images is not None and self.objective.stored_texts):
                 outputs["text"] = self.student.encode_text(texts)
         outputs = {name: F.normalize(at_least_float32(rows), dim=-1) for name, rows in outputs.items()}
 
@@ -68,7 +71,8 @@ class Distillation(nn.Module):
     @torch.no_grad()
     def clamp_scales(self) -> None:
         """Keep the student's factor between 1 and 100, as CLIP does; the objective clamps its own."""
-        self.student.logit_scale.clamp_(0, math.log(LARGEST_SCALE))
+        if self.student.logit_scale.requires_grad:  # a teacher's may be larger
+            self.student.logit_scale.clamp_(0, math.log(LARGEST_SCALE))
         self.objective.clamp_scale()
 
 

@@ -118,8 +118,9 @@ class Validation:
             losses = distillation.objective(outputs, batch.targets, gather=self.ranks.gather, generator=generator)
             total = weighted_sum(losses, self.weights).item()
             parts.append({**{f"loss/{name}": part.item() for name, part in losses.items()}, "loss": total})
+            stored = {} if batch.teacher_text is None else {"text": batch.teacher_text}
             for name, into in (("image", images), ("text", texts)):
-                into.append(self.ranks.gather(outputs[name]).all.float().cpu().numpy())
+                into.append(self.ranks.gather({**stored, **outputs}[name]).all.float().cpu().numpy())
 
         mean = self.ranks.mean({name: float(np.mean([part[name] for part in parts])) for name in parts[0]})
         recalls = _recalls(np.concatenate(images), np.concatenate(texts))

@@ -68,6 +68,8 @@ class Objective(nn.Module):
         bank_scale: S of the losses against the bank.
         share_scale: Whether the losses that cross the modalities use the student's `logit_scale` instead of one of
             their own.
+        stored_texts: Whether the student's text tower is the teacher's, so that its text embeddings are the stored
+            ones; `L_clip` is then that of locked-text tuning. `text_tower` in docs/method.md.
 
     Raises:
         ValueError: There are no losses, one is unknown, or what a loss reads is missing or of another width.
@@ -91,6 +93,7 @@ class Objective(nn.Module):
         affinity_scale: float | None = None,
         bank_scale: float = 16.0,
         share_scale: bool = False,
+        stored_texts: bool = False,
     ) -> None:
         super().__init__()
         self.losses = rows_of(losses)
@@ -99,6 +102,9 @@ class Objective(nn.Module):
         self._functions = {loss.name: loss.resolve() for loss in self.losses if "clusters" not in loss.reads}
         self.sample_rate, self.logq, self.temperature = sample_rate, logq, temperature
         self.teacher_scale, self.affinity_scale, self.bank_scale = teacher_scale, affinity_scale, bank_scale
+        self.stored_texts = stored_texts
+        if stored_texts and (alignment != "native" or any(loss.trains_text_only for loss in self.losses)):
+            raise ValueError("stored_texts needs alignment native and no loss that trains the text tower alone")
         self._last: dict[str, Tensor] = {}
 
         # The maps into the teacher's space.
@@ -160,7 +166,7 @@ class Objective(nn.Module):
         Over ranks a loss is this rank's share: the mean over the ranks is the loss of the whole batch.
 
         Args:
-            outputs: The student's `image` and `text`, unit rows; its `logit_scale`, `exp` already taken; `logit_bias`
+            outputs: The student's `image` and (unless they are stored) `text`, unit rows; its `logit_scale`, `exp` already taken; `logit_bias`
                 if it has one; and what `read` returned for these.
             targets: For the same rows.
             gather: From a rank's rows to those of all ranks; its gradient is the sum over the ranks.
@@ -170,7 +176,15 @@ class Objective(nn.Module):
             ValueError: What a loss reads is missing.
         """
         with autocast_off(outputs["image"]):
-            batch = _Batch(outputs, targets, gather, self.affinity_scale, self.teacher_scale, self.bank_scale)
+            batch = _Batch(
+                outputs,
+                targets,
+                gather,
+                self.affinity_scale,
+                self.teacher_scale,
+                self.bank_scale,
+                self.stored_texts,
+            )
             self._last = {"mean_image_norm": torch.linalg.vector_norm(batch.image.all.detach().mean(dim=0))}
 
             # One pass over the centers gives all losses of the clusters. It comes first: the order in which losses are
@@ -248,6 +262,7 @@ class _Batch:
     fixed_affinity_scale: float | None
     fixed_teacher_scale: float
     fixed_bank_scale: float
+    stored_texts: bool
 
     @cached_property
     def image(self) -> Side:
@@ -255,7 +270,7 @@ class _Batch:
 
     @cached_property
     def text(self) -> Side:
-        return self.gather(at_least_float32(self.outputs["text"]))
+        return self.teacher_text if self.stored_texts else self.gather(at_least_float32(self.outputs["text"]))
 
     @cached_property
     def aligned_image(self) -> Side:

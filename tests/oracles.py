@@ -150,6 +150,30 @@ def kl(teacher_logits: np.ndarray, student_logits: np.ndarray, temperature: floa
     return float(np.mean([math.fsum(np.exp(a) * (a - b)) for a, b in zip(p, q, strict=True)]))
 
 
+def several_labels_dense(
+    student: torch.Tensor,
+    centers: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    scale: float,
+    ignore_near: float | None = None,
+    log_inclusion: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """L_cls of several labels a row, each label with each negative; autograd gives the gradients of both sides."""
+    student, centers = student.double(), centers.double()
+    shift = torch.zeros(len(centers), dtype=torch.float64) if log_inclusion is None else log_inclusion.double()
+    losses = []
+    for row, own in zip(student, labels.tolist(), strict=True):
+        logits = scale * centers @ row - shift
+        near = torch.zeros(len(centers), dtype=torch.bool)
+        if ignore_near is not None:
+            near = (centers @ centers[own].T > ignore_near).any(dim=1)
+        negatives = [column for column in range(len(centers)) if column not in own and not near[column]]
+        differences = [logits[negative] - logits[positive] for negative in negatives for positive in own]
+        losses.append(torch.logsumexp(torch.stack([torch.zeros((), dtype=torch.float64), *differences]), dim=0))
+    return torch.stack(losses).mean()
+
+
 def cluster_losses_dense(
     student: torch.Tensor,
     centers: torch.Tensor,

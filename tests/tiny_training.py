@@ -37,6 +37,7 @@ EVERY_PART: dict[str, dict[str, Any]] = {
     "the paper's, a head that learns": {"head_lr": 1e-3, "sample_rate": 1.0},
     "the paper's, mapped": {"alignment": "linear"},
     "the paper's, one scale": {"share_scale": True},
+    "several labels": {"labels": 3, "ignore_near": 0.3},
     "CLIP's": {"weights": "clip-only"},
     "SigLIP's": {"weights": "siglip-only"},
     "open_clip's distillation": {"weights": "open-clip"},
@@ -227,6 +228,7 @@ def make_model(settings: DistillConfig, *, patch_dropout: float = 0.0, ranks: Ra
         train_head=settings.head_lr > 0,
         sample_rate=settings.sample_rate,
         logq=settings.logq,
+        ignore_near=settings.ignore_near,
         affinity_scale=settings.affinity_scale,
         bank_scale=settings.bank_scale,
         share_scale=settings.share_scale,
@@ -235,6 +237,13 @@ def make_model(settings: DistillConfig, *, patch_dropout: float = 0.0, ranks: Ra
     bias = settings.weights.any_reads("logit_bias")
     student = make_student(seed=settings.seed, patch_dropout=patch_dropout, with_bias=bias)
     return Distillation(student, objective, lock=settings.lock)
+
+
+def with_labels(batch: Batch, settings: DistillConfig) -> Batch:
+    """With as many labels an image as the settings ask for."""
+    if settings.labels == 1 or batch.labels is None:
+        return batch
+    return dataclasses.replace(batch, labels=(batch.labels[:, None] + torch.arange(settings.labels)) % CENTERS)
 
 
 def exact(batch: Batch) -> Batch:

@@ -385,6 +385,12 @@ class DistillConfig(Config):
     logq: Literal["none", "kl", "both"] = "kl"
     """Which of the two cluster losses corrects for the sampling of negatives (docs/decisions.md,
     D6)."""
+    labels: PositiveInt = 1
+    """How many clusters an image belongs to in `L_cls`: its own, and the next nearest centers. Above 1
+    they are found before the first step, in one pass over all images (arXiv 2407.17331)."""
+    ignore_near: Annotated[float, Field(gt=0, le=1)] | None = None
+    """In `L_cls`: a center whose cosine to one of an image's own centers is above this is no negative
+    for it. When absent: all other centers are negatives."""
     temperature: PositiveFloat = 1.0
     """tau: softens both distributions of `L_kl`."""
     bank_size: Annotated[int, Field(ge=2)] = 16_384
@@ -642,6 +648,11 @@ class Recipe(Config):
         return self.uses_clusters or self.distill.per_cluster is not None
 
     @property
+    def uses_several_labels(self) -> bool:
+        """Whether the training first finds more labels of each image than its cluster."""
+        return self.distill.weights.cluster_cls > 0 and self.distill.labels > 1
+
+    @property
     def uses_teacher_images(self) -> bool:
         """Whether a loss reads the teacher's image embeddings while the student learns."""
         return self.distill.weights.any_reads("teacher_image")
@@ -685,6 +696,13 @@ class Recipe(Config):
             )
         if not weights.switched_on:
             raise ValueError("distill.weights: all are 0, so there is nothing to learn")
+
+        # An image has at most as many labels as there are clusters.
+        clusters, labels = self.cluster, self.distill.labels
+        if self.uses_several_labels and clusters.existing is None and labels > clusters.num_centers:
+            raise ValueError(
+                f"distill.labels: {labels:,} labels for an image, but cluster.num_centers is {clusters.num_centers:,}"
+            )
 
         # Names that must refer to another setting.
         if self.draw.images_of is not None and self.draw.images_of not in self.evaluate.sets:

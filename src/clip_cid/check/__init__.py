@@ -59,6 +59,8 @@ class Report:
     duration: estimates.Duration
     soft_seconds: float | None
     """Seconds for all pairs, before the first step; None if the training uses no soft centers."""
+    label_seconds: float | None
+    """Likewise for several labels an image."""
     waiting_bytes: int
     """Bytes of the batches that the workers hold ready."""
     disk: estimates.Disk
@@ -135,7 +137,7 @@ def _measure(
     with contextlib.closing(to_try) as batches:
         reading = rehearsal.read_batches(batches, workers=machine.workers)
         student = count_costs(clip.model, context_length=reading.batch.texts.shape[1])
-        batch, soft_seconds = _with_targets(reading.batch, recipe, tried)
+        batch, label_seconds, soft_seconds = _with_targets(reading.batch, recipe, tried)
         rehearsed = rehearsal.rehearse(trainer, batch, beside=batches if machine.workers else iter(()))
 
     # Estimate what follows from that.
@@ -147,6 +149,7 @@ def _measure(
         trainer,
         before=_bytes_before(recipe, missing, pairs, width),
         soft_rows=0 if soft_seconds is None else pairs,
+        labels=0 if label_seconds is None else pairs * recipe.distill.labels,
         width=width,
         free=shutil.disk_usage(_existing_parent(folder.path)).free,
     )
@@ -171,6 +174,7 @@ def _measure(
         chance=_chance(recipe, tried, rehearsed, width),
         duration=duration,
         soft_seconds=None if soft_seconds is None else soft_seconds * pairs,
+        label_seconds=None if label_seconds is None else label_seconds * pairs,
         waiting_bytes=_AHEAD * machine.workers * _bytes_of(batch.images, batch.texts),
         disk=disk,
         teacher_dim=tried.teacher_dim,
@@ -181,14 +185,18 @@ def _measure(
     return dataclasses.replace(report, warnings=_warnings(report, folder, tried))
 
 
-def _with_targets(batch: Batch, recipe: Recipe, tried: trial.Tried) -> tuple[Batch, float | None]:
-    """The batch as the losses read it, and the seconds a pair's soft centers took (if it has any)."""
+def _with_targets(batch: Batch, recipe: Recipe, tried: trial.Tried) -> tuple[Batch, float | None, float | None]:
+    """The batch as the losses read it, and the seconds a pair's labels and soft centers took (if it has any)."""
     if tried.invented:
         batch = trial.add_random_targets(batch, recipe, tried.teacher_dim or tried.training.clip.dim)
-    if not (recipe.uses_clusters and uses_soft_centers(recipe.distill)):
-        return batch, None
-    batch, seconds = rehearsal.soften(batch, tried.trainer)
-    return batch, seconds / len(batch.rows)
+    labelled = softened = None
+    if recipe.uses_several_labels:
+        batch, seconds = rehearsal.label(batch, tried.trainer, recipe.distill.labels)
+        labelled = seconds / len(batch.rows)
+    if recipe.uses_clusters and uses_soft_centers(recipe.distill):
+        batch, seconds = rehearsal.soften(batch, tried.trainer)
+        softened = seconds / len(batch.rows)
+    return batch, labelled, softened
 
 
 def _warnings(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str]:

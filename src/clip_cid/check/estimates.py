@@ -8,7 +8,7 @@ from clip_cid.training import room
 from clip_cid.training.loop import Trainer
 
 _METRICS_LINE = 1000  # bytes, at most
-_HALF, _SINGLE = 2, 4  # bytes of a number
+_HALF, _SINGLE, _LABEL = 2, 4, 4  # bytes of a number
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Disk:
     """Bytes of the checkpoints kept, of the one being written, and of the best student if it is kept."""
     student: int
     soft_centers: int
+    labels: int
     metrics: int
     before: int
     """Bytes of the results of the stages before the training that have not run."""
@@ -54,7 +55,7 @@ class Disk:
 
     @property
     def needed(self) -> int:
-        return self.checkpoints + self.student + self.soft_centers + self.metrics + self.before
+        return self.checkpoints + self.student + self.soft_centers + self.labels + self.metrics + self.before
 
 
 def forward_passes(recipe: Recipe, rows: int) -> int:
@@ -95,19 +96,23 @@ def chance_levels(
     if logit_bias is not None:
         levels["siglip"] = _softplus(-logit_bias) + (settings.batch_size - 1) * _softplus(logit_bias)
     if num_centers is not None and in_step is not None:
-        levels["cluster_cls"] = math.log(num_centers if settings.logq == "both" else in_step)
+        # Each label against all negatives; how many of these `ignore_near` leaves out is not known.
+        if settings.ignore_near is None:
+            centers, labels = num_centers if settings.logq == "both" else in_step, settings.labels
+            levels["cluster_cls"] = math.log(1 + labels * (centers - labels))
         if perplexity is not None and (settings.logq != "none" or in_step == num_centers):
             levels["cluster_kl"] = math.log(num_centers / perplexity)
     return {name: level for name, level in levels.items() if getattr(settings.weights, name) > 0}
 
 
-def estimate_disk(trainer: Trainer, *, before: int, soft_rows: int, width: int, free: int) -> Disk:
+def estimate_disk(trainer: Trainer, *, before: int, soft_rows: int, labels: int, width: int, free: int) -> Disk:
     """How much room the run takes.
 
     Args:
         trainer: Of the training.
         before: Bytes of the stages that have not run.
         soft_rows: Pairs whose soft centers are kept while it trains.
+        labels: How many labels of images are.
         width: Of the teacher's vectors.
         free: Bytes.
     """
@@ -117,6 +122,7 @@ def estimate_disk(trainer: Trainer, *, before: int, soft_rows: int, width: int, 
         checkpoints=room.checkpoints_bytes(trainer.model, trainer.settings, trainer.machine),
         student=room.student_bytes(trainer.model),
         soft_centers=soft_rows * (_SINGLE * width + 8),
+        labels=labels * _LABEL,
         metrics=lines * _METRICS_LINE,
         before=before,
         free=free,

@@ -114,6 +114,8 @@ def _time(report: Report) -> Iterator[Row]:
     yield "waiting for data", units.percent(duration.wait_share, 0), f"{_ARITHMETIC}: {overlap}"
     yield "steps", f"{most}{duration.steps:,}", _ARITHMETIC
     yield "pairs seen", f"{most}{duration.steps * batch:,}", f"{_ARITHMETIC}: steps x {batch:,}"
+    if report.label_seconds is not None:
+        yield "labels, once", units.duration(report.label_seconds), f"{_ARITHMETIC}, from those of a batch"
     if report.soft_seconds is not None:
         yield "soft centers, once", units.duration(report.soft_seconds), f"{_ARITHMETIC}, from those of a batch"
     hours = f"{duration.seconds / 3600:,.2f} h ({units.duration(duration.seconds)})"
@@ -136,6 +138,8 @@ def _disk(report: Report) -> Iterator[Row]:
     best = " and the best student" if report.recipe.distill.validation.keep == "best" else ""
     if disk.before:
         yield "stages before", units.size(disk.before), f"{_ARITHMETIC}: embeddings (one caption a pair), centers"
+    if disk.labels:
+        yield "labels, while it trains", units.size(disk.labels), _ARITHMETIC
     if disk.soft_centers:
         yield "soft centers, while it trains", units.size(disk.soft_centers), _ARITHMETIC
     yield "a checkpoint", units.size(disk.checkpoint), f"{_ARITHMETIC}: weights and the optimizer's state"

@@ -12,6 +12,7 @@ import torch
 
 from clip_cid import tasks, units
 from clip_cid.errors import RunError
+from clip_cid.method.distill.cluster_distillation import nearest_labels
 from clip_cid.method.distill.fused_cluster_loss import soft_centers
 from clip_cid.training.batches import Batch, Batches
 from clip_cid.training.loop import Trainer
@@ -97,6 +98,22 @@ def soften(batch: Batch, trainer: Trainer) -> tuple[Batch, float]:
     softened = soft_centers(teacher, centers, scale=objective.head.scale, temperature=objective.temperature)
     _finish_work(device)
     return dataclasses.replace(batch, soft_centers=softened), time.monotonic() - started
+
+
+def label(batch: Batch, trainer: Trainer, count: int) -> tuple[Batch, float]:
+    """The batch with several labels an image, and how many seconds they took.
+
+    A training computes them before its first step.
+    """
+    head = trainer.model.objective.head
+    assert head is not None
+    assert batch.teacher_image is not None
+    assert batch.labels is not None
+    device = trainer.ranks.device
+    started = time.monotonic()
+    labels = nearest_labels(batch.teacher_image.to(device), head.weight.detach(), batch.labels.to(device), count)
+    _finish_work(device)
+    return dataclasses.replace(batch, labels=labels), time.monotonic() - started
 
 
 def rehearse(trainer: Trainer, batch: Batch, beside: Iterator[Batch]) -> Rehearsal:

@@ -124,7 +124,7 @@ def from_the_run(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks) -> 
     Raises:
         ClipCidError: As `assemble.prepare`.
     """
-    training = prepare(folder, out, recipe, ranks, soft_centers=False)
+    training = prepare(folder, out, recipe, ranks, first_pass=False)
     store = training.inputs.store
     return Tried(training, invented=False, teacher_dim=store.dim if store is not None else None)
 
@@ -145,14 +145,14 @@ def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ran
     if recipe.uses_clusters:
         inputs = dataclasses.replace(inputs, centers=_random_centers(recipe, teacher_dim))
     recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"per_cluster": None})})
-    training = assemble(inputs, clip, teacher_dim, out, recipe, ranks, steps=steps, soft_centers=False)
+    training = assemble(inputs, clip, teacher_dim, out, recipe, ranks, steps=steps, first_pass=False)
     return Tried(training, invented=True, teacher_dim=teacher_dim)
 
 
 def add_random_targets(batch: Batch, recipe: Recipe, dim: int) -> Batch:
     """The batch with all that the losses read of a teacher and a clustering."""
     rows, generator = len(batch.rows), np.random.default_rng(0)
-    if recipe.uses_teacher_images:
+    if recipe.uses_teacher_images or recipe.uses_several_labels:
         batch = dataclasses.replace(batch, teacher_image=torch.from_numpy(_unit_rows(rows, dim, generator)))
     if recipe.uses_teacher_texts:
         batch = dataclasses.replace(batch, teacher_text=torch.from_numpy(_unit_rows(rows, dim, generator)))

@@ -16,7 +16,7 @@ from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder, read_json, write_json
 from clip_cid.stage_names import DISTILL
 from clip_cid.summaries import DistillSummary, read_summary
-from clip_cid.training.assemble import SOFT_CENTERS, Training, make_student, prepare, refuse_without_float64
+from clip_cid.training.assemble import LABELS, SOFT_CENTERS, Training, make_student, prepare, refuse_without_float64
 from clip_cid.training.loop import CHECKPOINTS
 from clip_cid.training.ranks.distributed import join_ranks
 
@@ -76,7 +76,8 @@ def _finish(folder: RunFolder, out: Path) -> DistillSummary:
     """Remove the checkpoints; only after the export is complete, so that no kill can lose the training."""
     if (out / CHECKPOINTS).exists():
         shutil.rmtree(out / CHECKPOINTS)
-    shutil.rmtree(out / SOFT_CENTERS, ignore_errors=True)
+    for first_pass in (SOFT_CENTERS, LABELS):
+        shutil.rmtree(out / first_pass, ignore_errors=True)
     log.info(usage(folder.path / DISTILL / "student"))
     return read_summary(DistillSummary, read_json(out / _DONE))
 

@@ -43,15 +43,17 @@ from clip_cid.training.ranks.parallel import with_joint_statistics
 from clip_cid.training.soft_targets import (
     USUAL_SCALE,
     Sharpness,
+    measure_near_centers,
     measure_sharpness,
+    several_labels,
     teacher_scale,
     uses_soft_centers,
     with_soft_centers,
 )
 from clip_cid.training.validation import HeldOut, Validation, hold_out
 
-SOFT_CENTERS = "soft_centers"
-"""The folder of these, beside the checkpoints."""
+SOFT_CENTERS, LABELS = "soft_centers", "labels"
+"""The folders of these, beside the checkpoints: what was computed of all images before the first step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Training:
     """The teacher's that the student keeps, without its weights, which the student has."""
 
 
-def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, *, soft_centers: bool = True) -> Training:
+def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, *, first_pass: bool = True) -> Training:
     """The training of a run; nothing has been learned yet.
 
     Args:
@@ -88,7 +90,7 @@ def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, *, soft_
         out: Where the training works.
         recipe: The settings.
         ranks: Who trains together.
-        soft_centers: Whether to compute these now, if the training uses them: it takes a pass over all images.
+        first_pass: Whether to compute now what the training needs of all images: soft centers and several labels.
 
     Raises:
         ConfigError: Settings do not fit each other or the data.
@@ -104,7 +106,7 @@ def prepare(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ranks, *, soft_
     if tower is not None:
         compare_with_stored(clip, inputs.pairs)
         tower = tower.without_weights()
-    training = assemble(inputs, clip, teacher_dim, out, recipe, ranks, steps=steps, soft_centers=soft_centers)
+    training = assemble(inputs, clip, teacher_dim, out, recipe, ranks, steps=steps, first_pass=first_pass)
     return dataclasses.replace(training, text_tower=tower)
 
 
@@ -144,7 +146,7 @@ def assemble(
     ranks: Ranks,
     *,
     steps: int,
-    soft_centers: bool,
+    first_pass: bool,
 ) -> Training:
     """Build the training around its inputs and its student; see `prepare`.
 
@@ -156,7 +158,7 @@ def assemble(
         recipe: The settings.
         ranks: Who trains together.
         steps: Of the whole run.
-        soft_centers: Whether to compute these now, if the training uses them.
+        first_pass: Whether to compute now what the training needs of all images.
     """
     settings, machine = recipe.distill, recipe.machine
     training, store, centers = inputs.pairs, inputs.store, inputs.centers
@@ -174,18 +176,28 @@ def assemble(
     )
     model = Distillation(clip.model, objective, lock=settings.lock).train()  # except for the tower that is locked
     model.student = with_joint_statistics(model.student, ranks, machine.micro_batch)
-    if centers is not None and training.labels is not None:
-        _warn_of_negatives(settings, training.labels, len(centers))
     if settings.per_cluster is not None and training.labels is not None:
         _say_how_pairs_take_turns(training.labels, settings.per_cluster, len(training))
+    if centers is not None and recipe.uses_several_labels:
+        _refuse_too_many_labels(settings, len(centers))
 
     # All ranks must train the same.
     key = _key(settings, training, store, centers)
     ranks.agree("data or settings", key)
     ranks.agree("weights", weights_sha256(clip.model) if ranks.size > 1 else None)
 
-    # The data: batches with the teacher's soft centers, and what to measure on.
-    if soft_centers and centers is not None and uses_soft_centers(settings):
+    # The data: batches with their labels and the teacher's soft centers, and what to measure on.
+    held_out = inputs.held_out
+    if first_pass and centers is not None and recipe.uses_several_labels:
+        with ranks.main_first():
+            training = _with_labels(training, centers, settings, out / LABELS / "trained", key, ranks)
+            if held_out is not None:
+                pairs = _with_labels(held_out.pairs, centers, settings, out / LABELS / "held_out", key, ranks)
+                held_out = held_out._replace(pairs=pairs)
+    if centers is not None and (labels := training.labels_of_losses) is not None:
+        _warn_of_negatives(settings, labels, len(centers))
+        measure_near_centers(settings, training, centers)
+    if first_pass and centers is not None and uses_soft_centers(settings):
         with ranks.main_first():
             training = with_soft_centers(
                 training, centers, settings, out / SOFT_CENTERS, sharpness.scale, key, ranks.device
@@ -202,9 +214,9 @@ def assemble(
         out=out,
         ranks=ranks,
         machine=machine,
-        validation=_validation(clip, inputs.held_out, recipe, ranks, bank),
+        validation=_validation(clip, held_out, recipe, ranks, bank),
     )
-    return Training(dataclasses.replace(inputs, pairs=training), clip, sharpness, trainer)
+    return Training(dataclasses.replace(inputs, pairs=training, held_out=held_out), clip, sharpness, trainer)
 
 
 def count_steps(settings: DistillConfig, epoch_pairs: int) -> int:
@@ -295,6 +307,7 @@ def make_objective(
             train_head=settings.head_lr > 0,
             sample_rate=settings.sample_rate,
             logq=settings.logq,
+            ignore_near=settings.ignore_near,
             temperature=settings.temperature,
             teacher_scale=teacher_scale,
             affinity_scale=settings.affinity_scale,
@@ -377,15 +390,49 @@ def refuse_without_float64(device: torch.device, recipe: Recipe) -> None:
         )
 
 
-def distinct_labels(labels: Int[np.ndarray, " rows"], batch_size: int, *, per_cluster: int | None = None) -> float:
-    """How many different clusters a random batch has on average."""
-    counts = np.bincount(labels)
-    counts = counts if per_cluster is None else np.minimum(counts, per_cluster)
-    shares = counts / counts.sum()
+def _refuse_too_many_labels(settings: DistillConfig, num_centers: int) -> None:
+    if settings.labels > num_centers:
+        raise ConfigError(
+            f"distill.labels: {settings.labels:,} labels for an image, but there are only {num_centers:,} centers.",
+            fix=f"Set distill.labels to at most {num_centers:,}; 8 suit a million centers.",
+        )
+
+
+def _with_labels(
+    training: TrainingPairs,
+    centers: Float[np.ndarray, "centers dim"],
+    settings: DistillConfig,
+    folder: Path,
+    key: str,
+    ranks: Ranks,
+) -> TrainingPairs:
+    """The same pairs with several labels, computed, or resumed from a killed attempt."""
+    if training.store is None or training.store_rows is None or training.labels is None:
+        return training
+    labels = several_labels(
+        folder,
+        training.store.images,
+        training.store_rows,
+        training.labels,
+        centers,
+        count=settings.labels,
+        key=key,
+        device=ranks.device,
+    )
+    return dataclasses.replace(training, several_labels=labels)
+
+
+def distinct_labels(labels: Int[np.ndarray, "rows ..."], batch_size: int, *, per_cluster: int | None = None) -> float:
+    """How many different clusters a random batch has on average, each image being in one or in several."""
+    several = labels.reshape(len(labels), -1)
+    counts = np.bincount(several[:, 0])
+    taken = counts if per_cluster is None else np.minimum(counts, per_cluster)
+    weights = (taken / np.maximum(counts, 1))[several[:, 0]]
+    shares = np.bincount(several.ravel(), np.repeat(weights, several.shape[1])) / taken.sum()
     return float((1 - (1 - shares) ** batch_size).sum())
 
 
-def _warn_of_negatives(settings: DistillConfig, labels: Int[np.ndarray, " rows"], num_centers: int) -> None:
+def _warn_of_negatives(settings: DistillConfig, labels: Int[np.ndarray, "rows ..."], num_centers: int) -> None:
     """Say once when the centers of a batch fill the sample, so that no random negatives take part."""
     quota = round(settings.sample_rate * num_centers)
     own = distinct_labels(labels, settings.batch_size, per_cluster=settings.per_cluster)

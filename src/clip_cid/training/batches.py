@@ -91,6 +91,8 @@ class TrainingPairs:
     """Where the store has each of `rows`."""
     num_captions: Int[np.ndarray, " rows"] | None = None
     """How many captions of each the teacher has read: one of these is chosen."""
+    several_labels: Int[np.ndarray, "rows labels"] | None = None
+    """The cluster of each and the next nearest centers, if a loss asks for several."""
     soft_centers: SoftTargets | None = None
     """What the divergence needs of the teacher, if that was computed once for all."""
     left_out: dict[int, str] = dataclasses.field(default_factory=dict[int, str])
@@ -106,9 +108,15 @@ class TrainingPairs:
         assert self.labels is not None, "the join reads them where a cluster gives few"
         return epoch_size(self.labels, per_cluster)
 
+    @property
+    def labels_of_losses(self) -> Int[np.ndarray, "rows ..."] | None:
+        """What the losses read: several labels where there are some, else the cluster."""
+        return self.labels if self.several_labels is None else self.several_labels
+
     def take(self, index: Int[np.ndarray, " taken"]) -> "TrainingPairs":
         """Some of them, before anything is computed of all."""
         assert self.soft_centers is None
+        assert self.several_labels is None
         taken = {
             name: None if (values := getattr(self, name)) is None else values[index]
             for name in ("rows", "labels", "store_rows", "num_captions")
@@ -128,7 +136,7 @@ class Batch:
     texts: Int[Tensor, "batch context"]
     teacher_image: Float[Tensor, "batch dim"] | None = None
     teacher_text: Float[Tensor, "batch dim"] | None = None
-    labels: Int[Tensor, " batch"] | None = None
+    labels: Int[Tensor, "batch ..."] | None = None
     soft_centers: SoftCenters | None = None
     """What the divergence needs of the teacher, if that was computed once for all."""
     bank: BankRows | None = None
@@ -298,8 +306,8 @@ class Batches:
         """Add the targets of each pair from teacher and clustering, and the bank."""
         training, index = self.training, items.indices.numpy()
         batch = Batch(training.rows[index], items.bad, items.images, items.texts)
-        if training.labels is not None:
-            batch = dataclasses.replace(batch, labels=torch.from_numpy(training.labels[index].astype(np.int64)))
+        if (labels := training.labels_of_losses) is not None:
+            batch = dataclasses.replace(batch, labels=torch.from_numpy(labels[index].astype(np.int64)))
         if training.store is not None and training.store_rows is not None:
             rows = training.store_rows[index]
             batch = dataclasses.replace(

@@ -52,7 +52,7 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
 
     # The targets from clustering and teacher, as far as they are read.
     labels = read_labels(folder, len(kept))[places[rows]] if recipe.uses_labels else None
-    if not (recipe.uses_teacher_images or texts or recipe.distill.head_perplexity):
+    if not (recipe.uses_teacher_images or texts or recipe.distill.head_perplexity or recipe.uses_several_labels):
         return TrainingPairs(pairs, rows, labels=labels)
     num_captions = store.num_captions[store_rows[rows]] if texts else None
     if texts:

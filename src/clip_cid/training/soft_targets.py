@@ -1,18 +1,22 @@
-"""Computed from the teacher once, before the first step: sigma, perplexity, logit scale and soft centers."""
+"""Computed from the teacher once, before the first step: sigma, perplexity, logit scale, soft centers, more labels."""
 
 import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from clip_cid import log
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.npy_files import new_npy
 from clip_cid.errors import ConfigError
-from clip_cid.method.distill.cluster_distillation import calibrated_scale
+from clip_cid.method.distill.center_pass import near_centers
+from clip_cid.method.distill.cluster_distillation import calibrated_scale, nearest_labels
 from clip_cid.method.distill.fused_cluster_loss import soft_centers
 from clip_cid.method.unit_rows import Rows
 from clip_cid.recipe import DistillConfig
@@ -91,6 +95,33 @@ def teacher_scale(settings: DistillConfig, teacher: dict[str, Any] | None) -> fl
     return USUAL_SCALE
 
 
+def measure_near_centers(
+    settings: DistillConfig, training: TrainingPairs, centers: Float[np.ndarray, "centers dim"]
+) -> None:
+    """Say how many centers `ignore_near` leaves out for an image, from a sample of the images."""
+    every = training.labels_of_losses
+    if settings.ignore_near is None or settings.ignore_near >= 1 or every is None:
+        return
+
+    sample = np.unique(np.linspace(0, len(training) - 1, _SAMPLE).astype(np.int64))
+    labels = every[sample].reshape(len(sample), -1).astype(np.int64)
+    table = torch.from_numpy(centers)
+    near, ignored = near_centers(table, torch.from_numpy(labels), settings.ignore_near, None), 0
+    for block in table.split(_ROWS):
+        ignored += int(near.among(block).sum())
+    mean = ignored / len(sample) - labels.shape[1]  # a center is near to itself
+
+    log.info(
+        f"distill   ignore_near {settings.ignore_near:g} leaves out {mean:,.4g} of {len(centers):,} centers as"
+        " negatives of an image, on average"
+    )
+    if mean > len(centers) / 2:
+        log.warn(
+            f"distill.ignore_near: at a cosine above {settings.ignore_near:g} most centers are no negatives, so"
+            " cluster_cls has little to learn from; raise it"
+        )
+
+
 def uses_soft_centers(settings: DistillConfig) -> bool:
     """Whether the teacher's side of `L_kl` can be computed once: all centers take part, and none learns."""
     return settings.weights.cluster_kl > 0 and settings.head_lr == 0 and settings.sample_rate == 1
@@ -151,25 +182,95 @@ def soft_targets(
     Raises:
         DataError: A teacher vector is not of unit length.
     """
-    # The arrays, mapped from files; a killed attempt has filled their first rows.
-    folder.mkdir(exist_ok=True)
-    mean, entropy = folder / "mean.npy", folder / "entropy.npy"
-    done = _rows_done(folder, key) if mean.is_file() and entropy.is_file() else 0
-    if not done:
-        new_npy(mean, np.float32, (len(store_rows), images.shape[1]))
-        new_npy(entropy, np.float64, (len(store_rows),))
-    kept = SoftTargets(np.load(mean, mmap_mode="r+"), np.load(entropy, mmap_mode="r+"), scale / temperature)
-
+    shapes = {"mean": (np.float32, (len(store_rows), images.shape[1])), "entropy": (np.float64, (len(store_rows),))}
     table = torch.from_numpy(centers).to(device)
-    with log.progress("soft centers", len(store_rows), unit="images", start=done) as bar:
-        for start in range(done, len(store_rows), _ROWS):
-            rows = store_rows[start : start + _ROWS]
-            teacher = unit_teacher_rows(images[rows], rows, "image").to(device)
-            softened = soft_centers(teacher, table, scale=scale, temperature=temperature)
-            kept.mean[start : start + _ROWS] = softened.mean.cpu().numpy()
-            kept.entropy[start : start + _ROWS] = softened.entropy.cpu().numpy()
-            _note(folder, kept, {"key": key, "rows": start + len(rows)})
-            bar.advance(len(rows))
+
+    def soften(start: int) -> dict[str, Tensor]:
+        rows = store_rows[start : start + _ROWS]
+        teacher = unit_teacher_rows(images[rows], rows, "image").to(device)
+        softened = soft_centers(teacher, table, scale=scale, temperature=temperature)
+        return {"mean": softened.mean, "entropy": softened.entropy}
+
+    kept = _by_blocks(folder, shapes, soften, rows=len(store_rows), key=key, what="soft centers")
+    return SoftTargets(kept["mean"], kept["entropy"], scale / temperature)
+
+
+def several_labels(
+    folder: Path,
+    images: Rows,
+    store_rows: Int[np.ndarray, " rows"],
+    labels: Int[np.ndarray, " rows"],
+    centers: Float[np.ndarray, "centers dim"],
+    *,
+    count: int,
+    key: str,
+    device: torch.device,
+) -> Int[np.ndarray, "rows count"]:
+    """The cluster of each training row and the next nearest centers; `nearest_labels` in docs/method.md.
+
+    A killed attempt is resumed as in `soft_targets`.
+
+    Args:
+        folder: Where `labels.npy` (rows, count) and `done.json` are or will be.
+        images: The teacher's stored image embeddings (rows, dim).
+        store_rows: The row of these for each training row.
+        labels: The cluster of each.
+        centers: Unit rows, all of them.
+        count: l.
+        key: Digest of everything else that decides the result.
+        device: Where the products are computed.
+
+    Raises:
+        DataError: A teacher vector is not of unit length.
+    """
+    table = torch.from_numpy(centers).to(device)
+
+    def label(start: int) -> dict[str, Tensor]:
+        rows = store_rows[start : start + _ROWS]
+        teacher = unit_teacher_rows(images[rows], rows, "image").to(device)
+        own = torch.from_numpy(labels[start : start + _ROWS].astype(np.int64)).to(device)
+        return {"labels": nearest_labels(teacher, table, own, count)}
+
+    # Which rows are held out also depends on the number of ranks.
+    key = hashlib.sha256(key.encode() + np.ascontiguousarray(store_rows).tobytes()).hexdigest()
+    shapes = {"labels": (np.int32, (len(labels), count))}
+    return _by_blocks(folder, shapes, label, rows=len(labels), key=key, what="labels")["labels"]
+
+
+def _by_blocks(
+    folder: Path,
+    shapes: Mapping[str, tuple[type, tuple[int, ...]]],
+    compute: Callable[[int], Mapping[str, Tensor]],
+    *,
+    rows: int,
+    key: str,
+    what: str,
+) -> dict[str, np.memmap]:
+    """Arrays mapped from files, filled block by block; a killed attempt of the same key has filled their first rows.
+
+    Args:
+        folder: Of the files and of `done.json`.
+        shapes: Of each array by name, with its type.
+        compute: From the first row of a block to what belongs there.
+        rows: Of each array.
+        key: Digest of everything that decides the result.
+        what: They are, for the progress.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.npy" for name in shapes}
+    done = _rows_done(folder, key) if all(path.is_file() for path in paths.values()) else 0
+    if not done:
+        for name, (kind, shape) in shapes.items():
+            new_npy(paths[name], kind, shape)
+    kept = {name: cast(np.memmap, np.load(path, mmap_mode="r+")) for name, path in paths.items()}
+
+    with log.progress(what, rows, unit="images", start=done) as bar:
+        for start in range(done, rows, _ROWS):
+            for name, values in compute(start).items():
+                kept[name][start : start + _ROWS] = values.cpu().numpy()
+            stop = min(start + _ROWS, rows)
+            _note(folder, kept.values(), {"key": key, "rows": stop})
+            bar.advance(stop - start)
     return kept
 
 
@@ -179,8 +280,8 @@ def _rows_done(folder: Path, key: str) -> int:
     return int(state["rows"]) if state.get("key") == key else 0
 
 
-def _note(folder: Path, kept: SoftTargets, state: dict[str, Any]) -> None:
+def _note(folder: Path, arrays: Iterable[np.memmap], state: dict[str, Any]) -> None:
     """Only what is on the disk counts as done."""
-    for array in (kept.mean, kept.entropy):
-        cast(np.memmap, array).flush()
+    for array in arrays:
+        array.flush()
     write_json(folder / _DONE, state)

@@ -160,6 +160,7 @@ def test_a_run_that_does_not_exist_is_not_made(case: Case, tmp_path: Path):
         {},
         {"head_lr": 1e-4, "sample_rate": 0.5, "ema_decay": 0.9},
         {"alignment": "linear", "head_lr": 1e-4},
+        {"labels": 3, "ignore_near": 0.1},
     ],
 )
 def test_losses_and_sizes_are_those_of_the_training_itself(case: Case, tmp_path: Path, changes: dict[str, Any]):
@@ -204,6 +205,21 @@ def test_disk_of_the_student_and_the_soft_centers(case: Case, tmp_path: Path, mo
     assert report.soft_seconds is not None
     assert report.soft_seconds > 0
     assert check(case.folder, case.recipe(distill={"sample_rate": 0.5})).soft_seconds is None
+
+
+@pytest.mark.slow
+def test_disk_and_time_of_several_labels(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    report = check(case.folder, case.recipe(distill={"labels": 4}))
+    sizes: list[int] = []
+    monkeypatch.setattr(distill, "_finish", lambda _, out: sizes.append(all_bytes(out / "labels")))
+    distill.run(case.folder, tmp_path, case.recipe(distill={"labels": 4}))
+    assert report.disk.labels == pytest.approx(sizes[0], abs=1000)
+    assert report.label_seconds is not None
+    assert report.label_seconds > 0
+    assert ("labels, while it trains" in dict(row[:2] for row in printout._disk(report))) == (report.disk.labels > 0)
+    new = RunFolder(tmp_path / "new")
+    assert check(new, case.recipe(distill={"labels": 4})).rehearsal.first.is_finite
+    assert check(case.folder, case.recipe()).label_seconds is None
 
 
 def test_hours_are_steps_times_what_a_step_takes():
@@ -261,6 +277,15 @@ def test_chance_levels_are_the_losses_of_a_student_that_sees_nothing():
         assert chance.keys() == parts.keys() | {"instance_text"}  # on in a recipe unless it is switched off
         for name, part in parts.items():
             assert chance[name] == pytest.approx(part.item(), rel=1e-4), name
+
+
+def test_chance_of_several_labels():
+    """log(1 + l (K - l)) where all logits are equal; unknown where near centers are left out."""
+    settings = DistillConfig.model_validate({"labels": 3, "logq": "both"})
+    how: dict[str, Any] = {"width": 8, "num_centers": 100, "in_step": 10, "perplexity": 20.0, "logit_bias": None}
+    assert chance_levels(settings, **how)["cluster_cls"] == pytest.approx(math.log(1 + 3 * 97))
+    near = settings.model_copy(update={"ignore_near": 0.75})
+    assert "cluster_cls" not in chance_levels(near, **how)
 
 
 def test_chance_of_a_sample_of_centers():

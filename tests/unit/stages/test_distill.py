@@ -15,11 +15,12 @@ from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.errors import ClipCidError, ConfigError, DataError
+from clip_cid.method.distill.cluster_distillation import nearest_labels
 from clip_cid.recipe import DistillConfig, PairsConfig, Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import distill
 from clip_cid.summaries import as_json
-from clip_cid.training import assemble
+from clip_cid.training import assemble, soft_targets
 from clip_cid.training.join import distilled_pairs
 from clip_cid.training.loop import Trainer
 from clip_cid.training.soft_targets import teacher_scale, uses_soft_centers
@@ -449,6 +450,72 @@ def test_with_all_centers_frozen_the_teacher_is_read_once_and_training_is_the_sa
 )
 def test_soft_centers_need_a_frozen_head_all_centers_and_a_divergence(changes: dict[str, Any], soft: bool):
     assert uses_soft_centers(DistillConfig.model_validate({"sample_rate": 1.0} | changes)) == soft
+
+
+@pytest.mark.slow
+@pytest.mark.resume
+def test_several_labels_are_found_once_and_a_killed_stage_takes_them_up(
+    case: Case, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Also of the pairs that are held out, and where no other loss reads the teacher's images."""
+    caplog.set_level("INFO", logger="clip_cid")
+    changes: dict[str, Any] = {
+        "labels": 3,
+        "ignore_near": 0.2,
+        "weights": {"cluster_kl": 0, "instance_text": 0},
+        "validation": {"share": 0.3, "every": 12},
+    }
+    whole = case.run("whole", **changes)
+    assert "ignore_near 0.2 leaves out" in caplog.text
+    assert not (case.folder.path / "whole" / "labels").exists()
+
+    labelled: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        labelled.append(len(arguments[0]))
+        return nearest_labels(*arguments)
+
+    def interrupted(self: Trainer, batch: Any) -> Any:
+        assert batch.labels.shape == (6, 3)
+        raise OSError("power cut")
+
+    monkeypatch.setattr(soft_targets, "nearest_labels", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", interrupted)
+        with pytest.raises(OSError, match="power cut"):
+            case.run(**changes)
+    assert sum(labelled) == 16
+
+    again = case.run(**changes)
+    assert sum(labelled) == 16
+    assert again["loss"] == whole["loss"]
+    paths = (case.folder.path / out / "student" / "open_clip_model.safetensors" for out in ("whole", "distill.part"))
+    assert len({path.read_bytes() for path in paths}) == 1
+    assert case.run("one", **changes | {"labels": 1})["loss"] != whole["loss"]
+
+
+def test_more_labels_than_centers_are_refused(case: Case):
+    with pytest.raises(
+        ConfigError, match=r"distill\.labels: 5 labels for an image, but there are only 4 centers"
+    ) as error:
+        case.run(labels=5)
+    assert "at most 4" in error.value.fix
+    with pytest.raises(ConfigError, match=r"distill\.labels: 5 labels for an image, but cluster\.num_centers is 4"):
+        parse_recipe({"cluster": {"num_centers": 4}, "distill": {"labels": 5}}, where="test")
+    parse_recipe({"cluster": {"num_centers": 4}, "distill": {"labels": 5, "weights": "clip-only"}}, where="test")
+
+
+def test_a_cosine_that_leaves_no_negatives_is_told(case: Case, caplog: pytest.LogCaptureFixture):
+    recipe = case.recipe()
+    training = distilled_pairs(
+        case.folder, recipe, open_pairs(recipe.pairs), EmbeddingStore.open(case.folder.stage("embed"))
+    )
+    centers = np.concatenate([unit_rows(1, seed=5)] * CENTERS)
+    soft_targets.measure_near_centers(make_config(ignore_near=0.75), training, centers)
+    assert "most centers are no negatives" in caplog.text
+    caplog.clear()
+    soft_targets.measure_near_centers(make_config(ignore_near=1), training, centers)
+    assert not caplog.text
 
 
 @pytest.mark.slow

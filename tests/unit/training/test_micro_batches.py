@@ -15,6 +15,7 @@ from tiny_training import (
     make_settings,
     make_trainer,
     training_pairs,
+    with_labels,
 )
 
 from clip_cid.training.batches import Batch
@@ -57,7 +58,7 @@ def in_micro_batches(model: Distillation, batch: Batch, size: int | None) -> dic
 @pytest.mark.parametrize("name", EVERY_PART)
 def test_micro_batches_have_the_gradient_of_the_whole(batch: Batch, name: str, size: int | None):
     """The learned scales included: with k micro-batches another trainer gives them k times their gradient."""
-    model = model_of(EVERY_PART[name])
+    model, batch = model_of(EVERY_PART[name]), with_labels(batch, make_settings(**EVERY_PART[name]))
     loss_of(model, batch, model(batch.images, batch.texts, precision=torch.float32)).backward()
     expected = gradients(model)
     found = in_micro_batches(model, batch, size)

@@ -9,8 +9,9 @@ import torch
 
 from clip_cid.errors import DataError
 from clip_cid.method.distill import fused_cluster_loss
+from clip_cid.method.distill.cluster_distillation import nearest_labels
 from clip_cid.training import soft_targets as module
-from clip_cid.training.soft_targets import soft_targets
+from clip_cid.training.soft_targets import several_labels, soft_targets
 
 ROWS, DIM, CENTERS = 23, 6, 9
 
@@ -72,6 +73,36 @@ def test_what_another_recipe_left_is_not_taken_up(tmp_path: Path):
     np.load(tmp_path / "soft" / "mean.npy", mmap_mode="r+")[:] = 7
     assert (targets(tmp_path / "soft").mean == 7).all()
     assert (np.abs(targets(tmp_path / "soft", key="other").mean) <= 1).all()
+
+
+@pytest.mark.resume
+def test_killed_labels_go_on_where_they_were_and_belong_to_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def labels(folder: Path, rows: np.ndarray, key: str = "one") -> np.ndarray:
+        own = np.arange(len(rows)) % CENTERS
+        how: dict[str, Any] = {"count": 4, "key": key, "device": torch.device("cpu")}
+        return np.array(several_labels(folder, stored(), rows, own, unit_rows(CENTERS, 1), **how))
+
+    rows, calls = np.arange(ROWS)[::-1] + 5, []
+    whole = labels(tmp_path / "whole", rows)
+    cosines = oracles.unit(stored()[rows]) @ unit_rows(CENTERS, 1).astype(np.float64).T
+    for own, found, of_row in zip(np.arange(ROWS) % CENTERS, whole, cosines, strict=True):
+        assert found.tolist() == [own, *[center for center in np.argsort(-of_row) if center != own][:3]]
+
+    def cut(*arguments: Any) -> Any:
+        calls.append(len(arguments[0]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return nearest_labels(*arguments)
+
+    monkeypatch.setattr(module, "nearest_labels", cut)
+    with pytest.raises(KeyboardInterrupt):
+        labels(tmp_path / "cut", rows)
+    np.testing.assert_array_equal(labels(tmp_path / "cut", rows), whole)
+    assert calls == [5, 5, 5, 5, 5, 3]
+    np.testing.assert_array_equal(labels(tmp_path / "cut", rows), whole)
+    assert len(calls) == 6
+    labels(tmp_path / "cut", rows[:-1])  # other rows are labelled anew, even with the same key
+    assert len(calls) == 11
 
 
 def test_a_damaged_teacher_vector_is_named(tmp_path: Path):

@@ -50,11 +50,36 @@ class PassSettings:
     soft: SoftCenters | None
     group: dist.ProcessGroup | None
     block_centers: int
+    near: "NearCenters | None" = None
+    """Centers that are no negatives."""
 
     @property
     def one_softmax(self) -> bool:
         """Whether both losses read the same distribution of the student."""
         return self.temperature == 1 and self.cls_correction is self.kl_correction
+
+
+@dataclass(frozen=True)
+class NearCenters:
+    """Which centers are nearly equal to a label of a row, and so no negatives of it; `near_centers` in docs/method.md.
+
+    The labels of a batch are much fewer than its rows times the labels of a row, so each is compared once.
+    """
+
+    own: Float[Tensor, "distinct dim"]
+    """The centers that are a label of some row."""
+    place: Int[Tensor, "batch labels"]
+    """Where each label of a row is among these."""
+    cosine: float
+    """Above this two centers are nearly equal."""
+
+    def among(self, centers: Float[Tensor, "some dim"]) -> Bool[Tensor, "batch some"]:
+        """Which of these centers are near to which row."""
+        close = product(self.own, centers.T) > self.cosine
+        near = close[self.place[:, 0]]
+        for column in range(1, self.place.shape[1]):
+            near |= close[self.place[:, column]]
+        return near
 
 
 @dataclass(frozen=True)
@@ -69,7 +94,11 @@ class Block:
     gaps: Float[Tensor, "batch some"] | None
     """The teacher's logits less the student's, over tau."""
     own: tuple[Int[Tensor, " here"], Int[Tensor, " here"]]
-    """The rows whose own center is in this block, and its column."""
+    """The rows that have a label in this block, and its column."""
+    own_label: Int[Tensor, " here"]
+    """Which of the row's labels it is."""
+    near: Bool[Tensor, "batch some"] | None
+    """Centers that are no negatives; None if all are."""
 
     def softened(self, settings: PassSettings) -> Float[Tensor, "batch some"]:
         """The student's logits in the divergence; may be the block's own memory."""
@@ -99,9 +128,10 @@ def blocks(
         products = rows.times(block)
         gaps = None if gap is None else products[len(student) :]
 
-        with_own = ((labels >= columns.start) & (labels < columns.stop)).nonzero()[:, 0]
-        own = with_own, labels[with_own] - start
-        yield Block(columns, block, products[: len(student)], gaps, own)
+        rows_with_own, own_label = ((labels >= columns.start) & (labels < columns.stop)).nonzero(as_tuple=True)
+        own = rows_with_own, labels[rows_with_own, own_label] - start
+        near = None if settings.near is None else settings.near.among(block)
+        yield Block(columns, block, products[: len(student)], gaps, own, own_label, near)
 
 
 class SoftmaxMean:
@@ -192,9 +222,12 @@ class RowSums:
     """The results of the pass over all centers for each row; float64."""
 
     others: Float64[Tensor, " batch"]
-    """Logarithm of the sum over all centers but the own one."""
+    """Logarithm of the sum over the negatives."""
     excess: Float64[Tensor, " batch"]
-    """`others` less the own logit: the cross entropy is log(1 + exp(excess)), which keeps the digits of a small one."""
+    """Logarithm of the sum of exp(negative - positive) over all pairs of these: the loss is log(1 + exp(excess)), which
+    keeps the digits of a small one."""
+    pull: Float64[Tensor, "batch labels"]
+    """The share of each label in the gradient: 1 if it is the only one."""
     student_sum: Float64[Tensor, " batch"]
     """Logarithm of the student's sum in the divergence."""
     kl: Float64[Tensor, " batch"]
@@ -223,10 +256,11 @@ class CenterPass:
         self._inputs = student, centers, labels, gap
         self._settings = settings
 
-        # What is added up: the other centers for the cross entropy, all of them for the divergence if that has another
-        # softmax, and the teacher's side.
+        # What is added up: the negatives for the cross entropy, all centers for the divergence if these and the own one
+        # are not its softmax, and the teacher's side.
+        one_softmax = settings.one_softmax and settings.near is None and labels.shape[1] == 1
         self._others = SoftmaxMean(student, with_mean=with_gradient)
-        self._student = None if settings.one_softmax else SoftmaxMean(student, with_mean=with_gradient)
+        self._student = None if one_softmax else SoftmaxMean(student, with_mean=with_gradient)
         self._divergence = None
         if gap is not None:
             reference = _mean_gap(student, centers, labels, gap, settings)
@@ -237,16 +271,18 @@ class CenterPass:
         for block in blocks(student, centers, labels, gap, settings):
             self._add_softened(block)
             block.logits[block.own] = -math.inf
+            if block.near is not None:
+                block.logits.masked_fill_(block.near, -math.inf)
             best = block.logits.amax(dim=1)
             best_other = torch.maximum(best_other, best)
             largest = best if settings.cls_correction is None else None
             self._others.add(block.corrected(settings), block.centers, largest)
         reduce_over(settings.group, best_other, dist.ReduceOp.MAX)
 
-        # Losses, and whether the own center comes first.
+        # Losses, and whether an own center comes first.
         own, own_corrected = _own_logits(student, centers, labels, settings)
         rounding = 4 * torch.finfo(student.dtype).eps * settings.scale
-        self.own_first = (own + rounding >= best_other).to(student.dtype)
+        self.own_first = (own.amax(dim=1) + rounding >= best_other).to(student.dtype)
         self.sums = self._finish(own_corrected)
 
     def _add_softened(self, block: Block) -> None:
@@ -259,10 +295,13 @@ class CenterPass:
         if self._student is not None:
             self._student.add(softened.clone() if softened is block.logits else softened, block.centers)
 
-    def _finish(self, own: Float64[Tensor, " batch"]) -> RowSums:
+    def _finish(self, own: Float64[Tensor, "batch labels"]) -> RowSums:
         settings = self._settings
         others = self._others.finish(settings.group)
-        student_sum = torch.logaddexp(others, own) if self._student is None else self._student.finish(settings.group)
+        if self._student is not None:
+            student_sum = self._student.finish(settings.group)
+        else:
+            student_sum = torch.logaddexp(others, own[:, 0])
 
         kl = teacher_sum = mean_gap = torch.zeros_like(others)
         if self._divergence is not None:
@@ -272,7 +311,9 @@ class CenterPass:
             sharpness = settings.scale / settings.temperature
             pull = (self._inputs[0].double() * soft.mean.double()).sum(dim=1) * sharpness
             kl = (student_sum - pull - soft.entropy).clamp_(min=0)
-        return RowSums(others, others - own, student_sum, kl, teacher_sum, mean_gap)
+        against = torch.logsumexp(-own, dim=1)
+        pull = (-own - against[:, None]).exp()
+        return RowSums(others, others + against, pull, student_sum, kl, teacher_sum, mean_gap)
 
     def gradients(self) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"] | None]:
         """The student's gradients of the mean cross entropy and of the mean divergence."""
@@ -280,7 +321,7 @@ class CenterPass:
         settings, rows = self._settings, len(student)
 
         # Cross entropy: from the own center to the mean of the others, by their share of the softmax.
-        own = _own_centers(student, centers, labels, settings)
+        own = _pulling_center(student, centers, labels, self.sums.pull, settings)
         others_share = torch.sigmoid(self.sums.excess).to(student.dtype)[:, None]
         of_cls = (others_share * settings.scale / rows) * (self._others.mean - own)
         if gap is None and settings.soft is None:
@@ -305,8 +346,9 @@ class CenterPass:
             student, centers, labels, gap = self._inputs
             sums, one = self.sums.of(again), student.new_ones(())
             exact = torch.zeros_like(student[again])
-            for block in blocks(student[again], centers, labels[again], cast(Tensor, gap)[again], self._settings):
-                exact += product(cosine_slopes(block, sums, self._settings, None, one), block.centers)
+            settings = replace(self._settings, near=None)  # the divergence reads all centers
+            for block in blocks(student[again], centers, labels[again], cast(Tensor, gap)[again], settings):
+                exact += product(cosine_slopes(block, sums, settings, None, one), block.centers)
             reduce_over(self._settings.group, exact, dist.ReduceOp.SUM)
             slopes[again] = exact * self._settings.temperature
         return slopes
@@ -324,7 +366,9 @@ def cosine_slopes(
     if of_cls is not None:
         others_share = torch.sigmoid(sums.excess).to(dtype)
         softmax = (block.corrected(settings) - sums.others.to(dtype)[:, None]).exp_().mul_(others_share[:, None])
-        softmax[block.own] = -others_share[block.own[0]]
+        if block.near is not None:
+            softmax.masked_fill_(block.near, 0.0)
+        softmax[block.own] = -others_share[block.own[0]] * sums.pull[block.own[0], block.own_label].to(dtype)
         slopes.addcmul_(softmax, of_cls.expand_as(softmax))
     return slopes
 
@@ -353,9 +397,10 @@ def _mean_gap(
     # The own center, which may weigh most; only where it is on this rank.
     logits = [student.new_full((len(student), 1), -math.inf)]
     gaps = [student.new_zeros((len(student), 1))]
-    here = (labels >= 0).nonzero()[:, 0]
+    first = labels[:, 0]
+    here = (first >= 0).nonzero()[:, 0]
     if len(here):
-        own = centers[labels[here]].to(student.dtype)
+        own = centers[first[here]].to(student.dtype)
         gaps[0][here, 0] = (gap[here] * own).sum(dim=1)
         logits[0][here, 0] = settings.scale / settings.temperature * (student[here] * own).sum(dim=1) + gaps[0][here, 0]
 
@@ -363,7 +408,7 @@ def _mean_gap(
     if len(centers):
         step = math.ceil(len(centers) / _SAMPLED_CENTERS)
         correction = None if settings.kl_correction is None else settings.kl_correction[::step]
-        sampled = replace(settings, kl_correction=correction, block_centers=_SAMPLED_CENTERS)
+        sampled = replace(settings, kl_correction=correction, block_centers=_SAMPLED_CENTERS, near=None)
         for block in blocks(student, centers[::step], torch.full_like(labels, -1), gap, sampled):
             logits.append(block.softened(sampled) + cast(Tensor, block.gaps) + math.log(step))
             gaps.append(cast(Tensor, block.gaps))
@@ -382,31 +427,59 @@ def _weighted_mean(logits: Tensor, values: Tensor, group: dist.ProcessGroup | No
 
 def _own_logits(
     student: Tensor, centers: Tensor, labels: Tensor, settings: PassSettings
-) -> tuple[Float64[Tensor, " batch"], Float64[Tensor, " batch"]]:
-    """Logit of each row's own center, as it is and as the cross entropy reads it."""
-    here = (labels >= 0).nonzero()[:, 0]
-    sums = student.new_zeros((3, len(student)), dtype=torch.float64)  # both logits, and on how many ranks it is
-    sums[:2, here] = settings.scale * (student[here].double() * centers[labels[here]].double()).sum(dim=1)
-    if settings.cls_correction is not None:
-        sums[1, here] -= settings.cls_correction[labels[here]].double()
-    sums[2, here] = 1
+) -> tuple[Float64[Tensor, "batch labels"], Float64[Tensor, "batch labels"]]:
+    """Logit of each of a row's labels, as it is and as the cross entropy reads it."""
+    sums = student.new_zeros((3, *labels.shape), dtype=torch.float64)  # both logits, and on how many ranks it is
+    for label, centers_of_label in enumerate(labels.T):
+        here = (centers_of_label >= 0).nonzero()[:, 0]
+        own = centers_of_label[here]
+        sums[:2, here, label] = settings.scale * (student[here].double() * centers[own].double()).sum(dim=1)
+        if settings.cls_correction is not None:
+            sums[1, here, label] -= settings.cls_correction[own].double()
+        sums[2, here, label] = 1
     reduce_over(settings.group, sums, dist.ReduceOp.SUM)
 
     own, own_corrected, ranks = sums
     if not bool((ranks == 1).all()):
-        row = int((ranks != 1).nonzero()[0, 0])
-        raise ValueError(f"labels must name a center on exactly one rank, but row {row} has one on {int(ranks[row])}")
+        row, label = (int(place) for place in (ranks != 1).nonzero()[0])
+        raise ValueError(
+            f"labels must name a center on exactly one rank, but row {row} has one on {int(ranks[row, label])}"
+        )
     return own, own_corrected
 
 
-def _own_centers(
-    student: Tensor, centers: Tensor, labels: Tensor, settings: PassSettings
+def _pulling_center(
+    student: Tensor,
+    centers: Tensor,
+    labels: Tensor,
+    pull: Float64[Tensor, "batch labels"],
+    settings: PassSettings,
 ) -> Float[Tensor, "batch dim"]:
-    """The own center of each row, from whichever rank has it."""
-    here = (labels >= 0).nonzero()[:, 0]
+    """The mean of the own centers of each row as they pull it, from whichever ranks have them."""
     own = torch.zeros_like(student)
-    own[here] = centers[labels[here]].to(student.dtype)
+    for label, centers_of_label in enumerate(labels.T):
+        here = (centers_of_label >= 0).nonzero()[:, 0]
+        share = pull[here, label].to(student.dtype)
+        own[here] += share[:, None] * centers[centers_of_label[here]].to(student.dtype)
     return reduce_over(settings.group, own, dist.ReduceOp.SUM)
+
+
+def near_centers(
+    centers: Float[Tensor, "centers dim"],
+    labels: Int[Tensor, "batch labels"],
+    cosine: float,
+    group: dist.ProcessGroup | None,
+) -> NearCenters:
+    """The labels of a batch, from whichever ranks have them, to compare all centers with."""
+    # A number for each center that no other rank gives: here a label says only which of this rank's centers it is.
+    rank = 0 if group is None else dist.get_rank(group)
+    numbers = torch.where(labels >= 0, labels + (rank << 40), 0)
+    distinct, place = reduce_over(group, numbers, dist.ReduceOp.SUM).unique(return_inverse=True)
+
+    own = centers.new_zeros((len(distinct), centers.shape[1]))
+    here = labels >= 0
+    own[place[here]] = centers[labels[here]]
+    return NearCenters(reduce_over(group, own, dist.ReduceOp.SUM), place, cosine)
 
 
 def reduce_over(group: dist.ProcessGroup | None, values: Tensor, operation: Any) -> Tensor:
@@ -416,6 +489,6 @@ def reduce_over(group: dist.ProcessGroup | None, values: Tensor, operation: Any)
     return values
 
 
-def suitable_block(rows: Float[Tensor, "batch dim"]) -> int:
+def suitable_block(rows: Float[Tensor, "batch dim"], near: NearCenters | None = None) -> int:
     cells = _CPU_CELLS if rows.device.type == "cpu" else _DEVICE_CELLS
-    return max(_LEAST_BLOCK, cells // len(rows))
+    return max(_LEAST_BLOCK, cells // max(len(rows), 0 if near is None else len(near.own)))

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from clip_cid.method.distill.center_pass import SoftCenters
+from clip_cid.method.distill.center_pass import SoftCenters, suitable_block
 from clip_cid.method.distill.fused_cluster_loss import ClusterLosses, LogQ, cluster_losses, soft_centers
-from clip_cid.method.products import at_least_float32
+from clip_cid.method.products import LeftRows, at_least_float32
 from clip_cid.unit_length import NORM_TOLERANCE, is_unit
 
 _LARGEST_SCALE = 1000.0
@@ -91,7 +91,7 @@ class CenterHead(nn.Module):
         return F.normalize(rows, dim=1)
 
     def sample(
-        self, labels: Int[Tensor, " batch"], *, rate: float, generator: torch.Generator | None = None
+        self, labels: Int[Tensor, "batch ..."], *, rate: float, generator: torch.Generator | None = None
     ) -> "SampledCenters":
         """The centers of one step, `sample_centers`; those of them that are here if they are spread over ranks.
 
@@ -99,7 +99,7 @@ class CenterHead(nn.Module):
         ranks there are.
 
         Args:
-            labels: Center of each image of the batch over all ranks.
+            labels: Center of each image of the batch over all ranks, or several of them.
             rate: Share of the centers that take part.
             generator: Where the negatives come from; in the same state on every rank.
 
@@ -126,6 +126,7 @@ class CenterHead(nn.Module):
         teacher: Float[Tensor, "batch dim"] | SoftCenters | None = None,
         temperature: float = 1.0,
         logq: LogQ = "kl",
+        ignore_near: float | None = None,
     ) -> ClusterLosses:
         """Both cluster losses of unit rows against the sampled centers; see `cluster_losses`."""
         return cluster_losses(
@@ -137,6 +138,7 @@ class CenterHead(nn.Module):
             temperature=temperature,
             log_inclusion=None if sample.complete else sample.log_inclusion,
             logq=logq,
+            ignore_near=ignore_near,
             group=None if self.shard is None else self.shard.group,
         )
 
@@ -155,8 +157,8 @@ class SampledCenters:
 
     index: Int[Tensor, " sampled"]
     """Rows of the head, ascending."""
-    labels: Int[Tensor, " batch"]
-    """The place of each image's own center in `index`; -1 where another rank has it."""
+    labels: Int[Tensor, "batch ..."]
+    """The place of each image's own center, or of each of its centers, in `index`; -1 where another rank has it."""
     log_inclusion: Float[Tensor, " sampled"]
     """Logarithm of the chance to be in `index`: 0 for the batch's own centers."""
     num_negatives: int
@@ -166,7 +168,11 @@ class SampledCenters:
 
 
 def sample_centers(
-    labels: Int[Tensor, " batch"], num_centers: int, *, sample_rate: float, generator: torch.Generator | None = None
+    labels: Int[Tensor, "batch ..."],
+    num_centers: int,
+    *,
+    sample_rate: float,
+    generator: torch.Generator | None = None,
 ) -> SampledCenters:
     r"""The batch's centers, and random others up to `sample_rate * num_centers`; `sampled_centers` in docs/method.md.
 
@@ -176,7 +182,7 @@ def sample_centers(
     A batch with more distinct labels than the quota gets no random negatives: its own centers are each other's.
 
     Args:
-        labels: Center of each image of the batch over all ranks.
+        labels: Center of each image of the batch over all ranks, or several of them.
         num_centers: K.
         sample_rate: Share of the centers that take part, in (0, 1].
         generator: Where the negatives come from; equal states give equal samples.
@@ -207,6 +213,44 @@ def sample_centers(
 
     places = torch.searchsorted(index, labels)
     return SampledCenters(index, places, log_inclusion, negatives, complete=len(index) == num_centers)
+
+
+@torch.no_grad()
+def nearest_labels(
+    teacher: Float[Tensor, "rows dim"],
+    centers: Float[Tensor, "centers dim"],
+    labels: Int[Tensor, " rows"],
+    count: int,
+) -> Int[Tensor, "rows count"]:
+    """Several labels of each row: its cluster, then the nearest other centers; `nearest_labels` in docs/method.md.
+
+    Args:
+        teacher: Unit rows.
+        centers: Unit rows.
+        labels: The cluster of each row.
+        count: l, how many labels a row gets.
+
+    Raises:
+        ValueError: There are fewer centers than labels.
+    """
+    if not 1 <= count <= len(centers):
+        raise ValueError(f"count must be 1 to the number of centers, {len(centers)}, got {count}")
+
+    vectors = at_least_float32(teacher)
+    rows = LeftRows(vectors)
+    cosines = vectors.new_full((len(vectors), count), -math.inf)
+    nearest = torch.zeros_like(cosines, dtype=torch.long)
+    nearest[:, 0], cosines[:, 0] = labels, math.inf  # the cluster comes first, whatever rounding says
+
+    block = suitable_block(teacher)
+    for start in range(0, len(centers), block):
+        found = rows.times(centers[start : start + block].to(cosines.dtype))
+        own = ((labels >= start) & (labels < start + block)).nonzero()[:, 0]
+        found[own, labels[own].long() - start] = -math.inf
+        best = found.topk(min(count, found.shape[1]), dim=1)
+        cosines, places = torch.cat([cosines, best.values], dim=1).topk(count, dim=1)
+        nearest = torch.cat([nearest, best.indices + start], dim=1).gather(1, places)
+    return nearest
 
 
 def calibrated_scale(

@@ -23,6 +23,7 @@ from clip_cid.method.distill.center_pass import (
     SoftmaxMean,
     blocks,
     cosine_slopes,
+    near_centers,
     reduce_over,
     suitable_block,
 )
@@ -40,7 +41,7 @@ class ClusterLosses(NamedTuple):
     kl: Float[Tensor, ""] | None
     """L_kl; None without a teacher."""
     own_center: Float[Tensor, ""]
-    """Share of the rows to which no center is nearer than their own."""
+    """Share of the rows to which no negative is nearer than the nearest of their own."""
 
 
 def fused_cluster_loss(
@@ -87,19 +88,25 @@ def fused_cluster_loss(
 def cluster_losses(
     student: Float[Tensor, "batch dim"],
     centers: Float[Tensor, "centers dim"],
-    labels: Int[Tensor, " batch"],
+    labels: Int[Tensor, "batch ..."],
     *,
     teacher: Float[Tensor, "batch dim"] | SoftCenters | None = None,
     scale: float,
     temperature: float = 1.0,
     log_inclusion: Float[Tensor, " centers"] | None = None,
     logq: LogQ = "kl",
+    ignore_near: float | None = None,
     group: dist.ProcessGroup | None = None,
     block_centers: int | None = None,
 ) -> ClusterLosses:
     r"""`L_cls` and `L_kl` in docs/method.md, over all centers or a sample, which may be spread over ranks.
 
-    As `fused_cluster_loss`, but it also takes soft centers in place of the teacher.
+    As `fused_cluster_loss`, but it also takes soft centers in place of the teacher, and several labels a row:
+
+    .. math:: L_{cls} = \frac1B \sum_i \log \Big(1 + \sum_{j \in N_i} \sum_{p \in P_i} \exp(z_{ij} - z_{ip})\Big)
+
+    P are the labels of a row and N its negatives: all other centers, without those that `ignore_near` leaves out
+    (`near_centers` in docs/method.md). With one label and all other centers this is the cross entropy.
 
     Against `SoftCenters` a divergence is the difference of two logarithms,
 
@@ -110,13 +117,15 @@ def cluster_losses(
     Args:
         student: Unit rows; with `group` the whole batch, the same on every rank, as are `teacher` and the results.
         centers: Unit rows; with `group` this rank's, possibly none.
-        labels: The center of each row; with `group` -1 where another rank holds it.
+        labels: The center of each row, or several of them, all different; with `group` -1 where another rank holds it.
         teacher: Unit rows, or what `soft_centers` says of them; without either there is no divergence.
         scale: sigma.
         temperature: tau.
         log_inclusion: Logarithm of each center's chance to be in the sample.
         logq: Which losses subtract it: a center's weight in a sum over a sample is one over its chance to be in it. In
             the divergence that is after the division by the temperature.
+        ignore_near: A center whose cosine to a label of a row is above this is no negative of the row. The divergence
+            reads all centers.
         group: Ranks whose centers together are the softmax. The gradient of `student` is whole on every rank.
         block_centers: Centers at a time; as many as suit a cache or a device when absent.
 
@@ -124,7 +133,8 @@ def cluster_losses(
         ValueError: Shapes do not fit, a label is not a center, a number is out of its limits, or soft centers meet
             centers that move or are a sample.
     """
-    _check(student, centers, labels, scale, temperature, elsewhere=group is not None)
+    several = labels[:, None] if labels.ndim == 1 else labels
+    _check(student, centers, several, scale, temperature, elsewhere=group is not None)
     _check_options(student, centers, teacher, log_inclusion, scale / temperature)
     if logq not in get_args(LogQ):
         raise ValueError(f"logq must be one of {', '.join(get_args(LogQ))}, got {logq!r}")
@@ -140,6 +150,10 @@ def cluster_losses(
         if isinstance(teacher, Tensor):
             gap = (scale / temperature) * (teacher.detach().to(rows.dtype) - rows.detach())
 
+        near = None
+        if ignore_near is not None and ignore_near < 1:  # at 1 rounding would decide which centers are equal
+            near = near_centers(centers.detach().to(rows.dtype), several.long(), ignore_near, group)
+
         correction = None if log_inclusion is None or logq == "none" else log_inclusion.to(rows.dtype)
         settings = PassSettings(
             scale=scale,
@@ -148,10 +162,11 @@ def cluster_losses(
             kl_correction=correction,
             soft=teacher if isinstance(teacher, SoftCenters) else None,
             group=group,
-            block_centers=block_centers or suitable_block(rows),
+            block_centers=block_centers or suitable_block(rows, near),
+            near=near,
         )
         weights = centers.to(rows.dtype) if centers.requires_grad else centers
-        cls, kl, own_center = _FusedLosses.apply(rows, weights, labels.long(), gap, settings)
+        cls, kl, own_center = _FusedLosses.apply(rows, weights, several.long(), gap, settings)
 
     return ClusterLosses(cls, None if teacher is None else kl, own_center)
 
@@ -191,7 +206,7 @@ def soft_centers(
     with torch.no_grad(), autocast_off(teacher):
         rows = at_least_float32(teacher)
         settings = PassSettings(scale / temperature, 1.0, None, None, None, None, suitable_block(rows))
-        no_labels = rows.new_full((len(rows),), -1, dtype=torch.long)
+        no_labels = rows.new_full((len(rows), 1), -1, dtype=torch.long)
 
         means = SoftmaxMean(rows, with_mean=True)
         for block in blocks(rows, centers, no_labels, None, settings):
@@ -268,6 +283,13 @@ def _check(
         raise ValueError(
             f"labels must be {len(student)} centers of {least} to {len(centers) - 1},"
             f" got {len(labels)} of {int(labels.min())} to {int(labels.max())}"
+        )
+    ascending = labels.sort(dim=1).values
+    repeated = (ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)
+    if bool(repeated.any()):
+        row = int(repeated.any(dim=1).nonzero()[0, 0])
+        raise ValueError(
+            f"labels must be different centers for a row, but those of row {row} are {labels[row].tolist()}"
         )
 
 

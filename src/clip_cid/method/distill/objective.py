@@ -32,8 +32,8 @@ class Targets:
     """Stored embeddings; no gradient flows into them."""
     teacher_text: Float[Tensor, "rows teacher"] | None = None
     """Stored embeddings of the captions the student saw."""
-    labels: Int[Tensor, " rows"] | None = None
-    """Cluster of each image."""
+    labels: Int[Tensor, "rows ..."] | None = None
+    """Cluster of each image, or several nearest centers."""
     soft_centers: SoftCenters | None = None
     """All that `L_kl` needs of the teacher, if it was computed beforehand."""
     bank_images: Float[Tensor, "bank teacher"] | None = None
@@ -62,6 +62,7 @@ class Objective(nn.Module):
         train_head: Whether the centers in the head move.
         sample_rate: Share of the centers in a step.
         logq: Which losses of the clusters correct for the sampling.
+        ignore_near: Centers nearer than this cosine to a label of an image are no negatives of it in `L_cls`.
         temperature: tau of `L_kl`.
         teacher_scale: The teacher's factor from cosines to logits, for `affinity`.
         affinity_scale: The student's for `affinity`; absent, its own `logit_scale`.
@@ -88,6 +89,7 @@ class Objective(nn.Module):
         train_head: bool = False,
         sample_rate: float = 1.0,
         logq: LogQ = "kl",
+        ignore_near: float | None = None,
         temperature: float = 1.0,
         teacher_scale: float = 100.0,
         affinity_scale: float | None = None,
@@ -101,6 +103,7 @@ class Objective(nn.Module):
             raise ValueError("there are no losses, so there is nothing to learn")
         self._functions = {loss.name: loss.resolve() for loss in self.losses if "clusters" not in loss.reads}
         self.sample_rate, self.logq, self.temperature = sample_rate, logq, temperature
+        self.ignore_near = ignore_near
         self.teacher_scale, self.affinity_scale, self.bank_scale = teacher_scale, affinity_scale, bank_scale
         self.stored_texts = stored_texts
         if stored_texts and (alignment != "native" or any(loss.trains_text_only for loss in self.losses)):
@@ -201,8 +204,8 @@ class Objective(nn.Module):
         """`signs_of_collapse` in docs/method.md, of the last `forward`.
 
         `mean_image_norm`: length of the mean of the student's image embeddings, near 1 for a collapsed
-        student. `own_center`: share of images whose own
-        center is the student's first among those of the step. `centers`, `negatives`: how many took part, and how many
+        student. `own_center`: share of images whose own center (or one of several) is the student's first among those
+        of the step. `centers`, `negatives`: how many took part, and how many
         of them at random. `head_drift`: how far the centers moved. `instance_scale`: the learned factor.
         """
         numbers = {name: float(value) for name, value in self._last.items()}
@@ -245,7 +248,14 @@ class Objective(nn.Module):
             if compares:
                 teacher = batch.teacher_image.all
 
-        losses = head(image, sample, teacher=teacher, temperature=self.temperature, logq=self.logq)
+        losses = head(
+            image,
+            sample,
+            teacher=teacher,
+            temperature=self.temperature,
+            logq=self.logq,
+            ignore_near=self.ignore_near,
+        )
         self._last["own_center"] = losses.own_center
         self._last["centers"] = torch.tensor(len(sample.index))
         self._last["negatives"] = torch.tensor(sample.num_negatives)

@@ -47,6 +47,9 @@ class Spread:
     empty_rank: int | None = None
     own_here: int = 10**6
     """Labels are below this: with few, most ranks have no center of the batch."""
+    labels: int = 1
+    """A row has so many."""
+    ignore_near: float | None = None
     opposed: bool = False
     """The first center is far for the teacher and near for the student: only the rank that has it sees such a gap."""
 
@@ -63,6 +66,8 @@ class Spread:
         centers, teacher = unit_rows(self.num_centers, 0), unit_rows(ROWS, 1)
         student = F.normalize(self.nearness * teacher + (1 - self.nearness) * unit_rows(ROWS, 2), dim=1)
         labels = torch.randint(min(self.num_centers, self.own_here), (ROWS,), generator=seeded(3))
+        if self.labels > 1:
+            labels = (labels[:, None] + 5 * torch.arange(self.labels)) % self.num_centers
         if self.opposed:
             centers = torch.eye(self.num_centers, DIM, dtype=torch.float64)
             student = (0.5 * centers[0] + 0.5 * centers[-1]).repeat(ROWS, 1)
@@ -90,6 +95,7 @@ class Spread:
             temperature=self.temperature,
             log_inclusion=None if given["inclusion"] is None else given["inclusion"][first:stop],
             logq=self.logq or "kl",  # pyright: ignore[reportArgumentType]
+            ignore_near=self.ignore_near,
             group=group,
             block_centers=7,
         )
@@ -117,6 +123,11 @@ CASES = {
     "no centers on the first rank": Spread(num_centers=11, empty_rank=0),
     "no centers on the first rank, trained": Spread(num_centers=11, empty_rank=0, trained=True),
     "no centers on the last rank, temperature 4": Spread(num_centers=11, empty_rank=1, temperature=4.0),
+    "several labels": Spread(labels=3),
+    "several labels, trained, temperature 2": Spread(labels=3, trained=True, temperature=2.0, logq="both"),
+    "near centers": Spread(ignore_near=0.3),
+    "near centers, trained": Spread(ignore_near=0.3, labels=4, trained=True, dtype=torch.float32),
+    "near centers, a rank without centers": Spread(ignore_near=0.3, labels=2, num_centers=11, empty_rank=0),
     "soft": Spread(teacher="soft"),
     "soft, temperature 4": Spread(teacher="soft", temperature=4.0),
     "soft, float32": Spread(teacher="soft", dtype=torch.float32),

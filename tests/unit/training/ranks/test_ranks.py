@@ -30,6 +30,7 @@ from tiny_training import (
     make_validation,
     stripes,
     training_pairs,
+    with_labels,
 )
 from torch import Tensor, nn
 
@@ -56,6 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{name: {"settings": {"head_lr": 0.0, **settings}} for name, settings in EVERY_PART.items()},
     "a spread head": {"settings": {"sample_rate": 0.75}},
     "a spread head, all centers": {"settings": {"sample_rate": 1.0}},
+    "a spread head, several labels": {"settings": {"labels": 3, "ignore_near": 0.3, "logq": "both"}},
     "in micro-batches": {"settings": {}, "micro_batch": 3},
     "mapped, in micro-batches": {"settings": {"head_lr": 0.0, "alignment": "linear"}, "micro_batch": 3},
 }
@@ -85,6 +87,7 @@ def gradients(case: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Ten
     model = make_model(settings, ranks=ranks).double()
     joint: Any = join_model(model, ranks)
     batch = exact(next(make_batches(training_pairs(folder), ranks=ranks, settings=settings).between(0, 1)))
+    batch = with_labels(batch, settings)
 
     def loss(seen: dict[str, Tensor]) -> Tensor:
         if ranks.size == 1:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
@@ -25,6 +26,7 @@ from clip_cid.models.clip import Clip
 from clip_cid.recipe import DistillConfig, LossWeights, MachineConfig, PairsConfig
 from clip_cid.training.bank import Bank
 from clip_cid.training.batches import Batch, Batches, PairDataset, TrainingPairs
+from clip_cid.training.lines import Lines
 from clip_cid.training.loop import Plan, Trainer
 from clip_cid.training.model import Distillation, Outputs
 from clip_cid.training.ranks.distributed import ALONE, Ranks
@@ -96,6 +98,13 @@ def training_pairs(folder: Path) -> TrainingPairs:
     rows = np.arange(len(pairs))
     labels = np.random.default_rng(4).integers(0, CENTERS, len(pairs))
     return TrainingPairs(pairs, rows, labels, store, rows, store.num_captions)
+
+
+def with_lines(training: TrainingPairs, *, count: int = 11, per_step: int = 4) -> TrainingPairs:
+    """The same pairs with texts without images beside them."""
+    texts = pa.array([f"{number} alone" for number in range(count)], pa.large_string())
+    embeddings = unit_rows(count, seed=6).astype(np.float16)
+    return dataclasses.replace(training, lines=Lines(texts, embeddings, per_step))
 
 
 def tokenize(captions: list[str]) -> Tensor:

@@ -28,7 +28,7 @@ from clip_cid.recipe import (
     read_run_recipe,
 )
 from clip_cid.run_folder import RunFolder, atomic_file
-from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE, REPORT
+from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE, REPORT, TEXTS
 from clip_cid.tasks import torchrun_place
 
 # No line begins with a sign or a digit: tyro would break the paragraph there.
@@ -52,6 +52,7 @@ _STAGE_HELP = {
     EMBED: "Compute the teacher's image and text embeddings once and store them.",
     BALANCE: "Keep one image of each set of near-duplicates (image semantic balance, paper 3.1).",
     CLUSTER: "Spherical k-means over the kept images (paper 3.2, Eq. 1).",
+    TEXTS: "Compute the teacher's embeddings of distill.texts, which need no images.",
     DISTILL: "Train the student from the stored embeddings, into a folder that open_clip loads.",
     EVALUATE: "Zero-shot, linear probe, neighbors and retrieval of the student and of other models beside it.",
     DRAW: "Draw the figures, from the files of the run.",

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from clip_cid.loss_table import LOSSES
 from clip_cid.overruling import OVERRULINGS
 
 Settings = Mapping[str, Any]
@@ -58,6 +59,10 @@ def _embed(values: dict[str, Any]) -> None:
 
 
 def _distill(values: dict[str, Any]) -> None:
+    weights = values.get("weights") or {}
+    learns = any(weights.get(loss.name) for loss in LOSSES if loss.learns_from_texts)
+    if not (values.pop("texts", None) and learns):  # if so, the results of their stage decide
+        values.pop("texts_per_step", None)
     _by_files(values, "student", is_local)
     _by_files(values, "pretrained", lambda weights: is_local(weights) or ("/" in weights and ":" not in weights))
     _by_files(values, "text_tower", is_local)

@@ -37,6 +37,10 @@ Reading = Literal[
 """
 
 
+_OF_A_TEXT = frozenset({"aligned_text", "teacher_text", "bank_images", "bank_scale"})
+"""What can be read of a text that has no image."""
+
+
 @dataclass(frozen=True)
 class Loss:
     """One loss: its name, its function and the function's arguments, and its weight."""
@@ -76,6 +80,11 @@ class Loss:
     def trains_text_only(self) -> bool:
         """Whether it trains the text tower and not the image tower."""
         return "aligned_text" in self.reads and "aligned_image" not in self.reads
+
+    @property
+    def learns_from_texts(self) -> bool:
+        """Whether it reads texts one by one, so that it can learn from those of `distill.texts`, too."""
+        return "teacher_text" in self.reads and _OF_A_TEXT.issuperset(self.reads)
 
     def resolve(self) -> Callable[..., Any]:
         """The function itself; imports torch."""

@@ -28,6 +28,7 @@ _PLACES = (
     "embed.pretrained",
     "balance.existing",
     "cluster.existing",
+    "distill.texts",
     "distill.student",
     "distill.pretrained",
     "distill.text_tower",

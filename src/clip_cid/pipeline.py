@@ -353,7 +353,8 @@ def _assist(folder: RunFolder, recipe: Recipe, stage: Stage, *, force: bool) -> 
 
 def _with_imports(stage: Stage, recipe: Recipe, active: tuple[Stage, ...]) -> tuple[Stage, ...]:
     """A stage that runs alone, after those it needs that only import files made elsewhere."""
-    importing = {used for used in active if getattr(getattr(recipe, used.name), "existing", None) is not None}
+    sections = {used: getattr(recipe, used.name, None) for used in active}
+    importing = {used for used, section in sections.items() if getattr(section, "existing", None) is not None}
     return tuple(used for used in active if used is stage or (used.name in stage.needs and used in importing))
 
 
@@ -364,8 +365,8 @@ def _check_only(
     if stage not in active:
         raise ConfigError(
             f"{stage.name}: this recipe does not use the stage.",
-            fix="Which stages there are depends on embed.teacher, balance.enabled, distill.weights, evaluate.sets"
-            " and evaluate.retrieval.",
+            fix="Which stages there are depends on embed.teacher, balance.enabled, distill.weights, distill.texts,"
+            " evaluate.sets and evaluate.retrieval.",
         )
     for state in states(folder, recipe):
         if state.stage.name in stage.needs and state.stage not in todo and state.status not in ("done", "off"):

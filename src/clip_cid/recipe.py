@@ -36,7 +36,7 @@ from pydantic_core import PydanticCustomError
 from clip_cid import plain_yaml, units
 from clip_cid.errors import ConfigError
 from clip_cid.loss_table import LOSSES, Reading, rows_of
-from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, EVALUATE
+from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, EVALUATE, TEXTS
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Metric = Literal["cosine", "squared_euclidean", "euclidean"]
@@ -260,6 +260,11 @@ class LossWeights(_WeightOfEach):
         """The losses whose weight is above 0."""
         return tuple(loss.name for loss in LOSSES if getattr(self, loss.name) > 0)
 
+    @property
+    def learn_from_texts(self) -> bool:
+        """Whether a loss that is switched on learns from texts without images."""
+        return any(loss.learns_from_texts for loss in rows_of(self.switched_on))
+
     def any_reads(self, reading: Reading) -> bool:
         """Whether a loss that is switched on reads this."""
         return any(reading in loss.reads for loss in rows_of(self.switched_on))
@@ -373,6 +378,12 @@ class DistillConfig(Config):
     schedule: dict[str, tuple[tuple[Share, NonNegativeFloat], ...]] = {}
     """Name of a loss -> points (share of the run, factor). The weight of the loss is multiplied by
     the factor: linear between the points, constant before the first and after the last."""
+    texts: _Texts = ()
+    """Files with a text a line, which need no images: vocabularies, class names in prompts, captions.
+    UTF-8, also packed (.gz). The teacher embeds each line once, and the losses that read a text
+    alone (cosine_text, bank_text) learn from them too."""
+    texts_per_step: PositiveInt | None = None
+    """Lines of `texts` in a step, over all processes together. When absent: a quarter of batch_size."""
     head_scale: PositiveFloat = 16.0
     """sigma: the cluster logits are the cosines to the centers times this."""
     head_perplexity: Annotated[float, Field(gt=1)] | None = None
@@ -423,6 +434,15 @@ class DistillConfig(Config):
     """Steps between two lines of metrics.jsonl."""
     seed: NonNegativeInt = 0
     """Seed of weights, order, crops, captions and negatives."""
+
+    @property
+    def text_files(self) -> tuple[Path, ...]:
+        return tuple(Path(path) for path in self.texts)
+
+    @property
+    def lines_per_step(self) -> int:
+        """Lines of `texts` in a step."""
+        return self.texts_per_step or max(1, self.batch_size // 4)
 
     @model_validator(mode="before")
     @classmethod
@@ -665,6 +685,11 @@ class Recipe(Config):
         read = any(loss.reads_teacher_texts for loss in rows_of(weights.switched_on))
         return read or (settings.keeps_text_tower and as_students)
 
+    @property
+    def uses_texts(self) -> bool:
+        """Whether the student learns from texts without images."""
+        return bool(self.distill.texts) and self.distill.weights.learn_from_texts
+
     def uses(self, stage: str) -> bool:
         """Whether this recipe has the stage: plain CLIP training has no embed, balance or cluster."""
         if not self.evaluate.student and stage != EVALUATE:
@@ -673,6 +698,7 @@ class Recipe(Config):
             EMBED: self.has_teacher,
             BALANCE: self.has_teacher and self.balance.enabled,
             CLUSTER: self.has_teacher and self.uses_labels,
+            TEXTS: self.uses_texts,
             EVALUATE: bool(self.evaluate.sets or self.evaluate.retrieval),
         }
         return used.get(stage, True)
@@ -693,6 +719,11 @@ class Recipe(Config):
         if not self.has_teacher and self.distill.per_cluster is not None:
             raise ValueError(
                 "embed.teacher: none, but distill.per_cluster needs clusters of a teacher's embeddings; leave it out"
+            )
+        if self.uses_texts and self.embed.existing is not None:
+            raise ValueError(
+                "distill.texts: the teacher embeds them, but embed.existing takes embeddings that were made elsewhere,"
+                " and no teacher is loaded; leave out one of the two"
             )
         if not weights.switched_on:
             raise ValueError("distill.weights: all are 0, so there is nothing to learn")

@@ -3,6 +3,7 @@
 EMBED = "embed"
 BALANCE = "balance"
 CLUSTER = "cluster"
+TEXTS = "texts"
 DISTILL = "distill"
 EVALUATE = "evaluate"
 DRAW = "draw"

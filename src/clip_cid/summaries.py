@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar, Union
 
 from clip_cid import units
 from clip_cid.errors import RunError
-from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE, REPORT
+from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE, REPORT, TEXTS
 
 _PREFIX = "prefix"  # of the keys of a dictionary that stands among the summary's own keys
 
@@ -199,6 +199,24 @@ class ClusterSummary(Summary):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextsSummary(Summary):
+    stage = TEXTS
+
+    texts: int
+    dim: int
+    teacher: str
+    empty: int
+    """Lines without a text."""
+    repeated: int
+    """Lines whose text an earlier one has."""
+    truncated: int
+    """Texts that are longer than the teacher's context."""
+
+    def __str__(self) -> str:
+        return f"{self.texts:,} texts embedded in {self.dim} dimensions"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parameters:
     """Numbers in the towers of the student."""
 
@@ -220,6 +238,8 @@ class DistillSummary(Summary):
     epochs: float
     unreadable_pairs: int
     skipped_steps: int
+    texts_seen: int | None = None
+    """Texts of `distill.texts`, beside the captions; absent without them."""
     processes: int
     seconds: float
     pairs_per_s: float

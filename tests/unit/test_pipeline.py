@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from clip_cid import pipeline
+from clip_cid.deciding_settings import deciding
 from clip_cid.errors import ConfigError, RunError
 from clip_cid.made_from import different_settings
 from clip_cid.older_records import inputs_then
@@ -27,6 +28,7 @@ from clip_cid.summaries import (
     Parameters,
     ReportSummary,
     Summary,
+    TextsSummary,
 )
 
 SUMMARIES: dict[str, Summary] = {
@@ -49,6 +51,7 @@ SUMMARIES: dict[str, Summary] = {
         margin_quantiles={},
         margin_sample=0,
     ),
+    "texts": TextsSummary(texts=2, dim=2, teacher="t", empty=0, repeated=0, truncated=0),
     "distill": DistillSummary(
         steps=1,
         pairs=3,
@@ -78,7 +81,8 @@ SUMMARIES: dict[str, Summary] = {
 }
 WRITES: dict[str, str] = {}
 """What a stage leaves, where it is not its name."""
-ALL = [stage.name for stage in pipeline.STAGES]
+ALL = [stage.name for stage in pipeline.STAGES if stage.name != "texts"]
+"""The stages of a recipe without texts of their own."""
 
 
 @pytest.fixture
@@ -582,3 +586,80 @@ def test_a_setting_that_was_removed_since_is_named_as_such():
         "cluster.algorithm is no longer a setting",
         "cluster.num_centers 7 -> 8",
     ]
+
+
+# Texts without images
+
+
+def with_texts(path: Path, **embed: Any) -> Recipe:
+    return recipe(
+        embed={"teacher": "ViT-B-32", **embed}, distill={"texts": [str(path)], "weights": {"cosine_text": 1.0}}
+    )
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    (tmp_path / "words.txt").write_text("one\ntwo\n")
+    return tmp_path / "words.txt"
+
+
+def test_texts_are_embedded_once_and_an_edited_file_makes_only_them_and_the_training_stale(
+    tmp_path: Path, ran: list[str], words: Path
+):
+    folder = RunFolder(tmp_path / "run")
+    pipeline.run(folder, with_texts(words))
+    assert ran == ["embed", "balance", "cluster", "texts", "distill", "evaluate", "draw", "report"]
+
+    # Touched or moved, the file is the same.
+    words.touch()
+    moved = words.rename(tmp_path / "moved.txt")
+    assert reasons(folder, with_texts(moved)) == {}
+
+    # An edit of equal size is seen by its content.
+    moved.write_text("one\nsix\n")
+    found = reasons(folder, with_texts(moved))
+    assert list(found) == ["texts", "distill", "evaluate", "draw", "report"]
+    assert found["texts"].startswith("distill.texts [")
+
+
+def test_other_images_and_settings_leave_the_embeddings_of_texts_as_they_are(
+    tmp_path: Path, ran: list[str], words: Path
+):
+    folder = RunFolder(tmp_path / "run")
+    pipeline.run(folder, with_texts(words))
+    pipeline.run(folder, with_texts(words), only="embed", force=True)
+    assert "texts" not in reasons(folder, with_texts(words, max_bad_share=0.5))
+    other = reasons(folder, with_texts(words, precision="bf16"))
+    assert {"embed", "texts", "distill"} <= other.keys()
+
+
+def test_a_run_that_gets_texts_embeds_these_alone(tmp_path: Path, ran: list[str], words: Path):
+    folder = RunFolder(tmp_path / "run")
+    before = recipe(distill={"weights": {"cosine_text": 1.0}})
+    pipeline.run(folder, before)
+    assert {state.stage.name: state.status for state in pipeline.states(folder, before)}["texts"] == "off"
+    ran.clear()
+    pipeline.run(folder, with_texts(words))
+    assert ran == ["texts", "distill", "evaluate", "draw", "report"]
+
+
+def test_texts_that_no_loss_reads_are_not_embedded_and_change_nothing(tmp_path: Path, ran: list[str], words: Path):
+    folder = RunFolder(tmp_path / "run")
+    pipeline.run(folder, recipe())
+    assert reasons(folder, recipe(distill={"texts": [str(words)], "texts_per_step": 7})) == {}
+
+
+def test_the_number_of_lines_in_a_step_makes_the_training_stale_and_no_texts(
+    tmp_path: Path, ran: list[str], words: Path
+):
+    folder = RunFolder(tmp_path / "run")
+    pipeline.run(folder, with_texts(words))
+    settings = with_texts(words)
+    more = settings.model_copy(update={"distill": settings.distill.model_copy(update={"texts_per_step": 7})})
+    assert list(reasons(folder, more)) == ["distill", "evaluate", "draw", "report"]
+    assert "texts_per_step None -> 7" in reasons(folder, more)["distill"]
+
+
+def test_the_settings_of_a_run_without_texts_are_compared_as_before_there_were_any():
+    """Records and unfinished work of older versions do not have them."""
+    assert not {"texts", "texts_per_step"} & deciding(recipe().model_dump(mode="json"))["distill"].keys()

@@ -409,3 +409,22 @@ def test_a_damaged_recipe_is_a_recipe_or_a_config_error(tmp_path: Path, seed: in
         assert read_run_recipe(path) == recipe
     assert min(outcomes.values()) > 0
     assert longest < 10_000
+
+
+# Texts without images
+
+
+def test_a_quarter_of_the_batch_is_read_as_texts_without_images_by_default():
+    assert parse_recipe({"distill": {"batch_size": 100}}, where="test").distill.lines_per_step == 25
+    assert parse_recipe({"distill": {"batch_size": 2}}, where="test").distill.lines_per_step == 1
+    assert parse_recipe({"distill": {"texts_per_step": 7}}, where="test").distill.lines_per_step == 7
+
+
+def test_texts_are_used_where_a_loss_reads_a_text_alone_and_need_the_teacher_itself():
+    texts = {"texts": "words.txt"}
+    assert not parse_recipe({"distill": texts}, where="test").uses("texts")
+    used = {"distill": {**texts, "weights": {"bank_text": 1.0}}}
+    assert parse_recipe(used, where="test").uses("texts")
+    assert parse_recipe(used, where="test").distill.text_files == (Path("words.txt"),)
+    with pytest.raises(ConfigError, match=r"distill\.texts: the teacher embeds them, but embed\.existing"):
+        parse_recipe({**used, "embed": {"existing": "store"}}, where="test")

@@ -23,7 +23,7 @@ from clip_cid.models.device import resolve_device
 from clip_cid.pipeline import State
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
-from clip_cid.stage_names import CLUSTER, EMBED
+from clip_cid.stage_names import CLUSTER, EMBED, TEXTS
 from clip_cid.training.assemble import distinct_labels, largest_epoch, make_student, refuse_without_float64
 from clip_cid.training.batches import Batch
 from clip_cid.training.ranks.distributed import Ranks
@@ -46,6 +46,8 @@ class Report:
     epoch_pairs: int
     """Of an epoch; at most so many while the clusters are not known."""
     held_out: int
+    texts: int
+    """Without images, to be read beside the pairs."""
     sights: captions.Sights
     parameters: dict[str, int]
     student: Costs | None
@@ -131,6 +133,7 @@ def _measure(
     trainer, clip, machine = tried.trainer, tried.training.clip, recipe.machine
     training = tried.training.inputs.pairs
     sights, pairs = captions.look_at(training, clip, max_pixels=recipe.pairs.max_pixels), len(training)
+    texts = 0 if training.lines is None else len(training.lines)
 
     # Measure: reading of batches, then steps on the first of them.
     to_try = rehearsal.batches_to_try(trainer.batches, workers=machine.workers, steps=trainer.plan.steps)
@@ -147,7 +150,7 @@ def _measure(
     width = tried.teacher_dim or clip.dim
     disk = estimates.estimate_disk(
         trainer,
-        before=_bytes_before(recipe, missing, pairs, width),
+        before=_bytes_before(recipe, missing, pairs, texts, width),
         soft_rows=0 if soft_seconds is None else pairs,
         labels=0 if label_seconds is None else pairs * recipe.distill.labels,
         width=width,
@@ -163,6 +166,7 @@ def _measure(
         pairs=pairs,
         epoch_pairs=largest_epoch(recipe, pairs) if tried.invented else trainer.batches.epoch_size,
         held_out=tried.held_out,
+        texts=texts,
         sights=sights,
         parameters={**count_parameters(clip.model), "head": in_head},
         student=student,
@@ -263,11 +267,12 @@ def _own_towers(recipe: Recipe, width: int) -> Costs | None:
     return None if skeleton is None else count_costs(skeleton, context_length=length)
 
 
-def _bytes_before(recipe: Recipe, missing: list[State], pairs: int, width: int) -> int:
+def _bytes_before(recipe: Recipe, missing: list[State], pairs: int, texts: int, width: int) -> int:
     names = {state.stage.name for state in missing}
     embeddings = estimates.embedding_bytes(pairs, width) if EMBED in names and recipe.embed.existing is None else 0
     centers = estimates.cluster_bytes(pairs, recipe.cluster.num_centers, width) if CLUSTER in names else 0
-    return embeddings + centers
+    of_texts = estimates.text_bytes(texts, width) if TEXTS in names else 0
+    return embeddings + centers + of_texts
 
 
 def _embed_seconds(folder: RunFolder, missing: list[State]) -> float | None:

@@ -1,14 +1,12 @@
 """A look at some of the pairs: what the student will see of their captions and images."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from clip_cid.data.pairs.images import image_size
 from clip_cid.data.pairs.pair import BadSample
-from clip_cid.models.clip import Clip
+from clip_cid.models.clip import Clip, count_truncated
 from clip_cid.training.batches import TrainingPairs
 
 _LOOKED_AT = 500
@@ -63,14 +61,3 @@ def look_at(training: TrainingPairs, clip: Clip, *, max_pixels: int) -> Sights:
         smaller=sum(side < clip.image_side for side in sides),
         kilobytes=float(np.mean(sizes)) / 1e3 if sizes else 0.0,
     )
-
-
-def count_truncated(clip: Clip, captions: Sequence[str]) -> int:
-    """How many captions lose words: one more token of room moves the end mark of such a caption."""
-    if not captions:
-        return 0
-    tokenizer: Any = clip.tokenizer
-    short = tokenizer(list(captions))
-    length = short.shape[1]
-    longer = tokenizer(list(captions), context_length=length + 1)
-    return int((short != longer[:, :length]).any(dim=1).sum())

@@ -134,6 +134,11 @@ def embedding_bytes(pairs: int, width: int) -> int:
     return 2 * _HALF * width * pairs
 
 
+def text_bytes(texts: int, width: int) -> int:
+    """Texts without images, in float16."""
+    return _HALF * width * texts
+
+
 def cluster_bytes(pairs: int, centers: int, width: int) -> int:
     """The centers in float32, a label for each pair, and as much for a round to resume from."""
     return 2 * (_SINGLE * width * centers + 4 * pairs)

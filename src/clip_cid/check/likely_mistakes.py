@@ -9,6 +9,7 @@ from clip_cid import tasks, units
 from clip_cid.check.captions import Sights
 from clip_cid.check.estimates import Disk, Duration
 from clip_cid.check.rehearsal import Reading
+from clip_cid.loss_table import LOSSES
 from clip_cid.recipe import DistillConfig, MachineConfig
 from clip_cid.training.step import resolve_precision
 
@@ -26,6 +27,9 @@ def of_settings(settings: DistillConfig, *, steps: int, pairs: int, held_out: in
             f"distill.warmup_steps: {settings.warmup_steps:,} is {units.percent(settings.warmup_steps / steps, 0)}"
             f" of the {steps:,} steps; a tenth would be {steps // 10:,}"
         )
+
+    if settings.texts and not settings.weights.learn_from_texts:
+        yield f"distill.texts: no loss reads a text alone, so they teach nothing; {_named_texts()} do"
 
     if settings.log_every > steps:
         yield (
@@ -122,3 +126,7 @@ def of_room(disk: Disk, where: Path, *, memory: float, available: float) -> Iter
             f"machine.workers: the batches they hold ready take {units.memory(memory)}, but"
             f" {units.memory(available)} of memory are left; lower it"
         )
+
+
+def _named_texts() -> str:
+    return " and ".join(f"distill.weights.{loss.name}" for loss in LOSSES if loss.learns_from_texts)

@@ -15,6 +15,7 @@ from clip_cid.data.npy_files import read_npy
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.data.pairs.sources import find_sources
 from clip_cid.data.sets.evaluation_sets import MissingSetError, open_set
+from clip_cid.data.text_files import read_text_lines
 from clip_cid.errors import ClipCidError, ConfigError, DataError
 from clip_cid.method.balance.semantic_balance import BalanceRule
 from clip_cid.models.loading import known_architecture
@@ -22,7 +23,7 @@ from clip_cid.models.teacher import teacher_reference
 from clip_cid.pipeline import State
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
-from clip_cid.stage_names import BALANCE, CLUSTER, EMBED
+from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, TEXTS
 from clip_cid.training.assemble import count_steps, largest_epoch
 from clip_cid.training.join import plain_pairs, read_kept
 from clip_cid.training.kept_texts import text_tower_reference
@@ -70,6 +71,9 @@ def find_misfits(folder: RunFolder, recipe: Recipe, missing: Sequence[State]) ->
             _check_clusters(recipe, images)
         with _noted(found):
             _check_perplexity(recipe)
+    if TEXTS in names:
+        with _noted(found):
+            read_text_lines(recipe.distill.text_files)
     left_out = _check_evaluation(recipe, found)
     return _different(found), left_out
 

@@ -50,6 +50,9 @@ def _pairs(report: Report) -> Iterator[Row]:
         yield "pairs in an epoch", f"{most}{report.epoch_pairs:,}", f"{_COUNTED}; at most {per_cluster:,} of a cluster"
     if report.held_out:
         yield "pairs held out", f"{report.held_out:,}", _COUNTED
+    if report.texts:
+        a_step = report.recipe.distill.lines_per_step
+        yield "texts without images", f"{report.texts:,}; {a_step:,} in a step", _COUNTED
     looked = f"{sights.pairs:,} pairs looked at"
     if sights.unreadable:
         yield "unreadable", f"{sights.unreadable:,}", looked
@@ -137,7 +140,11 @@ def _disk(report: Report) -> Iterator[Row]:
     disk, keep = report.disk, report.recipe.machine.keep_checkpoints
     best = " and the best student" if report.recipe.distill.validation.keep == "best" else ""
     if disk.before:
-        yield "stages before", units.size(disk.before), f"{_ARITHMETIC}: embeddings (one caption a pair), centers"
+        yield (
+            "stages before",
+            units.size(disk.before),
+            f"{_ARITHMETIC}: embeddings (one caption a pair), centers, texts",
+        )
     if disk.labels:
         yield "labels, while it trains", units.size(disk.labels), _ARITHMETIC
     if disk.soft_centers:

@@ -11,6 +11,7 @@ import torch
 from clip_cid import pipeline, tasks, units
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs.pairs import open_pairs
+from clip_cid.data.text_files import read_text_lines
 from clip_cid.errors import RunError
 from clip_cid.models.architectures import build_skeleton
 from clip_cid.models.costs import Costs, count_costs
@@ -31,6 +32,7 @@ from clip_cid.training.assemble import (
 )
 from clip_cid.training.batches import BankRows, Batch
 from clip_cid.training.join import plain_pairs
+from clip_cid.training.lines import Lines
 from clip_cid.training.loop import Trainer
 from clip_cid.training.ranks.distributed import Ranks
 
@@ -139,6 +141,10 @@ def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ran
     """
     pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
     inputs = Inputs(*split_off(plain_pairs(pairs), recipe.distill, ranks))
+    if recipe.uses_texts:
+        texts = read_text_lines(recipe.distill.text_files).texts
+        lines = Lines(texts, None, recipe.distill.lines_per_step)
+        inputs = dataclasses.replace(inputs, pairs=dataclasses.replace(inputs.pairs, lines=lines))
     steps = count_steps(recipe.distill, largest_epoch(recipe, len(inputs.pairs)))
     clip = make_student(recipe.distill, teacher.width, recipe.machine)  # its own text tower stands in for a teacher's
     teacher_dim = teacher.width or clip.dim
@@ -156,6 +162,9 @@ def add_random_targets(batch: Batch, recipe: Recipe, dim: int) -> Batch:
         batch = dataclasses.replace(batch, teacher_image=torch.from_numpy(_unit_rows(rows, dim, generator)))
     if recipe.uses_teacher_texts:
         batch = dataclasses.replace(batch, teacher_text=torch.from_numpy(_unit_rows(rows, dim, generator)))
+    if batch.lines is not None:
+        lines = _unit_rows(len(batch.lines), dim, generator)
+        batch = dataclasses.replace(batch, teacher_lines=torch.from_numpy(lines))
     if recipe.uses_clusters:
         labels = torch.from_numpy(generator.integers(0, recipe.cluster.num_centers, rows))
         batch = dataclasses.replace(batch, labels=labels)

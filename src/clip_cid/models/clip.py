@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import open_clip
@@ -49,6 +49,17 @@ class Clip:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def count_truncated(clip: Clip, captions: Sequence[str]) -> int:
+    """How many captions lose words: one more token of room moves the end mark of such a caption."""
+    if not captions:
+        return 0
+    tokenizer: Any = clip.tokenizer
+    short = tokenizer(list(captions))
+    length = short.shape[1]
+    longer = tokenizer(list(captions), context_length=length + 1)
+    return int((short != longer[:, :length]).any(dim=1).sum())
 
 
 def train_transform(

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip_cid.errors import ConfigError, DataError
-from clip_cid.models.clip import Clip
+from clip_cid.models.clip import Clip, count_truncated
 from clip_cid.models.loading import NEEDS_ARCHITECTURE, load_clip
 from clip_cid.models.references import HUB, LOCAL, RUN, is_checkpoint
 from clip_cid.recipe import EmbedConfig, Precision
@@ -64,6 +64,10 @@ class Teacher:
         with self._arithmetic():
             features = model.encode_text(self.clip.tokenizer(captions).to(self.clip.device, non_blocking=True))
         return self._unit(features, "text")
+
+    def count_truncated(self, captions: list[str]) -> int:
+        """How many captions are longer than its context."""
+        return count_truncated(self.clip, captions)
 
     @contextlib.contextmanager
     def _arithmetic(self) -> Iterator[None]:

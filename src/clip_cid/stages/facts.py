@@ -13,7 +13,7 @@ from clip_cid import summaries
 from clip_cid.data.outside_files import Outside, Reader
 from clip_cid.models.references import files_behind_model, is_checkpoint, is_of_files, split_checkpoint
 from clip_cid.recipe import PairsConfig, Recipe
-from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE
+from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE, TEXTS
 from clip_cid.summaries import Summary
 
 
@@ -29,6 +29,8 @@ class Stage:
     """The recipe sections its result depends on."""
     version: int
     """Raise it when the same settings and inputs would give other files."""
+    only: tuple[str, ...] = ()
+    """The settings of these sections that it depends on, where these are few; all others are left out."""
     outside: Callable[[Recipe, Reader], dict[str, Outside]] = lambda recipe, reader: {}
     """The files made elsewhere that it reads, by the setting that names them."""
     in_parts: frozenset[str] = frozenset()
@@ -49,20 +51,29 @@ class Stage:
         return self.summary.stage
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
-        """The sections its result depends on, as plain values."""
+        """The settings its result depends on, by section, as plain values."""
         values = recipe.model_dump(mode="json")
-        return {section: values[section] for section in self.sections}
+        sections = {section: values[section] for section in self.sections}
+        if not self.only:
+            return sections
+        return {
+            section: {name: value for name, value in settings.items() if f"{section}.{name}" in self.only}
+            for section, settings in sections.items()
+        }
 
 
 def _outside_embed(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
-    existing, teacher, pretrained = recipe.embed.existing, recipe.embed.teacher, recipe.embed.pretrained or ""
-    reference = f"{teacher}/{pretrained}" if is_checkpoint(pretrained) else teacher
+    existing = recipe.embed.existing
     outside = _pairs(recipe, reader, keep_fields=recipe.pairs.keep_fields)
     if existing is not None:
         outside["embed.existing"] = reader.embeddings(existing)
-    if is_of_files(reference):
-        outside["embed.teacher"] = _model(reader, reference)
-    return outside
+    return outside | _teacher(recipe, reader)
+
+
+def _teacher(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
+    teacher, pretrained = recipe.embed.teacher, recipe.embed.pretrained or ""
+    reference = f"{teacher}/{pretrained}" if is_checkpoint(pretrained) else teacher
+    return {"embed.teacher": _model(reader, reference)} if is_of_files(reference) else {}
 
 
 def _outside_balance(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
@@ -73,6 +84,12 @@ def _outside_balance(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
 def _outside_cluster(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
     existing = recipe.cluster.existing
     return {} if existing is None else {"cluster.existing": reader.file(existing)}
+
+
+def _outside_texts(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
+    if not recipe.distill.texts:
+        return {}
+    return {"distill.texts": reader.files(recipe.distill.text_files), **_teacher(recipe, reader)}
 
 
 def _outside_distill(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
@@ -158,11 +175,21 @@ STAGES = (
         costly=True,
     ),
     Stage(
+        summaries.TextsSummary,
+        needs=(),
+        sections=("embed", "distill"),
+        version=1,
+        only=("embed.teacher", "embed.pretrained", "embed.precision", "distill.texts"),
+        outside=_outside_texts,
+        resumable=True,
+        costly=True,
+    ),
+    Stage(
         summaries.DistillSummary,
-        needs=(EMBED, BALANCE, CLUSTER),
+        needs=(EMBED, BALANCE, CLUSTER, TEXTS),
         sections=("pairs", "distill"),
         version=4,
-        verifies=(EMBED, BALANCE, CLUSTER),
+        verifies=(EMBED, BALANCE, CLUSTER, TEXTS),
         outside=_outside_distill,
         resumable=True,
         costly=True,

@@ -34,7 +34,7 @@ from clip_cid.stage_names import EMBED
 from clip_cid.training.bank import Bank, log_perplexities
 from clip_cid.training.batch_order import epoch_size
 from clip_cid.training.batches import Batches, PairDataset, TrainingPairs
-from clip_cid.training.join import distilled_pairs, plain_pairs, read_centers
+from clip_cid.training.join import distilled_pairs, plain_pairs, read_centers, read_lines
 from clip_cid.training.kept_texts import compare_with_stored, open_text_tower
 from clip_cid.training.loop import Plan, Trainer
 from clip_cid.training.model import Distillation
@@ -123,6 +123,10 @@ def read_inputs(folder: RunFolder, recipe: Recipe, ranks: Ranks) -> Inputs:
     training = plain_pairs(pairs) if store is None else distilled_pairs(folder, recipe, pairs, store)
     centers = read_centers(folder, store) if store is not None and recipe.uses_clusters else None
     training, held_out = split_off(training, recipe.distill, ranks)
+    if recipe.distill.texts and not recipe.uses_texts:
+        log.warn("distill.texts: no loss of the recipe reads a text alone, so they teach nothing")
+    if store is not None and recipe.uses_texts:
+        training = dataclasses.replace(training, lines=read_lines(folder, recipe, store))
     return Inputs(training, held_out, store, centers)
 
 
@@ -465,5 +469,7 @@ def _key(
         digest.update(
             b"none" if rows is None else np.ascontiguousarray(rows).data
         )  # not a copy: centers may be gigabytes
+    if training.lines is not None:
+        digest.update(training.lines.digest)
     digest.update(json.dumps(store.info.teacher if store is not None else None, sort_keys=True).encode())
     return digest.hexdigest()

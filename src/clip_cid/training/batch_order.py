@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Int
 
+_NOT_PAIRS = 2  # in the seed of an order that is not to be that of the pairs
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -105,6 +107,34 @@ def epoch_orders(
         last = order[-batch_size:].copy()
         if epoch >= first_epoch:
             yield epoch, order
+
+
+def endless_order(
+    num_rows: int, per_step: int, *, seed: int, first_step: int = 0
+) -> Iterator[Int[np.ndarray, " step"]]:
+    """The rows of each step from `first_step` on, without end, where equal rows in a step do no harm.
+
+    One seeded permutation follows the other without a gap. A step may hold more rows than there are.
+
+    Raises:
+        ValueError: There are no rows.
+    """
+    if num_rows < 1 or per_step < 1:
+        raise ValueError(f"num_rows, per_step: must be at least 1, got {num_rows}, {per_step}")
+    epoch, at = divmod(first_step * per_step, num_rows)
+    order = _shuffled(num_rows, seed, epoch)
+    while True:
+        rows = order[at : at + per_step]
+        at += per_step
+        while at >= num_rows:
+            at, epoch = at - num_rows, epoch + 1
+            order = _shuffled(num_rows, seed, epoch)
+            rows = np.concatenate([rows, order[: per_step - len(rows)]])
+        yield rows
+
+
+def _shuffled(num_rows: int, seed: int, epoch: int) -> Int[np.ndarray, " rows"]:
+    return np.random.default_rng((seed, epoch, _NOT_PAIRS)).permutation(num_rows)
 
 
 def batch_places(

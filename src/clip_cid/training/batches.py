@@ -26,6 +26,7 @@ from clip_cid.errors import ConfigError, DataError
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.objective import Targets
 from clip_cid.training.batch_order import ClusterTurns, Place, batch_places, epoch_size
+from clip_cid.training.lines import Line, LineItem, Lines
 from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.unit_length import is_unit
 
@@ -54,6 +55,9 @@ class Items(NamedTuple):
     indices: Tensor
     captions: Tensor
     bad: list[tuple[int, str]]
+    lines: Tensor | None
+    """Texts without images; None if there are none. Likewise their indices."""
+    line_indices: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +99,8 @@ class TrainingPairs:
     """The cluster of each and the next nearest centers, if a loss asks for several."""
     soft_centers: SoftTargets | None = None
     """What the divergence needs of the teacher, if that was computed once for all."""
+    lines: Lines | None = None
+    """Texts without images, to be read beside these; None when no loss reads them."""
     left_out: dict[int, str] = dataclasses.field(default_factory=dict[int, str])
     """Rows left out of `rows` because they are known to be broken; no earlier stage has listed them."""
 
@@ -141,11 +147,22 @@ class Batch:
     """What the divergence needs of the teacher, if that was computed once for all."""
     bank: BankRows | None = None
     """For the losses that compare with more than the batch."""
+    lines: Int[Tensor, "lines context"] | None = None
+    """Texts without images."""
+    teacher_lines: Float[Tensor, "lines dim"] | None = None
 
     @property
     def targets(self) -> Targets:
         images, texts = self.bank or (None, None)
-        return Targets(self.teacher_image, self.teacher_text, self.labels, self.soft_centers, images, texts)
+        return Targets(
+            self.teacher_image,
+            self.teacher_text,
+            self.labels,
+            self.soft_centers,
+            bank_images=images,
+            bank_texts=texts,
+            teacher_lines=self.teacher_lines,
+        )
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Tensor | SoftCenters | BankRows] = {
@@ -163,7 +180,7 @@ class Batch:
 
 
 class PairDataset:
-    """A pair at a place: decoded, cropped and tokenized, the same in any process."""
+    """A pair or a line at a place: decoded, cropped and tokenized, the same in any process."""
 
     def __init__(
         self,
@@ -175,15 +192,20 @@ class PairDataset:
         seed: int,
     ) -> None:
         self._pairs, self._rows, self._num_captions = training.pairs, training.rows, training.num_captions
+        self._lines = training.lines
         self._transform, self._tokenizer = transform, tokenizer
         self._max_pixels, self._seed = max_pixels, seed
 
-    def __getitem__(self, place: Place, /) -> Item:
-        """The pair at a place or, if it cannot be read, the next one that can.
+    def __getitem__(self, place: Place | Line, /) -> Item | LineItem:
+        """The pair at a place or, if it cannot be read, the next one that can; or the line.
 
         Raises:
             DataError: None of the next pairs can be read, or a source changed.
         """
+        if isinstance(place, Line):
+            assert self._lines is not None
+            return LineItem(self._tokenizer([self._lines.text(place.index)])[0], place.index)
+
         bad: list[tuple[int, str]] = []
         for index in range(place.index, place.index + min(_TRIES, len(self._rows))):
             index %= len(self._rows)
@@ -251,6 +273,8 @@ class Batches:
                 f"distill.batch_size: {batch_size:,} pairs cannot be shared equally by {ranks.size} processes.",
                 fix=f"Set distill.batch_size to {batch_size // ranks.size * ranks.size or ranks.size:,}.",
             )
+        if training.lines is not None:
+            training.lines.refuse_uneven(ranks)
         self.training = training
         self.batch_size = batch_size
         self.epoch_size = training.epoch_size(per_cluster)
@@ -274,7 +298,11 @@ class Batches:
             first_step=first_step,
             rows_of=None if self._turns is None else self._turns.rows_of,
         )
-        yield from self._read(self._own(places), range(first_step, steps))
+        own = self._own(places)
+        if (lines := self.training.lines) is not None:
+            of_lines = lines.between(first_step, seed=self._seed, ranks=self._ranks)
+            own = ([*pairs, *some] for pairs, some in zip(own, of_lines, strict=False))
+        yield from self._read(own, range(first_step, steps))
 
     def in_order(self) -> Iterator[Batch]:
         """This rank's part of all full batches of one pass, in the order of the rows, with one bank: for validation."""
@@ -288,7 +316,9 @@ class Batches:
         share = self.batch_size // self._ranks.size
         return (batch[self._ranks.rank * share :][:share] for batch in places)
 
-    def _read(self, places: Iterator[list[Place]], draws: Sequence[int]) -> Iterator[Batch]:
+    def _read(
+        self, places: Iterator[list[Place]] | Iterator[list[Place | Line]], draws: Sequence[int]
+    ) -> Iterator[Batch]:
         """The batches at the next places, one for each of `draws`: the step whose draw is its bank."""
         decoded = decoded_batches(
             self._dataset,
@@ -319,17 +349,29 @@ class Batches:
 
         if training.soft_centers is not None:
             batch = dataclasses.replace(batch, soft_centers=training.soft_centers.of(index))
+        if training.lines is not None and items.line_indices is not None:
+            batch = dataclasses.replace(
+                batch, lines=items.lines, teacher_lines=_teacher_lines(training.lines, items.line_indices.numpy())
+            )
         return batch if self._bank is None else dataclasses.replace(batch, bank=self._bank(draw))
 
 
-def stack(items: list[Item]) -> Items:
+def _teacher_lines(lines: Lines, index: Int[np.ndarray, " lines"]) -> Float[Tensor, "lines dim"] | None:
+    return None if lines.embeddings is None else unit_teacher_rows(lines.embeddings[index], index, "text")
+
+
+def stack(items: list[Item | LineItem]) -> Items:
     """The items of a batch as one."""
+    pairs = [item for item in items if isinstance(item, Item)]
+    lines = [item for item in items if isinstance(item, LineItem)]
     return Items(
-        images=torch.stack([item.image for item in items]),
-        texts=torch.stack([item.text for item in items]),
-        indices=torch.tensor([item.index for item in items]),
-        captions=torch.tensor([item.caption for item in items]),
-        bad=[bad for item in items for bad in item.bad],
+        images=torch.stack([item.image for item in pairs]),
+        texts=torch.stack([item.text for item in pairs]),
+        indices=torch.tensor([item.index for item in pairs]),
+        captions=torch.tensor([item.caption for item in pairs]),
+        bad=[bad for item in pairs for bad in item.bad],
+        lines=torch.stack([item.text for item in lines]) if lines else None,
+        line_indices=torch.tensor([item.index for item in lines]) if lines else None,
     )
 
 

@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clip_cid import log
+from clip_cid.data.embeddings.of_texts import open_texts
 from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.npy_files import read_array_of_stage
@@ -12,8 +13,9 @@ from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.errors import DataError
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
-from clip_cid.stage_names import BALANCE, CLUSTER
+from clip_cid.stage_names import BALANCE, CLUSTER, TEXTS
 from clip_cid.training.batches import TrainingPairs
+from clip_cid.training.lines import Lines
 from clip_cid.unit_length import is_unit
 
 _COMPARED_CAPTIONS = 100
@@ -58,6 +60,25 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
     if texts:
         _compare_captions(pairs, rows, store, store_rows[rows])
     return TrainingPairs(pairs, rows, labels, store, store_rows[rows], num_captions)
+
+
+def read_lines(folder: RunFolder, recipe: Recipe, store: EmbeddingStore) -> Lines:
+    """The texts without images, with the teacher's embeddings.
+
+    Raises:
+        DataError: They are damaged, or of another teacher than the images.
+    """
+    path = folder.stage(TEXTS)
+    found = open_texts(path)
+    ours, theirs = (teacher.get("weights_sha256") for teacher in (found.teacher, store.info.teacher))
+    if ours != theirs or found.embeddings.shape[1] != store.dim:
+        raise DataError(
+            f"{path}: texts embedded in {found.embeddings.shape[1]:,} dimensions by the teacher"
+            f" {found.teacher.get('reference')}, but the pairs in {store.dim:,} by {store.info.teacher.get('reference')}"
+            " of other weights.",
+            fix=f"Make one of them again: `clip-cid texts {folder.path} --force`, or embed.",
+        )
+    return Lines(found.texts, found.embeddings, recipe.distill.lines_per_step)
 
 
 def read_kept(folder: RunFolder, store: EmbeddingStore) -> Int[np.ndarray, " kept"]:

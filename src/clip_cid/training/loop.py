@@ -218,7 +218,11 @@ class Trainer:
             )
 
     def _position(self) -> dict[str, int]:
-        return {"step": self.step, "pairs_seen": self.step * self.batches.batch_size}
+        return {"step": self.step, "pairs_seen": self.step * self.batches.batch_size, **self._texts_seen()}
+
+    def _texts_seen(self) -> dict[str, int]:
+        lines = self.batches.training.lines
+        return {} if lines is None else {"texts_seen": self.step * lines.per_step}
 
     def _watch_for_collapse(self, measured: Measured) -> None:
         """Warn once, and in the line of the step, that the training looks like a collapse; it continues."""
@@ -242,6 +246,7 @@ class Trainer:
             "epochs": pairs_seen / epoch_pairs,
             "unreadable_pairs": len(self.bad),
             "skipped_steps": self.progress.skipped_steps,
+            **self._texts_seen(),
             "processes": self.ranks.size,
             "seconds": self.watch.seconds,
             "pairs_per_s": pairs_seen / self.watch.seconds,

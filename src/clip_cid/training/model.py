@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,10 +42,11 @@ class Distillation(nn.Module):
         texts: Int[Tensor, "rows context"] | None,
         *,
         precision: torch.dtype,
+        lines: Int[Tensor, "lines context"] | None = None,
     ) -> Outputs:
         """See `Objective.forward`; without images or without texts, what is left.
 
-        Texts of pairs are not encoded where their embeddings are stored.
+        `lines` are texts without images. Texts of pairs are not encoded where their embeddings are stored.
         """
         device = next(self.student.parameters()).device.type
         outputs: Outputs = {}
@@ -53,14 +55,16 @@ class Distillation(nn.Module):
             if images is not None:
                 outputs["image"] = self.student.encode_image(images)
             if texts is not None and not (images is not None and self.objective.stored_texts):
-                outputs["text"] = self.student.encode_text(texts)
+                outputs["text"] = self.student.encode_text(texts if lines is None else torch.cat([texts, lines]))
         outputs = {name: F.normalize(at_least_float32(rows), dim=-1) for name, rows in outputs.items()}
+        if texts is not None and lines is not None:
+            outputs["text"], outputs["lines"] = outputs["text"].split([len(texts), len(lines)])
 
         outputs["logit_scale"] = self.student.logit_scale.exp().sum()  # of shape () or (1,)
         if (bias := getattr(self.student, "logit_bias", None)) is not None:
             outputs["logit_bias"] = bias.sum()
 
-        return outputs | self.objective.read(outputs.get("image"), outputs.get("text"))
+        return outputs | self.objective.read(outputs.get("image"), outputs.get("text"), outputs.get("lines"))
 
     def train(self, mode: bool = True) -> "Distillation":
         super().train(mode)
@@ -93,36 +97,39 @@ def backward_in_micro_batches(
 
     Args:
         model: A `Distillation`, or what wraps it to join ranks.
-        batch: This rank's rows.
+        batch: This rank's rows; texts without images are spread over the micro-batches.
         loss_of: From the outputs to the number to minimize, this rank's share; called once.
         micro_batch: All at once when absent.
         precision: Of the student.
         seed: Of what the student draws at random (dropout); equal in both passes.
     """
     size = micro_batch or len(batch.rows)
-    micro_batches = list(zip(batch.images.split(size), batch.texts.split(size), strict=True))
+    pairs = list(zip(batch.images.split(size), batch.texts.split(size), strict=True))
+    shares = [None] * len(pairs) if batch.lines is None else batch.lines.tensor_split(len(pairs))
+    micro_batches = [(*pair, share) for pair, share in zip(pairs, shares, strict=True)]
     once = len(micro_batches) == 1
 
     # First pass: the outputs of the whole batch, and the gradient of the loss in them.
     outputs: list[Outputs] = []
-    for number, (images, texts) in enumerate(micro_batches):
+    for number, (images, texts, lines) in enumerate(micro_batches):
         torch.manual_seed(_micro_batch_seed(seed, number))
         with torch.set_grad_enabled(once):
-            outputs.append(model(images, texts, precision=precision))
+            outputs.append(model(images, texts, precision=precision, lines=lines))
     leaves = {name: _joined([part[name] for part in outputs]) for name in outputs[0]}
     loss_of(leaves).backward()
 
     # Second pass: from the outputs into the model. Ranks exchange gradients once, with the last micro-batch.
-    for number, (images, texts) in enumerate(micro_batches):
+    before = Counter[str]()  # rows of each output in the micro-batches that are done
+    for number, (images, texts, lines) in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         with contextlib.nullcontext() if last else _without_exchange(model):
             if once:
                 part = outputs[0]
             else:
                 torch.manual_seed(_micro_batch_seed(seed, number))
-                part = model(images, texts, precision=precision)
-            rows = slice(number * size, number * size + len(images))
-            _backward(part, leaves, rows, with_scales=last)
+                part = model(images, texts, precision=precision, lines=lines)
+            _backward(part, leaves, before, with_scales=last)
+            before.update({name: len(output) for name, output in part.items() if output.ndim})
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -144,7 +151,7 @@ def _joined(values: list[Tensor]) -> Tensor:
     return value.detach().requires_grad_()
 
 
-def _backward(part: Outputs, leaves: Mapping[str, Tensor], rows: slice, *, with_scales: bool) -> None:
+def _backward(part: Outputs, leaves: Mapping[str, Tensor], before: Mapping[str, int], *, with_scales: bool) -> None:
     """Back-propagate the gradient of a micro-batch's outputs into the model.
 
     Where the loss does not depend on an output, its gradient is 0: every parameter then has a gradient, as DDP expects.
@@ -157,7 +164,7 @@ def _backward(part: Outputs, leaves: Mapping[str, Tensor], rows: slice, *, with_
         gradient = leaves[name].grad
         gradient = torch.zeros_like(leaves[name]) if gradient is None else gradient
         outputs.append(output)
-        gradients.append(gradient[rows] if output.ndim else gradient)
+        gradients.append(gradient[before[name] :][: len(output)] if output.ndim else gradient)
     torch.autograd.backward(outputs, gradients)
 
 

@@ -559,6 +559,36 @@ class TestBeforeTheEmbeddings:
         printout.say(report)
         assert "Still to run before the training: embed (missing), balance" in capsys.readouterr().out
 
+    def with_texts(self, case: Case, path: Path, weights: dict[str, float]) -> Recipe:
+        distill = {
+            "weights": {"cluster_cls": 0.0, "cluster_kl": 0.0, **weights},
+            "texts": [str(path)],
+            "texts_per_step": 3,
+        }
+        embed = {"existing": None, "teacher": "hf-hub:some/model"}
+        return case.recipe(embed=embed, distill=distill, balance={"enabled": False})
+
+    def test_texts_without_images_are_tried_too(self, case: Case, tmp_path: Path, capsys: pytest.CaptureFixture):
+        (tmp_path / "words.txt").write_text("one\ntwo\nthree\nfour\n")
+        report = check(RunFolder(tmp_path / "run"), self.with_texts(case, tmp_path / "words.txt", {"cosine_text": 1.0}))
+        assert report.texts == 4
+        assert [state.stage.name for state in report.undone] == ["embed", "texts"]
+        assert report.teacher_dim is not None
+        assert report.disk.before == report.teacher_dim * (4 * COUNT + 2 * 4)
+        assert report.rehearsal.first.parts["cosine_text"] > 0
+        printout.say(report)
+        assert "4; 3 in a step" in capsys.readouterr().out
+
+    def test_a_file_of_texts_that_is_not_there_is_refused(self, case: Case, tmp_path: Path):
+        with pytest.raises(DataError, match=r"no\.txt: no such file"):
+            check(RunFolder(tmp_path / "run"), self.with_texts(case, tmp_path / "no.txt", {"bank_text": 1.0}))
+
+    def test_texts_that_no_loss_reads_give_a_warning(self, case: Case, tmp_path: Path):
+        report = check(RunFolder(tmp_path / "run"), self.with_texts(case, tmp_path / "no.txt", {}))
+        assert report.texts == 0
+        (line,) = [line for line in report.warnings if line.startswith("distill.texts")]
+        assert "distill.weights.cosine_text and distill.weights.bank_text do" in line
+
     def test_a_teacher_of_the_hub_is_not_asked_for(self, case: Case, tmp_path: Path, offline: None):
         report = check(RunFolder(tmp_path / "run"), self.recipe(case, teacher="hf-hub:some/model"))
         assert report.teacher is not None

@@ -39,6 +39,8 @@ class Targets:
     bank_images: Float[Tensor, "bank teacher"] | None = None
     """Stored embeddings of a draw of all pairs, not of these rows; the same on every rank."""
     bank_texts: Float[Tensor, "bank teacher"] | None = None
+    teacher_lines: Float[Tensor, "lines teacher"] | None = None
+    """Stored embeddings of the texts without images that the student read beside these rows."""
 
 
 class Objective(nn.Module):
@@ -134,7 +136,10 @@ class Objective(nn.Module):
         self.instance_logit_scale = nn.Parameter(torch.tensor(FIRST_SCALE).log()) if own_scale else None
 
     def read(
-        self, image: Float[Tensor, "rows student"] | None, text: Float[Tensor, "rows student"] | None
+        self,
+        image: Float[Tensor, "rows student"] | None,
+        text: Float[Tensor, "rows student"] | None,
+        lines: Float[Tensor, "lines student"] | None = None,
     ) -> dict[str, Tensor]:
         """The values that losses read beside the student's own outputs, row by row.
 
@@ -143,12 +148,18 @@ class Objective(nn.Module):
         Args:
             image: Unit rows.
             text: Unit rows.
+            lines: Unit rows of texts without images.
 
         Returns:
-            `aligned_image` and `aligned_text` where a map is learned, `instance_scale` where it is learned.
+            `aligned_image`, `aligned_text` and `aligned_lines` where a map is learned, `instance_scale` where it is
+            learned.
         """
         outputs: dict[str, Tensor] = {}
-        for name, rows, linear in (("aligned_image", image, self.image_map), ("aligned_text", text, self.text_map)):
+        for name, rows, linear in (
+            ("aligned_image", image, self.image_map),
+            ("aligned_text", text, self.text_map),
+            ("aligned_lines", lines, self.text_map),
+        ):
             if rows is not None and linear is not None:
                 with autocast_off(rows):
                     outputs[name] = F.normalize(linear(at_least_float32(rows)), dim=1)
@@ -169,7 +180,8 @@ class Objective(nn.Module):
         Over ranks a loss is this rank's share: the mean over the ranks is the loss of the whole batch.
 
         Args:
-            outputs: The student's `image` and (unless they are stored) `text`, unit rows; its `logit_scale`, `exp` already taken; `logit_bias`
+            outputs: The student's `image` and (unless they are stored) `text`, unit rows; its `lines` if it read texts
+                without images, from which the losses that read a text alone learn as well; its `logit_scale`, `exp` already taken; `logit_bias`
                 if it has one; and what `read` returned for these.
             targets: For the same rows.
             gather: From a rank's rows to those of all ranks; its gradient is the sum over the ranks.
@@ -196,7 +208,8 @@ class Objective(nn.Module):
 
             for loss in self.losses:
                 if loss.name in self._functions:
-                    computed[loss.name] = self._functions[loss.name](*(getattr(batch, name) for name in loss.reads))
+                    read = batch.with_lines if loss.learns_from_texts else batch
+                    computed[loss.name] = self._functions[loss.name](*(getattr(read, name) for name in loss.reads))
 
         return {loss.name: computed[loss.name] for loss in self.losses}
 
@@ -303,6 +316,21 @@ class _Batch:
     @cached_property
     def clusters(self) -> Side:
         return self.gather(_given(self.targets.labels, "labels"))
+
+    @cached_property
+    def with_lines(self) -> "_Batch":
+        """The texts alone, with those without images behind the captions of each rank."""
+        if "lines" not in self.outputs:
+            return self
+        texts = {
+            text: torch.cat([self.outputs[text], self.outputs[lines]])
+            for text, lines in (("text", "lines"), ("aligned_text", "aligned_lines"))
+            if lines in self.outputs
+        }
+        captions = _given(self.targets.teacher_text, "teacher_text")
+        lines = _given(self.targets.teacher_lines, "teacher_lines")
+        targets = Targets(teacher_text=torch.cat([captions, lines]), bank_images=self.targets.bank_images)
+        return replace(self, outputs={**self.outputs, **texts}, targets=targets)
 
     @property
     def bank_images(self) -> Tensor:

@@ -20,6 +20,7 @@ from tiny_training import (
     BATCH,
     CENTERS,
     EVERY_PART,
+    STORED,
     exact,
     loss_of,
     make_batches,
@@ -31,13 +32,14 @@ from tiny_training import (
     stripes,
     training_pairs,
     with_labels,
+    with_lines,
 )
 from torch import Tensor, nn
 
 from clip_cid.errors import ClipCidError, ConfigError, DataError
 from clip_cid.method.distill.objective import weighted_sum
 from clip_cid.training import validation
-from clip_cid.training.batches import Batches
+from clip_cid.training.batches import Batches, TrainingPairs
 from clip_cid.training.loop import Trainer
 from clip_cid.training.model import backward_in_micro_batches
 from clip_cid.training.optimizer import clip_gradients
@@ -60,9 +62,16 @@ CASES: dict[str, dict[str, Any]] = {
     "a spread head, several labels": {"settings": {"labels": 3, "ignore_near": 0.3, "logq": "both"}},
     "in micro-batches": {"settings": {}, "micro_batch": 3},
     "mapped, in micro-batches": {"settings": {"head_lr": 0.0, "alignment": "linear"}, "micro_batch": 3},
+    "with texts alone": {"settings": {"head_lr": 0.0, **EVERY_PART["those of stored vectors"]}, "lines": True},
+    "with texts alone, in micro-batches": {
+        "settings": {"head_lr": 0.0, **EVERY_PART["those of stored vectors"]},
+        "lines": True,
+        "micro_batch": 3,
+    },
 }
 TRAININGS: dict[str, dict[str, Any]] = {
     "joint": {},
+    "with texts alone": {"settings": {"head_lr": 0.0, "weights": STORED, "bank_size": 13}, "lines": True},
     "with an EMA": {"settings": {"ema_decay": 0.9, "head_lr": 0.0}},
     # eight pairs are held out, so that none is left over whatever the number of ranks
     "measured": {"settings": {"validation": {"share": 0.4, "every": 16, "keep": "best"}}},
@@ -80,13 +89,19 @@ class Killed(BaseException):
 # What the ranks do
 
 
+def training_of(case: dict[str, Any], folder: Path) -> TrainingPairs:
+    training = training_pairs(folder)
+    return with_lines(training) if case.get("lines") else training
+
+
 def gradients(case: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Tensor]:
     """Of the first batch, by parameter, whole; and the common norm, as `grad_norm`."""
     settings = make_settings(**case["settings"])
     torch.manual_seed(0)  # for the maps of `alignment: linear`
     model = make_model(settings, ranks=ranks).double()
     joint: Any = join_model(model, ranks)
-    batch = exact(next(make_batches(training_pairs(folder), ranks=ranks, settings=settings).between(0, 1)))
+    training = training_of(case, folder)
+    batch = exact(next(make_batches(training, ranks=ranks, settings=settings).between(0, 1)))
     batch = with_labels(batch, settings)
 
     def loss(seen: dict[str, Tensor]) -> Tensor:
@@ -123,6 +138,7 @@ def make(case: dict[str, Any], folder: Path, out: Path, ranks: Ranks, **more: An
     if share := settings.validation.share:
         more["training"], held_out = hold_out(training_pairs(folder), share, batch_size=BATCH, ranks=ranks.size)
         more["validation"] = make_validation(held_out, settings, sets=[stripes()], ranks=ranks)
+    more.setdefault("training", training_of(case, folder))
     return make_trainer(folder, out, settings=settings, steps=STEPS, patch_dropout=0.0, ranks=ranks, **more)
 
 
@@ -198,6 +214,10 @@ def that_cannot_share(folder: Path, out: Path, ranks: Ranks) -> str:
     return error_of(lambda: Batches(training, dataset, batch_size=BATCH - 1, ranks=ranks, **how))
 
 
+def that_cannot_share_lines(folder: Path, out: Path, ranks: Ranks) -> str:
+    return error_of(lambda: make_batches(with_lines(training_pairs(folder), per_step=3), ranks=ranks))
+
+
 def that_normalizes_over_the_batch(folder: Path, out: Path, ranks: Ranks) -> str:
     return error_of(lambda: with_joint_statistics(nn.Sequential(nn.BatchNorm1d(3)), ranks, None))
 
@@ -226,6 +246,7 @@ def rank_main(rank: int, folder: Path, port: int) -> None:
             in_float16,
             with_other_weights,
             that_cannot_share,
+            that_cannot_share_lines,
             that_normalizes_over_the_batch,
         )
         for case in others:
@@ -395,6 +416,8 @@ def test_what_ranks_cannot_share_is_told_in_words(found: list[dict[str, Any]]):
     for rank in found:
         assert "ConfigError: distill.batch_size: 7 pairs cannot be shared equally by 2" in rank["that_cannot_share"]
         assert "Set distill.batch_size to 6" in rank["that_cannot_share"]
+        assert "distill.texts_per_step: 3 lines cannot be shared equally by 2" in rank["that_cannot_share_lines"]
+        assert "Set distill.texts_per_step to 2" in rank["that_cannot_share_lines"]
         assert "on CUDA only" in rank["that_normalizes_over_the_batch"]
 
 

@@ -378,6 +378,10 @@ class DistillConfig(Config):
     schedule: dict[str, tuple[tuple[Share, NonNegativeFloat], ...]] = {}
     """Name of a loss -> points (share of the run, factor). The weight of the loss is multiplied by
     the factor: linear between the points, constant before the first and after the last."""
+    weigh_gradients_every: PositiveInt | None = None
+    """Let the weights weigh gradients, not losses: every so many steps (50 is good) the norm of each
+    loss's gradient in the embeddings is measured, and its weight multiplied so that these norms are
+    in the proportion of the weights. When absent: the weights are as set."""
     texts: _Texts = ()
     """Files with a text a line, which need no images: vocabularies, class names in prompts, captions.
     UTF-8, also packed (.gz). The teacher embeds each line once, and the losses that read a text

@@ -246,6 +246,8 @@ class DistillSummary(Summary):
     data_wait_share: float
     losses: dict[str, float | None] = field(metadata={_PREFIX: "loss"})
     """`loss` and its parts, `loss/clip` and so on, of the last line of `metrics.jsonl`; None if not finite."""
+    weights: dict[str, float | None] = field(default_factory=dict[str, float | None], metadata={_PREFIX: "weight/"})
+    """`weight/clip` and so on of the last line, where the weights follow the gradients."""
     best_step: int | None = None
     """The step of the best student, with the number by which it is the best."""
     best_retrieval: float | None = None

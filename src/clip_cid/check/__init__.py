@@ -210,6 +210,7 @@ def _warnings(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str
         *likely_mistakes.of_settings(
             settings, steps=report.duration.steps, pairs=report.epoch_pairs, held_out=report.held_out
         ),
+        *likely_mistakes.of_weights(settings),
         *likely_mistakes.of_machine(settings, machine, report.device),
         *likely_mistakes.of_time(report.duration, machine),
         *likely_mistakes.of_pairs(report.sights, report.reading, max_bad_share=recipe.pairs.max_bad_share),

@@ -7,7 +7,7 @@ from clip_cid.recipe import DistillConfig, Recipe
 from clip_cid.training import room
 from clip_cid.training.loop import Trainer
 
-_METRICS_LINE = 1000  # bytes, at most
+_METRICS_LINE, _METRICS_LOSS = 700, 150  # bytes of a line and of what it says of each loss, at most
 _HALF, _SINGLE, _LABEL = 2, 4, 4  # bytes of a number
 
 
@@ -123,7 +123,7 @@ def estimate_disk(trainer: Trainer, *, before: int, soft_rows: int, labels: int,
         student=room.student_bytes(trainer.model),
         soft_centers=soft_rows * (_SINGLE * width + 8),
         labels=labels * _LABEL,
-        metrics=lines * _METRICS_LINE,
+        metrics=lines * (_METRICS_LINE + _METRICS_LOSS * len(trainer.model.objective.losses)),
         before=before,
         free=free,
     )

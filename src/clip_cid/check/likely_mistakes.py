@@ -17,6 +17,7 @@ _WARM_UP = 0.1  # of the steps
 _TRUNCATED = 0.1  # of the captions
 _WAITING = 0.1  # of the time
 _ERROR = 0.025  # of a recall on the held-out pairs, at worst
+_UNEVEN = 100.0  # one weight over another
 _LONG = 1800.0  # seconds: losing a run of this length costs much
 
 
@@ -47,6 +48,18 @@ def of_settings(settings: DistillConfig, *, steps: int, pairs: int, held_out: in
         yield (
             f"distill.validation.share: {held_out:,} pairs are held out, on which a recall is uncertain by up to "
             f"{units.percent(0.5 / held_out**0.5)} (one standard error)"
+        )
+
+
+def of_weights(settings: DistillConfig) -> Iterator[str]:
+    """Weights that were made for losses, and weigh gradients."""
+    weights = {name: getattr(settings.weights, name) for name in settings.weights.switched_on}
+    least, most = min(weights, key=weights.__getitem__), max(weights, key=weights.__getitem__)
+    if settings.weigh_gradients_every is not None and weights[most] > _UNEVEN * weights[least]:
+        yield (
+            f"distill.weigh_gradients_every: the gradient of {most} (weight {weights[most]:g}) is to be"
+            f" {weights[most] / weights[least]:,.0f} times that of {least} ({weights[least]:g}); weights that were made"
+            " for the size of a loss are too uneven for its gradient"
         )
 
 

@@ -15,7 +15,7 @@ from clip_cid.figures import style
 _ORDER = ("loss", "clip", "cluster_cls", "cluster_kl", "instance")
 """The parts in the order of the paper, by the beginning of their names; others come behind them."""
 _NAMES = {"loss": "total", "clip": "CLIP", "cluster_cls": "cluster classification", "cluster_kl": "cluster KL"}
-_PART, VALIDATION = "loss/", "val/"
+_PART, VALIDATION, WEIGHT = "loss/", "val/", "weight/"
 
 
 def is_loss(name: str) -> bool:
@@ -38,6 +38,8 @@ def loss_parts(metrics: Mapping[str, Float[np.ndarray, " lines"]]) -> list[str]:
 
 def display_name(part: str) -> str:
     """A column's name in words: `loss/instance_image` is `instance image`, `val/clip` is `CLIP (validation)`."""
+    if part.startswith(WEIGHT):
+        return f"weight of {display_name(part.removeprefix(WEIGHT))}"
     plain = _plain(part)
     return _NAMES.get(plain, plain.replace("_", " ")) + (" (validation)" if part.startswith(VALIDATION) else "")
 
@@ -46,11 +48,14 @@ def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[
     """Write `losses.svg` and `.csv`: a small panel for each part, since their units of size differ.
 
     What a validation measured of a part is drawn into the panel of that part, and the numbers behind one of its means
-    (`val/retrieval/...`) as thin lines beside it. Returns the first and last value of all but these.
+    (`val/retrieval/...`) as thin lines beside it. Weights that follow the gradients are in the table only. Returns the
+    first and last value of all but the numbers behind means.
     """
-    parts = loss_parts(metrics)
+    parts, weights = loss_parts(metrics), sorted(name for name in metrics if name.startswith(WEIGHT))
     steps = metrics["step"]
-    cells = {part: [None if math.isnan(value) else value for value in metrics[part].tolist()] for part in parts}
+    cells = {
+        name: [None if math.isnan(value) else value for value in metrics[name].tolist()] for name in (*parts, *weights)
+    }
     style.write_csv(out / "losses.csv", {"step": [int(step) for step in steps], **cells})
 
     # A panel for each part, with what a validation measured of it.
@@ -79,8 +84,9 @@ def draw(metrics: Mapping[str, Float[np.ndarray, " lines"]], out: Path) -> dict[
             figure.legend(handles=handles, loc="outside upper right", ncols=2)
         style.save_svg(figure, out / "losses.svg")
 
-    known = {part: _known(steps, metrics[part])[1] for part in parts if not _is_detail(part)}
-    return {part: {"first": float(values[0]), "last": float(values[-1])} for part, values in known.items()}
+    told = [part for part in parts if not _is_detail(part)] + weights
+    known = {name: _known(steps, metrics[name])[1] for name in told}
+    return {name: {"first": float(values[0]), "last": float(values[-1])} for name, values in known.items()}
 
 
 def _plain(part: str) -> str:

@@ -452,7 +452,7 @@ def _say_how_pairs_take_turns(labels: Int[np.ndarray, " rows"], per_cluster: int
     epoch, largest = epoch_size(labels, per_cluster), int(np.bincount(labels).max())
     log.info(
         f"distill   an epoch is {epoch:,} of {num_pairs:,} pairs, at most {per_cluster:,} of a cluster; the largest"
-        f" cluster has {largest:,}, all of which were seen after {units.counted(-(-largest // per_cluster), 'epoch')}"
+        f" cluster has {largest:,}, all of which are seen after {units.counted(-(-largest // per_cluster), 'epoch')}"
     )
 
 

@@ -28,6 +28,7 @@ from clip_cid.training.stopwatch import Stopwatch
 from clip_cid.training.validation import Best, Validation
 
 CHECKPOINTS = "checkpoints"
+_LAST = ("loss", "weight/")  # of the last line of metrics.jsonl, in the summary
 _SLOW_DATA = 0.1  # of the time: a larger share spent waiting for data is logged once
 
 
@@ -110,11 +111,12 @@ class Trainer:
         return self._summary()
 
     def rehearse(self, batch: Batch) -> Generator[Measured]:
-        """Repeat the first step on one batch, to measure its cost; this training is then discarded."""
+        """Make the first steps on one batch, to measure their cost; this training is then discarded."""
         self._resume()
         self.learner.joint.train()
         while True:
             yield self._train_step(batch.to(self.ranks.device))
+            self.progress.step = min(self.step + 1, self.plan.steps - 1)
 
     def student_state(self) -> dict[str, Tensor]:
         """The final weights, on the CPU: the EMA's or the best, if the recipe says so."""
@@ -251,7 +253,7 @@ class Trainer:
             "seconds": self.watch.seconds,
             "pairs_per_s": pairs_seen / self.watch.seconds,
             "data_wait_share": self.watch.wait_share,
-            **{name: value for name, value in self.progress.last_line.items() if name.startswith("loss")},
+            **{name: value for name, value in self.progress.last_line.items() if name.startswith(_LAST)},
             **(best if self.best.value is not None else {}),
             "collapse_alarm": self.alarm.fired,
             "precision": str(self.learner.precision).removeprefix("torch."),

@@ -19,6 +19,7 @@ def step_numbers(measured: Measured, learner: Learner) -> dict[str, float | None
         "lr": measured.lr,
         "grad_norm": finite(measured.grad_norm),
         **{f"grad_norm/{name}": finite(norm) for name, norm in measured.part_norms.items()},
+        **{f"weight/{name}": finite(weight) for name, weight in measured.weights.items()},
         "logit_scale": learner.model.student.logit_scale.detach().exp().item(),
     }
 
@@ -41,6 +42,7 @@ def sick_step(measured: Measured, learner: Learner, *, step: int, rows: list[int
         "grad_norm": str(measured.grad_norm),
         "lr": measured.lr,
         "parts": {name: str(part) for name, part in measured.parts.items()},
+        **{f"weight/{name}": str(weight) for name, weight in measured.weights.items()},
         "logit_scale": str(learner.model.student.logit_scale.detach().exp().item()),
         **{name: str(value) for name, value in learner.model.objective.diagnostics().items()},
         "pairs": [{"row": row, "key": pairs.key(row)} for row in rows],

@@ -87,4 +87,6 @@ def learner_parts(learner: Learner, head_rows: HeadRows) -> dict[str, Part]:
         parts[f"optimizer {number}"] = Moments(optimizer, head_rows)
     if learner.ema is not None:
         parts["ema"] = learner.ema
+    if learner.gradient_norms is not None:
+        parts["gradient norms"] = learner.gradient_norms
     return parts

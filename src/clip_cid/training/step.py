@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from clip_cid.method.distill.gradient_weights import weights_by_gradients
 from clip_cid.method.distill.objective import weighted_sum
 from clip_cid.recipe import DistillConfig, MachineConfig, Precision
 from clip_cid.training.batches import Batch
 from clip_cid.training.ema import EMA
+from clip_cid.training.gradient_norms import GradientNorms
 from clip_cid.training.model import Distillation, Outputs, backward_in_micro_batches, step_seed
 from clip_cid.training.optimizer import (
     clip_gradients,
@@ -34,6 +36,8 @@ class Measured:
     """Norm of the whole gradient before it is clipped."""
     part_norms: dict[str, float]
     """Norm of the gradient of each weighted loss in the embeddings; of the steps that are recorded."""
+    weights: dict[str, float]
+    """The weights of the losses, where they follow the gradients."""
 
     @property
     def is_finite(self) -> bool:
@@ -46,7 +50,7 @@ class Measured:
 
 
 class Learner:
-    """Everything that a step updates: the model, its optimizers, the scaler of float16 and the EMA.
+    """Everything that a step updates: the model, its optimizers, the scaler of float16, the EMA and the gradient norms.
 
     Args:
         model: What learns.
@@ -71,11 +75,14 @@ class Learner:
         self.optimizers = make_optimizers(model.student, model.objective, settings, steps=steps)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == torch.float16)
         self.ema = EMA(model.student, decay=settings.ema_decay) if settings.ema_decay else None
+        every = settings.weigh_gradients_every
+        self.gradient_norms = GradientNorms(every) if every is not None else None
 
     def compute_gradient(self, batch: Batch, step: int, *, with_part_norms: bool) -> Measured:
         """Leave the clipped gradient of the step's weighted loss in the parameters; returns the step in numbers.
 
-        A batch with a loss or gradient that is not finite leaves no trace in the statistics of batch normalizations.
+        A batch with a loss or gradient that is not finite leaves no trace in the statistics of batch normalizations, nor
+        in the norms of the gradients.
         """
         lr_share = learning_rate_share(step, warmup_steps=self.settings.warmup_steps, steps=self.steps)
         set_learning_rate(self.optimizers, lr_share)
@@ -84,12 +91,15 @@ class Learner:
 
         # Student, losses by name, one sum, backward.
         weights, statistics = self._weights(step), [value.clone() for value in self.statistics]
+        norms_before = self.gradient_norms.mean if self.gradient_norms is not None else {}
         parts: dict[str, Tensor] = {}
         part_norms: dict[str, float] = {}
 
         def loss_of(outputs: Outputs) -> Tensor:
             parts.update(self._losses(outputs, batch, step))
-            if with_part_norms:
+            if self.gradient_norms is not None:
+                part_norms.update(self._weigh(parts, outputs, weights, step, with_part_norms=with_part_norms))
+            elif with_part_norms:
                 part_norms.update(self._part_norms(parts, outputs, weights))
             return self.scaler.scale(weighted_sum(parts, weights))
 
@@ -107,8 +117,11 @@ class Learner:
         own = torch.stack([part.detach().float() for part in parts.values()]).tolist()
         numbers = self.ranks.mean(dict(zip(parts, own, strict=True)))
         loss = sum(weights[name] * value for name, value in numbers.items())
-        measured = Measured(loss, numbers, lr_share * self.settings.lr, grad_norm.item(), part_norms)
+        followed = {name: weights[name] for name in numbers} if self.gradient_norms is not None else {}
+        measured = Measured(loss, numbers, lr_share * self.settings.lr, grad_norm.item(), part_norms, followed)
         if not measured.is_finite:
+            if self.gradient_norms is not None:
+                self.gradient_norms.mean = norms_before
             for value, before in zip(self.statistics, statistics, strict=True):
                 value.copy_(before)
         return measured
@@ -146,6 +159,27 @@ class Learner:
         return {
             name: weight * scheduled(self.settings.schedule.get(name, ()), share) for name, weight in weights.items()
         }
+
+    def _weigh(
+        self,
+        parts: Mapping[str, Tensor],
+        outputs: Outputs,
+        weights: dict[str, float],
+        step: int,
+        *,
+        with_part_norms: bool,
+    ) -> dict[str, float]:
+        """Let the weights of this step follow the gradients; returns the weighted norms, if they are asked for."""
+        assert self.gradient_norms is not None
+        norms: dict[str, float] = {}
+        due = self.gradient_norms.is_due(step)
+        if due or with_part_norms:
+            norms = self._part_norms(parts, outputs, dict.fromkeys(parts, 1.0))
+        if due:
+            self.gradient_norms.add(norms)
+
+        weights.update(weights_by_gradients(weights, self.gradient_norms.mean))
+        return {name: weights[name] * norm for name, norm in norms.items()} if with_part_norms else {}
 
     def _part_norms(
         self, parts: Mapping[str, Tensor], outputs: Outputs, weights: Mapping[str, float]

@@ -449,6 +449,10 @@ def test_hours_are_of_epochs_as_short_as_the_clusters_make_them(case: Case, tmp_
         ({"distill": {"batch_size": 30}}, "distill.batch_size: 30 of 40 pairs"),
         ({"distill": {"sample_rate": 0.2}}, "distill.sample_rate: 0.2 is 1 of 6 centers a step"),
         ({"distill": {"precision": "fp16"}}, "distill.precision: fp16 on the CPU"),
+        (
+            {"distill": {"weights": "clip-kd", "alignment": "linear", "weigh_gradients_every": 50}},
+            "the gradient of feature (weight 2000) is to be 2,000 times that of clip (1)",
+        ),
         ({"evaluate": {"sets": {"birds": "no/birds", "d": "builtin:digits"}}}, "evaluate.sets.birds: nothing at no/b"),
         ({"evaluate": {"sets": {"d": "builtin:digits"}, "retrieval": {"r": ["no/r"]}}}, "evaluate.retrieval.r: no/r"),
     ],

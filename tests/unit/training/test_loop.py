@@ -125,6 +125,25 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
 
 @pytest.mark.slow
 @pytest.mark.resume
+def test_weights_that_follow_the_gradients_resume_exactly(folder: Path, tmp_path: Path):
+    """Also between two measurements, and with few pairs of each cluster in an epoch."""
+    settings = make_settings(weigh_gradients_every=3, per_cluster=1, log_every=1)
+    whole = make_trainer(folder, tmp_path / "whole", steps=STEPS, settings=settings)
+    summary = whole.run()
+    for step in (1, 5, 9):
+        kill_before(make_trainer(folder, tmp_path / "again", steps=STEPS, minutes=1e-9, settings=settings), step)
+    resumed = make_trainer(folder, tmp_path / "again", steps=STEPS, settings=settings)
+    resumed.run()
+    assert_equal(weights_of(resumed), weights_of(whole))
+    lines = [without_times(read_lines(tmp_path / name / "metrics.jsonl")) for name in ("whole", "again")]
+    assert lines[0] == lines[1]
+    assert {name: value for name, value in lines[0][-1].items() if name.startswith("weight/")} == {
+        name: value for name, value in summary.items() if name.startswith("weight/")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.resume
 def test_steps_behind_the_last_checkpoint_are_done_again_and_written_once(
     folder: Path, tmp_path: Path, uninterrupted: Trainer
 ):

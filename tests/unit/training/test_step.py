@@ -98,6 +98,92 @@ def test_the_gradient_of_a_part_is_as_long_as_that_of_a_computation_of_its_own(
         assert line[f"grad_norm/{part}"] == pytest.approx(length, rel=1e-4), part
 
 
+# Weights that follow the gradients
+
+
+def weighed(**changes: Any) -> Any:
+    return make_settings(**{"weigh_gradients_every": 3, "log_every": 1, **changes})
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_each_part_pulls_in_proportion_to_its_weight(folder: Path, tmp_path: Path, micro_batch: int | None):
+    """At step 0 with that step's own norms, later with their running mean; by a computation of its own, in float64."""
+    settings = weighed(weights={"icl": 0.25, "feature": 8.0}, schedule={"clip": [[0.0, 1.0], [1.0, 0.0]]})
+    trainer = make_trainer(folder, tmp_path, settings=settings, steps=9, patch_dropout=0.0, micro_batch=micro_batch)
+    trainer.run()
+    mean: dict[str, float] = {}
+    for line in lines_of(tmp_path):
+        step = line["step"] - 1
+        given = {name: weight for name, weight in settings.weights.model_dump().items() if weight}
+        given["clip"] *= 1 - step / 9
+        norms = {name: line[f"grad_norm/{name}"] / line[f"weight/{name}"] for name in given}
+        if step % 3 == 0:
+            mean = {name: 0.9 * mean.get(name, norm) + 0.1 * norm for name, norm in norms.items()}
+        level = sum(given[name] * mean[name] for name in given) / sum(given.values())
+        for name, weight in given.items():
+            assert line[f"weight/{name}"] == pytest.approx(weight * level / mean[name], rel=1e-6)
+            if step == 0:
+                assert line[f"grad_norm/{name}"] == pytest.approx(weight * level, rel=1e-6)
+        assert line["loss"] == pytest.approx(sum(line[f"weight/{name}"] * line[f"loss/{name}"] for name in given))
+
+
+def test_the_gradient_of_the_step_is_that_of_the_weights_it_tells(folder: Path, tmp_path: Path):
+    settings = weighed(head_lr=0.0)
+    trainer = make_trainer(folder, tmp_path, settings=settings, steps=3, patch_dropout=0.0)
+    batch, model = next(trainer.batches.between(0, 1)), copy.deepcopy(trainer.model)
+    measured = trainer.learner.compute_gradient(batch, 0, with_part_norms=False)
+    seen = model(batch.images, batch.texts, precision=torch.float32)
+    generator = torch.Generator().manual_seed(step_seed(settings.seed, 0))
+    parts = model.objective(seen, batch.targets, generator=generator)
+    torch.stack([measured.weights[name] * part for name, part in parts.items()]).sum().backward()
+    own = dict(model.named_parameters())
+    norm = math.sqrt(sum(float(value.grad.square().sum()) for value in own.values() if value.grad is not None))
+    assert measured.grad_norm == pytest.approx(norm, rel=1e-5)
+    for name, value in trainer.model.named_parameters():
+        if value.grad is not None:
+            torch.testing.assert_close(value.grad * max(norm, 1.0), own[name].grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_what_is_written_does_not_decide_the_weights(folder: Path, tmp_path: Path):
+    trainers = [
+        make_trainer(folder, tmp_path / str(every), settings=weighed(log_every=every), steps=8) for every in (1, 4)
+    ]
+    for trainer in trainers:
+        trainer.run()
+    assert trainers[0].learner.gradient_norms == trainers[1].learner.gradient_norms
+    first, second = (trainer.model.state_dict() for trainer in trainers)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_one_loss_alone_keeps_its_weight(folder: Path, tmp_path: Path):
+    make_trainer(folder, tmp_path, settings=weighed(weights="clip-only"), steps=3).run()
+    assert [line["weight/clip"] for line in lines_of(tmp_path)] == [1.0] * 3
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_step_that_is_not_finite_leaves_the_norms_of_the_gradients(folder: Path, tmp_path: Path, at: int):
+    trainer = overflowing(make_trainer(folder, tmp_path, settings=weighed(precision="fp16"), steps=5), at)
+    trainer.learner.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    means: list[dict[str, float]] = []
+    train_step = trainer._train_step
+
+    def step(batch: Batch) -> Any:
+        measured = train_step(batch)
+        assert trainer.learner.gradient_norms is not None
+        means.append(trainer.learner.gradient_norms.mean)
+        return measured
+
+    trainer._train_step = step
+    trainer.run()
+    if at == 0:  # then the next step measures
+        assert means[0] == {}
+        assert means[1]
+        assert means[1] == means[2] != means[3]
+    else:
+        assert means[0] == means[1] == means[2] == means[3] == means[4]
+
+
 # Float16
 
 

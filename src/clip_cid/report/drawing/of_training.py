@@ -24,6 +24,8 @@ def _losses_caption(numbers: Numbers) -> str:
     )
     if any("val/" in name for name in numbers):
         caption += " Validation results are in the second color; thin lines are the numbers behind their means."
+    if any(name.startswith(losses.WEIGHT) for name in numbers):
+        caption += " The weights in the total follow the gradients: the table has the first and the last."
     return caption
 
 

@@ -73,6 +73,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "joint": {},
     "with texts alone": {"settings": {"head_lr": 0.0, "weights": STORED, "bank_size": 13}, "lines": True},
     "with an EMA": {"settings": {"ema_decay": 0.9, "head_lr": 0.0}},
+    "with gradients weighed, few pairs of a cluster": {"settings": {"weigh_gradients_every": 3, "per_cluster": 1}},
     # eight pairs are held out, so that none is left over whatever the number of ranks
     "measured": {"settings": {"validation": {"share": 0.4, "every": 16, "keep": "best"}}},
     # the step after a measurement must not see the EMA
@@ -304,7 +305,9 @@ def test_two_processes_train_what_one_does(found: list[dict[str, Any]], folder: 
     )
     compared = ("step", "loss", "loss/cluster_kl", "grad_norm", "grad_norm/clip", "grad_norm/cluster_kl", "own_center")
     for mine, other in zip(ours, theirs, strict=True):
-        keys = (*compared, "mean_image_norm", "negatives", "logit_scale") if "loss" in mine else mine
+        weights = [key for key in mine if key.startswith("weight/")]
+        assert bool(weights) == ("weighed" in name)
+        keys = (*compared, *weights, "mean_image_norm", "negatives", "logit_scale") if "loss" in mine else mine
         for key in keys:
             assert other[key] == pytest.approx(mine[key], rel=1e-3, abs=1e-6), key
     assert any("val/retrieval" in line for line in ours) == ("validation" in TRAININGS[name].get("settings", {}))

@@ -11,6 +11,7 @@ from typing import Any
 
 from clip_cid.loss_table import LOSSES
 from clip_cid.overruling import OVERRULINGS
+from clip_cid.recipe import EmbedConfig
 
 Settings = Mapping[str, Any]
 """Sections by name, as `Recipe.model_dump(mode="json")` gives them, or some of them."""
@@ -56,6 +57,8 @@ def is_local(reference: Any) -> bool:
 def _embed(values: dict[str, Any]) -> None:
     _by_files(values, "teacher", is_local)
     _by_files(values, "pretrained", is_local)
+    if values.get("views") == 0:
+        values["view_crop_scale"] = EmbedConfig().view_crop_scale  # which no view has
 
 
 def _distill(values: dict[str, Any]) -> None:

@@ -18,9 +18,9 @@ from clip_cid.older_records import inputs_then
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder, StageRecord
 from clip_cid.stage_names import EMBED
-from clip_cid.stages.facts import BY_NAME, Stage
+from clip_cid.stages.facts import BY_NAME, EMBED_VIEWS, Stage
 
-_DEFAULTS = Recipe().model_dump(mode="json")
+_DEFAULTS = {**Recipe().model_dump(mode="json"), EMBED_VIEWS: "0"}
 _PLACES = (
     "pairs.source",
     "embed.existing",
@@ -215,13 +215,13 @@ def _differences(before: Any, after: Any, defaults: Any, name: str) -> Iterator[
     for part in sorted(before.keys() | after.keys()):
         full_name = f"{name}.{part}" if name else str(part)
         default = defaults.get(part) if isinstance(defaults, dict) else None
-        if part not in after:
+        if part not in after and name:
             yield (
                 f"{full_name} is no longer a setting" if name.count(".") == 0 else f"{full_name} is not given any more"
             )
         else:
             # A setting that an earlier version did not have was as it is by default.
-            yield from _differences(before.get(part, default), after[part], default, full_name)
+            yield from _differences(before.get(part, default), after.get(part, default), default, full_name)
 
 
 def _short(value: Any) -> str:

@@ -35,6 +35,12 @@ OVERRULINGS = (
         overrules=lambda name: ":" in name or name == "none",
         ask="Name the teacher that the weights belong to: --embed.teacher NAME.",
     ),
+    Overruling(
+        "embed.views",
+        ("embed.view_crop_scale",),
+        overrules=lambda views: not views,
+        ask="Say how many views to embed: --embed.views NUMBER.",
+    ),
     Overruling("balance.enabled", ("balance.",), cleared=True, overrules=_is_off),
     Overruling(
         "balance.existing",

@@ -180,6 +180,13 @@ class EmbedConfig(Config):
     folder, or .npy files. On the command line: `--embeddings`."""
     normalize: bool = False
     """Scale imported embeddings to length one. When off, rows of another length are refused."""
+    views: NonNegativeInt = 0
+    """Also embed this many random crops of each image. Training then shows the student one of these
+    crops, with the teacher's embedding of exactly that crop as target. Each takes a forward pass of
+    the teacher and 2 bytes a dimension on disk. 0: the whole image is the only target."""
+    view_crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """The crops of `views` keep at least this share of the image. Smaller ones differ more, but may
+    no longer show what the caption says."""
     max_bad_share: Share | None = None
     """Leave out imported rows that are all zeros or not finite, if they are at most this share of
     all; they are counted and listed. When absent, one such row refuses the import."""
@@ -423,7 +430,7 @@ class DistillConfig(Config):
     one."""
     crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Random crops keep at least this share of the image. The default is mild, because the stored
-    embedding is of the whole image."""
+    embedding is of the whole image. With embed.views the crops are those of the views instead."""
     augmentation: dict[str, float] = {}
     """More of open_clip's training augmentation: color_jitter (its strength; the hue gets a quarter
     of it), color_jitter_prob and gray_scale_prob. The stored embedding is of the plain image."""
@@ -737,6 +744,15 @@ class Recipe(Config):
         if self.uses_several_labels and clusters.existing is None and labels > clusters.num_centers:
             raise ValueError(
                 f"distill.labels: {labels:,} labels for an image, but cluster.num_centers is {clusters.num_centers:,}"
+            )
+
+        # Views are crops that a teacher embeds, and the only ones.
+        if self.embed.views and not self.has_teacher:
+            raise ValueError(f"embed.views: {self.embed.views}, but embed.teacher: none, so nothing embeds them")
+        if self.embed.views and self.distill.crop_scale != DistillConfig().crop_scale:
+            raise ValueError(
+                f"distill.crop_scale: {self.distill.crop_scale:g} has no effect with embed.views: {self.embed.views},"
+                " whose crops the student sees; leave it out, and set embed.view_crop_scale"
             )
 
         # Names that must refer to another setting.

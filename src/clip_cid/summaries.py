@@ -47,9 +47,12 @@ class EmbedSummary(Summary):
     """Reason -> unusable rows."""
     images_per_s: float | None
     """None if the embeddings were made elsewhere."""
+    views: int | None = None
+    """Crops of each image that are embedded beside it; None without any."""
 
     def __str__(self) -> str:
-        return f"{self.ok:,} of {self.images:,} images embedded in {self.dim} dimensions"
+        views = f", with {self.views:,} views of each" if self.views else ""
+        return f"{self.ok:,} of {self.images:,} images embedded in {self.dim} dimensions{views}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -197,7 +197,7 @@ def _with_targets(batch: Batch, recipe: Recipe, tried: trial.Tried) -> tuple[Bat
     if recipe.uses_several_labels:
         batch, seconds = rehearsal.label(batch, tried.trainer, recipe.distill.labels)
         labelled = seconds / len(batch.rows)
-    if recipe.uses_clusters and uses_soft_centers(recipe.distill):
+    if recipe.uses_clusters and not recipe.embed.views and uses_soft_centers(recipe.distill):
         batch, seconds = rehearsal.soften(batch, tried.trainer)
         softened = seconds / len(batch.rows)
     return batch, labelled, softened
@@ -211,6 +211,7 @@ def _warnings(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str
             settings, steps=report.duration.steps, pairs=report.epoch_pairs, held_out=report.held_out
         ),
         *likely_mistakes.of_weights(settings),
+        *likely_mistakes.of_views(recipe.embed, epochs=report.duration.steps * settings.batch_size / report.pairs),
         *likely_mistakes.of_machine(settings, machine, report.device),
         *likely_mistakes.of_time(report.duration, machine),
         *likely_mistakes.of_pairs(report.sights, report.reading, max_bad_share=recipe.pairs.max_bad_share),
@@ -270,7 +271,8 @@ def _own_towers(recipe: Recipe, width: int) -> Costs | None:
 
 def _bytes_before(recipe: Recipe, missing: list[State], pairs: int, texts: int, width: int) -> int:
     names = {state.stage.name for state in missing}
-    embeddings = estimates.embedding_bytes(pairs, width) if EMBED in names and recipe.embed.existing is None else 0
+    embedding = EMBED in names and recipe.embed.existing is None
+    embeddings = estimates.embedding_bytes(pairs, width, views=recipe.embed.views) if embedding else 0
     centers = estimates.cluster_bytes(pairs, recipe.cluster.num_centers, width) if CLUSTER in names else 0
     of_texts = estimates.text_bytes(texts, width) if TEXTS in names else 0
     return embeddings + centers + of_texts

@@ -129,9 +129,9 @@ def estimate_disk(trainer: Trainer, *, before: int, soft_rows: int, labels: int,
     )
 
 
-def embedding_bytes(pairs: int, width: int) -> int:
-    """Image and first caption of each pair, in float16."""
-    return 2 * _HALF * width * pairs
+def embedding_bytes(pairs: int, width: int, *, views: int) -> int:
+    """Image, first caption and views of each pair, in float16."""
+    return (2 + views) * _HALF * width * pairs
 
 
 def text_bytes(texts: int, width: int) -> int:

@@ -1,5 +1,6 @@
 """Likely mistakes that would not stop a training, each in a sentence with its numbers."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from clip_cid.check.captions import Sights
 from clip_cid.check.estimates import Disk, Duration
 from clip_cid.check.rehearsal import Reading
 from clip_cid.loss_table import LOSSES
-from clip_cid.recipe import DistillConfig, MachineConfig
+from clip_cid.recipe import DistillConfig, EmbedConfig, MachineConfig
 from clip_cid.training.step import resolve_precision
 
 _WARM_UP = 0.1  # of the steps
@@ -60,6 +61,15 @@ def of_weights(settings: DistillConfig) -> Iterator[str]:
             f"distill.weigh_gradients_every: the gradient of {most} (weight {weights[most]:g}) is to be"
             f" {weights[most] / weights[least]:,.0f} times that of {least} ({weights[least]:g}); weights that were made"
             " for the size of a loss are too uneven for its gradient"
+        )
+
+
+def of_views(settings: EmbedConfig, *, epochs: float) -> Iterator[str]:
+    """Views that are embedded and never seen."""
+    if settings.views > math.ceil(epochs):
+        yield (
+            f"embed.views: {settings.views:,}, but the training shows an image {epochs:,.1f} times, one view each time:"
+            f" at least {settings.views - math.ceil(epochs):,} of its views are embedded in vain"
         )
 
 

@@ -9,9 +9,11 @@ import numpy as np
 
 from clip_cid.data.balance.kept_file import read_kept_elsewhere
 from clip_cid.data.embeddings.files import STORE_FILE, read_info
+from clip_cid.data.embeddings.importing import check_views
 from clip_cid.data.embeddings.layouts import find_embeddings
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.npy_files import read_npy
+from clip_cid.data.pairs.crops import views_of
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.data.pairs.sources import find_sources
 from clip_cid.data.sets.evaluation_sets import MissingSetError, open_set
@@ -127,7 +129,9 @@ def _images(folder: RunFolder, recipe: Recipe, missing: set[str]) -> _Images | N
         return _Images(len(pairs), len(plain_pairs(pairs)), has_texts=True)
     if (existing / STORE_FILE).is_file():
         store = EmbeddingStore.open(existing)
+        check_views(existing, store.info.views, views_of(recipe.embed))
         return _Images(store.rows, int(store.ok.sum()), store.has_texts)
+    check_views(existing, None, views_of(recipe.embed))
     shards = find_embeddings(existing)
     rows = sum(shard.image.rows for shard in shards)
     return _Images(rows, rows, all(shard.text is not None for shard in shards))

@@ -140,11 +140,9 @@ def _disk(report: Report) -> Iterator[Row]:
     disk, keep = report.disk, report.recipe.machine.keep_checkpoints
     best = " and the best student" if report.recipe.distill.validation.keep == "best" else ""
     if disk.before:
-        yield (
-            "stages before",
-            units.size(disk.before),
-            f"{_ARITHMETIC}: embeddings (one caption a pair), centers, texts",
-        )
+        views = f" and {report.recipe.embed.views:,} views" if report.recipe.embed.views else ""
+        how = f"{_ARITHMETIC}: embeddings (one caption{views} a pair), centers, texts"
+        yield "stages before", units.size(disk.before), how
     if disk.labels:
         yield "labels, while it trains", units.size(disk.labels), _ARITHMETIC
     if disk.soft_centers:
@@ -162,7 +160,7 @@ def _disk(report: Report) -> Iterator[Row]:
 
 
 def _teacher(report: Report) -> Iterator[Row]:
-    teacher = report.teacher
+    teacher, views = report.teacher, report.recipe.embed.views
     if teacher is None:
         return
     yield "teacher", teacher.name, "the embeddings" if report.embed_seconds is not None else "the recipe"
@@ -170,12 +168,15 @@ def _teacher(report: Report) -> Iterator[Row]:
     if teacher.width is not None or report.teacher_dim is not None:
         width = teacher.width or report.teacher_dim or 0
         known = "" if teacher.width else " (the student's own; the teacher's is not known)"
-        total = estimates.embedding_bytes(report.pairs, width)
+        total = estimates.embedding_bytes(report.pairs, width, views=views)
         yield (
             "embeddings of the pairs to train on",
             units.size(total),
-            f"{_ARITHMETIC}: 4 x {width:,} bytes a pair{known}",
+            f"{_ARITHMETIC}: {2 * (2 + views)} x {width:,} bytes a pair{known}",
         )
+        if views:
+            of_views = total - estimates.embedding_bytes(report.pairs, width, views=0)
+            yield f"of these, {views:,} views of each image", units.size(of_views), _ARITHMETIC
     if report.embed_seconds is not None:
         yield "embedding all pairs, once", units.duration(report.embed_seconds), f"{_MEASURED}, by the embed stage"
 
@@ -185,8 +186,9 @@ def _teacher(report: Report) -> Iterator[Row]:
     parameters = f"{teacher.costs.parameters:,}"
     yield "parameters of the teacher", parameters, f"{_COUNTED}; with stored embeddings none is loaded"
     yield "FLOPs of a pair in the teacher", _flops(teacher.costs.forward), f"{_COUNTED}; both towers"
-    embedding = report.pairs * teacher.costs.forward
-    yield "embedding these pairs, once", _flops(embedding), f"{_ARITHMETIC}: pairs x teacher"
+    embedding = report.pairs * (teacher.costs.forward + views * teacher.costs.image_flops)
+    more = f", and {views:,} more passes of its image tower" if views else ""
+    yield "embedding these pairs, once", _flops(embedding), f"{_ARITHMETIC}: pairs x teacher{more}"
     if report.embed_seconds is None and report.student is not None:
         speed = report.student.training * report.recipe.distill.batch_size / report.duration.compute
         yield "time of that", units.duration(embedding / speed), f"{_ARITHMETIC}, at the speed of the student's steps"

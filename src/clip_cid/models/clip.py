@@ -13,6 +13,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import Compose, Resize
 
 from clip_cid.errors import ConfigError
 from clip_cid.models.open_clip_errors import LOADING_ERRORS, one_line, open_clip_warnings
@@ -62,23 +63,32 @@ def count_truncated(clip: Clip, captions: Sequence[str]) -> int:
     return int((short != longer[:, :length]).any(dim=1).sum())
 
 
+def crop_transform(clip: Clip) -> Callable[[Image.Image], Tensor]:
+    """What makes the model's input of a crop: as `preprocess`, but all of it is seen, whatever its aspect."""
+    return _transform({**clip.preprocess_cfg, "resize_mode": "squash"}, is_train=False)
+
+
 def train_transform(
-    clip: Clip, *, crop_scale: float, more: Mapping[str, float] | None = None
+    clip: Clip, *, crop_scale: float | None, more: Mapping[str, float] | None = None
 ) -> Callable[[Image.Image], Tensor]:
     """open_clip's training transform: a random crop of at least `crop_scale` of the image's area.
 
     Args:
         clip: Whose images they are.
-        crop_scale: Smallest share.
+        crop_scale: Smallest share; None if the image is a crop already, all of which is seen.
         more: Others of open_clip's `AugmentationCfg`; of `color_jitter` the strength for brightness, contrast and
             saturation, of which hue gets a quarter.
     """
-    options: dict[str, Any] = {"scale": (crop_scale, 1.0), **(more or {})}
+    options: dict[str, Any] = {"scale": (crop_scale or 1.0, 1.0), **(more or {})}
     if (strength := options.get("color_jitter")) is not None:
         options["color_jitter"] = (strength, strength, strength, strength / 4)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unused augmentation")  # open_clip says it of used ones, too
-        return _transform(clip.preprocess_cfg, is_train=True, aug_cfg=options)
+        transform = _transform(clip.preprocess_cfg, is_train=True, aug_cfg=options)
+    if crop_scale is None:
+        crop, *others = transform.transforms
+        transform = Compose([Resize(crop.size, crop.interpolation, antialias=crop.antialias), *others])
+    return transform
 
 
 def use_grad_checkpointing(clip: Clip) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip_cid.errors import ConfigError, DataError
-from clip_cid.models.clip import Clip, count_truncated
+from clip_cid.models.clip import Clip, count_truncated, crop_transform
 from clip_cid.models.loading import NEEDS_ARCHITECTURE, load_clip
 from clip_cid.models.references import HUB, LOCAL, RUN, is_checkpoint
 from clip_cid.recipe import EmbedConfig, Precision
@@ -42,6 +42,10 @@ class Teacher:
     @property
     def preprocess(self) -> Callable[[Image.Image], Tensor]:
         return self.clip.preprocess
+
+    @property
+    def preprocess_crop(self) -> Callable[[Image.Image], Tensor]:
+        return crop_transform(self.clip)
 
     def encode_images(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """`v_t` of docs/method.md: unit image embeddings, on the teacher's device.

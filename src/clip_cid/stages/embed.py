@@ -11,13 +11,14 @@ from typing import Any
 
 from clip_cid import log, os_errors, units
 from clip_cid.data.embeddings.files import StoreInfo, StoreShard, read_info
-from clip_cid.data.embeddings.finished_shards import FinishedShards, read_shards
+from clip_cid.data.embeddings.finished_shards import FinishedShards, read_shards, views_in
 from clip_cid.data.embeddings.from_pairs import check_known_bad, embed_pairs
 from clip_cid.data.embeddings.importing import import_existing
 from clip_cid.data.embeddings.rows_of_pairs import join
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import StoreWriter
 from clip_cid.data.pairs.contents import shard_contents
+from clip_cid.data.pairs.crops import Views, views_of
 from clip_cid.data.pairs.pair import reason_kind
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.errors import DataError, RunError
@@ -36,6 +37,8 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> EmbedSummary:
     pairs = _open_pairs(folder, recipe)
     teacher = load_teacher(recipe.embed, device=recipe.machine.device)
     writer, finished = _begin(folder, out, recipe, pairs, teacher)
+    if writer.views is not None:
+        log.info(f"embed     views {writer.views}, of each image")
     log.info(
         f"embed     teacher {teacher.identity['reference']}: {teacher.dim} dimensions, {teacher.identity['precision']}"
     )
@@ -69,6 +72,7 @@ def _begin(
             dim=teacher.dim,
             fields=recipe.pairs.keep_fields,
             num_shards=len(pairs.shards),
+            views=views_of(recipe.embed),
         )
 
     if not _fields_are(out, recipe.pairs.keep_fields):
@@ -124,19 +128,36 @@ def _say_of_before(folder: RunFolder, writer: StoreWriter) -> None:
         held = read_shards(folder.path / EMBED)
     except DataError:
         return
-    before = [] if held is None else [_arrays(shard) for shard in held[1]]
-    now = [_arrays(shard) for shard in writer.shards]
-    known = all(contents is not None for contents, _ in before)
-    folder.say_of_before(EMBED, same=known and before == now, all_of_it=known and set(before) <= set(now))
+    before, views = ([], None) if held is None else (held[1], views_in(held[0]))
+
+    # The training compares the settings of the views by itself, so other views change nothing for the stages between.
+    with_views = views == writer.views
+    same = [_arrays(shard, with_views) for shard in before] == [_arrays(shard, with_views) for shard in writer.shards]
+    known = all(shard.contents is not None for shard in before)
+    held_all = {_arrays(shard, with_views) for shard in before} <= {
+        _arrays(shard, with_views) for shard in writer.shards
+    }
+    folder.say_of_before(
+        EMBED, same=known and same, all_of_it=known and held_all and (with_views or _more(views, writer.views))
+    )
 
 
-def _arrays(shard: StoreShard) -> tuple[str | None, tuple[str, ...]]:
+def _more(before: Views | None, now: Views | None) -> bool:
+    """Whether the views of before are among those of now."""
+    if before is None or now is None:
+        return before is None
+    return dataclasses.replace(before, count=now.count) == now and before.count <= now.count
+
+
+def _arrays(shard: StoreShard, with_views: bool) -> tuple[str | None, tuple[str, ...]]:
     """The contents of a shard, and the digests of its embeddings."""
-    return shard.contents, tuple(file.sha256 for kind, file in sorted(shard.files.items()) if kind != "metadata")
+    left_out = {"metadata"} if with_views else {"metadata", "view"}
+    return shard.contents, tuple(file.sha256 for kind, file in sorted(shard.files.items()) if kind not in left_out)
 
 
 def _take_over(existing: Path, folder: RunFolder, out: Path, recipe: Recipe) -> EmbedSummary:
-    import_existing(existing, out, normalize=recipe.embed.normalize, max_bad_share=recipe.embed.max_bad_share)
+    embed = recipe.embed
+    import_existing(existing, out, normalize=embed.normalize, max_bad_share=embed.max_bad_share, views=views_of(embed))
     _say_of_import(folder, out)
     store = EmbeddingStore.open(out)
     if recipe.pairs.source:
@@ -155,6 +176,7 @@ def _summary(store: EmbeddingStore, skipped: dict[str, int], *, images_per_s: fl
         bytes=sum(file.bytes for shard in store.info.shards for file in shard.files.values()),
         skipped=skipped,
         images_per_s=images_per_s,
+        views=store.info.views.count if store.info.views is not None else None,
     )
 
 
@@ -167,12 +189,14 @@ def _room_on_disk(out: Path, writer: StoreWriter, pairs: Pairs, *, dim: int) -> 
     """Refuse to start if the disk has no room for the rest of the store; say what is kept if writing fails later."""
 
     def needed() -> int:
-        return (len(pairs) - writer.rows) * dim * 2 * 2  # float16; image and first caption
+        each = 2 + (writer.views.count if writer.views is not None else 0)  # image, first caption, views
+        return (len(pairs) - writer.rows) * dim * each * 2  # float16
 
     free = shutil.disk_usage(out).free
     if free < needed():
+        views = f", {writer.views.count:,} views of each image among them" if writer.views is not None else ""
         raise RunError(
-            f"{out}: {units.size(needed())} are needed for the embeddings, but {units.size(free)} are free.",
+            f"{out}: {units.size(needed())} are needed for the embeddings{views}, but {units.size(free)} are free.",
             fix="Free some room, or use a run folder on another disk.",
         )
 

@@ -16,6 +16,9 @@ from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE, TEXTS
 from clip_cid.summaries import Summary
 
+EMBED_VIEWS = "embed.views"
+"""The settings of the views among those of the training: with other views, the stages between are still as they were."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -51,15 +54,17 @@ class Stage:
         return self.summary.stage
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
-        """The settings its result depends on, by section, as plain values."""
+        """The settings its result depends on, by section, as plain values; views, if there are any, beside them."""
         values = recipe.model_dump(mode="json")
-        sections = {section: values[section] for section in self.sections}
-        if not self.only:
-            return sections
-        return {
-            section: {name: value for name, value in settings.items() if f"{section}.{name}" in self.only}
-            for section, settings in sections.items()
-        }
+        sections: dict[str, Any] = {section: values[section] for section in self.sections}
+        if self.only:
+            sections = {
+                section: {name: value for name, value in settings.items() if f"{section}.{name}" in self.only}
+                for section, settings in sections.items()
+            }
+        if self.name == DISTILL and recipe.embed.views:
+            sections[EMBED_VIEWS] = f"{recipe.embed.views} (embed.view_crop_scale {recipe.embed.view_crop_scale:g})"
+        return sections
 
 
 def _outside_embed(recipe: Recipe, reader: Reader) -> dict[str, Outside]:

@@ -201,7 +201,7 @@ def assemble(
     if centers is not None and (labels := training.labels_of_losses) is not None:
         _warn_of_negatives(settings, labels, len(centers))
         measure_near_centers(settings, training, centers)
-    if first_pass and centers is not None and uses_soft_centers(settings):
+    if first_pass and centers is not None and training.views is None and uses_soft_centers(settings):
         with ranks.main_first():
             training = with_soft_centers(
                 training, centers, settings, out / SOFT_CENTERS, sharpness.scale, key, ranks.device
@@ -326,7 +326,8 @@ def make_batches(
 ) -> Batches:
     """The batches the student learns from."""
     settings = recipe.distill
-    transform = train_transform(clip, crop_scale=settings.crop_scale, more=settings.augmentation)
+    crop_scale = settings.crop_scale if training.views is None else None  # a view is a crop already
+    transform = train_transform(clip, crop_scale=crop_scale, more=settings.augmentation)
     return Batches(
         training,
         _dataset(training, clip, recipe, transform),
@@ -471,5 +472,7 @@ def _key(
         )  # not a copy: centers may be gigabytes
     if training.lines is not None:
         digest.update(training.lines.digest)
+    if training.views is not None:
+        digest.update(json.dumps(dataclasses.asdict(training.views), sort_keys=True).encode())
     digest.update(json.dumps(store.info.teacher if store is not None else None, sort_keys=True).encode())
     return digest.hexdigest()

@@ -2,12 +2,14 @@
 
 Batch number `step` is the same in every process and after every interruption: the order is a seeded
 permutation for each epoch, and a hash of (seed, epoch, row) draws the crop and the caption of a pair.
+With embedded views the crop is one of these, and the target is the embedding of that very crop.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import itertools
+import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.pairs.crops import Views
 from clip_cid.data.pairs.decoding import decoded_batches
 from clip_cid.data.pairs.images import decode_image
 from clip_cid.data.pairs.pair import BadSample
@@ -43,6 +46,8 @@ class Item:
     """The pair it is, as an index among the training rows."""
     caption: int
     """Which of the pair's captions it is."""
+    view: int
+    """Which of the embedded views the image is; 0 without views."""
     bad: list[tuple[int, str]]
     """Rows that could not be used in its place, with the reason."""
 
@@ -54,6 +59,7 @@ class Items(NamedTuple):
     texts: Tensor
     indices: Tensor
     captions: Tensor
+    views: Tensor
     bad: list[tuple[int, str]]
     lines: Tensor | None
     """Texts without images; None if there are none. Likewise their indices."""
@@ -101,6 +107,10 @@ class TrainingPairs:
     """What the divergence needs of the teacher, if that was computed once for all."""
     lines: Lines | None = None
     """Texts without images, to be read beside these; None when no loss reads them."""
+    views: Views | None = None
+    """The embedded crops, one of which the student sees of an image in an epoch; None for random crops."""
+    sizes: Int[np.ndarray, "rows 2"] | None = None
+    """Width and height of each image as its views were embedded."""
     left_out: dict[int, str] = dataclasses.field(default_factory=dict[int, str])
     """Rows left out of `rows` because they are known to be broken; no earlier stage has listed them."""
 
@@ -125,7 +135,7 @@ class TrainingPairs:
         assert self.several_labels is None
         taken = {
             name: None if (values := getattr(self, name)) is None else values[index]
-            for name in ("rows", "labels", "store_rows", "num_captions")
+            for name in ("rows", "labels", "store_rows", "num_captions", "sizes")
         }
         return dataclasses.replace(self, **taken)
 
@@ -193,6 +203,7 @@ class PairDataset:
     ) -> None:
         self._pairs, self._rows, self._num_captions = training.pairs, training.rows, training.num_captions
         self._lines = training.lines
+        self._views, self._sizes = training.views, training.sizes
         self._transform, self._tokenizer = transform, tokenizer
         self._max_pixels, self._seed = max_pixels, seed
 
@@ -200,7 +211,8 @@ class PairDataset:
         """The pair at a place or, if it cannot be read, the next one that can; or the line.
 
         Raises:
-            DataError: None of the next pairs can be read, or a source changed.
+            DataError: None of the next pairs can be read, a source changed, or an image is not the one whose views were
+                embedded.
         """
         if isinstance(place, Line):
             assert self._lines is not None
@@ -227,10 +239,25 @@ class PairDataset:
         crop, draw = _seeds(self._seed, epoch, row)
         choices = len(pair.captions) if self._num_captions is None else int(self._num_captions[index])
         caption = draw % min(choices, len(pair.captions))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(crop)
+        view = 0
+        if self._views is not None:
+            view = view_number(self._views.count, self._seed, epoch, row)
+            self._check_size(picture, pair.key, index)
+            picture = self._views.crop(picture, pair.key, view)
+        with _drawing_from(crop):
             image = self._transform(picture)
-        return Item(image, self._tokenizer([pair.captions[caption]])[0], index, caption, bad)
+        return Item(image, self._tokenizer([pair.captions[caption]])[0], index, caption, view, bad)
+
+    def _check_size(self, picture: Image.Image, key: str, index: int) -> None:
+        assert self._sizes is not None
+        width, height = self._sizes[index].tolist()
+        if picture.size != (width, height):
+            raise DataError(
+                f"{key!r} has {picture.size[0]:,} x {picture.size[1]:,} pixels, but the views of its image were embedded"
+                f" from {width:,} x {height:,}.",
+                fix="A view is seen as it was embedded: give the very images that were embedded, or run the embed stage"
+                " on these pairs.",
+            )
 
 
 class Batches:
@@ -340,9 +367,12 @@ class Batches:
             batch = dataclasses.replace(batch, labels=torch.from_numpy(labels[index].astype(np.int64)))
         if training.store is not None and training.store_rows is not None:
             rows = training.store_rows[index]
-            batch = dataclasses.replace(
-                batch, teacher_image=unit_teacher_rows(training.store.images[rows], rows, "image")
+            images = (
+                training.store.images[rows]
+                if training.views is None
+                else training.store.view_for(rows, items.views.numpy())
             )
+            batch = dataclasses.replace(batch, teacher_image=unit_teacher_rows(images, rows, "image"))
             if training.num_captions is not None:
                 texts = training.store.text_for(rows, items.captions.numpy())
                 batch = dataclasses.replace(batch, teacher_text=unit_teacher_rows(texts, rows, "text"))
@@ -360,6 +390,19 @@ def _teacher_lines(lines: Lines, index: Int[np.ndarray, " lines"]) -> Float[Tens
     return None if lines.embeddings is None else unit_teacher_rows(lines.embeddings[index], index, "text")
 
 
+@contextlib.contextmanager
+def _drawing_from(seed: int) -> Generator[None]:
+    """Torch and Python draw from this seed, and later on as if nothing had been drawn: open_clip's transform uses both."""
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(state)
+
+
 def stack(items: list[Item | LineItem]) -> Items:
     """The items of a batch as one."""
     pairs = [item for item in items if isinstance(item, Item)]
@@ -369,6 +412,7 @@ def stack(items: list[Item | LineItem]) -> Items:
         texts=torch.stack([item.text for item in pairs]),
         indices=torch.tensor([item.index for item in pairs]),
         captions=torch.tensor([item.caption for item in pairs]),
+        views=torch.tensor([item.view for item in pairs]),
         bad=[bad for item in pairs for bad in item.bad],
         lines=torch.stack([item.text for item in lines]) if lines else None,
         line_indices=torch.tensor([item.index for item in lines]) if lines else None,
@@ -379,6 +423,16 @@ def _seeds(seed: int, epoch: int, row: int) -> tuple[int, int]:
     """Two independent 32-bit numbers (for the crop, for the caption) that depend on nothing else."""
     digest = hashlib.blake2b(f"{seed} {epoch} {row}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4]), int.from_bytes(digest[4:])
+
+
+def view_number(count: int, seed: int, epoch: int, row: int) -> int:
+    """Which view of an image an epoch shows.
+
+    Drawn anew in each epoch, and not in turn: with `distill.per_cluster` an image comes in every k-th epoch, and would
+    miss most of its turns if k and `count` have a common factor.
+    """
+    digest = hashlib.blake2b(f"{seed} {epoch} {row} view".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) % count
 
 
 def unit_teacher_rows(

@@ -8,6 +8,7 @@ from clip_cid.data.embeddings.of_texts import open_texts
 from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.npy_files import read_array_of_stage
+from clip_cid.data.pairs.crops import Views, views_of
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.errors import DataError
@@ -54,12 +55,28 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
 
     # The targets from clustering and teacher, as far as they are read.
     labels = read_labels(folder, len(kept))[places[rows]] if recipe.uses_labels else None
+    views, sizes = views_of(recipe.embed), None
+    if views is not None:
+        _check_views(store, views)
+        sizes = store.sizes[store_rows[rows]]
     if not (recipe.uses_teacher_images or texts or recipe.distill.head_perplexity or recipe.uses_several_labels):
-        return TrainingPairs(pairs, rows, labels=labels)
+        return TrainingPairs(pairs, rows, labels=labels, views=views, sizes=sizes)
     num_captions = store.num_captions[store_rows[rows]] if texts else None
     if texts:
         _compare_captions(pairs, rows, store, store_rows[rows])
-    return TrainingPairs(pairs, rows, labels, store, store_rows[rows], num_captions)
+    return TrainingPairs(pairs, rows, labels, store, store_rows[rows], num_captions, views=views, sizes=sizes)
+
+
+def _check_views(store: EmbeddingStore, views: Views) -> None:
+    if store.info.views != views:
+        raise DataError(
+            f"{store.path}: the recipe asks for views {views}, but here are {store.info.views or 'none'}.",
+            fix="Run the embed stage with this recipe.",
+        )
+    log.info(
+        f"distill   of each image the student sees one of {views.count:,} embedded views in an epoch;"
+        " distill.crop_scale does not count"
+    )
 
 
 def read_lines(folder: RunFolder, recipe: Recipe, store: EmbeddingStore) -> Lines:

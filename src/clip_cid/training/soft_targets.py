@@ -123,7 +123,10 @@ def measure_near_centers(
 
 
 def uses_soft_centers(settings: DistillConfig) -> bool:
-    """Whether the teacher's side of `L_kl` can be computed once: all centers take part, and none learns."""
+    """Whether the teacher's side of `L_kl` can be computed once: all centers take part, and none learns.
+
+    With embedded views it is computed in each step all the same: of every view once, it would take twice their disk.
+    """
     return settings.weights.cluster_kl > 0 and settings.head_lr == 0 and settings.sample_rate == 1
 
 

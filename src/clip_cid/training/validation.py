@@ -63,7 +63,8 @@ def hold_out(training: TrainingPairs, share: float, *, batch_size: int, ranks: i
             fix="Hold out more, or set it to 0.",
         )
     measured = np.sort(own[np.argsort(mixed[own], kind="stable")[:count]])
-    return training.take(np.flatnonzero(~chosen)), HeldOut(training.take(measured), each)
+    plain = dataclasses.replace(training.take(measured), views=None, sizes=None)  # measured on the whole images
+    return training.take(np.flatnonzero(~chosen)), HeldOut(plain, each)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import random
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from open_clip.transform import AugmentationCfg, image_transform
 from tiny_training import BATCH, make_batches, make_dataset, make_pairs, make_settings, tokenize, training_pairs
 
 from clip_cid.errors import DataError
 from clip_cid.training import batch_order
 from clip_cid.training.batch_order import ClusterTurns, Place, batch_places, epoch_orders
-from clip_cid.training.batches import Batch, Item, TrainingPairs
+from clip_cid.training.batches import Batch, Item, PairDataset, TrainingPairs
 from clip_cid.training.ranks.distributed import Ranks
 
 sizes = st.integers(1, 12).flatmap(lambda batch: st.tuples(st.integers(batch, 60), st.just(batch)))
@@ -147,6 +149,19 @@ def test_workers_and_the_state_of_torch_change_no_batch(tmp_path: Path):
     assert len(alone) == len(helped) == 6
     for ours, theirs in zip(alone, helped, strict=True):
         assert_equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:Unused augmentation")
+def test_colors_are_drawn_by_the_seed_alone(tmp_path: Path):
+    """open_clip draws whether to change them from Python's random numbers, and how from torch's."""
+    aug_cfg = AugmentationCfg(scale=(0.9, 1.0), color_jitter=(0.4,) * 4, color_jitter_prob=0.5, gray_scale_prob=0.5)
+    training, transform = training_pairs(tmp_path), image_transform(16, is_train=True, aug_cfg=aug_cfg)
+    dataset = PairDataset(training, transform=transform, tokenizer=tokenize, max_pixels=10_000, seed=0)
+    places = [Place(epoch, index) for epoch in range(2) for index in range(10)]
+    random.seed(1)
+    images = [dataset[place].image for place in places]
+    random.seed(2)
+    assert all(torch.equal(dataset[place].image, image) for place, image in zip(places, images, strict=True))
 
 
 def test_a_batch_joins_what_the_teacher_and_the_clusters_say_of_its_rows(tmp_path: Path):

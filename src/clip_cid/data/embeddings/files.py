@@ -4,6 +4,7 @@
     img_emb/img_emb_0000.npy              (rows, dim) unit image embeddings; a shard for each shard of the pairs
     text_emb/text_emb_0000.npy            (rows, dim) of each first caption; a store made elsewhere may have none
     more_text_emb/more_text_emb_0000.npy  of the second, third, ... captions in row order; only if there are any
+    view_emb/view_emb_0000.npy            (rows, views, dim) of crops of each image; only if they were asked for
     metadata/metadata_0000.parquet        key, caption, captions, ok, width, height and the kept fields
     skipped.jsonl                         the rows that are not ok, with the reason
 
@@ -27,13 +28,20 @@ import pydantic
 from jaxtyping import Bool, Float
 
 from clip_cid.data.embeddings.files_behind import STORE_FILE
+from clip_cid.data.pairs.crops import Views
 from clip_cid.errors import DataError
 from clip_cid.file_digests import sha256_file
 from clip_cid.run_folder import atomic_file, write_json
 from clip_cid.unit_length import is_unit
 
 SKIPPED_FILE, PROGRESS_FILE = "skipped.jsonl", "store.part.jsonl"
-FOLDERS = {"image": "img_emb", "text": "text_emb", "more_text": "more_text_emb", "metadata": "metadata"}
+FOLDERS = {
+    "image": "img_emb",
+    "text": "text_emb",
+    "more_text": "more_text_emb",
+    "view": "view_emb",
+    "metadata": "metadata",
+}
 AGAIN = "Run the embed stage again, with --force."
 _HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _UNREADABLE = (OSError, zlib.error, zipfile.BadZipFile)  # of the file or of the archive, not of the header
@@ -62,7 +70,7 @@ class StoreShard:
     more: int
     """Embeddings of further captions, those after the first."""
     files: dict[str, StoreFile]
-    """By kind: image, metadata and, if there are any, text and more_text."""
+    """By kind: image, metadata and, if there are any, text, more_text and view."""
     contents: str | None = None
     """Digest of the keys, images and captions that were embedded; None if nobody recorded it."""
     contents_with_fields: str | None = None
@@ -87,13 +95,18 @@ class StoreInfo:
     root: str | None
     """Where the files are, for a store that only refers to another one."""
     shards: tuple[StoreShard, ...]
+    views: Views | None = None
+    """The crops of each image that are embedded beside it."""
 
 
 def write_info(path: Path, info: StoreInfo) -> None:
     """Declare the store at `path` finished."""
     rows = sum(shard.rows for shard in info.shards)
     head = {"format": _FORMAT, "version": _VERSION, "finished": True, "rows": rows, "normalized": True}
-    write_json(path / STORE_FILE, {**head, **dataclasses.asdict(info)})
+    values = dataclasses.asdict(info)
+    if info.views is None:
+        del values["views"]
+    write_json(path / STORE_FILE, {**head, **values})
 
 
 def read_info(path: Path) -> StoreInfo:
@@ -138,7 +151,7 @@ def _check_info(info: StoreInfo, rows: int) -> None:
     if info.dtype not in ("float16", "float32"):
         raise ValueError(f"dtype {info.dtype!r}")
     for shard in info.shards:
-        needed = {"image", "metadata"} | ({"more_text"} if shard.more else set())
+        needed = {"image", "metadata"} | ({"more_text"} if shard.more else set()) | ({"view"} if info.views else set())
         if lacking := needed - shard.files.keys():
             raise ValueError(f"shard {shard.name} without {' and '.join(sorted(lacking))}")
         if not 0 <= shard.ok <= shard.rows or shard.more < 0:
@@ -153,7 +166,7 @@ def record_file(root: Path, path: str) -> StoreFile:
     return StoreFile(path=path, bytes=(root / path).stat().st_size, sha256=sha256_file(root / path))
 
 
-def write_array(path: Path, array: Float[np.ndarray, "rows dim"]) -> None:
+def write_array(path: Path, array: Float[np.ndarray, "rows *views dim"]) -> None:
     """As numpy.save, but a full disk raises its own error (numpy loses the reason)."""
     with atomic_file(path) as temporary, temporary.open("wb") as handle:
         header = np.lib.format.header_data_from_array_1_0(array)
@@ -190,8 +203,9 @@ def array_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, dtype
 
 
-def check_shard(root: Path, shard: StoreShard, *, dim: int, dtype: str) -> None:
+def check_shard(root: Path, shard: StoreShard, *, dim: int, dtype: str, views: Views | None) -> None:
     """Every file is there, of the recorded size, and of the right shape; contents are not read."""
+    middle = {"view": (views.count,)} if views is not None else {}
     for kind, file in shard.files.items():
         path = root / file.path
         rows = shard.more if kind == "more_text" else shard.rows
@@ -199,8 +213,9 @@ def check_shard(root: Path, shard: StoreShard, *, dim: int, dtype: str) -> None:
             stored = table_rows(path)
         else:
             shape, stored_as = array_header(path)
-            if len(shape) != 2 or shape[1] != dim or stored_as != np.dtype(dtype):
-                raise DataError(f"{path}: {shape} {stored_as}, but the store has width {dim} in {dtype}.", fix=AGAIN)
+            if shape[1:] != (*middle.get(kind, ()), dim) or stored_as != np.dtype(dtype):
+                what = f"{middle[kind][0]:,} views of width {dim}" if kind in middle else f"width {dim}"
+                raise DataError(f"{path}: {shape} {stored_as}, but the store has {what} in {dtype}.", fix=AGAIN)
             stored = shape[0]
 
         if stored != rows:

@@ -2,12 +2,13 @@
 
 import collections
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from clip_cid.data.embeddings.files import read_table
 from clip_cid.data.embeddings.finished_shards import FinishedShard, FinishedShards
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
 from clip_cid.data.pairs.contents import ContentsInProgress, RowDigest, ShardContents, digest_of_pair, shard_contents
+from clip_cid.data.pairs.crops import Views
 from clip_cid.data.pairs.decoding import decoded_batches
 from clip_cid.data.pairs.images import decode_image
 from clip_cid.data.pairs.pair import BadSample, reason_kind, remedy
@@ -40,6 +42,9 @@ class Encoder(Protocol):
 
     @property
     def preprocess(self) -> Callable[[Image.Image], Tensor]: ...
+
+    @property
+    def preprocess_crop(self) -> Callable[[Image.Image], Tensor]: ...
 
     def encode_images(self, images: Tensor) -> Tensor: ...
 
@@ -72,11 +77,12 @@ def embed_pairs(
     """
     first = len(writer.shards)
     reused = _shards_to_reuse(pairs, first, finished, digests)
-    todo = [shard for number, shard in enumerate(pairs.shards) if number >= first and number not in reused]
+    todo = [_work_on(shard, reused.get(number), writer.views) for number, shard in enumerate(pairs.shards)][first:]
+    _say_reused(pairs, reused, todo)
 
     batches = decoded_batches(
-        _PairImages(pairs, encoder.preprocess, side=encoder.image_side, max_pixels=settings.max_pixels),
-        _rows_of_batches(todo, machine.embed_batch),
+        _PairImages(pairs, encoder, writer.views, max_pixels=settings.max_pixels),
+        _places_of_batches(todo, machine.embed_batch),
         _stack,
         workers=machine.workers,
         smaller_batch="machine.embed_batch",
@@ -87,12 +93,14 @@ def embed_pairs(
     with contextlib.closing(batches), progress as bar:
         for number, shard in enumerate(pairs.shards[first:], start=first):
             if number in reused:
-                _take(writer, reused[number], pairs, number, digests, settings.keep_fields)
+                work = todo[number - first]
+                views = _views_of(reused[number], work, writer.views, batches, encoder, machine.embed_batch)
+                _take(writer, reused[number], pairs, number, digests, settings.keep_fields, views)
                 _check_bad_share(writer, [], len(pairs), settings)
                 bar.advance(shard.rows)
                 continue
 
-            part = _ShardInProgress(pairs, shard, dim=encoder.dim, fields=settings.keep_fields)
+            part = _ShardInProgress(pairs, shard, dim=encoder.dim, fields=settings.keep_fields, views=writer.views)
             while part.filled < shard.rows:
                 batch = next(batches)
                 part.add(batch, encoder, machine.embed_batch)
@@ -107,7 +115,37 @@ def embed_pairs(
         raise DataError(
             f"None of the {len(pairs):,} pairs can be used; see {writer.write_skipped()}.", fix="Mend the pairs."
         )
-    return sum(shard.rows for shard in todo)
+    return sum(work.shard.rows for work in todo if work.images)
+
+
+class _Work(NamedTuple):
+    """What is to be embedded of a shard."""
+
+    shard: Shard
+    whole: bool
+    """The images, and all their captions."""
+    views: range
+    """These of their crops."""
+
+    @property
+    def images(self) -> int:
+        """Forward passes of an image tower for each row."""
+        return self.whole + len(self.views)
+
+
+def _work_on(shard: Shard, finished: FinishedShard | None, wanted: Views | None) -> _Work:
+    """All of a shard, or what a finished one lacks."""
+    count = 0 if wanted is None else wanted.count
+    held = 0 if finished is None else finished.usable_views(wanted)
+    return _Work(shard, finished is None, range(held, count))
+
+
+def _say_reused(pairs: Pairs, reused: dict[int, FinishedShard], todo: Sequence[_Work]) -> None:
+    if not reused:
+        return
+    crops = sum(len(work.views) * work.shard.rows for work in todo if not work.whole)
+    more = f"; {crops:,} crops of their images are embedded for them" if crops else ""
+    log.info(f"embed     {len(reused):,} of {len(pairs.shards):,} shards are embedded already and taken over{more}")
 
 
 def _shards_to_reuse(
@@ -121,9 +159,57 @@ def _shards_to_reuse(
         same = finished.find(shard_contents(pairs, number, digests).rows)
         if same is not None and same.shard.rows == pairs.shards[number].rows:
             reused[number] = same
-    if reused:
-        log.info(f"embed     {len(reused):,} of {len(pairs.shards):,} shards are embedded already and taken over")
     return reused
+
+
+def _views_of(
+    finished: FinishedShard,
+    work: _Work,
+    wanted: Views | None,
+    batches: Iterator["_Batch"],
+    encoder: Encoder,
+    chunk: int,
+) -> Float[np.ndarray, "rows views dim"] | None:
+    """The views of a finished shard, those that it lacks computed now; None if its own are all and only those wanted.
+
+    Raises:
+        DataError: The images are no longer those that were embedded.
+    """
+    if wanted is None or finished.views == wanted:
+        return None
+    shard = work.shard
+    views = np.zeros((shard.rows, wanted.count, encoder.dim), dtype=np.float16)
+    if held := work.views.start:
+        stored = np.load(finished.store / finished.shard.files["view"].path, mmap_mode="r", allow_pickle=False)
+        views[:, :held] = stored[:, :held]
+
+    ok = np.ones(shard.rows, dtype=bool)
+    ok[[entry["row"] for entry in finished.skipped]] = False
+    contents, filled = ContentsInProgress(), 0
+    while work.views and filled < shard.rows:
+        batch = next(batches)
+        readable = np.array([not item.reason for item in batch.items], dtype=bool)
+        rows = slice(filled, filled + len(readable))
+        if lost := np.flatnonzero(ok[rows] & ~readable).tolist():
+            raise _changed(shard, f"row {filled + lost[0]:,} cannot be used any more: {batch.items[lost[0]].reason}")
+        if readable.any():
+            views[rows, held:][readable] = _encoded(batch, encoder, chunk)
+        for item in batch.items:
+            contents.add(item.digest)
+        filled += len(readable)
+
+    views[~ok] = 0
+    if work.views and contents.of_rows != finished.shard.contents:
+        raise _changed(shard, "its images or captions were changed meanwhile")
+    return views
+
+
+def _changed(shard: Shard, what: str) -> DataError:
+    return DataError(
+        f"{shard.name}: the views of its images cannot be embedded beside what is embedded already; {what}.",
+        fix="If pairs.max_pixels is lower than it was, raise it, or embed all anew with --force; else run the embed"
+        " stage again.",
+    )
 
 
 def _take(
@@ -133,6 +219,7 @@ def _take(
     number: int,
     digests: FileDigests,
     fields: tuple[str, ...],
+    views: np.ndarray | None,
 ) -> None:
     """Take a finished shard over; its metadata are written anew if other fields are kept, or fields have changed."""
     contents, shard = shard_contents(pairs, number, digests), pairs.shards[number]
@@ -143,7 +230,7 @@ def _take(
         for name in fields:
             column = pa.array([value.get(name, "") for value in values], pa.string())
             metadata = metadata.append_column(name, column)
-    writer.take(finished, shard.name, metadata=metadata, with_fields=contents.with_fields)
+    writer.take(finished, shard.name, metadata=metadata, with_fields=contents.with_fields, views=views)
 
 
 def _fields_of(pairs: Pairs, row: int) -> dict[str, str]:
@@ -153,12 +240,20 @@ def _fields_of(pairs: Pairs, row: int) -> dict[str, str]:
         return {}
 
 
+class _Place(NamedTuple):
+    """A row, and what is wanted of it."""
+
+    row: int
+    whole: bool
+    views: range
+
+
 class _Item(NamedTuple):
     """A decoded row."""
 
     row: int
     pixels: Tensor | None
-    """Preprocessed; None when the row cannot be used."""
+    """Preprocessed: the image if it is wanted, then its crops; None when the row cannot be used."""
     captions: tuple[str, ...]
     fields: dict[str, str]
     size: tuple[int, int]
@@ -174,19 +269,19 @@ class _Batch(NamedTuple):
     items: list[_Item]
     """One for each row; their pixels are in `images`."""
     images: Tensor
-    """Of the usable rows, in order."""
+    """(rows, images, 3, height, width) of the usable rows, in order."""
 
 
 class _PairImages:
     """Reads, decodes and preprocesses rows, in worker processes."""
 
-    def __init__(
-        self, pairs: Pairs, preprocess: Callable[[Image.Image], Tensor], *, side: int, max_pixels: int
-    ) -> None:
-        self._pairs, self._preprocess = pairs, preprocess
-        self._side, self._max_pixels = side, max_pixels
+    def __init__(self, pairs: Pairs, encoder: Encoder, views: Views | None, *, max_pixels: int) -> None:
+        self._pairs, self._views = pairs, views
+        self._preprocess, self._preprocess_crop = encoder.preprocess, encoder.preprocess_crop
+        self._side, self._max_pixels = encoder.image_side, max_pixels
 
-    def __getitem__(self, row: int, /) -> _Item:
+    def __getitem__(self, place: _Place, /) -> _Item:
+        row = place.row
         captions: tuple[str, ...] = ()
         fields: dict[str, str] = {}
         digest = digest_of_pair(self._pairs.key(row), None)
@@ -194,33 +289,52 @@ class _PairImages:
             pair = self._pairs.read(row)
             captions, fields, digest = pair.captions, pair.fields, digest_of_pair(pair.key, pair)
             image = decode_image(pair.image, max_pixels=self._max_pixels, side=self._side)
-            return _Item(row, self._preprocess(image), captions, fields, image.size, "", digest, pair.remark)
+            pixels = self._pixels(image, place)
+            return _Item(row, pixels, captions, fields, image.size, "", digest, pair.remark)
         except BadSample as error:
             return _Item(row, None, captions, fields, (0, 0), error.reason, digest)
+
+    def _pixels(self, image: Image.Image, place: _Place) -> Tensor:
+        images = [self._preprocess(image)] if place.whole else []
+        if self._views is not None:
+            key = self._pairs.key(place.row)
+            images += [self._preprocess_crop(self._views.crop(image, key, number)) for number in place.views]
+        return torch.stack(images)
 
 
 def _stack(items: list[_Item]) -> _Batch:
     pixels = [item.pixels for item in items if item.pixels is not None]
-    images = torch.stack(pixels) if pixels else torch.empty(0, 3, 1, 1)
+    images = torch.stack(pixels) if pixels else torch.empty(0, 1, 3, 1, 1)
     return _Batch([item._replace(pixels=None) for item in items], images)
 
 
-def _rows_of_batches(shards: Sequence[Shard], size: int) -> Generator[list[int]]:
-    """Rows in order; no batch crosses from one shard into the next, so a resumed run has the same batches."""
-    for shard in shards:
-        end = shard.first_row + shard.rows
-        for start in range(shard.first_row, end, size):
-            yield list(range(start, min(start + size, end)))
+def _places_of_batches(todo: Sequence[_Work], size: int) -> Generator[list[_Place]]:
+    """Rows in order, and `size` images at most unless one row has more.
+
+    No batch crosses from one shard into the next, so a resumed run has the same batches.
+    """
+    for shard, whole, views in (work for work in todo if work.images):
+        end, rows = shard.first_row + shard.rows, max(size // (whole + len(views)), 1)
+        for start in range(shard.first_row, end, rows):
+            yield [_Place(row, whole, views) for row in range(start, min(start + rows, end))]
+
+
+def _encoded(batch: _Batch, encoder: Encoder, chunk: int) -> Float[np.ndarray, "rows images dim"]:
+    """The embeddings of all images of the usable rows, `chunk` images at a time."""
+    rows, images = batch.images.shape[:2]
+    parts = [_half(encoder.encode_images(part)) for part in batch.images.flatten(0, 1).split(chunk)]
+    return np.concatenate(parts).reshape(rows, images, encoder.dim)
 
 
 class _ShardInProgress:
     """The rows of one shard as they come in."""
 
-    def __init__(self, pairs: Pairs, shard: Shard, *, dim: int, fields: tuple[str, ...]) -> None:
+    def __init__(self, pairs: Pairs, shard: Shard, *, dim: int, fields: tuple[str, ...], views: Views | None) -> None:
         self.shard, self.filled = shard, 0
         self.keys = pairs.keys(shard.first_row, shard.first_row + shard.rows)
         self.images = np.zeros((shard.rows, dim), dtype=np.float16)
         self.texts = np.zeros_like(self.images)
+        self.views = None if views is None else np.zeros((shard.rows, views.count, dim), dtype=np.float16)
         self.more_texts: list[np.ndarray] = []
         self.ok = np.zeros(shard.rows, dtype=bool)
         self.captions: list[tuple[str, ...]] = []
@@ -230,14 +344,17 @@ class _ShardInProgress:
         self.contents = ContentsInProgress()
 
     def add(self, batch: _Batch, encoder: Encoder, chunk: int) -> None:
-        """Embed a batch, `chunk` captions at a time, and put its rows behind those that are there."""
+        """Embed a batch, `chunk` images or captions at a time, and put its rows behind those that are there."""
         ok = np.array([not item.reason for item in batch.items], dtype=bool)
         rows = slice(self.filled, self.filled + len(ok))
         self.ok[rows] = ok
 
         if ok.any():
             usable = [item for item in batch.items if not item.reason]
-            self.images[rows][ok] = _half(encoder.encode_images(batch.images))
+            images = _encoded(batch, encoder, chunk)
+            self.images[rows][ok] = images[:, 0]
+            if self.views is not None:
+                self.views[rows][ok] = images[:, 1:]
 
             captions = [caption for item in usable for caption in item.captions]
             texts = np.concatenate(
@@ -276,6 +393,7 @@ class _ShardInProgress:
             skipped=self.skipped,
             contents=contents.rows,
             contents_with_fields=contents.with_fields,
+            views=self.views,
         )
 
 

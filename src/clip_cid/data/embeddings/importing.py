@@ -38,6 +38,7 @@ from clip_cid.data.embeddings.files import (
 )
 from clip_cid.data.embeddings.layouts import FIX, LayoutShard, Vectors, find_embeddings
 from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.pairs.crops import Views
 from clip_cid.errors import DataError
 from clip_cid.journal import Journal
 from clip_cid.recipe import STORE_COLUMNS
@@ -47,7 +48,14 @@ _KEY_COLUMNS = ("key", "uid", "image_path")
 _CAPTION_COLUMNS = ("caption", "text")
 
 
-def import_existing(source: Path, out: Path, *, normalize: bool = False, max_bad_share: float | None = None) -> None:
+def import_existing(
+    source: Path,
+    out: Path,
+    *,
+    normalize: bool = False,
+    max_bad_share: float | None = None,
+    views: Views | None = None,
+) -> None:
     """Make `out` a store that refers to `source`: a store of ours, or any layout of `layouts.py`.
 
     Every array is read once: lengths, values, and a digest of each file.
@@ -58,6 +66,7 @@ def import_existing(source: Path, out: Path, *, normalize: bool = False, max_bad
         normalize: Scale rows to length one (into `out`) instead of refusing rows of another length.
         max_bad_share: Leave out rows that are zero or not finite, if they are no larger share, instead of refusing
             them; not for a store of ours.
+        views: That the store must have. Without it, those of a store of ours are left out.
 
     Raises:
         DataError: It is none of these, a part is missing or cut short, widths differ, keys repeat, a row is zero or not
@@ -68,10 +77,12 @@ def import_existing(source: Path, out: Path, *, normalize: bool = False, max_bad
 
     if (source / STORE_FILE).is_file() or (source / PROGRESS_FILE).is_file():
         info = EmbeddingStore.open(source).info
-        info = dataclasses.replace(info, root=info.root or str(source))
+        check_views(source, info.views, views)
+        info = dataclasses.replace(info if views else _without_views(info), root=info.root or str(source))
         if (source / SKIPPED_FILE).is_file():
             shutil.copyfile(source / SKIPPED_FILE, out / SKIPPED_FILE)
     else:
+        check_views(source, None, views)
         info = _take_over(source, find_embeddings(source), out, normalize=normalize, max_bad_share=max_bad_share)
 
     write_info(out, info)
@@ -80,6 +91,35 @@ def import_existing(source: Path, out: Path, *, normalize: bool = False, max_bad
         raise DataError(f"{source}: no embeddings there.", fix=FIX)
     with log.progress("check", store.rows, unit="rows") as bar:
         store.check_values(bar.advance)
+
+
+def check_views(source: Path, held: Views | None, wanted: Views | None) -> None:
+    """Embeddings made elsewhere have the views that are wanted, if any are.
+
+    Raises:
+        DataError: They do not.
+    """
+    if wanted is None or held == wanted:
+        return
+    if held is None:
+        raise DataError(
+            f"{source}: embed.views: {wanted.count:,}, but these embeddings are of whole images only.",
+            fix="Leave out embed.views, or let the embed stage compute them: name the teacher, without embed.existing.",
+        )
+    raise DataError(
+        f"{source}: its views are {held}, but the recipe asks for {wanted}.",
+        fix=f"Set embed.views: {held.count} and embed.view_crop_scale: {held.crop_scale:g}."
+        if held.law == wanted.law
+        else "Embed these views again: this version draws other crops.",
+    )
+
+
+def _without_views(info: StoreInfo) -> StoreInfo:
+    shards = [
+        dataclasses.replace(shard, files={kind: file for kind, file in shard.files.items() if kind != "view"})
+        for shard in info.shards
+    ]
+    return dataclasses.replace(info, shards=tuple(shards), views=None)
 
 
 def _take_over(

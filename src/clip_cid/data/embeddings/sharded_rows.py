@@ -13,7 +13,9 @@ _OPEN_FILES = 256  # a process may hold some 65,000 maps; a large store has more
 
 
 def _mapped(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    """The rows of a file; of several for each image, (images, each, dim), one after the other."""
+    stored = np.load(path, mmap_mode="r", allow_pickle=False)
+    return stored.reshape(-1, stored.shape[-1])
 
 
 class ShardedRows:

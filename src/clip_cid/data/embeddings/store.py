@@ -64,6 +64,7 @@ class EmbeddingStore:
         self.rows = int(self._starts[-1])
         self.images, self._texts = self._sharded("image"), self._sharded("text")
         self._more_texts = self._sharded("more_text")
+        self._views = self._sharded("view")
         self._captions: dict[int, pa.Array] = {}
 
     @classmethod
@@ -76,7 +77,7 @@ class EmbeddingStore:
         path = Path(path)
         store = cls(path, read_info(path))
         for shard in store.info.shards:
-            check_shard(store._root, shard, dim=store.dim, dtype=store.info.dtype)
+            check_shard(store._root, shard, dim=store.dim, dtype=store.info.dtype, views=store.info.views)
         return store
 
     @property
@@ -229,6 +230,36 @@ class EmbeddingStore:
             out[further] = self._more_texts[self._first_more[rows[further]] + chosen[further] - 1]
         return out
 
+    @functools.cached_property
+    def sizes(self) -> Int[np.ndarray, "rows 2"]:
+        """Width and height in pixels of each image that was embedded; 0 for a row that is not ok.
+
+        Raises:
+            DataError: The metadata do not say.
+        """
+        sizes = np.zeros((self.rows, 2), dtype=np.int32)
+        for index in range(len(self.info.shards)):
+            rows = slice(int(self._starts[index]), int(self._starts[index + 1]))
+            for place, name in enumerate(("width", "height")):
+                column = read_column(self._file(index, "metadata"), name)
+                sizes[rows, place] = column.to_numpy(zero_copy_only=False)
+        return sizes
+
+    def view_for(
+        self, rows: Integer[np.ndarray, " n"], numbers: Integer[np.ndarray, " n"]
+    ) -> Float[np.ndarray, "n dim"]:
+        """The embedding of one view of each of some rows.
+
+        Raises:
+            DataError: The store has no views.
+            IndexError: A row or a view is outside.
+        """
+        if (views := self.info.views) is None:
+            raise DataError(
+                f"{self.path}: this store has no views of its images.", fix="Set embed.views, and run the embed stage."
+            )
+        return self._views[checked_rows(rows, self.rows) * views.count + checked_rows(numbers, views.count)]
+
     def check_values(self, progress: Callable[[int], None] | None = None) -> None:
         """Read every embedding; `progress` is called with numbers of finished rows.
 
@@ -236,6 +267,7 @@ class EmbeddingStore:
             DataError: An ok row is not finite or not of length 1.
         """
         kinds = {"image": self.images} | ({"text": self._texts} if self.has_texts else {})
+        views = self.info.views.count if self.info.views is not None else 0
         for index, shard in enumerate(self.info.shards):
             first = int(self._starts[index])
             for start in range(0, shard.rows, _BLOCK_ROWS):
@@ -243,6 +275,10 @@ class EmbeddingStore:
                 rows = slice(first + start, first + stop)
                 for kind, vectors in kinds.items():
                     check_unit(vectors[rows], self.ok[rows], where=str(self._file(index, kind)), first_row=start)
+                if views:
+                    vectors = self._views[rows.start * views : rows.stop * views]
+                    where = f"{self._file(index, 'view')} ({views:,} views a row)"
+                    check_unit(vectors, self.ok[rows].repeat(views), where=where, first_row=start * views)
                 if progress is not None:
                     progress(stop - start)
 
@@ -270,7 +306,8 @@ class EmbeddingStore:
     def _sharded(self, kind: str) -> ShardedRows:
         shards = [(index, shard) for index, shard in enumerate(self.info.shards) if kind in shard.files]
         files = [self._file(index, kind) for index, _ in shards]
-        rows = [shard.more if kind == "more_text" else shard.rows for _, shard in shards]
+        each = self.info.views.count if kind == "view" and self.info.views is not None else 1
+        rows = [shard.more if kind == "more_text" else shard.rows * each for _, shard in shards]
         return ShardedRows(files, rows, dim=self.dim, dtype=np.dtype(self.info.dtype))
 
     def _file(self, shard: int, kind: str) -> Path:

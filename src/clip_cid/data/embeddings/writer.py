@@ -23,8 +23,9 @@ from clip_cid.data.embeddings.files import (
     write_info,
     write_table,
 )
-from clip_cid.data.embeddings.finished_shards import FinishedShard, check_same, is_whole, read_shards
+from clip_cid.data.embeddings.finished_shards import FinishedShard, check_same, is_whole, made_from_of, read_shards
 from clip_cid.data.pairs.contents import contents_of_shards
+from clip_cid.data.pairs.crops import Views
 from clip_cid.errors import ConfigError
 from clip_cid.journal import Journal
 from clip_cid.recipe import STORE_COLUMNS
@@ -52,13 +53,15 @@ class ShardRows:
     contents: str | None = None
     """Digest of keys, images and captions, to know the shard again."""
     contents_with_fields: str | None = None
+    views: Float[np.ndarray, "rows views dim"] | None = None
+    """Of crops of each image, if the store has any."""
 
 
 class StoreWriter:
     """Adds finished shards to a store and, at the end, declares it finished.
 
     Raises:
-        DataError: The folder holds embeddings of another teacher or with other fields.
+        DataError: The folder holds embeddings of another teacher, with other fields or other views.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class StoreWriter:
         dim: int,
         fields: tuple[str, ...],
         num_shards: int,
+        views: Views | None = None,
     ) -> None:
         if taken := sorted(set(fields) & set(STORE_COLUMNS)):
             raise ConfigError(
@@ -88,6 +92,7 @@ class StoreWriter:
             captions_column="captions",
             root=None,
             shards=(),
+            views=views,
         )
         self.shards: list[StoreShard] = []
         self.skipped: list[dict[str, Any]] = []
@@ -96,8 +101,11 @@ class StoreWriter:
     @property
     def made_from(self) -> dict[str, Any]:
         """The facts that must be equal for two shards to lie in one store."""
-        info = self._info
-        return {"teacher": info.teacher, "dim": info.dim, "fields": list(info.fields)}
+        return made_from_of(self._info)
+
+    @property
+    def views(self) -> Views | None:
+        return self._info.views
 
     @property
     def rows(self) -> int:
@@ -107,15 +115,14 @@ class StoreWriter:
     def add(self, rows: ShardRows) -> None:
         """Write a shard; once this returns, the shard survives a kill."""
         _check_rows(rows, self._info)
-        paths = self._paths(kind for kind in FOLDERS if kind != "more_text" or len(rows.more_texts))
-        arrays = {"image": rows.images, "text": rows.texts, "more_text": rows.more_texts}
+        arrays = {"image": rows.images, "text": rows.texts}
+        arrays |= {"more_text": rows.more_texts} if len(rows.more_texts) else {}
+        arrays |= {"view": rows.views} if rows.views is not None else {}
+        paths = self._paths([*arrays, "metadata"])
 
-        for kind, path in paths.items():
-            if kind in arrays:
-                half = arrays[kind].astype(np.float16)
-                good = np.ones(len(half), dtype=bool) if kind == "more_text" else rows.ok
-                check_unit(half, good, where=f"{rows.name} ({kind})", first_row=0)
-                write_array(self._out / path, half)
+        for kind, array in arrays.items():
+            good = np.ones(len(array), dtype=bool) if kind == "more_text" else rows.ok
+            self._write_unit(paths[kind], array, good, where=f"{rows.name} ({kind})")
         write_table(self._out / paths["metadata"], _metadata(rows))
 
         # The journal's line comes last: a shard without it does not exist.
@@ -126,7 +133,15 @@ class StoreWriter:
             StoreShard(rows.name, count, int(rows.ok.sum()), len(rows.more_texts), files, *contents), rows.skipped
         )
 
-    def take(self, finished: FinishedShard, name: str, *, metadata: pa.Table | None, with_fields: str) -> None:
+    def take(
+        self,
+        finished: FinishedShard,
+        name: str,
+        *,
+        metadata: pa.Table | None,
+        with_fields: str,
+        views: Float[np.ndarray, "rows views dim"] | None = None,
+    ) -> None:
         """Add a shard that another store holds: its files are linked, or copied where that is not possible.
 
         Args:
@@ -134,9 +149,13 @@ class StoreWriter:
             name: Of the shard in these pairs.
             metadata: Its metadata with other fields; None keeps the file.
             with_fields: Digest of the contents with the fields.
+            views: Those of this store, if it has any and the shard has others; None keeps the file.
         """
-        paths, files = self._paths(finished.shard.files), dict[str, StoreFile]()
-        for kind, file in finished.shard.files.items():
+        keep_views = self.views is not None and views is None
+        taken = {kind: file for kind, file in finished.shard.files.items() if kind != "view" or keep_views}
+        kinds = {*taken, "view"} if views is not None else taken.keys()
+        paths, files = self._paths(kind for kind in FOLDERS if kind in kinds), dict[str, StoreFile]()
+        for kind, file in taken.items():
             if kind == "metadata" and metadata is not None:
                 write_table(self._out / paths[kind], metadata)
                 files[kind] = record_file(self._out, paths[kind])
@@ -144,6 +163,11 @@ class StoreWriter:
             remove_folder(self._out / paths[kind])  # of a shard that was not finished
             link_or_copy(finished.store / file.path, self._out / paths[kind])
             files[kind] = dataclasses.replace(file, path=paths[kind])
+        if views is not None:
+            bad = [entry["row"] for entry in finished.skipped]
+            self._write_unit(paths["view"], views, ~np.isin(np.arange(len(views)), bad), where=f"{name} (view)")
+            files["view"] = record_file(self._out, paths["view"])
+        files = {kind: files[kind] for kind in paths}
 
         first_row = self.rows
         skipped = [entry | {"row": first_row + entry["row"], "shard": name} for entry in finished.skipped]
@@ -157,7 +181,10 @@ class StoreWriter:
             contents: Of as many shards of the pairs as are finished here.
         """
         for number, (shard, wanted) in enumerate(zip(self.shards, contents, strict=False)):
-            if shard.contents != wanted or not is_whole(self._out, shard, dim=self._info.dim, dtype=self._info.dtype):
+            info = self._info
+            if shard.contents != wanted or not is_whole(
+                self._out, shard, dim=info.dim, dtype=info.dtype, views=info.views
+            ):
                 return number
         return min(len(self.shards), len(contents))
 
@@ -176,6 +203,15 @@ class StoreWriter:
         path = self._out / SKIPPED_FILE
         Journal(path).replace(*self.skipped, *unfinished)
         return path
+
+    def _write_unit(
+        self, path: str, vectors: Float[np.ndarray, "rows *views dim"], good: Bool[np.ndarray, " rows"], *, where: str
+    ) -> None:
+        """Unit rows, or several for each row, in float16."""
+        half = vectors.astype(np.float16)
+        flat = half.reshape(-1, half.shape[-1])
+        check_unit(flat, good.repeat(len(flat) // max(len(good), 1)), where=where, first_row=0)
+        write_array(self._out / path, half)
 
     def _add(self, shard: StoreShard, skipped: list[dict[str, Any]]) -> None:
         self._record({"shard": dataclasses.asdict(shard), "skipped": skipped})
@@ -234,6 +270,10 @@ def _check_rows(rows: ShardRows, info: StoreInfo) -> None:
     for name in ("images", "texts", "more_texts"):
         if (width := getattr(rows, name).shape[1]) != info.dim:
             raise ValueError(f"{name}: must be {info.dim} wide, got {width}")
+
+    wanted = None if info.views is None else (count, info.views.count, info.dim)
+    if (shape := None if rows.views is None else rows.views.shape) != wanted:
+        raise ValueError(f"views: must be {wanted}, got {shape}")
 
     if len(rows.skipped) != count - int(rows.ok.sum()):
         raise ValueError(f"skipped: must have {count - int(rows.ok.sum())} entries, got {len(rows.skipped)}")

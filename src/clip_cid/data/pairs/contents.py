@@ -106,6 +106,11 @@ class ContentsInProgress:
         self._rows.update(row.row)
         self._with_fields.update(row.with_fields)
 
+    @property
+    def of_rows(self) -> str:
+        """The digest of keys, images and captions so far."""
+        return self._rows.hexdigest()
+
     def keep(self, pairs: Pairs, number: int, digests: FileDigests) -> ShardContents:
         """Remember the contents of a shard, all of whose rows were added."""
         contents = ShardContents(self._rows.hexdigest(), self._with_fields.hexdigest())

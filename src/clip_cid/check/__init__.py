@@ -211,6 +211,7 @@ def _warnings(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str
             settings, steps=report.duration.steps, pairs=report.epoch_pairs, held_out=report.held_out
         ),
         *likely_mistakes.of_weights(settings),
+        *likely_mistakes.of_head(settings),
         *likely_mistakes.of_views(recipe.embed, epochs=report.duration.steps * settings.batch_size / report.pairs),
         *likely_mistakes.of_machine(settings, machine, report.device),
         *likely_mistakes.of_time(report.duration, machine),

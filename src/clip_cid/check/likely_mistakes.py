@@ -64,6 +64,15 @@ def of_weights(settings: DistillConfig) -> Iterator[str]:
         )
 
 
+def of_head(settings: DistillConfig) -> Iterator[str]:
+    """A head that learns from all centers (docs/decisions.md, D6)."""
+    if settings.weights.cluster_cls and settings.head_lr > 0 and settings.sample_rate == 1:
+        yield (
+            f"distill.sample_rate: 1 with a head that learns (distill.head_lr: {settings.head_lr:g}); authors of the"
+            " paper found it far worse than 0.1 with a million centers (MLCD, Table 5b: 63.2 against 75.2)"
+        )
+
+
 def of_views(settings: EmbedConfig, *, epochs: float) -> Iterator[str]:
     """Views that are embedded and never seen."""
     if settings.views > math.ceil(epochs):

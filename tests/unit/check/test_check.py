@@ -448,6 +448,7 @@ def test_hours_are_of_epochs_as_short_as_the_clusters_make_them(case: Case, tmp_
         ({"distill": {"log_every": 16}}, "distill.log_every: 16, but the run has 15 steps"),
         ({"distill": {"batch_size": 30}}, "distill.batch_size: 30 of 40 pairs"),
         ({"distill": {"sample_rate": 0.2}}, "distill.sample_rate: 0.2 is 1 of 6 centers a step"),
+        ({"distill": {"head_lr": 1e-5}}, "distill.sample_rate: 1 with a head that learns (distill.head_lr: 1e-05)"),
         ({"distill": {"precision": "fp16"}}, "distill.precision: fp16 on the CPU"),
         (
             {"distill": {"weights": "clip-kd", "alignment": "linear", "weigh_gradients_every": 50}},

@@ -188,6 +188,7 @@ def _commands(arguments: Sequence[str] = ()) -> dict[str, Callable[..., Any]]:
         "status": status,
         "verify": verify,
         "subset": subset,
+        "join": join,
         "ablate": ablate,
         "export": export,
         "push": push,
@@ -421,6 +422,24 @@ def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000, a
     return 0
 
 
+def join(stores: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="STORE ...")], out: Out) -> int:
+    """Join the embeddings of several teachers by key into one store, in which each teacher weighs equally.
+
+    Its rows are the teachers' rows side by side, each turned so that its variance is even, and scaled.
+    A cosine is then a weighted mean of the teachers' cosines. Use it with --embeddings OUT. When it was
+    killed, the same command resumes it.
+
+    Args:
+        stores: Embedding stores, or runs whose embed stage has finished.
+        out: The folder to create.
+    """
+    from clip_cid.joining import join_teachers
+
+    with os_errors.explained(out, kept="Finished shards are kept."):
+        join_teachers(stores, out)
+    return 0
+
+
 def ablate(
     table: Positional[Literal["threshold", "losses", "clusters", "teacher"]],
     recipe: File,
@@ -441,7 +460,8 @@ def ablate(
         out: The folder of the runs and of ablation.md, .csv, .json and .svg.
         seeds: Runs of each variant, with distill.seed 0, 1, ... Use at least three for a useful interval.
         values: Thresholds, numbers of clusters, or teachers (run:PATH, local-dir:PATH, hf-hub:ORG/NAME,
-            NAME/TAG). Default: the paper's, scaled to the recipe.
+            NAME/TAG, or an embedding store such as `clip-cid join` makes). Default: the paper's, scaled to
+            the recipe.
         peers: Also train with the losses of peers (for losses only).
         dry_run: Only print what would be run.
         allow_pipe: Let a source `pipe:COMMAND` of the recipe run its shell command.

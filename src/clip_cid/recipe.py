@@ -542,6 +542,8 @@ class DistillConfig(Config):
             raise ValueError(
                 f"{where} is in the teacher's space, where the image tower has to be too; set alignment: native"
             )
+        if self.texts:
+            raise ValueError(f"{where} is kept as it is, so distill.texts teach nothing; leave them out")
         if self.lock != "none":
             raise ValueError(f"{where} is kept as it is, and the image tower has to learn; set lock: none")
 

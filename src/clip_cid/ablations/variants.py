@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from clip_cid import log
+from clip_cid.data.embeddings.files_behind import STORE_FILE
 from clip_cid.errors import ConfigError
 from clip_cid.loss_table import LOSSES
 from clip_cid.recipe import PRESETS, Recipe, parse_recipe
@@ -119,7 +120,8 @@ def _teachers(recipe: Recipe, values: Sequence[str]) -> Ablation:
     if len(changes) < 2:
         raise ConfigError(
             f"ablate teacher: {len(changes)} teachers to compare.",
-            fix="Name two or more with --values: run:PATH, local-dir:PATH, hf-hub:ORG/NAME, or NAME/TAG of open_clip.",
+            fix="Name two or more with --values: run:PATH, local-dir:PATH, hf-hub:ORG/NAME, NAME/TAG of open_clip, or an"
+            " embedding store.",
         )
     if recipe.uses(BALANCE) and recipe.balance.target_removed is None:
         log.warn(
@@ -131,6 +133,8 @@ def _teachers(recipe: Recipe, values: Sequence[str]) -> Ablation:
 
 
 def _teacher(reference: str) -> dict[str, Any]:
+    if (Path(reference) / STORE_FILE).is_file():  # such as joined teachers
+        return {"embed.existing": reference}
     if ":" in reference:
         return {"embed.teacher": reference}
     name, _, tag = reference.partition("/")

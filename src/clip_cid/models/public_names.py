@@ -73,8 +73,7 @@ def public_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
         public["recipe"] = public_settings(sections)
     teacher = provenance.get("teacher")
     if isinstance(teacher, Mapping):
-        kept = {key: teacher[key] for key in ("weights_sha256", "precision") if key in teacher}
-        public["teacher"] = {"reference": _teacher_name(teacher["reference"]), **kept}
+        public["teacher"] = _public_teacher(teacher)
     return public
 
 
@@ -121,6 +120,15 @@ def _public(value: Any, words: PublicWords) -> Any:
     if isinstance(value, (list, tuple)):
         return [_public(entry, words) for entry in value]
     return public_name(value) if isinstance(value, str) else value
+
+
+def _public_teacher(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    if "joined" in teacher:
+        names = [_teacher_name(one.get("reference", _UNKNOWN)) for one in teacher["joined"]]
+        digests = [one.get("weights_sha256", "not recorded") for one in teacher["joined"]]
+        return {"reference": " + ".join(names), "weights_sha256": " + ".join(digests)}
+    kept = {key: teacher[key] for key in ("weights_sha256", "precision") if key in teacher}
+    return {"reference": _teacher_name(teacher["reference"]), **kept}
 
 
 def _teacher_name(reference: str) -> str:

@@ -60,8 +60,14 @@ def text_tower_reference(settings: DistillConfig, teacher: dict[str, Any]) -> st
     """The model whose text tower is kept: as the recipe names it, or the embeddings.
 
     Raises:
-        ConfigError: Neither does.
+        ConfigError: Neither does, or the embeddings are of several teachers.
     """
+    if "joined" in teacher:
+        raise ConfigError(
+            f"distill.text_tower: {settings.text_tower}, but the embeddings are of {len(teacher['joined'])} joined"
+            " teachers, and no text tower gives those.",
+            fix="Set distill.text_tower: own.",
+        )
     if settings.text_tower != TEACHERS_TEXT_TOWER:
         return settings.text_tower
     reference = str(teacher.get("reference", "unknown"))

@@ -167,6 +167,8 @@ def test_the_names_of_text_losses_are_refused_and_left_out_of_presets(place: Pat
         recipe(place, weights={"instance_text": 0.5})
     with pytest.raises(ConfigError, match="set alignment: native"):
         recipe(place, alignment="linear")
+    with pytest.raises(ConfigError, match=r"so distill\.texts teach nothing; leave them out"):
+        recipe(place, texts=["lines.txt"])
     with pytest.raises(ConfigError, match="set lock: none"):
         recipe(place, lock="text", pretrained="x")
     with pytest.raises(ConfigError, match=r"no embeddings of it to learn from; set distill.text_tower: own"):

@@ -18,6 +18,7 @@ import json
 import math
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -172,6 +173,15 @@ def write_array(path: Path, array: Float[np.ndarray, "rows *views dim"]) -> None
         header = np.lib.format.header_data_from_array_1_0(array)
         np.lib.format.write_array_header_1_0(handle, header)
         handle.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+
+
+def write_array_blocks(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], blocks: Iterable[np.ndarray]) -> None:
+    """An array that is made block by block, whole or not at all."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with atomic_file(path) as temporary, temporary.open("wb") as handle:
+        np.lib.format.write_array_header_1_0(handle, header)
+        for block in blocks:
+            handle.write(block.astype(dtype).tobytes())
 
 
 def write_table(path: Path, table: pa.Table) -> None:

@@ -7,7 +7,7 @@ shard by shard.
 import collections
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from clip_cid.data.embeddings.files import (
     read_texts,
     record_file,
     table_schema,
+    write_array_blocks,
     write_info,
     write_table,
 )
@@ -42,7 +43,6 @@ from clip_cid.data.pairs.crops import Views
 from clip_cid.errors import DataError
 from clip_cid.journal import Journal
 from clip_cid.recipe import STORE_COLUMNS
-from clip_cid.run_folder import atomic_file
 
 _KEY_COLUMNS = ("key", "uid", "image_path")
 _CAPTION_COLUMNS = ("caption", "text")
@@ -304,17 +304,17 @@ def _convert(
     vectors: Vectors, path: Path, dtype: np.dtype[Any], ok: Bool[np.ndarray, " rows"], *, normalize: bool
 ) -> None:
     """Write the ok rows as they are or scaled, and zeros for the others."""
-    shape = (vectors.rows, vectors.dim)
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     prepare = _scaled if normalize else _unit
-    with atomic_file(path) as temporary, temporary.open("wb") as handle:
-        np.lib.format.write_array_header_1_0(handle, header)
+
+    def prepared() -> Iterator[np.ndarray]:
         first_row = 0
         for block in vectors.blocks():
             good = ok[first_row : first_row + len(block)]
             rows = block if good.all() else np.where(good[:, None], block, np.zeros((), dtype=block.dtype))
-            handle.write(prepare(rows, good, str(vectors), first_row).astype(dtype).tobytes())
+            yield prepare(rows, good, str(vectors), first_row)
             first_row += len(block)
+
+    write_array_blocks(path, (vectors.rows, vectors.dim), dtype, prepared())
 
 
 def _unit(

@@ -26,12 +26,7 @@ def join(
         DataError: More than `max_absent_share` of the pairs' keys are not in the store.
     """
     packed = pa.array(pairs_keys, type=pa.large_string())
-
-    # Keys are unique among good rows only; if a bad row has the key of a good one, the good one is meant.
-    order = np.concatenate([np.flatnonzero(store.ok), np.flatnonzero(~store.ok)])
-    lookup = pc.SetLookupOptions(value_set=store.keys.packed.take(pa.array(order)))
-    places = pc.call_function("index_in", [packed], lookup).fill_null(-1).to_numpy(zero_copy_only=False)
-    rows = np.where(places < 0, -1, order[places] if len(order) else -1)
+    rows = rows_by_key(packed, store)
 
     absent = int((rows < 0).sum())
     if absent > max_absent_share * len(rows) or absent == len(rows):
@@ -41,6 +36,15 @@ def join(
     once = np.full(len(rows), -1, dtype=np.int64)
     once[first] = rows[first]
     return once
+
+
+def rows_by_key(keys: pa.LargeStringArray, store: EmbeddingStore) -> Int[np.ndarray, " keys"]:
+    """The row of the store for each key; -1 if it has none."""
+    # Keys are unique among good rows only; if a bad row has the key of a good one, the good one is meant.
+    order = np.concatenate([np.flatnonzero(store.ok), np.flatnonzero(~store.ok)])
+    lookup = pc.SetLookupOptions(value_set=store.keys.packed.take(pa.array(order)))
+    places = pc.call_function("index_in", [keys], lookup).fill_null(-1).to_numpy(zero_copy_only=False)
+    return np.where(places < 0, -1, order[places] if len(order) else -1)
 
 
 def _absent(missing: pa.LargeStringArray, total: int, store: EmbeddingStore) -> DataError:

@@ -203,6 +203,10 @@ def _training(settings: dict[str, Any], distill: DistillSummary, device: str) ->
     rows += [(name.replace("_", " "), str(settings[name])) for name in _SETTINGS if settings.get(name) is not None]
     if settings.get("schedule"):
         rows.append(("weights of the losses", "follow the schedule in the recipe below"))
+    if distill.weights:
+        known = {name.removeprefix("weight/"): weight for name, weight in distill.weights.items() if weight is not None}
+        last = ", ".join(f"{name} {weight:.3g}" for name, weight in known.items())
+        rows.append(("weights above", f"are proportions of the gradients; in the last step they meant {last}"))
     if distill.head_scale is not None:
         rows.append(("scale of the cluster logits (sigma)", f"{distill.head_scale:.4g}"))
     if settings.get("pretrained"):

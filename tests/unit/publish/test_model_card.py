@@ -107,6 +107,21 @@ def test_the_weights_are_those_of_the_recipe_whatever_their_names(run: RunFolder
     assert {name: float(weight) for name, weight in table[1:]} == {name: w for name, w in weights.items() if w}
 
 
+def test_few_pairs_of_a_cluster_and_weights_of_gradients_are_told(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    config = run.path / "distill/student/open_clip_config.json"
+    made = json.loads(config.read_text())
+    made["clip_cid"]["recipe"]["distill"] |= {"per_cluster": 7, "weigh_gradients_every": 50}
+    config.write_text(json.dumps(made))
+    manifest = run.path / "distill/manifest.json"
+    record = json.loads(manifest.read_text())
+    record["summary"] |= {"epoch_pairs": 1234, "epochs": 2.5, "weight/clip": 0.25, "weight/feature": 131.5}
+    manifest.write_text(json.dumps(record))
+    found = facts(model_card(run, "me/tiny-clip", license=None))
+    assert found["epochs"] == "2.5 of 1,234 pairs each, at most 7 of a cluster"
+    assert "proportions of the gradients; in the last step they meant clip 0.25, feature 132" in found["weights above"]
+
+
 def test_the_scores_stand_with_their_intervals_and_a_bar_in_a_name_does_not_break_the_table(card: str) -> None:
     zero_shot, probe, retrieval = [table for table in tables(card) if table[0][0] == "set"]
     assert zero_shot == [

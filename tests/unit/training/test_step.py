@@ -118,7 +118,7 @@ def test_each_part_pulls_in_proportion_to_its_weight(folder: Path, tmp_path: Pat
         given["clip"] *= 1 - step / 9
         norms = {name: line[f"grad_norm/{name}"] / line[f"weight/{name}"] for name in given}
         if step % 3 == 0:
-            mean = {name: 0.9 * mean.get(name, norm) + 0.1 * norm for name, norm in norms.items()}
+            mean = {name: 0.9 * mean[name] + 0.1 * norm if mean else norm for name, norm in norms.items()}
         level = sum(given[name] * mean[name] for name in given) / sum(given.values())
         for name, weight in given.items():
             assert line[f"weight/{name}"] == pytest.approx(weight * level / mean[name], rel=1e-6)

@@ -105,6 +105,7 @@ def test_a_setting_that_overrules_is_kept_when_it_is_what_is_given(monkeypatch, 
         (["--distill.epochs", "3", "--distill.steps", "9"], "distill.epochs has no effect with distill.steps: 9"),
         (["--kept", "a.npy", "--balance.existing", "b.npy"], "--kept and --balance.existing both set balance.existing"),
         (["--embed.teacher", "hf-hub:a/b", "--embed.pretrained", "openai"], "embed.pretrained has no effect with"),
+        (["--embed.view-crop-scale", "0.5"], "embed.view_crop_scale has no effect with embed.views: 0"),
         (["--report.no-images", "--report.blur"], "report.blur has no effect with report.images: false"),
     ],
 )

@@ -179,6 +179,8 @@ def _data(records: dict[str, StageRecord], distill: DistillSummary) -> list[tupl
     if EMBED in records:
         embed = read_summary(EmbedSummary, records[EMBED].summary)
         rows += [("image-text pairs", f"{embed.images:,}"), ("of them usable", f"{embed.ok:,}")]
+        if embed.views:
+            rows.append(("embedded crops of an image, one of which it saw in an epoch", f"{embed.views:,}"))
     if BALANCE in records:
         balance = read_summary(BalanceSummary, records[BALANCE].summary)
         thresholds = (balance.threshold or {}).items()

@@ -334,6 +334,7 @@ def test_what_the_run_would_refuse_is_refused(case: Case, changed: dict[str, Any
         ({"balance": {"existing": "no.npy"}}, DataError, "no.npy: cannot be read"),
         ({"balance": {"grow_from": "no/run"}}, DataError, "no/run is no folder"),
         ({"embed": {"existing": "no/store"}}, DataError, "no/store"),
+        ({"embed": {"views": 2}}, DataError, r"embed\.views: 2, but these embeddings are of whole images only"),
         ({"distill": {"head_perplexity": 6}}, ConfigError, "6 likely centers, but there are only 6"),
         ({"distill": {"batch_size": COUNT + 1}}, ConfigError, "batch_size: 41, but there are 40 pairs"),
         ({"distill": {"warmup_steps": 15}}, ConfigError, "warmup_steps: 15, but the whole run has 15 steps"),
@@ -563,6 +564,22 @@ class TestBeforeTheEmbeddings:
         assert "whether the weights of ViT-B-32/laion2b_s34b_b79k load" in report.unchecked[0]
         printout.say(report)
         assert "Still to run before the training: embed (missing), balance" in capsys.readouterr().out
+
+    @pytest.mark.slow
+    def test_disk_and_time_of_views_are_told(self, case: Case, tmp_path: Path, capsys: pytest.CaptureFixture):
+        named = {"teacher": "ViT-B-32", "pretrained": "laion2b_s34b_b79k"}
+        report = check(RunFolder(tmp_path / "run"), self.recipe(case, **named, views=5))
+        assert report.disk.before == (2 + 5) * 2 * 512 * COUNT + 2 * (4 * 512 * CENTERS + 4 * COUNT)
+        (line,) = [line for line in report.warnings if line.startswith("embed.views: 5")]
+        assert "shows an image 3.0 times, one view each time: at least 2 of its views" in line
+        printout.say(report)
+        said = " ".join(capsys.readouterr().out.split())
+        assert "of these, 5 views of each image │ 204.8 kB" in said
+        assert "pairs x teacher, and 5 more passes of its image tower" in said
+        assert report.teacher is not None
+        assert report.teacher.costs is not None
+        flops = COUNT * (report.teacher.costs.forward + 5 * report.teacher.costs.image_flops)
+        assert f"embedding these pairs, once │ {flops / 1e12:,.2f} TFLOPs" in said
 
     def with_texts(self, case: Case, path: Path, weights: dict[str, float]) -> Recipe:
         distill = {

@@ -24,6 +24,7 @@ from clip_cid.errors import DataError
 from clip_cid.models.clip import Clip, train_transform
 from clip_cid.training.batch_order import Place
 from clip_cid.training.batches import Batch, Batches, Item, PairDataset, TrainingPairs, view_number
+from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.training.validation import hold_out
 
 VIEWS = Views(3, 0.3)
@@ -98,12 +99,17 @@ def training_pairs(folder: Path, views: Views | None = VIEWS, *, shards: Sequenc
 
 
 def make_batches(
-    training: TrainingPairs, *, workers: int = 0, crop_scale: float | None = None, more: dict[str, float] | None = None
+    training: TrainingPairs,
+    *,
+    workers: int = 0,
+    crop_scale: float | None = None,
+    more: dict[str, float] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Batches:
     clip = Clip(torch.nn.Linear(1, 1), {"embed_dim": DIM}, CFG, tokenize, image_transform(16, is_train=False), "tiny")  # pyright: ignore
     transform = train_transform(clip, crop_scale=crop_scale, more=more)
     dataset = PairDataset(training, transform=transform, tokenizer=tokenize, max_pixels=10_000, seed=5)
-    return Batches(training, dataset, batch_size=BATCH, seed=5, workers=workers, pin=False)
+    return Batches(training, dataset, batch_size=BATCH, seed=5, workers=workers, pin=False, ranks=ranks)
 
 
 def item(batches: Batches, epoch: int, index: int) -> Item:
@@ -154,6 +160,15 @@ def test_workers_the_state_of_torch_and_a_later_start_change_no_batch(tmp_path: 
     resumed = list(make_batches(training, more=more).between(4, 6))
     assert all(equal(one, other) for one, other in zip(alone, helped, strict=True))
     assert all(equal(one, other) for one, other in zip(alone[4:], resumed, strict=True))
+
+
+def test_ranks_read_the_rows_that_one_process_would(tmp_path: Path):
+    training = training_pairs(tmp_path)
+    alone = list(make_batches(training).between(0, 4))
+    shared = [list(make_batches(training, ranks=Ranks(rank=rank, size=2)).between(0, 4)) for rank in range(2)]
+    for whole, *parts in zip(alone, *shared, strict=True):
+        for name in ("images", "teacher_image", "teacher_text", "texts", "labels"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
 
 
 def test_the_order_of_the_shards_changes_no_batch(tmp_path: Path):

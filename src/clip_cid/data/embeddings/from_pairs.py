@@ -94,10 +94,11 @@ def embed_pairs(
         for number, shard in enumerate(pairs.shards[first:], start=first):
             if number in reused:
                 work = todo[number - first]
-                views = _views_of(reused[number], work, writer.views, batches, encoder, machine.embed_batch)
+                embedding = _Embedding(encoder, machine.embed_batch, bar.advance)
+                views = _views_of(reused[number], work, writer.views, batches, embedding)
                 _take(writer, reused[number], pairs, number, digests, settings.keep_fields, views)
                 _check_bad_share(writer, [], len(pairs), settings)
-                bar.advance(shard.rows)
+                bar.advance(0 if work.views else shard.rows)
                 continue
 
             part = _ShardInProgress(pairs, shard, dim=encoder.dim, fields=settings.keep_fields, views=writer.views)
@@ -116,6 +117,16 @@ def embed_pairs(
             f"None of the {len(pairs):,} pairs can be used; see {writer.write_skipped()}.", fix="Mend the pairs."
         )
     return sum(work.shard.rows for work in todo if work.images)
+
+
+class _Embedding(NamedTuple):
+    """How views are embedded."""
+
+    encoder: Encoder
+    chunk: int
+    """Images at a time."""
+    advance: Callable[[int], None]
+    """Is told the rows that are done."""
 
 
 class _Work(NamedTuple):
@@ -163,12 +174,7 @@ def _shards_to_reuse(
 
 
 def _views_of(
-    finished: FinishedShard,
-    work: _Work,
-    wanted: Views | None,
-    batches: Iterator["_Batch"],
-    encoder: Encoder,
-    chunk: int,
+    finished: FinishedShard, work: _Work, wanted: Views | None, batches: Iterator["_Batch"], embedding: _Embedding
 ) -> Float[np.ndarray, "rows views dim"] | None:
     """The views of a finished shard, those that it lacks computed now; None if its own are all and only those wanted.
 
@@ -177,31 +183,43 @@ def _views_of(
     """
     if wanted is None or finished.views == wanted:
         return None
-    shard = work.shard
-    views = np.zeros((shard.rows, wanted.count, encoder.dim), dtype=np.float16)
+    views = np.zeros((work.shard.rows, wanted.count, embedding.encoder.dim), dtype=np.float16)
     if held := work.views.start:
         stored = np.load(finished.store / finished.shard.files["view"].path, mmap_mode="r", allow_pickle=False)
         views[:, :held] = stored[:, :held]
+    if work.views:
+        _embed_views(views[:, held:], finished, work.shard, batches, embedding)
+    return views
 
+
+def _embed_views(
+    out: Float[np.ndarray, "rows views dim"],
+    finished: FinishedShard,
+    shard: Shard,
+    batches: Iterator["_Batch"],
+    embedding: _Embedding,
+) -> None:
+    """Fill in the views of the rows that are ok in a finished shard."""
     ok = np.ones(shard.rows, dtype=bool)
     ok[[entry["row"] for entry in finished.skipped]] = False
+
     contents, filled = ContentsInProgress(), 0
-    while work.views and filled < shard.rows:
+    while filled < shard.rows:
         batch = next(batches)
         readable = np.array([not item.reason for item in batch.items], dtype=bool)
         rows = slice(filled, filled + len(readable))
         if lost := np.flatnonzero(ok[rows] & ~readable).tolist():
             raise _changed(shard, f"row {filled + lost[0]:,} cannot be used any more: {batch.items[lost[0]].reason}")
         if readable.any():
-            views[rows, held:][readable] = _encoded(batch, encoder, chunk)
+            out[rows][readable] = _encoded(batch, embedding.encoder, embedding.chunk)
         for item in batch.items:
             contents.add(item.digest)
         filled += len(readable)
+        embedding.advance(len(readable))
 
-    views[~ok] = 0
-    if work.views and contents.of_rows != finished.shard.contents:
+    out[~ok] = 0
+    if contents.of_rows != finished.shard.contents:
         raise _changed(shard, "its images or captions were changed meanwhile")
-    return views
 
 
 def _changed(shard: Shard, what: str) -> DataError:

@@ -32,14 +32,22 @@ from clip_cid.training.model import Distillation, Outputs
 from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.training.validation import HeldOut, Validation
 
-DIM, CENTERS, BATCH = 16, 12, 8
+DIM, CENTERS, TEXT_CENTERS, BATCH = 16, 12, 10, 8
 STORED = {"cosine_image": 3.0, "cosine_text": 2.0, "bank_image": 5.0, "bank_text": 4.0}
+OF_TEXT_CLUSTERS = {
+    "text_cluster_cls": 1.5,
+    "text_cluster_kl": 2.5,
+    "cross_cluster_image": 3.5,
+    "cross_cluster_text": 0.5,
+}
 EVERY_PART: dict[str, dict[str, Any]] = {
     "the paper's": {},
     "the paper's, a head that learns": {"head_lr": 1e-3, "sample_rate": 1.0},
     "the paper's, mapped": {"alignment": "linear"},
     "the paper's, one scale": {"share_scale": True},
     "several labels": {"labels": 3, "ignore_near": 0.3},
+    "clusters of texts": {"weights": OF_TEXT_CLUSTERS, "alignment": "linear"},
+    "clusters of texts, a head that learns": {"weights": OF_TEXT_CLUSTERS, "head_lr": 1e-3, "sample_rate": 0.75},
     "CLIP's": {"weights": "clip-only"},
     "SigLIP's": {"weights": "siglip-only"},
     "open_clip's distillation": {"weights": "open-clip"},
@@ -48,7 +56,12 @@ EVERY_PART: dict[str, dict[str, Any]] = {
     "those of stored vectors": {"weights": STORED, "alignment": "linear", "bank_size": 13},
     "the teacher's texts": {"weights": "clip-kd", "text_tower": "teacher"},
 }
-WEIGHTS = LossWeights().model_dump() | {"siglip": 1.0, "affinity": 1.0, "feature": 2000.0, "icl": 1.0} | STORED
+WEIGHTS = (
+    LossWeights().model_dump()
+    | {"siglip": 1.0, "affinity": 1.0, "feature": 2000.0, "icl": 1.0}
+    | STORED
+    | OF_TEXT_CLUSTERS
+)
 """What a loss weighs in each of `EVERY_PART` that has it."""
 
 
@@ -97,7 +110,9 @@ def training_pairs(folder: Path) -> TrainingPairs:
     store = make_store(folder / "store", pairs)
     rows = np.arange(len(pairs))
     labels = np.random.default_rng(4).integers(0, CENTERS, len(pairs))
-    return TrainingPairs(pairs, rows, labels, store, rows, store.num_captions)
+    text_labels = np.random.default_rng(6).integers(0, TEXT_CENTERS, 2 * len(pairs))
+    of_texts: dict[str, Any] = {"text_labels": text_labels, "first_texts": 2 * rows}
+    return TrainingPairs(pairs, rows, labels, store, rows, store.num_captions, **of_texts)
 
 
 def with_lines(training: TrainingPairs, *, count: int = 11, per_step: int = 4) -> TrainingPairs:
@@ -233,6 +248,7 @@ def make_model(settings: DistillConfig, *, patch_dropout: float = 0.0, ranks: Ra
         alignment=settings.alignment,
         centers=centers,
         shard=shard,
+        text_centers=torch.from_numpy(unit_rows(TEXT_CENTERS, seed=7)),
         head_scale=settings.head_scale,
         train_head=settings.head_lr > 0,
         sample_rate=settings.sample_rate,

@@ -17,6 +17,7 @@ Reading = Literal[
     "teacher_image",
     "teacher_text",
     "clusters",
+    "text_clusters",
     "bank_images",
     "bank_texts",
     "bank_scale",
@@ -30,7 +31,7 @@ Reading = Literal[
 
 - `image`, `text`: the student's embeddings; `aligned_image`, `aligned_text`: the same in the teacher's space.
 - `teacher_image`, `teacher_text`: the teacher's stored embeddings.
-- `clusters`: the cluster of each image, and the centers.
+- `clusters`: the cluster of each image, and the centers. `text_clusters`: the same of the texts.
 - `bank_images`, `bank_texts`: stored embeddings of a draw of all pairs; `bank_scale`: the factor from cosines to logits.
 - `logit_scale`, `logit_bias`: learned by the student. `instance_scale`: learned by the objective for the losses that
   cross the modalities. `affinity_scale`, `teacher_scale`: the two of `affinity`.
@@ -53,7 +54,7 @@ class Loss:
     function: str
     """`module:name` in `clip_cid.method.distill`."""
     reads: tuple[Reading, ...]
-    """The arguments of the function, in this order. One call of `cluster_losses` gives both cluster losses."""
+    """The arguments of the function, in this order. `cluster_passes` says which losses of centers come of one call."""
     help: str
     """The recipe's help for its weight."""
     needs_float64: bool = False
@@ -64,12 +65,17 @@ class Loss:
     @property
     def reads_targets(self) -> bool:
         """Whether it needs a teacher or a clustering."""
-        return not {"teacher_image", "teacher_text", "clusters"}.isdisjoint(self.reads)
+        return not {"teacher_image", "teacher_text", "clusters", "text_clusters"}.isdisjoint(self.reads)
 
     @property
     def reads_teacher_texts(self) -> bool:
-        """Whether it needs stored text embeddings, of its rows or of the bank."""
-        return not {"teacher_text", "bank_texts"}.isdisjoint(self.reads)
+        """Whether it needs stored text embeddings, of its rows or of the bank, or what was made of them."""
+        return not {"teacher_text", "bank_texts", "text_clusters"}.isdisjoint(self.reads)
+
+    @property
+    def reads_centers(self) -> bool:
+        """Whether it is computed by a pass over centers, which gives several losses."""
+        return not {"clusters", "text_clusters"}.isdisjoint(self.reads)
 
     @property
     def reads_bank(self) -> bool:
@@ -213,6 +219,42 @@ LOSSES = (
         needs_float64=True,
         help="Weight of the divergence between student and teacher in how a text picks among `bank_size` stored"
         " images.",
+    ),
+    Loss(
+        name="text_cluster_cls",
+        weight=0.0,
+        equation="L_cls",
+        function="fused_cluster_loss:cluster_losses",
+        reads=("aligned_text", "text_clusters"),
+        needs_float64=True,
+        help="Weight of the classification of the student's text among the clusters of texts. Needs cluster.texts.",
+    ),
+    Loss(
+        name="text_cluster_kl",
+        weight=0.0,
+        equation="L_kl",
+        function="fused_cluster_loss:cluster_losses",
+        reads=("aligned_text", "text_clusters", "teacher_text"),
+        needs_float64=True,
+        help="Weight of the alignment of text distributions over the clusters of texts. Needs cluster.texts.",
+    ),
+    Loss(
+        name="cross_cluster_image",
+        weight=0.0,
+        equation="L_kl",
+        function="fused_cluster_loss:cluster_losses",
+        reads=("aligned_image", "text_clusters", "teacher_image"),
+        needs_float64=True,
+        help="Weight of the alignment of image distributions over the clusters of texts. Needs cluster.texts.",
+    ),
+    Loss(
+        name="cross_cluster_text",
+        weight=0.0,
+        equation="L_kl",
+        function="fused_cluster_loss:cluster_losses",
+        reads=("aligned_text", "clusters", "teacher_text"),
+        needs_float64=True,
+        help="Weight of the alignment of text distributions over the clusters of images.",
     ),
 )
 """All losses, in the order in which they are summed and written."""

@@ -59,8 +59,15 @@ OVERRULINGS = (
     Overruling("balance.target_removed", ("balance.threshold",)),
     Overruling(
         "cluster.existing",
-        ("cluster.num_centers", "cluster.iterations", "cluster.max_points_per_center", "cluster.seed"),
+        (
+            "cluster.num_centers",
+            "cluster.num_text_centers",
+            "cluster.iterations",
+            "cluster.max_points_per_center",
+            "cluster.seed",
+        ),
     ),
+    Overruling("cluster.texts", ("cluster.num_text_centers",), cleared=True, overrules=_is_off),
     Overruling("distill.steps", ("distill.epochs",)),
     Overruling("distill.head_perplexity", ("distill.head_scale",)),
     Overruling(

@@ -242,9 +242,19 @@ class ClusterConfig(Config):
     truth_field: str | None = None
     """The field with the class of an image, one of pairs.keep_fields. The purity of the clusters is
     then reported."""
+    texts: bool = False
+    """Cluster the text embeddings of the captions of the kept images too, for the losses that read
+    clusters of texts. The paper clusters images only."""
+    num_text_centers: PositiveInt | None = None
+    """The number of clusters of texts. When absent: num_centers."""
     existing: Path | None = None
-    """Use this folder with centers.npy and labels.npy instead of clustering. On the command line:
-    `--clusters`."""
+    """Use this folder with centers.npy and labels.npy (with `texts` also text_centers.npy and
+    text_labels.npy) instead of clustering. On the command line: `--clusters`."""
+
+    @property
+    def text_centers(self) -> int:
+        """How many clusters of texts are made, if any."""
+        return self.num_text_centers or self.num_centers
 
 
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -686,6 +696,10 @@ class Recipe(Config):
         return self.distill.weights.cluster_cls > 0 and self.distill.labels > 1
 
     @property
+    def uses_text_clusters(self) -> bool:
+        return self.distill.weights.any_reads("text_clusters")
+
+    @property
     def uses_teacher_images(self) -> bool:
         """Whether a loss reads the teacher's image embeddings while the student learns."""
         return self.distill.weights.any_reads("teacher_image")
@@ -710,7 +724,7 @@ class Recipe(Config):
         used = {
             EMBED: self.has_teacher,
             BALANCE: self.has_teacher and self.balance.enabled,
-            CLUSTER: self.has_teacher and self.uses_labels,
+            CLUSTER: self.has_teacher and (self.uses_labels or self.uses_text_clusters),
             TEXTS: self.uses_texts,
             EVALUATE: bool(self.evaluate.sets or self.evaluate.retrieval),
         }
@@ -756,6 +770,11 @@ class Recipe(Config):
                 f"distill.crop_scale: {self.distill.crop_scale:g} has no effect with embed.views: {self.embed.views},"
                 " whose crops the student sees; leave it out, and set embed.view_crop_scale"
             )
+
+        # Clusters of texts are made only where they are asked for.
+        if self.uses_text_clusters and not clusters.texts:
+            readers = ", ".join(loss.name for loss in rows_of(weights.switched_on) if "text_clusters" in loss.reads)
+            raise ValueError(f"distill.weights: {readers} read clusters of texts; set cluster.texts: true")
 
         # Names that must refer to another setting.
         if self.draw.images_of is not None and self.draw.images_of not in self.evaluate.sets:

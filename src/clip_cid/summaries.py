@@ -173,6 +173,27 @@ class ClusterTruth:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextClusters:
+    """The clusters of the captions, as `ClusterSummary` has those of the images."""
+
+    texts: int
+    centers: int
+    empty: int
+    singletons: int
+    smallest: int
+    median: float
+    largest: int
+    gini: float
+    size_quantiles: dict[str, int]
+    within_cosine: float | None
+    all_pairs_cosine: float | None
+    margin_quantiles: dict[str, float]
+    margin_sample: int
+    objective: float | None = None
+    history: list[KmeansRound] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterSummary(Summary):
     stage = CLUSTER
 
@@ -196,9 +217,12 @@ class ClusterSummary(Summary):
     objective: float | None = None
     history: list[KmeansRound] | None = None
     truth: ClusterTruth | None = None
+    texts: TextClusters | None = None
+    """With `cluster.texts`."""
 
     def __str__(self) -> str:
-        return f"{self.images:,} images in {self.centers:,} clusters"
+        of_texts = "" if self.texts is None else f", {self.texts.texts:,} texts in {self.texts.centers:,}"
+        return f"{self.images:,} images in {self.centers:,} clusters{of_texts}"
 
 
 @dataclass(frozen=True, kw_only=True)

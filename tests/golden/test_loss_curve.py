@@ -28,9 +28,10 @@ from clip_cid.training.optimizer import learning_rate_share, make_optimizers, se
 
 GOLDEN = Path(__file__).with_name("loss_curves.json")
 STEPS, ROWS, PAIRS, CENTERS, STUDENT_DIM, TEACHER_DIM, WORDS = 20, 8, 24, 10, 6, 7, 11
+TEXT_CENTERS, BANK = 9, 12
 
 PAPER: dict[str, Any] = {"lr": 0.02, "warmup_steps": 3, "sample_rate": 1.0}
-EVERY_LOSS: dict[str, Any] = {
+OF_THE_PAPER_AND_PEERS: dict[str, Any] = {
     **PAPER,
     "weights": {
         "clip": 1.0,
@@ -50,7 +51,29 @@ EVERY_LOSS: dict[str, Any] = {
     "temperature": 2.0,
     "teacher_scale": 30.0,
 }
-CURVES = {"the paper's losses": PAPER, "every loss": EVERY_LOSS}
+OF_THE_STORE: dict[str, Any] = {
+    **PAPER,
+    "weights": {
+        **dict.fromkeys(("clip", "cluster_kl", "instance_image", "instance_text"), 0.0),
+        "cluster_cls": 0.75,
+        "cosine_image": 3.0,
+        "cosine_text": 2.0,
+        "bank_image": 1.25,
+        "bank_text": 0.5,
+        "text_cluster_cls": 0.35,
+        "text_cluster_kl": 1.75,
+        "cross_cluster_image": 1.5,
+        "cross_cluster_text": 0.8,
+    },
+    "alignment": "linear",
+    "ignore_near": 0.6,
+    "sample_rate": 0.8,
+}
+CURVES = {
+    "the paper's losses": PAPER,
+    "losses of the paper and of peers": OF_THE_PAPER_AND_PEERS,
+    "losses of the store": OF_THE_STORE,
+}
 
 
 def numbers(*shape: int, seed: int) -> Tensor:
@@ -91,10 +114,12 @@ def make_objective(settings: DistillConfig) -> Objective:
         teacher_dim=dim,
         alignment=settings.alignment,
         centers=unit_rows(CENTERS, dim, seed=3),
+        text_centers=unit_rows(TEXT_CENTERS, dim, seed=10),
         head_scale=settings.head_scale,
         train_head=settings.head_lr > 0,
         sample_rate=settings.sample_rate,
         logq=settings.logq,
+        ignore_near=settings.ignore_near,
         temperature=settings.temperature,
         teacher_scale=settings.teacher_scale or 100.0,
     ).double()
@@ -138,10 +163,13 @@ def batches(dim: int) -> Iterator[tuple[Tensor, Tensor, Targets]]:
     teacher_image, noise = unit_rows(PAIRS, dim, seed=8), unit_rows(PAIRS, dim, seed=9)
     teacher_text = F.normalize(teacher_image + 0.8 * noise, dim=1)
     labels = (teacher_image @ unit_rows(CENTERS, dim, seed=3).T).argmax(dim=1)
+    text_labels = (teacher_text @ unit_rows(TEXT_CENTERS, dim, seed=10).T).argmax(dim=1)
+    bank = {"bank_images": unit_rows(BANK, dim, seed=11), "bank_texts": unit_rows(BANK, dim, seed=12)}
     for step in range(STEPS):
         rows = torch.tensor([(5 * (step * ROWS + row) + step) % PAIRS for row in range(ROWS)])
         teacher = (vectors[rows].clone().requires_grad_() for vectors in (teacher_image, teacher_text))
-        yield images[rows], texts[rows], Targets(next(teacher), next(teacher), labels[rows])
+        of_rows = next(teacher), next(teacher), labels[rows]
+        yield images[rows], texts[rows], Targets(*of_rows, text_labels=text_labels[rows], **bank)
 
 
 @pytest.mark.parametrize("name", CURVES)
@@ -155,7 +183,7 @@ def test_the_losses_of_20_steps_are_those_that_were_kept(name: str):
 
 def test_the_curves_switch_on_every_loss_and_those_of_the_paper():
     switched_on = {name: set(lines[0]) - {"total"} for name, lines in json.loads(GOLDEN.read_text()).items()}
-    assert switched_on["every loss"] == set(DistillConfig().weights.model_dump())
+    assert set().union(*switched_on.values()) == set(DistillConfig().weights.model_dump())
     defaults = DistillConfig().weights.model_dump()
     assert switched_on["the paper's losses"] == {name for name, weight in defaults.items() if weight > 0}
 

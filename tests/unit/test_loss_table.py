@@ -7,6 +7,7 @@ import pytest
 
 from clip_cid.loss_table import LOSSES, Loss, Reading, rows_of
 from clip_cid.method.distill import objective
+from clip_cid.method.distill.cluster_passes import PASSES
 from clip_cid.recipe import LossWeights
 
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
@@ -27,7 +28,7 @@ def test_the_recipe_has_the_weights_of_the_table_in_its_order():
 @each_loss
 def test_a_loss_reads_the_arguments_of_its_function(loss: Loss):
     parameters = inspect.signature(loss.resolve()).parameters
-    if "clusters" not in loss.reads:
+    if not loss.reads_centers:
         assert len(parameters) == len(loss.reads)
 
 
@@ -60,6 +61,10 @@ def test_what_a_recipe_reads_follows_from_its_weights():
         "cosine_text": ["teacher_text"],
         "bank_image": ["teacher_image"],
         "bank_text": ["teacher_text"],
+        "text_cluster_cls": [],
+        "text_cluster_kl": ["teacher_text"],
+        "cross_cluster_image": ["teacher_image"],
+        "cross_cluster_text": ["clusters", "teacher_text"],
     }
 
 
@@ -70,7 +75,17 @@ def test_a_bank_of_texts_needs_stored_texts_and_one_of_images_does_not():
     assert not named["cosine_image"].reads_teacher_texts
 
 
+def test_clusters_of_texts_need_stored_texts_and_come_of_passes_over_centers():
+    named = {loss.name: loss for loss in LOSSES}
+    assert named["text_cluster_cls"].reads_teacher_texts
+    assert named["text_cluster_cls"].reads_targets
+    by_passes = {name for one in PASSES for name in one.losses}
+    assert {name for name, loss in named.items() if loss.reads_centers} == by_passes
+    for one in PASSES:
+        assert set(named[one.name].reads) == {one.student, one.centers, one.teacher}
+
+
 def test_rows_come_in_the_order_of_the_table_and_an_unknown_one_is_refused():
     assert [loss.name for loss in rows_of(["icl", "clip"])] == ["clip", "icl"]
-    with pytest.raises(ValueError, match=r"losses must be of clip, .*, bank_text, got alpha"):
+    with pytest.raises(ValueError, match=r"losses must be of clip, .*, cross_cluster_text, got alpha"):
         rows_of(["clip", "alpha"])

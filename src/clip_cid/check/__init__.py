@@ -156,8 +156,8 @@ def _measure(
         width=width,
         free=shutil.disk_usage(_existing_parent(folder.path)).free,
     )
-    head = trainer.model.objective.head
-    in_head = sum(value.numel() for value in head.parameters()) if head is not None else 0
+    heads = (trainer.model.objective.head, trainer.model.objective.text_head)
+    in_head = sum(value.numel() for head in heads if head is not None for value in head.parameters())
 
     report = Report(
         recipe=recipe,
@@ -275,6 +275,8 @@ def _bytes_before(recipe: Recipe, missing: list[State], pairs: int, texts: int, 
     embedding = EMBED in names and recipe.embed.existing is None
     embeddings = estimates.embedding_bytes(pairs, width, views=recipe.embed.views) if embedding else 0
     centers = estimates.cluster_bytes(pairs, recipe.cluster.num_centers, width) if CLUSTER in names else 0
+    if CLUSTER in names and recipe.cluster.texts:  # one caption a pair
+        centers += estimates.cluster_bytes(pairs, recipe.cluster.text_centers, width)
     of_texts = estimates.text_bytes(texts, width) if TEXTS in names else 0
     return embeddings + centers + of_texts
 

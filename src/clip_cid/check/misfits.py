@@ -138,6 +138,11 @@ def _images(folder: RunFolder, recipe: Recipe, missing: set[str]) -> _Images | N
 
 
 def _check_texts(recipe: Recipe, images: _Images) -> None:
+    if recipe.cluster.texts and recipe.uses(CLUSTER) and not images.has_texts:
+        raise ConfigError(
+            f"cluster.texts: true, but {recipe.embed.existing} has images only.",
+            fix="Give embeddings of the captions too, or set cluster.texts: false.",
+        )
     if recipe.uses_teacher_texts and not images.has_texts:
         raise ConfigError(
             f"distill.weights: a loss reads the teacher's texts, but {recipe.embed.existing} has images only.",
@@ -188,12 +193,15 @@ def _check_balance(folder: RunFolder, recipe: Recipe, images: _Images, *, embedd
 def _check_clusters(recipe: Recipe, images: _Images) -> None:
     settings = recipe.cluster
     if settings.existing is not None:
-        for name in ("centers.npy", "labels.npy"):
+        texts = ("text_centers.npy", "text_labels.npy") if settings.texts else ()
+        for name in ("centers.npy", "labels.npy", *texts):
             try:
                 read_npy(settings.existing / name, mmap_mode="r")
             except (OSError, ValueError) as error:
+                made_with = " with cluster.texts: true" if name in texts else ""
                 raise DataError(
-                    f"{settings.existing}: cannot read {name} ({error}).", fix="Give the cluster folder of a run."
+                    f"{settings.existing}: cannot read {name} ({error}).",
+                    fix=f"Give the cluster folder of a run{made_with}.",
                 ) from error
     elif settings.num_centers > images.most:
         raise ConfigError(

@@ -208,7 +208,10 @@ def _before(report: Report) -> Iterator[Row]:
         )
         yield "disk while balance works", f"{units.size(least)} to {units.size(most)}", f"{_ARITHMETIC}, docs/scale.md"
     if CLUSTER in names:
-        needed = estimates.cluster_memory(report.pairs, recipe.cluster.num_centers, width)
+        centers = recipe.cluster.num_centers
+        if recipe.cluster.texts:  # one after the other
+            centers = max(centers, recipe.cluster.text_centers)
+        needed = estimates.cluster_memory(report.pairs, centers, width)
         yield "memory of cluster", units.size(needed), f"{_ARITHMETIC}, docs/scale.md, before balance"
 
 

@@ -149,7 +149,11 @@ def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ran
     clip = make_student(recipe.distill, teacher.width, recipe.machine)  # its own text tower stands in for a teacher's
     teacher_dim = teacher.width or clip.dim
     if recipe.uses_clusters:
-        inputs = dataclasses.replace(inputs, centers=_random_centers(recipe, teacher_dim))
+        centers = _random_centers("num_centers", recipe.cluster.num_centers, teacher_dim)
+        inputs = dataclasses.replace(inputs, centers=centers)
+    if recipe.uses_text_clusters:
+        centers = _random_centers("num_text_centers", recipe.cluster.text_centers, teacher_dim)
+        inputs = dataclasses.replace(inputs, text_centers=centers)
     recipe = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"per_cluster": None})})
     training = assemble(inputs, clip, teacher_dim, out, recipe, ranks, steps=steps, first_pass=False)
     return Tried(training, invented=True, teacher_dim=teacher_dim)
@@ -168,6 +172,9 @@ def add_random_targets(batch: Batch, recipe: Recipe, dim: int) -> Batch:
     if recipe.uses_clusters:
         labels = torch.from_numpy(generator.integers(0, recipe.cluster.num_centers, rows))
         batch = dataclasses.replace(batch, labels=labels)
+    if recipe.uses_text_clusters:
+        text_labels = torch.from_numpy(generator.integers(0, recipe.cluster.text_centers, rows))
+        batch = dataclasses.replace(batch, text_labels=text_labels)
     if recipe.distill.weights.any_reads_bank:
         size = recipe.distill.bank_size
         images, texts = (torch.from_numpy(_unit_rows(size, dim, generator)) for _ in range(2))
@@ -175,14 +182,13 @@ def add_random_targets(batch: Batch, recipe: Recipe, dim: int) -> Batch:
     return batch
 
 
-def _random_centers(recipe: Recipe, dim: int) -> np.ndarray:
-    count = recipe.cluster.num_centers
+def _random_centers(setting: str, count: int, dim: int) -> np.ndarray:
     needed, available = _HEAD_COPIES * 4 * dim * count, tasks.available_memory()
     if needed > available:
         raise RunError(
-            f"cluster.num_centers: {count:,} centers of width {dim:,} take {units.memory(needed)} of memory"
+            f"cluster.{setting}: {count:,} centers of width {dim:,} take {units.memory(needed)} of memory"
             f" while the head is made, but {units.memory(available)} are available.",
-            fix="Lower cluster.num_centers, or use a machine with more memory.",
+            fix=f"Lower cluster.{setting}, or use a machine with more memory.",
         )
     return _unit_rows(count, dim, np.random.default_rng(1))
 

@@ -1,4 +1,4 @@
-"""Spherical k-means over the kept teacher image embeddings (paper section 3.2, Eq. 1)."""
+"""Spherical k-means over the kept teacher image embeddings (paper section 3.2, Eq. 1), and over their captions'."""
 
 import dataclasses
 import hashlib
@@ -10,44 +10,52 @@ from typing import Any
 import numpy as np
 
 from clip_cid import log, units
+from clip_cid.data.embeddings.caption_rows import CaptionRows
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.npy_files import read_npy
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.method.cluster.cluster_quality import cluster_quality, gini, margin_quantiles, purity, size_quantiles
 from clip_cid.method.cluster.clustering import Clusters, KMeansState, spherical_kmeans
+from clip_cid.method.unit_rows import Rows
 from clip_cid.models.device import resolve_device
-from clip_cid.recipe import ClusterConfig, Recipe
+from clip_cid.recipe import Recipe
 from clip_cid.run_folder import WORK, RunFolder, atomic_file
 from clip_cid.stage_names import EMBED
-from clip_cid.summaries import ClusterSummary, ClusterTruth, KmeansRound
+from clip_cid.summaries import ClusterSummary, ClusterTruth, KmeansRound, TextClusters
 from clip_cid.training.join import read_kept
 from clip_cid.unit_length import is_unit
 
+_OF_IMAGES, _OF_TEXTS = "", "text_"
+"""How the names of files begin that belong to the images and to their captions."""
 _STATE_FILE = "training.npz"
+_ONLY_OF_TEXTS = {"texts", "num_text_centers"}
+"""Settings that say nothing of the clusters of images."""
 
 
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> ClusterSummary:
     """Centers and the cluster of each kept image; writes `centers.npy` and `labels.npy`.
 
-    While it runs, `work/training.npz` holds the centers after the last finished round.
+    With `cluster.texts` likewise of the captions of these images: `text_centers.npy` and `text_labels.npy`, in the
+    order of `CaptionRows`. While it runs, `work/training.npz` (and `work/text_training.npz`) hold the centers after
+    the last finished round.
     """
     settings = recipe.cluster
     store = EmbeddingStore.open(folder.stage(EMBED))
     kept = read_kept(folder, store) if recipe.balance.enabled else np.flatnonzero(store.ok)
+    images, texts = store.images.select(kept), CaptionRows(store, kept) if settings.texts else None
 
-    if settings.existing is not None:
-        centers, labels = _read_clusters(settings.existing, dim=store.dim, kept=len(kept))
-        origin: dict[str, Any] = {"from_": str(settings.existing)}
-    else:
-        _check_centers(settings, len(kept))
+    # What does not fit is refused before anything old is touched.
+    if settings.existing is None:
+        _check_centers("num_centers", settings.num_centers, len(kept), "kept images")
+        if texts is not None:
+            _check_centers("num_text_centers", settings.text_centers, len(texts), "captions of kept images")
         folder.accept()
-        clusters = _cluster(store, kept, out, recipe)
-        centers, labels = clusters.centers, clusters.labels
-        history = [KmeansRound(**stats) for stats in clusters.history]
-        origin = {"objective": clusters.objective, "history": history}
 
-    np.save(out / "centers.npy", centers)
-    np.save(out / "labels.npy", labels)
+    centers, labels, origin = _clusters(images, settings.num_centers, _OF_IMAGES, store, kept, out, recipe)
+    of_texts = None
+    if texts is not None:
+        found = _clusters(texts, settings.text_centers, _OF_TEXTS, store, kept, out, recipe)
+        of_texts = _text_summary(texts, *found)
 
     truth = None
     if settings.truth_field is not None:
@@ -58,29 +66,53 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ClusterSummary:
         images=len(kept),
         centers=len(centers),
         **size_summary(labels, len(centers)),
-        **_quality(store, kept, centers, labels),
+        **_quality(images, centers, labels),
+        **({} if settings.existing is None else {"from_": str(settings.existing)}),
         **origin,
         truth=truth,
+        texts=of_texts,
     )
     _log(summary)
     return summary
 
 
-def _check_centers(settings: ClusterConfig, kept: int) -> None:
-    if settings.num_centers > kept:
+def _check_centers(setting: str, centers: int, rows: int, what: str) -> None:
+    if centers > rows:
         raise ConfigError(
-            f"cluster.num_centers: {settings.num_centers:,} centers for {kept:,} kept images.",
-            fix=f"Set cluster.num_centers to {max(1, kept // 20):,} or so (20 images a cluster).",
+            f"cluster.{setting}: {centers:,} centers for {rows:,} {what}.",
+            fix=f"Set cluster.{setting} to {max(1, rows // 20):,} or so (20 rows a cluster).",
         )
 
 
-def _cluster(store: EmbeddingStore, kept: np.ndarray, out: Path, recipe: Recipe) -> Clusters:
-    """Cluster the kept rows, from the state that an earlier attempt left if there is one."""
+def _clusters(
+    rows: Rows, num_centers: int, prefix: str, store: EmbeddingStore, kept: np.ndarray, out: Path, recipe: Recipe
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Centers and labels of all rows, written as `centers.npy` and `labels.npy` after `prefix`; and how they were made.
+
+    They are computed, or read from where they were made.
+    """
+    origin: dict[str, Any] = {}
+    if (existing := recipe.cluster.existing) is not None:
+        centers, labels = _read_clusters(existing, dim=store.dim, kept=rows.shape[0], prefix=prefix)
+    else:
+        clusters = _cluster(rows, num_centers, prefix, store, kept, out, recipe)
+        centers, labels = clusters.centers, clusters.labels
+        origin = {"objective": clusters.objective, "history": [KmeansRound(**stats) for stats in clusters.history]}
+
+    np.save(out / f"{prefix}centers.npy", centers)
+    np.save(out / f"{prefix}labels.npy", labels)
+    return centers, labels, origin
+
+
+def _cluster(
+    rows: Rows, num_centers: int, prefix: str, store: EmbeddingStore, kept: np.ndarray, out: Path, recipe: Recipe
+) -> Clusters:
+    """Cluster the rows, from the state that an earlier attempt left if there is one."""
     settings = recipe.cluster
     (out / WORK).mkdir(exist_ok=True)
-    file = _StateFile(out / WORK / _STATE_FILE, _fingerprint(store, kept, recipe))
+    file = _StateFile(out / WORK / f"{prefix}{_STATE_FILE}", _fingerprint(store, kept, recipe, prefix))
     start = file.read()
-    with _Progress(settings.iterations, len(kept), start) as progress:
+    with _Progress(settings.iterations, rows.shape[0], start, texts=prefix == _OF_TEXTS) as progress:
 
         def on_state(state: KMeansState) -> None:
             file.write(state)
@@ -88,8 +120,8 @@ def _cluster(store: EmbeddingStore, kept: np.ndarray, out: Path, recipe: Recipe)
 
         try:
             return spherical_kmeans(
-                store.images.select(kept),
-                num_centers=settings.num_centers,
+                rows,
+                num_centers=num_centers,
                 iterations=settings.iterations,
                 seed=settings.seed,
                 max_points_per_center=settings.max_points_per_center,
@@ -105,8 +137,9 @@ def _cluster(store: EmbeddingStore, kept: np.ndarray, out: Path, recipe: Recipe)
 class _Progress:
     """A bar over the rounds and a line for each, then a bar over the last assignment."""
 
-    def __init__(self, rounds: int, images: int, start: KMeansState | None) -> None:
-        self._rounds, self._images = rounds, images
+    def __init__(self, rounds: int, rows: int, start: KMeansState | None, *, texts: bool) -> None:
+        self._rounds, self._rows = rounds, rows
+        self._name, self._what = ("cluster   texts:", "texts") if texts else ("cluster  ", "images")
         self._finished = 0 if start is None else len(start.history)
         self._last_time = time.monotonic()
         self._open: Any = None
@@ -115,7 +148,7 @@ class _Progress:
 
     def __enter__(self) -> "_Progress":
         if self._finished:
-            log.info(f"cluster   resumes after round {self._finished} of {self._rounds}")
+            log.info(f"{self._name} resumes after round {self._finished} of {self._rounds}")
         self._show("cluster", self._rounds, unit="rounds", start=self._finished)
         return self
 
@@ -125,7 +158,7 @@ class _Progress:
     def round(self, state: KMeansState) -> None:
         seconds, self._last_time = time.monotonic() - self._last_time, time.monotonic()
         if not state.history:
-            log.info(f"cluster   first centers in {units.duration(seconds)}")
+            log.info(f"{self._name} first centers in {units.duration(seconds)}")
             return
 
         stats = state.history[-1]
@@ -134,15 +167,15 @@ class _Progress:
             f" {stats['empty']:,.0f} empty,"
             f" imbalance {stats['imbalance']:.2f}"
         )
-        log.info(f"cluster   round {len(state.history)} of {self._rounds}: {note}, {units.duration(seconds)}")
+        log.info(f"{self._name} round {len(state.history)} of {self._rounds}: {note}, {units.duration(seconds)}")
         self._bar.advance(note=note)
 
-    def assigned(self, images: int) -> None:
+    def assigned(self, rows: int) -> None:
         if not self._assigning:
             self._assigning = True
             self._open.__exit__(None, None, None)
-            self._show("assign", self._images, unit="images", start=0)
-        self._bar.advance(images)
+            self._show("assign", self._rows, unit=self._what, start=0)
+        self._bar.advance(rows)
 
     def _show(self, what: str, total: int, *, unit: str, start: int) -> None:
         self._open = log.progress(what, total, unit=unit, start=start)
@@ -180,17 +213,17 @@ class _StateFile:
         return state
 
 
-def _fingerprint(store: EmbeddingStore, kept: np.ndarray, recipe: Recipe) -> str:
+def _fingerprint(store: EmbeddingStore, kept: np.ndarray, recipe: Recipe, prefix: str) -> str:
     """A digest of all that decides the rounds: the settings, the rows and their store."""
     digest = hashlib.sha256(kept.tobytes())
-    digest.update(recipe.cluster.model_dump_json().encode())
+    digest.update(recipe.cluster.model_dump_json(exclude=set() if prefix == _OF_TEXTS else _ONLY_OF_TEXTS).encode())
     digest.update(json.dumps([dataclasses.asdict(shard) for shard in store.info.shards], sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def _quality(store: EmbeddingStore, kept: np.ndarray, centers: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """How similar the images of a cluster are, and how clearly they belong to it."""
-    quality = cluster_quality(store.images.select(kept), centers, labels)
+def _quality(rows: Rows, centers: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """How similar the rows of a cluster are, and how clearly they belong to it."""
+    quality = cluster_quality(rows, centers, labels)
     return {
         "size_quantiles": size_quantiles(np.bincount(labels, minlength=len(centers))),
         "within_cosine": quality.within_cosine,
@@ -198,6 +231,16 @@ def _quality(store: EmbeddingStore, kept: np.ndarray, centers: np.ndarray, label
         "margin_quantiles": margin_quantiles(quality.margins),
         "margin_sample": len(quality.margins),
     }
+
+
+def _text_summary(texts: CaptionRows, centers: np.ndarray, labels: np.ndarray, origin: dict[str, Any]) -> TextClusters:
+    return TextClusters(
+        texts=len(texts),
+        centers=len(centers),
+        **size_summary(labels, len(centers)),
+        **_quality(texts, centers, labels),
+        **origin,
+    )
 
 
 def _against_truth(classes: np.ndarray, labels: np.ndarray, field: str) -> ClusterTruth | None:
@@ -209,15 +252,11 @@ def _against_truth(classes: np.ndarray, labels: np.ndarray, field: str) -> Clust
 
 
 def _log(summary: ClusterSummary) -> None:
-    """Log the sizes, the cosines and the purity; warn if most clusters hold one image."""
-    sizes = ", ".join(f"{size:,}" for size in summary.size_quantiles.values())
-    log.info(f"cluster   sizes (smallest, 5, 25, 50, 75, 95 %, largest): {sizes}; {summary.empty:,} empty")
-
-    if summary.within_cosine is not None:
-        log.info(
-            f"cluster   mean cosine of two images of a cluster {summary.within_cosine:.3f}, of any two"
-            f" {summary.all_pairs_cosine:.3f}"
-        )
+    """Log the sizes, the cosines and the purity; warn if most clusters hold one image, or one text."""
+    _log_sizes(summary, "cluster  ", "images")
+    if summary.texts is not None:
+        _log_sizes(summary.texts, "cluster   texts:", "texts")
+        _warn_of_singletons(summary.texts, summary.texts.texts, "text", "num_text_centers")
 
     if (truth := summary.truth) is not None:
         log.info(
@@ -225,15 +264,29 @@ def _log(summary: ClusterSummary) -> None:
             f" {truth.rows:,} images), {truth.shuffled:.3f} with the classes shuffled"
         )
 
-    if summary.singletons > summary.centers / 2:
+    _warn_of_singletons(summary, summary.images, "image", "num_centers")
+
+
+def _log_sizes(clusters: ClusterSummary | TextClusters, name: str, what: str) -> None:
+    sizes = ", ".join(f"{size:,}" for size in clusters.size_quantiles.values())
+    log.info(f"{name} sizes (smallest, 5, 25, 50, 75, 95 %, largest): {sizes}; {clusters.empty:,} empty")
+    if clusters.within_cosine is not None:
+        log.info(
+            f"{name} mean cosine of two {what} of a cluster {clusters.within_cosine:.3f}, of any two"
+            f" {clusters.all_pairs_cosine:.3f}"
+        )
+
+
+def _warn_of_singletons(clusters: ClusterSummary | TextClusters, rows: int, what: str, setting: str) -> None:
+    if clusters.singletons > clusters.centers / 2:
         log.warn(
-            f"{summary.singletons:,} of {summary.centers:,} clusters hold one image; "
-            f"{summary.images:,} images are few for cluster.num_centers: {summary.centers:,}"
+            f"{clusters.singletons:,} of {clusters.centers:,} clusters hold one {what}; "
+            f"{rows:,} {what}s are few for cluster.{setting}: {clusters.centers:,}"
         )
 
 
 def size_summary(labels: np.ndarray, num_centers: int) -> dict[str, Any]:
-    """How evenly the images are spread: Gini 0 is even, 1 is all in one cluster."""
+    """How evenly the rows are spread: Gini 0 is even, 1 is all in one cluster."""
     sizes = np.sort(np.bincount(labels, minlength=num_centers))
     return {
         "empty": int((sizes == 0).sum()),
@@ -245,13 +298,17 @@ def size_summary(labels: np.ndarray, num_centers: int) -> dict[str, Any]:
     }
 
 
-def _read_clusters(folder: Path, *, dim: int, kept: int) -> tuple[np.ndarray, np.ndarray]:
-    """Clusters made elsewhere: unit centers of the store's width, a label for each kept image."""
+def _read_clusters(folder: Path, *, dim: int, kept: int, prefix: str = _OF_IMAGES) -> tuple[np.ndarray, np.ndarray]:
+    """Clusters made elsewhere: unit centers of the store's width, a label for each kept image or each caption of one."""
     fix = "Give the cluster folder of a run over the same kept images, or run the cluster stage."
+    what, names = "kept images", [f"{prefix}{name}.npy" for name in ("centers", "labels")]
+    if prefix == _OF_TEXTS:
+        what = "captions of kept images"
+        fix = "Give the cluster folder of a run with cluster.texts: true over the same kept images, or run the stage."
     try:
-        centers, labels = read_npy(folder / "centers.npy"), read_npy(folder / "labels.npy")
+        centers, labels = (read_npy(folder / name) for name in names)
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: cannot read centers.npy and labels.npy ({error}).", fix=fix) from error
+        raise DataError(f"{folder}: cannot read {' and '.join(names)} ({error}).", fix=fix) from error
 
     if centers.ndim != 2 or centers.shape[1] != dim or centers.dtype.kind != "f":
         raise DataError(
@@ -262,7 +319,7 @@ def _read_clusters(folder: Path, *, dim: int, kept: int) -> tuple[np.ndarray, np
         raise DataError(f"{folder}: center {wrong[0]} is not a unit vector.", fix=fix)
 
     if labels.shape != (kept,):
-        raise DataError(f"{folder}: {labels.size:,} labels for {kept:,} kept images.", fix=fix)
+        raise DataError(f"{folder}: {labels.size:,} labels for {kept:,} {what}.", fix=fix)
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(centers):
         raise DataError(f"{folder}: labels outside the {len(centers):,} centers.", fix=fix)
 

@@ -7,7 +7,9 @@ same assembly, with random inputs if a run has none yet.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,8 @@ class Inputs:
     """The teacher's embeddings."""
     centers: Float[np.ndarray, "centers dim"] | None = None
     """Of the clusters, if a loss reads them."""
+    text_centers: Float[np.ndarray, "text_centers dim"] | None = None
+    """Of the clusters of texts, likewise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +126,13 @@ def read_inputs(folder: RunFolder, recipe: Recipe, ranks: Ranks) -> Inputs:
     store = EmbeddingStore.open(folder.stage(EMBED)) if recipe.has_teacher else None
     training = plain_pairs(pairs) if store is None else distilled_pairs(folder, recipe, pairs, store)
     centers = read_centers(folder, store) if store is not None and recipe.uses_clusters else None
+    text_centers = read_centers(folder, store, texts=True) if store is not None and recipe.uses_text_clusters else None
     training, held_out = split_off(training, recipe.distill, ranks)
     if recipe.distill.texts and not recipe.uses_texts:
         log.warn("distill.texts: no loss of the recipe reads a text alone, so they teach nothing")
     if store is not None and recipe.uses_texts:
         training = dataclasses.replace(training, lines=read_lines(folder, recipe, store))
-    return Inputs(training, held_out, store, centers)
+    return Inputs(training, held_out, store, centers, text_centers)
 
 
 def split_off(training: TrainingPairs, settings: DistillConfig, ranks: Ranks) -> tuple[TrainingPairs, HeldOut | None]:
@@ -168,13 +173,15 @@ def assemble(
     training, store, centers = inputs.pairs, inputs.store, inputs.centers
 
     # What learns: the student, and the objective beside it.
-    sharpness = measure_sharpness(settings, training, store, centers)
+    sharpness = measure_sharpness(settings, training, store, centers, inputs.text_centers)
     objective = make_objective(
         settings,
         clip,
         teacher_dim,
         centers,
+        text_centers=inputs.text_centers,
         scale=sharpness.scale,
+        scales=sharpness.scales,
         teacher_scale=teacher_scale(settings, store.info.teacher if store is not None else None),
         ranks=ranks,
     )
@@ -186,7 +193,7 @@ def assemble(
         _refuse_too_many_labels(settings, len(centers))
 
     # All ranks must train the same.
-    key = _key(settings, training, store, centers)
+    key = _key(settings, training, store, centers, inputs.text_centers)
     ranks.agree("data or settings", key)
     ranks.agree("weights", weights_sha256(clip.model) if ranks.size > 1 else None)
 
@@ -288,7 +295,9 @@ def make_objective(
     teacher_dim: int | None,
     centers: Float[np.ndarray, "centers dim"] | None,
     *,
+    text_centers: Float[np.ndarray, "text_centers dim"] | None = None,
     scale: float,
+    scales: Mapping[str, float] = MappingProxyType({}),
     ranks: Ranks,
     teacher_scale: float = USUAL_SCALE,
 ) -> Objective:
@@ -307,7 +316,9 @@ def make_objective(
             alignment=settings.alignment,
             centers=torch.from_numpy(centers) if centers is not None else None,
             shard=shard,
+            text_centers=torch.from_numpy(text_centers) if text_centers is not None else None,
             head_scale=scale,
+            scales=scales,
             train_head=settings.head_lr > 0,
             sample_rate=settings.sample_rate,
             logq=settings.logq,
@@ -462,6 +473,7 @@ def _key(
     training: TrainingPairs,
     store: EmbeddingStore | None,
     centers: Float[np.ndarray, "centers dim"] | None,
+    text_centers: Float[np.ndarray, "text_centers dim"] | None,
 ) -> str:
     """Digest of everything that decides the result."""
     decide = deciding({"distill": settings.model_dump(mode="json")})
@@ -474,5 +486,8 @@ def _key(
         digest.update(training.lines.digest)
     if training.views is not None:
         digest.update(json.dumps(dataclasses.asdict(training.views), sort_keys=True).encode())
+    for rows in (training.text_labels, training.first_texts, text_centers):
+        if rows is not None:
+            digest.update(np.ascontiguousarray(rows).data)
     digest.update(json.dumps(store.info.teacher if store is not None else None, sort_keys=True).encode())
     return digest.hexdigest()

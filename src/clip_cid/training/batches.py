@@ -101,6 +101,10 @@ class TrainingPairs:
     """Where the store has each of `rows`."""
     num_captions: Int[np.ndarray, " rows"] | None = None
     """How many captions of each the teacher has read: one of these is chosen."""
+    text_labels: Int[np.ndarray, " captions"] | None = None
+    """The cluster of each caption, of all kept pairs."""
+    first_texts: Int[np.ndarray, " rows"] | None = None
+    """Where the captions of each begin among these."""
     several_labels: Int[np.ndarray, "rows labels"] | None = None
     """The cluster of each and the next nearest centers, if a loss asks for several."""
     soft_centers: SoftTargets | None = None
@@ -135,7 +139,7 @@ class TrainingPairs:
         assert self.several_labels is None
         taken = {
             name: None if (values := getattr(self, name)) is None else values[index]
-            for name in ("rows", "labels", "store_rows", "num_captions", "sizes")
+            for name in ("rows", "labels", "store_rows", "num_captions", "sizes", "first_texts")
         }
         return dataclasses.replace(self, **taken)
 
@@ -155,6 +159,8 @@ class Batch:
     labels: Int[Tensor, "batch ..."] | None = None
     soft_centers: SoftCenters | None = None
     """What the divergence needs of the teacher, if that was computed once for all."""
+    text_labels: Int[Tensor, " batch"] | None = None
+    """The cluster of each caption that was chosen."""
     bank: BankRows | None = None
     """For the losses that compare with more than the batch."""
     lines: Int[Tensor, "lines context"] | None = None
@@ -172,6 +178,7 @@ class Batch:
             bank_images=images,
             bank_texts=texts,
             teacher_lines=self.teacher_lines,
+            text_labels=self.text_labels,
         )
 
     def to(self, device: torch.device) -> "Batch":
@@ -377,6 +384,9 @@ class Batches:
                 texts = training.store.text_for(rows, items.captions.numpy())
                 batch = dataclasses.replace(batch, teacher_text=unit_teacher_rows(texts, rows, "text"))
 
+        if training.text_labels is not None and training.first_texts is not None:
+            chosen = training.text_labels[training.first_texts[index] + items.captions.numpy()]
+            batch = dataclasses.replace(batch, text_labels=torch.from_numpy(chosen.astype(np.int64)))
         if training.soft_centers is not None:
             batch = dataclasses.replace(batch, soft_centers=training.soft_centers.of(index))
         if training.lines is not None and items.line_indices is not None:

@@ -1,9 +1,12 @@
 """Join the pairs of a run by key with the results of its earlier stages, and check them before any step."""
 
+from dataclasses import replace
+
 import numpy as np
 from jaxtyping import Float, Int
 
 from clip_cid import log
+from clip_cid.data.embeddings.caption_rows import CaptionRows
 from clip_cid.data.embeddings.of_texts import open_texts
 from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
 from clip_cid.data.embeddings.store import EmbeddingStore
@@ -64,7 +67,21 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
     num_captions = store.num_captions[store_rows[rows]] if texts else None
     if texts:
         _compare_captions(pairs, rows, store, store_rows[rows])
-    return TrainingPairs(pairs, rows, labels, store, store_rows[rows], num_captions, views=views, sizes=sizes)
+    training = TrainingPairs(pairs, rows, labels, store, store_rows[rows], num_captions, views=views, sizes=sizes)
+    return _with_text_labels(training, folder, store, kept, places[rows]) if recipe.uses_text_clusters else training
+
+
+def _with_text_labels(
+    training: TrainingPairs,
+    folder: RunFolder,
+    store: EmbeddingStore,
+    kept: Int[np.ndarray, " kept"],
+    places: Int[np.ndarray, " rows"],
+) -> TrainingPairs:
+    """The same pairs with the cluster of each caption; `places` are theirs among the kept rows."""
+    captions = CaptionRows(store, kept)
+    text_labels = read_labels(folder, len(captions), texts=True)
+    return replace(training, text_labels=text_labels, first_texts=captions.starts[places])
 
 
 def _check_views(store: EmbeddingStore, views: Views) -> None:
@@ -113,20 +130,21 @@ def read_kept(folder: RunFolder, store: EmbeddingStore) -> Int[np.ndarray, " kep
     return kept
 
 
-def read_labels(folder: RunFolder, num_kept: int) -> Int[np.ndarray, " kept"]:
-    """The cluster of each kept image.
+def read_labels(folder: RunFolder, num_kept: int, *, texts: bool = False) -> Int[np.ndarray, " kept"]:
+    """The cluster of each kept image, or of each caption of these.
 
     Raises:
         DataError: There is not one label for each, or one names no center.
     """
-    path = folder.stage(CLUSTER) / "labels.npy"
+    path = folder.stage(CLUSTER) / ("text_labels.npy" if texts else "labels.npy")
     labels = read_array_of_stage(path)
-    centers = read_array_of_stage(path.with_name("centers.npy"), mmap_mode="r")
+    centers = read_array_of_stage(path.with_name(_centers_file(texts)), mmap_mode="r")
     if labels.dtype.kind not in "iu":
         raise DataError(f"{path}: {labels.dtype}, not numbers of clusters.", fix="Run the cluster stage again.")
     if labels.shape != (num_kept,):
         raise DataError(
-            f"{path}: {labels.size:,} labels, but {num_kept:,} images were kept.", fix="Run the cluster stage again."
+            f"{path}: {labels.size:,} labels, but {num_kept:,} {'captions' if texts else 'images'} were kept.",
+            fix="Run the cluster stage again.",
         )
     num_centers = centers.shape[0] if centers.ndim else 0
     if len(labels) and not (labels.min() >= 0 and labels.max() < num_centers):
@@ -137,13 +155,13 @@ def read_labels(folder: RunFolder, num_kept: int) -> Int[np.ndarray, " kept"]:
     return labels
 
 
-def read_centers(folder: RunFolder, store: EmbeddingStore) -> Float[np.ndarray, "centers dim"]:
-    """The cluster centers, in the teacher's space.
+def read_centers(folder: RunFolder, store: EmbeddingStore, *, texts: bool = False) -> Float[np.ndarray, "centers dim"]:
+    """The cluster centers of the images or of the texts, in the teacher's space.
 
     Raises:
         DataError: They are of another width, or not unit vectors.
     """
-    path = folder.stage(CLUSTER) / "centers.npy"
+    path = folder.stage(CLUSTER) / _centers_file(texts)
     centers = read_array_of_stage(path)
     again = "Run the cluster stage again, on these embeddings."
     if centers.ndim != 2 or centers.shape[1] != store.dim or centers.dtype.kind != "f":
@@ -153,6 +171,10 @@ def read_centers(folder: RunFolder, store: EmbeddingStore) -> Float[np.ndarray, 
     if not is_unit(np.linalg.norm(centers, axis=1)).all():
         raise DataError(f"{path}: not all centers are unit vectors.", fix=again)
     return centers.astype(np.float32)
+
+
+def _centers_file(texts: bool) -> str:
+    return "text_centers.npy" if texts else "centers.npy"
 
 
 def _compare_captions(

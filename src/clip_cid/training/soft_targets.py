@@ -17,6 +17,7 @@ from clip_cid.data.npy_files import new_npy
 from clip_cid.errors import ConfigError
 from clip_cid.method.distill.center_pass import near_centers
 from clip_cid.method.distill.cluster_distillation import calibrated_scale, nearest_labels
+from clip_cid.method.distill.cluster_passes import passes_of
 from clip_cid.method.distill.fused_cluster_loss import soft_centers
 from clip_cid.method.unit_rows import Rows
 from clip_cid.recipe import DistillConfig
@@ -38,6 +39,8 @@ class Sharpness:
     """sigma."""
     perplexity: float | None
     """How many centers are likely for an image by the teacher, on average; None without clusters."""
+    scales: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+    """sigma of the other passes over centers, by their names."""
 
     @property
     def summary(self) -> dict[str, float]:
@@ -49,19 +52,42 @@ def measure_sharpness(
     training: TrainingPairs,
     store: EmbeddingStore | None,
     centers: Float[np.ndarray, "centers dim"] | None,
+    text_centers: Float[np.ndarray, "text_centers dim"] | None = None,
 ) -> Sharpness:
     """Sigma, as it is set or calibrated to `head_perplexity`, and the teacher's perplexity over all centers with it.
+
+    Each pass over centers has its own: the cosines of a text to centers of images are other than those of an image.
 
     Raises:
         ConfigError: No sigma gives `head_perplexity`.
     """
-    if store is None or centers is None or training.store_rows is None:
+    if store is None or training.store_rows is None:
         return Sharpness(settings.head_scale, None)
 
     sample = np.unique(np.linspace(0, len(training) - 1, _SAMPLE).astype(np.int64))
     rows = training.store_rows[sample]
-    teacher, table = unit_teacher_rows(store.images[rows], rows, "image"), torch.from_numpy(centers)
+    sharpness = Sharpness(settings.head_scale, None)
+    if centers is not None:
+        teacher = unit_teacher_rows(store.images[rows], rows, "image")
+        sharpness = Sharpness(*_sharpness(settings, teacher, centers, "centers likely for an image"))
 
+    # The passes beside that of the images over their own centers.
+    scales: dict[str, float] = {}
+    for one in passes_of(settings.weights.switched_on):
+        table = text_centers if one.centers == "text_clusters" else centers
+        if one.name == "cluster_kl" or table is None:
+            continue
+        of, stored = ("image", store.images) if one.teacher == "teacher_image" else ("text", store.texts)
+        what = f"{'text centers' if one.centers == 'text_clusters' else 'centers'} likely for {'an image' if of == 'image' else 'a text'}"
+        scales[one.name], _ = _sharpness(settings, unit_teacher_rows(stored[rows], rows, of), table, what)
+    return dataclasses.replace(sharpness, scales=scales)
+
+
+def _sharpness(
+    settings: DistillConfig, teacher: Float[Tensor, "rows dim"], centers: Float[np.ndarray, "centers dim"], what: str
+) -> tuple[float, float]:
+    """Sigma and perplexity of the teacher's rows over the centers; `what` says which these are."""
+    table = torch.from_numpy(centers)
     scale = settings.head_scale
     if settings.head_perplexity is not None:
         try:
@@ -72,12 +98,12 @@ def measure_sharpness(
             ) from error
 
     softened = soft_centers(teacher, table, scale=scale, temperature=settings.temperature)
-    sharpness = Sharpness(scale, float(softened.entropy.mean().exp()))
+    perplexity = float(softened.entropy.mean().exp())
     log.info(
-        f"distill   the teacher finds {sharpness.perplexity:,.4g} of {len(centers):,} centers likely for an image"
+        f"distill   the teacher finds {perplexity:,.4g} of {len(centers):,} {what}"
         f" (perplexity, at sigma {scale:.4g} and temperature {settings.temperature:g})"
     )
-    return sharpness
+    return scale, perplexity
 
 
 def teacher_scale(settings: DistillConfig, teacher: dict[str, Any] | None) -> float:

@@ -127,14 +127,18 @@ class CenterHead(nn.Module):
         temperature: float = 1.0,
         logq: LogQ = "kl",
         ignore_near: float | None = None,
+        scale: float | None = None,
     ) -> ClusterLosses:
-        """Both cluster losses of unit rows against the sampled centers; see `cluster_losses`."""
+        """Both cluster losses of unit rows against the sampled centers; see `cluster_losses`.
+
+        `scale` is sigma for these rows, if it is not that of the head.
+        """
         return cluster_losses(
             student,
             self.rows(None if sample.complete and not self.sparse else sample.index),
             sample.labels,
             teacher=teacher,
-            scale=self.scale,
+            scale=self.scale if scale is None else scale,
             temperature=temperature,
             log_inclusion=None if sample.complete else sample.log_inclusion,
             logq=logq,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from clip_cid.loss_table import Reading, rows_of
 from clip_cid.method.distill.center_pass import SoftCenters
-from clip_cid.method.distill.cluster_distillation import CenterHead, Shard
+from clip_cid.method.distill.cluster_distillation import CenterHead, SampledCenters, Shard
+from clip_cid.method.distill.cluster_passes import ClusterPass, passes_of
 from clip_cid.method.distill.contrastive import Side
 from clip_cid.method.distill.fused_cluster_loss import LogQ
 from clip_cid.method.products import at_least_float32, autocast_off
@@ -41,6 +43,8 @@ class Targets:
     bank_texts: Float[Tensor, "bank teacher"] | None = None
     teacher_lines: Float[Tensor, "lines teacher"] | None = None
     """Stored embeddings of the texts without images that the student read beside these rows."""
+    text_labels: Int[Tensor, " rows"] | None = None
+    """Cluster of each caption the student saw."""
 
 
 class Objective(nn.Module):
@@ -60,11 +64,14 @@ class Objective(nn.Module):
         alignment: How the student's embeddings reach the teacher's width.
         centers: Unit rows, for the losses of the clusters; with `shard` this rank's.
         shard: Which of all centers these are; absent if they are all of them.
+        text_centers: Unit rows, for the losses of the clusters of texts; all of them on every rank. They never move.
         head_scale: sigma, cosine against the centers to logits.
-        train_head: Whether the centers in the head move.
+        scales: sigma of a pass over the centers, by the name of the pass (`cluster_passes`); else `head_scale`.
+        train_head: Whether the centers of the images move.
         sample_rate: Share of the centers in a step.
         logq: Which losses of the clusters correct for the sampling.
-        ignore_near: Centers nearer than this cosine to a label of an image are no negatives of it in `L_cls`.
+        ignore_near: Centers nearer than this cosine to a label of an image are no negatives of it in `L_cls`; of the
+            images' centers only.
         temperature: tau of `L_kl`.
         teacher_scale: The teacher's factor from cosines to logits, for `affinity`.
         affinity_scale: The student's for `affinity`; absent, its own `logit_scale`.
@@ -87,6 +94,8 @@ class Objective(nn.Module):
         alignment: Literal["native", "linear"] = "native",
         centers: Float[Tensor, "centers dim"] | None = None,
         shard: Shard | None = None,
+        text_centers: Float[Tensor, "text_centers text_dim"] | None = None,
+        scales: Mapping[str, float] = MappingProxyType({}),
         head_scale: float = 16.0,
         train_head: bool = False,
         sample_rate: float = 1.0,
@@ -103,7 +112,8 @@ class Objective(nn.Module):
         self.losses = rows_of(losses)
         if not self.losses:
             raise ValueError("there are no losses, so there is nothing to learn")
-        self._functions = {loss.name: loss.resolve() for loss in self.losses if "clusters" not in loss.reads}
+        self._functions = {loss.name: loss.resolve() for loss in self.losses if not loss.reads_centers}
+        self._passes, self._scales = passes_of({loss.name for loss in self.losses}), scales
         self.sample_rate, self.logq, self.temperature = sample_rate, logq, temperature
         self.ignore_near = ignore_near
         self.teacher_scale, self.affinity_scale, self.bank_scale = teacher_scale, affinity_scale, bank_scale
@@ -122,14 +132,15 @@ class Objective(nn.Module):
                 self.image_map = _linear_map(student_dim, width) if images else None
                 self.text_map = _linear_map(student_dim, width) if texts else None
 
-        # The cluster head.
+        # The cluster heads.
         self.head: CenterHead | None = None
+        self.text_head: CenterHead | None = None
         if self._any_reads("clusters"):
-            if centers is None or centers.shape[1] != teacher_dim:
-                shape = None if centers is None else tuple(centers.shape)
-                raise ValueError(f"centers must be (K, {teacher_dim}) for the losses of the clusters, got {shape}")
             sparse = train_head and sample_rate < 1
-            self.head = CenterHead(centers, scale=head_scale, trainable=train_head, sparse=sparse, shard=shard)
+            rows = _checked_centers(centers, teacher_dim, "centers")
+            self.head = CenterHead(rows, scale=head_scale, trainable=train_head, sparse=sparse, shard=shard)
+        if self._any_reads("text_clusters"):
+            self.text_head = CenterHead(_checked_centers(text_centers, teacher_dim, "text_centers"), scale=head_scale)
 
         # The scale of the losses that cross the modalities.
         own_scale = self._any_reads("instance_scale") and not share_scale
@@ -202,9 +213,9 @@ class Objective(nn.Module):
             )
             self._last = {"mean_image_norm": torch.linalg.vector_norm(batch.image.all.detach().mean(dim=0))}
 
-            # One pass over the centers gives all losses of the clusters. It comes first: the order in which losses are
-            # computed is that in which their gradients are added up, and it decides the last bits.
-            computed = {} if self.head is None else self._cluster_losses(self.head, batch, generator)
+            # The passes over the centers come first: the order in which losses are computed is that in which their
+            # gradients are added up, and it decides the last bits.
+            computed = self._cluster_losses(batch, generator)
 
             for loss in self.losses:
                 if loss.name in self._functions:
@@ -219,7 +230,8 @@ class Objective(nn.Module):
         `mean_image_norm`: length of the mean of the student's image embeddings, near 1 for a collapsed
         student. `own_center`: share of images whose own center (or one of several) is the student's first among those
         of the step. `centers`, `negatives`: how many took part, and how many
-        of them at random. `head_drift`: how far the centers moved. `instance_scale`: the learned factor.
+        of them at random; with `text_` before them the same of the clusters of texts. `head_drift`: how far the centers
+        moved. `instance_scale`: the learned factor.
         """
         numbers = {name: float(value) for name, value in self._last.items()}
         if self.head is not None:
@@ -237,42 +249,64 @@ class Objective(nn.Module):
     def _any_reads(self, reading: Reading) -> bool:
         return any(reading in loss.reads for loss in self.losses)
 
-    def _cluster_losses(
-        self, head: CenterHead, batch: "_Batch", generator: torch.Generator | None
+    def _cluster_losses(self, batch: "_Batch", generator: torch.Generator | None) -> dict[str, Tensor]:
+        """The losses of the clusters, from one sample of each set of centers."""
+        heads = {"clusters": self.head, "text_clusters": self.text_head}
+        drawn: dict[str, tuple[CenterHead, SampledCenters]] = {}
+        for name, head in heads.items():
+            if head is not None:
+                labels: Side = getattr(batch, name)
+                sample = head.sample(labels.all, rate=self.sample_rate, generator=generator)
+                if head.shard is None:  # a rank reads its own rows only
+                    sample = replace(sample, labels=sample.labels[labels.first : labels.first + len(labels.own)])
+                drawn[name] = head, sample
+
+        computed: dict[str, Tensor] = {}
+        for one in self._passes:
+            computed |= self._over_centers(one, *drawn[one.centers], batch)
+
+        for name, (_, sample) in drawn.items():
+            prefix = _prefix(name)
+            self._last[f"{prefix}centers"] = torch.tensor(len(sample.index))
+            self._last[f"{prefix}negatives"] = torch.tensor(sample.num_negatives)
+        return computed
+
+    def _over_centers(
+        self, one: ClusterPass, head: CenterHead, sample: SampledCenters, batch: "_Batch"
     ) -> dict[str, Tensor]:
-        """The losses of the clusters, from one sample of the centers.
+        """The losses of one pass.
 
         If every rank has all centers, each reads its own rows only. If the centers are spread over ranks,
         every rank reads all rows, and has the losses of the whole batch.
         """
-        labels = batch.clusters
-        sample = head.sample(labels.all, rate=self.sample_rate, generator=generator)
-        compares = any(loss.name == "cluster_kl" for loss in self.losses)
+        student: Side = getattr(batch, one.student)
+        compares = any(loss.name == one.name for loss in self.losses)
 
         # The rows to read, and what to compare them with.
-        teacher = batch.targets.soft_centers
+        teacher = batch.targets.soft_centers if one.name == "cluster_kl" else None
         if head.shard is None:
-            image = batch.aligned_image.own
-            sample = replace(sample, labels=sample.labels[labels.first : labels.first + len(image)])
+            rows = student.own
             if teacher is None and compares:
-                teacher = _stored(batch.targets.teacher_image, "teacher_image")
+                teacher = _stored(getattr(batch.targets, one.teacher), one.teacher)
         else:
-            image = batch.aligned_image.all
+            rows = student.all
             if compares:
-                teacher = batch.teacher_image.all
+                teacher = getattr(batch, one.teacher).all
 
         losses = head(
-            image,
+            rows,
             sample,
             teacher=teacher,
             temperature=self.temperature,
             logq=self.logq,
-            ignore_near=self.ignore_near,
+            ignore_near=self.ignore_near if one.cls == "cluster_cls" else None,
+            scale=self._scales.get(one.name),
         )
-        self._last["own_center"] = losses.own_center
-        self._last["centers"] = torch.tensor(len(sample.index))
-        self._last["negatives"] = torch.tensor(sample.num_negatives)
-        return {"cluster_cls": losses.cls} | ({} if losses.kl is None else {"cluster_kl": losses.kl})
+        if one.cls is None:
+            assert losses.kl is not None
+            return {one.name: losses.kl}
+        self._last[f"{_prefix(one.centers)}own_center"] = losses.own_center
+        return {one.cls: losses.cls} | ({} if losses.kl is None else {one.name: losses.kl})
 
 
 @dataclass
@@ -316,6 +350,10 @@ class _Batch:
     @cached_property
     def clusters(self) -> Side:
         return self.gather(_given(self.targets.labels, "labels"))
+
+    @cached_property
+    def text_clusters(self) -> Side:
+        return self.gather(_given(self.targets.text_labels, "text_labels"))
 
     @cached_property
     def with_lines(self) -> "_Batch":
@@ -377,6 +415,18 @@ def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> 
     if not losses or not losses.keys() <= weights.keys():
         raise ValueError(f"weights must name every loss, got losses {sorted(losses)} and weights {sorted(weights)}")
     return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+
+
+def _prefix(clusters: str) -> str:
+    """How the diagnostics of a set of centers begin."""
+    return "text_" if clusters == "text_clusters" else ""
+
+
+def _checked_centers(centers: Tensor | None, teacher_dim: int | None, name: str) -> Tensor:
+    if centers is None or centers.shape[1] != teacher_dim:
+        shape = None if centers is None else tuple(centers.shape)
+        raise ValueError(f"{name} must be (K, {teacher_dim}) for the losses of the clusters, got {shape}")
+    return centers
 
 
 def _aligned_width(student_dim: int, teacher_dim: int | None, alignment: str) -> int:

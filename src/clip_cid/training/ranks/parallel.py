@@ -7,19 +7,19 @@ from clip_cid.errors import ConfigError
 from clip_cid.training.model import Distillation
 from clip_cid.training.ranks.distributed import Ranks
 
-_HEAD_PREFIX = "objective.head."
+_HEAD_PREFIX, _TEXT_HEAD_PREFIX = "objective.head.", "objective.text_head."
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def join_model(model: Distillation, ranks: Ranks) -> nn.Module:
     """The model wrapped for all ranks (DDP); with one rank the model itself.
 
-    The cluster head is left to each rank: it is frozen, or each rank has its own centers.
+    The cluster heads are left to each rank: one is frozen, or each rank has its own centers.
     """
     if ranks.size == 1:
         return model
-    ignored = [name for name, _ in model.named_parameters() if name.startswith(_HEAD_PREFIX)]
-    ignored += [name for name, _ in model.named_buffers() if name.startswith(_HEAD_PREFIX)]  # also those not saved
+    named = [*model.named_parameters(), *model.named_buffers()]  # also buffers that are not saved
+    ignored = [name for name, _ in named if name.startswith((_HEAD_PREFIX, _TEXT_HEAD_PREFIX))]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     device_ids = [ranks.device] if ranks.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)

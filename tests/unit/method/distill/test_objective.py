@@ -1,5 +1,6 @@
 from typing import Any
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -51,7 +52,74 @@ def head_logits(rows: torch.Tensor, centers: torch.Tensor):
 
 
 def native(**settings) -> Objective:
-    return Objective(**{"losses": PAPER, "student_dim": 8, "teacher_dim": 8, "centers": unit_rows(20, 8, 0)} | settings)
+    of_texts = {"text_centers": unit_rows(9, 8, 10)}
+    given = {"losses": PAPER, "student_dim": 8, "teacher_dim": 8, "centers": unit_rows(20, 8, 0)} | of_texts
+    return Objective(**given | settings)
+
+
+def test_clusters_of_texts_and_of_the_other_modality_by_their_definitions():
+    scales = {"text_cluster_kl": 5.0, "cross_cluster_image": 30.0, "cross_cluster_text": 40.0}
+    losses = ["cluster_cls", "cluster_kl", "text_cluster_cls", *scales]
+    objective = native(losses=losses, sample_rate=1.0, temperature=2.0, scales=scales)
+    data = batch() | {"text_labels": torch.tensor([1, 0, 8, 8, 2])}
+    parts = parts_of(objective, **data)
+
+    def logits(rows: str, of_texts: bool, scale: float) -> Any:
+        centers = unit_rows(9, 8, 10) if of_texts else unit_rows(20, 8, 0)
+        return scale * data[rows].double().numpy() @ centers.double().numpy().T
+
+    texts, images = data["text_labels"].numpy(), data["labels"].numpy()
+    expected = {
+        "cluster_cls": oracles.cross_entropy(logits("student_image", False, 16), images),
+        "cluster_kl": oracles.kl(logits("teacher_image", False, 16), logits("student_image", False, 16), 2.0),
+        "text_cluster_cls": oracles.cross_entropy(logits("student_text", True, 5), texts),
+        "text_cluster_kl": oracles.kl(logits("teacher_text", True, 5), logits("student_text", True, 5), 2.0),
+        "cross_cluster_image": oracles.kl(logits("teacher_image", True, 30), logits("student_image", True, 30), 2.0),
+        "cross_cluster_text": oracles.kl(logits("teacher_text", False, 40), logits("student_text", False, 40), 2.0),
+    }
+    assert {name: part.item() for name, part in parts.items()} == pytest.approx(expected, rel=1e-5)
+    seen = objective.diagnostics()
+    assert (seen["centers"], seen["text_centers"]) == (20, 9)
+    own = np.mean(logits("student_text", True, 5).argmax(axis=1) == texts)
+    assert seen["text_own_center"] == pytest.approx(own)
+
+
+def test_texts_that_are_the_images_have_the_losses_of_the_images():
+    """With the images' centers, labels and vectors in place of their own, and all centers in the step."""
+    objective = native(
+        losses=["cluster_cls", "cluster_kl", "text_cluster_cls", "text_cluster_kl", "cross_cluster_image"],
+        text_centers=unit_rows(20, 8, 0),
+        sample_rate=1.0,
+    )
+    data = batch()
+    data |= {"student_text": data["student_image"], "teacher_text": data["teacher_image"]}
+    parts = parts_of(objective, **data, text_labels=data["labels"])
+    assert parts["text_cluster_cls"] == parts["cluster_cls"]
+    assert parts["text_cluster_kl"] == parts["cross_cluster_image"] == parts["cluster_kl"]
+
+
+def test_clusters_of_texts_leave_the_sample_of_those_of_images_alone():
+    data, generator = batch() | {"text_labels": torch.tensor([1, 0, 8, 8, 2])}, torch.Generator()
+    found = [
+        parts_of(native(losses=losses, sample_rate=0.5), **data, generator=generator.manual_seed(3))["cluster_cls"]
+        for losses in (["cluster_cls"], ["cluster_cls", "text_cluster_cls", "cross_cluster_image"])
+    ]
+    assert found[0] == found[1]
+
+
+def test_the_teacher_has_nothing_to_learn_from_itself_over_centers_of_texts():
+    losses = ["text_cluster_kl", "cross_cluster_image", "cross_cluster_text"]
+    data = batch() | {"text_labels": torch.tensor([1, 0, 8, 8, 2])}
+    data |= {"student_image": data["teacher_image"], "student_text": data["teacher_text"]}
+    parts = parts_of(native(losses=losses, sample_rate=0.5), **data)
+    assert {name: part.item() for name, part in parts.items()} == pytest.approx(dict.fromkeys(losses, 0.0), abs=1e-7)
+
+
+def test_the_centers_of_texts_stay_where_they_are():
+    objective = native(losses=["cluster_cls", "text_cluster_cls"], train_head=True, sample_rate=0.5)
+    assert [name for name, value in objective.named_parameters() if value.requires_grad] == ["head.weight"]
+    with pytest.raises(ValueError, match=r"text_centers must be \(K, 8\) for the losses of the clusters, got None"):
+        native(losses=["text_cluster_cls"], text_centers=None)
 
 
 def test_the_parts_are_the_losses_of_the_paper():
@@ -138,12 +206,18 @@ def test_a_part_alone_is_built_and_computed_alone(part):
         "cosine_text": {"teacher_text"},
         "bank_image": {"teacher_image", "bank_texts"},
         "bank_text": {"teacher_text", "bank_images"},
+        "text_cluster_cls": {"text_labels"},
+        "text_cluster_kl": {"text_labels", "teacher_text"},
+        "cross_cluster_image": {"text_labels", "teacher_image"},
+        "cross_cluster_text": {"labels", "teacher_text"},
     }[part]
     objective = native(losses=[part])
     data = batch() | {"bank_images": unit_rows(9, 8, 5), "bank_texts": unit_rows(9, 8, 6)}
+    data |= {"text_labels": torch.tensor([1, 0, 8, 8, 2])}
     given = {name: data[name] for name in ("student_image", "student_text", "logit_scale", *needed)}
     assert list(parts_of(objective, **given)) == [part]
-    assert (objective.head is not None) == part.startswith("cluster")
+    assert (objective.head is not None) == ("labels" in needed)
+    assert (objective.text_head is not None) == ("text_labels" in needed)
     assert (objective.instance_logit_scale is not None) == (part in ("instance_image", "instance_text", "icl"))
     for name in needed:
         with pytest.raises(ValueError, match=f"{name} is missing, and a loss that is computed reads it"):
@@ -321,7 +395,7 @@ def test_the_sum_is_weighted_by_name():
     ("settings", "message"),
     [
         ({"losses": []}, "there are no losses"),
-        ({"losses": ["alpha"]}, "losses must be of clip, .*, bank_text, got alpha"),
+        ({"losses": ["alpha"]}, "losses must be of clip, .*, cross_cluster_text, got alpha"),
         ({"teacher_dim": None}, "teacher_dim is needed by the losses that compare"),
         ({"centers": None}, r"centers must be \(K, 8\) for the losses of the clusters, got None"),
         ({"centers": torch.eye(9)}, r"centers must be \(K, 8\) for the losses of the clusters, got \(9, 9\)"),

@@ -59,6 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{name: {"settings": {"head_lr": 0.0, **settings}} for name, settings in EVERY_PART.items()},
     "a spread head": {"settings": {"sample_rate": 0.75}},
     "a spread head, all centers": {"settings": {"sample_rate": 1.0}},
+    "a spread head, clusters of texts": {"settings": EVERY_PART["clusters of texts, a head that learns"]},
     "a spread head, several labels": {"settings": {"labels": 3, "ignore_near": 0.3, "logq": "both"}},
     "in micro-batches": {"settings": {}, "micro_batch": 3},
     "mapped, in micro-batches": {"settings": {"head_lr": 0.0, "alignment": "linear"}, "micro_batch": 3},

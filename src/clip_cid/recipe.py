@@ -475,7 +475,7 @@ class DistillConfig(Config):
         # Without a text tower that learns, what nobody asked for by its own name is left out.
         of_text = {} if settings.get("text_tower", OWN_TEXT_TOWER) == OWN_TEXT_TOWER else dict.fromkeys(_OF_TEXT, 0.0)
         if isinstance(name, dict):
-            return {**settings, "weights": {**of_text, **name}} if of_text else settings
+            return settings | {"weights": of_text | cast(dict[str, Any], name)} if of_text else settings
         if not isinstance(name, str):
             return settings
         if name not in PRESETS:

@@ -99,10 +99,11 @@ def cosines(rows: np.ndarray) -> np.ndarray:
 
 def expected(weights: Sequence[float], dims: Sequence[int], names: Sequence[str], whats: Sequence[str]) -> np.ndarray:
     """The weighted mean of the teachers' cosines."""
-    return sum(
+    of_each = [
         weight**2 * cosines(np.array([vectors(name, what, dim) for what in whats]))
         for weight, dim, name in zip(weights, dims, names, strict=True)
-    )
+    ]
+    return np.sum(of_each, axis=0)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -22,8 +22,8 @@ def cone(count: int, dim: int, seed: int) -> np.ndarray:
 
 def covariance(rows: np.ndarray) -> np.ndarray:
     """By the definition, a row at a time."""
-    mean = sum(rows) / len(rows)
-    return sum(np.outer(row - mean, row - mean) for row in rows) / len(rows)
+    mean = np.sum(rows, axis=0) / len(rows)
+    return np.sum([np.outer(row - mean, row - mean) for row in rows], axis=0) / len(rows)
 
 
 def joined(*teachers: np.ndarray) -> np.ndarray:

@@ -164,12 +164,19 @@ def batches(dim: int) -> Iterator[tuple[Tensor, Tensor, Targets]]:
     teacher_text = F.normalize(teacher_image + 0.8 * noise, dim=1)
     labels = (teacher_image @ unit_rows(CENTERS, dim, seed=3).T).argmax(dim=1)
     text_labels = (teacher_text @ unit_rows(TEXT_CENTERS, dim, seed=10).T).argmax(dim=1)
-    bank = {"bank_images": unit_rows(BANK, dim, seed=11), "bank_texts": unit_rows(BANK, dim, seed=12)}
+    bank_images, bank_texts = unit_rows(BANK, dim, seed=11), unit_rows(BANK, dim, seed=12)
     for step in range(STEPS):
         rows = torch.tensor([(5 * (step * ROWS + row) + step) % PAIRS for row in range(ROWS)])
         teacher = (vectors[rows].clone().requires_grad_() for vectors in (teacher_image, teacher_text))
-        of_rows = next(teacher), next(teacher), labels[rows]
-        yield images[rows], texts[rows], Targets(*of_rows, text_labels=text_labels[rows], **bank)
+        targets = Targets(
+            teacher_image=next(teacher),
+            teacher_text=next(teacher),
+            labels=labels[rows],
+            text_labels=text_labels[rows],
+            bank_images=bank_images,
+            bank_texts=bank_texts,
+        )
+        yield images[rows], texts[rows], targets
 
 
 @pytest.mark.parametrize("name", CURVES)

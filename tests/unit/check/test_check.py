@@ -24,7 +24,7 @@ from clip_cid.models.architectures import build_skeleton
 from clip_cid.models.costs import count_costs
 from clip_cid.models.loading import known_architecture
 from clip_cid.models.student import build_student
-from clip_cid.recipe import DistillConfig, MachineConfig, PairsConfig, Recipe, dump_recipe, parse_recipe
+from clip_cid.recipe import ClusterConfig, DistillConfig, MachineConfig, PairsConfig, Recipe, dump_recipe, parse_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import distill
 from clip_cid.summaries import DistillSummary
@@ -220,6 +220,25 @@ def test_disk_and_time_of_several_labels(case: Case, tmp_path: Path, monkeypatch
     new = RunFolder(tmp_path / "new")
     assert check(new, case.recipe(distill={"labels": 4})).rehearsal.first.is_finite
     assert check(case.folder, case.recipe()).label_seconds is None
+
+
+@pytest.mark.slow
+def test_clusters_of_texts_are_tried_with_random_ones_and_looked_for_where_they_should_be(case: Case, tmp_path: Path):
+    weights = {"text_cluster_cls": 1.0, "text_cluster_kl": 1.0, "cross_cluster_image": 1.0, "cross_cluster_text": 1.0}
+    of_texts = {"texts": True, "num_text_centers": 5}
+    images = case.recipe(distill={"weights": weights | {"text_cluster_cls": 0.0}}, cluster=of_texts)
+    report = check(case.folder, case.recipe(distill={"weights": weights}, cluster=of_texts))
+    assert weights.keys() <= report.rehearsal.first.parts.keys()
+    assert report.rehearsal.first.is_finite
+    assert report.parameters["head"] == (CENTERS + 5) * DIM
+    assert [state.stage.name for state in report.undone] == ["cluster"]
+
+    existing = of_texts | {"existing": str(case.folder.path / "cluster")}
+    with pytest.raises(DataError, match=r"cannot read text_centers\.npy") as error:
+        check(
+            RunFolder(tmp_path / "new"), images.model_copy(update={"cluster": ClusterConfig.model_validate(existing)})
+        )
+    assert "cluster.texts: true" in error.value.fix
 
 
 def test_hours_are_steps_times_what_a_step_takes():

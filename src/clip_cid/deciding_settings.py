@@ -54,6 +54,11 @@ def is_local(reference: Any) -> bool:
     return reference.startswith(_PATHS) or reference.lower().endswith(_FILE_TYPES)
 
 
+def _pairs(values: dict[str, Any]) -> None:
+    if values.get("captions") == "required":  # as before there was the setting
+        del values["captions"]
+
+
 def _embed(values: dict[str, Any]) -> None:
     _by_files(values, "teacher", is_local)
     _by_files(values, "pretrained", is_local)
@@ -99,4 +104,9 @@ def _by_files(values: dict[str, Any], name: str, local: Callable[[Any], bool]) -
         values[name] = OF_FILES
 
 
-_PLACES: dict[str, Callable[[dict[str, Any]], None]] = {"embed": _embed, "distill": _distill, "evaluate": _evaluate}
+_PLACES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "pairs": _pairs,
+    "embed": _embed,
+    "distill": _distill,
+    "evaluate": _evaluate,
+}

@@ -386,16 +386,20 @@ def _write_shard(
         for row in rows[absent[rows]].tolist()
     ]
     recorded = {kind: record_file(out, name) for kind, name in files.items()}
-    return StoreShard(shard.name, count, int(ok.sum()), more, recorded), sorted(left_out, key=lambda one: one["row"])
+    alone = int((ok & (joint.first.num_captions[rows] == 0)).sum()) if joint.has_texts else 0
+    joined = StoreShard(shard.name, count, int(ok.sum()), more, recorded, without_text=alone)
+    return joined, sorted(left_out, key=lambda one: one["row"])
 
 
 def _blocks(
     joint: _Joint, kind: str, rows: Int[np.ndarray, " rows"], transforms: Sequence[Transform], *, each: int = 1
 ) -> Iterator[np.ndarray]:
-    """Images, first captions, or the views of each image; zeros for rows that are not ok."""
+    """Images, first captions, or the views of each image; zeros for rows that are not ok, or without a caption."""
     for start in range(0, len(rows), _BLOCK_ROWS):
         block = rows[start : start + _BLOCK_ROWS]
         good = joint.ok[block]
+        if kind == "text":
+            good &= joint.first.num_captions[block] > 0
         numbers = np.tile(np.arange(each), int(good.sum()))
         joined = np.zeros((len(block) * each, joint.dim), dtype=np.float16)
         joined[np.repeat(good, each)] = joint.joined(kind, np.repeat(block[good], each), numbers, transforms)

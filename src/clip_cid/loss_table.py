@@ -88,6 +88,11 @@ class Loss:
         return "aligned_text" in self.reads and "aligned_image" not in self.reads
 
     @property
+    def reads_captions(self) -> bool:
+        """Whether it reads a text of its rows, so that rows without a caption take no part."""
+        return not {"text", "aligned_text", "teacher_text"}.isdisjoint(self.reads)
+
+    @property
     def learns_from_texts(self) -> bool:
         """Whether it reads texts one by one, so that it can learn from those of `distill.texts`, too."""
         return "teacher_text" in self.reads and _OF_A_TEXT.issuperset(self.reads)

@@ -156,11 +156,24 @@ class PairsConfig(Config):
     keep_fields: Annotated[_Texts, AfterValidator(_each_once), AfterValidator(_not_taken)] = ()
     """Json fields or table columns to store beside the embeddings, such as a known duplicate
     group."""
+    captions: Literal["required", "optional"] = "required"
+    """required: an image without a caption is broken. optional: it teaches the image tower alone, by
+    clusters, `cosine_image` and `bank_image`."""
     max_bad_share: Share = 0.01
     """Stop when more than this share of the pairs is broken: unreadable image, empty caption or
     duplicate key."""
     max_pixels: PositiveInt = 89_478_485
     """Refuse an image that claims more pixels than this, as a decompression bomb."""
+
+    @property
+    def captions_are_optional(self) -> bool:
+        return self.captions == "optional"
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The settings that decide what is read of given files, as plain values; one of later versions only if set."""
+        later = set[str]() if self.captions_are_optional else {"captions"}
+        return self.model_dump(mode="json", exclude={"source", "max_bad_share", "max_pixels", *later})
 
 
 class EmbedConfig(Config):
@@ -747,6 +760,11 @@ class Recipe(Config):
             raise ValueError(
                 "embed.teacher: none, but distill.per_cluster needs clusters of a teacher's embeddings; leave it out"
             )
+        if not self.has_teacher and self.pairs.captions == "optional":
+            raise ValueError(
+                "embed.teacher: none, but pairs.captions: optional takes images that only a teacher can say something"
+                " of; set pairs.captions: required"
+            )
         if self.uses_texts and self.embed.existing is not None:
             raise ValueError(
                 "distill.texts: the teacher embeds them, but embed.existing takes embeddings that were made elsewhere,"
@@ -775,6 +793,16 @@ class Recipe(Config):
         if self.uses_text_clusters and not clusters.texts:
             readers = ", ".join(loss.name for loss in rows_of(weights.switched_on) if "text_clusters" in loss.reads)
             raise ValueError(f"distill.weights: {readers} read clusters of texts; set cluster.texts: true")
+
+        # An image without a caption has no place in comparisons of texts with centers.
+        of_texts = [
+            loss.name for loss in rows_of(weights.switched_on) if loss.reads_captions and "clusters" in loss.reads
+        ]
+        if self.pairs.captions_are_optional and (clusters.texts or of_texts):
+            asks = "cluster.texts" if clusters.texts else f"distill.weights.{of_texts[0]}"
+            raise ValueError(
+                f"pairs.captions: optional, but {asks} needs a caption for every image; leave out one of them"
+            )
 
         # Names that must refer to another setting.
         if self.draw.images_of is not None and self.draw.images_of not in self.evaluate.sets:

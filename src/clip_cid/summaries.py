@@ -49,10 +49,13 @@ class EmbedSummary(Summary):
     """None if the embeddings were made elsewhere."""
     views: int | None = None
     """Crops of each image that are embedded beside it; None without any."""
+    without_caption: int | None = None
+    """Of the rows with an embedding those without a caption; absent if there are none."""
 
     def __str__(self) -> str:
+        alone = f", {self.without_caption:,} without a caption" if self.without_caption else ""
         views = f", with {self.views:,} views of each" if self.views else ""
-        return f"{self.ok:,} of {self.images:,} images embedded in {self.dim} dimensions{views}"
+        return f"{self.ok:,} of {self.images:,} images embedded in {self.dim} dimensions{alone}{views}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -428,3 +428,21 @@ def test_texts_are_used_where_a_loss_reads_a_text_alone_and_need_the_teacher_its
     assert parse_recipe(used, where="test").distill.text_files == (Path("words.txt"),)
     with pytest.raises(ConfigError, match=r"distill\.texts: the teacher embeds them, but embed\.existing"):
         parse_recipe({**used, "embed": {"existing": "store"}}, where="test")
+
+
+# Images without a caption
+
+
+def test_images_without_a_caption_need_a_teacher_and_no_clusters_of_texts():
+    optional = {"pairs": {"captions": "optional"}}
+    assert parse_recipe(optional, where="test").pairs.captions_are_optional
+    for more, words in (
+        ({"embed": {"teacher": "none"}, "distill": {"weights": "clip-only"}}, "only a teacher can say something of"),
+        ({"cluster": {"texts": True}}, r"cluster\.texts needs a caption for every image"),
+        (
+            {"distill": {"weights": {"cross_cluster_text": 1.0}}},
+            r"distill\.weights\.cross_cluster_text needs a caption",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            parse_recipe({**optional, **more}, where="test")

@@ -20,6 +20,8 @@ class Sights:
     """Looked at."""
     unreadable: int
     captions: int
+    without_caption: int
+    """Images, where a caption is optional."""
     truncated: int
     """Captions that are longer than the student's context."""
     sides: tuple[int, int, int]
@@ -40,7 +42,7 @@ def look_at(training: TrainingPairs, clip: Clip, *, max_pixels: int) -> Sights:
     captions: list[str] = []
     sides: list[int] = []
     sizes: list[int] = []
-    unreadable = 0
+    unreadable = without_caption = 0
 
     for row in training.rows[chosen].tolist():
         try:
@@ -50,12 +52,14 @@ def look_at(training: TrainingPairs, clip: Clip, *, max_pixels: int) -> Sights:
             unreadable += 1
             continue
         captions += pair.captions
+        without_caption += not pair.captions
         sizes.append(len(pair.image))
 
     return Sights(
         pairs=len(chosen),
         unreadable=unreadable,
         captions=len(captions),
+        without_caption=without_caption,
         truncated=count_truncated(clip, captions),
         sides=(min(sides), int(np.median(sides)), max(sides)) if sides else (0, 0, 0),
         smaller=sum(side < clip.image_side for side in sides),

@@ -56,6 +56,8 @@ def _pairs(report: Report) -> Iterator[Row]:
     looked = f"{sights.pairs:,} pairs looked at"
     if sights.unreadable:
         yield "unreadable", f"{sights.unreadable:,}", looked
+    if sights.without_caption:
+        yield "without a caption", _share(sights.without_caption, sights.pairs - sights.unreadable), looked
     least, middle, longest = sights.sides
     yield "short side of the images", f"{least:,} to {longest:,} pixels, median {middle:,}", looked
     yield "smaller than the student's images", f"{_share(sights.smaller, sights.pairs - sights.unreadable)}", looked

@@ -434,7 +434,7 @@ class _MadeSamples:
             described = {**pair.fields, self._captions_field: list(pair.captions), "key": pair.key}
             yield [
                 (f"{stem}.{extension}", pair.image),
-                (f"{stem}.txt", pair.captions[0].encode()),
+                *((f"{stem}.txt", caption.encode()) for caption in pair.captions[:1]),
                 (f"{stem}.json", json.dumps(described, ensure_ascii=False).encode()),
             ]
 

@@ -52,7 +52,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
     # Balance the rows that have an embedding.
     good = np.flatnonzero(store.ok)
     images = _unit_rows(store, store.images, "images")
-    texts = _unit_rows(store, store.texts, "texts") if store.has_texts else None
+    texts = _unit_rows(store, _texts(store), "texts") if store.has_texts else None
     rule = _rule(settings, images, texts)
     known = _known(folder, settings, images, rule.limit)
     folder.accept()
@@ -92,6 +92,34 @@ def _unit_rows(store: EmbeddingStore, rows: Any, name: str) -> UnitRows:
         return UnitRows(_good(store, rows), name=name, any_length=False)
     except ValueError as error:
         raise DataError(f"{store.path}: {error}", fix="Run the embed stage again, with --force.") from error
+
+
+def _texts(store: EmbeddingStore) -> Rows:
+    if not any(shard.without_text for shard in store.info.shards):
+        return store.texts
+    return _OppositeTexts(store)
+
+
+class _OppositeTexts:
+    """The texts, with the opposite of its image for a row without a caption.
+
+    No caption fits an image worse, so of equal images one with a caption is kept.
+    """
+
+    def __init__(self, store: EmbeddingStore) -> None:
+        self._store, self._rows = store, np.arange(store.rows)
+        self.shape = store.texts.shape
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        rows = self._rows[rows]
+        texts, absent = np.array(self._store.texts[rows]), self._store.num_captions[rows] == 0
+        texts[absent] = -self._store.images[rows[absent]]
+        return texts
+
+    def select(self, rows: Int[np.ndarray, " n"]) -> "_OppositeTexts":
+        chosen = _OppositeTexts(self._store)
+        chosen._rows, chosen.shape = self._rows[rows], (len(rows), *self.shape[1:])
+        return chosen
 
 
 def _good(store: EmbeddingStore, rows: Any) -> Rows:

@@ -177,6 +177,7 @@ def _summary(store: EmbeddingStore, skipped: dict[str, int], *, images_per_s: fl
         skipped=skipped,
         images_per_s=images_per_s,
         views=store.info.views.count if store.info.views is not None else None,
+        without_caption=sum(shard.without_text for shard in store.info.shards) or None,
     )
 
 

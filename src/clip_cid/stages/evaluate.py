@@ -138,7 +138,9 @@ def _open_all(recipe: Recipe, digest_of: Callable[[Path], str]) -> _Sets:
 
     for name, source in settings.retrieval.items():
         try:
-            sets.retrieval.append(_open_pairs(name, recipe.pairs.model_copy(update={"source": source}), recipe))
+            sets.retrieval.append(
+                _open_pairs(name, recipe.pairs.model_copy(update={"source": source, "captions": "required"}), recipe)
+            )
         except _MissingPairsError as error:
             _leave_out(sets, name, error)
 

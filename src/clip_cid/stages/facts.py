@@ -123,7 +123,9 @@ def _outside_evaluate(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
     for name, where in settings.sets.items():
         outside[f"evaluate.sets.{name}"] = reader.set(where, trained=trained)
     for name, source in settings.retrieval.items():
-        outside[f"evaluate.retrieval.{name}"] = reader.pairs(_read_for_training(recipe, source=source))
+        outside[f"evaluate.retrieval.{name}"] = reader.pairs(
+            _read_for_training(recipe, source=source, captions="required")
+        )
     for name, reference in settings.compare.items():
         if is_of_files(reference):
             outside[f"evaluate.compare.{name}"] = _model(reader, reference)

@@ -54,6 +54,11 @@ class Bank:
         if training.num_captions is None:
             return BankRows(images, None)
 
+        # An image without a caption has no text to store.
+        captioned = np.flatnonzero(training.num_captions)
+        if len(captioned) < len(training):
+            index = np.sort(random.choice(captioned, min(self._size, len(captioned)), replace=False, shuffle=False))
+            rows = training.store_rows[index]
         captions = random.integers(training.num_captions[index])
         texts = unit_teacher_rows(training.store.text_for(rows, captions), rows, "text")
         return BankRows(images, texts.to(self._device))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
@@ -33,6 +33,9 @@ from clip_cid.training.lines import Line, LineItem, Lines
 from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.unit_length import is_unit
 
+NO_CAPTION = -1
+"""In place of the number of a caption."""
+
 _TRIES = 100  # this many broken images in a row mean a missing disk
 
 
@@ -45,7 +48,7 @@ class Item:
     index: int
     """The pair it is, as an index among the training rows."""
     caption: int
-    """Which of the pair's captions it is."""
+    """Which of the pair's captions it is; `NO_CAPTION` if it has none."""
     view: int
     """Which of the embedded views the image is; 0 without views."""
     bad: list[tuple[int, str]]
@@ -163,6 +166,8 @@ class Batch:
     """The cluster of each caption that was chosen."""
     bank: BankRows | None = None
     """For the losses that compare with more than the batch."""
+    captioned: Bool[Tensor, " batch"] | None = None
+    """Whether each image has a caption; None where all must have."""
     lines: Int[Tensor, "lines context"] | None = None
     """Texts without images."""
     teacher_lines: Float[Tensor, "lines dim"] | None = None
@@ -177,6 +182,7 @@ class Batch:
             self.soft_centers,
             bank_images=images,
             bank_texts=texts,
+            captioned=self.captioned,
             teacher_lines=self.teacher_lines,
             text_labels=self.text_labels,
         )
@@ -244,8 +250,10 @@ class PairDataset:
         pair = self._pairs.read(row)
         picture = decode_image(pair.image, max_pixels=self._max_pixels)
         crop, draw = _seeds(self._seed, epoch, row)
-        choices = len(pair.captions) if self._num_captions is None else int(self._num_captions[index])
-        caption = draw % min(choices, len(pair.captions))
+        choices = len(pair.captions)
+        if self._num_captions is not None:
+            choices = min(choices, int(self._num_captions[index]))
+        caption = draw % choices if choices else NO_CAPTION
         view = 0
         if self._views is not None:
             view = view_number(self._views.count, self._seed, epoch, row)
@@ -253,7 +261,8 @@ class PairDataset:
             picture = self._views.crop(picture, pair.key, view)
         with _drawing_from(crop):
             image = self._transform(picture)
-        return Item(image, self._tokenizer([pair.captions[caption]])[0], index, caption, view, bad)
+        text = pair.captions[caption] if choices else ""
+        return Item(image, self._tokenizer([text])[0], index, caption, view, bad)
 
     def _check_size(self, picture: Image.Image, key: str, index: int) -> None:
         assert self._sizes is not None
@@ -381,12 +390,15 @@ class Batches:
             )
             batch = dataclasses.replace(batch, teacher_image=unit_teacher_rows(images, rows, "image"))
             if training.num_captions is not None:
-                texts = training.store.text_for(rows, items.captions.numpy())
-                batch = dataclasses.replace(batch, teacher_text=unit_teacher_rows(texts, rows, "text"))
+                batch = dataclasses.replace(
+                    batch, teacher_text=_teacher_texts(training.store, rows, items.captions.numpy())
+                )
 
         if training.text_labels is not None and training.first_texts is not None:
             chosen = training.text_labels[training.first_texts[index] + items.captions.numpy()]
             batch = dataclasses.replace(batch, text_labels=torch.from_numpy(chosen.astype(np.int64)))
+        if training.pairs.captions_are_optional:
+            batch = dataclasses.replace(batch, captioned=items.captions != NO_CAPTION)
         if training.soft_centers is not None:
             batch = dataclasses.replace(batch, soft_centers=training.soft_centers.of(index))
         if training.lines is not None and items.line_indices is not None:
@@ -394,6 +406,19 @@ class Batches:
                 batch, lines=items.lines, teacher_lines=_teacher_lines(training.lines, items.line_indices.numpy())
             )
         return batch if self._bank is None else dataclasses.replace(batch, bank=self._bank(draw))
+
+
+def _teacher_texts(
+    store: EmbeddingStore, rows: Int[np.ndarray, " batch"], captions: Int[np.ndarray, " batch"]
+) -> Float[Tensor, "batch dim"]:
+    """The embeddings of the captions; zeros where there is none."""
+    captioned = captions != NO_CAPTION
+    found = unit_teacher_rows(store.text_for(rows[captioned], captions[captioned]), rows[captioned], "text")
+    if captioned.all():
+        return found
+    texts = torch.zeros(len(rows), store.dim)
+    texts[torch.from_numpy(captioned)] = found
+    return texts
 
 
 def _teacher_lines(lines: Lines, index: Int[np.ndarray, " lines"]) -> Float[Tensor, "lines dim"] | None:

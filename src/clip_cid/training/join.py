@@ -15,6 +15,7 @@ from clip_cid.data.pairs.crops import Views, views_of
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.errors import DataError
+from clip_cid.loss_table import rows_of
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import BALANCE, CLUSTER, TEXTS
@@ -55,6 +56,9 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
             f"{len(kept) - len(rows):,} of {len(kept):,} kept images are not among the pairs; the training"
             " leaves them out"
         )
+
+    if texts or (recipe.pairs.captions_are_optional and store.has_texts):
+        _check_absent_captions(recipe, store.num_captions[store_rows[rows]])
 
     # The targets from clustering and teacher, as far as they are read.
     labels = read_labels(folder, len(kept))[places[rows]] if recipe.uses_labels else None
@@ -177,6 +181,31 @@ def _centers_file(texts: bool) -> str:
     return "text_centers.npy" if texts else "centers.npy"
 
 
+def _check_absent_captions(recipe: Recipe, num_captions: Int[np.ndarray, " rows"]) -> None:
+    """Say how many pairs have no caption.
+
+    Raises:
+        DataError: They must have one, or none has one and a loss reads texts.
+    """
+    absent = int((num_captions == 0).sum())
+    if not absent:
+        return
+    if not recipe.pairs.captions_are_optional:
+        raise DataError(
+            f"{absent:,} of {len(num_captions):,} pairs have no embedding of a caption.",
+            fix="Set pairs.captions: optional, so that they teach the image tower alone.",
+        )
+    readers = [
+        loss for loss in rows_of(recipe.distill.weights.switched_on) if loss.reads_captions or loss.reads_teacher_texts
+    ]
+    if absent == len(num_captions) and readers:
+        raise DataError(
+            f"None of {absent:,} pairs has a caption, but {', '.join(loss.name for loss in readers)} read one.",
+            fix="Set the weights of these losses to 0; cluster_cls, cluster_kl and cosine_image need no caption.",
+        )
+    log.info(f"distill   {absent:,} of {len(num_captions):,} images have no caption and teach the image tower alone")
+
+
 def _compare_captions(
     pairs: Pairs, rows: Int[np.ndarray, " rows"], store: EmbeddingStore, store_rows: Int[np.ndarray, " rows"]
 ) -> None:
@@ -189,7 +218,8 @@ def _compare_captions(
         embedded = store.captions(int(store_rows[index]))[: int(store.num_captions[store_rows[index]])]
         theirs = tuple(caption.strip() for caption in embedded)
         if ours[: len(theirs)] != theirs:
+            own = repr(ours[0]) if ours else "none"
             raise DataError(
-                f"{pairs.key(int(rows[index]))!r} has the caption {ours[0]!r}, but its embedding is of {theirs[0]!r}.",
+                f"{pairs.key(int(rows[index]))!r} has the caption {own}, but its embedding is of {theirs[0]!r}.",
                 fix="The captions changed after they were embedded; run the embed stage on these pairs.",
             )

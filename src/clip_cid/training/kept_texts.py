@@ -112,7 +112,8 @@ def _captions(training: TrainingPairs) -> tuple[list[str], Float[Tensor, "captio
         return [], torch.empty(0, 0)
     captions: list[str] = []
     rows: list[int] = []
-    for index in np.unique(np.linspace(0, len(training) - 1, _COMPARED).astype(np.int64)).tolist():
+    captioned = np.flatnonzero(training.num_captions)
+    for index in np.unique(captioned[np.linspace(0, len(captioned) - 1, _COMPARED).astype(np.int64)]).tolist():
         try:
             captions.append(training.pairs.read(int(training.rows[index])).captions[0])
         except BadSample:

@@ -120,8 +120,11 @@ class Validation:
             total = weighted_sum(losses, self.weights).item()
             parts.append({**{f"loss/{name}": part.item() for name, part in losses.items()}, "loss": total})
             stored = {} if batch.teacher_text is None else {"text": batch.teacher_text}
+            captioned = slice(None)
+            if batch.captioned is not None:
+                captioned = self.ranks.gather(batch.captioned.long()).all.bool().cpu().numpy()
             for name, into in (("image", images), ("text", texts)):
-                into.append(self.ranks.gather({**stored, **outputs}[name]).all.float().cpu().numpy())
+                into.append(self.ranks.gather({**stored, **outputs}[name]).all.float().cpu().numpy()[captioned])
 
         mean = self.ranks.mean({name: float(np.mean([part[name] for part in parts])) for name in parts[0]})
         recalls = _recalls(np.concatenate(images), np.concatenate(texts))
@@ -209,7 +212,7 @@ class Best:
 
 
 def _recalls(images: Float[np.ndarray, "images dim"], texts: Float[np.ndarray, "images dim"]) -> Numbers:
-    if not (np.isfinite(images).all() and np.isfinite(texts).all()):
+    if not (len(images) and np.isfinite(images).all() and np.isfinite(texts).all()):
         return {"retrieval": math.nan}
     recalls = {recall.metric: recall.score for recall in retrieval(images, texts, np.arange(len(images)))}
     return {

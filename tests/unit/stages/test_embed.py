@@ -368,3 +368,47 @@ def test_an_existing_store_must_fit_the_pairs(tmp_path: Path, teachers: list[str
 def test_a_field_that_hides_a_column_is_refused_before_the_work(tmp_path: Path, teachers: list[str]) -> None:
     with pytest.raises(ValidationError, match="ok would hide a column"):
         recipe(write_tars(tmp_path), teachers[0], pairs={"keep_fields": ["ok"]})
+
+
+# Images without a caption
+
+
+def without_captions(folder: Path, *keys: str) -> str:
+    """The usual shards, where some images have no text."""
+    source = write_tars(folder)
+    for letter in "abc":
+        with tarfile.open(folder / f"{letter}.tar") as tar:
+            members = [(member, (tar.extractfile(member) or io.BytesIO()).read()) for member in tar]
+        with tarfile.open(folder / f"{letter}.tar", "w") as tar:
+            for member, content in members:
+                key, _, extension = member.name.partition(".")
+                if key not in keys or extension == "png":
+                    tar.addfile(member, io.BytesIO(content))
+    return source
+
+
+@pytest.mark.slow
+def test_an_image_without_a_caption_is_embedded_alone_and_the_others_as_ever(
+    tmp_path: Path, teachers: list[str]
+) -> None:
+    whole = recipe(write_tars(tmp_path / "whole"), teachers[0])
+    alone = ("a1", "b0", "b1")
+    source = without_captions(tmp_path / "sparse", *alone)
+    sparse = recipe(source, teachers[0], pairs={"captions": "optional"})
+    assert "without_caption" not in run(tmp_path / "one", whole)
+    assert run(tmp_path / "two", sparse)["without_caption"] == 3
+    one, two = (EmbeddingStore.open(tmp_path / name / "embed.part") for name in ("one", "two"))
+    two.check_values()
+
+    # Rows of one batch are computed together, so their last bits may differ from those of other batches.
+    captioned = np.array([key not in alone for key in CAPTIONS])
+    assert two.ok.all()
+    assert np.array_equal(two.images[:], one.images[:])
+    assert np.array_equal(two.num_captions, one.num_captions * captioned)
+    assert np.allclose(two.texts[:], one.texts[:] * captioned[:, None], atol=1e-3)
+    rows = np.flatnonzero(two.num_captions > 1)
+    assert np.allclose(two.text_for(rows, 1), one.text_for(rows, 1), atol=1e-3)
+
+    # Required, they are broken.
+    with pytest.raises(DataError, match=r"3 of 9 pairs cannot be used so far.*no caption"):
+        run(tmp_path / "three", recipe(source, teachers[0]))

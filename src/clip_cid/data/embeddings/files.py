@@ -76,6 +76,8 @@ class StoreShard:
     """Digest of the keys, images and captions that were embedded; None if nobody recorded it."""
     contents_with_fields: str | None = None
     """Digest of these and the kept fields."""
+    without_text: int = 0
+    """Of the ok rows those without a caption, whose text embedding is all zeros."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,9 @@ def write_info(path: Path, info: StoreInfo) -> None:
     values = dataclasses.asdict(info)
     if info.views is None:
         del values["views"]
+    for shard in values["shards"]:
+        if not shard["without_text"]:  # as earlier versions wrote it
+            del shard["without_text"]
     write_json(path / STORE_FILE, {**head, **values})
 
 
@@ -155,7 +160,7 @@ def _check_info(info: StoreInfo, rows: int) -> None:
         needed = {"image", "metadata"} | ({"more_text"} if shard.more else set()) | ({"view"} if info.views else set())
         if lacking := needed - shard.files.keys():
             raise ValueError(f"shard {shard.name} without {' and '.join(sorted(lacking))}")
-        if not 0 <= shard.ok <= shard.rows or shard.more < 0:
+        if not 0 <= shard.without_text <= shard.ok <= shard.rows or shard.more < 0:
             raise ValueError(f"shard {shard.name} of {shard.rows} rows, {shard.ok} ok and {shard.more} more")
 
 

@@ -375,12 +375,12 @@ class _ShardInProgress:
                 self.views[rows][ok] = images[:, 1:]
 
             captions = [caption for item in usable for caption in item.captions]
-            texts = np.concatenate(
-                [_half(encoder.encode_texts(captions[at : at + chunk])) for at in range(0, len(captions), chunk)]
-            )
+            chunks = [captions[at : at + chunk] for at in range(0, len(captions), chunk)]
+            texts = np.concatenate([self.texts[:0], *(_half(encoder.encode_texts(some)) for some in chunks)])
             counts = np.array([len(item.captions) for item in usable])
-            first = np.cumsum(counts) - counts
-            self.texts[rows][ok] = texts[first]
+            captioned = counts > 0  # the texts of the others stay all zeros
+            first = (np.cumsum(counts) - counts)[captioned]
+            self.texts[rows][np.flatnonzero(ok)[captioned]] = texts[first]
             self.more_texts.append(np.delete(texts, first, axis=0))
 
         for item in batch.items:

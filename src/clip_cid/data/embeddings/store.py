@@ -187,14 +187,24 @@ class EmbeddingStore:
 
     @functools.cached_property
     def num_captions(self) -> Int[np.ndarray, " rows"]:
-        """How many captions of each row have an embedding: 0 for a row that is not ok, or in a store without texts."""
+        """How many captions of each row have an embedding.
+
+        It is 0 for a row that is not ok or has no caption, and in a store without texts.
+        """
         counts = self.ok.astype(np.int32) * np.int32(self.has_texts)
         for index, shard in enumerate(self.info.shards):
-            if shard.more:
+            if shard.more or shard.without_text:
                 lengths = self._shard_captions(index).value_lengths().to_numpy(zero_copy_only=False)
                 rows = slice(int(self._starts[index]), int(self._starts[index + 1]))
                 counts[rows] *= lengths.astype(np.int32)
-                further = int(counts[rows].sum()) - shard.ok
+                further = int(np.maximum(counts[rows] - 1, 0).sum())
+                absent = int((self.ok[rows] & (counts[rows] == 0)).sum())
+                if absent != shard.without_text:
+                    raise DataError(
+                        f"{self._file(index, 'metadata')}: {absent:,} rows have no caption, but {STORE_FILE} says"
+                        f" {shard.without_text:,}.",
+                        fix=AGAIN,
+                    )
                 if further != shard.more:
                     raise DataError(
                         f"{self._file(index, 'more_text')}: {shard.more:,} embeddings of further captions, "
@@ -274,7 +284,8 @@ class EmbeddingStore:
                 stop = min(start + _BLOCK_ROWS, shard.rows)
                 rows = slice(first + start, first + stop)
                 for kind, vectors in kinds.items():
-                    check_unit(vectors[rows], self.ok[rows], where=str(self._file(index, kind)), first_row=start)
+                    good = self.num_captions[rows] > 0 if kind == "text" else self.ok[rows]
+                    check_unit(vectors[rows], good, where=str(self._file(index, kind)), first_row=start)
                 if views:
                     vectors = self._views[rows.start * views : rows.stop * views]
                     where = f"{self._file(index, 'view')} ({views:,} views a row)"

@@ -56,6 +56,11 @@ class ShardRows:
     views: Float[np.ndarray, "rows views dim"] | None = None
     """Of crops of each image, if the store has any."""
 
+    @property
+    def captioned(self) -> Bool[np.ndarray, " rows"]:
+        """The ok rows with a text embedding."""
+        return self.ok & np.array([bool(captions) for captions in self.captions], dtype=bool)
+
 
 class StoreWriter:
     """Adds finished shards to a store and, at the end, declares it finished.
@@ -121,7 +126,7 @@ class StoreWriter:
         paths = self._paths([*arrays, "metadata"])
 
         for kind, array in arrays.items():
-            good = np.ones(len(array), dtype=bool) if kind == "more_text" else rows.ok
+            good = {"more_text": np.ones(len(array), dtype=bool), "text": rows.captioned}.get(kind, rows.ok)
             self._write_unit(paths[kind], array, good, where=f"{rows.name} ({kind})")
         write_table(self._out / paths["metadata"], _metadata(rows))
 
@@ -130,7 +135,16 @@ class StoreWriter:
         count = len(rows.ok)
         contents = (rows.contents, rows.contents_with_fields)
         self._add(
-            StoreShard(rows.name, count, int(rows.ok.sum()), len(rows.more_texts), files, *contents), rows.skipped
+            StoreShard(
+                rows.name,
+                count,
+                int(rows.ok.sum()),
+                len(rows.more_texts),
+                files,
+                *contents,
+                without_text=int((rows.ok & ~rows.captioned).sum()),
+            ),
+            rows.skipped,
         )
 
     def take(
@@ -264,7 +278,7 @@ def _check_rows(rows: ShardRows, info: StoreInfo) -> None:
     if tuple(rows.fields) != info.fields:
         raise ValueError(f"fields: must be {info.fields}, got {tuple(rows.fields)}")
 
-    further = sum(len(captions) - 1 for captions, good in zip(rows.captions, rows.ok, strict=True) if good)
+    further = sum(len(captions[1:]) for captions, good in zip(rows.captions, rows.ok, strict=True) if good)
     if len(rows.more_texts) != further:
         raise ValueError(f"more_texts: must have {further} rows, got {len(rows.more_texts)}")
     for name in ("images", "texts", "more_texts"):

@@ -34,7 +34,7 @@ def state_of_pairs(settings: PairsConfig, *, index: Path | None, cache_dir: Path
         pairs = open_pairs(settings, index=index, cache_dir=cache_dir)
         return digest([pairs.shard_state(number) for number in range(len(pairs.shards))])
     states = [source.name if source.path is None else file_state(source.path) for source in sources]
-    return digest([states, settings.model_dump(mode="json", exclude={"source", "max_bad_share", "max_pixels"})])
+    return digest([states, settings.reading])
 
 
 def contents_of_pairs(

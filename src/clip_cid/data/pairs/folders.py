@@ -20,7 +20,14 @@ from clip_cid.data.pairs.format import (
     Source,
 )
 from clip_cid.data.pairs.pair import Pair
-from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS, clean_captions, key_hash, read_file, readable_key
+from clip_cid.data.pairs.sample_parts import (
+    IMAGE_EXTENSIONS,
+    NO_CAPTION,
+    clean_captions,
+    key_hash,
+    read_file,
+    readable_key,
+)
 from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
 
@@ -53,8 +60,10 @@ class Folders(PairFormat):
 
     def read(self, source: LocalSource, row: dict[str, Any], settings: PairsConfig) -> Pair:
         image = read_file(source.path, row["image"], "image")
-        lines = read_file(source.path, row["caption_file"], "caption file").splitlines()
-        return Pair(row["key"], image, clean_captions(lines), dict.fromkeys(settings.keep_fields, ""))
+        beside = row["caption_file"]
+        lines = [] if beside is None else read_file(source.path, beside, "caption file").splitlines()
+        captions = clean_captions(lines, optional=settings.captions_are_optional)
+        return Pair(row["key"], image, captions, dict.fromkeys(settings.keep_fields, ""))
 
     def files_of(self, source: LocalSource, rows: pa.RecordBatch) -> list[Path]:
         names = [*rows.column("image").to_pylist(), *rows.column("caption_file").to_pylist()]
@@ -74,7 +83,8 @@ class Folders(PairFormat):
                 key, problem = readable_key(os.fsencode(os.path.splitext(file.image)[0]))
                 columns["key"].append(key)
                 columns["key_hash"].append(key_hash(key))
-                columns["problem"].append(problem if file.caption_file else "no caption (.txt beside the image)")
+                lacking = None if file.caption_file else f"{NO_CAPTION} (.txt beside the image)"
+                columns["problem"].append(problem or lacking)
                 columns["image"].append(os.fsencode(file.image))
                 columns["caption_file"].append(os.fsencode(file.caption_file) if file.caption_file else None)
                 columns["bytes"].append(file.bytes)

@@ -19,7 +19,7 @@ from clip_cid import log
 from clip_cid.data.pairs import sources
 from clip_cid.data.pairs.format import EmptySourceError, LocalSource, PairFormat, Source
 from clip_cid.data.pairs.pair import DUPLICATE
-from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS, key_hash
+from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS, NO_CAPTION, key_hash
 from clip_cid.errors import DataError
 from clip_cid.open_files import KeptOpen
 from clip_cid.recipe import PairsConfig
@@ -265,21 +265,22 @@ class PairIndex:
         for shard in range(len(self.batches)):
             yield self.batch(shard).column("key_hash").to_numpy()
 
-    def known_bad(self, index: Path | None) -> dict[int, str]:
+    def known_bad(self, index: Path | None, *, captions_are_optional: bool) -> dict[int, str]:
         """Rows that cannot be used, and why, as the index alone shows; the list is kept in the folder `index`."""
         if index is None:
-            return self._find_bad()
+            return self._find_bad(captions_are_optional)
 
-        path = index / f"known-bad-{_digest([Path(source.index or '').name for source in self.sources])}.arrow"
+        names = [Path(source.index or "").name for source in self.sources]
+        path = index / f"known-bad-{_digest([*names, *['captions: optional'] * captions_are_optional])}.arrow"
         if not _usable(path, _BAD_SCHEMA):
-            bad = self._find_bad()
+            bad = self._find_bad(captions_are_optional)
             columns = {"row": list(bad), "reason": list(bad.values())}
             _write(path, _BAD_SCHEMA, [pa.RecordBatch.from_pydict(columns, schema=_BAD_SCHEMA)])
 
         listed = _mapped_batch((str(path), 0))
         return dict(zip(listed.column("row").to_pylist(), listed.column("reason").to_pylist(), strict=True))
 
-    def _find_bad(self) -> dict[int, str]:
+    def _find_bad(self, captions_are_optional: bool) -> dict[int, str]:
         bad: dict[int, str] = {}
         for row, first in duplicate_keys(self.hashes, len(self), self.key).items():
             bad[row] = f"{DUPLICATE}, first used by row {first:,}"
@@ -287,7 +288,9 @@ class PairIndex:
         for shard in range(len(self.batches)):
             problems = self.batch(shard).column("problem")
             for place in np.flatnonzero(problems.is_valid().to_numpy(zero_copy_only=False)).tolist():
-                bad[int(self.first_row[shard]) + place] = problems[place].as_py()
+                problem: str = problems[place].as_py()
+                if not (captions_are_optional and problem.startswith(NO_CAPTION)):
+                    bad[int(self.first_row[shard]) + place] = problem
         return dict(sorted(bad.items()))
 
 

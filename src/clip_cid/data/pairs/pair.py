@@ -37,7 +37,7 @@ class Pair:
     key: str
     image: bytes
     captions: tuple[str, ...]
-    """At least one; none is empty or has white space around it."""
+    """None is empty or has white space around it. At least one, unless `pairs.captions` is optional."""
     fields: dict[str, str]
     """`pairs.keep_fields` as text, empty if the sample has none."""
     remark: str = ""

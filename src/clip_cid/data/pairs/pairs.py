@@ -50,6 +50,11 @@ class Pairs:
     def __len__(self) -> int:
         return len(self._index)
 
+    @property
+    def captions_are_optional(self) -> bool:
+        """Whether a pair may be an image alone."""
+        return self._settings.captions_are_optional
+
     def key(self, row: int) -> str:
         return self._index.key(self._checked(row))
 
@@ -97,8 +102,7 @@ class Pairs:
         files = [_state(path) for path in source.format.files_of(source.local, self._index.batch(number))]
         place = [str(source.local.path), shard.first_row - self._first_row_of(number), shard.rows]
         settings = self._settings if fields else self._settings.model_copy(update={"keep_fields": ()})
-        reading = settings.model_dump(mode="json", exclude={"source", "max_bad_share", "max_pixels"})
-        return digest([source.format.kind, place, own, files, unusable, reading])
+        return digest([source.format.kind, place, own, files, unusable, settings.reading])
 
     @functools.cached_property
     def _bad_rows(self) -> list[int]:
@@ -159,7 +163,7 @@ def open_pairs(settings: PairsConfig, *, index: Path | None = None, cache_dir: P
     shards_cache = cache_folder(cache_dir).absolute() / "shards"
     rows = PairIndex(index_sources(find_sources(settings), settings, index=index, cache_dir=shards_cache))
 
-    known_bad = rows.known_bad(index)
+    known_bad = rows.known_bad(index, captions_are_optional=settings.captions_are_optional)
     if len(known_bad) == len(rows):
         row, reason = next(iter(known_bad.items()))
         raise DataError(

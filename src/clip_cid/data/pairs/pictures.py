@@ -59,7 +59,7 @@ class Pictures:
                 pair = self.pairs.read(row)
             except (BadSample, DataError):
                 continue
-            captions[pair.key] = pair.captions[0]
+            captions[pair.key] = next(iter(pair.captions), "")
             self._rows[pair.key] = row
         return captions
 

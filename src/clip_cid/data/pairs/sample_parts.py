@@ -10,6 +10,9 @@ from typing import Any
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.errors import DataError
 
+NO_CAPTION = "no caption"
+"""How the problem of a sample begins that lacks nothing but a caption."""
+
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 """In the order of open_clip: the first that a sample has is its image."""
 
@@ -29,11 +32,11 @@ def readable_key(key: bytes) -> tuple[str, str | None]:
         return key.decode(errors="backslashreplace"), "the key is not UTF-8"
 
 
-def clean_captions(texts: list[Any]) -> tuple[str, ...]:
+def clean_captions(texts: list[Any], *, optional: bool = False) -> tuple[str, ...]:
     """The captions without white space around them; empty ones are dropped.
 
     Raises:
-        BadSample: One is not text, or all are empty.
+        BadSample: One is not text; or all are empty, unless they are optional.
     """
     captions: list[str] = []
     for number, text in enumerate(texts, start=1):
@@ -54,7 +57,7 @@ def clean_captions(texts: list[Any]) -> tuple[str, ...]:
         if stripped := text.strip():
             captions.append(stripped)
 
-    if not captions:
+    if not captions and not optional:
         raise BadSample("the caption is empty")
     return tuple(captions)
 

@@ -16,7 +16,7 @@ from clip_cid import log, units
 from clip_cid.data.pairs.delimited import DELIMITERS, TableFault, find_header, find_reading, records
 from clip_cid.data.pairs.format import COMMON_COLUMNS, SHARD_ROWS, LocalSource, PairFormat, Scan
 from clip_cid.data.pairs.pair import Pair
-from clip_cid.data.pairs.sample_parts import clean_captions, field_text, key_hash, read_file, readable_key
+from clip_cid.data.pairs.sample_parts import NO_CAPTION, clean_captions, field_text, key_hash, read_file, readable_key
 from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
 
@@ -54,7 +54,8 @@ class Tables(PairFormat):
     def read(self, source: LocalSource, row: dict[str, Any], settings: PairsConfig) -> Pair:
         image = read_file(source.path.parent, row["image"], "image")
         fields = dict(zip(settings.keep_fields, row["fields"], strict=True))
-        return Pair(row["key"], image, clean_captions(row["captions"]), fields)
+        captions = clean_captions(row["captions"], optional=settings.captions_are_optional)
+        return Pair(row["key"], image, captions, fields)
 
     def files_of(self, source: LocalSource, rows: pa.RecordBatch) -> list[Path]:
         return [source.path.parent / os.fsdecode(image) for image in rows.column("image").to_pylist()]
@@ -251,7 +252,7 @@ def _index_rows(cells: _Cells, settings: PairsConfig) -> pa.RecordBatch:
         elif len(image) > _LONGEST_PATH:
             problem = f"image is no path ({len(image):,} bytes)"
         elif not texts:
-            problem = f"no caption (empty {settings.caption_column})"
+            problem = problem or f"{NO_CAPTION} (empty {settings.caption_column})"
 
         columns["key"].append(key)
         columns["key_hash"].append(key_hash(key))

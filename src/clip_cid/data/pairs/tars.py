@@ -16,7 +16,14 @@ import pyarrow as pa
 from clip_cid.data.pairs.format import COMMON_COLUMNS, EmptySourceError, LocalSource, Member, PairFormat, Scan
 from clip_cid.data.pairs.pair import BadSample, Pair
 from clip_cid.data.pairs.plain_tar import FETCH_AGAIN, plain_files
-from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS, clean_captions, field_text, key_hash, readable_key
+from clip_cid.data.pairs.sample_parts import (
+    IMAGE_EXTENSIONS,
+    NO_CAPTION,
+    clean_captions,
+    field_text,
+    key_hash,
+    readable_key,
+)
 from clip_cid.errors import DataError
 from clip_cid.open_files import KeptOpen
 from clip_cid.recipe import PairsConfig
@@ -58,16 +65,17 @@ class Tars(PairFormat):
         try:
             if described is not None:
                 fields = _json_object(described)
-                captions = _json_captions(fields, settings.captions_field)
+                optional = settings.captions_are_optional and text is None
+                captions = _json_captions(fields, settings.captions_field, optional=optional)
         except BadSample as error:
             if text is None:
                 raise
             remark = f"the .txt is used alone: {error.reason}"
 
-        if not captions:
+        if not captions and not (text is None and settings.captions_are_optional):
             if text is None:
-                raise BadSample(f"no caption (no .txt, and no json field {settings.captions_field!r})")
-            captions = _text_captions(text, fields)
+                raise BadSample(f"{NO_CAPTION} (no .txt, and no json field {settings.captions_field!r})")
+            captions = _text_captions(text, fields, optional=settings.captions_are_optional)
             remark = remark or ("each line of the .txt is a caption" if len(captions) > 1 else "")
         kept = {name: field_text(fields.get(name)) for name in settings.keep_fields}
         return Pair(row["key"], image, captions, kept, remark)
@@ -143,7 +151,7 @@ def _row(name: str, members: dict[str, tarfile.TarInfo]) -> dict[str, object]:
     if image is None:
         problem = f"no image (.{', .'.join(IMAGE_EXTENSIONS)})"
     elif text is None and described is None:
-        problem = "no caption (.txt or .json)"
+        problem = problem or f"{NO_CAPTION} (.txt or .json)"
 
     row: dict[str, object] = {"key": key, "key_hash": key_hash(key), "problem": problem}
     for part, member in {"image": image, "text": text, "json": described}.items():
@@ -152,15 +160,16 @@ def _row(name: str, members: dict[str, tarfile.TarInfo]) -> dict[str, object]:
     return row
 
 
-def _json_captions(fields: dict[str, Any], captions_field: str) -> tuple[str, ...]:
+def _json_captions(fields: dict[str, Any], captions_field: str, *, optional: bool) -> tuple[str, ...]:
     """The captions of the json; none where it does not have the field."""
     captions = fields.get(captions_field)
     if captions is not None and not isinstance(captions, str | list):
         raise BadSample(f"json field {captions_field!r} holds a {type(captions).__name__}, not captions")
-    return clean_captions([captions] if isinstance(captions, str) else captions) if captions else ()
+    texts = [captions] if isinstance(captions, str) else captions
+    return clean_captions(texts, optional=optional) if texts else ()
 
 
-def _text_captions(text: bytes, fields: dict[str, Any]) -> tuple[str, ...]:
+def _text_captions(text: bytes, fields: dict[str, Any], *, optional: bool) -> tuple[str, ...]:
     """A caption a line, as in CLIP_benchmark's retrieval sets; one in all where a json field holds the same text.
 
     The latter is how img2dataset writes a caption with line ends.
@@ -170,7 +179,7 @@ def _text_captions(text: bytes, fields: dict[str, Any]) -> tuple[str, ...]:
         words = text.decode("utf-8-sig", errors="replace").split()
         if any(isinstance(value, str) and value.split() == words for value in fields.values()):
             lines = [text]
-    return clean_captions(lines)
+    return clean_captions(lines, optional=optional)
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

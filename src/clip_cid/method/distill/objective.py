@@ -1,7 +1,7 @@
 """The whole objective: the modules trained beside the student, the losses by name, and their weighted sum."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -9,10 +9,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clip_cid.loss_table import Reading, rows_of
+from clip_cid.loss_table import Loss, Reading, rows_of
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.cluster_distillation import CenterHead, SampledCenters, Shard
 from clip_cid.method.distill.cluster_passes import ClusterPass, passes_of
@@ -41,6 +41,8 @@ class Targets:
     bank_images: Float[Tensor, "bank teacher"] | None = None
     """Stored embeddings of a draw of all pairs, not of these rows; the same on every rank."""
     bank_texts: Float[Tensor, "bank teacher"] | None = None
+    captioned: Bool[Tensor, " rows"] | None = None
+    """Whether each row has a caption; absent if all have."""
     teacher_lines: Float[Tensor, "lines teacher"] | None = None
     """Stored embeddings of the texts without images that the student read beside these rows."""
     text_labels: Int[Tensor, " rows"] | None = None
@@ -212,6 +214,8 @@ class Objective(nn.Module):
                 self.stored_texts,
             )
             self._last = {"mean_image_norm": torch.linalg.vector_norm(batch.image.all.detach().mean(dim=0))}
+            if targets.captioned is not None:
+                self._last["captioned"] = targets.captioned.float().mean()
 
             # The passes over the centers come first: the order in which losses are computed is that in which their
             # gradients are added up, and it decides the last bits.
@@ -220,7 +224,7 @@ class Objective(nn.Module):
             for loss in self.losses:
                 if loss.name in self._functions:
                     read = batch.with_lines if loss.learns_from_texts else batch
-                    computed[loss.name] = self._functions[loss.name](*(getattr(read, name) for name in loss.reads))
+                    computed[loss.name] = read.compute(loss, self._functions[loss.name])
 
         return {loss.name: computed[loss.name] for loss in self.losses}
 
@@ -231,7 +235,8 @@ class Objective(nn.Module):
         student. `own_center`: share of images whose own center (or one of several) is the student's first among those
         of the step. `centers`, `negatives`: how many took part, and how many
         of them at random; with `text_` before them the same of the clusters of texts. `head_drift`: how far the centers
-        moved. `instance_scale`: the learned factor.
+        moved. `instance_scale`: the learned factor. `captioned`: share of the images that
+        have a caption, where it is optional.
         """
         numbers = {name: float(value) for name, value in self._last.items()}
         if self.head is not None:
@@ -367,7 +372,11 @@ class _Batch:
         }
         captions = _given(self.targets.teacher_text, "teacher_text")
         lines = _given(self.targets.teacher_lines, "teacher_lines")
-        targets = Targets(teacher_text=torch.cat([captions, lines]), bank_images=self.targets.bank_images)
+        captioned = self.targets.captioned
+        if captioned is not None:
+            captioned = torch.cat([captioned, captioned.new_ones(len(lines))])
+        texts_alone = torch.cat([captions, lines])
+        targets = Targets(teacher_text=texts_alone, bank_images=self.targets.bank_images, captioned=captioned)
         return replace(self, outputs={**self.outputs, **texts}, targets=targets)
 
     @property
@@ -377,6 +386,19 @@ class _Batch:
     @property
     def bank_texts(self) -> Tensor:
         return _stored(self.targets.bank_texts, "bank_texts")
+
+    def compute(self, loss: Loss, function: Callable[..., Tensor]) -> Tensor:
+        """A loss of the rows that take part in it."""
+        values = [getattr(self, name) for name in loss.reads]
+        if self.with_caption is None or not loss.reads_captions:
+            return function(*values)
+        return self.with_caption.mean(function, values)
+
+    @cached_property
+    def with_caption(self) -> "_Captioned | None":
+        """The rows with a caption; None if all have one."""
+        captioned = self.targets.captioned
+        return None if captioned is None else _Captioned(self.gather(captioned.long()))
 
     @property
     def logit_scale(self) -> Tensor:
@@ -402,6 +424,36 @@ class _Batch:
     @property
     def bank_scale(self) -> float:
         return self.fixed_bank_scale
+
+
+class _Captioned:
+    """The rows with a caption, for the losses that read one.
+
+    Args:
+        captioned: 1 for a row with a caption, else 0.
+    """
+
+    def __init__(self, captioned: Side) -> None:
+        self._own, self._all = captioned.own.nonzero().flatten(), captioned.all.nonzero().flatten()
+        self._first = int(captioned.all[: captioned.first].sum())
+        ranks = len(captioned.all) // len(captioned.own)
+        self._share = len(self._own) * ranks / max(len(self._all), 1)
+
+    def mean(self, function: Callable[..., Tensor], values: Sequence[Side | Tensor | float]) -> Tensor:
+        """A loss over these rows: the mean over the ranks is the mean over all such rows; 0 if there is none.
+
+        Ranks with other numbers of rows exchange the same gradients, even one that has none.
+        """
+        if not len(self._all):
+            return torch.stack([value.own.sum() for value in values if isinstance(value, Side)]).sum() * 0
+        return self._share * function(*(self._of(value) if isinstance(value, Side) else value for value in values))
+
+    def _of(self, side: Side) -> Side:
+        every = side.all[self._all]
+        if len(self._own):
+            return Side(side.own[self._own], every, self._first)
+        # A row of another rank stands in, with a weight of 0 and without a way back to that rank.
+        return Side(every[:1].detach() + 0 * side.own.sum(), every, 0)
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

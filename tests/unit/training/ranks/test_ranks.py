@@ -4,6 +4,7 @@ One start of two processes runs all cases; the tests read what the ranks have wr
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -70,6 +71,21 @@ CASES: dict[str, dict[str, Any]] = {
         "micro_batch": 3,
     },
 }
+_EVERY = {"siglip": 1.0, "affinity": 1.0, "feature": 2000.0, "icl": 1.0, **STORED}
+CASES |= {
+    f"images {alone} alone{more}": {
+        "settings": {"head_lr": 0.0, "weights": _EVERY, "bank_size": 13, "alignment": "linear"},
+        "alone": alone,
+        **how,
+    }
+    for alone, more, how in (
+        ((1, 2, 3, 6), "", {}),
+        ((4, 5, 6, 7), "", {}),  # all of the second rank
+        ((0, 1, 2, 3, 6), ", in micro-batches", {"micro_batch": 3}),
+        ((4, 5, 6, 7), ", beside texts alone", {"lines": True}),
+        (tuple(range(BATCH)), "", {}),
+    )
+}
 TRAININGS: dict[str, dict[str, Any]] = {
     "joint": {},
     "with texts alone": {"settings": {"head_lr": 0.0, "weights": STORED, "bank_size": 13}, "lines": True},
@@ -105,6 +121,10 @@ def gradients(case: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Ten
     training = training_of(case, folder)
     batch = exact(next(make_batches(training, ranks=ranks, settings=settings).between(0, 1)))
     batch = with_labels(batch, settings)
+    if "alone" in case:
+        own = BATCH // ranks.size
+        captioned = [place not in case["alone"] for place in range(BATCH)][ranks.rank * own :][:own]
+        batch = dataclasses.replace(batch, captioned=torch.tensor(captioned))
 
     def loss(seen: dict[str, Tensor]) -> Tensor:
         if ranks.size == 1:

@@ -81,6 +81,7 @@ def join_teachers(sources: Sequence[Path], out: Path) -> EmbeddingStore:
         if not (out / STORE_FILE).is_file():
             joint = _Joint(stores)
             joint.refuse_other_captions()
+            joint.refuse_other_sizes()
             _check_room(out, joint)
             transforms = _transforms(out, joint)
             _write(out, joint, transforms, shards, skipped)
@@ -176,6 +177,27 @@ class _Joint:
                     f"{self.first.keys[good[row]]!r}: the stores embedded different captions"
                     f" ({', '.join(repr(captions[0]) for captions in every)}).",
                     fix="Embed the same pairs with each teacher.",
+                )
+
+    def refuse_other_sizes(self) -> None:
+        """The views of a row must be of the same crops, which follow from the size of its image.
+
+        Raises:
+            DataError: They are not.
+        """
+        if self.views is None:
+            return
+        good = np.flatnonzero(self.ok)
+        sizes = self.first.sizes[good]
+        for number, store in enumerate(self.stores):
+            others = store.sizes[self.rows_in(number, good)]
+            if (different := np.flatnonzero((others != sizes).any(axis=1))).size:
+                row = different[0]
+                here, there = (" x ".join(f"{side:,}" for side in some[row]) for some in (sizes, others))
+                raise DataError(
+                    f"{store.path}: the views of {self.first.keys[good[row]]!r} are of an image of {there} pixels, but"
+                    f" of {here} in {self.first.path} ({different.size:,} such rows).",
+                    fix="Embed the same images with each teacher.",
                 )
 
     def _joined_rows(self) -> tuple[Bool[np.ndarray, " rows"], list[tuple[str, Bool[np.ndarray, " rows"]]]]:

@@ -47,6 +47,7 @@ def write_store(
     captions: Any = captions_of,
     shard_rows: int = 8,
     views: Views | None = None,
+    size: tuple[int, int] = (4, 3),
 ) -> Path:
     shards = [keys[start : start + shard_rows] for start in range(0, len(keys), shard_rows)]
     teacher = {"reference": f"local-dir:/models/{name}", "weights_sha256": name}
@@ -69,7 +70,7 @@ def write_store(
                 ok=ok,
                 keys=list(own),
                 captions=[captions(key) for key in own],
-                sizes=[(4, 3)] * len(own),
+                sizes=[size] * len(own),
                 fields={"kind": [key[-1] for key in own]},
                 skipped=skipped,
                 views=None if views is None else views_of(name, own, dim, views.count) * ok[:, None, None],
@@ -206,6 +207,16 @@ def test_equal_views_are_joined_and_others_left_out(tmp_path: Path, caplog: pyte
     other = write_store(tmp_path / "c", "ccc", 16, views=Views(2, 0.9))
     assert join_teachers([first, other], tmp_path / "out 2").info.views is None
     assert "have not the same views" in caplog.text
+
+
+def test_views_of_images_of_other_sizes_are_refused(tmp_path: Path):
+    views = Views(2, 0.5)
+    first = write_store(tmp_path / "a", "a", 12, views=views)
+    other = write_store(tmp_path / "b", "bb", 16, KEYS[::-1], views=views, size=(8, 6))
+    with pytest.raises(
+        DataError, match=r"the views of 'pair 00' are of an image of 8 x 6 pixels, but of 4 x 3 in .* \(30"
+    ):
+        join_teachers([first, other], tmp_path / "out")
 
 
 def test_every_later_stage_takes_it_as_any_store(tmp_path: Path):

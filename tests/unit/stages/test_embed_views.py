@@ -118,7 +118,8 @@ def test_a_view_is_what_the_teacher_gives_for_that_crop(tmp_path: Path, teacher:
         for view in range(3):
             left, upper, right, lower = crop_box(key, view, (63, 49), crop_scale=0.2)
             size = (lower - upper, right - left)
-            pixels = F.resized_crop(picture(key), upper, left, *size, [32, 32], InterpolationMode.BICUBIC)
+            whole: Any = picture(key)
+            pixels = F.resized_crop(whole, upper, left, *size, [32, 32], InterpolationMode.BICUBIC)
             scaled = ((np.asarray(pixels, dtype=np.float32) / 255 - mean) / std).transpose(2, 0, 1)
             with torch.inference_mode():
                 expected = model.encode_image(torch.from_numpy(scaled)[None], normalize=True)[0].numpy()

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,9 +155,12 @@ def test_workers_and_the_state_of_torch_change_no_batch(tmp_path: Path):
 @pytest.mark.filterwarnings("ignore:Unused augmentation")
 def test_colors_are_drawn_by_the_seed_alone(tmp_path: Path):
     """open_clip draws whether to change them from Python's random numbers, and how from torch's."""
-    aug_cfg = AugmentationCfg(scale=(0.9, 1.0), color_jitter=(0.4,) * 4, color_jitter_prob=0.5, gray_scale_prob=0.5)
-    training, transform = training_pairs(tmp_path), image_transform(16, is_train=True, aug_cfg=aug_cfg)
-    dataset = PairDataset(training, transform=transform, tokenizer=tokenize, max_pixels=10_000, seed=0)
+    color: Any = (0.4,) * 4
+    aug_cfg = AugmentationCfg(scale=(0.9, 1.0), color_jitter=color, color_jitter_prob=0.5, gray_scale_prob=0.5)
+    transform: Any = image_transform(16, is_train=True, aug_cfg=aug_cfg)
+    dataset: Any = PairDataset(
+        training_pairs(tmp_path), transform=transform, tokenizer=tokenize, max_pixels=10_000, seed=0
+    )
     places = [Place(epoch, index) for epoch in range(2) for index in range(10)]
     random.seed(1)
     images = [dataset[place].image for place in places]

@@ -113,7 +113,9 @@ def make_batches(
 
 
 def item(batches: Batches, epoch: int, index: int) -> Item:
-    return batches._dataset[Place(epoch, index)]
+    found = batches._dataset[Place(epoch, index)]
+    assert isinstance(found, Item)
+    return found
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -128,7 +130,8 @@ def test_image_and_target_are_of_one_crop(tmp_path: Path):
     for batch in make_batches(training).between(0, 9):
         assert batch.teacher_image is not None
         for place, row in enumerate(batch.rows.tolist()):
-            picture, key = picture_of(training.pairs, row), training.pairs.key(row)
+            picture: Any = picture_of(training.pairs, row)
+            key = training.pairs.key(row)
             boxes = [crop_box(key, view, picture.size, crop_scale=0.3) for view in range(3)]
             (view,) = [
                 view
@@ -137,7 +140,8 @@ def test_image_and_target_are_of_one_crop(tmp_path: Path):
             ]
             left, upper, right, lower = boxes[view]
             size = (lower - upper, right - left)
-            seen = F.to_tensor(F.resized_crop(picture, upper, left, *size, [16, 16], F.InterpolationMode.BICUBIC))
+            resized: Any = F.resized_crop(picture, upper, left, *size, [16, 16], F.InterpolationMode.BICUBIC)
+            seen = F.to_tensor(resized)
             assert torch.equal(batch.images[place], seen)
 
 

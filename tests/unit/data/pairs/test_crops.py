@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,8 @@ def test_another_process_makes_the_same_crops():
 @pytest.mark.parametrize("size", [(300, 300), (400, 250), (250, 400)])
 def test_the_crops_are_distributed_as_those_of_torchvision(size: tuple[int, int]):
     """Kolmogorov and Smirnov's distance of 6,000 crops each, at a level of one in a million (5.4 / sqrt(12,000))."""
-    count, picture = 6000, Image.new("RGB", size)
+    count = 6000
+    picture: Any = Image.new("RGB", size)
     ours = np.array([crop_box(str(key), key % 5, size, crop_scale=0.3) for key in range(count)])
     ours = np.stack([ours[:, 0], ours[:, 1], ours[:, 2] - ours[:, 0], ours[:, 3] - ours[:, 1]], axis=1)
     with torch.random.fork_rng():
@@ -82,7 +84,8 @@ def test_at_scale_one_a_view_of_a_square_is_all_of_it(key: str, number: int, sid
 @pytest.mark.parametrize(("size", "box"), [((100, 10), (43, 0, 56, 10)), ((10, 100), (0, 43, 10, 56))])
 def test_of_a_narrow_image_the_largest_crop_in_the_middle_is_taken(size: tuple[int, int], box: tuple[int, ...]):
     assert crop_box("a", 0, size, crop_scale=1.0) == box
-    upper, left, tall, wide = RandomResizedCrop.get_params(Image.new("RGB", size), [1.0, 1.0], [3 / 4, 4 / 3])
+    picture: Any = Image.new("RGB", size)
+    upper, left, tall, wide = RandomResizedCrop.get_params(picture, [1.0, 1.0], [3 / 4, 4 / 3])
     assert (left, upper, left + wide, upper + tall) == box
 
 
@@ -93,4 +96,4 @@ def test_a_recipe_says_which_views_it_wants():
     assert views is not None
     pixels = np.arange(60 * 50 * 3, dtype=np.uint32).astype(np.uint8).reshape(50, 60, 3)
     left, upper, right, lower = crop_box("key", 2, (60, 50), crop_scale=0.25)
-    assert np.array_equal(views.crop(Image.fromarray(pixels), "key", 2), pixels[upper:lower, left:right])
+    assert np.array_equal(np.asarray(views.crop(Image.fromarray(pixels), "key", 2)), pixels[upper:lower, left:right])

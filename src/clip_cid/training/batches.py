@@ -355,13 +355,11 @@ class Batches:
         )
         yield from self._read(self._own(places), [0] * count)
 
-    def _own(self, places: Iterator[list[Place]]) -> Iterator[list[Place]]:
+    def _own(self, places: Iterator[list[Place]]) -> Iterator[list[Place | Line]]:
         share = self.batch_size // self._ranks.size
-        return (batch[self._ranks.rank * share :][:share] for batch in places)
+        return ([*batch[self._ranks.rank * share :][:share]] for batch in places)
 
-    def _read(
-        self, places: Iterator[list[Place]] | Iterator[list[Place | Line]], draws: Sequence[int]
-    ) -> Iterator[Batch]:
+    def _read(self, places: Iterator[list[Place | Line]], draws: Sequence[int]) -> Iterator[Batch]:
         """The batches at the next places, one for each of `draws`: the step whose draw is its bank."""
         decoded = decoded_batches(
             self._dataset,

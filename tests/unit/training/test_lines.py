@@ -176,6 +176,7 @@ def test_a_text_loss_is_the_mean_over_captions_and_lines_and_no_other_loss_chang
 def test_lines_that_are_the_captions_weigh_as_these_captions_again(batch: Batch, copies: int):
     """The batch's own captions as lines leave the mean and its gradient as they are; twice as well."""
     model = model_of()
+    assert batch.teacher_text is not None
     again = dataclasses.replace(
         batch, lines=batch.texts.repeat(copies, 1), teacher_lines=batch.teacher_text.repeat(copies, 1)
     )

@@ -75,11 +75,13 @@ def opened(source: str, *, optional: bool, index: Path | None = None) -> Pairs:
 @pytest.mark.parametrize("kind", WRITERS)
 def test_an_image_without_a_caption_is_a_pair_where_captions_are_optional(tmp_path: Path, kind: str):
     source, index = WRITERS[kind](tmp_path / "pairs", TEXTS), tmp_path / "index"
-    for _ in range(2):  # made, then taken from the folder of the index
-        strict, free = opened(source, optional=False, index=index), opened(source, optional=True, index=index)
+    for optional in (False, True):  # made here, and below taken from the folder of the index
+        opened(source, optional=optional, index=index)
+    for strict in (opened(source, optional=False), opened(source, optional=False, index=index)):
         assert list(strict.known_bad) == [1]
         assert strict.known_bad[1].startswith("no caption")
-        assert free.known_bad == {}
+    strict, free = opened(source, optional=False, index=index), opened(source, optional=True, index=index)
+    assert free.known_bad == opened(source, optional=True).known_bad == {}
     assert free.captions_are_optional
     assert not strict.captions_are_optional
     assert {free.key(row): free.read(row).captions for row in range(4)} == READ

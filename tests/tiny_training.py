@@ -23,7 +23,7 @@ from clip_cid.data.sets.labelled_images import Contents, LabelledImages
 from clip_cid.method.distill.cluster_distillation import Shard
 from clip_cid.method.distill.objective import Objective, weighted_sum
 from clip_cid.models.clip import Clip
-from clip_cid.recipe import DistillConfig, LossWeights, MachineConfig, PairsConfig
+from clip_cid.recipe import PRESETS, DistillConfig, MachineConfig, PairsConfig
 from clip_cid.training.bank import Bank
 from clip_cid.training.batches import Batch, Batches, PairDataset, TrainingPairs
 from clip_cid.training.lines import Lines
@@ -57,7 +57,7 @@ EVERY_PART: dict[str, dict[str, Any]] = {
     "the teacher's texts": {"weights": "clip-kd", "text_tower": "teacher"},
 }
 WEIGHTS = (
-    LossWeights().model_dump()
+    PRESETS["clip-cid"].weights
     | {"siglip": 1.0, "affinity": 1.0, "feature": 2000.0, "icl": 1.0}
     | STORED
     | OF_TEXT_CLUSTERS
@@ -207,6 +207,7 @@ def make_settings(**changes: Any) -> DistillConfig:
         "head_lr": 1e-3,
         "sample_rate": 0.75,
         "log_every": 3,
+        "weights": "clip-cid",
     }
     return DistillConfig.model_validate(values | changes)
 

@@ -279,7 +279,7 @@ _WeightOfEach: type[Config] = create_model(
 
 
 class LossWeights(_WeightOfEach):
-    """Weights of the losses; 0 switches a loss off (paper Table 5). The last three are peers' losses."""
+    """Weights of the losses; 0 switches a loss off (paper Table 5)."""
 
     if TYPE_CHECKING:  # the fields come from the table
 
@@ -315,6 +315,10 @@ class Preset(NamedTuple):
 _OF_TEXT = tuple(loss.name for loss in LOSSES if loss.trains_text_only)
 _NOTHING = dict.fromkeys(LossWeights.model_fields, 0.0)
 PRESETS: dict[str, Preset] = {
+    "best": Preset({loss.name: loss.weight for loss in LOSSES}),
+    "clip-cid": Preset(
+        _NOTHING | {"clip": 1.0, "cluster_cls": 1.0, "cluster_kl": 1.0, "instance_image": 0.5, "instance_text": 0.5}
+    ),
     "paper-r1": Preset(
         _NOTHING | {"clip": 1.0, "cluster_cls": 0.999, "cluster_kl": 0.001, "instance_image": 0.5, "instance_text": 0.5}
     ),
@@ -358,8 +362,8 @@ class DistillConfig(Config):
     """Train the student: CLIP loss, cluster-level and instance-level distillation (paper sections 3.2 and 3.3)."""
 
     student: str = "ViT-B-32"
-    """An open_clip model name, one of our small models (`cid-tiny`, `cid-small`, `cid-conv`), or
-    the path of a model config in JSON."""
+    """An open_clip model name, one of our small models (`cid-tiny`, `cid-small`, `cid-conv`,
+    `cid-resnet`), or the path of a model config in JSON."""
     pretrained: str | None = None
     """Start from these weights: an open_clip tag, a checkpoint of open_clip's training (.pt), the
     folder of an exported student, `run:path`, or `hf-hub:org/name`."""
@@ -403,8 +407,9 @@ class DistillConfig(Config):
     """Keep an exponential moving average (EMA) of the weights with this decay. Validation measures it,
     and the export holds it instead of the last weights."""
     weights: LossWeights = LossWeights()
-    """Weights of the losses. In a recipe also the name of a preset: paper-r1, paper-r2, clip-only,
-    siglip-only, open-clip, clip-kd, tiny-clip, mobile-clip, mobile-clip-b."""
+    """Weights of the losses; those not named are of the preset best. In a recipe also the name of a
+    preset: best, clip-cid, paper-r1, paper-r2, clip-only, siglip-only, open-clip, clip-kd, tiny-clip,
+    mobile-clip, mobile-clip-b."""
     schedule: dict[str, tuple[tuple[Share, NonNegativeFloat], ...]] = {}
     """Name of a loss -> points (share of the run, factor). The weight of the loss is multiplied by
     the factor: linear between the points, constant before the first and after the last."""

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_cid.method.distill.objective import Objective, Targets, weighted_sum
-from clip_cid.recipe import DistillConfig
+from clip_cid.recipe import PRESETS, DistillConfig, LossWeights
 from clip_cid.training.model import Distillation
 from clip_cid.training.optimizer import learning_rate_share, make_optimizers, set_learning_rate
 
@@ -30,10 +30,12 @@ GOLDEN = Path(__file__).with_name("loss_curves.json")
 STEPS, ROWS, PAIRS, CENTERS, STUDENT_DIM, TEACHER_DIM, WORDS = 20, 8, 24, 10, 6, 7, 11
 TEXT_CENTERS, BANK = 9, 12
 
-PAPER: dict[str, Any] = {"lr": 0.02, "warmup_steps": 3, "sample_rate": 1.0}
+PAPER: dict[str, Any] = {"weights": "clip-cid", "lr": 0.02, "warmup_steps": 3, "sample_rate": 1.0}
+OFF = dict.fromkeys(LossWeights.model_fields, 0.0)
 OF_THE_PAPER_AND_PEERS: dict[str, Any] = {
     **PAPER,
     "weights": {
+        **OFF,
         "clip": 1.0,
         "siglip": 0.5,
         "cluster_cls": 0.75,
@@ -54,7 +56,7 @@ OF_THE_PAPER_AND_PEERS: dict[str, Any] = {
 OF_THE_STORE: dict[str, Any] = {
     **PAPER,
     "weights": {
-        **dict.fromkeys(("clip", "cluster_kl", "instance_image", "instance_text"), 0.0),
+        **OFF,
         "cluster_cls": 0.75,
         "cosine_image": 3.0,
         "cosine_text": 2.0,
@@ -190,9 +192,9 @@ def test_the_losses_of_20_steps_are_those_that_were_kept(name: str):
 
 def test_the_curves_switch_on_every_loss_and_those_of_the_paper():
     switched_on = {name: set(lines[0]) - {"total"} for name, lines in json.loads(GOLDEN.read_text()).items()}
-    assert set().union(*switched_on.values()) == set(DistillConfig().weights.model_dump())
-    defaults = DistillConfig().weights.model_dump()
-    assert switched_on["the paper's losses"] == {name for name, weight in defaults.items() if weight > 0}
+    assert set().union(*switched_on.values()) == set(LossWeights.model_fields)
+    paper = PRESETS["clip-cid"].weights
+    assert switched_on["the paper's losses"] == {name for name, weight in paper.items() if weight > 0}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from clip_cid import log, pipeline
 from clip_cid.ablations import results, runs, variants
 from clip_cid.errors import ConfigError, RunError
 from clip_cid.figures import ablation as figure
-from clip_cid.recipe import Recipe, parse_recipe
+from clip_cid.recipe import PRESETS, LossWeights, Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder, StageRecord
 from clip_cid.summaries import (
     BalanceSummary,
@@ -72,7 +72,8 @@ def test_the_recipes_own_threshold_stays_what_it_is_however_many_digits_it_has()
 
 
 def test_losses_are_the_rows_of_table_5_with_the_recipes_own_weights():
-    page = recipe(distill={"weights": {"cluster_kl": 0.3, "instance_text": 0.7}})
+    own = PRESETS["clip-cid"].weights | {"cluster_kl": 0.3, "instance_text": 0.7}
+    page = recipe(distill={"weights": own})
     ablation = variants.plan("losses", page)
     rows = {name: other.distill.weights for name, other in recipes(ablation, page).items()}
     assert {name: tuple(getattr(row, part) for part in PARTS) for name, row in rows.items()} == {
@@ -84,7 +85,10 @@ def test_losses_are_the_rows_of_table_5_with_the_recipes_own_weights():
         "clip + cluster + instance": (1, 1, 0.3, 0.5, 0.7),
         "paper-r1": (1, 0.999, 0.001, 0.5, 0.5),
         "paper-r2": (1, 0.001, 0.999, 0.5, 0.5),
+        "best": (1, 1, 1, 0.5, 0.5),
     }
+    assert all(row.cosine_image == 0 for name, row in rows.items() if name != "best")
+    assert rows["best"] == LossWeights()
     assert ablation.reference == "clip"
     assert rows["clip + cluster + instance"] == page.distill.weights
 
@@ -257,7 +261,7 @@ def test_every_stage_is_computed_once_for_all_runs_that_share_it_and_never_again
 @pytest.mark.slow
 def test_losses_share_balance_and_clusters_and_clip_alone_has_none(tmp_path: Path, ran: list[str]):
     runs.run(variants.plan("losses", recipe()), recipe(), tmp_path, seeds=2)
-    assert Counter(ran) == {"embed": 1, "balance": 1, "cluster": 1, "distill": 16, "evaluate": 16}
+    assert Counter(ran) == {"embed": 1, "balance": 1, "cluster": 1, "distill": 18, "evaluate": 18}
     assert not (tmp_path / "runs" / "clip-seed1" / "cluster").exists()
 
 

@@ -28,6 +28,7 @@ LOSS_PARTS = {
 """Table 5: what each row adds to the contrastive loss; the rows of `cls` and `kl` alone are ours."""
 _BASELINE = "clip"
 READINGS = ("paper-r1", "paper-r2")
+OURS = "best"
 PEERS = ("open-clip", "clip-kd", "tiny-clip", "mobile-clip")
 CLUSTER_COUNTS = (100_000, 500_000, 1_000_000, 5_000_000)
 """Table 6; scaled to a recipe whose own number is not the paper's million."""
@@ -159,7 +160,7 @@ def _losses(recipe: Recipe, values: Sequence[str], *, peers: bool) -> Ablation:
         label: {"distill.weights": {name: own[name] if name in (*contrastive, *added) else 0.0 for name in own}}
         for label, added in LOSS_PARTS.items()
     }
-    for name in (*READINGS, *(PEERS if peers else ())):
+    for name in (*READINGS, OURS, *(PEERS if peers else ())):
         weights, settings = PRESETS[name]
         changes[name] = {"distill.weights": weights, **{f"distill.{key}": value for key, value in settings.items()}}
     return _ablation("losses", changes, own=_BASELINE)

@@ -12,6 +12,7 @@ run is a line of its metrics.jsonl). Variants take turns within a round of one p
 - open_clip, fused: the same with `fused=True`, which its command line does not offer.
 - clip: this trainer with `weights: clip-only`, lines of metrics included.
 - clip-cid: this trainer with all four kinds of losses, the centers sampled, frozen, embeddings read from a float16 file.
+- best: clip-cid and the losses against stored vectors, with a bank of `--bank` pairs.
 - clip-cid, all centers: the same at rate 1, with the soft centers computed before.
 - clip, in 4 pieces: `machine.micro_batch` a quarter of the batch.
 - online teacher: clip-cid with a teacher of `--teacher` that reads every batch, as other trainers do.
@@ -39,7 +40,7 @@ from clip_cid.method.distill.fused_cluster_loss import soft_centers
 from clip_cid.method.distill.objective import Objective
 from clip_cid.models.student import build_student
 from clip_cid.recipe import DistillConfig, MachineConfig
-from clip_cid.training.batches import Batch, SoftTargets, unit_teacher_rows
+from clip_cid.training.batches import BankRows, Batch, SoftTargets, unit_teacher_rows
 from clip_cid.training.loop import Plan, Trainer
 from clip_cid.training.model import Distillation
 from clip_cid.training.ranks.distributed import Ranks
@@ -63,6 +64,7 @@ class Options:
     """Width of the teacher's and the student's embeddings."""
     centers: int = 10_000
     rate: float = 0.1
+    bank: int = 16_384
     steps: int = 3
     """Steps of a variant in a round."""
     rounds: int = 7
@@ -142,10 +144,11 @@ class Bench:
     def _ours(self, name: str) -> Callable[[], None]:
         options = self.options
         plain, dense = name.startswith("clip,") or name == "clip", "all centers" in name
+        preset = "clip-only" if plain else "best" if name == "best" else "clip-cid"
         settings = DistillConfig.model_validate(
             {
                 "batch_size": options.batch, "lr": 1e-4, "warmup_steps": 0, "precision": options.precision,
-                "sample_rate": 1.0 if dense else options.rate, **({"weights": "clip-only"} if plain else {}),
+                "sample_rate": 1.0 if dense else options.rate, "weights": preset,
             }
         )  # fmt: skip
         machine = MachineConfig(tensorboard="off", micro_batch=options.batch // 4 if "pieces" in name else None)
@@ -165,12 +168,15 @@ class Bench:
         trainer.learner.joint.train()
         soft = self._soft_targets() if dense else None
         online = self._teacher() if "online" in name else None
+        bank = self._bank() if settings.weights.any_reads_bank else None
 
         def steps() -> None:
             for _ in range(options.steps):
                 batch = self._batch(trainer.step, plain=plain, soft=soft)
                 if online is not None:
                     batch = online(batch)
+                if bank is not None:
+                    batch = dataclasses.replace(batch, bank=bank)
                 measured = trainer._train_step(batch.to(self.device))
                 trainer.progress.step += 1
                 if trainer._is_recorded(trainer.step):
@@ -191,6 +197,12 @@ class Bench:
             labels=self.labels,
             soft_centers=None if soft is None else soft.of(rows),
         )
+
+    def _bank(self) -> BankRows:
+        random = np.random.default_rng(1)
+        rows = random.normal(size=(2, self.options.bank, self.options.dim)).astype(np.float32)
+        images, texts = F.normalize(torch.from_numpy(rows), dim=2).to(self.device)
+        return BankRows(images, texts)
 
     def _soft_targets(self) -> SoftTargets:
         teacher = unit_teacher_rows(np.asarray(self.store["image"]), np.arange(self.rows), "image")
@@ -232,7 +244,7 @@ def main(options: Options) -> None:
     """Measure, print a table and write the numbers."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    names = ["open_clip", "open_clip, fused", "clip", "clip-cid", "clip-cid, all centers", "clip, in 4 pieces"]
+    names = ["open_clip", "open_clip, fused", "clip", "clip-cid", "best", "clip-cid, all centers", "clip, in 4 pieces"]
     names += ["online teacher"] if options.teacher else []
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:

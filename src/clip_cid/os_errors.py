@@ -130,14 +130,24 @@ def explain(error: Exception, *, where: Path | None = None, what: str = "", kept
 
 
 def may_pass(error: BaseException | None) -> bool:
-    """Whether a failure of the system may be gone at the next try, unlike a file that is missing or damaged."""
-    cause = None if error is None else _cause(error)
-    return isinstance(cause, MemoryError) or (cause is not None and _code(cause) not in _OF_ABSENCE)
+    """Whether a failure of the system may be gone at the next try, unlike a file that is missing or damaged.
+
+    Libraries raise errors of their own from such a failure, some of them more than once.
+    """
+    causes = [_cause(one) for one in _chain(error)]
+    return any(isinstance(cause, MemoryError) or _code(cause) not in _OF_ABSENCE for cause in causes)
 
 
 def disk_full(error: OSError) -> bool:
     """Whether a write failed because the disk or quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _cause(error: BaseException) -> BaseException:

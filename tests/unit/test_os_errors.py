@@ -213,3 +213,12 @@ def test_results_that_cannot_be_printed_are_two_lines(
 )
 def test_what_may_pass_is_told_from_what_is_missing_or_damaged(error: Exception | None, passing: bool) -> None:
     assert os_errors.may_pass(error) is passing
+
+
+@pytest.mark.parametrize(("code", "passing"), [(errno.ESTALE, True), (errno.EIO, True), (errno.ENOENT, False)])
+def test_what_may_pass_is_found_behind_errors_of_libraries(code: int, passing: bool) -> None:
+    """open_clip raises a ValueError from whatever failed while it read a configuration."""
+    error = DataError("cannot be loaded", fix="")
+    error.__cause__ = ValueError("Could not load valid config")
+    error.__cause__.__cause__ = OSError(code, "")
+    assert os_errors.may_pass(error) is passing

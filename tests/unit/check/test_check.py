@@ -272,6 +272,7 @@ def test_chance_levels_are_the_losses_of_a_student_that_sees_nothing():
     text = torch.zeros(rows, dim)
     text[:, DIM + 1] = 1.0
     weights = {"clip": 1.0, "cluster_cls": 1.0, "cluster_kl": 1.0, "instance_image": 1.0, "icl": 1.0, "feature": 1.0}
+    weights |= {"cosine_image": 1.0, "cosine_text": 1.0}
     for logq in ("none", "kl", "both"):
         objective = Objective(
             losses=[*weights, "siglip"],

@@ -53,7 +53,12 @@ def head_logits(rows: torch.Tensor, centers: torch.Tensor):
 
 def native(**settings) -> Objective:
     of_texts = {"text_centers": unit_rows(9, 8, 10)}
-    given = {"losses": PAPER, "student_dim": 8, "teacher_dim": 8, "centers": unit_rows(20, 8, 0)} | of_texts
+    given: dict[str, Any] = {
+        "losses": PAPER,
+        "student_dim": 8,
+        "teacher_dim": 8,
+        "centers": unit_rows(20, 8, 0),
+    } | of_texts
     return Objective(**given | settings)
 
 
@@ -61,7 +66,7 @@ def test_clusters_of_texts_and_of_the_other_modality_by_their_definitions():
     scales = {"text_cluster_kl": 5.0, "cross_cluster_image": 30.0, "cross_cluster_text": 40.0}
     losses = ["cluster_cls", "cluster_kl", "text_cluster_cls", *scales]
     objective = native(losses=losses, sample_rate=1.0, temperature=2.0, scales=scales)
-    data = batch() | {"text_labels": torch.tensor([1, 0, 8, 8, 2])}
+    data: dict[str, Any] = batch() | {"text_labels": torch.tensor([1, 0, 8, 8, 2])}
     parts = parts_of(objective, **data)
 
     def logits(rows: str, of_texts: bool, scale: float) -> Any:
@@ -109,7 +114,7 @@ def test_clusters_of_texts_leave_the_sample_of_those_of_images_alone():
 
 def test_the_teacher_has_nothing_to_learn_from_itself_over_centers_of_texts():
     losses = ["text_cluster_kl", "cross_cluster_image", "cross_cluster_text"]
-    data = batch() | {"text_labels": torch.tensor([1, 0, 8, 8, 2])}
+    data: dict[str, Any] = batch() | {"text_labels": torch.tensor([1, 0, 8, 8, 2])}
     data |= {"student_image": data["teacher_image"], "student_text": data["teacher_text"]}
     parts = parts_of(native(losses=losses, sample_rate=0.5), **data)
     assert {name: part.item() for name, part in parts.items()} == pytest.approx(dict.fromkeys(losses, 0.0), abs=1e-7)
@@ -212,7 +217,7 @@ def test_a_part_alone_is_built_and_computed_alone(part):
         "cross_cluster_text": {"labels", "teacher_text"},
     }[part]
     objective = native(losses=[part])
-    data = batch() | {"bank_images": unit_rows(9, 8, 5), "bank_texts": unit_rows(9, 8, 6)}
+    data: dict[str, Any] = batch() | {"bank_images": unit_rows(9, 8, 5), "bank_texts": unit_rows(9, 8, 6)}
     data |= {"text_labels": torch.tensor([1, 0, 8, 8, 2])}
     given = {name: data[name] for name in ("student_image", "student_text", "logit_scale", *needed)}
     assert list(parts_of(objective, **given)) == [part]

@@ -69,11 +69,11 @@ def test_its_gradient_is_that_of_the_dense_form():
 def test_a_bank_of_the_batch_is_the_affinity_loss():
     """With the teacher's texts as the student's, the image half of the affinity loss is the bank loss of the batch."""
     image, teacher_image, teacher_text = (unit_rows(9, 8, seed) for seed in range(3))
-    sides = [Side.whole(rows) for rows in (image, teacher_text, teacher_image, teacher_text)]
-    both = affinity_loss(sides[0], sides[1], number(30.0), sides[2], sides[3], number(30.0))
-    from_images = bank_loss(sides[0], sides[2], teacher_text, 30.0)
-    logits = [30 * (teacher_text @ rows.T).numpy() for rows in (teacher_image, image)]
-    assert float(2 * both - from_images) == pytest.approx(oracles.kl(*logits, 1.0), rel=1e-10)
+    student, text, teacher = Side.whole(image), Side.whole(teacher_text), Side.whole(teacher_image)
+    both = affinity_loss(student, text, number(30.0), teacher, text, number(30.0))
+    from_images = bank_loss(student, teacher, teacher_text, 30.0)
+    of_teacher, of_student = (30 * (teacher_text @ rows.T).numpy() for rows in (teacher_image, image))
+    assert float(2 * both - from_images) == pytest.approx(oracles.kl(of_teacher, of_student, 1.0), rel=1e-10)
 
 
 def test_no_gradient_reaches_the_bank():

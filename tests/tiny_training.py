@@ -207,9 +207,11 @@ def make_settings(**changes: Any) -> DistillConfig:
         "head_lr": 1e-3,
         "sample_rate": 0.75,
         "log_every": 3,
-        "weights": "clip-cid",
     }
-    return DistillConfig.model_validate(values | changes)
+    # Weights that are not named are those of CLIP-CID, whatever the default of recipes.
+    if not isinstance(weights := changes.pop("weights", {}), str):
+        weights = PRESETS["clip-cid"].weights | weights
+    return DistillConfig.model_validate({**values, "weights": weights, **changes})
 
 
 def make_trainer(

@@ -422,8 +422,8 @@ def test_a_quarter_of_the_batch_is_read_as_texts_without_images_by_default():
 
 def test_texts_are_used_where_a_loss_reads_a_text_alone_and_need_the_teacher_itself():
     texts = {"texts": "words.txt"}
-    assert not parse_recipe({"distill": texts}, where="test").uses("texts")
-    used = {"distill": {**texts, "weights": {"bank_text": 1.0}}}
+    assert not parse_recipe({"distill": {**texts, "weights": "clip-cid"}}, where="test").uses("texts")
+    used = {"distill": {**texts, "weights": PRESETS["clip-cid"].weights | {"bank_text": 1.0}}}
     assert parse_recipe(used, where="test").uses("texts")
     assert parse_recipe(used, where="test").distill.text_files == (Path("words.txt"),)
     with pytest.raises(ConfigError, match=r"distill\.texts: the teacher embeds them, but embed\.existing"):

@@ -626,7 +626,10 @@ class TestBeforeTheEmbeddings:
             check(RunFolder(tmp_path / "run"), self.with_texts(case, tmp_path / "no.txt", {"bank_text": 1.0}))
 
     def test_texts_that_no_loss_reads_give_a_warning(self, case: Case, tmp_path: Path):
-        report = check(RunFolder(tmp_path / "run"), self.with_texts(case, tmp_path / "no.txt", {}))
+        report = check(
+            RunFolder(tmp_path / "run"),
+            self.with_texts(case, tmp_path / "no.txt", {"cosine_text": 0.0, "bank_text": 0.0}),
+        )
         assert report.texts == 0
         (line,) = [line for line in report.warnings if line.startswith("distill.texts")]
         assert "distill.weights.cosine_text and distill.weights.bank_text do" in line

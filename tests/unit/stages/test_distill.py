@@ -543,7 +543,8 @@ def test_a_device_without_float64_is_refused_where_clusters_are_compared(case: C
         assemble.refuse_without_float64(mps, case.recipe())
     assert "Set machine.device: cpu" in str(error.value)
     assemble.refuse_without_float64(cpu, case.recipe())
-    assemble.refuse_without_float64(mps, case.recipe(weights={"cluster_cls": 0, "cluster_kl": 0}))
+    without = {"cluster_cls": 0, "cluster_kl": 0, "bank_image": 0, "bank_text": 0}
+    assemble.refuse_without_float64(mps, case.recipe(weights=without))
 
 
 def test_the_teachers_own_scale_goes_before_the_usual_one_and_a_set_one_before_both(caplog: pytest.LogCaptureFixture):

@@ -115,7 +115,7 @@ class Objective(nn.Module):
         if not self.losses:
             raise ValueError("there are no losses, so there is nothing to learn")
         self._functions = {loss.name: loss.resolve() for loss in self.losses if not loss.reads_centers}
-        self._passes, self._scales = passes_of({loss.name for loss in self.losses}), scales
+        self._passes, self._scales = passes_of({loss.name for loss in self.losses}), dict(scales)
         self.sample_rate, self.logq, self.temperature = sample_rate, logq, temperature
         self.ignore_near = ignore_near
         self.teacher_scale, self.affinity_scale, self.bank_scale = teacher_scale, affinity_scale, bank_scale

@@ -208,7 +208,7 @@ def make_settings(**changes: Any) -> DistillConfig:
         "sample_rate": 0.75,
         "log_every": 3,
     }
-    # Weights that are not named are those of CLIP-CID, whatever the default of recipes.
+    # Weights that are not named are those of CLIP-CID, whatever the default of recipes becomes.
     if not isinstance(weights := changes.pop("weights", {}), str):
         weights = PRESETS["clip-cid"].weights | weights
     return DistillConfig.model_validate({**values, "weights": weights, **changes})

@@ -48,7 +48,7 @@ class Loss:
 
     name: str
     weight: float
-    """By default: that of the preset `best`."""
+    """By default: that of the preset `clip-cid`."""
     equation: str
     """Its name in docs/method.md."""
     function: str
@@ -191,7 +191,7 @@ LOSSES = (
     ),
     Loss(
         name="cosine_image",
-        weight=30.0,
+        weight=0.0,
         equation="L_cosine",
         function="stored_losses:cosine_loss",
         reads=("aligned_image", "teacher_image"),
@@ -199,7 +199,7 @@ LOSSES = (
     ),
     Loss(
         name="cosine_text",
-        weight=30.0,
+        weight=0.0,
         equation="L_cosine",
         function="stored_losses:cosine_loss",
         reads=("aligned_text", "teacher_text"),
@@ -207,7 +207,7 @@ LOSSES = (
     ),
     Loss(
         name="bank_image",
-        weight=2.0,
+        weight=0.0,
         equation="L_bank",
         function="stored_losses:bank_loss",
         reads=("aligned_image", "teacher_image", "bank_texts", "bank_scale"),
@@ -217,7 +217,7 @@ LOSSES = (
     ),
     Loss(
         name="bank_text",
-        weight=2.0,
+        weight=0.0,
         equation="L_bank",
         function="stored_losses:bank_loss",
         reads=("aligned_text", "teacher_text", "bank_images", "bank_scale"),

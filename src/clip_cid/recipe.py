@@ -314,11 +314,10 @@ class Preset(NamedTuple):
 
 _OF_TEXT = tuple(loss.name for loss in LOSSES if loss.trains_text_only)
 _NOTHING = dict.fromkeys(LossWeights.model_fields, 0.0)
+_CLIP_CID = {loss.name: loss.weight for loss in LOSSES}
 PRESETS: dict[str, Preset] = {
-    "best": Preset({loss.name: loss.weight for loss in LOSSES}),
-    "clip-cid": Preset(
-        _NOTHING | {"clip": 1.0, "cluster_cls": 1.0, "cluster_kl": 1.0, "instance_image": 0.5, "instance_text": 0.5}
-    ),
+    "clip-cid": Preset(_CLIP_CID),
+    "best": Preset(_CLIP_CID | {"cosine_image": 30.0, "cosine_text": 30.0, "bank_image": 2.0, "bank_text": 2.0}),
     "paper-r1": Preset(
         _NOTHING | {"clip": 1.0, "cluster_cls": 0.999, "cluster_kl": 0.001, "instance_image": 0.5, "instance_text": 0.5}
     ),
@@ -407,8 +406,8 @@ class DistillConfig(Config):
     """Keep an exponential moving average (EMA) of the weights with this decay. Validation measures it,
     and the export holds it instead of the last weights."""
     weights: LossWeights = LossWeights()
-    """Weights of the losses; those not named are of the preset best. In a recipe also the name of a
-    preset: best, clip-cid, paper-r1, paper-r2, clip-only, siglip-only, open-clip, clip-kd, tiny-clip,
+    """Weights of the losses; those not named are of the preset clip-cid. In a recipe also the name of
+    a preset: clip-cid, best, paper-r1, paper-r2, clip-only, siglip-only, open-clip, clip-kd, tiny-clip,
     mobile-clip, mobile-clip-b."""
     schedule: dict[str, tuple[tuple[Share, NonNegativeFloat], ...]] = {}
     """Name of a loss -> points (share of the run, factor). The weight of the loss is multiplied by

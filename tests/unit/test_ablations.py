@@ -13,7 +13,7 @@ from clip_cid import log, pipeline
 from clip_cid.ablations import results, runs, variants
 from clip_cid.errors import ConfigError, RunError
 from clip_cid.figures import ablation as figure
-from clip_cid.recipe import PRESETS, LossWeights, Recipe, parse_recipe
+from clip_cid.recipe import PRESETS, Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder, StageRecord
 from clip_cid.summaries import (
     BalanceSummary,
@@ -88,7 +88,7 @@ def test_losses_are_the_rows_of_table_5_with_the_recipes_own_weights():
         "best": (1, 1, 1, 0.5, 0.5),
     }
     assert all(row.cosine_image == 0 for name, row in rows.items() if name != "best")
-    assert rows["best"] == LossWeights()
+    assert rows["best"].model_dump() == PRESETS["best"].weights
     assert ablation.reference == "clip"
     assert rows["clip + cluster + instance"] == page.distill.weights
 

@@ -211,7 +211,7 @@ def test_an_embedding_that_is_empty_is_refused_with_its_row(tmp_path: Path, tabl
         ({"epoch": 3}, "distill.epoch: no such setting; did you mean epochs?"),
         ({"schedule": {"clipp": [[0, 1]]}}, "schedule: no loss named 'clipp'"),
         ({"schedule": {"clip": [[0.5, 1], [0.2, 1]]}}, "schedule.clip: needs points"),
-        ({"weights": "clip-kid"}, "weights: no preset named 'clip-kid'; there are best, clip-cid"),
+        ({"weights": "clip-kid"}, "weights: no preset named 'clip-kid'; there are clip-cid, best"),
         ({"validation": {"keep": "best"}}, "keep: best and patience need validation.share or validation.sets"),
         ({"validation": {"share": 0.1, "patience": 3}}, "set validation.keep: best"),
         ({"validation": {"share": 0.1, "metric": "zero_shot"}}, "is measured on validation.sets, which is not set"),

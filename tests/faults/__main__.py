@@ -50,11 +50,13 @@ def main() -> int:
                         cases, trials(cases, case, count, random.Random(f"{chosen.seed} {kind} {case.name}"))
                     )
                     rows[f"{kind}: {case.name}"] = collections.Counter(result.outcome for result in results)
+                    _say(f"{kind}: {case.name}: {len(results)} tried, {time.monotonic() - started:,.0f} s")
         for target in mutants.targets() if chosen.mutants else ():
             if chosen.only in target.name:
                 kinds[target.name] = _judged(
                     cases, target, chosen.mutants, random.Random(f"{chosen.seed} {target.name}")
                 )
+                _say(f"mutants of {target.name}: {chosen.mutants} tried, {time.monotonic() - started:,.0f} s")
         commands.close()
 
     bad = _print_table("trials", rows, Outcome, good=(Outcome.RIGHT,))

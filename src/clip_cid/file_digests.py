@@ -58,21 +58,27 @@ class FileDigests:
 
     def keep(self, state: str, contents: str) -> None:
         """Remember the contents of what has this state."""
-        if self._lines().get(state) == contents:
-            return
-        self._lines()[state] = contents
-        if self._read_only:
-            return
-        line = json.dumps([state, contents]).encode() + b"\n"
-        with contextlib.suppress(OSError):
-            self._store.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._store, "ab") as handle:
-                handle.write(line)
+        self._keep_all({state: contents})
 
     def learn_from(self, other: "FileDigests") -> None:
         """Take over what another store knows."""
-        for state, contents in other._lines().items():
-            self.keep(state, contents)
+        self._keep_all(other._lines())
+
+    def _keep_all(self, contents: Mapping[str, str]) -> None:
+        known = self._lines()
+        new = {state: content for state, content in contents.items() if known.get(state) != content}
+        known.update(new)
+        if self._read_only or not new:
+            return
+
+        # A stage that calls itself finished relies on these lines: without them its inputs are read again.
+        lines = b"".join(json.dumps(line).encode() + b"\n" for line in new.items())
+        with contextlib.suppress(OSError):
+            self._store.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._store, "ab") as handle:
+                handle.write(lines)
+                handle.flush()
+                os.fsync(handle.fileno())
 
     def _of_any_size(self, path: Path) -> str:
         return self.of(path) if path.stat().st_size > _SMALL else sha256_file(path)

@@ -11,11 +11,12 @@ from typing import Any
 
 from clip_cid.loss_table import LOSSES
 from clip_cid.overruling import OVERRULINGS
-from clip_cid.recipe import EmbedConfig
+from clip_cid.recipe import Recipe
 
 Settings = Mapping[str, Any]
 """Sections by name, as `Recipe.model_dump(mode="json")` gives them, or some of them."""
 
+_DEFAULTS = Recipe().model_dump(mode="json")
 OF_FILES = "(its files decide)"
 _PATHS = ("run:", "local-dir:", "/", "./", "../", "~")
 _FILE_TYPES = (".json", ".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -26,17 +27,55 @@ _WITHOUT_EFFECT = {
     "cluster": ("existing",),
     "distill": ("log_every", "skip_limit"),
 }
+_ADDED = {
+    "pairs": ("captions",),
+    "embed": ("views", "view_crop_scale"),
+    "cluster": ("texts", "num_text_centers"),
+    "distill": (
+        "per_cluster",
+        "text_tower",
+        "labels",
+        "ignore_near",
+        "bank_size",
+        "bank_scale",
+        "weigh_gradients_every",
+    ),
+}
+"""Settings that came after runs were made. At their defaults, which must therefore stay, they change nothing: left
+out, unfinished work and checkpoints of a version without them go on."""
+_ADDED_LOSSES = (
+    "cosine_image",
+    "cosine_text",
+    "bank_image",
+    "bank_text",
+    "text_cluster_cls",
+    "text_cluster_kl",
+    "cross_cluster_image",
+    "cross_cluster_text",
+)
 
 
 def deciding(settings: Settings) -> dict[str, Any]:
     """A copy of the sections without what does not decide their results."""
     sections: dict[str, Any] = copy.deepcopy(dict(settings))
     for name, values in sections.items():
+        _leave_out_added(name, values)
         for setting in (*_overruled(name, values), *_WITHOUT_EFFECT.get(name, ())):
             values.pop(setting, None)
         if name in _PLACES:
             _PLACES[name](values)
     return sections
+
+
+def _leave_out_added(section: str, values: dict[str, Any]) -> None:
+    for setting in _ADDED.get(section, ()):
+        if setting in values and values[setting] == _DEFAULTS[section][setting]:
+            del values[setting]
+    weights = values.get("weights")
+    if section == "distill" and isinstance(weights, dict):
+        for loss in _ADDED_LOSSES:
+            if weights.get(loss) == 0:
+                del weights[loss]
 
 
 def _overruled(section: str, values: Settings) -> Iterator[str]:
@@ -54,16 +93,11 @@ def is_local(reference: Any) -> bool:
     return reference.startswith(_PATHS) or reference.lower().endswith(_FILE_TYPES)
 
 
-def _pairs(values: dict[str, Any]) -> None:
-    if values.get("captions") == "required":  # as before there was the setting
-        del values["captions"]
-
-
 def _embed(values: dict[str, Any]) -> None:
     _by_files(values, "teacher", is_local)
     _by_files(values, "pretrained", is_local)
-    if values.get("views") == 0:
-        values["view_crop_scale"] = EmbedConfig().view_crop_scale  # which no view has
+    if not values.get("views"):
+        values.pop("view_crop_scale", None)
 
 
 def _distill(values: dict[str, Any]) -> None:
@@ -105,7 +139,6 @@ def _by_files(values: dict[str, Any], name: str, local: Callable[[Any], bool]) -
 
 
 _PLACES: dict[str, Callable[[dict[str, Any]], None]] = {
-    "pairs": _pairs,
     "embed": _embed,
     "distill": _distill,
     "evaluate": _evaluate,

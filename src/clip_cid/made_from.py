@@ -215,12 +215,13 @@ def _differences(before: Any, after: Any, defaults: Any, name: str) -> Iterator[
     for part in sorted(before.keys() | after.keys()):
         full_name = f"{name}.{part}" if name else str(part)
         default = defaults.get(part) if isinstance(defaults, dict) else None
-        if part not in after and name:
+        known = isinstance(defaults, dict) and part in defaults
+        if part not in after and name and not known:
             yield (
                 f"{full_name} is no longer a setting" if name.count(".") == 0 else f"{full_name} is not given any more"
             )
         else:
-            # A setting that an earlier version did not have was as it is by default.
+            # What an earlier version did not have, or `deciding` leaves out, is as it is by default.
             yield from _differences(before.get(part, default), after.get(part, default), default, full_name)
 
 

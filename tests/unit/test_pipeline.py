@@ -661,6 +661,25 @@ def test_the_number_of_lines_in_a_step_makes_the_training_stale_and_no_texts(
     assert "texts_per_step None -> 7" in reasons(folder, more)["distill"]
 
 
+def test_settings_that_came_later_are_in_no_key_while_they_are_off():
+    """Else the checkpoints and unfinished shards of a version without them would be those of other settings."""
+    decide = deciding(recipe().model_dump(mode="json"))
+    assert set(decide["embed"]) == {"teacher", "pretrained", "precision", "normalize"}
+    assert set(decide["cluster"]) == {"num_centers", "iterations", "max_points_per_center", "truth_field", "seed"}
+    assert set(decide["distill"]["weights"]) == {
+        "clip", "siglip", "cluster_cls", "cluster_kl", "instance_image", "instance_text", "affinity", "feature", "icl",
+    }  # fmt: skip
+    assert not {"captions"} & decide["pairs"].keys()
+    assert not {"labels", "per_cluster", "text_tower", "bank_size"} & decide["distill"].keys()
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8)])
+def test_a_setting_that_came_later_is_named_when_it_changes(tmp_path: Path, ran: list[str], before: int, after: int):
+    folder = RunFolder(tmp_path / "run")
+    pipeline.run(folder, recipe(distill={"labels": before}))
+    assert reasons(folder, recipe(distill={"labels": after}))["distill"] == f"distill.labels {before} -> {after}"
+
+
 def test_the_settings_of_a_run_without_texts_are_compared_as_before_there_were_any():
     """Records and unfinished work of older versions do not have them."""
     assert not {"texts", "texts_per_step"} & deciding(recipe().model_dump(mode="json"))["distill"].keys()

@@ -213,10 +213,7 @@ def assemble(
             training = with_soft_centers(
                 training, centers, settings, out / SOFT_CENTERS, sharpness.scale, key, ranks.device
             )
-    bank = None
-    if settings.weights.any_reads_bank and training.store is not None:
-        bank = Bank(training, settings, ranks.device)
-        log_perplexities(bank, training, settings)
+    bank = _make_bank(settings, training, ranks)
     trainer = Trainer(
         model,
         make_batches(training, clip, recipe, ranks, bank),
@@ -228,6 +225,14 @@ def assemble(
         validation=_validation(clip, held_out, recipe, ranks, bank),
     )
     return Training(dataclasses.replace(inputs, pairs=training, held_out=held_out), clip, sharpness, trainer)
+
+
+def _make_bank(settings: DistillConfig, training: TrainingPairs, ranks: Ranks) -> Bank | None:
+    if not settings.weights.any_reads_bank or training.store is None:
+        return None
+    bank = Bank(training, settings, ranks.device)
+    log_perplexities(bank, training, settings)
+    return bank
 
 
 def count_steps(settings: DistillConfig, epoch_pairs: int) -> int:

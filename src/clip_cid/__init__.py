@@ -39,11 +39,17 @@ _HOME = {
 }
 
 
+_EXTRA = {"ProbeResult": "evaluate", "linear_probe": "evaluate"}
+"""The optional part that a name needs."""
+
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("clip-cid")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _EXTRA:
+        importlib.import_module("clip_cid.extras").require(f"clip_cid.{name}", _EXTRA[name])
     return getattr(importlib.import_module(_HOME[name]), name)
 
 

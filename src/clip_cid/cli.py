@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from clip_cid import log, open_files, os_errors, pipeline, units
+from clip_cid import extras, log, open_files, os_errors, pipeline, units
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.new_folder import drop_left
 from clip_cid.overruling import let_flags_count, settings_given
@@ -330,6 +330,8 @@ def _models(names: Sequence[str], tag: str | None) -> dict[str, str]:
 
 
 def _run(name: str, flags: Any, recipe: Recipe) -> None:
+    if getattr(flags, "sweep", False):
+        extras.require("--sweep", extras.REPORT)
     pipeline.run(RunFolder(flags.run), recipe, only=None if name == "run" else name, force=flags.force)
     if getattr(flags, "sweep", False):
         from clip_cid.report.sweep import sweep
@@ -338,6 +340,7 @@ def _run(name: str, flags: Any, recipe: Recipe) -> None:
 
 
 def _check(_: str, flags: Any, recipe: Recipe) -> None:
+    extras.require("check", extras.DISTILL)
     from clip_cid.check import check, printout
 
     printout.say(check(RunFolder(flags.run), recipe))
@@ -466,6 +469,7 @@ def ablate(
         dry_run: Only print what would be run.
         allow_pipe: Let a source `pipe:COMMAND` of the recipe run its shell command.
     """
+    extras.require("ablate", extras.DISTILL, extras.REPORT)
     from clip_cid.ablations import runs, variants
 
     page = read_recipe(recipe)
@@ -486,6 +490,7 @@ def export(run: Run, out: Out, onnx: bool = False) -> int:
             `pip install "clip-cid[onnx]"`.
     """
     folder = _existing(run)
+    extras.require("export", extras.DISTILL)
     folder.stage(DISTILL)  # refused before the libraries are loaded
     from clip_cid.models.export import copy_student, usage
     from clip_cid.publish.finished_student import finished_student, local_parts
@@ -525,6 +530,7 @@ def push(
         dry_run: Print the model card and upload nothing. Needs neither network nor token.
     """
     folder = _existing(run)
+    extras.require("push", extras.DISTILL)
     from clip_cid.publish.hub import card_of, push_student
 
     if dry_run:

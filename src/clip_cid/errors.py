@@ -1,5 +1,6 @@
 """The errors a user can fix. The command line prints them in two lines; others keep their traceback."""
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -45,5 +46,9 @@ class HubError(ClipCidError):
 class MissingExtraError(ClipCidError):
     """An optional part is not installed."""
 
-    def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f"{feature} needs an optional part.", fix=f'pip install "clip-cid[{extra}]"')
+    def __init__(self, feature: str, extra: str, modules: Sequence[str]) -> None:
+        are = "is" if len(modules) == 1 else "are"
+        super().__init__(
+            f"{feature} needs an optional part: {', '.join(modules)} {are} not installed.",
+            fix=f'pip install "clip-cid[{extra}]"',
+        )

@@ -12,7 +12,7 @@ from importlib import metadata
 
 import threadpoolctl
 
-from clip_cid import log, os_errors, units
+from clip_cid import extras, log, os_errors, units
 from clip_cid.deciding_settings import deciding
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.file_digests import digest
@@ -108,6 +108,7 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
     Raises:
         ClipCidError: As the stages raise it; results of other stages stay whole.
     """
+    require_extras(folder, recipe, only=only, force=force)
     place = torchrun_place()
     if place.size > 1:
         _check_ranks(only)
@@ -130,6 +131,22 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
 
         if only is None:
             _say_outcome(folder, recipe)
+
+
+def require_extras(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bool = False) -> None:
+    """Refuse before the first stage what a later one would be refused for.
+
+    Raises:
+        MissingExtraError: An optional part that a stage needs is not installed; all of them are named.
+    """
+    stages = [stage for stage in active_stages(recipe) if only in (None, stage.name)]
+    lacking = [stage for stage in stages if any(map(extras.absent, stage.extras(recipe)))]
+    if not lacking:  # as most often; the states take their time
+        return
+
+    done = set() if force else {state.stage for state in states(folder, recipe) if state.status == "done"}
+    if lacking := [stage for stage in lacking if stage not in done]:
+        extras.require(lacking[0].name, *(extra for stage in lacking for extra in stage.extras(recipe)))
 
 
 def take_over(folder: RunFolder, recipe: Recipe, others: Sequence[RunFolder]) -> None:

@@ -28,7 +28,7 @@ class WithHandle(ValueError):
 
 ERRORS: dict[int, Exception] = {
     20: DataError("5 images but 4 texts.", fix="Embed again."),
-    21: MissingExtraError("A graph", "onnx"),
+    21: MissingExtraError("A graph", "onnx", ("onnxruntime",)),
     22: OSError(errno.ENOSPC, "No space left on device", "/run/x"),
     23: MemoryError("700 GB"),
     24: TwoArguments(3, 0.5),

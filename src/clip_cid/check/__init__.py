@@ -6,7 +6,6 @@ the run changes.
 
 import contextlib
 import dataclasses
-import importlib.util
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,9 +13,9 @@ from pathlib import Path
 import threadpoolctl
 import torch
 
-from clip_cid import tasks
+from clip_cid import extras, tasks
 from clip_cid.check import captions, estimates, likely_mistakes, misfits, rehearsal, trial
-from clip_cid.errors import ClipCidError, ConfigError, MissingExtraError
+from clip_cid.errors import ClipCidError, ConfigError
 from clip_cid.models.architectures import architecture, build_skeleton
 from clip_cid.models.costs import Costs, count_costs, count_parameters
 from clip_cid.models.device import resolve_device
@@ -97,8 +96,8 @@ def _refuse_bad_listeners(recipe: Recipe) -> None:
     """Problems that would stop the first step; no callback is called."""
     machine = recipe.machine
     make_listeners(machine.callbacks, "off", Path(), step=0)
-    if machine.tensorboard == "on" and importlib.util.find_spec("tensorboard") is None:
-        raise MissingExtraError("machine.tensorboard: on", "tensorboard")
+    if machine.tensorboard == "on":
+        extras.require("machine.tensorboard: on", extras.TENSORBOARD)
 
 
 def _try(folder: RunFolder, recipe: Recipe, original: Recipe, scratch: Path) -> Report:

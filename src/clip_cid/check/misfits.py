@@ -22,7 +22,7 @@ from clip_cid.errors import ClipCidError, ConfigError, DataError
 from clip_cid.method.balance.semantic_balance import BalanceRule
 from clip_cid.models.loading import known_architecture
 from clip_cid.models.teacher import teacher_reference
-from clip_cid.pipeline import State
+from clip_cid.pipeline import State, require_extras
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, TEXTS
@@ -76,6 +76,8 @@ def find_misfits(folder: RunFolder, recipe: Recipe, missing: Sequence[State]) ->
     if TEXTS in names:
         with _noted(found):
             read_text_lines(recipe.distill.text_files)
+    with _noted(found):
+        require_extras(RunFolder(folder.path, read_only=True), recipe)
     left_out = _check_evaluation(recipe, found)
     return _different(found), left_out
 

@@ -3,14 +3,13 @@
 The page, the model card, the exported student and the tables of ablations all cut through this module.
 """
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
-
-import open_clip
 
 from clip_cid.models.references import LOCAL, RUN
 
@@ -140,7 +139,18 @@ def _is_public(value: str) -> bool:
     if re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+", value):
         return True
     name, _, tag = value.replace("/", "-", value.count("/") - 1).rpartition("/")  # `ViT-B/32` is also `ViT-B-32`
-    return (name, tag) in open_clip.list_pretrained() or value.replace("/", "-") in open_clip.list_models()
+    weights, models = _names_of_open_clip()
+    return (name, tag) in weights or value.replace("/", "-") in models
+
+
+@functools.cache
+def _names_of_open_clip() -> tuple[frozenset[tuple[str, str]], frozenset[str]]:
+    """Of weights and of models. Where it is not installed no name is known to be public, so all are cut."""
+    try:
+        import open_clip
+    except ModuleNotFoundError:
+        return frozenset(), frozenset()
+    return frozenset(open_clip.list_pretrained()), frozenset(open_clip.list_models())
 
 
 def _last_part(value: str) -> str:

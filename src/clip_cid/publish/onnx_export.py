@@ -1,7 +1,6 @@
 """Both towers of an exported student as ONNX graphs; run by onnxruntime and compared before they appear."""
 
 import contextlib
-import importlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_cid.errors import MissingExtraError, RunError
+from clip_cid import extras
+from clip_cid.errors import RunError
 from clip_cid.models.clip import Clip
 from clip_cid.models.loading import load_clip
 from clip_cid.new_folder import new_folder
@@ -24,7 +24,6 @@ OPSET = 20
 TOLERANCE = 1e-5
 """Largest allowed difference of a coordinate of two unit embeddings. It is about 50 times the difference that
 another order of float32 arithmetic made in seven architectures."""
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _CAPTIONS = (
     "a photo of a cat.",
     "",
@@ -82,11 +81,7 @@ def require_onnx() -> None:
     Raises:
         MissingExtraError: The `onnx` extra is not installed.
     """
-    for package in _PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise MissingExtraError("Export to ONNX", "onnx") from error
+    extras.require("Export to ONNX", extras.ONNX)
 
 
 def export_onnx(folder: Path) -> dict[str, float]:
@@ -216,7 +211,10 @@ def _about(clip: Clip, gaps: dict[str, float]) -> dict[str, Any]:
         "logit_bias": None if bias is None else float(bias.detach()),
         "compared": {"batch_sizes": list(_BATCHES), "tolerance": TOLERANCE},
         "opset": OPSET,
-        "versions": {package: metadata.version(package) for package in ("torch", "open_clip_torch", *_PACKAGES)},
+        "versions": {
+            package: metadata.version(package)
+            for package in ("torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime")
+        },
     }
 
 

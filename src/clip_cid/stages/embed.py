@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clip_cid import log, os_errors, units
 from clip_cid.data.embeddings.files import StoreInfo, StoreShard, read_info
@@ -22,17 +22,21 @@ from clip_cid.data.pairs.crops import Views, views_of
 from clip_cid.data.pairs.pair import reason_kind
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.errors import DataError, RunError
-from clip_cid.models.teacher import Teacher, load_teacher
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import EMBED
 from clip_cid.summaries import EmbedSummary
+
+if TYPE_CHECKING:
+    from clip_cid.models.teacher import Teacher
 
 
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> EmbedSummary:
     """Write the embedding store, or (`embed.existing`) take over one made elsewhere."""
     if recipe.embed.existing is not None:
         return _take_over(recipe.embed.existing, folder, out, recipe)
+
+    from clip_cid.models.teacher import load_teacher  # with open_clip, which an import does not need
 
     pairs = _open_pairs(folder, recipe)
     teacher = load_teacher(recipe.embed, device=recipe.machine.device)
@@ -57,7 +61,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> EmbedSummary:
 
 
 def _begin(
-    folder: RunFolder, out: Path, recipe: Recipe, pairs: Pairs, teacher: Teacher
+    folder: RunFolder, out: Path, recipe: Recipe, pairs: Pairs, teacher: "Teacher"
 ) -> tuple[StoreWriter, FinishedShards]:
     """The store to write, with the shards that are finished, and what earlier stores hold.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_cid import summaries
+from clip_cid import extras, summaries
 from clip_cid.data.outside_files import Outside, Reader
 from clip_cid.models.references import files_behind_model, is_checkpoint, is_of_files, split_checkpoint
 from clip_cid.recipe import PairsConfig, Recipe
@@ -46,6 +46,8 @@ class Stage:
     """Of the stages it needs, those whose results are verified byte by byte before it works."""
     grows: bool = False
     """It builds upon its earlier results, also those of other settings."""
+    extras: Callable[[Recipe], tuple[str, ...]] = lambda recipe: ()
+    """The optional parts of the package that its work needs."""
     joint: bool = False
     """Several processes of torchrun can share it."""
 
@@ -150,6 +152,14 @@ def _read_for_training(recipe: Recipe, **changes: Any) -> PairsConfig:
     return recipe.pairs.model_copy(update={"keep_fields": (), **changes})
 
 
+def _extras_of_embed(recipe: Recipe) -> tuple[str, ...]:
+    return () if recipe.embed.existing is not None else (extras.DISTILL,)
+
+
+def _needs(*names: str) -> Callable[[Recipe], tuple[str, ...]]:
+    return lambda recipe: names
+
+
 STAGES = (
     Stage(
         summaries.EmbedSummary,
@@ -160,6 +170,7 @@ STAGES = (
         in_parts=frozenset({"pairs.source"}),
         resumable=True,
         costly=True,
+        extras=_extras_of_embed,
     ),
     Stage(
         summaries.BalanceSummary,
@@ -190,6 +201,7 @@ STAGES = (
         outside=_outside_texts,
         resumable=True,
         costly=True,
+        extras=_needs(extras.DISTILL),
     ),
     Stage(
         summaries.DistillSummary,
@@ -201,6 +213,7 @@ STAGES = (
         resumable=True,
         costly=True,
         joint=True,
+        extras=_needs(extras.DISTILL),
     ),
     Stage(
         summaries.EvaluateSummary,
@@ -210,6 +223,7 @@ STAGES = (
         verifies=(DISTILL,),
         outside=_outside_evaluate,
         resumable=True,
+        extras=_needs(extras.EVALUATE),
     ),
     Stage(
         summaries.DrawSummary,
@@ -217,6 +231,7 @@ STAGES = (
         sections=("draw",),
         verifies=(BALANCE, CLUSTER, DISTILL, EVALUATE),
         version=5,
+        extras=_needs(extras.DISTILL, extras.REPORT),
     ),
     Stage(
         summaries.ReportSummary,
@@ -224,6 +239,7 @@ STAGES = (
         sections=("pairs", "report"),
         verifies=(BALANCE, CLUSTER, DISTILL, EVALUATE, DRAW),
         version=3,
+        extras=_needs(extras.DISTILL, extras.REPORT),
     ),
 )
 """In the order in which they run."""

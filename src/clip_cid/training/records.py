@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from clip_cid import log
+from clip_cid import extras, log
 from clip_cid.errors import ConfigError, DataError, MissingExtraError
 from clip_cid.journal import Journal
 from clip_cid.training.batches import TrainingPairs
@@ -142,7 +142,7 @@ def _tensorboard(folder: Path, step: int, *, needed: bool) -> Listener | None:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError as error:
         if needed:
-            raise MissingExtraError("machine.tensorboard: on", "tensorboard") from error
+            raise MissingExtraError("machine.tensorboard: on", extras.TENSORBOARD, ("tensorboard",)) from error
         return None
     writer = SummaryWriter(str(folder), purge_step=step + 1)  # what it names goes, too
     # of the run: the folder of the stage gets another name when it is done

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from clip_cid import log
+from clip_cid import extras, log
 from clip_cid.data.sets.class_names import words_of
 from clip_cid.data.sets.known_sets import (
     KnownSet,
@@ -346,6 +346,7 @@ def _open_digits(name: str, where: str) -> EvaluationSet:
     """
     if where != DIGITS:
         raise ConfigError(f"evaluate.sets.{name}: no built-in set {where!r}.", fix=f"There is {DIGITS}.")
+    extras.require(DIGITS, extras.EVALUATE)
     from sklearn.datasets import load_digits
     from sklearn.model_selection import StratifiedShuffleSplit
 

@@ -23,7 +23,7 @@ from clip_cid.pipeline import State
 from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import CLUSTER, EMBED, TEXTS
-from clip_cid.training.assemble import distinct_labels, largest_epoch, make_student, refuse_without_float64
+from clip_cid.training.assemble import distinct_labels, largest_epoch, refuse_without_float64
 from clip_cid.training.batches import Batch
 from clip_cid.training.ranks.distributed import Ranks
 from clip_cid.training.records import make_listeners
@@ -83,7 +83,6 @@ def check(folder: RunFolder, recipe: Recipe) -> Report:
     machine = recipe.machine
     if machine.threads:
         torch.set_num_threads(machine.threads)
-    _refuse_bad_listeners(recipe)
     unheard = machine.model_copy(update={"callbacks": (), "tensorboard": "off"})
     with (
         tempfile.TemporaryDirectory(prefix="clip-cid-check-") as scratch,
@@ -101,25 +100,34 @@ def _refuse_bad_listeners(recipe: Recipe) -> None:
 
 
 def _try(folder: RunFolder, recipe: Recipe, original: Recipe, scratch: Path) -> Report:
-    missing = trial.undone(folder, recipe)
-    ranks = Ranks(device=resolve_device(recipe.machine.device))
-    refuse_without_float64(ranks.device, recipe)
-
     run, out = trial.UntouchedRun(folder.path, scratch), scratch / "distill"
     out.mkdir()
+
+    # What stands against the run, as far as it is known without a step.
+    found: list[ClipCidError] = []
+    device: torch.device | None = None
     teacher: trial.TeacherFacts | None = None
-    tried: trial.Tried | None = None
-    found, left_out = misfits.find_misfits(run, recipe, missing)
-    try:
+    missing = trial.undone(folder, recipe)
+    with misfits.noted(found):
+        _refuse_bad_listeners(original)
+    with misfits.noted(found):
+        device = resolve_device(recipe.machine.device)
+        refuse_without_float64(device, recipe)
+    more, left_out = misfits.find_misfits(run, recipe, missing)
+    found += more
+    with misfits.noted(found):
         teacher = trial.find_teacher(run, recipe, missing)
-        if not missing or teacher is None:
-            tried = trial.from_the_run(run, out, recipe, ranks)
-        elif not found:
-            tried = trial.with_random_targets(run, out, recipe, ranks, teacher)
-        else:  # what is wrong with the student stands in the same list
-            make_student(recipe.distill, teacher.width, recipe.machine)
-    except ClipCidError as error:
-        found.append(error)
+
+    # The training itself; with random targets only if nothing is in the way.
+    tried: trial.Tried | None = None
+    with misfits.noted(found):
+        if device is not None and (not missing or not recipe.has_teacher):
+            tried = trial.from_the_run(run, out, recipe, Ranks(device=device))
+        elif device is not None and teacher is not None and not found:
+            tried = trial.with_random_targets(run, out, recipe, Ranks(device=device), teacher)
+    if tried is None:
+        found += misfits.of_training(run, recipe, missing, None if teacher is None else teacher.width)
+
     misfits.raise_together(found)
     assert tried is not None, "nothing was found"
     report = _measure(folder, original, tried, teacher, missing)

@@ -3,9 +3,11 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from clip_cid.data.balance.kept_file import read_kept_elsewhere
 from clip_cid.data.embeddings.files import STORE_FILE, read_info
@@ -23,13 +25,23 @@ from clip_cid.method.balance.semantic_balance import BalanceRule
 from clip_cid.models.loading import known_architecture
 from clip_cid.models.teacher import teacher_reference
 from clip_cid.pipeline import State, require_extras
-from clip_cid.recipe import Recipe
+from clip_cid.recipe import DistillConfig, Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, TEXTS
-from clip_cid.training.assemble import count_steps, largest_epoch
+from clip_cid.stages.cluster import OF_TEXTS, read_clusters
+from clip_cid.training.assemble import (
+    count_steps,
+    largest_epoch,
+    make_student,
+    read_inputs,
+    refuse_too_many_labels,
+    split_off,
+)
 from clip_cid.training.join import plain_pairs, read_kept
 from clip_cid.training.kept_texts import text_tower_reference
 from clip_cid.training.optimizer import refuse_long_warmup
+from clip_cid.training.ranks.distributed import ALONE
+from clip_cid.training.ranks.parallel import with_joint_statistics
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,12 @@ class _Images:
     most: int
     """How many can be kept."""
     has_texts: bool
+    dim: int | None = None
+    """Of their embeddings, if these are there."""
+    captions: int | None = None
+    """How many captions they have at most, if that is known."""
+    kept: bool = False
+    """Whether `most` are those that were kept."""
 
 
 def find_misfits(folder: RunFolder, recipe: Recipe, missing: Sequence[State]) -> tuple[list[ClipCidError], list[str]]:
@@ -55,31 +73,51 @@ def find_misfits(folder: RunFolder, recipe: Recipe, missing: Sequence[State]) ->
     names = {state.stage.name for state in missing}
     images: _Images | None = None
     if names:
-        with _noted(found):
-            _check_pairs(folder, recipe)
-        with _noted(found):
+        _check_pairs(folder, recipe, found)
+        with noted(found):
             images = _images(folder, recipe, names)
     if images is not None and EMBED in names:
-        with _noted(found):
+        with noted(found):
             _check_texts(recipe, images)
     if EMBED in names:
-        with _noted(found):
+        with noted(found):
             _check_text_tower(recipe)
     if images is not None and BALANCE in names:
-        with _noted(found):
+        with noted(found):
             _check_balance(folder, recipe, images, embedded=EMBED not in names)
     if images is not None and CLUSTER in names:
-        with _noted(found):
-            _check_clusters(recipe, images)
-        with _noted(found):
-            _check_perplexity(recipe)
+        _check_clusters(recipe, images, found)
+        with noted(found):
+            _check_head(recipe)
+        with noted(found):
+            _check_labels(recipe)
     if TEXTS in names:
-        with _noted(found):
+        with noted(found):
             read_text_lines(recipe.distill.text_files)
-    with _noted(found):
+    with noted(found):
         require_extras(RunFolder(folder.path, read_only=True), recipe)
     left_out = _check_evaluation(recipe, found)
-    return _different(found), left_out
+    return found, left_out
+
+
+def of_training(folder: RunFolder, recipe: Recipe, missing: Sequence[State], width: int | None) -> list[ClipCidError]:
+    """What else stands against a training that cannot be tried, and so was not seen there.
+
+    Args:
+        folder: The run, which is only read.
+        recipe: The settings.
+        missing: The stages before the training that are to run.
+        width: Of the teacher's embeddings, if it is known.
+    """
+    found: list[ClipCidError] = []
+    if not missing:
+        with noted(found):
+            inputs = read_inputs(folder, recipe, ALONE)
+            _check_length(recipe.distill, inputs.pairs.epoch_size(recipe.distill.per_cluster))
+    with noted(found):
+        student = make_student(recipe.distill, width, recipe.machine)
+        with_joint_statistics(student.model.train(), ALONE, recipe.machine.micro_batch)
+    return found
 
 
 def raise_together(found: Sequence[ClipCidError]) -> None:
@@ -96,7 +134,8 @@ def raise_together(found: Sequence[ClipCidError]) -> None:
 
 
 @contextlib.contextmanager
-def _noted(found: list[ClipCidError]) -> Iterator[None]:
+def noted(found: list[ClipCidError]) -> Iterator[None]:
+    """An error of ours inside is put on the list."""
     try:
         yield
     except ClipCidError as error:
@@ -107,11 +146,17 @@ def _different(found: Sequence[ClipCidError]) -> list[ClipCidError]:
     return list({error.problem: error for error in found}.values())
 
 
-def _check_pairs(folder: RunFolder, recipe: Recipe) -> None:
+def _check_pairs(folder: RunFolder, recipe: Recipe, found: list[ClipCidError]) -> None:
     """The numbers of a training on all pairs; balance leaves fewer."""
-    pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
-    most = largest_epoch(recipe, len(plain_pairs(pairs)))
-    refuse_long_warmup(recipe.distill, count_steps(recipe.distill, most))
+    with noted(found):
+        training = plain_pairs(open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir))
+        with noted(found):
+            training, _ = split_off(training, recipe.distill, ALONE)
+        _check_length(recipe.distill, largest_epoch(recipe, len(training)))
+
+
+def _check_length(settings: DistillConfig, epoch_pairs: int) -> None:
+    refuse_long_warmup(settings, count_steps(settings, epoch_pairs))
 
 
 def _images(folder: RunFolder, recipe: Recipe, missing: set[str]) -> _Images | None:
@@ -122,8 +167,8 @@ def _images(folder: RunFolder, recipe: Recipe, missing: set[str]) -> _Images | N
     if EMBED not in missing:
         store = EmbeddingStore.open(folder.stage(EMBED))
         balanced = recipe.balance.enabled and BALANCE not in missing
-        most = len(read_kept(folder, store)) if balanced else int(store.ok.sum())
-        return _Images(store.rows, most, store.has_texts)
+        kept = read_kept(folder, store) if balanced else np.flatnonzero(store.ok)
+        return _of_store(store, kept, balanced or not recipe.balance.enabled)
 
     existing = recipe.embed.existing
     if existing is None:
@@ -132,11 +177,17 @@ def _images(folder: RunFolder, recipe: Recipe, missing: set[str]) -> _Images | N
     if (existing / STORE_FILE).is_file():
         store = EmbeddingStore.open(existing)
         check_views(existing, store.info.views, views_of(recipe.embed))
-        return _Images(store.rows, int(store.ok.sum()), store.has_texts)
+        return _of_store(store, np.flatnonzero(store.ok), not recipe.balance.enabled)
     check_views(existing, None, views_of(recipe.embed))
     shards = find_embeddings(existing)
     rows = sum(shard.image.rows for shard in shards)
-    return _Images(rows, rows, all(shard.text is not None for shard in shards))
+    has_texts = all(shard.text is not None for shard in shards)
+    return _Images(rows, rows, has_texts, captions=rows if has_texts else None)
+
+
+def _of_store(store: EmbeddingStore, kept: Int[np.ndarray, " kept"], are_kept: bool) -> _Images:
+    captions = int(store.num_captions[kept].sum()) if store.has_texts else None
+    return _Images(store.rows, len(kept), store.has_texts, store.dim, captions, are_kept)
 
 
 def _check_texts(recipe: Recipe, images: _Images) -> None:
@@ -192,33 +243,68 @@ def _check_balance(folder: RunFolder, recipe: Recipe, images: _Images, *, embedd
         )
 
 
-def _check_clusters(recipe: Recipe, images: _Images) -> None:
+def _check_clusters(recipe: Recipe, images: _Images, found: list[ClipCidError]) -> None:
     settings = recipe.cluster
     if settings.existing is not None:
-        texts = ("text_centers.npy", "text_labels.npy") if settings.texts else ()
-        for name in ("centers.npy", "labels.npy", *texts):
-            try:
-                read_npy(settings.existing / name, mmap_mode="r")
-            except (OSError, ValueError) as error:
-                made_with = " with cluster.texts: true" if name in texts else ""
-                raise DataError(
-                    f"{settings.existing}: cannot read {name} ({error}).",
-                    fix=f"Give the cluster folder of a run{made_with}.",
-                ) from error
-    elif settings.num_centers > images.most:
-        raise ConfigError(
-            f"cluster.num_centers: {settings.num_centers:,} centers, but at most {images.most:,} images are kept.",
-            fix=f"Set cluster.num_centers to {max(1, images.most // 20):,} or so (20 images a cluster).",
-        )
+        with noted(found):
+            _check_clusters_elsewhere(settings.existing, settings.texts, images)
+        return
+
+    wanted = [("num_centers", settings.num_centers, images.most, "images are kept", "images")]
+    if settings.texts and images.captions is not None:
+        wanted.append(("num_text_centers", settings.text_centers, images.captions, "captions are kept", "captions"))
+    for setting, centers, most, are_kept, rows in wanted:
+        if centers > most:
+            found.append(
+                ConfigError(
+                    f"cluster.{setting}: {centers:,} centers, but at most {most:,} {are_kept}.",
+                    fix=f"Set cluster.{setting} to {max(1, most // 20):,} or so (20 {rows} a cluster).",
+                )
+            )
 
 
-def _check_perplexity(recipe: Recipe) -> None:
-    perplexity, centers = recipe.distill.head_perplexity, recipe.cluster.num_centers
-    if recipe.cluster.existing is None and perplexity is not None and perplexity >= centers:
+def _check_clusters_elsewhere(existing: Path, texts: bool, images: _Images) -> None:
+    """They can be read; and they are of the kept images, if it is known which these are."""
+    if images.kept and images.dim is not None:
+        read_clusters(existing, dim=images.dim, kept=images.most)
+        if texts and images.captions is not None:
+            read_clusters(existing, dim=images.dim, kept=images.captions, prefix=OF_TEXTS)
+        return
+
+    of_texts = ("text_centers.npy", "text_labels.npy") if texts else ()
+    for name in ("centers.npy", "labels.npy", *of_texts):
+        try:
+            read_npy(existing / name, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            made_with = " with cluster.texts: true" if name in of_texts else ""
+            raise DataError(
+                f"{existing}: cannot read {name} ({error}).", fix=f"Give the cluster folder of a run{made_with}."
+            ) from error
+
+
+def _check_head(recipe: Recipe) -> None:
+    perplexity = recipe.distill.head_perplexity
+    if perplexity is not None and (centers := _num_centers(recipe)) is not None and perplexity >= centers:
         raise ConfigError(
             f"distill.head_perplexity: {perplexity:g} likely centers, but there are only {centers:,}.",
             fix="Choose a smaller one, or leave it out and set distill.head_scale.",
         )
+
+
+def _check_labels(recipe: Recipe) -> None:
+    if recipe.uses_several_labels and (centers := _num_centers(recipe)) is not None:
+        refuse_too_many_labels(recipe.distill, centers)
+
+
+def _num_centers(recipe: Recipe) -> int | None:
+    """None if they are elsewhere and cannot be read, which is said elsewhere."""
+    existing = recipe.cluster.existing
+    if existing is None:
+        return recipe.cluster.num_centers
+    try:
+        return len(read_npy(existing / "centers.npy", mmap_mode="r"))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _check_evaluation(recipe: Recipe, found: list[ClipCidError]) -> list[str]:
@@ -226,7 +312,7 @@ def _check_evaluation(recipe: Recipe, found: list[ClipCidError]) -> list[str]:
     settings = recipe.evaluate
     left_out: list[str] = []
     for name, where in settings.sets.items():
-        with _noted(found):
+        with noted(found):
             try:
                 _open_set(name, where, recipe)
             except MissingSetError as error:

@@ -25,7 +25,7 @@ from clip_cid.summaries import ClusterSummary, ClusterTruth, KmeansRound, TextCl
 from clip_cid.training.join import read_kept
 from clip_cid.unit_length import is_unit
 
-_OF_IMAGES, _OF_TEXTS = "", "text_"
+_OF_IMAGES, OF_TEXTS = "", "text_"
 """How the names of files begin that belong to the images and to their captions."""
 _STATE_FILE = "training.npz"
 _ONLY_OF_TEXTS = {"texts", "num_text_centers"}
@@ -54,7 +54,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ClusterSummary:
     centers, labels, origin = _clusters(images, settings.num_centers, _OF_IMAGES, store, kept, out, recipe)
     of_texts = None
     if texts is not None:
-        found = _clusters(texts, settings.text_centers, _OF_TEXTS, store, kept, out, recipe)
+        found = _clusters(texts, settings.text_centers, OF_TEXTS, store, kept, out, recipe)
         of_texts = _text_summary(texts, *found)
 
     truth = None
@@ -93,7 +93,7 @@ def _clusters(
     """
     origin: dict[str, Any] = {}
     if (existing := recipe.cluster.existing) is not None:
-        centers, labels = _read_clusters(existing, dim=store.dim, kept=rows.shape[0], prefix=prefix)
+        centers, labels = read_clusters(existing, dim=store.dim, kept=rows.shape[0], prefix=prefix)
     else:
         clusters = _cluster(rows, num_centers, prefix, store, kept, out, recipe)
         centers, labels = clusters.centers, clusters.labels
@@ -112,7 +112,7 @@ def _cluster(
     (out / WORK).mkdir(exist_ok=True)
     file = _StateFile(out / WORK / f"{prefix}{_STATE_FILE}", _fingerprint(store, kept, recipe, prefix))
     start = file.read()
-    with _Progress(settings.iterations, rows.shape[0], start, texts=prefix == _OF_TEXTS) as progress:
+    with _Progress(settings.iterations, rows.shape[0], start, texts=prefix == OF_TEXTS) as progress:
 
         def on_state(state: KMeansState) -> None:
             file.write(state)
@@ -216,7 +216,7 @@ class _StateFile:
 def _fingerprint(store: EmbeddingStore, kept: np.ndarray, recipe: Recipe, prefix: str) -> str:
     """A digest of all that decides the rounds: the settings, the rows and their store."""
     digest = hashlib.sha256(kept.tobytes())
-    digest.update(recipe.cluster.model_dump_json(exclude=set() if prefix == _OF_TEXTS else _ONLY_OF_TEXTS).encode())
+    digest.update(recipe.cluster.model_dump_json(exclude=set() if prefix == OF_TEXTS else _ONLY_OF_TEXTS).encode())
     digest.update(json.dumps([dataclasses.asdict(shard) for shard in store.info.shards], sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -298,11 +298,11 @@ def size_summary(labels: np.ndarray, num_centers: int) -> dict[str, Any]:
     }
 
 
-def _read_clusters(folder: Path, *, dim: int, kept: int, prefix: str = _OF_IMAGES) -> tuple[np.ndarray, np.ndarray]:
+def read_clusters(folder: Path, *, dim: int, kept: int, prefix: str = _OF_IMAGES) -> tuple[np.ndarray, np.ndarray]:
     """Clusters made elsewhere: unit centers of the store's width, a label for each kept image or each caption of one."""
     fix = "Give the cluster folder of a run over the same kept images, or run the cluster stage."
     what, names = "kept images", [f"{prefix}{name}.npy" for name in ("centers", "labels")]
-    if prefix == _OF_TEXTS:
+    if prefix == OF_TEXTS:
         what = "captions of kept images"
         fix = "Give the cluster folder of a run with cluster.texts: true over the same kept images, or run the stage."
     try:

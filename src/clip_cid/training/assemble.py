@@ -190,7 +190,7 @@ def assemble(
     if settings.per_cluster is not None and training.labels is not None:
         _say_how_pairs_take_turns(training.labels, settings.per_cluster, len(training))
     if centers is not None and recipe.uses_several_labels:
-        _refuse_too_many_labels(settings, len(centers))
+        refuse_too_many_labels(settings, len(centers))
 
     # All ranks must train the same.
     key = _key(settings, training, store, centers, inputs.text_centers)
@@ -411,7 +411,7 @@ def refuse_without_float64(device: torch.device, recipe: Recipe) -> None:
         )
 
 
-def _refuse_too_many_labels(settings: DistillConfig, num_centers: int) -> None:
+def refuse_too_many_labels(settings: DistillConfig, num_centers: int) -> None:
     if settings.labels > num_centers:
         raise ConfigError(
             f"distill.labels: {settings.labels:,} labels for an image, but there are only {num_centers:,} centers.",

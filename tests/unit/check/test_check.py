@@ -3,6 +3,7 @@ import math
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,7 @@ def test_what_the_run_would_refuse_is_refused(case: Case, changed: dict[str, Any
         ({"balance": {"grow_from": "no/run"}}, DataError, "no/run is no folder"),
         ({"embed": {"existing": "no/store"}}, DataError, "no/store"),
         ({"embed": {"views": 2}}, DataError, r"embed\.views: 2, but these embeddings are of whole images only"),
+        ({"cluster": {"texts": True, "num_text_centers": 41}}, ConfigError, "41 centers, but at most 40 captions are"),
         ({"distill": {"head_perplexity": 6}}, ConfigError, "6 likely centers, but there are only 6"),
         ({"distill": {"batch_size": COUNT + 1}}, ConfigError, "batch_size: 41, but there are 40 pairs"),
         ({"distill": {"warmup_steps": 15}}, ConfigError, "warmup_steps: 15, but the whole run has 15 steps"),
@@ -407,6 +409,43 @@ def test_all_that_does_not_fit_is_listed_at_once(case: Case, tmp_path: Path, cap
     assert not (tmp_path / "new").exists()
 
 
+ALSO_WRONG = {
+    "distill": {"batch_size": 64, "validation": {"share": 0.01}, "student": "cid-conv"},
+    "machine": {"device": "cuda:77", "callbacks": ["no.such:thing"], "micro_batch": 8},
+    "evaluate": {"compare": {"old": "run:no/run"}},
+}
+SAYS_OF_IT = ("batch_size: 64", "too few to measure", "normalizes over the batch", "cuda:77", "no.such:thing", "no/run")
+
+
+def test_one_misfit_hides_no_other(case: Case, tmp_path: Path):
+    recipe = case.recipe(
+        **ALSO_WRONG,
+        cluster={"num_centers": 41, "texts": True, "num_text_centers": 42},
+        balance={"threshold": 3.0},
+    )
+    with pytest.raises(ConfigError, match=r"^check: 9 problems") as error:
+        check(RunFolder(tmp_path / "new"), recipe)
+    for words in (*SAYS_OF_IT, "41 centers", "42 centers", "balance: "):
+        assert words in error.value.problem, words
+
+
+def test_nor_where_the_stages_before_are_done(case: Case):
+    with pytest.raises(ConfigError, match=r"^check: 5 problems") as error:
+        check(case.folder, case.recipe(**ALSO_WRONG))  # with what is held out, the batch cannot be compared
+    for words in set(SAYS_OF_IT) - {"batch_size: 64"}:
+        assert words in error.value.problem, words
+
+
+def test_clusters_from_elsewhere_are_compared_with_what_is_kept(case: Case, tmp_path: Path):
+    np.save(tmp_path / "centers.npy", unit_rows(5, seed=1))
+    np.save(tmp_path / "labels.npy", np.zeros(COUNT - 1, dtype=np.int64))
+    recipe = case.recipe(cluster={"existing": str(tmp_path)}, distill={"head_perplexity": 5.5, "labels": 6})
+    with pytest.raises(ConfigError) as error:
+        check(case.folder, recipe)
+    for words in ("39 labels for 40 kept", "5.5 likely centers, but there are only 5", "6 labels for an image"):
+        assert words in error.value.problem, words
+
+
 def test_captions_that_changed_after_they_were_embedded_are_refused(case: Case, tmp_path: Path):
     copy = tmp_path / "case"
     shutil.copytree(case.path / "run", copy, symlinks=True)
@@ -425,7 +464,7 @@ def test_captions_that_changed_after_they_were_embedded_are_refused(case: Case, 
 
 
 def test_tensorboard_that_is_not_installed_is_told(case: Case, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(MissingExtraError, match="tensorboard"):
         check(case.folder, case.recipe(machine={"tensorboard": "on"}))
 

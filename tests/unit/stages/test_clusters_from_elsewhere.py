@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from clip_cid.errors import DataError
-from clip_cid.stages.cluster import _read_clusters
+from clip_cid.stages.cluster import read_clusters
 
 DIM, KEPT = 4, 5
 CENTERS, LABELS = np.eye(DIM)[:3], np.array([0, 2, 1, 0, 2])
@@ -22,7 +22,7 @@ def write(folder: Path, centers: Any, labels: Any) -> Path:
 @pytest.mark.parametrize("centers", [CENTERS.astype(np.float16), CENTERS.astype(">f4"), np.asfortranarray(CENTERS)])
 @pytest.mark.parametrize("dtype", ["<i8", ">i4", "u1"])
 def test_the_numbers_count_not_how_they_are_stored(tmp_path: Path, centers: np.ndarray, dtype: str) -> None:
-    read_centers, read_labels = _read_clusters(write(tmp_path, centers, LABELS.astype(dtype)), dim=DIM, kept=KEPT)
+    read_centers, read_labels = read_clusters(write(tmp_path, centers, LABELS.astype(dtype)), dim=DIM, kept=KEPT)
     assert np.array_equal(read_centers, CENTERS)
     assert np.array_equal(read_labels, LABELS)
     assert read_centers.flags["C_CONTIGUOUS"]
@@ -51,7 +51,7 @@ def test_the_numbers_count_not_how_they_are_stored(tmp_path: Path, centers: np.n
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, centers: Any, labels: Any, problem: str) -> None:
     with pytest.raises(DataError, match=problem):
-        _read_clusters(write(tmp_path, centers, labels), dim=DIM, kept=KEPT)
+        read_clusters(write(tmp_path, centers, labels), dim=DIM, kept=KEPT)
 
 
 @pytest.mark.parametrize("name", ["centers.npy", "labels.npy"])
@@ -60,7 +60,7 @@ def test_a_damaged_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
     for damaged in (b"", whole[:50], whole[:-1], whole.replace(b"'descr'", b"(((((((", 1)):
         (tmp_path / name).write_bytes(damaged)
         with pytest.raises(DataError, match=r"cannot read centers\.npy and labels\.npy"):
-            _read_clusters(tmp_path, dim=DIM, kept=KEPT)
+            read_clusters(tmp_path, dim=DIM, kept=KEPT)
     (tmp_path / name).unlink()
     with pytest.raises(DataError, match=f"cannot read centers.npy and labels.npy .*{name}"):
-        _read_clusters(tmp_path, dim=DIM, kept=KEPT)
+        read_clusters(tmp_path, dim=DIM, kept=KEPT)

@@ -139,11 +139,14 @@ class PairsConfig(Config):
     (one caption a line). All must be of one kind. Brace ranges and wildcards are allowed.
     `pipe:COMMAND` reads a tar from a shell command, if `--allow-pipe` is given."""
     image_column: str = "image"
-    """Table only: the column with the image paths, relative to the table."""
-    caption_column: str = "caption"
-    """Table only: the column with the caption, or with a list of captions."""
+    """Table only: the column with the image paths, relative to the table. In Parquet it may also hold
+    the images themselves, as bytes or as the Hub's struct of bytes and path."""
+    caption_column: str | None = "caption"
+    """Table only: the column with the caption, or with a list of captions. null for images alone,
+    with `captions: optional`."""
     key_column: str | None = None
-    """Table only: the column with a unique key; the image path when absent."""
+    """Table only: the column with a unique key. When absent: the image path, or for images inside a
+    Parquet file without paths its name and the row (`train-00000/12`)."""
     key_prefix: Literal["shard"] | None = None
     """shard puts the name of the tar, table or folder before the keys of its pairs (`00000/key`),
     for keys that repeat from one to the next."""
@@ -164,6 +167,12 @@ class PairsConfig(Config):
     duplicate key."""
     max_pixels: PositiveInt = 89_478_485
     """Refuse an image that claims more pixels than this, as a decompression bomb."""
+
+    @model_validator(mode="after")
+    def _captions_are_somewhere(self) -> "PairsConfig":
+        if self.caption_column is None and self.captions == "required":
+            raise ValueError("caption_column: null needs pairs.captions: optional, which takes images without captions")
+        return self
 
     @property
     def captions_are_optional(self) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -18,10 +20,11 @@ from pydantic import ValidationError
 from clip_cid.data.embeddings import from_pairs, writer
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import StoreWriter
+from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.errors import DataError, RunError
 from clip_cid.models.export import export_student
 from clip_cid.models.student import build_student
-from clip_cid.recipe import Recipe
+from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import embed
 from clip_cid.summaries import as_json
@@ -93,6 +96,28 @@ def run(folder: Path, settings: Recipe) -> dict[str, Any]:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.slow
+def test_images_inside_parquet_files_are_embedded_as_those_of_tars(tmp_path: Path, teachers: list[str]) -> None:
+    pairs = open_pairs(PairsConfig(source=(write_tars(tmp_path),)))
+    read = [pairs.read(row) for row in range(len(pairs))]
+    for letter in "abc":
+        some = [pair for pair in read if pair.key[0] == letter]
+        columns = {
+            "image": [{"bytes": pair.image, "path": pair.key} for pair in some],
+            "caption": [pair.captions for pair in some],
+        }
+        pq.write_table(pa.table(columns), tmp_path / f"{letter}.parquet", row_group_size=2)
+
+    sources = {"tars": str(tmp_path / "*.tar"), "parquet": str(tmp_path / "*.parquet")}
+    for name, source in sources.items():
+        run(tmp_path / name, recipe(source, teachers[0], workers=1, pairs={"keep_fields": []}))
+    stores = [EmbeddingStore.open(tmp_path / name / "embed.part") for name in sources]
+    assert [list(store.keys) for store in stores] == [list(CAPTIONS)] * 2
+    every = np.arange(len(pairs))
+    assert np.array_equal(stores[0].images[every], stores[1].images[every])
+    assert np.array_equal(stores[0].texts[every], stores[1].texts[every])
 
 
 @pytest.mark.slow

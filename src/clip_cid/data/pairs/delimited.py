@@ -61,6 +61,9 @@ class Record(NamedTuple):
 def find_header(path: Path, delimiter: str, wanted: Sequence[str]) -> tuple[str, list[str]]:
     """The delimiter and the column names: those of the first delimiter that gives all wanted columns.
 
+    Spaces around a name count only if the columns are not found otherwise. If no delimiter gives them, it is the one
+    that gives the most columns.
+
     Args:
         path: The table.
         delimiter: The one that the name of the file says; others are tried when it does not give the columns.
@@ -69,12 +72,14 @@ def find_header(path: Path, delimiter: str, wanted: Sequence[str]) -> tuple[str,
     Raises:
         TableFault: The file is empty, not text, or its first line never ends.
     """
-    usual = _header(path, delimiter)
-    for other in (delimiter, *DELIMITERS):
-        names = usual if other == delimiter else _header(path, other)
-        if all(column in names for column in wanted):
-            return other, names
-    return delimiter, usual
+    headers = {other: _header(path, other) for other in dict.fromkeys((delimiter, *DELIMITERS))}
+    stripped = {other: [name.strip() for name in names] for other, names in headers.items()}
+    for candidates in (headers, stripped):
+        for other, names in candidates.items():
+            if all(column in names for column in wanted):
+                return other, names
+    most = max(headers, key=lambda other: len(headers[other]))
+    return most, headers[most]
 
 
 def find_reading(path: Path, delimiter: str, names: Sequence[str], image_column: str) -> Reading:

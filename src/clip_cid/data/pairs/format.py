@@ -88,6 +88,8 @@ class Scan:
     """The facts beside the path that decide the index, as JSON; equal facts mean that the index is reused."""
     batches: Iterator[pa.RecordBatch]
     """The rows in their order; each batch is one shard. The source is read only when these are."""
+    schema: pa.Schema | None = None
+    """Of the index, where it is not the format's own."""
 
 
 class PairFormat(ABC):

@@ -125,8 +125,9 @@ def _index_source(
 
     identity = [_VERSION, source.format.kind, str(path), prefix, *scan.identity]
     file = index.absolute() / f"{path.name[:40]}-{_digest(identity)}.arrow"
-    if not _usable(file, source.format.schema):
-        _write(file, source.format.schema, batches)
+    schema = scan.schema or source.format.schema
+    if not _usable(file, schema):
+        _write(file, schema, batches)
 
     numbers = range(_open_index(str(file)).num_record_batches)
     rows = tuple(_mapped_batch((str(file), number)).num_rows for number in numbers)

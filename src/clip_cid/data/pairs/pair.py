@@ -24,8 +24,8 @@ def remedy(reason: str) -> str:
     """What can be done about samples that cannot be used for this reason."""
     if reason.startswith(DUPLICATE):
         return (
-            "set pairs.key_prefix: shard if keys repeat from one shard to the next, or pairs.repeated_rows: merge if a"
-            " table has a row for each caption"
+            "set pairs.key_prefix: shard if keys repeat from one shard to the next, pairs.repeated_rows: merge if a"
+            " table has a row for each caption, or pairs.key_column to a column without repetition"
         )
     return "repair the pairs"
 

@@ -1,13 +1,13 @@
-"""Tables (.csv, .tsv, .parquet) of image paths and captions."""
+"""Tables (.csv, .tsv, .parquet) of captions and image paths; a Parquet file may hold the images themselves."""
 
 import difflib
 import itertools
 import os
 import re
 import textwrap
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -16,6 +16,14 @@ from clip_cid import log, units
 from clip_cid.data.pairs.delimited import DELIMITERS, TableFault, find_header, find_reading, records
 from clip_cid.data.pairs.format import COMMON_COLUMNS, SHARD_ROWS, LocalSource, PairFormat, Scan
 from clip_cid.data.pairs.pair import Pair
+from clip_cid.data.pairs.parquet_images import (
+    COLUMNS,
+    Inside,
+    holds_images,
+    images_inside,
+    read_image,
+    warn_of_large_pages,
+)
 from clip_cid.data.pairs.sample_parts import NO_CAPTION, clean_captions, field_text, key_hash, read_file, readable_key
 from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
@@ -23,25 +31,22 @@ from clip_cid.recipe import PairsConfig
 _Cells = dict[str, list[Any]]
 """The cells of some rows, by column: bytes of text tables, values of Parquet."""
 
+_UNREADABLE = (pa.ArrowException, OSError, ValueError)
 _LONGEST_PATH = 4096  # bytes; Linux has no longer ones
 _LONGEST_NAME = 255  # of a file
 _BASE64_PICTURE = re.compile(rb"data:image/|/9j/|iVBORw0KGgo|UklGR|R0lGOD")  # JPEG, PNG, WebP, GIF
+_CELLS = (("captions", pa.list_(pa.binary())), ("fields", pa.list_(pa.string())))
+_WITH_IMAGES = pa.schema([*COMMON_COLUMNS, *COLUMNS, *_CELLS])
+"""Of the index of a table with the images inside."""
 
 
 class Tables(PairFormat):
-    """A pair is a row: the path of an image, relative to the table, and one caption or a list of them."""
+    """A pair is a row: an image, or its path relative to the table, and one caption or a list of them."""
 
     kind = "table"
-    examples = "one .csv, .tsv or .parquet table"
+    examples = "a .csv, .tsv or .parquet table"
     refers_to_files = True
-    schema = pa.schema(
-        [
-            *COMMON_COLUMNS,
-            ("image", pa.binary()),
-            ("captions", pa.list_(pa.binary())),
-            ("fields", pa.list_(pa.string())),
-        ]
-    )
+    schema = pa.schema([*COMMON_COLUMNS, ("image", pa.binary()), *_CELLS])
 
     def owns(self, path: Path, settings: PairsConfig) -> bool:
         return path.name.lower().endswith((".csv", ".tsv", ".parquet"))
@@ -49,19 +54,37 @@ class Tables(PairFormat):
     def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
         columns = [settings.image_column, settings.caption_column, settings.key_column, settings.keep_fields]
         columns.append(settings.repeated_rows)
-        return Scan([source.bytes, source.mtime_ns, *columns], _scan_table(source.path, source.name, settings))
+        identity = [source.bytes, source.mtime_ns, *columns]
+        if _has_images_inside(source, settings):
+            return Scan([*identity, "images inside"], _scan_table(source.path, source.name, settings), _WITH_IMAGES)
+        return Scan(identity, _scan_table(source.path, source.name, settings))
 
     def read(self, source: LocalSource, row: dict[str, Any], settings: PairsConfig) -> Pair:
-        image = read_file(source.path.parent, row["image"], "image")
+        path = row.get("image")
+        image = read_image(source, row) if path is None else read_file(source.path.parent, path, "image")
         fields = dict(zip(settings.keep_fields, row["fields"], strict=True))
         captions = clean_captions(row["captions"], optional=settings.captions_are_optional)
         return Pair(row["key"], image, captions, fields)
 
     def files_of(self, source: LocalSource, rows: pa.RecordBatch) -> list[Path]:
+        if "image" not in rows.schema.names:
+            return []
         return [source.path.parent / os.fsdecode(image) for image in rows.column("image").to_pylist()]
 
     def image_name(self, row: dict[str, Any]) -> str:
-        return os.fsdecode(row["image"])
+        return os.fsdecode(row.get("image", b""))
+
+
+def _has_images_inside(source: LocalSource, settings: PairsConfig) -> bool:
+    """Whether a table is a Parquet file that holds the images; not, if it cannot be read."""
+    if source.path.suffix.lower() != ".parquet":
+        return False
+    try:
+        with _opened_parquet(source.path) as file:
+            columns = file.schema_arrow.names
+            return columns.count(settings.image_column) == 1 and holds_images(file, settings.image_column, _is_picture)
+    except _UNREADABLE:
+        return False
 
 
 def _scan_table(path: Path, name: str, settings: PairsConfig) -> Generator[pa.RecordBatch]:
@@ -70,9 +93,8 @@ def _scan_table(path: Path, name: str, settings: PairsConfig) -> Generator[pa.Re
     Raises:
         DataError: The table cannot be read, lacks a column, or a column is not of text.
     """
-    columns = list(dict.fromkeys([settings.image_column, settings.caption_column, *settings.keep_fields]))
-    if settings.key_column is not None and settings.key_column not in columns:
-        columns.append(settings.key_column)
+    columns = [settings.image_column, settings.caption_column, settings.key_column, *settings.keep_fields]
+    columns = list(dict.fromkeys(column for column in columns if column is not None))
 
     read_table = _read_parquet if path.suffix.lower() == ".parquet" else _read_text
     fix = "Check that it is whole, and of the kind its name says (.csv: commas, .tsv: tabs, .parquet)."
@@ -80,8 +102,8 @@ def _scan_table(path: Path, name: str, settings: PairsConfig) -> Generator[pa.Re
         parts = read_table(path, name, columns, settings)
         parts = _without_pictures(parts, name, settings.image_column)
         for cells in _merged(parts, name, settings) if settings.repeated_rows == "merge" else parts:
-            yield _index_rows(cells, settings)
-    except (pa.ArrowException, TableFault, OSError, ValueError, OverflowError) as error:
+            yield _index_rows(cells, path, settings)
+    except (*_UNREADABLE, TableFault, OverflowError) as error:
         if isinstance(error, TableFault) and error.of_quotes:
             fix = (
                 "Correct that line: a quote inside a quoted value is doubled. In a .tsv without quoted values, quotes"
@@ -93,7 +115,7 @@ def _scan_table(path: Path, name: str, settings: PairsConfig) -> Generator[pa.Re
 def _read_text(path: Path, name: str, columns: list[str], settings: PairsConfig) -> Generator[_Cells]:
     """Cells are bytes: text that is not UTF-8 makes its own row bad, not the table."""
     delimiter, names = find_header(path, "\t" if path.suffix.lower() == ".tsv" else ",", columns)
-    _check_columns(name, names, columns)
+    _check_columns(name, names, columns, settings)
     reading = find_reading(path, delimiter, names, settings.image_column)
     if reading.reason:
         meaning = "letters" if reading.quotes == "letters" else "escaped by backslashes"
@@ -110,12 +132,35 @@ def _read_text(path: Path, name: str, columns: list[str], settings: PairsConfig)
         yield {column: [record.cells[at].encode("latin-1") for record in some] for column, at in places.items()}
 
 
+def _opened_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
+    return pyarrow.parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+
+
 def _read_parquet(path: Path, name: str, columns: list[str], settings: PairsConfig) -> Generator[_Cells]:
-    file = pyarrow.parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-    _check_columns(name, file.schema_arrow.names, columns)
-    _check_types(name, file.schema_arrow, settings)
-    for table in _rebatch(file.iter_batches(batch_size=SHARD_ROWS, columns=columns)):
-        yield {column: table.column(column).to_pylist() for column in columns}
+    with _opened_parquet(path) as file:
+        _check_columns(name, file.schema_arrow.names, columns, settings)
+        inside = holds_images(file, settings.image_column, _is_picture)
+        _check_types(name, file.schema_arrow, settings, inside=inside)
+        if inside:
+            yield from _read_images(path, name, columns, settings, file)
+            return
+        for table in _rebatch(file.iter_batches(batch_size=SHARD_ROWS, columns=columns)):
+            yield {column: table.column(column).to_pylist() for column in columns}
+
+
+def _read_images(
+    path: Path, name: str, columns: list[str], settings: PairsConfig, file: pyarrow.parquet.ParquetFile
+) -> Generator[_Cells]:
+    """Cells of images say where these lie."""
+    others = [column for column in columns if column != settings.image_column]
+    images = images_inside(path, file, settings.image_column, digests=settings.repeated_rows == "merge")
+    batches = _rebatch(file.iter_batches(batch_size=SHARD_ROWS, columns=others)) if others else None
+    largest = 0
+    while some := list(itertools.islice(images, SHARD_ROWS)):
+        largest = max(largest, *(image.page.bytes + image.page.dictionary_bytes for image in some))
+        table = next(batches) if batches is not None else None
+        yield {settings.image_column: some} | {column: table.column(column).to_pylist() for column in others}
+    warn_of_large_pages(name, file, settings.image_column, largest)
 
 
 def _without_pictures(parts: Iterable[_Cells], name: str, column: str) -> Generator[_Cells]:
@@ -125,7 +170,8 @@ def _without_pictures(parts: Iterable[_Cells], name: str, column: str) -> Genera
         DataError: The column with the paths holds pictures.
     """
     for cells in parts:
-        if pictures := [image for image in cells[column] if image and _is_picture(image)]:
+        paths = (image for image in cells[column] if image and not isinstance(image, Inside))
+        if pictures := [image for image in paths if _is_picture(image)]:
             raise _pictures_inside(name, column, f"such as one of {len(pictures[0]):,} bytes")
         yield cells
 
@@ -138,13 +184,18 @@ def _merged(parts: Iterable[_Cells], name: str, settings: PairsConfig) -> Genera
         for values in zip(*cells.values(), strict=True):
             rows += 1
             row = dict(zip(cells, values, strict=True))
-            caption, image = row[settings.caption_column], row[settings.image_column]
-            row[settings.caption_column] = list(caption) if isinstance(caption, list) else [caption]
+            image = row[settings.image_column]
+            if settings.caption_column is not None:
+                caption = row[settings.caption_column]
+                row[settings.caption_column] = list(caption) if isinstance(caption, list) else [caption]
+            key = None if settings.key_column is None else row[settings.key_column]
+            if isinstance(image, Inside):
+                key, image = image.path if settings.key_column is None else key, image.digest
 
-            first = first_of.setdefault((row[settings.key_column or settings.image_column], image), row)
+            first = first_of.setdefault((key, image), row)
             if first is row or not image:
                 merged.append(row)
-            else:
+            elif settings.caption_column is not None:
                 first[settings.caption_column] += row[settings.caption_column]
 
     log.info(f"{name}: {rows:,} rows are {len(merged):,} pairs")
@@ -153,7 +204,7 @@ def _merged(parts: Iterable[_Cells], name: str, settings: PairsConfig) -> Genera
         yield {column: [row[column] for row in some] for column in some[0]}
 
 
-def _check_columns(name: str, names: list[str], columns: list[str]) -> None:
+def _check_columns(name: str, names: list[str], columns: list[str], settings: PairsConfig) -> None:
     """Every column is there once."""
     for column in columns:
         if names.count(column) == 1:
@@ -161,29 +212,31 @@ def _check_columns(name: str, names: list[str], columns: list[str]) -> None:
         problem = "is there more than once" if column in names else "is not there"
         near = difflib.get_close_matches(column, names, n=1)
         hint = f"did you mean {near[0]}? " if near and near[0] != column else ""
+        alone = "; for images alone: pairs.captions: optional and pairs.caption_column: null"
         listed = textwrap.shorten(", ".join(names), 400, placeholder=" ...")
         raise DataError(
             f"{name}: column {column!r} {problem}; the table has {listed}.",
             fix=f"{hint}Set pairs.image_column, pairs.caption_column, pairs.key_column and pairs.keep_fields to"
-            " columns of it.",
+            f" columns of it{alone if column == settings.caption_column else ''}.",
         )
 
 
-def _check_types(name: str, schema: pa.Schema, settings: PairsConfig) -> None:
-    """Images are paths, captions are text or lists of it, a key is one value."""
-    image, caption = (schema.field(column).type for column in (settings.image_column, settings.caption_column))
-    if pa.types.is_struct(image):
-        raise _pictures_inside(name, settings.image_column, str(image))
-    if not _is_text(image):
+def _check_types(name: str, schema: pa.Schema, settings: PairsConfig, *, inside: bool) -> None:
+    """Images are bytes or paths, captions are text or lists of it, a key is one value."""
+    image = schema.field(settings.image_column).type
+    if not (inside or _is_text(image)):
         raise DataError(
-            f"{name}: column {settings.image_column!r} is of type {image}, not image paths.",
-            fix="Set pairs.image_column to the column with the paths of the image files.",
+            f"{name}: column {settings.image_column!r} is of type {image}, neither images nor their paths.",
+            fix="Set pairs.image_column to the column with the image files: their bytes, the Hub's struct of bytes and"
+            " path, or their paths.",
         )
-    if not (_is_text(caption) or (_is_list(caption) and _is_text(caption.value_type))):
-        raise DataError(
-            f"{name}: column {settings.caption_column!r} is of type {caption}, not text or lists of text.",
-            fix="Set pairs.caption_column to the column with the captions.",
-        )
+    if settings.caption_column is not None:
+        caption = schema.field(settings.caption_column).type
+        if not (_is_text(caption) or (_is_list(caption) and _is_text(caption.value_type))):
+            raise DataError(
+                f"{name}: column {settings.caption_column!r} is of type {caption}, not text or lists of text.",
+                fix="Set pairs.caption_column to the column with the captions.",
+            )
     if settings.key_column is not None and pa.types.is_nested(key := schema.field(settings.key_column).type):
         raise DataError(
             f"{name}: column {settings.key_column!r} is of type {key}, not one key a row.",
@@ -194,7 +247,8 @@ def _check_types(name: str, schema: pa.Schema, settings: PairsConfig) -> None:
 def _pictures_inside(name: str, column: str, kind: str) -> DataError:
     return DataError(
         f"{name}: column {column!r} holds pictures ({kind}), not the paths of image files.",
-        fix="Write the pictures to files and their paths to a column, or write image and caption as WebDataset tars.",
+        fix="Write the pictures as a column of bytes in a .parquet (base64 decoded), to files and their paths to a"
+        " column, or as WebDataset tars.",
     )
 
 
@@ -236,31 +290,52 @@ def _rebatch(batches: Iterable[pa.RecordBatch]) -> Generator[pa.Table]:
         yield pa.Table.from_batches(waiting)
 
 
-def _index_rows(cells: _Cells, settings: PairsConfig) -> pa.RecordBatch:
-    """The rows of the index for some rows of the table."""
-    images, captions = cells[settings.image_column], cells[settings.caption_column]
-    keys = images if settings.key_column is None else cells[settings.key_column]
+def _index_rows(cells: _Cells, path: Path, settings: PairsConfig) -> pa.RecordBatch:
+    """The rows of the index for some rows of the table at `path`."""
+    images = cells[settings.image_column]
+    captions = [None] * len(images) if settings.caption_column is None else cells[settings.caption_column]
+    keys = None if settings.key_column is None else cells[settings.key_column]
     fields = [cells[column] for column in settings.keep_fields]
 
-    columns: dict[str, list[object]] = {column: [] for column in Tables.schema.names}
+    inside = any(isinstance(image, Inside) for image in images)
+    schema = _WITH_IMAGES if inside else Tables.schema
+    columns: dict[str, list[object]] = {column: [] for column in schema.names}
     for row, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        image = _bytes(image)
-        key, problem = readable_key(_bytes(keys[row])[:_LONGEST_PATH])
+        place = _place(image, settings)
+        name = (image.path or f"{path.stem}/{image.row}") if isinstance(image, Inside) else image
+        key, problem = readable_key(_bytes(name if keys is None else keys[row])[:_LONGEST_PATH])
         texts = [_bytes(text) for text in (caption if isinstance(caption, list) else [caption]) if text is not None]
-        if not image:
-            problem = f"no image (empty {settings.image_column})"
-        elif len(image) > _LONGEST_PATH:
-            problem = f"image is no path ({len(image):,} bytes)"
+        if place.problem:
+            problem = place.problem
         elif not texts:
             problem = problem or f"{NO_CAPTION} (empty {settings.caption_column})"
 
         columns["key"].append(key)
         columns["key_hash"].append(key_hash(key))
         columns["problem"].append(problem)
-        columns["image"].append(image[:_LONGEST_PATH])
         columns["captions"].append(texts)
         columns["fields"].append([field_text(values[row]) for values in fields])
-    return pa.RecordBatch.from_pydict(columns, schema=Tables.schema)
+        for column, value in place.columns.items():
+            columns[column].append(value)
+    return pa.RecordBatch.from_pydict(columns, schema=schema)
+
+
+class _Place(NamedTuple):
+    """Where the image of a row is, as columns of the index, and what is wrong with that."""
+
+    columns: Mapping[str, object]
+    problem: str | None = None
+
+
+def _place(image: object, settings: PairsConfig) -> _Place:
+    if isinstance(image, Inside):
+        return _Place(image.columns)
+    path, problem = _bytes(image), None
+    if not path:
+        problem = f"no image (empty {settings.image_column})"
+    elif len(path) > _LONGEST_PATH:
+        problem = f"image is no path ({len(path):,} bytes)"
+    return _Place({"image": path[:_LONGEST_PATH]}, problem)
 
 
 def _bytes(value: object) -> bytes:

@@ -4,7 +4,6 @@ Nothing is extracted: a sample is read by its byte range, so the tar must be pla
 """
 
 import json
-import os
 import re
 import tarfile
 from collections.abc import Generator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from clip_cid.data.pairs.format import COMMON_COLUMNS, EmptySourceError, LocalSource, Member, PairFormat, Scan
+from clip_cid.data.pairs.indexed_files import bytes_at
 from clip_cid.data.pairs.pair import BadSample, Pair
 from clip_cid.data.pairs.plain_tar import FETCH_AGAIN, plain_files
 from clip_cid.data.pairs.sample_parts import (
@@ -24,15 +24,12 @@ from clip_cid.data.pairs.sample_parts import (
     key_hash,
     readable_key,
 )
-from clip_cid.errors import DataError
-from clip_cid.open_files import KeptOpen
 from clip_cid.recipe import PairsConfig
 
 METADATA = re.compile(r"__[^/]*__($|/)")
 """Names that webdataset skips, such as all of __meta__/."""
 
 _SUFFIXES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_OPEN_TARS = 128
 _ABSENT = -1
 
 
@@ -84,11 +81,11 @@ class Tars(PairFormat):
         return source.name
 
     def members(self, source: LocalSource, places: Sequence[int]) -> Generator[list[Member]]:
-        tar, wanted = _open(source), iter(places)
+        wanted = iter(places)
         next_wanted = next(wanted)
         for place, (_, members) in enumerate(_samples(source.path, source.name)):
             if place == next_wanted:
-                yield [(member.name, _bytes_at(tar, member.offset_data, member.size)) for member in members.values()]
+                yield [(member.name, bytes_at(source, member.offset_data, member.size)) for member in members.values()]
                 if (next_wanted := next(wanted, None)) is None:
                     break
 
@@ -194,45 +191,4 @@ def _json_object(data: bytes) -> dict[str, Any]:
 
 def _part(source: LocalSource, row: dict[str, Any], part: str) -> bytes | None:
     at, size = row[f"{part}_at"], row[f"{part}_size"]
-    return None if at == _ABSENT else _bytes_at(_open(source), at, size)
-
-
-def _bytes_at(tar: "_Descriptor", at: int, size: int) -> bytes:
-    data = os.pread(tar.number, size, at)
-    if len(data) != size:
-        raise _changed(tar.name)
-    return data
-
-
-class _Descriptor:
-    """An open file that closes when it is no longer used. It is read by position, so threads and forks share it."""
-
-    def __init__(self, number: int, name: str) -> None:
-        self.number, self.name = number, name
-
-    def __del__(self) -> None:
-        os.close(self.number)
-
-
-def _open_tar(source: LocalSource) -> _Descriptor:
-    try:
-        opened = _Descriptor(os.open(source.path, os.O_RDONLY | os.O_CLOEXEC), source.name)
-    except FileNotFoundError as error:
-        raise _changed(source.name) from error
-    except PermissionError as error:
-        raise DataError(f"{source.name}: cannot be opened ({error.strerror}).", fix="Check its permissions.") from error
-
-    status = os.fstat(opened.number)
-    if (status.st_size, status.st_mtime_ns) != (source.bytes, source.mtime_ns):
-        raise _changed(source.name)
-    return opened
-
-
-_open = KeptOpen(_open_tar, most=_OPEN_TARS)
-
-
-def _changed(name: str) -> DataError:
-    return DataError(
-        f"{name}: changed or went away after it was indexed.",
-        fix="Leave the sources alone while they are used; run again.",
-    )
+    return None if at == _ABSENT else bytes_at(source, at, size)

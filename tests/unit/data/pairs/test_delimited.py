@@ -207,6 +207,22 @@ def test_an_end_of_another_system_within_a_line_is_a_letter(tmp_path: Path, end:
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("p.csv", "\t"), ("p.csv", ";"), ("p.csv", "|"), ("p.tsv", ",")])
+def test_columns_that_are_not_there_are_listed_by_the_delimiter_of_the_file(
+    tmp_path: Path, name: str, delimiter: str
+) -> None:
+    table = f"filepath{delimiter}title{delimiter}note\n0.jpg{delimiter}one{delimiter}x\n"
+    with pytest.raises(DataError, match=r"'image' is not there; the table has filepath, title, note\."):
+        open_table(tmp_path, name, table)
+
+
+def test_spaces_around_names_of_columns_count_only_where_they_must(tmp_path: Path) -> None:
+    flickr = "image| number| caption\n0.jpg| 0| A dog , running .\n"
+    assert captions(open_table(tmp_path, "results.csv", flickr)) == ["A dog , running ."]
+    both = "image, caption,caption\n0.jpg,spaced,exact\n"
+    assert captions(open_table(tmp_path, "both.csv", both)) == ["exact"]
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("p.csv", "\t"), ("p.csv", ";"), ("p.csv", "|"), ("p.tsv", ",")])
 def test_the_delimiter_is_the_one_that_gives_the_columns(tmp_path: Path, name: str, delimiter: str) -> None:
     table = f"image{delimiter}caption{delimiter}note, more\n0.jpg{delimiter}one{delimiter}x\n"
     names = {",": f"image{delimiter}caption{delimiter}note\n0.jpg{delimiter}one{delimiter}x\n"}

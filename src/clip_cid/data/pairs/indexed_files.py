@@ -1,0 +1,55 @@
+"""Byte ranges of indexed files, which must be as they were when they were indexed."""
+
+import os
+
+from clip_cid.data.pairs.format import LocalSource
+from clip_cid.errors import DataError
+from clip_cid.open_files import KeptOpen
+
+_OPEN_FILES = 128
+
+
+def bytes_at(source: LocalSource, at: int, size: int) -> bytes:
+    """A byte range of a source, whose file stays open to be read again.
+
+    Raises:
+        DataError: The file changed or went away since it was indexed, or may not be read.
+    """
+    data = os.pread(_open(source).number, size, at)
+    if len(data) != size:
+        raise _changed(source.name)
+    return data
+
+
+class _Descriptor:
+    """An open file that closes when it is no longer used. It is read by position, so threads and forks share it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+def _open_file(source: LocalSource) -> _Descriptor:
+    try:
+        opened = _Descriptor(os.open(source.path, os.O_RDONLY | os.O_CLOEXEC))
+    except FileNotFoundError as error:
+        raise _changed(source.name) from error
+    except PermissionError as error:
+        raise DataError(f"{source.name}: cannot be opened ({error.strerror}).", fix="Check its permissions.") from error
+
+    status = os.fstat(opened.number)
+    if (status.st_size, status.st_mtime_ns) != (source.bytes, source.mtime_ns):
+        raise _changed(source.name)
+    return opened
+
+
+_open = KeptOpen(_open_file, most=_OPEN_FILES)
+
+
+def _changed(name: str) -> DataError:
+    return DataError(
+        f"{name}: changed or went away after it was indexed.",
+        fix="Leave the sources alone while they are used; run again.",
+    )

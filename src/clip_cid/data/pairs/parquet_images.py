@@ -1,0 +1,146 @@
+"""Images inside a Parquet file: a column of bytes, or the Hugging Face Hub's `struct<bytes, path>`.
+
+Nothing is unpacked beforehand: the index says in which page of the file an image lies, and the page is read when the
+image is. The images themselves are read for the index only where rows of the same image are merged.
+"""
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from clip_cid import log, units
+from clip_cid.data.pairs.format import LocalSource
+from clip_cid.data.pairs.indexed_files import bytes_at
+from clip_cid.data.pairs.pair import BadSample
+from clip_cid.data.pairs.parquet_pages import Page, data_pages, read_page
+
+BYTES, PATH = "bytes", "path"
+"""The fields of the Hub's images."""
+COLUMNS = tuple((f"page_{name}", pa.int64()) for name in (*Page._fields, "place"))
+"""Of the index: the page of an image, and its place there."""
+
+_LOOKED_AT = 64  # values of a column of bytes, which may also hold paths
+_LARGE_PAGE = 64 << 20
+_DECODED_PAGES = 2  # kept by each process; one may have hundreds of megabytes
+
+
+class Inside(NamedTuple):
+    """Where the image of a row lies."""
+
+    page: Page
+    place: int
+    """Of the row among those of the page."""
+    row: int
+    """Of the table."""
+    path: str | None
+    """The name it had."""
+    digest: bytes = b""
+    """Of the image, where rows are merged; empty if there is no image."""
+
+    @property
+    def columns(self) -> dict[str, int]:
+        return {name: value for (name, _), value in zip(COLUMNS, (*self.page, self.place), strict=True)}
+
+
+def holds_images(file: pyarrow.parquet.ParquetFile, column: str, is_picture: Callable[[bytes], bool]) -> bool:
+    """Whether a column holds images, and not their paths; of bytes the first values are looked at."""
+    kind = file.schema_arrow.field(column).type
+    if pa.types.is_struct(kind):
+        return BYTES in [field.name for field in kind] and _is_bytes(kind.field(BYTES).type)
+    if not _is_bytes(kind):
+        return False
+    values = (value for batch in file.iter_batches(_LOOKED_AT, columns=[column]) for value in batch.column(0))
+    filled = (data for value in values if (data := value.as_py()))
+    return any(is_picture(data) for data in itertools.islice(filled, _LOOKED_AT))
+
+
+def images_inside(path: Path, file: pyarrow.parquet.ParquetFile, column: str, *, digests: bool) -> Iterator[Inside]:
+    """The image of each row, in order.
+
+    Args:
+        path: The Parquet file.
+        file: The same, opened.
+        column: That holds the images.
+        digests: Whether to read them for their digests.
+    """
+    is_struct = pa.types.is_struct(file.schema_arrow.field(column).type)
+    names = _values(file, f"{column}.{PATH}") if is_struct and _has_paths(file, column) else itertools.repeat(None)
+    leaf = f"{column}.{BYTES}" if is_struct else column
+    hashes = map(_digest, _values(file, leaf)) if digests else itertools.repeat(b"")
+    for row, (place, name, of_image) in enumerate(zip(_places(path, file, leaf), names, hashes, strict=False)):
+        yield Inside(*place, row, name, of_image)
+
+
+def read_image(source: LocalSource, row: dict[str, Any]) -> bytes:
+    """The image of a row of the index.
+
+    Raises:
+        BadSample: There is none, or its page is damaged.
+        DataError: The file changed since it was indexed.
+    """
+    *page, place = (row[name] for name, _ in COLUMNS)
+    image = _decoded(source, Page(*page))[place].as_py()
+    if image is None:
+        raise BadSample("no image (null)")
+    return image
+
+
+def warn_of_large_pages(name: str, file: pyarrow.parquet.ParquetFile, column: str, largest: int) -> None:
+    """Tell that single images cannot be read at a good rate."""
+    if largest > _LARGE_PAGE:
+        log.warn(
+            f"{name}: images lie in pages of up to {units.size(largest)}, each read whole for an image that training"
+            f" draws from it; write column {column!r} again with row_group_size=100 (there are"
+            f" {file.metadata.num_row_groups:,} row groups of {file.metadata.num_rows:,} rows), or as WebDataset tars"
+        )
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return any(check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
+
+
+def _has_paths(file: pyarrow.parquet.ParquetFile, column: str) -> bool:
+    return PATH in [field.name for field in file.schema_arrow.field(column).type]
+
+
+def _values(file: pyarrow.parquet.ParquetFile, leaf: str) -> Generator[Any]:
+    """The values of a column, or of one field of a column of structs."""
+    for batch in file.iter_batches(_LOOKED_AT, columns=[leaf]):
+        column = batch.column(0)
+        if pa.types.is_struct(column.type):
+            (column,) = column.flatten()
+        yield from column.to_pylist()
+
+
+def _digest(image: bytes | None) -> bytes:
+    return hashlib.blake2b(image, digest_size=16).digest() if image else b""
+
+
+def _places(path: Path, file: pyarrow.parquet.ParquetFile, leaf: str) -> Generator[tuple[Page, int]]:
+    """The page of each row, and its place in it."""
+    number = next(number for number in range(len(file.schema)) if file.schema.column(number).path == leaf)
+    levels = file.schema.column(number).max_definition_level
+    with open(path, "rb") as handle:
+        for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+            chunk = group.column(number)
+            if chunk.num_values != group.num_rows:
+                raise ValueError(f"{chunk.num_values:,} images in a row group of {group.num_rows:,} rows")
+            for page in data_pages(handle, chunk, levels):
+                yield from ((page, place) for place in range(page.rows))
+
+
+@functools.lru_cache(maxsize=_DECODED_PAGES)
+def _decoded(source: LocalSource, page: Page) -> pa.Array:
+    dictionary = bytes_at(source, page.dictionary_at, page.dictionary_bytes)
+    data = bytes_at(source, page.at, page.bytes)
+    try:
+        return read_page(page, dictionary, data)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise BadSample(f"image is in a damaged page of the Parquet file ({reason})") from error

@@ -1,0 +1,252 @@
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clip_cid.data.pairs import parquet_images, tables
+from clip_cid.data.pairs.images import decode_image
+from clip_cid.data.pairs.pair import BadSample
+from clip_cid.data.pairs.pairs import Pairs, fingerprint, open_pairs
+from clip_cid.errors import DataError
+from clip_cid.recipe import PairsConfig
+
+HUB = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def config(*source: Path | str, **settings: Any) -> PairsConfig:
+    return PairsConfig(source=tuple(map(str, source)), **settings)
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    noise = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(path: Path, images: list[bytes | None], *, kind: str = "hub", **options: Any) -> Path:
+    """A Parquet file of images with captions; the names that the Hub keeps are given for every row."""
+    column = pa.array(images, pa.large_binary() if kind == "large" else pa.binary())
+    if kind == "hub":
+        column = pa.array([{"bytes": data, "path": f"{row}.png"} for row, data in enumerate(images)], HUB)
+    table = pa.table({"caption": [f"caption {row}" for row in range(len(images))], "image": column})
+    pq.write_table(table, path, **options)
+    return path
+
+
+def images_of(pairs: Pairs) -> list[bytes | None]:
+    """The image of each row; None where a row says that it is null."""
+
+    def image(row: int) -> bytes | None:
+        try:
+            return pairs.read(row).image
+        except BadSample as error:
+            if error.reason != "no image (null)":
+                raise
+            return None
+
+    return [image(row) for row in range(len(pairs))]
+
+
+@given(
+    images=st.lists(st.none() | st.binary(min_size=1, max_size=300), min_size=1, max_size=40),
+    kind=st.sampled_from(["hub", "binary", "large"]),
+    compression=st.sampled_from(["none", "snappy", "gzip", "zstd", "lz4", "brotli"]),
+    version=st.sampled_from(["1.0", "2.0"]),
+    encoding=st.sampled_from(["dictionary", "PLAIN", "DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY"]),
+    group=st.sampled_from([1, 7, 1000]),
+    page=st.sampled_from([1, 1 << 20]),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_image_is_read_as_pyarrow_reads_it_however_the_file_is_written(
+    tmp_path: Path,
+    images: list[bytes | None],
+    kind: str,
+    compression: str,
+    version: str,
+    encoding: str,
+    group: int,
+    page: int,
+) -> None:
+    images = [b"\0picture", *images]  # bytes without a picture are taken for paths
+    leaf = "image.bytes" if kind == "hub" else "image"
+    how: dict[str, Any] = {"use_dictionary": True}
+    if encoding != "dictionary":
+        how = {"use_dictionary": False, "column_encoding": {leaf: encoding}}
+    path = write(
+        tmp_path / "t.parquet",
+        images,
+        kind=kind,
+        compression=compression,
+        data_page_version=version,
+        row_group_size=group,
+        data_page_size=page,
+        write_batch_size=3,
+        **how,
+    )
+    pairs = open_pairs(config(path))
+    assert images_of(pairs) == images
+    assert [pairs.known_bad.get(row) for row in range(len(images))] == [None] * len(images)
+
+
+def test_a_column_that_is_never_null_is_read(tmp_path: Path) -> None:
+    schema = pa.schema([pa.field("image", pa.binary(), nullable=False), ("caption", pa.string())])
+    pq.write_table(pa.table({"image": [png(0), png(1)], "caption": ["a", "b"]}, schema), tmp_path / "t.parquet")
+    assert images_of(open_pairs(config(tmp_path / "t.parquet"))) == [png(0), png(1)]
+
+
+def test_one_image_is_read_without_the_pages_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images: list[bytes | None] = [bytes([0, row]) * 5000 for row in range(50)]
+    path = write(tmp_path / "t.parquet", images, compression="none", use_dictionary=False, row_group_size=5)
+    pairs, sizes = open_pairs(config(path), index=tmp_path / "index"), list[int]()
+    real = parquet_images.bytes_at
+    monkeypatch.setattr(
+        parquet_images, "bytes_at", lambda source, at, size: sizes.append(size) or real(source, at, size)
+    )
+    assert pairs.read(33).image == images[33]
+    assert 5 * 10_000 < sum(sizes) < 6 * 10_000  # the page of its row group, of 500,000 bytes in all
+
+
+def test_keys_are_the_names_of_the_images_or_file_and_row(tmp_path: Path) -> None:
+    named = write(tmp_path / "named.parquet", [png(0), png(1)])
+    assert open_pairs(config(named)).keys(0, 2) == ["0.png", "1.png"]
+    nameless = write(tmp_path / "plain.parquet", [png(0), png(1)], kind="binary")
+    assert open_pairs(config(nameless)).keys(0, 2) == ["plain/0", "plain/1"]
+    assert open_pairs(config(nameless, key_column="caption")).keys(0, 2) == ["caption 0", "caption 1"]
+
+
+def test_several_files_are_one_sequence_and_their_names_keep_equal_keys_apart(tmp_path: Path) -> None:
+    for part in range(2):
+        (tmp_path / f"train-{part}.parquet").write_bytes(write(tmp_path / "t", [png(part), png(2 + part)]).read_bytes())
+    source = config(tmp_path / "train-*.parquet")
+    assert list(open_pairs(source).known_bad.values()) == [f"duplicate key, first used by row {row}" for row in (0, 1)]
+
+    pairs = open_pairs(config(tmp_path / "train-{0..1}.parquet", key_prefix="shard"), index=tmp_path / "index")
+    assert pairs.keys(0, 4) == ["train-0/0.png", "train-0/1.png", "train-1/0.png", "train-1/1.png"]
+    assert images_of(pairs) == [png(0), png(2), png(1), png(3)]
+    assert [size for _, size in fingerprint(source)] == [shard.bytes for shard in pairs.shards]
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_shards_hold_every_row_once_across_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_index: bool
+) -> None:
+    monkeypatch.setattr(tables, "SHARD_ROWS", 4)
+    path = write(tmp_path / "t.parquet", [png(row) for row in range(10)], row_group_size=3)
+    for _ in range(2):  # the second time from the index
+        pairs = open_pairs(config(path), index=tmp_path / "index" if with_index else None)
+        assert [(shard.first_row, shard.rows) for shard in pairs.shards] == [(0, 4), (4, 4), (8, 2)]
+        assert images_of(pairs) == [png(row) for row in range(10)]
+        assert [pairs.read(row).captions for row in range(10)] == [(f"caption {row}",) for row in range(10)]
+
+
+def test_bytes_that_are_no_picture_and_null_images_are_bad_samples_of_their_own_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.parquet", [png(0), b"no picture at all", None, b"", png(4)])
+    pairs = open_pairs(config(path))
+    reasons: dict[int, str] = {}
+    for row in range(5):
+        try:
+            decode_image(pairs.read(row).image, max_pixels=100)
+        except BadSample as error:
+            reasons[row] = error.reason
+    assert reasons == {
+        1: "image is of no known format (17 bytes)",
+        2: "no image (null)",
+        3: "image is empty (0 bytes)",
+    }
+
+
+def test_rows_of_one_image_become_one_pair_with_their_captions_in_order(tmp_path: Path) -> None:
+    images: list[bytes | None] = [png(0), png(0), png(1), png(0), None, None]
+    path = write(tmp_path / "t.parquet", images, kind="binary")
+    pairs = open_pairs(config(path, repeated_rows="merge"))
+    assert pairs.keys(0, 4) == ["t/0", "t/2", "t/4", "t/5"]
+    assert [pairs.read(row).captions for row in (0, 1)] == [("caption 0", "caption 1", "caption 3"), ("caption 2",)]
+    assert images_of(pairs) == [png(0), png(1), None, None]
+
+
+def test_other_images_of_one_key_are_not_merged(tmp_path: Path) -> None:
+    table = pa.table({"image": [png(0), png(1), png(0)], "caption": ["a", "b", "c"], "id": ["x", "x", "x"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    pairs = open_pairs(config(tmp_path / "t.parquet", key_column="id", repeated_rows="merge"))
+    assert pairs.read(0).captions == ("a", "c")
+    assert pairs.known_bad == {1: "duplicate key, first used by row 0"}
+
+
+def test_images_alone_need_no_column_of_captions(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [png(0)]}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"column 'caption' is not there; the table has image\.") as error:
+        open_pairs(config(tmp_path / "t.parquet"))
+    assert "pairs.caption_column: null" in str(error.value)
+    pairs = open_pairs(config(tmp_path / "t.parquet", caption_column=None, captions="optional"))
+    assert (pairs.read(0).captions, pairs.read(0).image) == ((), png(0))
+    with pytest.raises(ValueError, match=r"caption_column: null needs pairs.captions: optional"):
+        config(tmp_path / "t.parquet", caption_column=None)
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        ([[png(0)]], "list<.*: binary>, neither images nor their paths"),
+        ([{"width": 1}], "struct<width: int64>, neither images nor their paths"),
+        ([1.5], "double, neither images nor their paths"),
+    ],
+)
+def test_a_column_of_another_type_is_named(tmp_path: Path, column: list[Any], kind: str) -> None:
+    pq.write_table(pa.table({"image": column, "caption": ["x"]}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=rf"column 'image' is of type {kind}"):
+        open_pairs(config(tmp_path / "t.parquet"))
+
+
+def test_a_file_that_is_cut_short_is_named_among_whole_ones(tmp_path: Path) -> None:
+    whole = write(tmp_path / "0.parquet", [png(0)])
+    (tmp_path / "1.parquet").write_bytes(whole.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"1\.parquet: this table cannot be read") as error:
+        open_pairs(config(tmp_path / "*.parquet"))
+    assert error.value.fix.startswith("Check that it is whole")
+
+
+def test_a_file_that_changes_after_it_was_indexed_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.parquet", [png(0), png(1)])
+    pairs = open_pairs(config(path))
+    write(path, [png(2), png(3), png(4)])
+    with pytest.raises(DataError, match="changed or went away after it was indexed"):
+        pairs.read(0)
+
+
+def test_damage_is_an_error_or_a_bad_sample_and_changes_no_pair(tmp_path: Path) -> None:
+    path, draw = tmp_path / "t.parquet", random.Random(0)
+    images = [png(row) for row in range(12)]
+    write(path, list(images), row_group_size=5, write_page_checksum=True, data_page_size=100, write_batch_size=1)
+    whole, outcomes = path.read_bytes(), dict[str, int]()
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            pairs = open_pairs(config(path, key_column="caption"))
+            kept = [pairs.read(row) for row in range(len(pairs))]
+        except (DataError, BadSample) as error:
+            outcomes[type(error).__name__] = outcomes.get(type(error).__name__, 0) + 1
+            continue
+        assert [pair.image for pair in kept] == images
+    assert outcomes.keys() == {"DataError", "BadSample"}
+
+
+def test_a_file_whose_single_images_are_slow_to_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(parquet_images, "_LARGE_PAGE", 2000)
+    open_pairs(config(write(tmp_path / "large.parquet", [png(row) for row in range(9)])))
+    assert "write column 'image' again with row_group_size=100" in caplog.text
+    caplog.clear()
+    open_pairs(config(write(tmp_path / "small.parquet", [png(row) for row in range(9)], row_group_size=2)))
+    assert not caplog.text

@@ -15,6 +15,7 @@ from tyro.conf import Positional
 
 from clip_cid import extras, log, open_files, os_errors, pipeline, units
 from clip_cid.errors import ClipCidError, ConfigError, RunError
+from clip_cid.first_recipe import choose, full_recipe, short_recipe
 from clip_cid.new_folder import drop_left
 from clip_cid.overruling import let_flags_count, settings_given
 from clip_cid.recipe import (
@@ -37,7 +38,7 @@ _ABOUT = """Distil a huge CLIP into a small one on your own image-text data.
 pairs -> embed -> balance -> cluster -> distill -> evaluate -> draw -> report.
 
 All stages run with `clip-cid run RUN --recipe FILE`; nothing that is up to date is repeated. Each stage
-is also a command of its own. Start with `clip-cid init` (a recipe with every setting explained) or
+is also a command of its own. Start with `clip-cid init --pairs N` (a recipe that fits your data) or
 with `clip-cid sample` (pairs to try it with).
 
 A flag overrules the recipe. A list is replaced as a whole. Of settings with names (evaluate.sets and
@@ -540,18 +541,28 @@ def push(
     return 0
 
 
-def init(file: File) -> int:
-    """Write a recipe with every setting, its default, its limits and its explanation.
+def init(file: File = Path("recipe.yaml"), pairs: int | None = None, gpus: int | None = None, all: bool = False) -> int:
+    """Write a recipe: with --pairs a short one whose numbers fit, each with its reason; else every setting.
 
     Args:
         file: The recipe to write; it must not exist yet.
+        pairs: How many pairs there are, roughly. Numbers of clusters, batch, epochs and warm-up follow.
+        gpus: GPUs to train on. Default: none, so the CPU.
+        all: Write every setting with its limits and its explanation, also with --pairs.
     """
     if file.exists():
         raise ConfigError(f"{file}: exists already.", fix="Give another name, or delete it first.")
+    if pairs is None and gpus is not None:
+        raise ConfigError("--gpus: what fits depends on the number of pairs, too.", fix="Add --pairs N.")
+    chosen = [] if pairs is None else choose(pairs, gpus or 0)
+    text = commented_recipe() if pairs is None else (full_recipe if all else short_recipe)(pairs, gpus or 0)
+
     file.parent.mkdir(parents=True, exist_ok=True)
     drop_left(file)
     with atomic_file(file) as temporary:
-        temporary.write_text(commented_recipe(), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+    if chosen:
+        log.table(("setting", "value", "why"), [(one.setting, f"{one.value}", one.why) for one in chosen])
     log.say(f"Wrote {file}; set pairs.source in it, then: clip-cid run runs/{file.stem} --recipe {file}")
     return 0
 

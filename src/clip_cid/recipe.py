@@ -253,7 +253,8 @@ class ClusterConfig(Config):
     """Spherical k-means over the kept teacher image embeddings (paper section 3.2, Eq. 1)."""
 
     num_centers: PositiveInt = 1_000_000
-    """K, the number of clusters."""
+    """K, the number of clusters. The default is the paper's, for 225 million images; 20 to 200 images a
+    cluster are usual, and `clip-cid init --pairs N` chooses."""
     iterations: PositiveInt = 20
     """Rounds of assignment and update."""
     max_points_per_center: PositiveInt = 256
@@ -387,7 +388,7 @@ class DistillConfig(Config):
     """How the student meets the teacher's space. `native`: its own projection has the teacher's
     width. `linear`: one more linear map per modality is learned."""
     epochs: PositiveInt = 32
-    """Passes over the kept pairs."""
+    """Passes over the kept pairs. `clip-cid init --pairs N` chooses fewer where they would take too long."""
     per_cluster: PositiveInt | None = None
     """Take at most this many pairs of a cluster in an epoch, so that large clusters no longer lead. The
     pairs of a cluster take turns from epoch to epoch, and an epoch is shorter. When absent: all."""
@@ -395,11 +396,12 @@ class DistillConfig(Config):
     """Train for this many steps instead of epochs, whatever the number of pairs: for comparisons at
     equal steps."""
     batch_size: PositiveInt = 32_768
-    """Pairs per step, over all processes together."""
+    """Pairs per step, over all processes together. The default is the paper's, for 64 GPUs;
+    `clip-cid init --pairs N --gpus G` chooses one that fits."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate. A linear warm-up comes before it and a cosine decay after it."""
     warmup_steps: NonNegativeInt = 2_000
-    """Steps of the linear warm-up; must be fewer than the run has."""
+    """Steps of the linear warm-up; must be fewer than the run has. A tenth of them suits short runs."""
     weight_decay: NonNegativeFloat = 0.2
     """AdamW: weight decay. It does not apply to biases, norms, scales and other vectors, nor to the
     cluster head."""
@@ -880,7 +882,7 @@ def _read_yaml(path: Path) -> Any:
     except OSError as error:
         raise ConfigError(
             f"{where}: cannot read this recipe ({error.strerror}).",
-            fix="`clip-cid init FILE` writes one to start from.",
+            fix="`clip-cid init FILE --pairs N` writes one to start from.",
         ) from error
 
     if len(content) > plain_yaml.MOST_BYTES:
@@ -929,17 +931,23 @@ def as_yaml(settings: Mapping[str, Any]) -> str:
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def commented_recipe() -> str:
-    """A recipe for `clip-cid init`: every setting at its default, with its explanation and its limits."""
+def commented_recipe(recipe: Recipe | None = None, *, reasons: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A recipe for `clip-cid init`: every setting, with its explanation and its limits.
+
+    Args:
+        recipe: Its values; by default the defaults.
+        reasons: Setting -> why it has its value, where that is not the default.
+    """
     lines = _comment(
-        "A clip-cid recipe: every setting with its default and, behind it, what else it may be."
+        "A clip-cid recipe: every setting with its value and, behind it, what else it may be."
         " Delete what you do not change."
     )
     lines.append("")
 
-    for section, field in Recipe.model_fields.items():
-        model = field.default
-        lines += [*_comment(type(model).__doc__), f"{section}:", *_commented_section(model, indent="  "), ""]
+    for section in Recipe.model_fields:
+        model: Config = getattr(recipe or Recipe(), section)
+        commented = _commented_section(model, reasons, f"{section}.", indent="  ")
+        lines += [*_comment(type(model).__doc__), f"{section}:", *commented, ""]
     return "\n".join(lines)
 
 
@@ -953,14 +961,16 @@ def _comment(text: str | None, *, indent: str = "") -> list[str]:
     return textwrap.wrap(one_line(text), 100, initial_indent=mark, subsequent_indent=mark, break_on_hyphens=False)
 
 
-def _commented_section(model: Config, *, indent: str) -> list[str]:
+def _commented_section(model: Config, reasons: Mapping[str, str], prefix: str, *, indent: str) -> list[str]:
     lines: list[str] = []
     schemas = type(model).model_json_schema()["properties"]
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         lines += _comment(field.description, indent=indent)
+        if prefix + name in reasons:
+            lines += _comment(f"Chosen: {reasons[prefix + name]}.", indent=indent)
         if isinstance(value, Config):
-            lines += [f"{indent}{name}:", *_commented_section(value, indent=indent + "  ")]
+            lines += [f"{indent}{name}:", *_commented_section(value, reasons, f"{prefix}{name}.", indent=indent + "  ")]
         else:
             plain = model.model_dump(mode="json")[name]
             text = yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()

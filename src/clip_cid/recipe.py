@@ -199,7 +199,8 @@ class EmbedConfig(Config):
     stored as float16."""
     existing: Path | None = None
     """Use these embeddings instead of computing them: a store of ours, a clip-retrieval or DataComp
-    folder, or .npy files. On the command line: `--embeddings`."""
+    folder, .npy files, or Parquet or Arrow files with a column of vectors. On the command line:
+    `--embeddings`."""
     normalize: bool = False
     """Scale imported embeddings to length one. When off, rows of another length are refused."""
     views: NonNegativeInt = 0

@@ -18,7 +18,7 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,10 +43,11 @@ FOLDERS = {
     "view": "view_emb",
     "metadata": "metadata",
 }
+ARROW = (".arrow", ".feather")
 AGAIN = "Run the embed stage again, with --force."
 _HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _UNREADABLE = (OSError, zlib.error, zipfile.BadZipFile)  # of the file or of the archive, not of the header
-_BROKEN_TABLE = (OSError, ValueError, pa.ArrowException)  # names and texts may be no UTF-8
+BROKEN_TABLE = (OSError, ValueError, pa.ArrowException)  # names and texts may be no UTF-8
 _FORMAT, _VERSION = "clip-cid embedding store", 1
 
 
@@ -242,11 +243,33 @@ def check_shard(root: Path, shard: StoreShard, *, dim: int, dtype: str, views: V
 
 
 def table_rows(path: Path) -> int:
-    return _read_foot(path).num_rows
+    return read_arrow(path).num_rows if is_arrow(path) else _read_foot(path).num_rows
 
 
 def table_schema(path: Path) -> pa.Schema:
-    return _read_foot(path).schema.to_arrow_schema()
+    return read_arrow(path).schema if is_arrow(path) else _read_foot(path).schema.to_arrow_schema()
+
+
+def is_arrow(path: Path) -> bool:
+    """Whether a table is an Arrow file, and not Parquet, by its name."""
+    return path.suffix in ARROW
+
+
+def read_arrow(path: Path) -> pa.Table:
+    """An Arrow file or stream, as a map of the file where it is not compressed.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        mapped = pa.memory_map(str(path))
+        try:
+            return pa.ipc.open_file(mapped).read_all()
+        except pa.ArrowInvalid:
+            mapped.seek(0)
+            return pa.ipc.open_stream(mapped).read_all()
+    except BROKEN_TABLE as error:
+        raise DataError(f"{path}: not a whole Arrow file ({error}).", fix="Fetch or write this file again.") from error
 
 
 def _read_foot(path: Path) -> pq.FileMetaData:
@@ -255,21 +278,24 @@ def _read_foot(path: Path) -> pq.FileMetaData:
         foot.schema.to_arrow_schema()
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing.", fix=AGAIN) from error
-    except _BROKEN_TABLE as error:
+    except BROKEN_TABLE as error:
         raise DataError(f"{path}: not a whole Parquet file ({error}).", fix=AGAIN) from error
     return foot
 
 
-def read_table(path: Path) -> pa.Table:
-    """A shard's metadata, whole.
+def read_table(path: Path, *, without: Collection[str] = ()) -> pa.Table:
+    """A shard's metadata, whole but for some columns.
 
     Raises:
         DataError: The file cannot be read.
     """
+    names = [name for name in table_schema(path).names if name not in without] if without else None
     try:
+        if is_arrow(path):
+            return read_arrow(path).select(names) if names is not None else read_arrow(path)
         with pq.ParquetFile(path) as table:
-            return table.read()
-    except _BROKEN_TABLE as error:
+            return table.read(columns=names)
+    except BROKEN_TABLE as error:
         raise DataError(f"{path}: cannot be read ({error}).", fix=AGAIN) from error
 
 
@@ -295,13 +321,16 @@ def read_column(path: Path, name: str) -> pa.Array:
         DataError: The file cannot be read, or has no such column.
     """
     try:
-        with pq.ParquetFile(path) as table:
-            check_column(path, table.schema_arrow, name)
-            column = table.read(columns=[name]).column(name)
-            column.validate(full=True)  # texts are UTF-8
-            if len(column) != table.metadata.num_rows:
-                raise pa.ArrowInvalid(f"{len(column):,} values of {name!r} in {table.metadata.num_rows:,} rows")
-    except _BROKEN_TABLE as error:
+        check_column(path, table_schema(path), name)
+        if is_arrow(path):
+            column = read_arrow(path).column(name)
+        else:
+            with pq.ParquetFile(path) as table:
+                column = table.read(columns=[name]).column(name)
+                if len(column) != table.metadata.num_rows:
+                    raise pa.ArrowInvalid(f"{len(column):,} values of {name!r} in {table.metadata.num_rows:,} rows")
+        column.validate(full=True)  # texts are UTF-8
+    except BROKEN_TABLE as error:
         raise DataError(f"{path}: cannot be read ({error}).", fix=AGAIN) from error
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], type=column.type)
 

@@ -44,7 +44,7 @@ from clip_cid.errors import DataError
 from clip_cid.journal import Journal
 from clip_cid.recipe import STORE_COLUMNS
 
-_KEY_COLUMNS = ("key", "uid", "image_path")
+_KEY_COLUMNS = ("key", "uid", "image_path", "id")
 _CAPTION_COLUMNS = ("caption", "text")
 
 
@@ -180,7 +180,7 @@ def _columns(layout: Sequence[LayoutShard]) -> _Columns:
     key, caption = (next((name for name in few if name in names), None) for few in (_KEY_COLUMNS, _CAPTION_COLUMNS))
     if key is None or (caption is None and first.text is not None):
         raise DataError(
-            f"{first.metadata}: no column key, uid or image_path, or no caption or text, among {', '.join(names)}.",
+            f"{first.metadata}: no column key, uid, image_path or id, or no caption or text, among {', '.join(names)}.",
             fix="Keys join embeddings to pairs; add the column, or leave the metadata out.",
         )
 
@@ -192,7 +192,8 @@ def _columns(layout: Sequence[LayoutShard]) -> _Columns:
                 check_column(path, schema, name)
         if pa.types.is_nested(schema.field(key).type):
             raise not_texts(path, key, schema.field(key).type)
-    return _Columns(key, caption, tuple(name for name in names if name not in (*STORE_COLUMNS, key, caption)))
+    left_out = {*STORE_COLUMNS, key, caption, *first.vectors_beside_keys}
+    return _Columns(key, caption, tuple(name for name in names if name not in left_out))
 
 
 class _Skipped:
@@ -259,13 +260,14 @@ def _undirected(block: Float[np.ndarray, "rows dim"]) -> dict[int, str]:
 def _metadata_file(
     shard: LayoutShard, out: Path, number: int, key_column: str, ok: Bool[np.ndarray, " rows"]
 ) -> StoreFile:
-    """The metadata where it is; or here, if it has no keys, or must say which rows are left out."""
-    if shard.metadata is not None and ok.all():
+    """The metadata where it is; or here, if it has no keys, holds vectors, or must say which rows are left out."""
+    vectors = shard.vectors_beside_keys
+    if shard.metadata is not None and not vectors and ok.all():
         return record_file(out, str(shard.metadata))
     if shard.metadata is None:
         table = pa.table({key_column: _keys(shard, key_column)})
     else:
-        table = read_table(shard.metadata)
+        table = read_table(shard.metadata, without=vectors)
         table = table.drop_columns([name for name in table.column_names if name == "ok"])
 
     name = f"{FOLDERS['metadata']}/{FOLDERS['metadata']}_{number:04d}.parquet"
@@ -368,7 +370,8 @@ def _log_plan(layout: Sequence[LayoutShard], out: Path, dtype: np.dtype[Any], *,
         return
 
     reasons = ["embed.normalize scales them"] if normalize else []
-    reasons += ["members of a .npz cannot be read in place"] if any(one.member for one in converted) else []
+    inside = "members of a .npz" if layout[0].image.path.suffix == ".npz" else "columns of a table"
+    reasons += [f"{inside} cannot be read in place"] if any(one.member for one in converted) else []
     kinds = sorted({one.dtype.name for one in converted if one.dtype != dtype})
     reasons += [f"{' and '.join(kinds)} become {dtype}"] if kinds else []
     size = sum(one.rows * one.dim for one in converted) * dtype.itemsize

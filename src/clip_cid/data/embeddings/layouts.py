@@ -5,6 +5,7 @@ X/images/0.npy ...                 the same in other words: texts/ or captions/,
 X/image_embeddings.npy ...         the same without folders: text_embeddings.npy, metadata.parquet
 X/0a1b.npz ...                     DataComp: arrays such as l14_img and l14_txt, with or without 0a1b.parquet
 X/part1.npy ... or one X.npy       rows of images alone, with or without part1.parquet
+X/part1.parquet ... or one file    a column of vectors, such as `embedding`, beside the keys; also .arrow and .feather
 """
 
 import contextlib
@@ -21,14 +22,15 @@ import numpy as np
 from jaxtyping import Float
 
 from clip_cid import log
-from clip_cid.data.embeddings.files import FOLDERS, array_header, read_array_header, table_rows
+from clip_cid.data.embeddings.files import ARROW, FOLDERS, array_header, read_array_header, table_rows, table_schema
 from clip_cid.data.embeddings.names import Name, Role, in_order, listed
+from clip_cid.data.embeddings.vector_columns import vector_blocks, vector_columns, vector_type
 from clip_cid.errors import DataError
 
 FIX = (
     "Give a store of ours; a clip-retrieval folder (img_emb/img_emb_*.npy, optionally text_emb/text_emb_*.npy"
-    " and metadata/metadata_*.parquet with equal numbers); a folder of DataComp's .npz or of .npy files; or one"
-    " such file."
+    " and metadata/metadata_*.parquet with equal numbers); a folder of DataComp's .npz or of .npy files; one of"
+    " .parquet or .arrow files with a column of vectors; or one such file."
 )
 _AGAIN = (
     "Fetch or write this file again: rows of float16, float32 or float64, one after the other (np.ascontiguousarray)."
@@ -41,6 +43,7 @@ _NAMES = (
 )
 _PREFERRED = ("l", 14)
 _ARRAYS, _TABLE = (".npy", ".npz"), ".parquet"
+_TABLES = (_TABLE, *ARROW)
 _OF_ARRAYS: tuple[Role, ...] = ("image", "text")
 _BLOCK_ROWS = 4096
 _BROKEN = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -48,10 +51,11 @@ _BROKEN = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib
 
 @dataclasses.dataclass(frozen=True)
 class Vectors:
-    """An array of embeddings: a .npy file, or a member of a .npz archive."""
+    """An array of embeddings: a .npy file, a member of a .npz archive, or a column of a table."""
 
     path: Path
     member: str | None
+    """Of the archive, or the column."""
     rows: int
     dim: int
     dtype: np.dtype[Any]
@@ -65,6 +69,9 @@ class Vectors:
         Raises:
             DataError: The file is damaged or cut short.
         """
+        if self.member is not None and self.path.suffix in _TABLES:
+            yield from vector_blocks(self.path, self.member, dim=self.dim, rows=_BLOCK_ROWS)
+            return
         try:
             with _opened(self.path, self.member) as handle:
                 read_array_header(handle)
@@ -86,10 +93,16 @@ class LayoutShard:
     image: Vectors
     text: Vectors | None
     metadata: Path | None
+    """The table with its keys; it may also be the one with the vectors."""
 
     @property
     def vectors(self) -> dict[str, Vectors]:
         return {"image": self.image} | ({"text": self.text} if self.text is not None else {})
+
+    @property
+    def vectors_beside_keys(self) -> list[str]:
+        """The columns of vectors in the table with the keys, if it is the one that holds the embeddings."""
+        return vector_columns(self.image.path) if self.metadata == self.image.path else []
 
 
 def find_embeddings(source: Path) -> list[LayoutShard]:
@@ -99,10 +112,12 @@ def find_embeddings(source: Path) -> list[LayoutShard]:
         DataError: There is nothing of a known layout, a part is missing or broken, parts do not fit each other, or
             the names do not say clearly what holds images.
     """
+    if source.is_file() and source.suffix in _TABLES:
+        return _of_vector_tables(source, [source])
     files = _of_file(source) if source.is_file() else _of_folder(source)
     arrays, tables = files.arrays, files.tables
     if not arrays:
-        raise _unknown(source)
+        return _of_vector_tables(source, [path for path in _entries(source) if path.suffix in _TABLES])
     if len({file.path.suffix for file in arrays}) > 1:
         raise DataError(f"{source}: holds both .npy and .npz files, so it is unclear which to read.", fix=FIX)
 
@@ -420,6 +435,57 @@ def _chosen_members(path: Path) -> _Members:
     return chosen
 
 
+def _of_vector_tables(source: Path, tables: list[Path]) -> list[LayoutShard]:
+    """Tables with a column of vectors, and the keys beside it."""
+    try:
+        columns = {path: vector_columns(path) for path in tables}
+    except DataError as error:
+        raise DataError(error.problem, fix="Fetch or write this file again.") from error
+    holding = [path for path in tables if columns[path]]
+    if not holding:
+        raise _unknown(source)
+    image, text = _chosen_columns(holding[0], columns[holding[0]])
+
+    shards: list[LayoutShard] = []
+    for path in holding:
+        if lacking := [name for name in (image, text) if name is not None and name not in columns[path]]:
+            raise DataError(
+                f"{path}: no column {lacking[0]!r} of vectors, which {holding[0].name} has.",
+                fix="Give files with the same columns.",
+            )
+        shards.append(
+            LayoutShard(
+                name=path.stem,
+                image=_column(path, image),
+                text=None if text is None else _column(path, text),
+                metadata=path if len(columns[path]) < len(table_schema(path)) else None,
+            )
+        )
+    _check_fit(shards)
+    _log_taken(source, shards, [path for path in _entries(source) if path not in holding])
+    return shards
+
+
+def _chosen_columns(path: Path, columns: list[str]) -> tuple[str, str | None]:
+    """The columns with the embeddings of images and of texts."""
+    roles = {name: Name.of(name).role for name in columns}
+    images, texts = ([name for name in columns if roles[name] == role] for role in _OF_ARRAYS)
+    unclear = [name for name in columns if roles[name] not in _OF_ARRAYS]
+    if not images and len(unclear) == 1:
+        images, unclear = unclear, []
+    if len(images) != 1 or len(texts) > 1 or unclear:
+        raise DataError(
+            f"{path}: it is not clear which column holds the embeddings of images, among {', '.join(columns)}.",
+            fix="Keep one column of vectors, or name them by what they hold: image_embedding and text_embedding.",
+        )
+    return images[0], next(iter(texts), None)
+
+
+def _column(path: Path, name: str) -> Vectors:
+    rows = table_rows(path)
+    return Vectors(path, name, rows, *vector_type(path, name))
+
+
 def _text(file: _File, members: _Members | None, path: Path | None) -> Vectors | None:
     """The text embeddings that go with a file of images: an array of the same .npz, or another file."""
     if members is not None and members.text is not None:
@@ -498,7 +564,8 @@ def _unknown(source: Path) -> DataError:
     )
     below = [folder for folder in below if folder != source]
     return DataError(
-        f"{source}: neither an embedding store nor a clip-retrieval folder, nor .npy or .npz files{state}.",
+        f"{source}: neither an embedding store nor a clip-retrieval folder, nor .npy or .npz files, nor a table with"
+        f" a column of vectors{state}.",
         fix=f"Did you mean {below[0]}? {FIX}" if below else FIX,
     )
 

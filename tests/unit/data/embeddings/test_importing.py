@@ -293,9 +293,9 @@ def test_a_broken_npy_is_named(tmp_path: Path, name: str, array: np.ndarray, pro
     assert "--force" not in error.value.fix  # it is not a file of ours
 
 
-@pytest.mark.parametrize("name", ["x.parquet", "nothing", "both"])
+@pytest.mark.parametrize("name", ["x.csv", "nothing", "both"])
 def test_what_is_not_embeddings_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "x.parquet").write_bytes(b"x")
+    (tmp_path / "x.csv").write_bytes(b"x")
     (tmp_path / "both").mkdir()
     np.save(tmp_path / "both" / "a.npy", unit(2, 0))
     np.savez(tmp_path / "both" / "a.npz", unit(2, 0))

@@ -7,6 +7,7 @@ import select
 import sys
 import traceback
 from collections.abc import Callable, Generator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,7 @@ from clip_cid.recipe import (
 )
 from clip_cid.run_folder import RunFolder, atomic_file
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE, REPORT, TEXTS
+from clip_cid.stages.facts import Stage
 from clip_cid.tasks import torchrun_place
 
 # No line begins with a sign or a digit: tyro would break the paragraph there.
@@ -41,10 +43,13 @@ All stages run with `clip-cid run RUN --recipe FILE`; nothing that is up to date
 is also a command of its own. Start with `clip-cid init --pairs N` (a recipe that fits your data) or
 with `clip-cid sample` (pairs to try it with).
 
+The help of a stage lists its own settings and those of `machine` that concern it; other settings of
+`machine` are taken too, for the stages to come. `clip-cid run --help` lists all.
+
 A flag overrules the recipe. A list is replaced as a whole. Of settings with names (evaluate.sets and
 others), entries are added, those of the same name are replaced, and the flag alone removes all.
 
-Add --debug to see the traceback of an error. The exit code is 0 for success, 1 for bad data or state,
+Add --debug to see the traceback of an error; --version alone tells the version. The exit code is 0 for success, 1 for bad data or state,
 and 2 for a bad setting."""
 
 _STAGE_HELP = {
@@ -137,6 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if arguments == ["--version"]:
+        log.say(f"clip-cid {metadata.version('clip-cid')}")
+        return 0
 
     open_files.raise_limit()
     log.setup(quiet=torchrun_place().rank > 0)
@@ -183,8 +191,10 @@ def _commands(arguments: Sequence[str] = ()) -> dict[str, Callable[..., Any]]:
         "run": _recipe_command("run", sections, given, _run),
         "check": _recipe_command("check", sections, given, _check),
     }
+    helps = bool({"-h", "--help"} & {*arguments})
     for stage in pipeline.STAGES:
-        commands[stage.name] = _recipe_command(stage.name, (*stage.sections, "machine"), given, _run)
+        shown = stage if helps else None
+        commands[stage.name] = _recipe_command(stage.name, (*stage.sections, "machine"), given, _run, shown)
     return commands | {
         "status": status,
         "verify": verify,
@@ -231,16 +241,26 @@ def _with_several_values(section: Config, prefix: str = "") -> Generator[str]:
 
 
 def _recipe_command(
-    name: str, sections: Sequence[str], given: Sequence[str], act: Callable[[str, Any, Recipe], None]
+    name: str,
+    sections: Sequence[str],
+    given: Sequence[str],
+    act: Callable[[str, Any, Recipe], None],
+    shown: Stage | None = None,
 ) -> Callable[..., Any]:
-    """A command with the common flags and one for each setting of `sections`, as a class that tyro reads."""
+    """A command with the common flags and one for each setting of `sections`, as a class that tyro reads.
+
+    For the help of a stage: only with those that concern it. The others are taken too, for the stages to come.
+    """
     folder = tyro.conf.arg(metavar="RUN", help=_UNTOUCHED if name == "check" else _FOLDER)
     fields: list[Any] = [("run", Annotated[Positional[Path], folder])]
     for flag, kind, text in (*_COMMON, *_EXTRAS.get(name, _FORCE)):
+        replaces = _SHORT.get(flag, "").removesuffix(".existing")
+        if shown is not None and replaces in pipeline.BY_NAME and replaces not in (name, *shown.needs):
+            continue
         value = {bool: False, tuple[str, ...]: ()}.get(kind)
         kind = Annotated[kind, tyro.conf.arg(help=text), tyro.conf.FlagCreatePairsOff]  # no --no-force
         fields.append((flag, kind, dataclasses.field(default=value)))
-    fields += [(section, *_flags(Recipe.model_fields[section].default)) for section in sections]
+    fields += [(section, *_flags(Recipe.model_fields[section].default, section, shown)) for section in sections]
 
     def start(flags: Any) -> int:
         recipe = _stored_recipe(flags.run) if flags.recipe is None else read_recipe(flags.recipe)
@@ -347,13 +367,21 @@ def _check(_: str, flags: Any, recipe: Recipe) -> None:
     printout.say(check(RunFolder(flags.run), recipe))
 
 
-def _flags(section: Config) -> tuple[Any, Any]:
-    """A section as a plain class, and its default. It has no limits: `parse_recipe` says what is wrong with a value."""
+def _flags(section: Config, prefix: str, shown: Stage | None) -> tuple[Any, Any]:
+    """A section as a plain class, and its default. It has no limits: `parse_recipe` says what is wrong with a value.
+
+    Args:
+        section: Of the recipe, or a part of one.
+        prefix: Its name.
+        shown: Leave out what does not concern this stage.
+    """
     fields: list[tuple[str, Any, Any]] = []
     for name, setting in type(section).model_fields.items():
-        value = getattr(section, name)
+        value, full = getattr(section, name), f"{prefix}.{name}"
+        if shown is not None and not shown.concerns(full):
+            continue
         if isinstance(value, Config):
-            fields.append((name, *_flags(value)))
+            fields.append((name, *_flags(value, full, None)))
         else:
             kind = Annotated[setting.annotation, tyro.conf.arg(help=one_line(setting.description))]
             fields.append((name, kind, dataclasses.field(default_factory=lambda value=value: value)))

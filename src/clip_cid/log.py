@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 from clip_cid import os_errors
 from clip_cid.units import duration
@@ -28,6 +29,7 @@ _logger = logging.getLogger("clip_cid")
 _logger.setLevel(logging.INFO)
 _FILE_WIDTH = 500  # of a table in a file or a pipe: wide enough for any
 _PLAIN_SECONDS = 10.0  # seconds between two lines, if there is no terminal for a bar
+_MOST_SECONDS = 1_000 * 3_600  # that are shown as time left
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # would move the cursor, or color what follows
 
 
@@ -145,23 +147,61 @@ class Bar:
         self._done = self._start = start
         self._began = self._spoke = time.monotonic()
         self._progress = progress
-        self._task = progress.add_task(what, total=total, completed=start, rate="") if progress else None
+        self._task = progress.add_task(what, total=total, completed=start, rate="", ends=None) if progress else None
 
     def advance(self, count: int = 1, *, note: str = "") -> None:
         """Count `count` more units as done; `note` is shown behind the rate (a loss, say)."""
         self._done += count
         now = time.monotonic()
         rate = (self._done - self._start) / max(now - self._began, 1e-9)
+        remaining = (self._total - self._done) / max(rate, 1e-9)
         text = f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2f} {self._unit}/s"
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=self._done, rate=f"{text} {printable(note)}".rstrip())
+            ends = now + remaining if rate > 0 else None
+            self._progress.update(
+                self._task, completed=self._done, rate=f"{text} {printable(note)}".rstrip(), ends=ends
+            )
         elif now - self._spoke >= _PLAIN_SECONDS:
             self._spoke = now
-            remaining = duration((self._total - self._done) / max(rate, 1e-9))
             _logger.info(
                 "%s  %s/%s  %s  %s left  %s",
-                *(self._what, f"{self._done:,}", f"{self._total:,}", text, remaining, printable(note)),
+                *(self._what, f"{self._done:,}", f"{self._total:,}", text, duration(remaining), printable(note)),
             )
+
+
+class _Count(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed:,.0f}/{task.total or 0:,.0f}")
+
+
+class _TimeLeft(ProgressColumn):
+    """At the speed so far, which also knows units that take minutes each."""
+
+    def render(self, task: Task) -> Text:
+        ends = task.fields["ends"]
+        if ends is None or ends - time.monotonic() > _MOST_SECONDS:
+            return Text("-:--:-- left")
+        minutes, seconds = divmod(max(0, round(ends - time.monotonic())), 60)
+        return Text(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
+
+
+class _Rest(ProgressColumn):
+    """Speed and note, in the room that is left: they are cut, and nothing else."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["rate"], no_wrap=True, overflow="ellipsis")
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """What was done of how much and how long it takes always fit; names longer than a quarter of the line are cut."""
+    name = Column(no_wrap=True, overflow="ellipsis", max_width=max(8, width // 4))
+    return [
+        TextColumn("{task.description}", markup=False, table_column=name),
+        BarColumn(bar_width=max(4, min(40, width // 5)), table_column=Column(no_wrap=True)),
+        _Count(table_column=Column(no_wrap=True)),
+        _TimeLeft(table_column=Column(no_wrap=True)),
+        _Rest(table_column=Column(overflow="ellipsis")),
+    ]
 
 
 @contextlib.contextmanager
@@ -170,14 +210,5 @@ def progress(what: str, total: int, *, unit: str = "images", start: int = 0) -> 
     if not (_console.is_terminal and _logger.handlers and _logger.isEnabledFor(logging.INFO)):
         yield Bar(what, total, unit, start, None)
         return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_console) as live:
+    with Progress(*_columns(_console.width), console=_console) as live:
         yield Bar(what, total, unit, start, live)

@@ -16,7 +16,7 @@ SOURCE = Path(clip_cid.__file__).parent
 NOT_SETTINGS = {"balance.part", "report.html", "report.css"}  # a folder and two files
 NOT_COMMANDS = {"did", "recipe", "embedding"}  # "a clip-cid recipe", "what clip-cid did"
 OF_OTHERS = {
-    *("help", "debug"),
+    *("help", "debug", "version"),
     *("concatenate", "dereference", "hard-dereference", "sort"),  # tar
     *("dataset", "dataset_root", "model", "model_type", "output", "pretrained", "task"),  # CLIP_benchmark
     *("logdir", "nproc-per-node"),  # TensorBoard and torchrun

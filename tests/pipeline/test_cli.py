@@ -8,13 +8,16 @@ import resource
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from clip_cid import cli, pipeline
-from clip_cid.recipe import ALLOW_PIPE, Recipe, dump_recipe
+from clip_cid.recipe import ALLOW_PIPE, MachineConfig, Recipe, dump_recipe, parse_recipe
 from clip_cid.run_folder import RunFolder
+from clip_cid.stages.facts import Stage
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,6 +161,65 @@ def test_the_help_of_a_command_says_what_it_takes(command: str, taught: list[str
     assert done.returncode == 0
     text = " ".join(done.stdout.replace("│", " ").split())
     assert all(word in text for word in taught)
+
+
+def test_the_version_is_that_of_the_package():
+    done = clip_cid("--version")
+    assert (done.returncode, done.stdout) == (0, f"clip-cid {metadata.version('clip-cid')}\n")
+
+
+def flags_in_help(command: str) -> set[str]:
+    return set(re.findall(r"^ *│? *(--[a-z][\w.-]*)", clip_cid(command, "--help").stdout, flags=re.MULTILINE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", pipeline.STAGES, ids=lambda stage: stage.name)
+def test_the_help_of_a_stage_lists_the_settings_that_concern_it_and_no_others(stage: Stage):
+    def settings(section: str) -> list[str]:
+        values = getattr(Recipe(), section).model_dump()
+        return [f"{section}.{name}" for name in values]
+
+    shown = {flag[2:].replace("-", "_") for flag in flags_in_help(stage.name) if "." in flag}
+    shown = {".".join(flag.split(".")[:2]) for flag in shown}
+    assert shown == {name for section in Recipe.model_fields for name in settings(section) if stage.concerns(name)}
+
+
+def test_help_by_hand():
+    balance, texts = flags_in_help("balance"), flags_in_help("texts")
+    assert {"--balance.threshold", "--machine.balance-processes", "--embeddings", "--kept", "--force"} <= balance
+    assert not {"--clusters", "--machine.micro-batch", "--machine.tensorboard", "--distill.lr"} & balance
+    assert {flag for flag in texts if flag.startswith("--distill")} == {"--distill.texts"}
+    assert not {"--embeddings", "--kept", "--clusters"} & texts
+
+
+def test_settings_of_machine_for_other_stages_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    seen = {}
+    monkeypatch.setattr(pipeline, "run", lambda folder, recipe, **rest: seen.update(recipe=recipe))
+    assert cli.main(["balance", str(tmp_path), "--machine.micro-batch", "4"]) == 0
+    assert seen["recipe"].machine.micro_batch == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [("embed", "balance", "cluster")])
+def test_a_stage_reads_no_setting_of_machine_that_does_not_concern_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stages: tuple[str, ...]
+):
+    rows = np.random.default_rng(0).standard_normal((60, 8)).astype(np.float32)
+    np.save(tmp_path / "rows.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    values = {"embed": {"existing": str(tmp_path / "rows.npy")}, "cluster": {"num_centers": 3}}
+    recipe, read = parse_recipe(values, where="test"), set[str]()
+
+    def recorded(self: MachineConfig, name: str) -> object:
+        read.add(name)
+        return object.__getattribute__(self, name)
+
+    monkeypatch.setattr(MachineConfig, "__getattribute__", recorded)
+    for name in stages:
+        read.clear()
+        pipeline.run(RunFolder(tmp_path / "run"), recipe, only=name)
+        of_files = {"cache_dir"}  # where what a stage reads is looked for, before it runs
+        used = {f"machine.{setting}" for setting in read & {*MachineConfig.model_fields} - of_files}
+        assert all(map(pipeline.BY_NAME[name].concerns, used)), (name, used)
 
 
 @pytest.mark.slow

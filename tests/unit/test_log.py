@@ -97,3 +97,42 @@ def test_control_characters_and_undecodable_bytes_are_written_out(
     expected = r"a\udcff\x1b[31m\x0db\x07"
     assert expected in (tmp_path / "run.log").read_text()
     assert capsys.readouterr().out.count(expected) == 2
+
+
+@pytest.mark.parametrize("what", ["distill", "features ViT-bigG-14/laion2b_s39b_b160k imagenet1k"])
+@pytest.mark.parametrize("total", [9, 400_000_000])
+@pytest.mark.parametrize(
+    "note", ["", "loss 3.21, clip 2.1, cluster_cls 1.02, cluster_kl 0.4, instance_image 3.3, lr 1e-3"]
+)
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_bar_count_and_time_left_are_shown_whatever_the_note(
+    monkeypatch: pytest.MonkeyPatch, what: str, total: int, note: str, width: int
+):
+    shown, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr(log, "_console", Console(file=shown, force_terminal=True, width=width))
+    monkeypatch.setattr(log, "_logger", logging.Logger("as if new"))
+    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
+    log.setup()
+    with log.progress(what, total) as bar:
+        clock[0] = 120.0  # slower than the seconds in which a speed is usually measured
+        bar.advance(total // 3, note=note)
+
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())
+    last = [line for line in re.split(r"[\r\n]+", plain) if line.strip()][-1]
+    assert len(last) <= width
+    assert f"{total // 3:,}/{total:,}" in last
+    assert "0:04:00 left" in last
+    assert "━" * 4 in last
+    assert what[:15] in last
+    if width == 200:
+        assert note[:50] in last
+
+
+def test_the_time_left_is_not_told_before_there_is_a_speed(monkeypatch: pytest.MonkeyPatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(log, "_console", Console(file=shown, force_terminal=True, width=80))
+    monkeypatch.setattr(log, "_logger", logging.Logger("as if new"))
+    log.setup()
+    with log.progress("embed", 10, start=5) as bar:
+        bar.advance(0, note="reading")
+    assert "-:--:-- left" in shown.getvalue()

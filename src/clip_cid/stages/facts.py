@@ -48,12 +48,21 @@ class Stage:
     """It builds upon its earlier results, also those of other settings."""
     extras: Callable[[Recipe], tuple[str, ...]] = lambda recipe: ()
     """The optional parts of the package that its work needs."""
+    machine: tuple[str, ...] = ()
+    """The settings of `machine` that concern its work; `threads` concerns that of all."""
     joint: bool = False
     """Several processes of torchrun can share it."""
 
     @property
     def name(self) -> str:
         return self.summary.stage
+
+    def concerns(self, setting: str) -> bool:
+        """Whether a setting, such as `distill.lr`, decides its result or is of its work."""
+        section, _, name = setting.partition(".")
+        if section == "machine":
+            return name == "threads" or name in self.machine
+        return section in self.sections and (not self.only or setting in self.only)
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """The settings its result depends on, by section, as plain values; views, if there are any, beside them."""
@@ -171,6 +180,7 @@ STAGES = (
         resumable=True,
         costly=True,
         extras=_extras_of_embed,
+        machine=("device", "workers", "embed_batch", "cache_dir"),
     ),
     Stage(
         summaries.BalanceSummary,
@@ -181,6 +191,7 @@ STAGES = (
         outside=_outside_balance,
         resumable=True,
         grows=True,
+        machine=("device", "balance_processes", "cache_dir"),
     ),
     Stage(
         summaries.ClusterSummary,
@@ -191,6 +202,7 @@ STAGES = (
         outside=_outside_cluster,
         resumable=True,
         costly=True,
+        machine=("device",),
     ),
     Stage(
         summaries.TextsSummary,
@@ -202,6 +214,7 @@ STAGES = (
         resumable=True,
         costly=True,
         extras=_needs(extras.DISTILL),
+        machine=("device", "embed_batch"),
     ),
     Stage(
         summaries.DistillSummary,
@@ -214,6 +227,18 @@ STAGES = (
         costly=True,
         joint=True,
         extras=_needs(extras.DISTILL),
+        machine=(
+            "device",
+            "workers",
+            "micro_batch",
+            "grad_checkpointing",
+            "compile",
+            "checkpoint_minutes",
+            "keep_checkpoints",
+            "tensorboard",
+            "callbacks",
+            "cache_dir",
+        ),
     ),
     Stage(
         summaries.EvaluateSummary,
@@ -224,6 +249,7 @@ STAGES = (
         outside=_outside_evaluate,
         resumable=True,
         extras=_needs(extras.EVALUATE),
+        machine=("device", "workers", "embed_batch", "cache_dir"),
     ),
     Stage(
         summaries.DrawSummary,
@@ -232,6 +258,7 @@ STAGES = (
         verifies=(BALANCE, CLUSTER, DISTILL, EVALUATE),
         version=5,
         extras=_needs(extras.DISTILL, extras.REPORT),
+        machine=("device", "distance_block", "cache_dir"),
     ),
     Stage(
         summaries.ReportSummary,
@@ -240,6 +267,7 @@ STAGES = (
         verifies=(BALANCE, CLUSTER, DISTILL, EVALUATE, DRAW),
         version=3,
         extras=_needs(extras.DISTILL, extras.REPORT),
+        machine=("cache_dir",),
     ),
 )
 """In the order in which they run."""

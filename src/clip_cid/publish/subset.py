@@ -49,7 +49,13 @@ MANIFEST, KEYS_TEXT, KEYS_TABLE, SHARDS = "manifest.json", "keys.txt", "keys.par
 _FORMAT, _VERSION = "clip-cid subset", 1
 _JOURNAL = "finished.jsonl"  # in the folder of the shards, while they are being written
 _LINES_AT_ONCE = 100_000
-_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
+_MAGIC = {
+    b"\xff\xd8\xff": "jpg",
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"GIF8": "gif",
+    b"\0\0\0\x0cjP  ": "jp2",
+    b"\xff\x4f\xff\x51": "j2k",
+}
 
 File = tuple[str, bytes]
 """A member of a tar: name and contents."""
@@ -454,5 +460,7 @@ def image_extension(name: str, image: bytes) -> str:
         return own
     if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
         return "webp"
+    if image[4:8] == b"ftyp" and image[8:12] in (b"avif", b"avis"):
+        return "avif"
     known = next((extension for magic, extension in _MAGIC.items() if image.startswith(magic)), None)
     return known or (own if own.isalnum() and own.isascii() else "image")

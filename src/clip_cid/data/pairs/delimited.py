@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from clip_cid.data.pairs.images import EXTENSIONS
+
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 _QUOTE = '"'
@@ -19,7 +21,7 @@ _BODY = {"doubled": re.compile(r'(?:[^"]|"")*'), "escaped": re.compile(r'(?:[^"\
 """What may follow an opening quote on a line, up to the closing quote or the end of the line."""
 
 _LONGEST = 1 << 24  # characters of a line or a quoted value: no caption is as long, and memory is bounded
-_IMAGE_NAME = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|ppm)\Z", re.IGNORECASE)
+_IMAGE_NAME = re.compile(rf"\.({'|'.join(EXTENSIONS)})\Z", re.IGNORECASE)
 _DIGITS = re.compile(r"\d+")
 _UTF8_MARK = "\xef\xbb\xbf"  # in Latin-1, in which lines are held
 _UTF16_MARKS = ("\xff\xfe", "\xfe\xff")

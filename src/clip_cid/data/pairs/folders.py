@@ -2,7 +2,7 @@
 
 import collections
 import os
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from clip_cid.data.pairs.format import (
     Scan,
     Source,
 )
-from clip_cid.data.pairs.pair import Pair
+from clip_cid.data.pairs.images import EXTENSIONS
+from clip_cid.data.pairs.pair import NO_CAPTION, Pair
 from clip_cid.data.pairs.sample_parts import (
     IMAGE_EXTENSIONS,
-    NO_CAPTION,
     clean_captions,
     key_hash,
     read_file,
@@ -31,7 +31,7 @@ from clip_cid.data.pairs.sample_parts import (
 from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
 
-_OTHER_IMAGES = {".gif", ".bmp", ".tif", ".tiff", ".jfif", ".jpe", ".avif", ".heic", ".heif", ".ppm", ".pgm", ".jp2"}
+_OTHER_IMAGES = {".heic", ".heif", ".jxl", ".svg"}
 
 
 class Folders(PairFormat):
@@ -131,7 +131,9 @@ def _list_folder(path: Path) -> _Listing:
         raise DataError(f"{path}: cannot be listed ({error}).", fix="Check its permissions.") from error
 
     listed: list[_ListedImage] = []
-    for image in sorted(images):
+    beside = _beside_another(images)
+    others.update(os.path.splitext(image)[1].lower() for image in beside)
+    for image in sorted(images.keys() - beside):
         caption_file = os.path.splitext(image)[0] + ".txt"
         has_caption = caption_file in texts
         stats = [images[image], *([texts[caption_file]] if has_caption else [])]
@@ -146,6 +148,13 @@ def _list_folder(path: Path) -> _Listing:
 
     used = {file.caption_file for file in listed}
     return _Listing(listed, linked, sorted(text for text in texts if text not in used), others)
+
+
+def _beside_another(images: Collection[str]) -> set[str]:
+    """Images of further types, such as previews, beside one of the same name that open_clip would take."""
+    usual = {stem for stem, suffix in map(os.path.splitext, images) if suffix.lower()[1:] in IMAGE_EXTENSIONS}
+    names = ((image, *os.path.splitext(image)) for image in images)
+    return {image for image, stem, suffix in names if stem in usual and suffix.lower()[1:] not in IMAGE_EXTENSIONS}
 
 
 def _walk(
@@ -168,7 +177,7 @@ def _walk(
                 linked += _walk(root, name + "/", images, texts, others)
             elif entry.is_dir():
                 linked += 1
-            elif suffix.removeprefix(".") in IMAGE_EXTENSIONS and (entry.is_file() or entry.is_symlink()):
+            elif suffix.removeprefix(".") in EXTENSIONS and (entry.is_file() or entry.is_symlink()):
                 # A link to nowhere keeps its row and is counted as a broken image.
                 images[name] = entry.stat(follow_symlinks=entry.is_file())
             elif suffix == ".txt" and entry.is_file():
@@ -188,10 +197,18 @@ def _refuse_other_sources(name: str, listing: _Listing) -> None:
             )
 
 
+def _is_image(suffix: str) -> bool:
+    return suffix in _OTHER_IMAGES or suffix.removeprefix(".") in EXTENSIONS
+
+
 def _warn_of_files_left_out(path: Path, listing: _Listing) -> None:
-    if pictures := {suffix: count for suffix, count in listing.others.items() if suffix in _OTHER_IMAGES}:
+    pictures = {suffix: count for suffix, count in listing.others.items() if _is_image(suffix)}
+    if pictures:
         types = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(pictures.items()))
-        log.warn(f"{path}: images of other types than .{', .'.join(IMAGE_EXTENSIONS)} are left out: {types}")
+        log.warn(
+            f"{path}: images of types that are not read, or beside one of the same name, are left out: {types} (read are"
+            f" .{', .'.join(EXTENSIONS)})"
+        )
     if listing.linked_folders:
         log.warn(f"{path}: {listing.linked_folders:,} linked folders are not followed; name them in pairs.source")
     if listing.texts_alone:

@@ -13,9 +13,15 @@ from PIL import Image, ImageFile, TiffImagePlugin
 
 from clip_cid.data.pairs.pair import BadSample
 
-# Raster formats only: Pillow opens many more, and hands PostScript to an outside program.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Raster formats that begin with a mark of their own: Pillow opens many more, takes any bytes for some of them, and hands
+# PostScript to an outside program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI")
 
+EXTENSIONS = (
+    *("jpg", "png", "jpeg", "webp"),
+    *("avif", "bmp", "gif", "j2k", "jfif", "jp2", "jpe", "jpx", "pgm", "ppm", "qoi", "tif", "tiff"),
+)
+"""Of files that are images, in small letters. A sample with several has the first: those of open_clip, in its order."""
 
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _NARROWEST = 4_000  # the longer side over the shorter: at 224 pixels, three times the usual `max_pixels`

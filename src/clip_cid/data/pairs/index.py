@@ -18,14 +18,15 @@ from jaxtyping import Int64, UInt64
 from clip_cid import log
 from clip_cid.data.pairs import sources
 from clip_cid.data.pairs.format import EmptySourceError, LocalSource, PairFormat, Source
-from clip_cid.data.pairs.pair import DUPLICATE
-from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS, NO_CAPTION, key_hash
+from clip_cid.data.pairs.images import EXTENSIONS
+from clip_cid.data.pairs.pair import DUPLICATE, NO_CAPTION
+from clip_cid.data.pairs.sample_parts import key_hash
 from clip_cid.errors import DataError
 from clip_cid.open_files import KeptOpen
 from clip_cid.recipe import PairsConfig
 from clip_cid.run_folder import atomic_file
 
-_VERSION = 2  # raise it when the same source would give another index
+_VERSION = 3  # raise it when the same source would give another index
 _OPEN_FILES = 128
 _CHECKSUM_BYTES = 4
 _ROWS_PER_PASS = 1 << 24  # the search for duplicates holds about 50 bytes for each of so many rows
@@ -159,7 +160,7 @@ def _not_empty(batches: Iterable[pa.RecordBatch], source: Source) -> Generator[p
     if empty:
         raise EmptySourceError(
             f"{source.name}: an empty {source.format.kind}, without a single pair.",
-            fix=f"Give sources that hold images (.{', .'.join(IMAGE_EXTENSIONS)}) with captions.",
+            fix=f"Give sources that hold images (.{', .'.join(EXTENSIONS)}) with captions.",
         )
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 DUPLICATE = "duplicate key"
 """How the reason of a sample with the key of an earlier one begins."""
+NO_CAPTION = "no caption"
+"""How the problem of a sample begins that lacks nothing but a caption."""
 
 
 class BadSample(Exception):
@@ -27,6 +29,8 @@ def remedy(reason: str) -> str:
             "set pairs.key_prefix: shard if keys repeat from one shard to the next, pairs.repeated_rows: merge if a"
             " table has a row for each caption, or pairs.key_column to a column without repetition"
         )
+    if reason.startswith(NO_CAPTION):
+        return "set pairs.captions: optional if images alone are enough"
     return "repair the pairs"
 
 

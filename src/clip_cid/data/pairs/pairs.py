@@ -16,7 +16,7 @@ from jaxtyping import Int64
 
 from clip_cid.data.pairs.format import Member
 from clip_cid.data.pairs.index import IndexedSource, PairIndex, index_sources
-from clip_cid.data.pairs.pair import BadSample, Pair, reason_kind
+from clip_cid.data.pairs.pair import NO_CAPTION, BadSample, Pair, reason_kind, remedy
 from clip_cid.data.pairs.sources import cache_folder, find_sources
 from clip_cid.errors import DataError
 from clip_cid.file_digests import digest, file_state
@@ -166,11 +166,12 @@ def open_pairs(settings: PairsConfig, *, index: Path | None = None, cache_dir: P
     known_bad = rows.known_bad(index, captions_are_optional=settings.captions_are_optional)
     if len(known_bad) == len(rows):
         row, reason = next(iter(known_bad.items()))
+        alone = f"; {remedy(reason)}" if reason.startswith(NO_CAPTION) else ""
         raise DataError(
             f"{', '.join(settings.source)}: none of the {len(rows):,} samples can be used; the first,"
             f" {rows.key(row)!r}: {reason}.",
             fix="An image and its caption share their name up to the extension; in a tar they follow each other"
-            " (tar --sort=name).",
+            f" (tar --sort=name){alone}.",
         )
     return Pairs(settings, rows, known_bad)
 

@@ -10,11 +10,8 @@ from typing import Any
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.errors import DataError
 
-NO_CAPTION = "no caption"
-"""How the problem of a sample begins that lacks nothing but a caption."""
-
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
-"""In the order of open_clip: the first that a sample has is its image."""
+"""Those that open_clip reads from tars, in its order."""
 
 _UNREADABLE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}
 

@@ -15,7 +15,7 @@ import pyarrow.parquet
 from clip_cid import log, units
 from clip_cid.data.pairs.delimited import DELIMITERS, TableFault, find_header, find_reading, records
 from clip_cid.data.pairs.format import COMMON_COLUMNS, SHARD_ROWS, LocalSource, PairFormat, Scan
-from clip_cid.data.pairs.pair import Pair
+from clip_cid.data.pairs.pair import NO_CAPTION, Pair
 from clip_cid.data.pairs.parquet_images import (
     COLUMNS,
     Inside,
@@ -24,7 +24,7 @@ from clip_cid.data.pairs.parquet_images import (
     read_image,
     warn_of_large_pages,
 )
-from clip_cid.data.pairs.sample_parts import NO_CAPTION, clean_captions, field_text, key_hash, read_file, readable_key
+from clip_cid.data.pairs.sample_parts import clean_captions, field_text, key_hash, read_file, readable_key
 from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
 

@@ -13,12 +13,11 @@ from typing import Any
 import pyarrow as pa
 
 from clip_cid.data.pairs.format import COMMON_COLUMNS, EmptySourceError, LocalSource, Member, PairFormat, Scan
+from clip_cid.data.pairs.images import EXTENSIONS
 from clip_cid.data.pairs.indexed_files import bytes_at
-from clip_cid.data.pairs.pair import BadSample, Pair
+from clip_cid.data.pairs.pair import NO_CAPTION, BadSample, Pair
 from clip_cid.data.pairs.plain_tar import FETCH_AGAIN, plain_files
 from clip_cid.data.pairs.sample_parts import (
-    IMAGE_EXTENSIONS,
-    NO_CAPTION,
     clean_captions,
     field_text,
     key_hash,
@@ -143,10 +142,10 @@ def _samples(path: Path, name: str) -> Generator[tuple[str, dict[str, tarfile.Ta
 def _row(name: str, members: dict[str, tarfile.TarInfo]) -> dict[str, object]:
     """A sample's row of the index."""
     key, problem = readable_key(name.encode(errors="surrogateescape"))
-    image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+    image = next((members[extension] for extension in EXTENSIONS if extension in members), None)
     text, described = members.get("txt"), members.get("json")
     if image is None:
-        problem = f"no image (.{', .'.join(IMAGE_EXTENSIONS)})"
+        problem = f"no image (.{', .'.join(EXTENSIONS)})"
     elif text is None and described is None:
         problem = problem or f"{NO_CAPTION} (.txt or .json)"
 

@@ -17,9 +17,6 @@ from clip_cid.data.pairs.pair import BadSample
 from clip_cid.errors import DataError
 from clip_cid.file_digests import sha256_file
 
-IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
-"""Names of files that `decode_image` is asked to read."""
-
 
 @runtime_checkable
 class Images(Protocol):

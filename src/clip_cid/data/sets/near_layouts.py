@@ -5,8 +5,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from clip_cid.data.pairs.images import EXTENSIONS
 from clip_cid.data.sets.known_sets import few
-from clip_cid.data.sets.labelled_images import IMAGE_TYPES
 
 _SPLITS = ("train", "val", "test")
 _OTHER_NAMES = ("validation", "valid", "testing", "tests", "eval", "evaluation", "dev", "val")
@@ -139,4 +139,4 @@ def _two_levels(root: Path) -> Iterator[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower().removeprefix(".") in IMAGE_TYPES
+    return path.suffix.lower().removeprefix(".") in EXTENSIONS

@@ -123,8 +123,9 @@ def test_a_json_without_captions_is_none(tmp_path: Path):
 
 def test_images_alone_are_pairs(tmp_path: Path):
     source = write_folder(tmp_path / "pairs", dict.fromkeys("abc"))
-    with pytest.raises(DataError, match="none of the 3 samples can be used"):
+    with pytest.raises(DataError, match="none of the 3 samples can be used") as error:
         opened(source, optional=False)
+    assert "set pairs.captions: optional if images alone are enough" in error.value.fix
     assert len(opened(source, optional=True)) == 3
 
 

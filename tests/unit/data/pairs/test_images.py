@@ -46,6 +46,9 @@ MODES = {
     "GIF": ("L", "P"),
     "BMP": ("RGB", "L", "P", "RGBA", "1"),
     "TIFF": ("RGB", "L", "P", "RGBA", "LA", "CMYK", "1"),
+    "AVIF": ("RGB", "RGBA", "L"),
+    "JPEG2000": ("RGB", "L", "RGBA", "LA"),
+    "QOI": ("RGB", "RGBA"),
 }
 
 
@@ -98,6 +101,7 @@ SIXTEEN_BITS = {
     "TIFF": lambda: encoded(Image.fromarray(GRAY), "TIFF"),
     "packed TIFF": lambda: encoded(Image.fromarray(GRAY), "TIFF", compression="tiff_lzw"),
     "big-endian TIFF": lambda: big_endian_tiff(GRAY),
+    "JPEG 2000": lambda: encoded(Image.fromarray(GRAY), "JPEG2000"),
     "PGM": lambda: b"P5\n35 34\n65535\n" + GRAY.astype(">u2").tobytes(),
     "plain PGM": lambda: b"P2\n35 34\n65535\n" + " ".join(map(str, GRAY.ravel())).encode(),
 }

@@ -29,6 +29,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import TarWriter
 
 from clip_cid.data.pairs import index, tables, tars
+from clip_cid.data.pairs.images import EXTENSIONS
 from clip_cid.data.pairs.index import duplicate_keys
 from clip_cid.data.pairs.pair import BadSample, Pair
 from clip_cid.data.pairs.pairs import Pairs, fingerprint, open_pairs
@@ -941,10 +942,36 @@ def test_what_a_folder_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCapt
     assert "1 .txt files have no image of their name beside them, such as 'README.txt'" in caplog.text
 
 
-def test_images_of_other_types_in_a_folder_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files = {"a.jpg": b"a", "a.txt": b"a", "b.bmp": b"b", "c/d.BMP": b"d", "e.tiff": b"e", "notes.md": b""}
+def test_images_of_types_that_are_not_read_in_a_folder_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {"a.jpg": b"a", "a.txt": b"a", "b.heic": b"b", "c/d.HEIC": b"d", "e.svg": b"e", "notes.md": b""}
     assert len(open_pairs(config(make_folder(tmp_path / "f", files)))) == 1
-    assert "images of other types than .jpg, .png, .jpeg, .webp are left out: 2 .bmp, 1 .tiff" in caplog.text
+    assert "images of types that are not read, or beside one of the same name, are left out: 2 .heic, 1 .svg" in (
+        caplog.text
+    )
+
+
+def test_every_type_of_image_that_can_be_decoded_is_one_in_a_folder_and_in_a_tar(tmp_path: Path) -> None:
+    files = {f"{kind}.{kind}": kind.encode() for kind in EXTENSIONS}
+    captions = {f"{kind}.txt": b"x" for kind in EXTENSIONS}
+    folder = make_folder(tmp_path / "f", files | captions)
+    tar = write_tar(tmp_path / "t.tar", sorted([*files.items(), *captions.items()]))
+    for source in (folder, tar):
+        pairs = open_pairs(config(source))
+        assert [pairs.read(row).image.decode() for row in range(len(pairs))] == sorted(EXTENSIONS)
+
+
+def test_an_image_of_open_clips_types_is_taken_before_others_of_its_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {"a.gif": b"preview", "a.jpg": b"image", "a.txt": b"x", "b.avif": b"alone", "b.txt": b"x"}
+    folder = make_folder(tmp_path / "f", files)
+    tar = write_tar(tmp_path / "t.tar", list(files.items()))
+    for source in (folder, tar):
+        pairs = open_pairs(config(source))
+        assert [pairs.read(row).image for row in range(len(pairs))] == [b"image", b"alone"]
+    assert "beside one of the same name, are left out: 1 .gif" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["x/0.tar", "0.parquet", "a/b/0.csv"])

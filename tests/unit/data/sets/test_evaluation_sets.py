@@ -261,7 +261,7 @@ def test_other_files_in_a_class_folder_are_said(tmp_path: Path, caplog: pytest.L
     (root / "test" / "red_thing" / ".hidden").write_text("")
     with caplog.at_level(logging.WARNING, "clip_cid"):
         assert len(opened(root).split("test")) == 6
-    assert "1 files are not .jpg, .jpeg, .png, .webp" in caplog.text
+    assert "1 files are not .jpg, .png, .jpeg, .webp" in caplog.text
 
 
 def test_the_fingerprint_changes_with_the_files_and_not_with_the_reader(tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ from scipy.io import savemat
 from set_layouts import Painter, class_shown, keys_of
 from tiny_sets import COLORS, folder_set, image, tar_set
 
-from clip_cid.data.pairs.images import decode_image
+from clip_cid.data.pairs.images import EXTENSIONS, decode_image
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, open_set
-from clip_cid.data.sets.labelled_images import IMAGE_TYPES
 from clip_cid.errors import DataError
 
 WNIDS = keys_of("imagenet")
@@ -37,15 +36,14 @@ def refused(root: Path, name: str = "mine") -> str:
 # --- Images of every type that is decoded ---
 
 
-@pytest.mark.parametrize("suffix", IMAGE_TYPES)
+@pytest.mark.parametrize("suffix", EXTENSIONS)
 def test_images_of_every_type_are_read(suffix: str, tmp_path: Path) -> None:
-    formats = {"jpg": "jpeg", "tif": "tiff", "pgm": "ppm"}
     root = folder_set(tmp_path, splits=("test",))
     for name, color in COLORS.items():
         for old in (root / "test" / name).iterdir():
             old.unlink()
         picture = Image.new("L" if suffix == "pgm" else "RGB", (8, 8), color[0] if suffix == "pgm" else color)
-        picture.save(root / "test" / name / f"a.{suffix.upper()}", formats.get(suffix, suffix))
+        picture.save(root / "test" / name / f"a.{suffix.upper()}", Image.registered_extensions()[f".{suffix}"])
     test = opened(root).split("test")
     assert len(test) == 3
     for row in range(3):

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip_cid import log
+from clip_cid.data.pairs.images import EXTENSIONS
 from clip_cid.data.sets.known_sets import few, load_prompts
-from clip_cid.data.sets.labelled_images import IMAGE_TYPES, LabelledImages
+from clip_cid.data.sets.labelled_images import LabelledImages
 from clip_cid.data.sets.readers.class_list import names_beside
 from clip_cid.data.sets.readers.contract import Request, SetFiles
 from clip_cid.data.sets.readers.layout_parts import (
@@ -167,11 +168,11 @@ def split_of_folders(request: Request, split: str, folder: Path, classes: Sequen
         raise DataError(
             f"{folder}: none of {len(others):,} files in the class folders is an image of a known type"
             f" ({few(sorted({Path(file).suffix or file for file in others}))}).",
-            fix=f"Images are read from .{', .'.join(IMAGE_TYPES)}, directly in the folder of their class.",
+            fix=f"Images are read from .{', .'.join(EXTENSIONS)}, directly in the folder of their class.",
         )
     if others:
         log.warn(
-            f"{request.title(split)}: {len(others):,} files are not .{', .'.join(IMAGE_TYPES)} and are left out, "
+            f"{request.title(split)}: {len(others):,} files are not .{', .'.join(EXTENSIONS)} and are left out, "
             f"the first {folder / others[0]}"
         )
     return request.files(split, folder, files, labels)

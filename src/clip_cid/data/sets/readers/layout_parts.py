@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from clip_cid.data.pairs.images import EXTENSIONS
 from clip_cid.data.sets.known_sets import KnownSet, few, load_prompts, spelled
-from clip_cid.data.sets.labelled_images import IMAGE_TYPES, CroppedImages, LabelledImages
+from clip_cid.data.sets.labelled_images import CroppedImages, LabelledImages
 from clip_cid.errors import DataError
 
 AGAIN = "Unpack or copy the set again."
@@ -76,7 +77,7 @@ def images_in(folder: Path, name: str) -> tuple[list[str], list[str]]:
     for path in sorted((folder / name).iterdir()):
         if path.name.startswith("."):
             continue
-        known = path.suffix.lower().removeprefix(".") in IMAGE_TYPES
+        known = path.suffix.lower().removeprefix(".") in EXTENSIONS
         (files if known else others).append(f"{name}/{path.name}")
     return files, others
 

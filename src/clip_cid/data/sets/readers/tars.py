@@ -5,8 +5,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from clip_cid.data.pairs.images import EXTENSIONS
 from clip_cid.data.pairs.plain_tar import plain_files
-from clip_cid.data.sets.labelled_images import IMAGE_TYPES, LabelledImages, Member, TarImages
+from clip_cid.data.sets.labelled_images import LabelledImages, Member, TarImages
 from clip_cid.data.sets.readers.contract import Request, SetFiles
 from clip_cid.data.sets.readers.layout_parts import lines
 from clip_cid.errors import DataError
@@ -114,7 +115,7 @@ def _samples(path: Path) -> list[tuple[str, Member, int]]:
         folder, _, file = member.name.removeprefix("./").rpartition("/")
         stem, _, suffix = file.partition(".")
         key = f"{folder}/{stem}" if folder else stem
-        kind = images if suffix.lower() in IMAGE_TYPES else labels if suffix == "cls" else None
+        kind = images if suffix.lower() in EXTENSIONS else labels if suffix == "cls" else None
         if kind is None:
             continue  # side files, such as the .json of some exports
         if key in kind:

@@ -1,12 +1,14 @@
 """A training so small that a step takes milliseconds."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 import torch.distributed as dist
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
@@ -237,6 +239,27 @@ def make_trainer(
     plan = Plan(steps=steps, key="tiny", max_bad_share=max_bad_share)
     how = MachineConfig.model_validate({"tensorboard": "off", "checkpoint_minutes": minutes, **machine})
     return Trainer(model, batches, settings, plan, out=out, ranks=ranks, machine=how, validation=validation)
+
+
+class _PowerCut(BaseException):
+    """Nothing that the product catches."""
+
+
+@contextmanager
+def power_cut(step: int) -> Iterator[None]:
+    """Each training within ends before this step (the first is 0), with a checkpoint of that moment."""
+    train_step = Trainer._train_step
+
+    def interrupted(self: Trainer, batch: Batch) -> Any:
+        if self.step == step:
+            self._save()
+            raise _PowerCut
+        return train_step(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", interrupted)
+        with pytest.raises(_PowerCut):
+            yield
 
 
 def make_model(settings: DistillConfig, *, patch_dropout: float = 0.0, ranks: Ranks = ALONE) -> Distillation:

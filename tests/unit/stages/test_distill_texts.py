@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_distill import DIM, STUDENT, write_pairs
+from tiny_training import power_cut
 
 from clip_cid import pipeline
 from clip_cid.check import check
@@ -22,7 +23,6 @@ from clip_cid.models.student import build_student
 from clip_cid.recipe import Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.training.assemble import prepare
-from clip_cid.training.loop import Trainer
 from clip_cid.training.ranks.distributed import ALONE
 
 TEXT = {"context_length": 10, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
@@ -114,19 +114,8 @@ def test_a_killed_training_resumes_exactly(place: Path, tmp_path: Path) -> None:
     settings = recipe(place, embed=existing(place), validation={"share": 0.3, "every": 6, "keep": "best"})
     whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
     pipeline.run(whole, settings)
-    with pytest.MonkeyPatch.context() as patch:
-        step = Trainer._train_step
-
-        def until_the_third(self: Trainer, batch: Any) -> Any:
-            if self.step == 2:
-                raise KeyboardInterrupt
-            measured = step(self, batch)
-            self._save() if self.step == 1 else None
-            return measured
-
-        patch.setattr(Trainer, "_train_step", until_the_third)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.run(killed, settings)
+    with power_cut(2):
+        pipeline.run(killed, settings)
     pipeline.run(killed, settings)
     weights = [(one.path / "distill/student/open_clip_model.safetensors").read_bytes() for one in (whole, killed)]
     assert weights[0] == weights[1]

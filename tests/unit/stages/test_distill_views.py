@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_training import power_cut
 
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
@@ -18,7 +19,6 @@ from clip_cid.run_folder import RunFolder
 from clip_cid.stages import distill
 from clip_cid.training import assemble
 from clip_cid.training.join import distilled_pairs
-from clip_cid.training.loop import Trainer
 
 COUNT, DIM, CENTERS = 20, 16, 6
 STUDENT = {
@@ -138,21 +138,11 @@ def test_one_view_of_the_whole_image_trains_the_same_student_as_no_views(case: C
 
 @pytest.mark.slow
 @pytest.mark.resume
-def test_a_killed_training_on_views_gives_the_same_student(case: Case, monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_training_on_views_gives_the_same_student(case: Case):
     views = Views(3, 0.3)
     whole = case.run("run", views, out="whole")
-    train_step = Trainer._train_step
-
-    def interrupted(self: Trainer, batch: Any) -> Any:
-        if self.step == 5:
-            self._save()
-            raise OSError("power cut")
-        return train_step(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", interrupted)
-        with pytest.raises(OSError, match="power cut"):
-            case.run("run", views)
+    with power_cut(5):
+        case.run("run", views)
     assert case.run("run", views) == whole
     assert case.run("other", Views(2, 0.3)) != whole
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_training import power_cut
 
 from clip_cid.data.embeddings.caption_rows import CaptionRows
 from clip_cid.data.embeddings.store import EmbeddingStore
@@ -20,7 +21,6 @@ from clip_cid.run_folder import RunFolder
 from clip_cid.stages import cluster, distill
 from clip_cid.summaries import as_json
 from clip_cid.training.assemble import prepare
-from clip_cid.training.loop import Trainer
 from clip_cid.training.ranks.distributed import ALONE
 
 COUNT, DIM = 24, 16
@@ -239,23 +239,13 @@ def test_a_caption_has_the_label_of_its_own_embedding(case: Case, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.resume
-def test_a_training_with_clusters_of_texts_is_resumed_exactly(case: Case, monkeypatch: pytest.MonkeyPatch):
+def test_a_training_with_clusters_of_texts_is_resumed_exactly(case: Case):
     case.cluster()
     changes = {"weights": WEIGHTS, "head_perplexity": 2.0, "sample_rate": 0.75, "head_lr": 1e-4, "log_every": 1}
     whole = case.train("whole", **changes)
     assert {f"loss/{name}" for name in WEIGHTS} <= whole.keys()
-    train_step = Trainer._train_step
-
-    def interrupted(self: Trainer, batch: Any) -> Any:
-        if self.step == 3:
-            self._save()
-            raise OSError("power cut")
-        return train_step(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", interrupted)
-        with pytest.raises(OSError, match="power cut"):
-            case.train("cut", **changes)
+    with power_cut(3):
+        case.train("cut", **changes)
     saved = torch.load(next((case.folder.path / "cut" / "checkpoints").glob("*.pt")), weights_only=True)
     assert not [name for name in saved["parts"]["model"] if "text_head" in name]
     case.train("cut", **changes)

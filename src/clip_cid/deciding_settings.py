@@ -59,6 +59,8 @@ def deciding(settings: Settings) -> dict[str, Any]:
     """A copy of the sections without what does not decide their results."""
     sections: dict[str, Any] = copy.deepcopy(dict(settings))
     for name, values in sections.items():
+        if not isinstance(values, dict):
+            continue  # views are a text beside the sections
         _leave_out_added(name, values)
         for setting in (*_overruled(name, values), *_WITHOUT_EFFECT.get(name, ())):
             values.pop(setting, None)

@@ -18,6 +18,7 @@ from clip_cid.made_from import different_settings
 from clip_cid.older_records import inputs_then
 from clip_cid.recipe import Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder
+from clip_cid.stages.facts import Stage
 from clip_cid.summaries import (
     BalanceSummary,
     ClusterSummary,
@@ -561,6 +562,17 @@ def test_equal_footprints_are_equal_keys(tmp_path: Path, ran: list[str]):
         keys = [record.key for f, _ in users if (record := f.record(stage.name)) is not None]
         prints = [pipeline.footprint(stage, p) for _, p in users]
         assert [keys.index(key) for key in keys] == [prints.index(mark) for mark in prints]
+
+
+@pytest.mark.parametrize("stage", pipeline.STAGES, ids=lambda stage: stage.name)
+def test_every_stage_has_settings_that_decide_with_all_ways_beyond_the_paper(stage: Stage):
+    """Also what is no section: views are a text beside them."""
+    beyond = recipe(
+        embed={"views": 2},
+        cluster={"texts": True},
+        distill={"texts": ["lines.txt"], "weights": {"cosine_text": 1.0, "text_cluster_kl": 1.0}, "labels": 2},
+    )
+    assert pipeline.footprint(stage, beyond) != pipeline.footprint(stage, recipe())
 
 
 def test_a_stage_reads_no_section_it_is_not_keyed_by():

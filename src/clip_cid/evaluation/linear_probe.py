@@ -16,6 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
+from clip_cid import units
 from clip_cid.data.sets.known_sets import MetricName
 from clip_cid.evaluation.metrics import accuracy, per_class
 from clip_cid.method.array_likes import ArrayLike, as_array
@@ -67,6 +68,22 @@ class ProbeResult:
     final_converged: bool
     n_train: int
     """Images of the final fit, validation included."""
+
+    def __repr__(self) -> str:
+        return (
+            f"ProbeResult({self.metric} {units.percent(self.score)} of {len(self.correct):,} images; C = {self.C:.3g})"
+        )
+
+    def explain(self) -> str:
+        """In words how good the probe is, where it is worst, and how C was chosen."""
+        worst = int(np.nanargmin(self.per_class))
+        stopped = f" {units.counted(len(self.unconverged), 'fit')} stopped early." if self.unconverged else ""
+        return (
+            f"{units.percent(self.top1)} of {len(self.correct):,} test images are right"
+            f" ({units.percent(self.mean_per_class)} a class, on average); class {worst} is worst with"
+            f" {units.percent(float(self.per_class[worst]))}. Of {self.fits} values, C = {self.C:.3g} did best on the"
+            f" validation images ({self.validation}); the final fit has {self.n_train:,} images.{stopped}"
+        )
 
     @property
     def fits(self) -> int:

@@ -67,6 +67,10 @@ class EmbeddingStore:
         self._views = self._sharded("view")
         self._captions: dict[int, pa.Array] = {}
 
+    def __repr__(self) -> str:
+        kinds = "images and captions" if self.has_texts else "images"
+        return f"EmbeddingStore({str(self.path)!r}: {self.rows:,} rows of {kinds}, {self.dim:,} wide)"
+
     @classmethod
     def open(cls, path: Path | str) -> "EmbeddingStore":
         """Open a store and check that every file is there, whole, and of the right shape.

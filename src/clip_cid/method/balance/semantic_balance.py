@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt64
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import breadth_first_order
 
+from clip_cid import units
 from clip_cid.method.array_likes import ArrayLike
 from clip_cid.method.balance.array_store import ArrayStore
 from clip_cid.method.balance.forest import Forest
@@ -15,9 +18,10 @@ from clip_cid.method.balance.kept_rows import Keep, check_keep, keep_one_of_each
 from clip_cid.method.balance.known_pairs import KnownPairs
 from clip_cid.method.balance.near_pairs import RunTasks, near_forest
 from clip_cid.method.balance.pair_plan import Layout, Plan, lay_out
-from clip_cid.method.distances import LARGEST, Metric, threshold_for, threshold_on
+from clip_cid.method.distances import LARGEST, Metric, from_squared, threshold_for, threshold_on
 from clip_cid.method.unit_rows import Rows, UnitRows
 
+_MOST_NAMED = 10  # rows
 _LIKE_A_SIMILARITY = 0.5  # a cosine distance above this joins images that have little in common
 
 
@@ -40,9 +44,72 @@ class Balance:
     row_hashes: UInt64[np.ndarray, "rows 2"]
     """A digest of each row's stored bytes, by which a later balance recognizes it."""
 
+    def __repr__(self) -> str:
+        rows, share = len(self.set_of), units.percent(self.removed_share)
+        return (
+            f"Balance({len(self.kept):,} of {rows:,} rows kept, {share} removed; {self.metric} <= {self.threshold:g})"
+        )
+
+    @property
+    def removed(self) -> Int[np.ndarray, " removed"]:
+        """Rows removed, ascending, int64; `kept[set_of[removed]]` are those kept for them."""
+        return np.setdiff1d(np.arange(len(self.set_of)), self.kept)
+
     @property
     def removed_share(self) -> float:
         return 1 - len(self.kept) / len(self.set_of)
+
+    def explain(self, row: int | None = None) -> str:
+        """In words what was removed and why; of a row, whether it is kept and what links it to the one kept for it.
+
+        Raises:
+            ValueError: There is no such row.
+        """
+        rows = len(self.set_of)
+        if row is None:
+            return self._explain_all()
+        if not 0 <= row < rows:
+            raise ValueError(f"row must be in [0, {rows:,}), got {row:,}")
+
+        kept_for = int(self.kept[self.set_of[row]])
+        if kept_for != row:
+            links = ", ".join(
+                f"{left} and {right} at {distance:.4g}" for left, right, distance in self._way(row, kept_for)
+            )
+            return (
+                f"Row {row} is removed, and row {kept_for} is kept for it. What links them: {links}"
+                f" ({self.metric}, all at most {self.threshold:g})."
+            )
+        others = np.flatnonzero(self.set_of == self.set_of[row])
+        others = others[others != row]
+        if not len(others):
+            return f"Row {row} is kept, and none is removed for it."
+        named = ", ".join(map(str, others[:_MOST_NAMED])) + (", ..." if len(others) > _MOST_NAMED else "")
+        return f"Row {row} is kept, and {units.counted(len(others), 'row')} removed for it: {named}."
+
+    def _explain_all(self) -> str:
+        sizes = np.bincount(self.set_of)
+        several = units.counted(int((sizes > 1).sum()), "set")
+        return (
+            f"{len(self.kept):,} of {len(self.set_of):,} rows are kept; {len(self.removed):,} are removed"
+            f" ({units.percent(self.removed_share)}). They were in {several} of two rows or more, the largest of"
+            f" {sizes.max():,}. Rows at a {self.metric} distance of {self.threshold:g} or less are joined."
+        )
+
+    def _way(self, row: int, kept: int) -> list[tuple[int, int, float]]:
+        """The links of the forest from a row to the kept one of its set, with their distances."""
+        links = self.forest.links(self.squared_threshold)
+        left, right = self.forest.left[:links], self.forest.right[:links]
+        graph = coo_matrix((np.ones(links), (left, right)), shape=(self.forest.rows,) * 2).tocsr()
+        _, before = breadth_first_order(graph, kept, directed=False, return_predecessors=True)
+
+        way: list[tuple[int, int, float]] = []
+        while row != kept:
+            low, high = sorted((row, int(before[row])))
+            squared = self.forest.squared[:links][(left == low) & (right == high)]
+            way.append((row, int(before[row]), float(from_squared(squared, self.metric)[0])))
+            row = int(before[row])
+        return way
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int32
 
+from clip_cid import units
 from clip_cid.method.array_likes import ArrayLike
 from clip_cid.method.unit_rows import BLOCK_ROWS, Rows, UnitRows
 
@@ -37,10 +38,26 @@ class Clusters:
     """A dictionary a round, over the training sample: `objective` with the centers the round began with, `imbalance`
     (1 is even) and `empty` (centers that had no row, or whose rows cancel out, and were moved to another row)."""
 
+    def __repr__(self) -> str:
+        count, dim = self.centers.shape
+        return (
+            f"Clusters({count:,} centers of width {dim:,}, {len(self.labels):,} rows; objective {self.objective:.4g})"
+        )
+
     @property
     def empty(self) -> int:
         """Centers that are no row's nearest."""
         return len(self.centers) - len(np.unique(self.labels))
+
+    def explain(self) -> str:
+        """In words how large the clusters are, and how near their rows."""
+        sizes = np.bincount(self.labels, minlength=len(self.centers))
+        rounds = units.counted(len(self.history), "round")
+        return (
+            f"{len(self.labels):,} rows in {units.counted(len(sizes), 'cluster')} of {sizes.min():,} to {sizes.max():,}"
+            f" rows (median {np.median(sizes):g}); {self.empty:,} are empty. The mean squared distance of a row to its"
+            f" center is {self.objective:.4g}, a mean cosine of {1 - self.objective / 2:.4g}, after {rounds}."
+        )
 
 
 def spherical_kmeans(

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from clip_cid.method.distill.center_pass import (
@@ -48,7 +48,7 @@ def fused_cluster_loss(
     student: Float[Tensor, "batch dim"],
     teacher: Float[Tensor, "batch dim"],
     centers: Float[Tensor, "centers dim"],
-    labels: Int[Tensor, " batch"],
+    labels: Integer[Tensor, " batch"],
     *,
     scale: float,
     temperature: float = 1.0,
@@ -81,7 +81,8 @@ def fused_cluster_loss(
     for name, value in (("student", student), ("teacher", teacher), ("centers", centers), ("labels", labels)):
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}; torch.as_tensor makes one")
-    losses = cluster_losses(student, centers, labels, teacher=teacher, scale=scale, temperature=temperature)
+        _check_kind(name, value, student.device)
+    losses = cluster_losses(student, centers, labels.long(), teacher=teacher, scale=scale, temperature=temperature)
     return losses.cls, cast(Tensor, losses.kl)
 
 
@@ -262,6 +263,19 @@ class _FusedLosses(torch.autograd.Function):
             to_centers[block.columns] = product(slopes.T, student)
         reduce_over(settings.group, to_student, dist.ReduceOp.SUM)
         return to_student, to_centers, None, None, None
+
+
+def _check_kind(name: str, value: Tensor, device: torch.device) -> None:
+    """Rows of numbers or a number a row, dense, where the student is."""
+    if value.layout != torch.strided or value.device.type == "meta":
+        raise ValueError(f"{name} must be dense, got a tensor of {value.layout} on {value.device}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}, where student is, got {value.device}")
+    if name == "labels":
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"labels must be whole numbers, got {value.dtype}")
+    elif value.ndim != 2 or not value.is_floating_point():
+        raise ValueError(f"{name} must be rows of real numbers, got {value.dtype} of shape {tuple(value.shape)}")
 
 
 def _check(

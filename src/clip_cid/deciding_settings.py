@@ -28,8 +28,8 @@ _WITHOUT_EFFECT = {
     "distill": ("log_every", "skip_limit"),
 }
 _ADDED = {
-    "pairs": ("captions",),
-    "embed": ("views", "view_crop_scale"),
+    "pairs": ("captions", "key_field"),
+    "embed": ("views", "view_crop_scale", "match"),
     "cluster": ("texts", "num_text_centers"),
     "distill": (
         "per_cluster",

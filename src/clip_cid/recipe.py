@@ -147,6 +147,9 @@ class PairsConfig(Config):
     key_column: str | None = None
     """Table only: the column with a unique key. When absent: the image path, or for images inside a
     Parquet file without paths its name and the row (`train-00000/12`)."""
+    key_field: str | None = None
+    """Tars and folders: the json field with a unique key, such as DataComp's `uid`, in the .json of
+    each image. When absent, the name of the file is the key."""
     key_prefix: Literal["shard"] | None = None
     """shard puts the name of the tar, table or folder before the keys of its pairs (`00000/key`),
     for keys that repeat from one to the next."""
@@ -181,7 +184,8 @@ class PairsConfig(Config):
     @property
     def reading(self) -> dict[str, Any]:
         """The settings that decide what is read of given files, as plain values; one of later versions only if set."""
-        later = set[str]() if self.captions_are_optional else {"captions"}
+        unset = {"captions": not self.captions_are_optional, "key_field": self.key_field is None}
+        later = {name for name, is_unset in unset.items() if is_unset}
         return self.model_dump(mode="json", exclude={"source", "max_bad_share", "max_pixels", *later})
 
 
@@ -201,6 +205,9 @@ class EmbedConfig(Config):
     """Use these embeddings instead of computing them: a store of ours, a clip-retrieval or DataComp
     folder, .npy files, or Parquet or Arrow files with a column of vectors. On the command line:
     `--embeddings`."""
+    match: Literal["key", "order"] = "key"
+    """How the embeddings of `existing` belong to the pairs. order: the first row is of the first pair
+    and so on, whatever keys they have. Nothing can check that, so only use it where keys are lost."""
     normalize: bool = False
     """Scale imported embeddings to length one. When off, rows of another length are refused."""
     views: NonNegativeInt = 0
@@ -785,6 +792,11 @@ class Recipe(Config):
             raise ValueError(
                 "distill.texts: the teacher embeds them, but embed.existing takes embeddings that were made elsewhere,"
                 " and no teacher is loaded; leave out one of the two"
+            )
+        if self.embed.match == "order" and (self.embed.existing is None or not self.pairs.source):
+            raise ValueError(
+                "embed.match: order gives the rows of embed.existing to the pairs of pairs.source; name both, or leave"
+                " it out"
             )
         if not weights.switched_on:
             raise ValueError("distill.weights: all are 0, so there is nothing to learn")

@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from clip_cid.data.balance.kept_file import read_kept_elsewhere
 from clip_cid.data.embeddings.files import STORE_FILE, read_info
-from clip_cid.data.embeddings.importing import check_views
+from clip_cid.data.embeddings.importing import check_views, in_order_of
 from clip_cid.data.embeddings.layouts import find_embeddings
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.npy_files import read_npy
@@ -180,6 +180,9 @@ def _images(folder: RunFolder, recipe: Recipe, missing: set[str]) -> _Images | N
         return _of_store(store, np.flatnonzero(store.ok), not recipe.balance.enabled)
     check_views(existing, None, views_of(recipe.embed))
     shards = find_embeddings(existing)
+    if recipe.embed.match == "order":
+        pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
+        shards = in_order_of(shards, pairs, existing)
     rows = sum(shard.image.rows for shard in shards)
     has_texts = all(shard.text is not None for shard in shards)
     return _Images(rows, rows, has_texts, captions=rows if has_texts else None)

@@ -161,11 +161,18 @@ def _arrays(shard: StoreShard, with_views: bool) -> tuple[str | None, tuple[str,
 
 def _take_over(existing: Path, folder: RunFolder, out: Path, recipe: Recipe) -> EmbedSummary:
     embed = recipe.embed
-    import_existing(existing, out, normalize=embed.normalize, max_bad_share=embed.max_bad_share, views=views_of(embed))
+    pairs = _open_pairs(folder, recipe) if recipe.pairs.source else None
+    import_existing(
+        existing,
+        out,
+        normalize=embed.normalize,
+        max_bad_share=embed.max_bad_share,
+        views=views_of(embed),
+        order_of=pairs if embed.match == "order" else None,
+    )
     _say_of_import(folder, out)
     store = EmbeddingStore.open(out)
-    if recipe.pairs.source:
-        pairs = _open_pairs(folder, recipe)
+    if pairs is not None:
         rows = join(pairs.keys(0, len(pairs)), store, max_absent_share=recipe.pairs.max_bad_share)
         log.info(f"embed     {(rows >= 0).sum():,} of {len(pairs):,} pairs have an embedding in {existing}")
     return _summary(store, {"not embedded": store.rows - int(store.ok.sum())}, images_per_s=None)

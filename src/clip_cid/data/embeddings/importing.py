@@ -40,6 +40,7 @@ from clip_cid.data.embeddings.files import (
 from clip_cid.data.embeddings.layouts import FIX, LayoutShard, Vectors, find_embeddings
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs.crops import Views
+from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.errors import DataError
 from clip_cid.journal import Journal
 from clip_cid.recipe import STORE_COLUMNS
@@ -55,6 +56,7 @@ def import_existing(
     normalize: bool = False,
     max_bad_share: float | None = None,
     views: Views | None = None,
+    order_of: Pairs | None = None,
 ) -> None:
     """Make `out` a store that refers to `source`: a store of ours, or any layout of `layouts.py`.
 
@@ -67,23 +69,32 @@ def import_existing(
         max_bad_share: Leave out rows that are zero or not finite, if they are no larger share, instead of refusing
             them; not for a store of ours.
         views: That the store must have. Without it, those of a store of ours are left out.
+        order_of: The pairs whose order the rows have, and whose keys they get in place of their own.
 
     Raises:
         DataError: It is none of these, a part is missing or cut short, widths differ, keys repeat, a row is zero or not
-            finite, or (without `normalize`) not of length 1.
+            finite, or (without `normalize`) not of length 1; or rows and `order_of` differ in number.
     """
     source = source.absolute()  # not resolved: a link has the suffix that its target may lack
     out.mkdir(parents=True, exist_ok=True)
 
     if (source / STORE_FILE).is_file() or (source / PROGRESS_FILE).is_file():
         info = EmbeddingStore.open(source).info
+        if order_of is not None:
+            raise DataError(
+                f"{source}: an embedding store of ours, whose keys are those of the pairs it was made from.",
+                fix="Leave out embed.match: order.",
+            )
         check_views(source, info.views, views)
         info = dataclasses.replace(info if views else _without_views(info), root=info.root or str(source))
         if (source / SKIPPED_FILE).is_file():
             shutil.copyfile(source / SKIPPED_FILE, out / SKIPPED_FILE)
     else:
         check_views(source, None, views)
-        info = _take_over(source, find_embeddings(source), out, normalize=normalize, max_bad_share=max_bad_share)
+        layout = find_embeddings(source)
+        if order_of is not None:
+            layout = in_order_of(layout, order_of, source)
+        info = _take_over(source, layout, out, normalize=normalize, max_bad_share=max_bad_share)
 
     write_info(out, info)
     store = EmbeddingStore.open(out)
@@ -112,6 +123,34 @@ def check_views(source: Path, held: Views | None, wanted: Views | None) -> None:
         if held.law == wanted.law
         else "Embed these views again: this version draws other crops.",
     )
+
+
+def in_order_of(layout: Sequence[LayoutShard], pairs: Pairs, source: Path) -> list[LayoutShard]:
+    """The same shards, whose rows have the keys of the pairs in their order.
+
+    A row whose pair cannot be used has the name of its file and its number there, as without metadata.
+
+    Raises:
+        DataError: There are more or fewer rows than pairs.
+    """
+    rows = sum(shard.image.rows for shard in layout)
+    if rows != len(pairs):
+        raise DataError(
+            f"{source}: {rows:,} embeddings, but {len(pairs):,} pairs, so embed.match: order cannot say which belongs to"
+            " which.",
+            fix="Give all pairs that were embedded and no others, in the order they had then.",
+        )
+    if layout[0].metadata is not None:
+        log.warn(f"{source}: embed.match: order, so its own keys ({layout[0].metadata.name} ...) are not read")
+
+    shards, first = list[LayoutShard](), 0
+    for shard in layout:
+        keys = pairs.keys(first, first + shard.image.rows)
+        for row in pairs.known_bad.keys() & range(first, first + len(keys)):
+            keys[row - first] = f"{shard.name}/{row - first}"
+        shards.append(dataclasses.replace(shard, keys=pa.array(keys, pa.large_string())))
+        first += len(keys)
+    return shards
 
 
 def _without_views(info: StoreInfo) -> StoreInfo:
@@ -178,6 +217,8 @@ def _columns(layout: Sequence[LayoutShard]) -> _Columns:
         return _Columns("key", None, ())
     names = table_schema(first.metadata).names
     key, caption = (next((name for name in few if name in names), None) for few in (_KEY_COLUMNS, _CAPTION_COLUMNS))
+    if first.keys is not None:
+        key = "key"
     if key is None or (caption is None and first.text is not None):
         raise DataError(
             f"{first.metadata}: no column key, uid, image_path or id, or no caption or text, among {', '.join(names)}.",
@@ -188,9 +229,9 @@ def _columns(layout: Sequence[LayoutShard]) -> _Columns:
     for path in (shard.metadata for shard in layout if shard.metadata is not None):
         schema = table_schema(path)
         for name in (key, caption):
-            if name is not None:
+            if name is not None and not (name == key and first.keys is not None):
                 check_column(path, schema, name)
-        if pa.types.is_nested(schema.field(key).type):
+        if first.keys is None and pa.types.is_nested(schema.field(key).type):
             raise not_texts(path, key, schema.field(key).type)
     left_out = {*STORE_COLUMNS, key, caption, *first.vectors_beside_keys}
     return _Columns(key, caption, tuple(name for name in names if name not in left_out))
@@ -262,13 +303,16 @@ def _metadata_file(
 ) -> StoreFile:
     """The metadata where it is; or here, if it has no keys, holds vectors, or must say which rows are left out."""
     vectors = shard.vectors_beside_keys
-    if shard.metadata is not None and not vectors and ok.all():
+    if shard.metadata is not None and shard.keys is None and not vectors and ok.all():
         return record_file(out, str(shard.metadata))
     if shard.metadata is None:
         table = pa.table({key_column: _keys(shard, key_column)})
     else:
         table = read_table(shard.metadata, without=vectors)
-        table = table.drop_columns([name for name in table.column_names if name == "ok"])
+        replaced = ("ok",) if shard.keys is None else ("ok", key_column)
+        table = table.drop_columns([name for name in table.column_names if name in replaced])
+        if shard.keys is not None:
+            table = table.append_column(key_column, shard.keys)
 
     name = f"{FOLDERS['metadata']}/{FOLDERS['metadata']}_{number:04d}.parquet"
     (out / name).parent.mkdir(exist_ok=True)
@@ -278,6 +322,8 @@ def _metadata_file(
 
 def _keys(shard: LayoutShard, key_column: str) -> pa.Array:
     """The key of each row; without metadata the file's name and the row's number in it."""
+    if shard.keys is not None:
+        return shard.keys
     if shard.metadata is not None:
         return read_texts(shard.metadata, key_column)
     rows = pc.cast(pa.array(np.arange(shard.image.rows)), pa.large_string())
@@ -361,7 +407,7 @@ def _log_plan(layout: Sequence[LayoutShard], out: Path, dtype: np.dtype[Any], *,
     """Log what is missing, and which arrays are converted and why."""
     if layout[0].text is None:
         log.info("embed     no text embeddings: balance and cluster need none, the instance loss does")
-    if layout[0].metadata is None:
+    if layout[0].metadata is None and layout[0].keys is None:
         log.info(f"embed     no metadata: keys are file and row, such as {layout[0].name + '/0'!r}")
 
     every = [vectors for shard in layout for vectors in shard.vectors.values()]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float
 
 from clip_cid import log
@@ -94,6 +95,8 @@ class LayoutShard:
     text: Vectors | None
     metadata: Path | None
     """The table with its keys; it may also be the one with the vectors."""
+    keys: pa.LargeStringArray | None = None
+    """Keys that count in place of those of the table."""
 
     @property
     def vectors(self) -> dict[str, Vectors]:

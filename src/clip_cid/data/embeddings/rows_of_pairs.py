@@ -59,20 +59,21 @@ def _absent(missing: pa.LargeStringArray, total: int, store: EmbeddingStore) -> 
         return DataError(
             f"{problem}, file and row, because these embeddings came without metadata.",
             fix="Give them a metadata.parquet (or one .parquet for each file, with its name): a column key that holds"
-            " the key of the pair of each row, in the order of the rows.",
+            " the key of the pair of each row, in the order of the rows. If the rows are all pairs in their order:"
+            " embed.match: order.",
         )
 
     if (mismatch := explain_mismatch(missing, store.keys.packed)) is None:
         return DataError(
             f"{problem}.",
-            fix="Give the pairs the embeddings were made from (keys must be equal), or run the embed stage on"
-            " these pairs.",
+            fix="Give the pairs the embeddings were made from (keys must be equal; pairs.key_column or pairs.key_field"
+            " names them), or run the embed stage on these pairs.",
         )
     return DataError(
         f"{problem}; {mismatch}.",
         fix=f"Keys must be equal: write {mismatch.pair_key!r} for {mismatch.store_key!r} and so on into column"
         f" {store.info.key_column!r} of the metadata of the embeddings. For pairs in a table, pairs.key_column can name"
-        f" a column with {mismatch.store_key!r} instead.",
+        f" a column with {mismatch.store_key!r} instead; for tars and folders, pairs.key_field a field of their .json.",
     )
 
 

@@ -20,11 +20,12 @@ from clip_cid.data.pairs.format import (
     Source,
 )
 from clip_cid.data.pairs.images import EXTENSIONS
-from clip_cid.data.pairs.pair import NO_CAPTION, Pair
+from clip_cid.data.pairs.pair import NO_CAPTION, BadSample, Pair
 from clip_cid.data.pairs.sample_parts import (
     IMAGE_EXTENSIONS,
     clean_captions,
     key_hash,
+    key_in_json,
     read_file,
     readable_key,
 )
@@ -40,7 +41,15 @@ class Folders(PairFormat):
     kind = "folder"
     examples = "a folder of images with .txt files"
     refers_to_files = True
-    schema = pa.schema([*COMMON_COLUMNS, ("image", pa.binary()), ("caption_file", pa.binary()), ("bytes", pa.int64())])
+    schema = pa.schema(
+        [
+            *COMMON_COLUMNS,
+            ("image", pa.binary()),
+            ("caption_file", pa.binary()),
+            ("key_file", pa.binary()),
+            ("bytes", pa.int64()),
+        ]
+    )
 
     def owns(self, path: Path, settings: PairsConfig) -> bool:
         return path.is_dir()
@@ -50,13 +59,14 @@ class Folders(PairFormat):
         return [(f"{source.name}/{file.image}", file.bytes) for file in _list_folder(source.path).images]
 
     def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
-        listing = _list_folder(source.path)
+        listing = _list_folder(source.path, with_json=settings.key_field is not None)
         _refuse_other_sources(source.name, listing)
         _warn_of_files_left_out(source.path, listing)
 
         # The folder's own size and time say nothing of the files below it, so theirs stand in the identity.
         identity = [(file.image, file.bytes, file.mtime_ns) for file in listing.images]
-        return Scan([*identity], self._rows(listing.images))
+        field = [] if settings.key_field is None else [settings.key_field]
+        return Scan([*identity, *field], self._rows(source.path, listing.images, settings.key_field))
 
     def read(self, source: LocalSource, row: dict[str, Any], settings: PairsConfig) -> Pair:
         image = read_file(source.path, row["image"], "image")
@@ -66,7 +76,7 @@ class Folders(PairFormat):
         return Pair(row["key"], image, captions, dict.fromkeys(settings.keep_fields, ""))
 
     def files_of(self, source: LocalSource, rows: pa.RecordBatch) -> list[Path]:
-        names = [*rows.column("image").to_pylist(), *rows.column("caption_file").to_pylist()]
+        names = [name for column in ("image", "caption_file", "key_file") for name in rows.column(column).to_pylist()]
         return [source.path / os.fsdecode(name) for name in names if name is not None]
 
     def shard_bytes(self, source: LocalSource, rows: pa.RecordBatch) -> int:
@@ -75,32 +85,46 @@ class Folders(PairFormat):
     def image_name(self, row: dict[str, Any]) -> str:
         return os.fsdecode(row["image"])
 
-    def _rows(self, files: "list[_ListedImage]") -> Generator[pa.RecordBatch]:
-        """A key is the path without its extension."""
+    def _rows(self, root: Path, files: "list[_ListedImage]", key_field: str | None) -> Generator[pa.RecordBatch]:
+        """A key is the path without its extension, or in a field of the .json."""
         for start in range(0, len(files), SHARD_ROWS):
             columns: dict[str, list[object]] = {column: [] for column in self.schema.names}
             for file in files[start : start + SHARD_ROWS]:
-                key, problem = readable_key(os.fsencode(os.path.splitext(file.image)[0]))
+                key, problem = _key(root, file, key_field)
                 columns["key"].append(key)
                 columns["key_hash"].append(key_hash(key))
                 lacking = None if file.caption_file else f"{NO_CAPTION} (.txt beside the image)"
                 columns["problem"].append(problem or lacking)
                 columns["image"].append(os.fsencode(file.image))
                 columns["caption_file"].append(os.fsencode(file.caption_file) if file.caption_file else None)
+                columns["key_file"].append(os.fsencode(file.key_file) if file.key_file else None)
                 columns["bytes"].append(file.bytes)
             yield pa.RecordBatch.from_pydict(columns, schema=self.schema)
 
 
 @dataclass(frozen=True)
 class _ListedImage:
-    """An image and its .txt if there is one; paths are relative to the folder."""
+    """An image, and its .txt and .json if there are any; paths are relative to the folder."""
 
     image: str
     caption_file: str | None
+    key_file: str | None
+    """None if keys are not read from it."""
     bytes: int
-    """Of both files."""
+    """Of these files."""
     mtime_ns: int
-    """The later of the two."""
+    """The latest of them."""
+
+
+def _key(root: Path, file: _ListedImage, key_field: str | None) -> tuple[str, str | None]:
+    """The key of an image, and what is wrong with it."""
+    if key_field is None:
+        return readable_key(os.fsencode(os.path.splitext(file.image)[0]))
+    try:
+        data = None if file.key_file is None else read_file(root, os.fsencode(file.key_file), "json file")
+    except BadSample as error:
+        return "", f"no key: {error.reason}"
+    return key_in_json(data, key_field)
 
 
 @dataclass(frozen=True)
@@ -116,8 +140,12 @@ class _Listing:
     """Files of other types, by suffix."""
 
 
-def _list_folder(path: Path) -> _Listing:
+def _list_folder(path: Path, *, with_json: bool = False) -> _Listing:
     """Every image under `path`, sorted by its path; hidden files and folders are left out.
+
+    Args:
+        path: The folder.
+        with_json: Whether the .json of an image belongs to it.
 
     Raises:
         DataError: A folder cannot be read.
@@ -134,20 +162,23 @@ def _list_folder(path: Path) -> _Listing:
     beside = _beside_another(images)
     others.update(os.path.splitext(image)[1].lower() for image in beside)
     for image in sorted(images.keys() - beside):
-        caption_file = os.path.splitext(image)[0] + ".txt"
-        has_caption = caption_file in texts
-        stats = [images[image], *([texts[caption_file]] if has_caption else [])]
+        stem = os.path.splitext(image)[0]
+        caption_file, key_file = (name if name in texts else None for name in (f"{stem}.txt", f"{stem}.json"))
+        key_file = key_file if with_json else None
+        stats = [images[image], *(texts[name] for name in (caption_file, key_file) if name is not None)]
         listed.append(
             _ListedImage(
                 image=image,
-                caption_file=caption_file if has_caption else None,
+                caption_file=caption_file,
+                key_file=key_file,
                 bytes=sum(status.st_size for status in stats),
                 mtime_ns=max(status.st_mtime_ns for status in stats),
             )
         )
 
     used = {file.caption_file for file in listed}
-    return _Listing(listed, linked, sorted(text for text in texts if text not in used), others)
+    alone = sorted(text for text in texts if text not in used and not text.lower().endswith(".json"))
+    return _Listing(listed, linked, alone, others)
 
 
 def _beside_another(images: Collection[str]) -> set[str]:
@@ -180,7 +211,7 @@ def _walk(
             elif suffix.removeprefix(".") in EXTENSIONS and (entry.is_file() or entry.is_symlink()):
                 # A link to nowhere keeps its row and is counted as a broken image.
                 images[name] = entry.stat(follow_symlinks=entry.is_file())
-            elif suffix == ".txt" and entry.is_file():
+            elif suffix in (".txt", ".json") and entry.is_file():
                 texts[name] = entry.stat()
             else:
                 others[suffix] += 1

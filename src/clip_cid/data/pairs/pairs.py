@@ -115,8 +115,8 @@ class Pairs:
 
     @property
     def has_members(self) -> bool:
-        """Whether a sample is a group of files that `original_files` gives, as in a tar."""
-        return self._index.sources[0].format.has_members
+        """Whether a sample is a group of files named by its key that `original_files` gives, as in a tar."""
+        return self._settings.key_field is None and self._index.sources[0].format.has_members
 
     def original_files(self, rows: Int64[np.ndarray, " rows"]) -> Generator[list[Member]]:
         """The files of each sample as they lie in the source, all of them and in their order; `has_members` only.

@@ -29,6 +29,34 @@ def readable_key(key: bytes) -> tuple[str, str | None]:
         return key.decode(errors="backslashreplace"), "the key is not UTF-8"
 
 
+def json_object(data: bytes) -> dict[str, Any]:
+    """The fields of a .json.
+
+    Raises:
+        BadSample: It is none.
+    """
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"json cannot be read ({error})") from error
+    if not isinstance(fields, dict):
+        raise BadSample(f"json holds a {type(fields).__name__}, not an object")
+    return fields
+
+
+def key_in_json(data: bytes | None, field: str) -> tuple[str, str | None]:
+    """The key in a field of a sample's .json, which may be absent, and what is wrong with it."""
+    try:
+        value = None if data is None else json_object(data).get(field)
+    except BadSample as error:
+        return "", f"no key: {error.reason}"
+    if isinstance(value, bool) or not isinstance(value, str | int | None):
+        return "", f"no key: json field {field!r} holds a {type(value).__name__}, not text or a whole number"
+    if value is None or value == "":
+        return "", f"no key (json field {field!r})"
+    return readable_key(str(value).encode(errors="surrogatepass"))
+
+
 def clean_captions(texts: list[Any], *, optional: bool = False) -> tuple[str, ...]:
     """The captions without white space around them; empty ones are dropped.
 

@@ -52,6 +52,11 @@ class Tables(PairFormat):
         return path.name.lower().endswith((".csv", ".tsv", ".parquet"))
 
     def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
+        if settings.key_field is not None:
+            raise DataError(
+                f"pairs.key_field: {settings.key_field!r}, but {source.name} is a table, without json fields.",
+                fix="Name the column with the keys in pairs.key_column instead.",
+            )
         columns = [settings.image_column, settings.caption_column, settings.key_column, settings.keep_fields]
         columns.append(settings.repeated_rows)
         identity = [source.bytes, source.mtime_ns, *columns]

@@ -3,7 +3,6 @@
 Nothing is extracted: a sample is read by its byte range, so the tar must be plain (not compressed) and whole.
 """
 
-import json
 import re
 import tarfile
 from collections.abc import Generator, Sequence
@@ -20,7 +19,9 @@ from clip_cid.data.pairs.plain_tar import FETCH_AGAIN, plain_files
 from clip_cid.data.pairs.sample_parts import (
     clean_captions,
     field_text,
+    json_object,
     key_hash,
+    key_in_json,
     readable_key,
 )
 from clip_cid.recipe import PairsConfig
@@ -49,8 +50,9 @@ class Tars(PairFormat):
         return path.name.lower().endswith(_SUFFIXES)  # compressed ones too, which `plain_files` refuses with a reason
 
     def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
-        whole = (scan_tar(path, source.name) for path in [source.path])  # lazy; a tar is one shard
-        return Scan([source.bytes, source.mtime_ns], whole)
+        field = settings.key_field
+        whole = (scan_tar(path, source.name, key_field=field) for path in [source.path])  # lazy; a tar is one shard
+        return Scan([source.bytes, source.mtime_ns, *([] if field is None else [field])], whole)
 
     def read(self, source: LocalSource, row: dict[str, Any], settings: PairsConfig) -> Pair:
         image, text, described = (_part(source, row, part) for part in ("image", "text", "json"))
@@ -60,7 +62,7 @@ class Tars(PairFormat):
         fields, captions, remark = dict[str, Any](), tuple[str, ...](), ""
         try:
             if described is not None:
-                fields = _json_object(described)
+                fields = json_object(described)
                 optional = settings.captions_are_optional and text is None
                 captions = _json_captions(fields, settings.captions_field, optional=optional)
         except BadSample as error:
@@ -89,7 +91,7 @@ class Tars(PairFormat):
                     break
 
 
-def scan_tar(path: Path, name: str) -> pa.RecordBatch:
+def scan_tar(path: Path, name: str, *, key_field: str | None = None) -> pa.RecordBatch:
     """One row per sample, in tar order; consecutive members of one key (WebDataset's rule) are one sample.
 
     A member whose key and extension the sample already has begins another sample, of a then duplicate key.
@@ -97,13 +99,20 @@ def scan_tar(path: Path, name: str) -> pa.RecordBatch:
     Args:
         path: The tar.
         name: How errors call it.
+        key_field: The json field with the key, where it is not the name of the members.
 
     Raises:
         DataError: The tar is compressed, empty, damaged, cut short, or holds links or names that leave the folder.
     """
     columns: dict[str, list[object]] = {column: [] for column in Tars.schema.names}
-    for key, members in _samples(path, name):
-        for column, value in _row(key, members).items():
+    source = LocalSource.of(name, path)
+    for stem, members in _samples(path, name):
+        key, problem = readable_key(stem.encode(errors="surrogateescape"))
+        if key_field is not None:
+            described = members.get("json")
+            data = None if described is None else bytes_at(source, described.offset_data, described.size)
+            key, problem = key_in_json(data, key_field)
+        for column, value in _row(key, problem, members).items():
             columns[column].append(value)
 
     batch = pa.RecordBatch.from_pydict(columns, schema=Tars.schema)
@@ -139,9 +148,8 @@ def _samples(path: Path, name: str) -> Generator[tuple[str, dict[str, tarfile.Ta
         yield sample_key, members
 
 
-def _row(name: str, members: dict[str, tarfile.TarInfo]) -> dict[str, object]:
+def _row(key: str, problem: str | None, members: dict[str, tarfile.TarInfo]) -> dict[str, object]:
     """A sample's row of the index."""
-    key, problem = readable_key(name.encode(errors="surrogateescape"))
     image = next((members[extension] for extension in EXTENSIONS if extension in members), None)
     text, described = members.get("txt"), members.get("json")
     if image is None:
@@ -176,16 +184,6 @@ def _text_captions(text: bytes, fields: dict[str, Any], *, optional: bool) -> tu
         if any(isinstance(value, str) and value.split() == words for value in fields.values()):
             lines = [text]
     return clean_captions(lines, optional=optional)
-
-
-def _json_object(data: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSample(f"json cannot be read ({error})") from error
-    if not isinstance(fields, dict):
-        raise BadSample(f"json holds a {type(fields).__name__}, not an object")
-    return fields
 
 
 def _part(source: LocalSource, row: dict[str, Any], part: str) -> bytes | None:

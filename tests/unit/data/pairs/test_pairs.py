@@ -1064,11 +1064,11 @@ def test_damage_to_a_source_is_an_error_or_a_bad_sample_and_adds_no_pair(tmp_pat
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the tars that are read for an index."""
     seen: list[str] = []
-    real: Callable[[Path, str], pa.RecordBatch] = scan_tar
+    real: Callable[..., pa.RecordBatch] = scan_tar
 
-    def counted(path: Path, name: str) -> pa.RecordBatch:
+    def counted(path: Path, name: str, **options: Any) -> pa.RecordBatch:
         seen.append(Path(name).name)
-        return real(path, name)
+        return real(path, name, **options)
 
     monkeypatch.setattr(tars, "scan_tar", counted)
     return seen

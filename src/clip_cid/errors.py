@@ -15,8 +15,8 @@ class ClipCidError(Exception):
         self.fix = fix
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For the way from another process."""
-        return _again, (type(self), self.problem, self.fix)
+        """For the way from another process, with what was noted on it and whatever a kind of its own holds."""
+        return _again, (type(self), self.problem, self.fix), self.__dict__
 
 
 def _again(kind: type[ClipCidError], problem: str, fix: str) -> ClipCidError:

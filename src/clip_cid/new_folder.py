@@ -5,12 +5,11 @@ import glob
 import os
 import re
 import shutil
-import socket
 from collections.abc import Generator
 from pathlib import Path
 
 from clip_cid import os_errors
-from clip_cid.run_folder import lives, own_mark, sync, sync_tree
+from clip_cid.run_folder import lives, own_host, own_mark, sync, sync_tree
 
 
 @contextlib.contextmanager
@@ -45,9 +44,7 @@ def new_folder(out: Path) -> Generator[Path]:
 
 def drop_left(path: Path) -> None:
     """Remove what processes of this host that were killed have left beside `path` under temporary names."""
-    ours = re.compile(
-        rf"\.{re.escape(path.name)}\.(tmp|part|old)-{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{8}}"
-    )
+    ours = re.compile(rf"\.{re.escape(path.name)}\.(tmp|part|old)-{re.escape(own_host())}-(\d+)-[0-9a-f]{{8}}")
     for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
         if (match := ours.fullmatch(left.name)) and not lives(int(match[2])):
             if left.is_dir():

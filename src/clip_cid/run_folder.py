@@ -34,6 +34,7 @@ _PART, _OLD, _ASIDE, _LOCK = ".part", ".old", "aside", ".lock"
 _MADE_FROM, _KEEP_OLD = "made-from.json", ".keep-old"
 _TEMPORARY = re.compile(r"\..*\.(?:tmp|part|drop)-(?:(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}|(?P<old_pid>\d+))")
 _PROBE_SECONDS = 0.2  # longer than `at_work` holds the lock
+_FIRST_PROCESSES = 0xEFFFFFFC  # the inode that Linux gives the numbers of processes outside all containers
 _held_locks: set[int] = set()
 
 
@@ -577,7 +578,7 @@ def _remove_temporaries(folder: Path) -> None:
 def _is_left_by_a_dead_process(name: str) -> bool:
     """Whether a name is a temporary one of a process that is gone; of another host nobody can say."""
     match = _TEMPORARY.fullmatch(name)
-    if match is None or match["host"] not in (None, socket.gethostname()):
+    if match is None or match["host"] not in (None, own_host()):
         return False
     return not lives(int(match["pid"] or match["old_pid"]))
 
@@ -608,13 +609,31 @@ def now() -> str:
 
 def own_mark() -> str:
     """A part of a temporary name that no other process uses, on this host or another, nor this one twice."""
-    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return f"{own_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def own_host() -> str:
+    """This host as temporary names have it; in a container also whose numbers of processes these are.
+
+    Containers may share the name of a host, while each of them has a process 7.
+    """
+    try:
+        processes = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not Linux
+        return socket.gethostname()
+    return socket.gethostname() if processes == _FIRST_PROCESSES else f"{socket.gethostname()}.{processes}"
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Generator[Path]:
-    """A temporary path beside `path` that takes its place, on disk for good, when the block ends well."""
+    """A temporary path beside `path` that takes its place, on disk for good, when the block ends well.
+
+    Raises:
+        FileExistsError: The temporary file is another's; it stays as it is.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{own_mark()}")
+    with os_errors.named(path, temporary=temporary):
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # no other writer has this name
     try:
         with os_errors.named(path, temporary=temporary):
             yield temporary

@@ -1,15 +1,15 @@
 import errno
 import os
-import socket
 from pathlib import Path
 
 import pytest
 
 from clip_cid.new_folder import drop_left, new_folder
+from clip_cid.run_folder import own_host
 
 pytestmark = pytest.mark.resume
 
-DEAD = f"{socket.gethostname()}-{2**22 + 1}-0123abcd"  # above every number that Linux gives
+DEAD = f"{own_host()}-{2**22 + 1}-0123abcd"  # above every number that Linux gives
 
 
 def fill(out: Path, words: str) -> None:
@@ -65,7 +65,7 @@ def test_every_file_and_folder_is_synced_before_it_appears(tmp_path: Path, monke
 
 
 def test_only_what_dead_processes_have_left_of_this_name_is_removed(tmp_path: Path):
-    mine = f"{socket.gethostname()}-{os.getpid()}-0123abcd"
+    mine = f"{own_host()}-{os.getpid()}-0123abcd"
     kept = [f".out.part-{mine}", f".other.part-{DEAD}", f".out.part-elsewhere-{2**22 + 1}-0123abcd", ".out.part", "out"]
     for name in (*kept, f".out.part-{DEAD}", f".out.old-{DEAD}"):
         (tmp_path / name / "inner").mkdir(parents=True)

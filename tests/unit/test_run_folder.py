@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from clip_cid import run_folder
 from clip_cid.errors import RunError
-from clip_cid.run_folder import Begun, RunFolder, StageRecord, atomic_file, read_json, write_json
+from clip_cid.run_folder import Begun, RunFolder, StageRecord, atomic_file, own_host, read_json, write_json
 
 
 def record(stage: str = "balance", key: str = "k1") -> StageRecord:
@@ -524,9 +525,31 @@ def test_a_temporary_name_holds_host_process_and_a_part_that_is_never_the_same(t
         with atomic_file(tmp_path / "result.txt") as temporary:
             temporary.write_text("whole")
             seen.append(temporary.name)
-    assert all(name.startswith(f".result.txt.tmp-{socket.gethostname()}-{os.getpid()}-") for name in seen)
+    assert all(name.startswith(f".result.txt.tmp-{own_host()}-{os.getpid()}-") for name in seen)
+    assert own_host().startswith(socket.gethostname())
     assert seen[0] != seen[1]
     assert [path.name for path in tmp_path.iterdir()] == ["result.txt"]
+
+
+def test_two_writers_never_share_a_temporary_file_even_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Else the second cuts what the first has written, and the first publishes it."""
+    monkeypatch.setattr(run_folder, "own_mark", lambda: "host-1-01234567")
+    with atomic_file(tmp_path / "result.txt") as first:
+        first.write_text("whole")
+        with pytest.raises(FileExistsError), atomic_file(tmp_path / "result.txt"):
+            pytest.fail("the second writer has the file of the first")
+        assert first.read_text() == "whole"
+    assert (tmp_path / "result.txt").read_text() == "whole"
+
+
+def test_what_a_container_that_shares_the_hosts_name_writes_is_not_swept(tmp_path: Path, monkeypatch):
+    dead = 2**22 + 1  # above every number that Linux gives
+    ours, theirs = (tmp_path / f".x.tmp-{socket.gethostname()}{of}-{dead}-0123abcd" for of in ("", ".4026532555"))
+    monkeypatch.setattr(run_folder, "own_host", socket.gethostname)
+    for path in (ours, theirs):
+        path.touch()
+    with RunFolder(tmp_path).lock():
+        assert (ours.exists(), theirs.exists()) == (False, True)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EMFILE])

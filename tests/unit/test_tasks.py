@@ -1,12 +1,15 @@
 import errno
 import functools
+import importlib
 import os
 import pickle
+import pkgutil
 import threading
 from pathlib import Path
 
 import pytest
 
+import clip_cid
 from clip_cid import tasks
 from clip_cid.errors import ClipCidError, DataError, MissingExtraError, RunError
 
@@ -117,6 +120,27 @@ def test_every_error_is_sendable(error):
     assert str(error) in str(sent)
     if isinstance(error, ClipCidError):
         assert (type(sent), sent.problem, sent.fix) == (type(error), error.problem, error.fix)
+
+
+def kinds_of(kind: type[ClipCidError]) -> list[type[ClipCidError]]:
+    return [kind, *(deeper for under in kind.__subclasses__() for deeper in kinds_of(under))]
+
+
+def test_errors_of_every_kind_of_ours_keep_what_they_say_and_what_was_noted_on_the_way():
+    for module in pkgutil.walk_packages(clip_cid.__path__, "clip_cid."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    kinds = kinds_of(ClipCidError)
+    assert len(kinds) >= 10
+    for kind in kinds:
+        error = (
+            MissingExtraError("A graph", "onnx") if kind is MissingExtraError else kind("Row 7 is broken.", fix="Go.")
+        )
+        error.add_note("in a worker")
+        sent = tasks.sendable(pickle.loads(pickle.dumps(error)))
+        assert isinstance(sent, ClipCidError)
+        assert (type(sent), sent.problem, sent.fix, str(sent)) == (kind, error.problem, error.fix, str(error))
+        assert sent.__notes__ == ["in a worker"]
 
 
 def test_no_tasks_need_no_workers(tmp_path):

@@ -263,7 +263,15 @@ def _recipe_command(
     fields += [(section, *_flags(Recipe.model_fields[section].default, section, shown)) for section in sections]
 
     def start(flags: Any) -> int:
-        recipe = _stored_recipe(flags.run) if flags.recipe is None else read_recipe(flags.recipe)
+        only = None if name == "run" else name
+        with contextlib.nullcontext() if name == "check" else pipeline.joint_ranks(only) as ranks:
+            wanted = over(_recipe(flags, ranks), flags)
+            with _pipes(flags.allow_pipe):
+                act(name, flags, wanted)
+        return 0
+
+    def over(recipe: Recipe | None, flags: Any) -> Recipe:
+        """The recipe with what the flags say."""
         settings = (recipe or Recipe()).model_dump()
         for section in sections:
             _lay_over(settings[section], getattr(flags, section), section, given)
@@ -289,13 +297,20 @@ def _recipe_command(
         for stage in dict.fromkeys(setting.partition(".")[0] for setting in given):
             if stage in sections and stage in _STAGE_HELP and not wanted.uses(stage):
                 log.warn(f"--{stage}...: this recipe does not use {stage}, so its settings have no effect")
-        with _pipes(flags.allow_pipe):
-            act(name, flags, wanted)
-        return 0
+        return wanted
 
     command = dataclasses.make_dataclass(name, fields, namespace={"start": start})
     command.__doc__ = _STAGE_HELP[name]
     return command
+
+
+def _recipe(flags: Any, ranks: Any) -> Recipe | None:
+    """The recipe that a command names, or that of its run; of several processes only the main one looks into the run."""
+    recipe = None if flags.recipe is None else read_recipe(flags.recipe)
+    if ranks is None or ranks.is_main:
+        recipe = recipe or _stored_recipe(flags.run)
+    of_main = recipe if ranks is None else ranks.from_main(recipe)
+    return recipe or of_main
 
 
 def _stored_recipe(run: Path) -> Recipe | None:

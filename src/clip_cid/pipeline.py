@@ -4,11 +4,15 @@ Nothing here imports torch: the module of a stage is imported only when the stag
 a finished run are quick.
 """
 
+import contextlib
 import dataclasses
 import importlib
+import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import threadpoolctl
 
@@ -18,11 +22,14 @@ from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.file_digests import digest
 from clip_cid.made_from import Origins, whole_record
 from clip_cid.recipe import Recipe, dump_recipe
-from clip_cid.run_folder import Begun, RunFolder, StageRecord, atomic_file, now
+from clip_cid.run_folder import Begun, RunFolder, StageRecord, atomic_file, now, own_mark
 from clip_cid.stage_names import BALANCE, EVALUATE
 from clip_cid.stages.facts import BY_NAME, STAGES, Stage
 from clip_cid.summaries import BalanceSummary, EvaluateSummary, as_json, read_summary
 from clip_cid.tasks import torchrun_place
+
+if TYPE_CHECKING:
+    from clip_cid.training.ranks.distributed import Ranks
 
 RECIPE_FILE = "recipe.yaml"
 _PACKAGES = ("clip-cid", "torch", "open_clip_torch", "numpy", "scipy", "scikit-learn", "pillow", "pyarrow")
@@ -108,14 +115,40 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
     Raises:
         ClipCidError: As the stages raise it; results of other stages stay whole.
     """
-    require_extras(folder, recipe, only=only, force=force)
-    place = torchrun_place()
-    if place.size > 1:
-        _check_ranks(only)
-    if place.rank > 0:
-        _assist(folder, recipe, BY_NAME[str(only)], force=force)
-        return
+    with joint_ranks(only) as ranks:
+        if ranks is None:
+            _run(folder, recipe, only=only, force=force, call=lambda _: None)
+        elif ranks.rank > 0:
+            _assist(folder, recipe, BY_NAME[str(only)], ranks)
+        else:
+            others = _Others(folder, ranks)
+            _run(folder, recipe, only=only, force=force, call=others.call)
+            others.dismiss()
 
+
+@contextlib.contextmanager
+def joint_ranks(only: str | None) -> "Generator[Ranks | None]":
+    """The processes of torchrun, which are together for as long as the block lasts; None without torchrun.
+
+    An error in one of them ends all, with the same two lines.
+
+    Raises:
+        ConfigError: Several processes cannot share what is to be run.
+        RunError: Some processes do not come, or one has ended.
+    """
+    if torchrun_place().size == 1:
+        yield None
+        return
+    _check_ranks(only)
+    from clip_cid.training.ranks.distributed import meet_ranks
+
+    with meet_ranks() as ranks:
+        yield ranks
+
+
+def _run(folder: RunFolder, recipe: Recipe, *, only: str | None, force: bool, call: Callable[[Path], None]) -> None:
+    """Run stages as the only process, or as the main one of torchrun, which has the others called to a joint stage."""
+    require_extras(folder, recipe, only=only, force=force)
     with folder.lock(), log.to_file(folder.path / "run.log"):
         active = active_stages(recipe)
         todo = active if only is None else _with_imports(BY_NAME[only], recipe, active)
@@ -126,7 +159,7 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
         folder.when_accepted(lambda: _store_recipe(folder, recipe))
         for stage in todo:
             forced = force and only in (None, stage.name)
-            _bring_up_to_date(stage, folder, recipe, active, forced=forced)
+            _bring_up_to_date(stage, folder, recipe, active, forced=forced, call=call)
         folder.accept()
 
         if only is None:
@@ -243,7 +276,13 @@ def _store_recipe(folder: RunFolder, recipe: Recipe) -> None:
 
 
 def _bring_up_to_date(
-    stage: Stage, folder: RunFolder, recipe: Recipe, active: tuple[Stage, ...], *, forced: bool
+    stage: Stage,
+    folder: RunFolder,
+    recipe: Recipe,
+    active: tuple[Stage, ...],
+    *,
+    forced: bool,
+    call: Callable[[Path], None],
 ) -> None:
     """Run a stage that is missing, stale or forced."""
     origins = Origins(folder, recipe, active)
@@ -267,7 +306,7 @@ def _bring_up_to_date(
             if not origins.difference(stage, record):
                 folder.take_back(stage.name, aside)
                 log.info(f"{stage.name:<9} back from {aside}   {headline(record)}")
-                return _bring_up_to_date(stage, folder, recipe, active, forced=False)
+                return _bring_up_to_date(stage, folder, recipe, active, forced=False, call=call)
 
     if forced:
         folder.forget(stage.name)
@@ -275,10 +314,12 @@ def _bring_up_to_date(
             log.info(f"{stage.name:<9} forced: what was left unfinished is dropped")
     why = "forced" if state.status == "done" else f"{state.status}: {state.reason}"
     log.info(f"{stage.name:<9} {why}; {'resuming' if state.resumes and not forced else 'running'}")
-    _run_stage(stage, folder, recipe, origins)
+    _run_stage(stage, folder, recipe, origins, call=call)
 
 
-def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, origins: Origins) -> None:
+def _run_stage(
+    stage: Stage, folder: RunFolder, recipe: Recipe, origins: Origins, *, call: Callable[[Path], None]
+) -> None:
     """Run a stage and publish its results; a refused one leaves everything as it was."""
     started, clock = now(), time.monotonic()
     what = f"; {stage.name} could not write its results"
@@ -291,6 +332,8 @@ def _run_stage(stage: Stage, folder: RunFolder, recipe: Recipe, origins: Origins
         states_before = origins.states(stage)
         try:
             module = importlib.import_module(f"clip_cid.stages.{stage.name}")
+            if stage.joint:
+                call(begun.part)
             with threadpoolctl.threadpool_limits(recipe.machine.threads or None):
                 summary = module.run(folder, begun.part, recipe)
         except BaseException:
@@ -359,13 +402,67 @@ def _check_ranks(only: str | None) -> None:
         )
 
 
-def _assist(folder: RunFolder, recipe: Recipe, stage: Stage, *, force: bool) -> None:
-    """Do this process's part of a stage; the main process keeps its folder, record and log."""
-    state = next(state for state in states(folder, recipe) if state.stage is stage)
-    if state.status != "done" or force:
-        module = importlib.import_module(f"clip_cid.stages.{stage.name}")
-        with threadpoolctl.threadpool_limits(recipe.machine.threads or None):
-            module.run(folder, folder.part(stage.name), recipe)
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What the main process writes and says before a joint stage: the others see the same run folder, or all end."""
+
+    sign: str
+    """A file that it has just made in the stage's work folder, of a name that nobody has used before."""
+    results: dict[str, str]
+    """Of every finished stage."""
+    host: str
+
+
+class _Others:
+    """The other processes of torchrun. They leave the run folder alone until the main process calls them."""
+
+    def __init__(self, folder: RunFolder, ranks: "Ranks") -> None:
+        self._folder, self._ranks, self._called = folder, ranks, False
+
+    def call(self, part: Path) -> None:
+        """Have them join the stage that begins in `part`, as soon as each of them sees what it needs."""
+        self._called = True
+        sign = part / f".shared.tmp-{own_mark()}"
+        sign.touch()
+        try:
+            self._ranks.from_main(_Call(sign.name, _results(self._folder), socket.gethostname()))
+            self._ranks.wait()
+        finally:
+            sign.unlink()
+
+    def dismiss(self) -> None:
+        """There is nothing for them to do, if they have not been called."""
+        if not self._called:
+            self._ranks.from_main(None)
+
+
+def _assist(folder: RunFolder, recipe: Recipe, stage: Stage, ranks: "Ranks") -> None:
+    """Do this process's part of a stage; the main process keeps its folder, record and log.
+
+    Raises:
+        RunError: This host has another run folder.
+    """
+    call = ranks.from_main(None)
+    if not isinstance(call, _Call):
+        return
+
+    part = folder.part(stage.name)
+    if not ranks.sees(lambda: (part / call.sign).exists() and call.results == _results(folder)):
+        here = socket.gethostname()
+        raise RunError(
+            f"{folder.path}: rank {ranks.rank} on {here} does not see what rank 0 on {call.host} has written there.",
+            fix="The run folder must be a shared one: give a path at which every host has the same folder.",
+        )
+    ranks.wait()
+    require_extras(folder, recipe, only=stage.name, force=True)
+    module = importlib.import_module(f"clip_cid.stages.{stage.name}")
+    with threadpoolctl.threadpool_limits(recipe.machine.threads or None):
+        module.run(folder, part, recipe)
+
+
+def _results(folder: RunFolder) -> dict[str, str]:
+    records = {stage.name: whole_record(folder, stage.name) for stage in STAGES}
+    return {name: record.results for name, record in records.items() if record is not None}
 
 
 def _with_imports(stage: Stage, recipe: Recipe, active: tuple[Stage, ...]) -> tuple[Stage, ...]:

@@ -34,15 +34,15 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> DistillSummary | None:
 
     with join_ranks(resolve_device(machine.device)) as ranks:
         refuse_without_float64(ranks.device, recipe)
-        if ranks.all((out / _DONE).is_file())[0]:
+        if ranks.from_main(ranks.is_main and (out / _DONE).is_file()):
             return _finish(folder, out) if ranks.is_main else None
 
         training = prepare(folder, out, recipe, ranks)
         folder.accept()
         summary = {**training.trainer.run(), **training.sharpness.summary}
-        student, beside = training.trainer.student_state(), training.trainer.objective_state()
         if ranks.is_main:
-            _export(training, out, recipe, summary, student, beside)
+            trainer = training.trainer
+            _export(training, out, recipe, summary, trainer.student_state(), trainer.objective_state())
         ranks.wait()
 
     return _finish(folder, out) if ranks.is_main else None

@@ -210,9 +210,7 @@ def assemble(
         measure_near_centers(settings, training, centers)
     if first_pass and centers is not None and training.views is None and uses_soft_centers(settings):
         with ranks.main_first():
-            training = with_soft_centers(
-                training, centers, settings, out / SOFT_CENTERS, sharpness.scale, key, ranks.device
-            )
+            training = with_soft_centers(training, centers, settings, out / SOFT_CENTERS, sharpness.scale, key, ranks)
     bank = _make_bank(settings, training, ranks)
     trainer = Trainer(
         model,
@@ -438,7 +436,7 @@ def _with_labels(
         centers,
         count=settings.labels,
         key=key,
-        device=ranks.device,
+        ranks=ranks,
     )
     return dataclasses.replace(training, several_labels=labels)
 

@@ -29,7 +29,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
         keep: How many to keep; at least 2, in case the newest is damaged.
     """
     folder.mkdir(exist_ok=True)
-    path = folder / f"step-{step:06d}.pt"
+    path = path_of(folder, step)
     _write(path, {**state, "step": step})
     for _, old in list(_newest_first(folder))[keep:]:
         old.unlink()
@@ -59,6 +59,16 @@ def load_best(folder: Path, *, key: str) -> dict[str, Any]:
     return state
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return folder / f"step-{step:06d}.pt"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint that `load_newest` has found whole in another process, on the CPU."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_newest(folder: Path, *, key: str) -> dict[str, Any] | None:
     """The state of the newest whole checkpoint, on the CPU; None when there is none. Torn ones are named and removed.
 
@@ -72,7 +82,7 @@ def load_newest(folder: Path, *, key: str) -> dict[str, Any] | None:
             log.warn(f"{path.name} is damaged ({problem}); resuming from the checkpoint before it")
             path.unlink()
             continue
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state = load(path)
         if state.get("format") != _FORMAT or state.get("key") != key:
             raise RunError(
                 f"{path}: made with other settings, other data or another version of clip-cid.",

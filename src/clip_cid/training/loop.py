@@ -312,9 +312,8 @@ class Trainer:
             "best": self.best,
             "alarm": self.alarm,
             "watch": self.watch,
-            "skipped": self.bad,
         }
-        return parts if self.records is None else {**parts, "metrics": self.records}
+        return parts if self.records is None else {**parts, "skipped": self.bad, "metrics": self.records}
 
     def _save_if_due(self, stop: int) -> int:
         """All ranks save together: at the end, when the main process says so, and when any rank must stop.
@@ -344,26 +343,32 @@ class Trainer:
         self.watch.saved()
 
     def _resume(self) -> None:
-        """Load the newest whole checkpoint, or start; files of lines are cut to their size at the checkpoint."""
-        with self.ranks.main_first():
-            state = checkpoint.load_newest(self.out / CHECKPOINTS, key=self.plan.key)
-            step = 0 if state is None else state["step"]
-            if self.ranks.is_main:
-                listeners = make_listeners(
-                    self.machine.callbacks, self.machine.tensorboard, self.out / "tensorboard", step=step
-                )
-                self.records = Records(self.out / "metrics.jsonl", listeners)
-            if state is None:
-                for lines in (self.records, self.bad):
-                    if lines is not None:
-                        lines.load_state_dict(EMPTY)
-            else:
-                for name, part in self._parts().items():
-                    part.load_state_dict(state["parts"][name])
-                self.head_rows.load(step)
-        self.ranks.agree("a checkpoint", None if state is None else step)
+        """Load the newest whole checkpoint, or start; files of lines are cut to their size at the checkpoint.
 
-        if state is None:
+        The main process alone looks for checkpoints and keeps the files of lines: the others may not see yet what
+        has just been written, and read the checkpoint that it names.
+        """
+        folder = self.out / CHECKPOINTS
+        state = checkpoint.load_newest(folder, key=self.plan.key) if self.ranks.is_main else None
+        step = self.ranks.from_main(None if state is None else int(state["step"]))
+        if self.ranks.is_main:
+            listeners = make_listeners(
+                self.machine.callbacks, self.machine.tensorboard, self.out / "tensorboard", step=step or 0
+            )
+            self.records = Records(self.out / "metrics.jsonl", listeners)
+        elif step is not None:
+            state = checkpoint.load(self.ranks.find(checkpoint.path_of(folder, step)))
+
+        if state is None or step is None:
+            for lines in (self.records, self.bad) if self.records is not None else ():
+                lines.load_state_dict(EMPTY)
+        else:
+            for name, part in self._parts().items():
+                part.load_state_dict(state["parts"][name])
+            self.head_rows.load(step)
+        self.bad.gather(self.ranks)
+
+        if step is None:
             self.bad.note(list(self.batches.training.left_out.items()))
         else:
             self.watch.lap(step)  # speeds are measured from here on

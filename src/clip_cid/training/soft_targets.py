@@ -23,6 +23,7 @@ from clip_cid.method.unit_rows import Rows
 from clip_cid.recipe import DistillConfig
 from clip_cid.run_folder import read_json, write_json
 from clip_cid.training.batches import SoftTargets, TrainingPairs, unit_teacher_rows
+from clip_cid.training.ranks.distributed import ALONE, Ranks
 
 USUAL_SCALE = 100.0
 """The logit scale at which published CLIP models end."""
@@ -163,7 +164,7 @@ def with_soft_centers(
     folder: Path,
     scale: float,
     key: str,
-    device: torch.device,
+    ranks: Ranks,
 ) -> TrainingPairs:
     """The same pairs with the teacher's soft centers, computed, or resumed from a killed attempt."""
     if training.store is None or training.store_rows is None:
@@ -177,7 +178,7 @@ def with_soft_centers(
         scale=scale,
         temperature=settings.temperature,
         key=key,
-        device=device,
+        ranks=ranks,
     )
     return dataclasses.replace(training, soft_centers=targets)
 
@@ -191,7 +192,7 @@ def soft_targets(
     scale: float,
     temperature: float,
     key: str,
-    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> SoftTargets:
     """Mu and H of the teacher for each training row; `soft_centre` in docs/method.md.
 
@@ -206,21 +207,21 @@ def soft_targets(
         scale: sigma.
         temperature: tau.
         key: Digest of everything that decides the result.
-        device: Where the products are computed.
+        ranks: The main process computes, on its device; the others read what it has written.
 
     Raises:
         DataError: A teacher vector is not of unit length.
     """
     shapes = {"mean": (np.float32, (len(store_rows), images.shape[1])), "entropy": (np.float64, (len(store_rows),))}
-    table = torch.from_numpy(centers).to(device)
+    table = torch.from_numpy(centers).to(ranks.device)
 
     def soften(start: int) -> dict[str, Tensor]:
         rows = store_rows[start : start + _ROWS]
-        teacher = unit_teacher_rows(images[rows], rows, "image").to(device)
+        teacher = unit_teacher_rows(images[rows], rows, "image").to(ranks.device)
         softened = soft_centers(teacher, table, scale=scale, temperature=temperature)
         return {"mean": softened.mean, "entropy": softened.entropy}
 
-    kept = _by_blocks(folder, shapes, soften, rows=len(store_rows), key=key, what="soft centers")
+    kept = _by_blocks(folder, shapes, soften, rows=len(store_rows), key=key, what="soft centers", ranks=ranks)
     return SoftTargets(kept["mean"], kept["entropy"], scale / temperature)
 
 
@@ -233,7 +234,7 @@ def several_labels(
     *,
     count: int,
     key: str,
-    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Int[np.ndarray, "rows count"]:
     """The cluster of each training row and the next nearest centers; `nearest_labels` in docs/method.md.
 
@@ -247,23 +248,23 @@ def several_labels(
         centers: Unit rows, all of them.
         count: l.
         key: Digest of everything else that decides the result.
-        device: Where the products are computed.
+        ranks: The main process computes, on its device; the others read what it has written.
 
     Raises:
         DataError: A teacher vector is not of unit length.
     """
-    table = torch.from_numpy(centers).to(device)
+    table = torch.from_numpy(centers).to(ranks.device)
 
     def label(start: int) -> dict[str, Tensor]:
         rows = store_rows[start : start + _ROWS]
-        teacher = unit_teacher_rows(images[rows], rows, "image").to(device)
-        own = torch.from_numpy(labels[start : start + _ROWS].astype(np.int64)).to(device)
+        teacher = unit_teacher_rows(images[rows], rows, "image").to(ranks.device)
+        own = torch.from_numpy(labels[start : start + _ROWS].astype(np.int64)).to(ranks.device)
         return {"labels": nearest_labels(teacher, table, own, count)}
 
     # Which rows are held out also depends on the number of ranks.
     key = hashlib.sha256(key.encode() + np.ascontiguousarray(store_rows).tobytes()).hexdigest()
     shapes = {"labels": (np.int32, (len(labels), count))}
-    return _by_blocks(folder, shapes, label, rows=len(labels), key=key, what="labels")["labels"]
+    return _by_blocks(folder, shapes, label, rows=len(labels), key=key, what="labels", ranks=ranks)["labels"]
 
 
 def _by_blocks(
@@ -274,8 +275,11 @@ def _by_blocks(
     rows: int,
     key: str,
     what: str,
+    ranks: Ranks,
 ) -> dict[str, np.memmap]:
     """Arrays mapped from files, filled block by block; a killed attempt of the same key has filled their first rows.
+
+    The main process fills them. The others come here when it is done, and only read.
 
     Args:
         folder: Of the files and of `done.json`.
@@ -284,9 +288,13 @@ def _by_blocks(
         rows: Of each array.
         key: Digest of everything that decides the result.
         what: They are, for the progress.
+        ranks: Who needs them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.npy" for name in shapes}
+    if not ranks.is_main:
+        return {name: cast(np.memmap, np.load(ranks.find(path), mmap_mode="c")) for name, path in paths.items()}
+
+    folder.mkdir(parents=True, exist_ok=True)
     done = _rows_done(folder, key) if all(path.is_file() for path in paths.values()) else 0
     if not done:
         for name, (kind, shape) in shapes.items():

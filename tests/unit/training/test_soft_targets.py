@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import oracles
 import pytest
-import torch
 
 from clip_cid.errors import DataError
 from clip_cid.method.distill import fused_cluster_loss
 from clip_cid.method.distill.cluster_distillation import nearest_labels
 from clip_cid.training import soft_targets as module
+from clip_cid.training.ranks.distributed import ALONE
 from clip_cid.training.soft_targets import several_labels, soft_targets
 
 ROWS, DIM, CENTERS = 23, 6, 9
@@ -27,7 +27,7 @@ def stored() -> np.ndarray:
 def targets(folder: Path, images: np.ndarray | None = None, key: str = "one") -> Any:
     images = stored() if images is None else images
     rows = np.arange(ROWS)[::-1] + 5
-    how: dict[str, Any] = {"scale": 16.0, "temperature": 2.0, "key": key, "device": torch.device("cpu")}
+    how: dict[str, Any] = {"scale": 16.0, "temperature": 2.0, "key": key, "ranks": ALONE}
     return soft_targets(folder, images, rows, unit_rows(CENTERS, 1), **how)
 
 
@@ -79,7 +79,7 @@ def test_what_another_recipe_left_is_not_taken_up(tmp_path: Path):
 def test_killed_labels_go_on_where_they_were_and_belong_to_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def labels(folder: Path, rows: np.ndarray, key: str = "one") -> np.ndarray:
         own = np.arange(len(rows)) % CENTERS
-        how: dict[str, Any] = {"count": 4, "key": key, "device": torch.device("cpu")}
+        how: dict[str, Any] = {"count": 4, "key": key, "ranks": ALONE}
         return np.array(several_labels(folder, stored(), rows, own, unit_rows(CENTERS, 1), **how))
 
     rows, calls = np.arange(ROWS)[::-1] + 5, []

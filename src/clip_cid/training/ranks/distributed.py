@@ -4,7 +4,10 @@ import contextlib
 import dataclasses
 import datetime
 import os
-from collections.abc import Generator, Mapping
+import socket
+import time
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,10 +17,12 @@ from torch import Tensor
 from clip_cid.errors import ConfigError, RunError
 from clip_cid.method.distill.contrastive import Side
 from clip_cid.tasks import torchrun_place
+from clip_cid.training.ranks.meeting import Meeting, is_of_another_rank
 
-# Long work of one rank (indexing pairs, the last export) must not end the ranks that wait for it. When a rank
-# dies, torchrun ends the others at once.
-_PATIENCE = datetime.timedelta(hours=6)
+# Long work of one rank (indexing pairs, the last export) must not end the ranks that wait for it. When a process
+# ends, those that wait for it notice at once.
+_WORK = datetime.timedelta(hours=6)
+_UNSEEN_SECONDS = 75  # NFS and others remember for up to a minute that a file is not there
 _Value = TypeVar("_Value")
 
 
@@ -66,6 +71,38 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def from_main(self, value: _Value) -> _Value:
+        """The main process's plain value, on every rank."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def sees(self, there: Callable[[], bool]) -> bool:
+        """Whether this rank sees what another has written before a barrier.
+
+        It looks for longer than a host remembers that a file is not there.
+        """
+        deadline = time.monotonic() + (_UNSEEN_SECONDS if self.size > 1 else 0)
+        while not there():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+        return True
+
+    def find(self, path: Path) -> Path:
+        """A file or folder that another rank has made before a barrier.
+
+        Raises:
+            RunError: This rank does not see it.
+        """
+        if not self.sees(path.exists):
+            raise RunError(
+                f"{path}: another rank has made it, but rank {self.rank} on {socket.gethostname()} does not see it.",
+                fix="The run folder must be a shared one; see that this host has it, then run the same command again.",
+            )
+        return path
+
     def wait(self) -> None:
         """Until all are here."""
         if self.size > 1:
@@ -102,32 +139,73 @@ ALONE = Ranks()
 
 @contextlib.contextmanager
 def join_ranks(device: torch.device) -> Generator[Ranks]:
-    """Join the other processes for as long as the block lasts; after an error this process has to end.
+    """Join the other processes, as in `meet_ranks`, to compute on a device.
 
     Args:
         device: As the recipe has it; each rank of a machine takes the CUDA device of its own number.
 
     Raises:
-        ConfigError: This machine has fewer CUDA devices than processes.
+        ConfigError: This machine has fewer CUDA devices than processes, or another machine has none.
+        RunError: As `meet_ranks`.
     """
-    if torchrun_place().size == 1:
-        yield Ranks(device=device)
+    with meet_ranks() as ranks:
+        if ranks.size > 1:
+            device = _own_device(device)
+        yield dataclasses.replace(ranks, device=device)
+
+
+@contextlib.contextmanager
+def meet_ranks() -> Generator[Ranks]:
+    """Meet the other processes of torchrun, and stay with them for as long as the block lasts.
+
+    After an error this process has to end. The others then end with the same two lines.
+
+    Raises:
+        RunError: Some do not come, or one has ended.
+    """
+    place = torchrun_place()
+    if place.size == 1 or dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
         return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if (device.index or 0) >= (count := torch.cuda.device_count()):
-            raise ConfigError(
-                f"machine.device: process {device.index} of this machine has no CUDA device of its own; there"
-                f" are {count}.",
-                fix=f"Start torchrun with --nproc-per-node {count}, or set machine.device: cpu.",
-            )
-        torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
-    yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+    meeting = Meeting(place)
+    store = dist.PrefixStore("ranks", meeting.store)
+    try:
+        backend = "cpu:gloo,cuda:nccl" if meeting.all_have_cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=_WORK)
+        meeting.stand()
+        yield (ranks := Ranks(place.rank, place.size))
+        ranks.wait()
+    except BaseException as error:
+        if not is_of_another_rank(error):
+            meeting.tell(error)
+            raise
+        raise meeting.first_error() from error
+    meeting.end()
     # Not after an error: NCCL would wait here for the other ranks, which wait for this one.
     dist.destroy_process_group()
+
+
+def _own_device(device: torch.device) -> torch.device:
+    """The device of this rank among those of its machine."""
+    if device.type != "cuda":
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
+        return device
+
+    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if (own.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(
+            f"machine.device: process {own.index} of this machine has no CUDA device of its own; there are {count}.",
+            fix=f"Start torchrun with --nproc-per-node {count}, or set machine.device: cpu.",
+        )
+    if "nccl" not in dist.get_backend_config():
+        raise ConfigError(
+            f"machine.device: {device} on {socket.gethostname()}, but another machine of this torchrun has no CUDA.",
+            fix="Leave that machine out, or set machine.device: cpu for all.",
+        )
+    torch.cuda.set_device(own)
+    return own
 
 
 class _Gather(torch.autograd.Function):

@@ -38,9 +38,14 @@ class HeadRows:
     def save(self, step: int) -> None:
         """Write this rank's rows; when it returns, every rank's are there."""
         if self._head is not None:
-            self._folder.mkdir(exist_ok=True)
+            if self._ranks.is_main:
+                self._of(step).mkdir(parents=True, exist_ok=True)
+            self._ranks.wait()
             save_shard(
-                self._of(step), self._head, self._by_row(self._optimizer().state.get(self._head.weight, {})), step=step
+                self._ranks.find(self._of(step)),
+                self._head,
+                self._by_row(self._optimizer().state.get(self._head.weight, {})),
+                step=step,
             )
             self._ranks.wait()
             if self._ranks.is_main:

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import processes
@@ -44,6 +45,7 @@ from clip_cid.training.batches import Batches, TrainingPairs
 from clip_cid.training.loop import Trainer
 from clip_cid.training.model import backward_in_micro_batches
 from clip_cid.training.optimizer import clip_gradients
+from clip_cid.training.ranks import distributed
 from clip_cid.training.ranks.distributed import ALONE, Ranks, join_ranks
 from clip_cid.training.ranks.parallel import join_model, with_joint_statistics, with_spread
 from clip_cid.training.validation import hold_out
@@ -414,9 +416,7 @@ def test_a_rank_with_an_error_does_not_wait_for_the_others(
 ):
     """Taking the group down is a matter of all ranks: with NCCL one alone would hang in it."""
     calls: list[str] = []
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for name, value in (("init_process_group", None), ("get_rank", 0), ("get_world_size", 2)):
-        monkeypatch.setattr(dist, name, lambda *_, value=value, **__: value)
+    alone_at_the_meeting(monkeypatch, size=2)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with contextlib.suppress(DataError, KeyboardInterrupt), join_ranks(torch.device("cpu")):
@@ -425,12 +425,35 @@ def test_a_rank_with_an_error_does_not_wait_for_the_others(
     assert calls == (["destroyed"] if error is None else [])
 
 
+def alone_at_the_meeting(monkeypatch: pytest.MonkeyPatch, *, size: int) -> None:
+    """As if the other processes were there."""
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    meeting = SimpleNamespace(
+        store=dist.HashStore(), all_have_cuda=True, tell=lambda _: None, stand=lambda: None, end=lambda: None
+    )
+    monkeypatch.setattr(Ranks, "wait", lambda _: None)
+    monkeypatch.setattr(distributed, "Meeting", lambda _: meeting)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+
+
 def test_more_processes_than_devices_are_refused_in_words(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    alone_at_the_meeting(monkeypatch, size=4)
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with (
         pytest.raises(ConfigError, match=r"process 2 of this machine has no CUDA device of its own; there are 2"),
+        join_ranks(torch.device("cuda")),
+    ):
+        raise AssertionError("no process should get here")
+
+
+def test_a_machine_with_cuda_beside_one_without_is_refused_in_words(monkeypatch: pytest.MonkeyPatch):
+    alone_at_the_meeting(monkeypatch, size=4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
+    with (
+        pytest.raises(ConfigError, match="another machine of this torchrun has no CUDA"),
         join_ranks(torch.device("cuda")),
     ):
         raise AssertionError("no process should get here")

@@ -150,7 +150,7 @@ def _read_parquet(path: Path, name: str, columns: list[str], settings: PairsConf
             yield from _read_images(path, name, columns, settings, file)
             return
         for table in _rebatch(file.iter_batches(batch_size=SHARD_ROWS, columns=columns)):
-            yield {column: table.column(column).to_pylist() for column in columns}
+            yield _cells_of(table, columns)
 
 
 def _read_images(
@@ -163,9 +163,12 @@ def _read_images(
     largest = 0
     while some := list(itertools.islice(images, SHARD_ROWS)):
         largest = max(largest, *(image.page.bytes + image.page.dictionary_bytes for image in some))
-        table = next(batches) if batches is not None else None
-        yield {settings.image_column: some} | {column: table.column(column).to_pylist() for column in others}
+        yield {settings.image_column: some} | ({} if batches is None else _cells_of(next(batches), others))
     warn_of_large_pages(name, file, settings.image_column, largest)
+
+
+def _cells_of(table: pa.Table, columns: list[str]) -> _Cells:
+    return {column: table.column(column).to_pylist() for column in columns}
 
 
 def _without_pictures(parts: Iterable[_Cells], name: str, column: str) -> Generator[_Cells]:

@@ -42,7 +42,8 @@ WRITERS = {"tar": write_tar, "folder": write_folder}
 
 
 def opened(source: Path, index: Path | None = None, **settings: Any) -> Pairs:
-    return open_pairs(PairsConfig(source=(str(source),), **({"key_field": "uid"} | settings)), index=index)
+    named: dict[str, Any] = {"key_field": "uid", **settings}
+    return open_pairs(PairsConfig(source=(str(source),), **named), index=index)
 
 
 @pytest.mark.parametrize("kind", WRITERS)

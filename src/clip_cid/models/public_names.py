@@ -144,7 +144,7 @@ def _is_public(value: str) -> bool:
 
 
 @functools.cache
-def _names_of_open_clip() -> tuple[frozenset[tuple[str, str]], frozenset[str]]:
+def _names_of_open_clip() -> tuple[frozenset[Any], frozenset[str]]:
     """Of weights and of models. Where it is not installed no name is known to be public, so all are cut."""
     try:
         import open_clip

@@ -263,6 +263,7 @@ def _recipe_command(
     fields += [(section, *_flags(Recipe.model_fields[section].default, section, shown)) for section in sections]
 
     def start(flags: Any) -> int:
+        os_errors.refuse_address(flags.run)
         only = None if name == "run" else name
         with contextlib.nullcontext() if name == "check" else pipeline.joint_ranks(only) as ranks:
             wanted = over(_recipe(flags, ranks), flags)
@@ -458,6 +459,7 @@ def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000, a
         shard_size: Pairs in a tar.
         allow_pipe: Let a source `pipe:COMMAND` of the recipe run its shell command.
     """
+    os_errors.refuse_address(out)
     from clip_cid.publish.subset import export_subset
 
     folder = _existing(run)
@@ -480,6 +482,7 @@ def join(stores: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="
         stores: Embedding stores, or runs whose embed stage has finished.
         out: The folder to create.
     """
+    os_errors.refuse_address(out)
     from clip_cid.joining import join_teachers
 
     with os_errors.explained(out, kept="Finished shards are kept."):
@@ -513,6 +516,7 @@ def ablate(
         dry_run: Only print what would be run.
         allow_pipe: Let a source `pipe:COMMAND` of the recipe run its shell command.
     """
+    os_errors.refuse_address(out)
     extras.require("ablate", extras.DISTILL, extras.REPORT)
     from clip_cid.ablations import runs, variants
 
@@ -533,6 +537,7 @@ def export(run: Run, out: Out, onnx: bool = False) -> int:
         onnx: Also write both towers as ONNX graphs, and compare each with PyTorch. Needs
             `pip install "clip-cid[onnx]"`.
     """
+    os_errors.refuse_address(out)
     folder = _existing(run)
     extras.require("export", extras.DISTILL)
     folder.stage(DISTILL)  # refused before the libraries are loaded
@@ -593,6 +598,7 @@ def init(file: File = Path("recipe.yaml"), pairs: int | None = None, gpus: int |
         gpus: GPUs to train on. Default: none, so the CPU.
         all: Write every setting with its limits and its explanation, also with --pairs.
     """
+    os_errors.refuse_address(file)
     if file.exists():
         raise ConfigError(f"{file}: exists already.", fix="Give another name, or delete it first.")
     if pairs is None and gpus is not None:
@@ -618,6 +624,7 @@ def sample(out: Out, pairs: int = 6000, seed: int = 0) -> int:
         pairs: Number of training pairs.
         seed: Seed of the scenes.
     """
+    os_errors.refuse_address(out)
     from clip_cid.data.sample.write import FEWEST_PAIRS, write_sample
 
     if pairs < FEWEST_PAIRS:
@@ -631,6 +638,7 @@ def sample(out: Out, pairs: int = 6000, seed: int = 0) -> int:
 
 
 def _existing(run: Path) -> RunFolder:
+    folder = RunFolder(run)
     if not run.is_dir():
         raise RunError(f"{run}: no such run folder.", fix=f"`clip-cid run {run} --recipe FILE` makes one.")
-    return RunFolder(run)
+    return folder

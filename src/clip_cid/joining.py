@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from clip_cid import log, units
+from clip_cid import log, os_errors, units
 from clip_cid.data.embeddings.files import (
     FOLDERS,
     PROGRESS_FILE,
@@ -71,6 +71,8 @@ def join_teachers(sources: Sequence[Path], out: Path) -> EmbeddingStore:
         DataError: A source is no store, stores have no key in common, captions differ, or `out` holds something else.
         RunError: Another process works in `out`, or the disk has no room.
     """
+    for path in (*sources, out):
+        os_errors.refuse_address(path)
     if not sources:
         raise ConfigError("join: no stores to join.", fix="Name two or more, then the folder to make.")
     stores = [EmbeddingStore.open(_store_folder(source)) for source in sources]

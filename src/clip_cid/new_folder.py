@@ -17,7 +17,11 @@ def new_folder(out: Path) -> Generator[Path]:
     """A folder beside `out` that takes its place, on the disk for good, when the block ends well.
 
     What stood at `out` is removed then, and comes back if the last step fails.
+
+    Raises:
+        ConfigError: `out` is an address such as s3://bucket/folder.
     """
+    os_errors.refuse_address(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     drop_left(out)
     part, old = (out.with_name(f".{out.name}.{suffix}-{own_mark()}") for suffix in ("part", "old"))

@@ -2,15 +2,22 @@
 
 import contextlib
 import errno
+import functools
 import resource
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 _ENOUGH = 1 << 20  # files; some programs slow down with the limit itself
 _EVERYTHING_ELSE = 192  # files of libraries, pipes of workers, tensors on their way
-_CACHES = 8  # at one time: indexes and their batches, tars, embeddings of images, texts and further captions, views
+_EVERYTHING_MAPPED = 4096  # libraries and memory
+_USUAL_MAPS = 65_530
+_CACHES_OF_FILES = 2  # at one time: tars, and whatever comes
+_CACHES_OF_MAPS = 8  # indexes and their batches, embeddings of images, texts and further captions, views
 _FEWEST = 4
+MANY = 16_384
+"""More than this are not kept, whatever the system allows: each takes about a kilobyte."""
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -31,21 +38,26 @@ class KeptOpen(Generic[Key, Value]):
 
     All caches of a process share what the system allows it. Where that is used up, they give back all they hold before
     a file is refused. A value closes its file when nothing refers to it any more.
+
+    Args:
+        open_file: Opens the file of a key.
+        most: Keep no more than this.
+        maps: The values are maps of files in memory, which are closed: a system allows more of these.
     """
 
-    def __init__(self, open_file: Callable[[Key], Value], *, most: int) -> None:
-        self._open_file, self._most = open_file, most
+    def __init__(self, open_file: Callable[[Key], Value], *, most: int = MANY, maps: bool = False) -> None:
+        self._open_file, self._most, self._maps = open_file, most, maps
         self._kept: dict[Key, Value] = {}
         _caches.add(self)
 
     def __call__(self, key: Key) -> Value:
         value = self._kept.pop(key, None)
-        if value is None:
-            value = self._opened(key)
-        self._kept[key] = value  # at the end, so that the first is the least recently used
-        while len(self._kept) > self._capacity():
-            with contextlib.suppress(RuntimeError, StopIteration):  # another thread has changed it
-                self._kept.pop(next(iter(self._kept)), None)
+        if value is not None:
+            self._kept[key] = value  # at the end, so that the first is the least recently used
+            return value
+
+        value = self._kept[key] = self._opened(key)
+        self._close_the_least_used()
         return value
 
     def clear(self) -> None:
@@ -62,14 +74,32 @@ class KeptOpen(Generic[Key, Value]):
             cache.clear()
         return self._open_file(key)
 
+    def _close_the_least_used(self) -> None:
+        capacity = self._capacity()
+        while len(self._kept) > capacity:
+            with contextlib.suppress(RuntimeError, StopIteration):  # another thread has changed it
+                self._kept.pop(next(iter(self._kept)), None)
+
     def _capacity(self) -> int:
+        if self._maps:
+            return min(self._most, max(_FEWEST, (_most_maps() - _EVERYTHING_MAPPED) // _CACHES_OF_MAPS))
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if limit == resource.RLIM_INFINITY:
             return self._most
-        return min(self._most, max(_FEWEST, (limit - _EVERYTHING_ELSE) // _CACHES))
+        return min(self._most, max(_FEWEST, (limit - _EVERYTHING_ELSE) // _CACHES_OF_FILES))
+
+
+@functools.cache
+def _most_maps() -> int:
+    """How many maps the system allows a process."""
+    try:
+        return int(Path("/proc/sys/vm/max_map_count").read_text())
+    except (OSError, ValueError):  # not Linux
+        return _USUAL_MAPS
 
 
 def _is_exhausted(error: OSError) -> bool:
     """Whether there are too many open files or maps; pyarrow's errors may have no number."""
     exhausted = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-    return error.errno in exhausted or "Too many open files" in str(error)
+    words = ("Too many open files", "Cannot allocate memory")
+    return error.errno in exhausted or any(one in str(error) for one in words)

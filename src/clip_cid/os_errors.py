@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from clip_cid.errors import ClipCidError, RunError
+from clip_cid.errors import ClipCidError, ConfigError, RunError
 
 _ROOM = "Free some room"
 _OTHER_PLACE = "Give a folder on a file system that can be written"
@@ -74,6 +74,7 @@ _TORCH_WRITES = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+|iostr
 _NUMPY_WRITES = re.compile(r"\d+ requested and \d+ written")
 _TOO_MANY_FILES = re.compile(r"^Too many open files|received \d+ items of ancdata")  # PyTorch's, between processes
 _WORKER_KILLED = re.compile(r"DataLoader worker \(pid")  # raised wherever this process is at that moment
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory")
 
 
@@ -136,6 +137,25 @@ def may_pass(error: BaseException | None) -> bool:
     """
     causes = [_cause(one) for one in _chain(error)]
     return any(isinstance(cause, MemoryError) or _code(cause) not in _OF_ABSENCE for cause in causes)
+
+
+def refuse_address(path: Path) -> None:
+    """Refuse `s3://bucket/run` and the like where a folder is made or read: `Path` makes a folder `s3:` of it.
+
+    Raises:
+        ConfigError: The path is an address.
+    """
+    if address := address_of(path):
+        raise ConfigError(
+            f"{address}: an address, where only a path on this machine can be used.",
+            fix="Give a folder on a disk or on a mounted file system; copy from or to the address yourself.",
+        )
+
+
+def address_of(path: Path) -> str:
+    """The address that a path was made from; empty if it is a path. An absolute path always is one."""
+    match = _ADDRESS.match(str(path))
+    return f"{match[1]}://{match[2]}" if match else ""
 
 
 def disk_full(error: OSError) -> bool:

@@ -33,7 +33,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from clip_cid import plain_yaml, units
+from clip_cid import os_errors, plain_yaml, units
 from clip_cid.errors import ConfigError
 from clip_cid.loss_table import LOSSES, Reading, rows_of
 from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, EVALUATE, TEXTS
@@ -80,6 +80,8 @@ class Config(BaseModel):
             raise PydanticCustomError("too_large", "input should fit into 64 bits")
         if any(re.search(r"[\0\ud800-\udfff]", text) for text in _texts_in(value)):
             raise PydanticCustomError("not_text", "input should be text without zero bytes, in UTF-8")
+        if isinstance(value, Path) and (address := os_errors.address_of(value)):
+            raise PydanticCustomError("address", "input should be a path on this machine, not {it}", {"it": address})
         return value
 
 

@@ -100,9 +100,14 @@ class Work(NamedTuple):
 
 
 class RunFolder:
-    """One run: `embed/`, `balance/`, ... each whole or absent."""
+    """One run: `embed/`, `balance/`, ... each whole or absent.
+
+    Raises:
+        ConfigError: The path is an address such as s3://bucket/run.
+    """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        os_errors.refuse_address(path)
         self.path, self.read_only = path, read_only
         self._forgotten: set[str] = set()
         self._lock: int | None = None

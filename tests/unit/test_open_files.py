@@ -1,17 +1,30 @@
 """How many files are kept open, and that files beyond the limit are read all the same."""
 
 import errno
+import io
 import resource
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from PIL import Image
 
+from clip_cid import open_files
 from clip_cid.data.embeddings.sharded_rows import ShardedRows
+from clip_cid.data.pairs import index, indexed_files
+from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.open_files import KeptOpen
+from clip_cid.recipe import PairsConfig
+
+_PICTURE = io.BytesIO()
+Image.new("RGB", (16, 16), "teal").save(_PICTURE, "PNG")
+PICTURE = _PICTURE.getvalue()
 
 
 @pytest.fixture
@@ -41,23 +54,37 @@ def test_the_least_recently_used_is_opened_again() -> None:
     assert opened[-1] == "b"
 
 
-@pytest.mark.parametrize(("files", "kept"), [(20_000, 128), (1024, 104), (256, 8), (64, 4)])
-def test_a_cache_takes_an_eighth_of_what_the_system_leaves(limit: None, files: int, kept: int) -> None:
-    """Of 1,024 files 192 are left to libraries and pipes: (1,024 - 192) / 8 = 104."""
+@pytest.mark.parametrize(("files", "kept"), [(20_000, 500), (1024, 416), (256, 32), (64, 4)])
+def test_a_cache_of_files_takes_half_of_what_the_system_leaves(limit: None, files: int, kept: int) -> None:
+    """Of 1,024 files 192 are left to libraries and pipes: (1,024 - 192) / 2 = 416."""
     set_limit(files)
+    assert kept_of(KeptOpen[int, str], most=500) == kept
+
+
+@pytest.mark.parametrize(("maps", "kept"), [(65_530, 500), (4096 + 8 * 30, 30), (4096, 4)])
+def test_a_cache_of_maps_takes_an_eighth_of_those_that_libraries_leave(
+    limit: None, monkeypatch: pytest.MonkeyPatch, maps: int, kept: int
+) -> None:
+    monkeypatch.setattr(open_files, "_most_maps", lambda: maps)
+    set_limit(256)  # of files, which count for nothing here
+    assert kept_of(KeptOpen[int, str], most=500, maps=True) == kept
+
+
+def kept_of(kind: Any, **how: Any) -> int:
+    """How many of 1,000 values are kept."""
     opened: list[int] = []
 
     def open_file(key: int) -> str:
         opened.append(key)
         return str(key)
 
-    cache = KeptOpen(open_file, most=128)
-    for key in range(200):
+    cache = kind(open_file, **how)
+    for key in range(1000):
         cache(key)
     opened.clear()
-    for key in range(199, -1, -1):
+    for key in range(999, -1, -1):
         cache(key)
-    assert 200 - len(opened) == kept
+    return 1000 - len(opened)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "x"), OSError("Failed to open: Too many open files")])
@@ -97,6 +124,82 @@ def test_a_store_of_more_shards_than_files_may_be_open_is_read(limit: None, tmp_
     for _ in range(2):
         for store in stores:
             np.testing.assert_array_equal(store[np.arange(len(rows))], rows)
+
+
+def test_a_row_of_many_shards_opens_no_file_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, each row of a store of more than 256 shards did, and cost thirty times as much."""
+    rows = np.arange(4000 * 4, dtype=np.float16).reshape(-1, 4)
+    files = [tmp_path / f"{shard}.npy" for shard in range(4000)]
+    for file, row in zip(files, rows, strict=True):
+        np.save(file, row[None])
+    store = ShardedRows(files, [1] * 4000, dim=4, dtype=rows.dtype)
+
+    opened: list[str] = []
+    memory_map = pa.memory_map
+
+    def counting(path: str) -> pa.MemoryMappedFile:
+        opened.append(path)
+        return memory_map(path)
+
+    monkeypatch.setattr(pa, "memory_map", counting)
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        chosen = random.integers(0, 4000, 512)
+        np.testing.assert_array_equal(store[chosen], rows[chosen])
+    np.testing.assert_array_equal(store[:], rows)
+    assert len(opened) == 4000
+    if Path("/proc/self/fd").exists():  # a map needs no open file
+        assert not any(path.resolve().is_relative_to(tmp_path) for path in Path("/proc/self/fd").iterdir())
+
+
+def test_the_header_of_a_shard_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is mapped again, in a store beyond all limits, costs little."""
+    monkeypatch.setattr(open_files, "_most_maps", lambda: 0)
+    files = [tmp_path / f"{shard}.npy" for shard in range(9)]
+    for shard, file in enumerate(files):
+        np.save(file, np.full((1, 2), shard, np.float32))
+    store = ShardedRows(files, [1] * 9, dim=2, dtype=np.dtype(np.float32))
+    headers: list[object] = []
+    read = np.lib.format.read_magic
+    monkeypatch.setattr(np.lib.format, "read_magic", lambda file: (headers.append(file), read(file))[1])
+    for _ in range(3):
+        np.testing.assert_array_equal(store[:][:, 0], range(9))
+    assert len(headers) == 9
+
+
+def test_shards_of_every_order_and_version_of_the_format_are_read(tmp_path: Path) -> None:
+    rows = np.arange(24, dtype=np.float32).reshape(6, 4)
+    np.save(tmp_path / "0.npy", np.asfortranarray(rows))
+    with open(tmp_path / "1.npy", "wb") as file:
+        np.lib.format.write_array(file, rows.astype(">f4"), version=(2, 0))
+    with open(tmp_path / "2.npy", "wb") as file:
+        np.lib.format.write_array(file, rows.reshape(3, 2, 4))  # two for each image
+        file.write(b"more")
+    np.save(tmp_path / "3.npy", rows[:0])
+    files = [tmp_path / f"{shard}.npy" for shard in range(4)]
+    store = ShardedRows(files, [6, 6, 6, 0], dim=4, dtype=rows.dtype)
+    np.testing.assert_array_equal(store[:], np.concatenate([rows] * 3))
+    np.testing.assert_array_equal(store[np.array([17, 0, 7])], rows[[5, 0, 1]])
+
+
+def test_pairs_of_many_tars_open_no_file_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shard in range(300):
+        with tarfile.open(tmp_path / f"{shard:03d}.tar", "w") as tar:
+            for suffix, data in ((".png", PICTURE), (".txt", b"a teal square")):
+                member = tarfile.TarInfo(f"{shard:03d}{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    pairs = open_pairs(PairsConfig(source=(str(tmp_path / "*.tar"),)), index=tmp_path / "index")
+
+    def read_all() -> list[str]:
+        return [pairs.read(row).key for row in range(len(pairs))]
+
+    assert len(read_all()) == 300
+    for module in (index, indexed_files):
+        for cache in vars(module).values():
+            if isinstance(cache, KeptOpen):
+                monkeypatch.setattr(cache, "_open_file", lambda key: pytest.fail(f"{key} is opened again"))
+    assert len(read_all()) == 300
 
 
 def test_the_command_line_raises_the_limit_to_what_the_system_allows() -> None:

@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from clip_cid import cli, os_errors
-from clip_cid.errors import DataError, RunError
-from clip_cid.run_folder import atomic_file
+from clip_cid.errors import ConfigError, DataError, RunError
+from clip_cid.joining import join_teachers
+from clip_cid.new_folder import new_folder
+from clip_cid.run_folder import RunFolder, atomic_file
 from clip_cid.training import checkpoint
 
 BIG = torch.rand(200_000)  # 800,000 bytes
@@ -222,3 +224,60 @@ def test_what_may_pass_is_found_behind_errors_of_libraries(code: int, passing: b
     error.__cause__ = ValueError("Could not load valid config")
     error.__cause__.__cause__ = OSError(code, "")
     assert os_errors.may_pass(error) is passing
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        ("s3://bucket/runs/a", "s3://bucket/runs/a"),
+        ("gs://bucket", "gs://bucket"),
+        ("hf://datasets/org/name", "hf://datasets/org/name"),
+        ("file:///tmp/run", "file://tmp/run"),
+        ("runs/a", ""),
+        ("runs/a:b/c", ""),
+        ("/mnt/s3:/bucket", ""),
+        ("C:/runs", ""),
+        ("a:b", ""),
+    ],
+)
+def test_an_address_is_told_from_a_path_whatever_path_makes_of_it(given: str, address: str):
+    assert os_errors.address_of(Path(given)) == address
+
+
+def test_an_address_is_refused_wherever_a_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Before, a folder `s3:` appeared, and results in it."""
+    monkeypatch.chdir(tmp_path)
+    address = "s3://bucket/run"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "r.yaml").write_text("pairs: {source: [a.tar]}\n")
+    stages = ("run", "check", "embed", "balance", "cluster", "texts", "distill", "evaluate", "draw", "report")
+    commands = [
+        *([stage, address] for stage in stages),
+        *([command, address] for command in ("status", "verify", "init")),
+        ["balance", address, "--embeddings", "x.npy"],
+        ["subset", address, "out"],
+        ["subset", "run", address],
+        ["export", address, "out"],
+        ["export", "run", address],
+        ["push", address, "org/name"],
+        ["join", "a", "b", address],
+        ["ablate", "losses", "r.yaml", address],
+        ["sample", address],
+        ["balance", "run", "--embeddings", "s3://bucket/run"],
+        ["run", "run", "--machine.cache-dir", "s3://bucket/run"],
+    ]
+    for command in commands:
+        assert cli.main(command) == 2, command
+        said = capsys.readouterr().err.strip()
+        assert "s3://bucket/run" in said, command
+        assert "path on this machine" in said, command
+        assert said.count("\n") == 1 or "settings: 1 problem" in said, command
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["r.yaml", "run"]
+
+
+def test_python_is_refused_as_the_command_line_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for make in (RunFolder, lambda path: new_folder(path).__enter__(), lambda path: join_teachers([], path)):
+        with pytest.raises(ConfigError, match="s3://bucket/x: an address"):
+            make(Path("s3://bucket/x"))
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from clip_cid import log, pipeline, units
+from clip_cid import log, os_errors, pipeline, units
 from clip_cid.ablations.results import Run, refuse_another, write_results
 from clip_cid.ablations.variants import TITLES, Ablation, recipe_of
 from clip_cid.errors import ClipCidError, ConfigError
@@ -27,6 +27,7 @@ def run(ablation: Ablation, recipe: Recipe, out: Path, *, seeds: int) -> None:
     Raises:
         ClipCidError: As the stages raise it, or `out` holds another ablation; finished runs stay whole.
     """
+    os_errors.refuse_address(out)
     runs = _runs(ablation, recipe, out, seeds)
     with RunFolder(out).lock():
         refuse_another(ablation, out)
@@ -68,6 +69,7 @@ def _make(run: Run, others: Sequence[RunFolder]) -> None:
 
 def preview(ablation: Ablation, recipe: Recipe, out: Path, *, seeds: int) -> None:
     """Print what `run` would do: the runs, how often each stage runs, and the time if it is known."""
+    os_errors.refuse_address(out)
     runs = _runs(ablation, recipe, out, seeds)
     done = {run for run in runs if _is_done(run)}
     rows: list[list[str]] = []

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Int64
 
-from clip_cid import log, units
+from clip_cid import log, os_errors, units
 from clip_cid.data.embeddings.files import write_table
 from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
 from clip_cid.data.embeddings.store import EmbeddingStore
@@ -109,6 +109,7 @@ def export_subset(folder: RunFolder, recipe: Recipe, out: Path, *, shard_size: i
         RunError: The balance stage has not finished, its files changed, or it is older than the embeddings.
         DataError: `out` holds something else, kept keys are not among the pairs, or a pair cannot be read.
     """
+    os_errors.refuse_address(out)
     if shard_size is not None and shard_size < 1:
         raise ConfigError(
             f"--shard-size: must be at least 1, got {shard_size}.", fix="Give the number of pairs in a tar."

@@ -1,21 +1,45 @@
 """Rows of embeddings over memory-mapped .npy shards."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float, Int, Integer
 
 from clip_cid.open_files import KeptOpen
 
-_OPEN_FILES = 256  # a process may hold some 65,000 maps; a large store has more shards than that
+_FEW = 8  # rows of a shard: up to so many are read faster one by one
 
 
-def _mapped(path: Path) -> np.ndarray:
-    """The rows of a file; of several for each image, (images, each, dim), one after the other."""
-    stored = np.load(path, mmap_mode="r", allow_pickle=False)
-    return stored.reshape(-1, stored.shape[-1])
+class _Files:
+    """Maps the rows of one file after the other; of several for each image, (images, each, dim), one after the other.
+
+    A file is closed when it is mapped, since a store may have more shards than a process may have files. Its header is
+    read once.
+    """
+
+    def __init__(self, paths: tuple[Path, ...]) -> None:
+        self.paths = paths
+        self._headers: dict[int, tuple[tuple[int, ...], bool, np.dtype[Any], int]] = {}
+
+    def __call__(self, number: int) -> np.ndarray:
+        with pa.memory_map(str(self.paths[number])) as file:
+            if number not in self._headers:
+                self._headers[number] = _header(file)
+            shape, by_columns, dtype, begins = self._headers[number]
+            file.seek(begins)
+            stored = np.ndarray(shape, dtype, buffer=file.read_buffer(), order="F" if by_columns else "C")
+        return stored.reshape(-1, shape[-1])
+
+
+def _header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, order (by columns or not) and type of a .npy, and where its numbers begin."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return *read(file), file.tell()
 
 
 class ShardedRows:
@@ -37,7 +61,7 @@ class ShardedRows:
         self._starts = np.cumsum([0, *self._counts], dtype=np.int64)
         self._dim, self._chosen = dim, chosen
         self.dtype = dtype
-        self._maps = KeptOpen(_mapped, most=_OPEN_FILES)
+        self._maps = KeptOpen(_Files(self._files), maps=True)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,34 +89,41 @@ class ShardedRows:
         return {name: value for name, value in self.__dict__.items() if name != "_maps"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _maps=KeptOpen(_mapped, most=_OPEN_FILES))
+        self.__dict__.update(state, _maps=KeptOpen(_Files(state["_files"]), maps=True))
 
     def _range(self, start: int, stop: int) -> np.ndarray:
         out = np.empty((stop - start, self._dim), dtype=self.dtype)
 
-        at, shard = start, int(np.searchsorted(self._starts, start, side="right")) - 1
-        while at < stop:
-            first, last = int(self._starts[shard]), int(self._starts[shard + 1])
-            until = min(stop, last)
-            if until > at:
-                out[at - start : until - start] = self._map(shard)[at - first : until - first]
-            at, shard = until, shard + 1
+        first, last = (int(np.searchsorted(self._starts, row, side="right")) for row in (start, stop - 1))
+        starts = self._starts[first - 1 : last + 1].tolist()
+        for shard, (begins, ends) in enumerate(itertools.pairwise(starts), first - 1):
+            since, until = max(start, begins), min(stop, ends)
+            if until > since:
+                out[since - start : until - start] = self._maps(shard)[since - begins : until - begins]
         return out
 
     def _gather(self, rows: np.ndarray) -> np.ndarray:
         """Any rows in any order; each shard is visited once, front to back."""
         out = np.empty((len(rows), self._dim), dtype=self.dtype)
+        if not len(rows):
+            return out
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
 
-        edges = np.searchsorted(ordered, self._starts)
-        for shard in np.flatnonzero(np.diff(edges)):
-            part = slice(edges[shard], edges[shard + 1])
-            out[order[part]] = self._map(int(shard))[ordered[part] - self._starts[shard]]
-        return out
+        # Where the rows of one shard end and those of the next begin.
+        shards = np.searchsorted(self._starts, ordered, side="right") - 1
+        edges = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(rows)]
+        local = ordered - self._starts[shards]
+        places, one_by_one, visited = order.tolist(), local.tolist(), shards[edges[:-1]].tolist()
 
-    def _map(self, shard: int) -> np.ndarray:
-        return self._maps(self._files[shard])
+        for shard, first, stop in zip(visited, edges, edges[1:], strict=False):
+            stored = self._maps(shard)
+            if stop - first > _FEW:
+                out[order[first:stop]] = stored[local[first:stop]]
+            else:
+                for at in range(first, stop):
+                    out[places[at]] = stored[one_by_one[at]]
+        return out
 
 
 def checked_rows(rows: Integer[np.ndarray, " n"], count: int) -> Int[np.ndarray, " n"]:

@@ -22,12 +22,11 @@ from clip_cid.data.pairs.images import EXTENSIONS
 from clip_cid.data.pairs.pair import DUPLICATE, NO_CAPTION
 from clip_cid.data.pairs.sample_parts import key_hash
 from clip_cid.errors import DataError
-from clip_cid.open_files import KeptOpen
+from clip_cid.open_files import MANY, KeptOpen
 from clip_cid.recipe import PairsConfig
 from clip_cid.run_folder import atomic_file
 
 _VERSION = 3  # raise it when the same source would give another index
-_OPEN_FILES = 128
 _CHECKSUM_BYTES = 4
 _ROWS_PER_PASS = 1 << 24  # the search for duplicates holds about 50 bytes for each of so many rows
 _BAD_SCHEMA = pa.schema([("row", pa.int64()), ("reason", pa.string())])
@@ -56,8 +55,9 @@ def _open(path: str) -> pa.RecordBatchFileReader:
 
 
 def _mapped(path: str) -> pa.Buffer:
-    """An index file: Arrow's own, and a checksum of it."""
-    return pa.memory_map(path).read_buffer()
+    """An index file: Arrow's own, and a checksum of it. The map remains when the file is closed."""
+    with pa.memory_map(path) as file:
+        return file.read_buffer()
 
 
 def _read_batch(place: tuple[str, int]) -> pa.RecordBatch:
@@ -65,8 +65,8 @@ def _read_batch(place: tuple[str, int]) -> pa.RecordBatch:
     return _open_index(path).get_batch(number)
 
 
-_open_index = KeptOpen(_open, most=_OPEN_FILES)
-_mapped_batch = KeptOpen(_read_batch, most=_OPEN_FILES)
+_open_index = KeptOpen(_open, maps=True)
+_mapped_batch = KeptOpen(_read_batch, maps=True)
 
 
 def index_sources(
@@ -204,7 +204,7 @@ def _usable(path: Path, schema: pa.Schema) -> bool:
     return False
 
 
-@lru_cache(maxsize=_OPEN_FILES)
+@lru_cache(maxsize=MANY)
 def _is_whole(path: str, bytes: int, mtime_ns: int) -> bool:
     """Whether the checksum at the end of an index file of that size and time is that of the rest."""
     mapped = _mapped(path)

@@ -6,8 +6,6 @@ from clip_cid.data.pairs.format import LocalSource
 from clip_cid.errors import DataError
 from clip_cid.open_files import KeptOpen
 
-_OPEN_FILES = 128
-
 
 def bytes_at(source: LocalSource, at: int, size: int) -> bytes:
     """A byte range of a source, whose file stays open to be read again.
@@ -45,7 +43,7 @@ def _open_file(source: LocalSource) -> _Descriptor:
     return opened
 
 
-_open = KeptOpen(_open_file, most=_OPEN_FILES)
+_open = KeptOpen(_open_file)
 
 
 def _changed(name: str) -> DataError:

@@ -27,7 +27,7 @@ _LAST_WORDS = 5.0  # seconds
 _STUCK = 15.0  # seconds until a process is ended that still waits for one that has ended
 _CONNECTIONS = re.compile(r"gloo|nccl", re.IGNORECASE)
 _TOGETHER = (
-    "Start the same torchrun command on every machine, with one --nnodes and one address that all of them reach; a"
+    "Start the same torchrun command on every machine, with one number of machines and one address that all reach; a"
     " process that has ended says why in its own output."
 )
 

@@ -134,7 +134,9 @@ def test_errors_of_every_kind_of_ours_keep_what_they_say_and_what_was_noted_on_t
     assert len(kinds) >= 10
     for kind in kinds:
         error = (
-            MissingExtraError("A graph", "onnx") if kind is MissingExtraError else kind("Row 7 is broken.", fix="Go.")
+            MissingExtraError("A graph", "onnx", ("onnxruntime",))
+            if kind is MissingExtraError
+            else kind("Row 7 is broken.", fix="Go.")
         )
         error.add_note("in a worker")
         sent = tasks.sendable(pickle.loads(pickle.dumps(error)))

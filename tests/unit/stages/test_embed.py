@@ -22,6 +22,7 @@ from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import StoreWriter
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.errors import DataError, RunError
+from clip_cid.models import teacher as teacher_module
 from clip_cid.models.export import export_student
 from clip_cid.models.student import build_student
 from clip_cid.recipe import PairsConfig, Recipe
@@ -340,13 +341,13 @@ def test_a_source_that_changes_under_the_workers_is_named(
     tmp_path: Path, teachers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_tars(tmp_path)
-    load = embed.load_teacher
+    load = teacher_module.load_teacher
 
     def vanish(*args: Any, **options: Any) -> Any:
         (tmp_path / "b.tar").write_bytes(b"")
         return load(*args, **options)
 
-    monkeypatch.setattr(embed, "load_teacher", vanish)
+    monkeypatch.setattr(teacher_module, "load_teacher", vanish)
     with pytest.raises(DataError, match=r"b\.tar: changed or went away"):
         run(tmp_path / "run", recipe(source, teachers[0], workers=1))
 

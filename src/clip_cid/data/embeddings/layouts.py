@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import textwrap
 import zipfile
 import zlib
 from collections.abc import Generator, Iterator, Sequence
@@ -31,7 +32,7 @@ from clip_cid.errors import DataError
 FIX = (
     "Give a store of ours; a clip-retrieval folder (img_emb/img_emb_*.npy, optionally text_emb/text_emb_*.npy"
     " and metadata/metadata_*.parquet with equal numbers); a folder of DataComp's .npz or of .npy files; one of"
-    " .parquet or .arrow files with a column of vectors; or one such file."
+    " .parquet or .arrow files with a column of vectors (lists of float32, float16 or float64); or one such file."
 )
 _AGAIN = (
     "Fetch or write this file again: rows of float16, float32 or float64, one after the other (np.ascontiguousarray)."
@@ -446,16 +447,13 @@ def _of_vector_tables(source: Path, tables: list[Path]) -> list[LayoutShard]:
         raise DataError(error.problem, fix="Fetch or write this file again.") from error
     holding = [path for path in tables if columns[path]]
     if not holding:
-        raise _unknown(source)
+        raise _unknown(source, tables)
+    holding = [path for path in holding if table_rows(path)] or holding  # Spark writes files without rows
     image, text = _chosen_columns(holding[0], columns[holding[0]])
+    _check_same_columns(holding, tables, columns, [name for name in (image, text) if name is not None])
 
     shards: list[LayoutShard] = []
     for path in holding:
-        if lacking := [name for name in (image, text) if name is not None and name not in columns[path]]:
-            raise DataError(
-                f"{path}: no column {lacking[0]!r} of vectors, which {holding[0].name} has.",
-                fix="Give files with the same columns.",
-            )
         shards.append(
             LayoutShard(
                 name=path.stem,
@@ -467,6 +465,35 @@ def _of_vector_tables(source: Path, tables: list[Path]) -> list[LayoutShard]:
     _check_fit(shards)
     _log_taken(source, shards, [path for path in _entries(source) if path not in holding])
     return shards
+
+
+def _check_same_columns(
+    holding: list[Path], tables: list[Path], columns: dict[Path, list[str]], wanted: list[str]
+) -> None:
+    """Tables that hold embeddings have the same columns of them, and all or none have others.
+
+    Raises:
+        DataError: They do not, or a table has such a column of another type.
+    """
+    first, has_others = holding[0], dict[Path, bool]()
+    for path in tables:
+        schema = table_schema(path)
+        for name in wanted:
+            if name in columns[path] or (path not in holding and (name not in schema.names or not table_rows(path))):
+                continue
+            what = f"is of type {schema.field(name).type}, not vectors" if name in schema.names else "is not there"
+            raise DataError(
+                f"{path}: column {name!r} {what}, and {first.name} has it.", fix="Give files with the same columns."
+            )
+        if path in holding:
+            has_others[path] = len(columns[path]) < len(schema)
+
+    if without := [path for path in holding if has_others[path] != has_others[first]]:
+        bare, other = (first, without[0]) if has_others[without[0]] else (without[0], first)
+        raise DataError(
+            f"{bare}: nothing but vectors, while {other.name} has keys beside them.",
+            fix="Give keys to all files or to none; without them a key is the file's name and the row number.",
+        )
 
 
 def _chosen_columns(path: Path, columns: list[str]) -> tuple[str, str | None]:
@@ -559,8 +586,11 @@ def _check_fit(shards: Sequence[LayoutShard]) -> None:
             raise DataError(f"{shard.metadata}: {rows:,} rows, but {shard.image.rows:,} in {shard.image}.", fix=FIX)
 
 
-def _unknown(source: Path) -> DataError:
+def _unknown(source: Path, tables: Sequence[Path] = ()) -> DataError:
     state = "" if source.exists() else " (nothing is there)"
+    if tables:
+        columns = ", ".join(f"{field.name} of type {field.type}" for field in table_schema(tables[0]))
+        state = f" ({tables[0].name} has {textwrap.shorten(columns, 400, placeholder=' ...')})"
     arrays = [path for pattern in ("*/*.np[yz]", "*/*/*.np[yz]") for path in source.glob(pattern)]
     below = sorted(
         {path.parent.parent if Name.of(path.parent.name).role in _OF_ARRAYS else path.parent for path in arrays}

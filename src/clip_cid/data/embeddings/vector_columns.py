@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from clip_cid.data.embeddings.files import BROKEN_TABLE, is_arrow, read_arrow, table_schema
 from clip_cid.errors import DataError
@@ -31,19 +31,19 @@ def vector_type(path: Path, name: str) -> tuple[int, np.dtype[Any]]:
     Raises:
         DataError: The file cannot be read, or there is no vector.
     """
-    kind = table_schema(path).field(name).type
+    kind = _list_of(table_schema(path).field(name).type)
     dtype = np.dtype(_FLOATS[kind.value_type])
-    if pa.types.is_fixed_size_list(kind):
+    if pa.types.is_fixed_size_list(kind) and kind.list_size:
         return kind.list_size, dtype
     for column in _columns(path, name, rows=1024):
-        lengths = pc.call_function("drop_null", [pc.call_function("list_value_length", [column])])
-        if len(lengths):
-            return int(lengths[0].as_py()), dtype
+        lengths = _lengths(column)
+        if lengths.any():
+            return int(lengths[lengths > 0][0]), dtype
     raise DataError(f"{path}: column {name!r} holds no vector.", fix="Write a list of numbers into each row.")
 
 
 def vector_blocks(path: Path, name: str, *, dim: int, rows: int) -> Generator[Float[np.ndarray, "some dim"]]:
-    """All rows of a column, at most `rows` at a time; a row or number that is null is NaN.
+    """All rows of a column, at most `rows` at a time; a number that is null is NaN, and so is a row without numbers.
 
     Raises:
         DataError: The file is damaged, or a vector has another length.
@@ -54,7 +54,14 @@ def vector_blocks(path: Path, name: str, *, dim: int, rows: int) -> Generator[Fl
         first += len(column)
 
 
+def _list_of(kind: pa.DataType) -> pa.DataType:
+    """The type as which Arrow stores a tensor of one dimension, else the type itself."""
+    is_tensor = isinstance(kind, pa.FixedShapeTensorType) and len(kind.shape) == 1
+    return kind.storage_type if is_tensor else kind
+
+
 def _is_vector(kind: pa.DataType) -> bool:
+    kind = _list_of(kind)
     is_list = any(check(kind) for check in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
     return is_list and kind.value_type in _FLOATS
 
@@ -63,17 +70,26 @@ def _columns(path: Path, name: str, *, rows: int) -> Generator[pa.Array]:
     try:
         if is_arrow(path):
             batches: Iterable[pa.RecordBatch] = read_arrow(path).select([name]).to_batches(max_chunksize=rows)
-            yield from (batch.column(0) for batch in batches)
+            yield from (_stored(batch.column(name)) for batch in batches)
         else:
             with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
-                yield from (batch.column(0) for batch in file.iter_batches(rows, columns=[name]))
+                yield from (_stored(batch.column(name)) for batch in file.iter_batches(rows, columns=[name]))
     except BROKEN_TABLE as error:
         raise DataError(f"{path}: cannot be read ({error}).", fix="Fetch or write this file again.") from error
 
 
+def _stored(column: pa.Array) -> pa.Array:
+    return column.storage if isinstance(column, pa.ExtensionArray) else column
+
+
+def _lengths(column: pa.Array) -> Int[np.ndarray, " rows"]:
+    """How many numbers each row has; 0 where it is null."""
+    return pc.call_function("list_value_length", [column]).fill_null(0).to_numpy(zero_copy_only=False)
+
+
 def _matrix(column: pa.Array, dim: int, path: Path, name: str, first_row: int) -> np.ndarray:
-    lengths = pc.call_function("list_value_length", [column]).to_numpy(zero_copy_only=False)
-    there = column.is_valid().to_numpy(zero_copy_only=False)
+    lengths = _lengths(column)
+    there = lengths > 0
     if len(other := np.flatnonzero(there & (lengths != dim))):
         row = int(other[0])
         raise DataError(
@@ -81,7 +97,7 @@ def _matrix(column: pa.Array, dim: int, path: Path, name: str, first_row: int) -
             fix="All embeddings of a store come from one model; write those of others apart.",
         )
 
-    values = column.flatten()  # without the rows that are null
+    values = column.flatten()  # without the rows that have none
     numbers = values.to_numpy(zero_copy_only=False) if not values.null_count else _with_nan(values)
     matrix = np.full((len(column), dim), np.nan, dtype=_FLOATS[column.type.value_type])
     matrix[there] = numbers.reshape(-1, dim)

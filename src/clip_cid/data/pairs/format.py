@@ -101,6 +101,11 @@ class PairFormat(ABC):
     """What the user can give, such as ".tar shards"."""
     schema: ClassVar[pa.Schema]
     """Columns of the index: `COMMON_COLUMNS`, then whatever `read` needs."""
+    sample: ClassVar[str] = (
+        "An image and its caption share their name up to the extension; in a tar they follow each other"
+        " (tar --sort=name)"
+    )
+    """How a sample must be written, for messages."""
     has_members: ClassVar[bool] = False
     """Whether a sample is a group of files that `members` gives and `clip-cid subset` copies byte for byte."""
 

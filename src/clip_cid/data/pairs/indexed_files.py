@@ -13,7 +13,8 @@ def bytes_at(source: LocalSource, at: int, size: int) -> bytes:
     Raises:
         DataError: The file changed or went away since it was indexed, or may not be read.
     """
-    data = os.pread(_open(source).number, size, at)
+    file = _open(source)  # held until it is read: threads that open others close it, and its number gets another file
+    data = os.pread(file.number, size, at)
     if len(data) != size:
         raise _changed(source.name)
     return data

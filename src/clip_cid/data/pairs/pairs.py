@@ -170,8 +170,7 @@ def open_pairs(settings: PairsConfig, *, index: Path | None = None, cache_dir: P
         raise DataError(
             f"{', '.join(settings.source)}: none of the {len(rows):,} samples can be used; the first,"
             f" {rows.key(row)!r}: {reason}.",
-            fix="An image and its caption share their name up to the extension; in a tar they follow each other"
-            f" (tar --sort=name){alone}.",
+            fix=f"{rows.source(0).format.sample}{alone}.",
         )
     return Pairs(settings, rows, known_bad)
 

@@ -38,7 +38,7 @@ class Inside(NamedTuple):
     """Of the row among those of the page."""
     row: int
     """Of the table."""
-    path: str | None
+    path: bytes | None
     """The name it had."""
     digest: bytes = b""
     """Of the image, where rows are merged; empty if there is no image."""
@@ -55,8 +55,7 @@ def holds_images(file: pyarrow.parquet.ParquetFile, column: str, is_picture: Cal
         return BYTES in [field.name for field in kind] and _is_bytes(kind.field(BYTES).type)
     if not _is_bytes(kind):
         return False
-    values = (value for batch in file.iter_batches(_LOOKED_AT, columns=[column]) for value in batch.column(0))
-    filled = (data for value in values if (data := value.as_py()))
+    filled = (data for data in _values(file, column) if data)
     return any(is_picture(data) for data in itertools.islice(filled, _LOOKED_AT))
 
 
@@ -69,11 +68,13 @@ def images_inside(path: Path, file: pyarrow.parquet.ParquetFile, column: str, *,
         column: That holds the images.
         digests: Whether to read them for their digests.
     """
-    is_struct = pa.types.is_struct(file.schema_arrow.field(column).type)
-    names = _values(file, f"{column}.{PATH}") if is_struct and _has_paths(file, column) else itertools.repeat(None)
-    leaf = f"{column}.{BYTES}" if is_struct else column
-    hashes = map(_digest, _values(file, leaf)) if digests else itertools.repeat(b"")
-    for row, (place, name, of_image) in enumerate(zip(_places(path, file, leaf), names, hashes, strict=False)):
+    kind = file.schema_arrow.field(column).type
+    fields = [field.name for field in kind] if pa.types.is_struct(kind) else []
+    names = _values(file, column, PATH) if PATH in fields else itertools.repeat(None)
+    of_bytes = BYTES if fields else None
+    hashes = map(_digest, _values(file, column, of_bytes)) if digests else itertools.repeat(b"")
+    places = _places(path, file, _leaf(file, column, of_bytes))
+    for row, (place, name, of_image) in enumerate(zip(places, names, hashes, strict=False)):
         yield Inside(*place, row, name, of_image)
 
 
@@ -102,29 +103,53 @@ def warn_of_large_pages(name: str, file: pyarrow.parquet.ParquetFile, column: st
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     return any(check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
-def _has_paths(file: pyarrow.parquet.ParquetFile, column: str) -> bool:
-    return PATH in [field.name for field in file.schema_arrow.field(column).type]
-
-
-def _values(file: pyarrow.parquet.ParquetFile, leaf: str) -> Generator[Any]:
+def _values(file: pyarrow.parquet.ParquetFile, column: str, field: str | None = None) -> Generator[bytes | None]:
     """The values of a column, or of one field of a column of structs."""
+    leaf = column if field is None else f"{column}.{field}"  # a column may have this name, and comes along
     for batch in file.iter_batches(_LOOKED_AT, columns=[leaf]):
-        column = batch.column(0)
-        if pa.types.is_struct(column.type):
-            (column,) = column.flatten()
-        yield from column.to_pylist()
+        values = batch.column(column)
+        if field is not None:
+            values = values.flatten()[values.type.get_field_index(field)]
+        yield from values.cast(pa.large_binary()).to_pylist()
+
+
+def _leaf(file: pyarrow.parquet.ParquetFile, column: str, field: str | None) -> int:
+    """The number of a column, or of a field of a column of structs, in the Parquet file, where names may repeat."""
+    schema = file.schema_arrow
+    at = schema.get_field_index(column)
+    before = [schema.field(number).type for number in range(at)]
+    if field is not None:
+        struct = schema.field(at).type
+        before += [struct.field(number).type for number in range(struct.get_field_index(field))]
+
+    number = sum(map(_leaves, before))
+    if (path := file.schema.column(number).path) != (column if field is None else f"{column}.{field}"):
+        raise ValueError(f"column {path!r} in place of {column!r}")
+    return number
+
+
+def _leaves(kind: pa.DataType) -> int:
+    """How many columns of a Parquet file hold a type."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _leaves(kind.storage_type)
+    if pa.types.is_struct(kind):
+        return sum(_leaves(field.type) for field in kind)
+    if pa.types.is_map(kind):
+        return _leaves(kind.key_type) + _leaves(kind.item_type)
+    return _leaves(kind.value_type) if pa.types.is_nested(kind) else 1
 
 
 def _digest(image: bytes | None) -> bytes:
     return hashlib.blake2b(image, digest_size=16).digest() if image else b""
 
 
-def _places(path: Path, file: pyarrow.parquet.ParquetFile, leaf: str) -> Generator[tuple[Page, int]]:
-    """The page of each row, and its place in it."""
-    number = next(number for number in range(len(file.schema)) if file.schema.column(number).path == leaf)
+def _places(path: Path, file: pyarrow.parquet.ParquetFile, number: int) -> Generator[tuple[Page, int]]:
+    """The page of each row of a column, and its place in it."""
     levels = file.schema.column(number).max_definition_level
     with open(path, "rb") as handle:
         for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):

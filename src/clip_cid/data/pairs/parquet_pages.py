@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 _MAGIC = b"PAR1"
-_CODECS = {"UNCOMPRESSED": 0, "SNAPPY": 1, "GZIP": 2, "BROTLI": 4, "LZ4": 5, "ZSTD": 6}
+_CODECS = {"UNCOMPRESSED": 0, "SNAPPY": 1, "GZIP": 2, "BROTLI": 4, "UNKNOWN": 5, "ZSTD": 6, "LZ4": 7}
+"""By pyarrow's names; it has none for the LZ4 of Hadoop, which Spark and fastparquet write."""
 _BYTE_ARRAY, _REQUIRED, _OPTIONAL = 6, 0, 1
 _ENCODINGS = (0, 2, 3, 6, 7, 8)  # PLAIN, PLAIN_DICTIONARY, RLE, DELTA_..._BYTE_ARRAY, RLE_DICTIONARY
 _DATA_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = 0, 2, 3

@@ -45,6 +45,10 @@ class Tables(PairFormat):
 
     kind = "table"
     examples = "a .csv, .tsv or .parquet table"
+    sample = (
+        "Each row needs an image, a caption and a key of its own: check pairs.image_column, pairs.caption_column and"
+        " pairs.key_column"
+    )
     refers_to_files = True
     schema = pa.schema([*COMMON_COLUMNS, ("image", pa.binary()), *_CELLS])
 
@@ -168,7 +172,16 @@ def _read_images(
 
 
 def _cells_of(table: pa.Table, columns: list[str]) -> _Cells:
-    return {column: table.column(column).to_pylist() for column in columns}
+    return {column: _values(table.column(column)) for column in columns}
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """The values of a column; of text the bytes, so that text that is not UTF-8 makes its own row bad."""
+    if _is_text(column.type):
+        column = column.cast(pa.large_binary())
+    elif _is_list(column.type) and _is_text(column.type.value_type):
+        column = column.cast(pa.large_list(pa.large_binary()))
+    return column.to_pylist()
 
 
 def _without_pictures(parts: Iterable[_Cells], name: str, column: str) -> Generator[_Cells]:
@@ -236,7 +249,7 @@ def _check_types(name: str, schema: pa.Schema, settings: PairsConfig, *, inside:
         raise DataError(
             f"{name}: column {settings.image_column!r} is of type {image}, neither images nor their paths.",
             fix="Set pairs.image_column to the column with the image files: their bytes, the Hub's struct of bytes and"
-            " path, or their paths.",
+            " path, or their paths as text; one image a row.",
         )
     if settings.caption_column is not None:
         caption = schema.field(settings.caption_column).type
@@ -271,7 +284,8 @@ def _is_text(kind: pa.DataType) -> bool:
         kind = kind.value_type
     of_text = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
     of_bytes = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view
-    return any(is_kind(kind) for is_kind in (*of_text, *of_bytes))
+    of_nothing = pa.types.is_null  # pandas writes this where a file has no value
+    return any(is_kind(kind) for is_kind in (*of_text, *of_bytes, of_nothing))
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -35,6 +35,10 @@ def large_lists(vectors: np.ndarray) -> pa.Array:
     return lists(vectors).cast(pa.large_list(pa.from_numpy_dtype(vectors.dtype)))
 
 
+def tensors(vectors: np.ndarray) -> pa.Array:
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(vectors)
+
+
 def write_stream(table: pa.Table, path: Path) -> None:
     """As the cache of Hugging Face's datasets."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
@@ -56,7 +60,7 @@ def taken(source: Path, out: Path, **options: Any) -> EmbeddingStore:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("column", [fixed, lists, large_lists])
+@pytest.mark.parametrize("column", [fixed, lists, large_lists, tensors])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_a_column_of_vectors_is_taken_with_the_keys_beside_it(
     tmp_path: Path, name: str, column: Callable[[np.ndarray], pa.Array], dtype: Any
@@ -119,6 +123,46 @@ def test_rows_without_a_vector_are_left_out_or_refused(tmp_path: Path) -> None:
     assert np.array_equal(store.images[:][store.ok], unit(5, 0)[store.ok])
 
 
+def test_rows_of_empty_lists_have_no_vector(tmp_path: Path) -> None:
+    vectors = [[], *unit(3, 0).tolist(), []]
+    pq.write_table(pa.table({"key": list("abcde"), "embedding": vectors}), tmp_path / "t.parquet")
+    store = taken(tmp_path / "t.parquet", tmp_path / "out", max_bad_share=0.5)
+    assert store.ok.tolist() == [False, True, True, True, False]
+    assert np.array_equal(store.images[1:4], unit(3, 0))
+
+    pq.write_table(
+        pa.table({"key": ["a"], "embedding": pa.array([[]], pa.list_(pa.float32()))}), tmp_path / "t.parquet"
+    )
+    with pytest.raises(DataError, match="column 'embedding' holds no vector"):
+        import_existing(tmp_path / "t.parquet", tmp_path / "none")
+
+
+def test_files_without_rows_are_no_shards(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    table = pa.table({"key": list("abcd"), "embedding": lists(unit(4, 0))})
+    for part, rows in enumerate((0, 4, 0)):
+        pq.write_table(table.slice(0, rows), tmp_path / "in" / f"part-{part}.parquet")
+    store = taken(tmp_path / "in", tmp_path / "out")
+    assert (list(store.keys), len(store.info.shards)) == (list("abcd"), 1)
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        ({"key": ["x"], "embedding": pa.nulls(1)}, "column 'embedding' is of type null, not vectors"),
+        ({"key": ["x"], "embedding": [[1, 2]]}, "column 'embedding' is of type list<.*: int64>, not vectors"),
+        ({"key": ["x"], "vector": lists(unit(1, 1))}, "column 'embedding' is not there"),
+        ({"embedding": lists(unit(1, 1))}, "nothing but vectors, while 0.parquet has keys beside them"),
+    ],
+)
+def test_files_of_a_folder_that_hold_other_columns_are_named(tmp_path: Path, other: Any, problem: str) -> None:
+    first = pa.table({"key": list("abcd"), "embedding": lists(unit(4, 0))})
+    for part, table in enumerate((first, pa.table(other))):
+        pq.write_table(table, tmp_path / f"{part}.parquet")
+    with pytest.raises(DataError, match=rf"1\.parquet: {problem}"):
+        import_existing(tmp_path, tmp_path / "out")
+
+
 def test_a_vector_of_another_length_is_named(tmp_path: Path) -> None:
     vectors = pa.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0, 0.0]])
     pq.write_table(pa.table({"key": list("abc"), "embedding": vectors}), tmp_path / "t.parquet")
@@ -147,5 +191,8 @@ def test_a_file_that_is_cut_short_is_named(tmp_path: Path, name: str) -> None:
 
 def test_a_table_without_vectors_is_no_embeddings(tmp_path: Path) -> None:
     pq.write_table(pa.table({"key": ["a"], "tags": [["x"]]}), tmp_path / "t.parquet")
-    with pytest.raises(DataError, match="nor a table with a column of vectors"):
+    problem = (
+        r"nor a table with a column of vectors \(t.parquet has key of type string, tags of type list<.*: string>\)"
+    )
+    with pytest.raises(DataError, match=problem):
         import_existing(tmp_path / "t.parquet", tmp_path / "out")

@@ -37,6 +37,8 @@ def write(path: Path, images: list[bytes | None], *, kind: str = "hub", **option
     column = pa.array(images, pa.large_binary() if kind == "large" else pa.binary())
     if kind == "hub":
         column = pa.array([{"bytes": data, "path": f"{row}.png"} for row, data in enumerate(images)], HUB)
+    if kind == "dictionary":
+        column = column.dictionary_encode()
     table = pa.table({"caption": [f"caption {row}" for row in range(len(images))], "image": column})
     pq.write_table(table, path, **options)
     return path
@@ -58,7 +60,7 @@ def images_of(pairs: Pairs) -> list[bytes | None]:
 
 @given(
     images=st.lists(st.none() | st.binary(min_size=1, max_size=300), min_size=1, max_size=40),
-    kind=st.sampled_from(["hub", "binary", "large"]),
+    kind=st.sampled_from(["hub", "binary", "large", "dictionary"]),
     compression=st.sampled_from(["none", "snappy", "gzip", "zstd", "lz4", "brotli"]),
     version=st.sampled_from(["1.0", "2.0"]),
     encoding=st.sampled_from(["dictionary", "PLAIN", "DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY"]),
@@ -79,7 +81,7 @@ def test_every_image_is_read_as_pyarrow_reads_it_however_the_file_is_written(
     images = [b"\0picture", *images]  # bytes without a picture are taken for paths
     leaf = "image.bytes" if kind == "hub" else "image"
     how: dict[str, Any] = {"use_dictionary": True}
-    if encoding != "dictionary":
+    if encoding != "dictionary" and kind != "dictionary":  # which pyarrow reads from no other encoding
         how = {"use_dictionary": False, "column_encoding": {leaf: encoding}}
     path = write(
         tmp_path / "t.parquet",
@@ -101,6 +103,68 @@ def test_a_column_that_is_never_null_is_read(tmp_path: Path) -> None:
     schema = pa.schema([pa.field("image", pa.binary(), nullable=False), ("caption", pa.string())])
     pq.write_table(pa.table({"image": [png(0), png(1)], "caption": ["a", "b"]}, schema), tmp_path / "t.parquet")
     assert images_of(open_pairs(config(tmp_path / "t.parquet"))) == [png(0), png(1)]
+
+
+def test_the_lz4_of_hadoop_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.parquet", [png(0), png(1)], kind="binary", compression="lz4")
+    now, of_hadoop = (b"\x05image\x15" + bytes([2 * codec]) for codec in (7, 5))  # in the metadata of the column
+    assert path.read_bytes().count(now) == 1
+    path.write_bytes(path.read_bytes().replace(now, of_hadoop))
+    assert pq.read_metadata(path).row_group(0).column(1).compression == "UNKNOWN"
+    assert images_of(open_pairs(config(path))) == [png(0), png(1)]
+
+
+@pytest.mark.parametrize("merge", [None, "merge"])
+def test_columns_named_like_the_fields_of_the_images_are_not_taken_for_them(tmp_path: Path, merge: str | None) -> None:
+    """pandas' json_normalize makes such names; in a Parquet file both columns are called image.bytes then."""
+    nested = pa.struct([("meta", pa.struct([("bytes", pa.binary()), ("tags", pa.list_(pa.string()))])), *HUB])
+    rows = [{"meta": {"bytes": b"m", "tags": ["x"]}, "bytes": png(row), "path": f"{row}.png"} for row in range(3)]
+    columns = {
+        "image.bytes": [png(7)] * 3,
+        "image.path": ["other.png"] * 3,
+        "boxes": pa.array([[(1, "a")]] * 3, pa.map_(pa.int32(), pa.string())),
+        "image": pa.array(rows, nested),
+        "caption.bytes": ["no"] * 3,
+        "caption": list("abc"),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    pairs = open_pairs(config(tmp_path / "t.parquet", repeated_rows=merge))
+    assert images_of(pairs) == [png(0), png(1), png(2)]
+    assert pairs.keys(0, 3) == ["0.png", "1.png", "2.png"]
+    assert [pairs.read(row).captions for row in range(3)] == [("a",), ("b",), ("c",)]
+
+
+def test_columns_without_a_value_have_no_type_in_files_of_pandas(tmp_path: Path) -> None:
+    nothing = pa.nulls(2)
+    pq.write_table(pa.table({"image": [png(0), png(1)], "caption": nothing}), tmp_path / "0.parquet")
+    pq.write_table(pa.table({"image": nothing, "caption": ["x", "y"]}), tmp_path / "1.parquet")
+    pq.write_table(pa.table({"image": nothing[:0], "caption": nothing[:0]}), tmp_path / "2.parquet")
+    pairs = open_pairs(config(tmp_path / "*.parquet", captions="optional"))
+    assert [pairs.read(row).captions for row in range(2)] == [(), ()]
+    assert pairs.known_bad == dict.fromkeys((2, 3), "no image (empty image)")
+
+    with pytest.raises(DataError, match=r"none of the 2 samples can be used; .*no caption") as error:
+        open_pairs(config(tmp_path / "0.parquet"))
+    assert "pairs.caption_column" in error.value.fix
+    assert "pairs.captions: optional" in error.value.fix
+
+
+def test_text_that_is_not_utf_8_makes_its_own_row_bad(tmp_path: Path) -> None:
+    def texts(first: bytes) -> pa.Array:
+        return pa.StringArray.from_buffers(3, *pa.array([first, b"b", b"c"]).buffers()[1:])
+
+    images = pa.StructArray.from_arrays([pa.array([png(0), png(1), png(2)]), texts(b"a")], ["bytes", "path"])
+    columns = {
+        "image": images,
+        "caption": texts(b"\xff"),
+        "lists": pa.ListArray.from_arrays([0, 1, 2, 3], texts(b"\xfe")),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    for column in ("caption", "lists"):
+        pairs = open_pairs(config(tmp_path / "t.parquet", caption_column=column))
+        with pytest.raises(BadSample, match="caption 1 is not UTF-8"):
+            pairs.read(0)
+        assert [pairs.read(row).captions for row in (1, 2)] == [("b",), ("c",)]
 
 
 def test_one_image_is_read_without_the_pages_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,11 +163,12 @@ def _read_images(
     """Cells of images say where these lie."""
     others = [column for column in columns if column != settings.image_column]
     images = images_inside(path, file, settings.image_column, digests=settings.repeated_rows == "merge")
-    batches = _rebatch(file.iter_batches(batch_size=SHARD_ROWS, columns=others)) if others else None
     largest = 0
-    while some := list(itertools.islice(images, SHARD_ROWS)):
-        largest = max(largest, *(image.page.bytes + image.page.dictionary_bytes for image in some))
-        yield {settings.image_column: some} | ({} if batches is None else _cells_of(next(batches), others))
+    with _opened_parquet(path) as beside:  # all that reads from one opened file reads as many rows at once
+        batches = _rebatch(beside.iter_batches(batch_size=SHARD_ROWS, columns=others)) if others else None
+        while some := list(itertools.islice(images, SHARD_ROWS)):
+            largest = max(largest, *(image.page.bytes + image.page.dictionary_bytes for image in some))
+            yield {settings.image_column: some} | ({} if batches is None else _cells_of(next(batches), others))
     warn_of_large_pages(name, file, settings.image_column, largest)
 
 

@@ -237,6 +237,25 @@ def test_rows_of_one_image_become_one_pair_with_their_captions_in_order(tmp_path
     assert images_of(pairs) == [png(0), png(1), None, None]
 
 
+def test_few_images_are_in_memory_at_once_while_rows_are_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "t.parquet", [png(row) for row in range(50)])
+    sizes, real = list[int](), pq.ParquetFile.iter_batches
+
+    def counted(file: pq.ParquetFile, *args: Any, columns: list[str], **options: Any) -> Any:
+        for batch in real(file, *args, columns=columns, **options):
+            if columns == ["image.bytes"]:
+                sizes.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    monkeypatch.setattr(tables, "SHARD_ROWS", 20)
+    monkeypatch.setattr(parquet_images, "_LOOKED_AT", 4)
+    assert len(open_pairs(config(path, repeated_rows="merge"))) == 50
+    assert (sum(sizes), max(sizes)) == (50, 4)
+
+
 def test_other_images_of_one_key_are_not_merged(tmp_path: Path) -> None:
     table = pa.table({"image": [png(0), png(1), png(0)], "caption": ["a", "b", "c"], "id": ["x", "x", "x"]})
     pq.write_table(table, tmp_path / "t.parquet")

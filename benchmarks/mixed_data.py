@@ -1,6 +1,7 @@
 """Real pairs and labelled sets: prepare the folders the `mixed` recipes read, and measure what the recipes do not.
 
-    python benchmarks/mixed_data.py prepare SOURCE          data/mixed -> SOURCE, and captions for the labelled train splits
+    python benchmarks/mixed_data.py prepare SOURCE          data/mixed -> SOURCE; captions for the labelled train splits;
+                                                            halves of these splits to choose by; the classes in prompts
     python benchmarks/mixed_data.py duplicates RUN          removed share, precision and recall of the sets by threshold
     python benchmarks/mixed_data.py floor                   what pixels alone reach on the labelled sets
 
@@ -9,8 +10,11 @@ SOURCE holds `pairs/*.tar`, `emoji/*.tar` and `downstream/<set>/{train,test}/*.t
 
 import io
 import json
+import shutil
 import sys
 import tarfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,35 +30,73 @@ from clip_cid.method.balance.semantic_balance import balance
 from clip_cid.method.distances import threshold_on
 
 DATA, LABELLED = Path("data/mixed"), Path("data/mixed-labelled")
+CHOICE, NAMES = Path("data/mixed-choice"), Path("data/mixed-names.txt")
+CHOICE_IMAGES = 4_000  # of a set
 THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.08, 0.10, 0.15, 0.20, 0.25, 0.30)
 
 
 def prepare(source: Path) -> None:
-    """Link the data and write the labelled train splits as pairs: each image with its class in every template."""
+    """Link the data, and write the labelled train splits in two ways.
+
+    As pairs, each image with its class in every template. And as sets to choose by before any test image is looked at:
+    half of the images to learn from, half to measure on.
+    """
     DATA.parent.mkdir(exist_ok=True)
     if not DATA.exists():
         DATA.symlink_to(source.resolve(), target_is_directory=True)
     LABELLED.mkdir(exist_ok=True)
+    prompts: dict[str, None] = {}
     for folder in sorted((DATA / "downstream").iterdir()):
         classes = (folder / "classnames.txt").read_text().splitlines()
         templates = (folder / "zeroshot_classification_templates.txt").read_text().splitlines()
         with tarfile.open(LABELLED / f"{folder.name}.tar", "w") as out:
             for shard in sorted((folder / "train").glob("*.tar")):
                 _with_captions(shard, out, classes, templates)
+        _halves(folder, CHOICE / folder.name)
+        prompts |= dict.fromkeys(template.replace("{c}", name) for name in classes for template in templates)
+    NAMES.write_text("".join(f"{prompt}\n" for prompt in prompts))
 
 
-def _with_captions(shard: Path, out: tarfile.TarFile, classes: list[str], templates: list[str]) -> None:
+def _halves(labelled: Path, out: Path) -> None:
+    """The train split as a set: of each class every other image is in its test split."""
+    files = [file for shard in sorted((labelled / "train").glob("*.tar")) for file in _samples(shard)][:CHOICE_IMAGES]
+    seen: Counter[bytes] = Counter()
+    for split in ("train", "test"):
+        (out / split).mkdir(parents=True, exist_ok=True)
+        (out / split / "nshards.txt").write_text("1\n")
+    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        shutil.copy(labelled / name, out / name)
+    with tarfile.open(out / "train/0.tar", "w") as train, tarfile.open(out / "test/0.tar", "w") as test:
+        for key, image, label in files:
+            half = test if seen[label] % 2 else train
+            seen[label] += 1
+            for suffix, contents in (("jpg", image), ("cls", label)):
+                _add(half, f"{key}.{suffix}", contents)
+
+
+def _samples(shard: Path) -> Iterator[tuple[str, bytes, bytes]]:
+    """Key, image and class of each sample; keys are of the whole split."""
     with tarfile.open(shard) as tar:
         files = {member.name: tar.extractfile(member) for member in tar if member.isfile()}
         data = {name: handle.read() for name, handle in files.items() if handle is not None}
-    for name in sorted(name for name in data if name.endswith(".cls")):
-        key = name.removesuffix(".cls")
-        captions = [template.replace("{c}", classes[int(data[name])]) for template in templates]
+    for name in data:
+        if name.endswith(".cls"):
+            key = name.removesuffix(".cls")
+            yield f"{shard.stem}-{key}", data[f"{key}.jpg"], data[name]
+
+
+def _with_captions(shard: Path, out: tarfile.TarFile, classes: list[str], templates: list[str]) -> None:
+    for key, image, label in sorted(_samples(shard)):
+        captions = [template.replace("{c}", classes[int(label)]) for template in templates]
         fields = json.dumps({"source": shard.parent.parent.name, "captions": captions}).encode()
-        for suffix, contents in (("jpg", data[f"{key}.jpg"]), ("txt", captions[0].encode()), ("json", fields)):
-            member = tarfile.TarInfo(f"{key}.{suffix}")
-            member.size = len(contents)
-            out.addfile(member, io.BytesIO(contents))
+        for suffix, contents in (("jpg", image), ("txt", captions[0].encode()), ("json", fields)):
+            _add(out, f"{key.partition('-')[2]}.{suffix}", contents)
+
+
+def _add(tar: tarfile.TarFile, name: str, contents: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(contents)
+    tar.addfile(member, io.BytesIO(contents))
 
 
 def duplicates(run: Path) -> None:

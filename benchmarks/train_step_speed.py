@@ -12,7 +12,8 @@ run is a line of its metrics.jsonl). Variants take turns within a round of one p
 - open_clip, fused: the same with `fused=True`, which its command line does not offer.
 - clip: this trainer with `weights: clip-only`, lines of metrics included.
 - clip-cid: this trainer with all four kinds of losses, the centers sampled, frozen, embeddings read from a float16 file.
-- best: clip-cid and the losses against stored vectors, with a bank of `--bank` pairs.
+- best: clip-cid, and the cosine loss of the texts.
+- best, bank: the losses against a bank of `--bank` pairs too.
 - clip-cid, all centers: the same at rate 1, with the soft centers computed before.
 - clip, in 4 pieces: `machine.micro_batch` a quarter of the batch.
 - online teacher: clip-cid with a teacher of `--teacher` that reads every batch, as other trainers do.
@@ -39,7 +40,7 @@ from open_clip_train.train import train_one_epoch
 from clip_cid.method.distill.fused_cluster_loss import soft_centers
 from clip_cid.method.distill.objective import Objective
 from clip_cid.models.student import build_student
-from clip_cid.recipe import DistillConfig, MachineConfig
+from clip_cid.recipe import PRESETS, DistillConfig, MachineConfig
 from clip_cid.training.batches import BankRows, Batch, SoftTargets, unit_teacher_rows
 from clip_cid.training.loop import Plan, Trainer
 from clip_cid.training.model import Distillation
@@ -144,11 +145,13 @@ class Bench:
     def _ours(self, name: str) -> Callable[[], None]:
         options = self.options
         plain, dense = name.startswith("clip,") or name == "clip", "all centers" in name
-        preset = "clip-only" if plain else "best" if name == "best" else "clip-cid"
+        weights = dict(PRESETS["clip-only" if plain else "best" if name.startswith("best") else "clip-cid"].weights)
+        if "bank" in name:
+            weights |= {"bank_image": 2.0, "bank_text": 2.0}
         settings = DistillConfig.model_validate(
             {
                 "batch_size": options.batch, "lr": 1e-4, "warmup_steps": 0, "precision": options.precision,
-                "sample_rate": 1.0 if dense else options.rate, "weights": preset,
+                "sample_rate": 1.0 if dense else options.rate, "weights": weights,
             }
         )  # fmt: skip
         machine = MachineConfig(tensorboard="off", micro_batch=options.batch // 4 if "pieces" in name else None)
@@ -244,7 +247,8 @@ def main(options: Options) -> None:
     """Measure, print a table and write the numbers."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    names = ["open_clip", "open_clip, fused", "clip", "clip-cid", "best", "clip-cid, all centers", "clip, in 4 pieces"]
+    names = ["open_clip", "open_clip, fused", "clip", "clip-cid", "best", "best, bank", "clip-cid, all centers"]
+    names += ["clip, in 4 pieces"]
     names += ["online teacher"] if options.teacher else []
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:

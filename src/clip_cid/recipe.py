@@ -337,7 +337,7 @@ _NOTHING = dict.fromkeys(LossWeights.model_fields, 0.0)
 _CLIP_CID = {loss.name: loss.weight for loss in LOSSES}
 PRESETS: dict[str, Preset] = {
     "clip-cid": Preset(_CLIP_CID),
-    "best": Preset(_CLIP_CID | {"cosine_image": 30.0, "cosine_text": 30.0, "bank_image": 2.0, "bank_text": 2.0}),
+    "best": Preset(_CLIP_CID | {"cosine_text": 100.0}),
     "paper-r1": Preset(
         _NOTHING | {"clip": 1.0, "cluster_cls": 0.999, "cluster_kl": 0.001, "instance_image": 0.5, "instance_text": 0.5}
     ),

@@ -286,11 +286,11 @@ def test_the_preview_counts_what_then_runs_and_writes_nothing(tmp_path: Path, ra
 def test_stopped_before_any_stage_the_same_command_goes_on(tmp_path: Path, ran: list[str], monkeypatch, stop_after):
     run_stage = pipeline._run_stage
 
-    def stop_once(*arguments: Any) -> None:
+    def stop_once(*arguments: Any, **others: Any) -> None:
         if len(ran) == stop_after and "stopped" not in ran:
             ran.append("stopped")
             raise KeyboardInterrupt
-        run_stage(*arguments)
+        run_stage(*arguments, **others)
 
     monkeypatch.setattr(pipeline, "_run_stage", stop_once)
     with pytest.raises(KeyboardInterrupt):
@@ -385,7 +385,7 @@ def test_the_table_of_a_stopped_ablation_has_the_finished_runs(tmp_path: Path, r
 
 @pytest.mark.slow
 def test_an_error_names_the_run_it_stopped(tmp_path: Path, ran: list[str], monkeypatch):
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **others: Any) -> None:
         raise RunError("no loss is finite.", fix="Lower distill.lr.")
 
     ablate(tmp_path, seeds=1)

@@ -13,7 +13,7 @@ import json
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,7 @@ def make_tars(folder: Path, shards: int) -> None:
                     tar.addfile(member, io.BytesIO(data))
 
 
-def report(what: str, readers: dict[int, Callable[[], object]], rows: int, turns: int) -> None:
+def report(what: str, readers: Mapping[int, Callable[[], object]], rows: int, turns: int) -> None:
     """Print the microseconds a row of each, and how they stand to each other."""
     least = dict.fromkeys(readers, float("inf"))
     for turn in range(turns + 1):

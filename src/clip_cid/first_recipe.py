@@ -87,7 +87,7 @@ def choose(pairs: int, gpus: int) -> list[Choice]:
         _student(gpus),
         _why_epochs(kept, epochs, gpus),
         _why_batch(kept, batch, gpus),
-        Choice("distill.weights", "best", "first in our comparison; `clip-cid` has the paper's losses alone"),
+        Choice("distill.weights", "best", "ahead in zero-shot and neighbors; `clip-cid` has the paper's losses alone"),
         *_learning_rate(batch, gpus),
         _why_warmup(steps),
         *_sampling(centers, batch),

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 
 from clip_cid.errors import ConfigError, RunError
 from clip_cid.method.distill.contrastive import Side
@@ -169,7 +170,7 @@ def meet_ranks() -> Generator[Ranks]:
         return
 
     meeting = Meeting(place)
-    store = dist.PrefixStore("ranks", meeting.store)
+    store = PrefixStore("ranks", meeting.store)
     try:
         backend = "cpu:gloo,cuda:nccl" if meeting.all_have_cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=_WORK)

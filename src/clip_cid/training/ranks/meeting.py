@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from clip_cid import os_errors
 from clip_cid.errors import ClipCidError, RunError
@@ -45,9 +46,9 @@ class Meeting:
     def __init__(self, place: Place) -> None:
         self._place = place
         names = [f"here/{rank}" for rank in range(place.size)]
-        store: dist.Store | None = None
+        store: Store | None = None
         try:
-            store, _, _ = next(iter(dist.rendezvous("env://", timeout=_MEETING)))
+            store, _, _ = next(iter(dist.rendezvous("env://", timeout=_MEETING)))  # pyright: ignore[reportPrivateImportUsage]
             store.set(names[place.rank], json.dumps({"host": socket.gethostname(), "cuda": _has_cuda()}))
             store.wait(names, _MEETING)
             self._here = [json.loads(store.get(name)) for name in names]
@@ -115,7 +116,7 @@ class Meeting:
             while line.add(self._heard, 0) < self._place.size and time.monotonic() < deadline:
                 time.sleep(0.02)
 
-    def _listen(self, line: "dist.Store") -> None:
+    def _listen(self, line: Store) -> None:
         with contextlib.suppress(RuntimeError):  # the store has ended
             line.wait([self._ended], _WORK)
             self._words = json.loads(line.get(self._ended))
@@ -138,17 +139,17 @@ def is_of_another_rank(error: BaseException | None) -> bool:
     return False
 
 
-def _line() -> "dist.Store":
+def _line() -> Store:
     """A connection to the store of its own: one on which somebody listens serves nobody else."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_MEETING)
+    return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_MEETING)
 
 
 def _has_cuda() -> bool:
     return torch.cuda.is_available() and dist.is_nccl_available()
 
 
-def _who_is_missing(store: "dist.Store | None", names: list[str]) -> str:
+def _who_is_missing(store: Store | None, names: list[str]) -> str:
     missing: list[int] = []
     if store is not None:
         with contextlib.suppress(RuntimeError):

@@ -10,6 +10,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch.distributed as dist
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from clip_cid import os_errors
 from clip_cid.errors import ClipCidError, DataError, RunError
@@ -132,7 +133,7 @@ def test_processes_that_do_not_come_are_not_waited_for(tmp_path: Path, there: li
 
 def test_those_who_are_missing_are_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(meeting, "_MEETING", datetime.timedelta(seconds=0.1))
-    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 1, 4)]))
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(HashStore(), 1, 4)]))
     with pytest.raises(RunError, match=r"rank 1 of 4 on .*: rank 0, 2, 3 did not come within 0.1 seconds"):
         meeting.Meeting(Place(1, 4))
 

@@ -37,6 +37,7 @@ from tiny_training import (
     with_lines,
 )
 from torch import Tensor, nn
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from clip_cid.errors import ClipCidError, ConfigError, DataError
 from clip_cid.method.distill.objective import weighted_sum
@@ -429,7 +430,7 @@ def alone_at_the_meeting(monkeypatch: pytest.MonkeyPatch, *, size: int) -> None:
     """As if the other processes were there."""
     monkeypatch.setenv("WORLD_SIZE", str(size))
     meeting = SimpleNamespace(
-        store=dist.HashStore(), all_have_cuda=True, tell=lambda _: None, stand=lambda: None, end=lambda: None
+        store=HashStore(), all_have_cuda=True, tell=lambda _: None, stand=lambda: None, end=lambda: None
     )
     monkeypatch.setattr(Ranks, "wait", lambda _: None)
     monkeypatch.setattr(distributed, "Meeting", lambda _: meeting)

@@ -92,9 +92,14 @@ def field_text(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bytes):
-        return value.decode(errors="backslashreplace")
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        return _of_bytes(value)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_of_bytes)
     return text.encode(errors="backslashreplace").decode()  # JSON can spell half a character, which no file can hold
+
+
+def _of_bytes(value: object) -> str:
+    """Text of bytes, which tables have also within lists; other values that JSON has no form for are named."""
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def read_file(folder: Path, name: bytes, what: str) -> bytes:

@@ -33,7 +33,7 @@ from clip_cid.data.pairs.images import EXTENSIONS
 from clip_cid.data.pairs.index import duplicate_keys
 from clip_cid.data.pairs.pair import BadSample, Pair
 from clip_cid.data.pairs.pairs import Pairs, fingerprint, open_pairs
-from clip_cid.data.pairs.sample_parts import key_hash
+from clip_cid.data.pairs.sample_parts import field_text, key_hash
 from clip_cid.data.pairs.sources import cached_path, fetch
 from clip_cid.data.pairs.tars import scan_tar
 from clip_cid.errors import ConfigError, DataError
@@ -679,6 +679,12 @@ def test_a_csv_table_gives_its_rows_in_order(tmp_path: Path, suffix: str, delimi
         Pair(images[0], b"image images/000.jpg", ("NA",), {"note": ""}),
         Pair(str(tmp_path / images[1]), b"image images/001.jpg", ("absolute",), {"note": "é"}),
     ]
+
+
+def test_a_field_is_text_also_where_bytes_lie_within_lists_and_structs():
+    """Tables give text as bytes, so that text that is not UTF-8 spoils its own row alone."""
+    assert field_text([b"a", {"x": b"b \xff"}, 1, None]) == '["a", {"x": "b \\\\xff"}, 1, null]'
+    assert field_text(b"\xe9") == "\\xe9"
 
 
 def test_a_parquet_table_holds_lists_of_captions_and_a_key_of_its_own(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ class Bench:
         out = self.folder / name.replace(" ", "-")
         out.mkdir()
         model = Distillation(self.student().model, objective)
-        batches: Any = SimpleNamespace(batch_size=options.batch, training=_Rows(self.rows))
+        batches: Any = SimpleNamespace(batch_size=options.batch, epoch_size=self.rows, training=_Rows(self.rows))
         trainer = Trainer(
             model, batches, settings, Plan(10**6, "benchmark", 0.0), out=out, ranks=Ranks(device=self.device),
             machine=machine,
@@ -238,6 +238,7 @@ class _Rows:
     def __init__(self, rows: int) -> None:
         self._rows = rows
         self.left_out: dict[int, str] = {}
+        self.lines = None
 
     def __len__(self) -> int:
         return self._rows

@@ -12,20 +12,19 @@ Student's t: the sets that CLIP's paper has and all others count alike there.
 
 import dataclasses
 import json
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import scipy.stats
 import tyro
 import yaml
 
 from clip_cid import log
 from clip_cid.ablations.runs import run
 from clip_cid.ablations.variants import Ablation, Variant
+from clip_cid.figures.ablation import Estimate
 from clip_cid.recipe import PRESETS, LossWeights, read_recipe
 
 Scores = Mapping[str, float]
@@ -94,20 +93,17 @@ def print_table(folders: Sequence[Path], against: str) -> None:
             continue
         shared = [seed for seed in seeds if not against or seed in runs[against]]
         cells = [
-            _interval([seeds[seed][name] - (runs[against][seed][name] if against else 0) for seed in shared])
+            _words([seeds[seed][name] - (runs[against][seed][name] if against else 0) for seed in shared])
             for name in columns
         ]
         print(f"| {label}{f' - {against}' if against else ''} | {len(shared)} | " + " | ".join(cells) + " |")
 
 
-def _interval(values: Sequence[float]) -> str:
+def _words(values: Sequence[float]) -> str:
     if not values:
         return "-"
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.1f}"
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.1f} ± {half:.1f}"
+    found = Estimate.of(values)
+    return f"{found.mean:.1f}" if found.half is None else f"{found.mean:.1f} ± {found.half:.1f}"
 
 
 def main(options: Options) -> None:

@@ -187,6 +187,7 @@ def _fail(message: str, code: int, debug: bool) -> int:
 def _commands(arguments: Sequence[str] = ()) -> dict[str, Callable[..., Any]]:
     _refuse_repeated(arguments)
     sections, given = tuple(Recipe.model_fields), settings_given(arguments, Recipe().model_dump(), _SHORT)
+
     commands = {
         "run": _recipe_command("run", sections, given, _run),
         "check": _recipe_command("check", sections, given, _check),
@@ -195,6 +196,7 @@ def _commands(arguments: Sequence[str] = ()) -> dict[str, Callable[..., Any]]:
     for stage in pipeline.STAGES:
         shown = stage if helps else None
         commands[stage.name] = _recipe_command(stage.name, (*stage.sections, "machine"), given, _run, shown)
+
     return commands | {
         "status": status,
         "verify": verify,

@@ -16,7 +16,7 @@ from clip_cid.recipe import Recipe
 Settings = Mapping[str, Any]
 """Sections by name, as `Recipe.model_dump(mode="json")` gives them, or some of them."""
 
-_DEFAULTS = Recipe().model_dump(mode="json")
+DEFAULTS = Recipe().model_dump(mode="json")
 OF_FILES = "(its files decide)"
 _PATHS = ("run:", "local-dir:", "/", "./", "../", "~")
 _FILE_TYPES = (".json", ".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -71,7 +71,7 @@ def deciding(settings: Settings) -> dict[str, Any]:
 
 def _leave_out_added(section: str, values: dict[str, Any]) -> None:
     for setting in _ADDED.get(section, ()):
-        if setting in values and values[setting] == _DEFAULTS[section][setting]:
+        if setting in values and values[setting] == DEFAULTS[section][setting]:
             del values[setting]
     weights = values.get("weights")
     if section == "distill" and isinstance(weights, dict):

@@ -76,10 +76,12 @@ def choose(pairs: int, gpus: int) -> list[Choice]:
         raise ConfigError(
             f"--pairs: {pairs:,} are too few for {_named(gpus)}.", fix=f"Give at least {least:,}, or fewer GPUs."
         )
+
     kept = int(_KEPT * pairs)
     centers, batch = _num_centers(kept), _batch_size(kept, gpus)
     epochs = _epochs(kept, gpus)
     steps = epochs * kept // batch
+
     return [
         *_models(gpus),
         Choice("balance.threshold", 0.07, "the paper's; `clip-cid balance RUN --sweep` shows what others remove"),

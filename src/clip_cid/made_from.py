@@ -11,7 +11,7 @@ from typing import Any
 from clip_cid import os_errors
 from clip_cid.data.embeddings.files_behind import missing_behind
 from clip_cid.data.outside_files import Outside, Reader
-from clip_cid.deciding_settings import OF_FILES, deciding
+from clip_cid.deciding_settings import DEFAULTS, OF_FILES, deciding
 from clip_cid.errors import DataError, RunError
 from clip_cid.file_digests import digest
 from clip_cid.older_records import inputs_then
@@ -20,7 +20,7 @@ from clip_cid.run_folder import RunFolder, StageRecord
 from clip_cid.stage_names import EMBED
 from clip_cid.stages.facts import BY_NAME, EMBED_VIEWS, Stage
 
-_DEFAULTS = {**Recipe().model_dump(mode="json"), EMBED_VIEWS: "0"}
+_DEFAULTS = {**DEFAULTS, EMBED_VIEWS: "0"}
 _PLACES = (
     "pairs.source",
     "embed.existing",

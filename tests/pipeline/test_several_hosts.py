@@ -17,24 +17,12 @@ import torch
 import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
+from torchrun_recipes import BEFORE, TEACHER
 
 from clip_cid import cli
 from clip_cid.run_folder import RunFolder
 from clip_cid.training.ranks import distributed
 
-TEACHER = {
-    "pairs": {"source": ["data/pairs/*.tar"]},
-    "embed": {"teacher": "none"},
-    "distill": {"student": "cid-tiny", "weights": "clip-only", "batch_size": 32, "steps": 4, "warmup_steps": 1},
-    "machine": {"workers": 0, "threads": 1, "tensorboard": "off"},
-}
-BEFORE = {
-    "pairs": {"source": ["data/pairs/*.tar"]},
-    "embed": {"teacher": "run:teacher"},
-    "balance": {"threshold": 0.002},
-    "cluster": {"num_centers": 8, "iterations": 3},
-    "machine": {"workers": 0, "threads": 1, "tensorboard": "off", "checkpoint_minutes": 1e-6},
-}
 COMMON = {"student": "cid-tiny", "batch_size": 8, "steps": 6, "warmup_steps": 1, "log_every": 1, "alignment": "linear"}
 STUDENTS = {
     "a head that learns": {**COMMON, "head_lr": 1e-3, "sample_rate": 0.5},

@@ -18,22 +18,14 @@ import torch
 import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
+from torchrun_recipes import BEFORE, TEACHER
 
 from clip_cid import cli
 from clip_cid.run_folder import RunFolder
 
 STEPS = 24
-TEACHER = {
-    "pairs": {"source": ["data/pairs/*.tar"]},
-    "embed": {"teacher": "none"},
-    "distill": {"student": "cid-tiny", "weights": "clip-only", "batch_size": 32, "steps": 4, "warmup_steps": 1},
-    "machine": {"workers": 0, "threads": 1, "tensorboard": "off"},
-}
 STUDENT = {
-    "pairs": {"source": ["data/pairs/*.tar"]},
-    "embed": {"teacher": "run:teacher"},
-    "balance": {"threshold": 0.002},
-    "cluster": {"num_centers": 8, "iterations": 3},
+    **BEFORE,
     "distill": {
         "student": "cid-tiny",
         "batch_size": 8,
@@ -44,7 +36,6 @@ STUDENT = {
         "sample_rate": 0.5,
         "alignment": "linear",
     },
-    "machine": {"workers": 0, "threads": 1, "tensorboard": "off", "checkpoint_minutes": 1e-6},
 }
 PATIENCE = 120  # seconds until hanging processes are ended
 STAGE_FILES = ("student/open_clip_model.safetensors", "student/cid_head.safetensors", "metrics.jsonl")

@@ -33,6 +33,7 @@ def run(ablation: Ablation, recipe: Recipe, out: Path, *, seeds: int) -> None:
         refuse_another(ablation, out)
         done = {run for run in runs if _is_done(run)}
         log.info(f"ablate    {len(done)} of {len(runs)} runs are done")
+
         for number, current in enumerate(runs, start=1):
             if current in done:
                 continue
@@ -42,6 +43,7 @@ def run(ablation: Ablation, recipe: Recipe, out: Path, *, seeds: int) -> None:
             _make(current, [other.folder for other in runs if other is not current])
             done.add(current)
             write_results(ablation, recipe, out, [run for run in runs if run in done])
+
         table = write_results(ablation, recipe, out, runs)
     log.table(*table.cells(), title=table.title)
     for note in notes(table):

@@ -227,6 +227,7 @@ def _warnings(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str
             report.disk, folder.path, memory=report.waiting_bytes, available=tasks.available_memory()
         ),
     ]
+
     labels, head = tried.training.inputs.pairs.labels, tried.trainer.model.objective.head
     if labels is not None and head is not None:
         own = distinct_labels(labels, settings.batch_size, per_cluster=settings.per_cluster)

@@ -72,10 +72,14 @@ def find_misfits(folder: RunFolder, recipe: Recipe, missing: Sequence[State]) ->
     found: list[ClipCidError] = []
     names = {state.stage.name for state in missing}
     images: _Images | None = None
+
+    # The pairs, and how many images the first missing stage has.
     if names:
         _check_pairs(folder, recipe, found)
         with noted(found):
             images = _images(folder, recipe, names)
+
+    # Each stage that is to run.
     if images is not None and EMBED in names:
         with noted(found):
             _check_texts(recipe, images)

@@ -240,6 +240,7 @@ class Trainer:
     def _summary(self) -> dict[str, Any]:
         pairs_seen, epoch_pairs = self.step * self.batches.batch_size, self.batches.epoch_size
         best = {"best_step": self.best.step, f"best_{self.best.metric}": self.best.value}
+
         return {
             "steps": self.step,
             "pairs": len(self.batches.training),

@@ -201,6 +201,8 @@ class EmbeddingStore:
                 lengths = self._shard_captions(index).value_lengths().to_numpy(zero_copy_only=False)
                 rows = slice(int(self._starts[index]), int(self._starts[index + 1]))
                 counts[rows] *= lengths.astype(np.int32)
+
+                # The shard's record must say the same.
                 further = int(np.maximum(counts[rows] - 1, 0).sum())
                 absent = int((self.ok[rows] & (counts[rows] == 0)).sum())
                 if absent != shard.without_text:

@@ -26,7 +26,7 @@ COLUMNS = tuple((f"page_{name}", pa.int64()) for name in (*Page._fields, "place"
 """Of the index: the page of an image, and its place there."""
 
 _LOOKED_AT = 64  # values of a column of bytes, which may also hold paths
-_LARGE_PAGE = 32 << 20  # bytes; a core reads some 40 images a second from pages of this size
+_LARGE_PAGE = 32 << 20  # bytes; each image that is drawn costs the reading of so many
 _DECODED_PAGES = 2  # kept by each process; one may have hundreds of megabytes
 
 

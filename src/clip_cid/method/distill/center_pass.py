@@ -252,7 +252,7 @@ class CenterPass:
         settings: PassSettings,
         *,
         with_gradient: bool,
-    ):
+    ) -> None:
         self._inputs = student, centers, labels, gap
         self._settings = settings
 

@@ -1,7 +1,7 @@
 """Students of one recipe with other losses and settings, beside each other: how the preset `best` was chosen.
 
     python benchmarks/loss_variants.py recipes/mixed-choice.yaml OUT cid=clip-cid 'text 30=clip-cid+cosine_text:30'
-    python benchmarks/loss_variants.py recipes/mixed.yaml OUT --seeds 5 \
+    python benchmarks/loss_variants.py --seeds 5 recipes/mixed.yaml OUT \
         'best=best' 'class names=best;texts=[data/mixed-names.txt]'
 
 A variant is LABEL=PRESET[+LOSS:WEIGHT ...][;SETTING=VALUE ...], where PRESET may be `none`, and a setting without a

@@ -54,8 +54,7 @@ class Meeting:
             self._here = [json.loads(store.get(name)) for name in names]
         except (dist.DistError, RuntimeError) as error:
             raise RunError(
-                f"rank {place.rank} of {place.size} on {socket.gethostname()}: {_who_is_missing(store, names)}"
-                f" within {_MEETING.total_seconds():g} seconds.",
+                f"rank {place.rank} of {place.size} on {socket.gethostname()}: {_who_is_missing(store, names)}.",
                 fix=_TOGETHER,
             ) from error
         self.store = store
@@ -150,11 +149,14 @@ def _has_cuda() -> bool:
 
 
 def _who_is_missing(store: Store | None, names: list[str]) -> str:
-    missing: list[int] = []
-    if store is not None:
-        with contextlib.suppress(RuntimeError):
-            missing = [rank for rank, name in enumerate(names) if not store.check([name])]
+    where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    within = f"within {_MEETING.total_seconds():g} seconds"
+    if store is None:
+        return f"not all processes came to {where} {within}"
+    try:
+        missing = [rank for rank, name in enumerate(names) if not store.check([name])]
+    except RuntimeError:  # the store is in the process of rank 0, or in torchrun's own
+        return f"the process at {where} that the others meet through has ended"
     if not missing:
-        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        return f"not all processes came to {where}"
-    return f"rank {', '.join(map(str, missing))} did not come"
+        return f"lost the connection to {where}"
+    return f"rank {', '.join(map(str, missing))} did not come {within}"

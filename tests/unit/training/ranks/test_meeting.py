@@ -85,11 +85,21 @@ def stuck(rank: int, port: int, folder: Path, where: str) -> None:
     with open(folder / str(rank), "w") as handle:
         os.dup2(handle.fileno(), sys.stderr.fileno())
     if where == "while they connect":
-        dist.init_process_group = lambda *_, **__: os._exit(1) if rank == 0 else time.sleep(600)
+        dist.init_process_group = lambda *_, **__: gone_or_waiting(rank, folder / "connects")
     with meet_ranks() as ranks:
         if ranks.is_main:
             raise DataError("7 images are broken.", fix="Mend them.")
         time.sleep(600)
+
+
+def gone_or_waiting(rank: int, sign: Path) -> None:
+    """Rank 0 ends once the other is past the meeting and waits for a connection."""
+    if rank == 1:
+        sign.touch()
+        time.sleep(600)
+    while not sign.exists():
+        time.sleep(0.02)
+    os._exit(1)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +139,23 @@ def test_processes_that_do_not_come_are_not_waited_for(tmp_path: Path, there: li
         assert f"rank {rank} of 3 on " in said
         assert "within 1.5 seconds" in said
         assert "Start the same torchrun command on every machine" in said
+
+
+def test_a_process_that_ends_during_the_meeting_is_told_as_ended(monkeypatch: pytest.MonkeyPatch):
+    class Ended(HashStore):
+        """Its process has ended: every call fails."""
+
+        def wait(self, *_: object) -> None:
+            raise dist.DistNetworkError("failed to recv, got 0 bytes")
+
+        check = wait  # pyright: ignore[reportAssignmentType]
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "4711")
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(Ended(), 1, 2)]))
+    with pytest.raises(RunError, match=r"rank 1 of 2 on .*: the process at 127.0.0.1:4711 .* has ended") as error:
+        meeting.Meeting(Place(1, 2))
+    assert "says why in its own output" in error.value.fix
 
 
 def test_those_who_are_missing_are_named(monkeypatch: pytest.MonkeyPatch):

@@ -23,7 +23,7 @@ _FILE_TYPES = (".json", ".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _WITHOUT_EFFECT = {
     "pairs": ("source", "max_bad_share", "keep_fields"),
     "embed": ("existing", "max_bad_share"),
-    "balance": ("existing", "grow_from"),
+    "balance": ("existing", "decisions", "grow_from"),
     "cluster": ("existing",),
     "distill": ("log_every", "skip_limit"),
 }

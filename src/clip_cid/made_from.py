@@ -27,6 +27,7 @@ _PLACES = (
     "embed.teacher",
     "embed.pretrained",
     "balance.existing",
+    "balance.decisions",
     "cluster.existing",
     "distill.texts",
     "distill.student",
@@ -174,7 +175,7 @@ class Origins:
 
         # Only a stage that runs asks for its files; but these must be the ones it was made from.
         if not outside.is_here():
-            return f"{setting}: nothing at {where}" if before is not None and moved else ""
+            return f"{setting}: nothing at {where}" if moved else ""
         if before is None:
             return f"{setting} ({where}) was not there"
 

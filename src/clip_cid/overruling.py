@@ -52,6 +52,7 @@ OVERRULINGS = (
             "balance.keep",
             "balance.max_radius",
             "balance.classify",
+            "balance.decisions",
             "balance.grow_from",
             "balance.truth_field",
         ),

@@ -249,6 +249,10 @@ class BalanceConfig(Config):
     classify: NonNegativeInt = 2_000
     """Compare the pixels of this many removed images, drawn at random, with the kept ones, to tell
     perceptual from semantic duplicates. 0 compares none."""
+    decisions: Path | None = None
+    """A file of decisions that a person made with `clip-cid review`. Images that were said not to be
+    duplicates are parted, the weakest link between them is cut; images to keep are kept, those to
+    remove are removed."""
     grow_from: Path | None = None
     """The balance folder of an earlier run on some of the same images: only pairs with a new image
     are compared. This run's own earlier results are always used."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from clip_cid.data.balance.decisions import read_decisions
 from clip_cid.data.balance.kept_file import read_kept_elsewhere
 from clip_cid.data.embeddings.files import STORE_FILE, read_info
 from clip_cid.data.embeddings.importing import check_views, in_order_of
@@ -244,6 +245,8 @@ def _check_balance(folder: RunFolder, recipe: Recipe, images: _Images, *, embedd
         raise ConfigError(
             "balance.keep: best_caption needs embeddings of captions.", fix="Set balance.keep: nearest_centroid."
         )
+    if settings.decisions is not None:
+        read_decisions(settings.decisions)
     if settings.grow_from is not None and not settings.grow_from.is_dir():
         raise DataError(
             f"balance.grow_from: {settings.grow_from} is no folder.", fix="Name the folder RUN/balance of a run."

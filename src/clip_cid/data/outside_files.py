@@ -73,6 +73,22 @@ class Reader:
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
         return self._files(path, files)
 
+    def decisions(self, path: Path) -> Outside | None:
+        """Decisions of a person: what they decide counts, and not their order; None for a file that decides nothing."""
+
+        def decided() -> str:
+            from clip_cid.data.balance.decisions import read_decisions  # numpy, which `clip-cid --help` does without
+
+            decisions = read_decisions(path)
+            return decisions.digest if decisions else ""
+
+        try:
+            if path.is_file() and not decided():
+                return None
+        except DataError:
+            pass  # it is said where they are read
+        return Outside(decided, decided, (str(path),), path.is_file)
+
     def files(self, paths: Sequence[Path]) -> Outside:
         """Some files, whose order counts."""
         named = {f"{number:09d}": path for number, path in enumerate(paths)}

@@ -11,6 +11,8 @@ from jaxtyping import Int
 
 from clip_cid import log, tasks, units
 from clip_cid.data.balance.array_folder import ArrayFolder
+from clip_cid.data.balance.decided_file import write_decided
+from clip_cid.data.balance.decisions import read_decisions, rows_named
 from clip_cid.data.balance.forest_file import FOREST_FILE, read_earlier, write_forest, write_row_hashes
 from clip_cid.data.balance.kept_file import read_kept_elsewhere, write_kept
 from clip_cid.data.balance.kinds import Kinds, classify
@@ -18,12 +20,14 @@ from clip_cid.data.balance.tables import write_tables
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.errors import ConfigError, DataError, RunError
 from clip_cid.method.balance.chaining import chain_summary, giant_warning
+from clip_cid.method.balance.decided_sets import DecidedRows
 from clip_cid.method.balance.forest import Forest, ShareOutOfReach
 from clip_cid.method.balance.kept_rows import check_keep
 from clip_cid.method.balance.known_pairs import EarlierForest, KnownPairs, known_pairs
 from clip_cid.method.balance.near_pairs import Progress, save_links
 from clip_cid.method.balance.pair_agreement import agreement
 from clip_cid.method.balance.prepared_rows import ChunkPair, PreparedRows
+from clip_cid.method.balance.row_hashes import all_row_hashes
 from clip_cid.method.balance.semantic_balance import Balance, BalanceRule, balance_rows, similarity_warning
 from clip_cid.method.balance.set_explanation import Explanation, explain
 from clip_cid.method.distances import from_squared, threshold_for
@@ -55,15 +59,22 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
     texts = _unit_rows(store, _texts(store), "texts") if store.has_texts else None
     rule = _rule(settings, images, texts)
     known = _known(folder, settings, images, rule.limit)
+    known, decided = _decided(settings, store, images, good, known)
     folder.accept()
     work = ArrayFolder(out / WORK)
-    balance = _balance(store.path, work, recipe, images, texts, rule, known)
+    balance = _balance(store.path, work, recipe, images, texts, rule, known, decided)
+    if not len(balance.kept):
+        raise DataError(
+            f"{settings.decisions}: its decisions remove every image.", fix="Undo some of them in `clip-cid review`."
+        )
 
     # In the store's numbers.
     set_of = np.full(store.rows, -1, dtype=np.int64)
     set_of[good] = balance.set_of
     counts = _write_kept(out, store, good[balance.kept], set_of)
     _write_forest(out, store.rows, good, balance)
+    if decided is not None:
+        _write_decided(out, store, good, balance, decided)
 
     if (warning := similarity_warning(rule, balance)) is not None:
         log.warn(f"balance: {warning}")
@@ -160,6 +171,38 @@ def _known(folder: RunFolder, settings: BalanceConfig, images: UnitRows, limit: 
     return known
 
 
+def _decided(
+    settings: BalanceConfig, store: EmbeddingStore, images: UnitRows, good: Int[np.ndarray, " good"], known: KnownPairs
+) -> tuple[KnownPairs, DecidedRows | None]:
+    """What a person has decided about the rows; the digests that find them serve the comparison, too.
+
+    Raises:
+        DataError: The file is no list of decisions, or none of them is about these images.
+    """
+    decisions = None if settings.decisions is None else read_decisions(settings.decisions)
+    if not decisions:
+        return known, None
+
+    hashes = all_row_hashes(images) if known.hashes is None else known.hashes
+    named = rows_named(decisions, hashes, lambda row: store.keys[int(good[row])])
+    of = len({*decisions.keep, *decisions.remove, *(image for pair in decisions.apart for image in pair)})
+    if len(named.gone) == of:
+        raise DataError(
+            f"{settings.decisions}: none of the {units.counted(of, 'image')} it decides about is here, by its embedding.",
+            fix="Give the decisions that were made on these embeddings; those of another teacher cannot be used.",
+        )
+    if named.gone:
+        log.warn(
+            f"balance.decisions: {units.counted(len(named.gone), 'image')} of {of:,} decided about are not here, such as"
+            f" {named.gone[0].key!r}; decisions hold for the others"
+        )
+    log.info(
+        f"balance   decisions of {settings.decisions}: {units.counted(len(named.apart), 'pair')} apart,"
+        f" {len(named.keep):,} to keep, {len(named.remove):,} to remove"
+    )
+    return replace(known, hashes=hashes), DecidedRows(named.apart, named.keep, named.remove)
+
+
 def _balance(
     store_path: Path,
     work: ArrayFolder,
@@ -168,6 +211,7 @@ def _balance(
     texts: UnitRows | None,
     rule: BalanceRule,
     known: KnownPairs,
+    decided: DecidedRows | None,
 ) -> Balance:
     """Balance with arrays on the disk and tasks in processes; an interrupted stage repeats none of them."""
     if work.path.is_dir() and not (work.is_whole() and PreparedRows.load(work)):
@@ -183,6 +227,7 @@ def _balance(
             device=str(device) if device.type == "cuda" else "cpu",  # the rounding error of other devices is not known
             known=known,
             store=work,
+            decided=decided,
             run_tasks=functools.partial(_run_tasks, work, store_path, recipe.machine),
             on_plan=lambda layout: log.info(f"balance   plan: {layout.describe()}"),
         )
@@ -257,11 +302,27 @@ def _write_forest(out: Path, rows: int, good: Int[np.ndarray, " good"], balance:
     write_row_hashes(out, hashes)
 
 
+def _write_decided(
+    out: Path, store: EmbeddingStore, good: Int[np.ndarray, " good"], balance: Balance, decided: DecidedRows
+) -> None:
+    """In the store's numbers."""
+    forest, cut = balance.forest, balance.cut
+    write_decided(
+        out,
+        store.keys.packed,
+        keep=good[decided.keep],
+        remove=good[decided.remove],
+        apart=good[decided.apart],
+        cut=cut,
+        ends=good[np.stack([forest.left[cut], forest.right[cut]], axis=1)],
+    )
+
+
 def _explain(images: UnitRows, balance: Balance) -> tuple[Explanation, Chains]:
     """Why each image was removed, and how much chaining there is."""
     squared, metric = balance.squared_threshold, balance.metric
     with log.progress("explain", len(images) - len(balance.kept)) as bar:
-        explanation = explain(images, balance.kept, balance.set_of, balance.forest, squared, on_progress=bar.advance)
+        explanation = explain(images, balance.kept, balance.set_of, balance.joined, squared, on_progress=bar.advance)
     chains = chain_summary(explanation, rows=len(images), squared=squared, metric=metric)
     _log_chains(chains, metric, threshold_for(squared, metric))
     return explanation, chains

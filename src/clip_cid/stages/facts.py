@@ -93,8 +93,11 @@ def _teacher(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
 
 
 def _outside_balance(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
-    existing = recipe.balance.existing  # what it grows from saves time and decides nothing
-    return {} if existing is None else {"balance.existing": reader.file(existing)}
+    settings = recipe.balance  # what it grows from saves time and decides nothing
+    if settings.existing is not None:
+        return {"balance.existing": reader.file(settings.existing)}
+    decisions = None if settings.decisions is None else reader.decisions(settings.decisions)
+    return {} if decisions is None else {"balance.decisions": decisions}
 
 
 def _outside_cluster(recipe: Recipe, reader: Reader) -> dict[str, Outside]:

@@ -90,6 +90,13 @@ class Forest:
             raise ValueError(f"squared must be at most the forest's limit {self.limit:.6g}, got {squared:.6g}")
         return int(np.searchsorted(self.squared, squared, side="right"))
 
+    def without(self, links: Int[np.ndarray, " some"]) -> "Forest":
+        """The forest without these links, given by their places."""
+        if not len(links):
+            return self
+        left, right, squared = (np.delete(column, links) for column in (self.left, self.right, self.squared))
+        return Forest(self.rows, left, right, squared, self.limit)
+
     def removed_share(self, squared: float) -> float:
         """The share of rows that balance removes at this squared threshold, exactly."""
         return self.links(squared) / self.rows

@@ -1,8 +1,9 @@
 """Image semantic balance (paper section 3.1): join near-duplicates into sets, keep one image of each."""
 
+import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy.sparse.csgraph import breadth_first_order
 from clip_cid import units
 from clip_cid.method.array_likes import ArrayLike
 from clip_cid.method.balance.array_store import ArrayStore
+from clip_cid.method.balance.decided_sets import DecidedRows, cut_links, keep_decided
 from clip_cid.method.balance.forest import Forest
 from clip_cid.method.balance.kept_rows import Keep, check_keep, keep_one_of_each
 from clip_cid.method.balance.known_pairs import KnownPairs
@@ -32,7 +34,8 @@ class Balance:
     kept: Int[np.ndarray, " kept"]
     """Rows kept, ascending, int64."""
     set_of: Int[np.ndarray, " rows"]
-    """The set of each row, int64: `kept[set_of[i]]` is the row kept for row i."""
+    """The set of each row, int64: `kept[set_of[i]]` is the row kept for row i; -1 for a row of a set that was decided
+    to be removed whole."""
     threshold: float
     """Distance at or below which two rows were joined."""
     metric: Metric
@@ -43,6 +46,13 @@ class Balance:
     """The threshold as a squared Euclidean distance, which decides."""
     row_hashes: UInt64[np.ndarray, "rows 2"]
     """A digest of each row's stored bytes, by which a later balance recognizes it."""
+    cut: Int[np.ndarray, " cut"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """The links of the forest that decisions cut, by their places: they join nothing."""
+
+    @property
+    def joined(self) -> Forest:
+        """The forest that makes the sets: without the links that were cut."""
+        return self.forest.without(self.cut)
 
     def __repr__(self) -> str:
         rows, share = len(self.set_of), units.percent(self.removed_share)
@@ -242,6 +252,7 @@ def balance_rows(
     known: KnownPairs | None = None,
     store: ArrayStore | None = None,
     run_tasks: RunTasks | None = None,
+    decided: DecidedRows | None = None,
     on_plan: Callable[[Layout], Any] | None = None,
     on_progress: Callable[[int], Any] | None = None,
 ) -> Balance:
@@ -256,6 +267,7 @@ def balance_rows(
         known: Links and rows whose pairs need not be compared.
         store: Where arrays are kept, in a folder even over an interruption; in memory when None.
         run_tasks: Runs the tasks; in this process, one by one, when None.
+        decided: What a person has decided about rows. The threshold is found without it.
         on_plan: Called with the layout.
         on_progress: Called with the rows' worth of work done.
 
@@ -276,7 +288,19 @@ def balance_rows(
 
     squared = rule.squared_threshold(forest)
     threshold = rule.threshold if rule.target_removed is None else threshold_for(squared, rule.metric)
-    kept, set_of = keep_one_of_each(
-        images, texts, forest.sets(squared), keep=rule.keep, squared_radius=rule.squared_radius
-    )
-    return Balance(kept, set_of, float(threshold), rule.metric, forest, squared, row_hashes)
+    cut = cut_links(forest, (decided or DecidedRows()).apart)
+    kept, set_of = _choose(images, texts, rule, forest.without(cut).sets(squared), decided)
+    return Balance(kept, set_of, float(threshold), rule.metric, forest, squared, row_hashes, cut)
+
+
+def _choose(
+    images: UnitRows,
+    texts: UnitRows | None,
+    rule: BalanceRule,
+    labels: Int[np.ndarray, " rows"],
+    decided: DecidedRows | None,
+) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " rows"]]:
+    choose = functools.partial(keep_one_of_each, images, texts, keep=rule.keep, squared_radius=rule.squared_radius)
+    if decided is None:
+        return choose(labels)
+    return keep_decided(images, labels, decided, choose, squared_radius=rule.squared_radius)

@@ -102,8 +102,8 @@ def explain(
     Args:
         images: The rows that were balanced.
         kept: Ascending.
-        set_of: For each row, the place in `kept` of the row kept for it.
-        forest: Of the same rows.
+        set_of: For each row, the place in `kept` of the row kept for it; a row with -1 is in no group.
+        forest: Of the same rows; what joined them.
         squared: The threshold, a squared distance up to the forest's limit.
         on_progress: Called with the number of removed rows measured since the last call; in all, rows less kept.
 
@@ -112,16 +112,16 @@ def explain(
     """
     _check(len(images), kept, set_of, forest)
     component_of = forest.sets(squared)
-    apart = np.flatnonzero(component_of != component_of[kept[set_of]])
+    apart = np.flatnonzero((set_of >= 0) & (component_of != component_of[kept[set_of]]))
     if len(apart):
         raise ValueError(
             f"forest must join each row to the one kept for it at squared {squared:.6g}, not so row {apart[0]}"
         )
 
     # The members of each group of two or more, one group after the other.
-    all_sizes = np.bincount(set_of, minlength=len(kept))
+    all_sizes = np.bincount(set_of[set_of >= 0], minlength=len(kept))
     group = np.flatnonzero(all_sizes > 1)
-    by_set = np.argsort(set_of, kind="stable")
+    by_set = np.argsort(set_of, kind="stable")[(set_of < 0).sum() :]
     row = by_set[all_sizes[set_of[by_set]] > 1]
     size = all_sizes[group]
     to_kept, widest = _measure(images, row, size, kept[group], on_progress)
@@ -182,8 +182,8 @@ def _measure(
 def _check(rows: int, kept: Int[np.ndarray, " kept"], set_of: Int[np.ndarray, " rows"], forest: Forest) -> None:
     if len(set_of) != rows or forest.rows != rows:
         raise ValueError(f"set_of and forest must be of {rows} rows, got {len(set_of)} and {forest.rows}")
-    if set_of.min() < 0 or set_of.max() >= len(kept):
-        raise ValueError(f"set_of must be 0 to {len(kept) - 1}, got {set_of.min()} to {set_of.max()}")
+    if set_of.min() < -1 or set_of.max() >= len(kept):
+        raise ValueError(f"set_of must be -1 to {len(kept) - 1}, got {set_of.min()} to {set_of.max()}")
     if kept.min() < 0 or kept.max() >= rows or (set_of[kept] != np.arange(len(kept))).any():
         raise ValueError("kept must hold one row of each set, in the order of the sets")
 

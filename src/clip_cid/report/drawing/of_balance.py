@@ -86,7 +86,7 @@ def _set_strip(one: removed_sets.RemovedSet, threshold: float, keys: dict[int, s
 
 def _single_linkage(inputs: RunInputs, out: Path) -> Numbers:
     tables = inputs.removed
-    linked = linked_set.choose(tables, inputs.forest)
+    linked = linked_set.choose(tables, inputs.joined_forest)
     if linked is None:
         raise LeftOut(f"every set has more than {single_linkage.MOST_IMAGES} images")
     pictures = _leaf_pictures(inputs, linked.rows.tolist())

@@ -5,6 +5,7 @@ from functools import cached_property
 import numpy as np
 
 from clip_cid import log, os_errors
+from clip_cid.data.balance.decided_file import read_cut
 from clip_cid.data.balance.forest_file import FOREST_FILE, StoredForest, read_forest
 from clip_cid.data.balance.tables import BalanceTables
 from clip_cid.data.embeddings.store import EmbeddingStore
@@ -109,6 +110,13 @@ class RunInputs:
         if not BalanceTables.exist(self.folder.stage(BALANCE)):
             raise LeftOut(_NOT_KNOWN)
         return read_forest(self.folder.stage(BALANCE) / FOREST_FILE)
+
+    @cached_property
+    def joined_forest(self) -> StoredForest:
+        """The forest without the links that decisions cut."""
+        forest, cut = self.forest, read_cut(self.folder.stage(BALANCE))
+        left, right, squared = (np.delete(column, cut) for column in (forest.left, forest.right, forest.squared))
+        return forest._replace(left=left, right=right, squared=squared)
 
     @cached_property
     def references(self) -> dict[str, str]:

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from clip_cid.method.distill.row_blocks import CrossEntropy, RowLoss, mean_over_rows
 from clip_cid.method.products import at_least_float32, autocast_off
 
 
@@ -81,25 +80,24 @@ def one_way_loss(queries: Side, keys: Side, scale: Float[Tensor, ""]) -> Float[T
     Raises:
         ValueError: The sides are not of the same rows of a batch.
     """
-    return F.cross_entropy(batch_logits(queries, keys, scale), own_columns(queries))
+    return mean_over_batch(CrossEntropy(), queries, keys, scale)
 
 
-def batch_logits(queries: Side, keys: Side, scale: Float[Tensor, ""]) -> Float[Tensor, "rows batch"]:
-    """Cosines of this rank's queries with all keys, times the scale.
+def mean_over_batch(
+    loss: RowLoss, queries: Side, keys: Side, scale: Float[Tensor, ""], bias: Float[Tensor, ""] | None = None
+) -> Float[Tensor, ""]:
+    """The mean over this rank's queries of a loss of their logits with all keys.
 
-    They are in float32 at least, whatever the precision of autocast.
+    The logits are in float32 at least, whatever the precision of autocast, and never in memory as a whole.
 
     Raises:
         ValueError: The sides are not of the same rows of a batch.
     """
     check_same_rows(queries, keys)
     with autocast_off(queries.own):
-        return at_least_float32(scale) * (at_least_float32(queries.own) @ at_least_float32(keys.all).T)
-
-
-def own_columns(side: Side) -> Int[Tensor, " rows"]:
-    """The column of `batch_logits` in which each row meets its own pair."""
-    return torch.arange(side.first, side.first + len(side.own), device=side.own.device)
+        rows, others = at_least_float32(queries.own), at_least_float32(keys.all)
+        shift = None if bias is None else bias.to(rows.dtype)
+        return mean_over_rows(loss, rows, others, queries.first, scale.to(rows.dtype), shift)
 
 
 def check_same_rows(*sides: Side) -> None:

@@ -33,15 +33,13 @@ What differs here on purpose:
   the weight 2000 / D, which is 3.9 at a width D of 512 and 1.6 at 1280.
 """
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 
-from clip_cid.method.distill.contrastive import Side, batch_logits, check_same_rows, one_way_loss, own_columns
-from clip_cid.method.products import at_least_float32, autocast_off
+from clip_cid.method.distill.contrastive import Side, check_same_rows, mean_over_batch, one_way_loss
+from clip_cid.method.distill.row_blocks import Divergence, Sigmoid
+from clip_cid.method.products import at_least_float32
 
 
 def siglip_loss(image: Side, text: Side, scale: Float[Tensor, ""], bias: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -63,12 +61,7 @@ def siglip_loss(image: Side, text: Side, scale: Float[Tensor, ""], bias: Float[T
 
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (arXiv 2303.15343).
     """
-    with autocast_off(image.own):
-        logits = batch_logits(image, text, scale) + at_least_float32(bias)
-        columns = torch.arange(logits.shape[1], device=logits.device)
-        pairs = columns == own_columns(image)[:, None]
-        # Not the softplus of all logits less those of the pairs: a pair with a high logit would lose its digits.
-        return -F.logsigmoid(torch.where(pairs, logits, -logits)).sum(dim=1).mean()
+    return mean_over_batch(Sigmoid(), image, text, scale, bias)
 
 
 def affinity_loss(
@@ -105,15 +98,12 @@ def affinity_loss(
     Source: the distillation losses of open_clip, CLIP-KD (arXiv 2307.12732), TinyCLIP (arXiv 2309.12314) and MobileCLIP
     (arXiv 2311.17049).
     """
-    check_same_rows(student_image, teacher_image)
+    check_same_rows(student_image, student_text, teacher_image, teacher_text)
 
-    from_images = _MeanKL.apply(
-        batch_logits(student_image, student_text, scale), batch_logits(teacher_image, teacher_text, teacher_scale)
-    )
-    from_texts = _MeanKL.apply(
-        batch_logits(student_text, student_image, scale), batch_logits(teacher_text, teacher_image, teacher_scale)
-    )
-    return (from_images + from_texts) / 2
+    to_texts = _divergence(teacher_image, teacher_text, teacher_scale)
+    to_images = _divergence(teacher_text, teacher_image, teacher_scale)
+    from_images = mean_over_batch(to_texts, student_image, student_text, scale)
+    return (from_images + mean_over_batch(to_images, student_text, student_image, scale)) / 2
 
 
 def feature_loss(student_image: Side, student_text: Side, teacher_image: Side, teacher_text: Side) -> Float[Tensor, ""]:
@@ -173,30 +163,10 @@ def one_way_instance_loss(
     return (from_images + one_way_loss(student_text, teacher_image.detached(), scale)) / 2
 
 
-class _MeanKL(torch.autograd.Function):
-    """KL(softmax(teacher) || softmax(student)), the mean over rows; the teacher's logits have no gradient.
-
-    In float64, because in float32 a difference of two log-softmaxes is noise once the divergence is small. Only the
-    gradient stays in memory, in the precision of the logits.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Float[Tensor, "rows batch"], teacher: Float[Tensor, "rows batch"]
-    ) -> Float[Tensor, ""]:
-        log_p, log_q = teacher.double().log_softmax(dim=1), student.double().log_softmax(dim=1)
-        p = log_p.exp()
-        divergence: Float64[Tensor, " rows"] = torch.linalg.vecdot(p, log_p.sub_(log_q)).clamp(min=0)
-        ctx.save_for_backward(log_q.exp_().sub_(p).div_(len(p)).to(student.dtype))
-        return divergence.mean().to(student.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("the affinity loss has no second derivative here")  # it would come out as 0
-        (slopes,) = ctx.saved_tensors
-        return grad_outputs[0] * slopes, None
-
-
 def _mean_square(student: Side, teacher: Side) -> Float[Tensor, ""]:
     return F.mse_loss(at_least_float32(student.own), at_least_float32(teacher.own.detach()))
+
+
+def _divergence(queries: Side, keys: Side, scale: Tensor) -> Divergence:
+    """From the teacher's distribution."""
+    return Divergence(at_least_float32(queries.own), at_least_float32(keys.all), at_least_float32(scale))

@@ -89,6 +89,13 @@ _COMMON: tuple[tuple[str, Any, str], ...] = (
     ("clusters", Path | None, "Use this folder with centers.npy and labels.npy instead of running cluster."),
 )
 _FORCE: tuple[tuple[str, Any, str], ...] = (("force", bool, "Run even if the results are up to date."),)
+_OF_RUN: tuple[tuple[str, Any, str], ...] = (
+    (
+        "until",
+        Literal["embed", "balance", "cluster", "texts", "distill", "evaluate", "draw"] | None,
+        "Run the stages up to this one only: `--until balance` ends with the page of the balance.",
+    ),
+)
 _OF_BALANCE: tuple[tuple[str, Any, str], ...] = (
     (
         "sweep",
@@ -116,6 +123,7 @@ _OF_REPORT: tuple[tuple[str, Any, str], ...] = (
 )
 _EXTRAS = {
     "check": (),
+    "run": (*_FORCE, *_OF_RUN),
     BALANCE: (*_FORCE, *_OF_BALANCE),
     EVALUATE: (*_FORCE, *_OF_EVALUATE),
     REPORT: (*_FORCE, *_OF_REPORT),
@@ -371,7 +379,8 @@ def _models(names: Sequence[str], tag: str | None) -> dict[str, str]:
 def _run(name: str, flags: Any, recipe: Recipe) -> None:
     if getattr(flags, "sweep", False):
         extras.require("--sweep", extras.REPORT)
-    pipeline.run(RunFolder(flags.run), recipe, only=None if name == "run" else name, force=flags.force)
+    only, until = None if name == "run" else name, getattr(flags, "until", None)
+    pipeline.run(RunFolder(flags.run), recipe, only=only, until=until, force=flags.force)
     if getattr(flags, "sweep", False):
         from clip_cid.report.sweep import sweep
 
@@ -449,9 +458,11 @@ def verify(run: Run) -> int:
 
 
 def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000, allow_pipe: bool = False) -> int:
-    """Write the balanced list of a run, keys.txt and keys.parquet, and with --shards the kept pairs as tars.
+    """Write the balanced list of a run: keys, rows, tables, what was removed and why; with --shards also tars.
 
-    When it was killed, the same command resumes it.
+    keys.txt and keys.parquet have the kept keys, rows.npy the rows of the embeddings. tables/ has the kept
+    rows of pairs from a CSV, TSV or Parquet, in the form they came in. removed.parquet has a line for each
+    other row: the reason, the distance, and which row was kept for it. When it was killed, the same command resumes it.
 
     Args:
         run: The run folder; its balance stage must have finished and be up to date.

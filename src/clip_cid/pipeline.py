@@ -53,9 +53,15 @@ def active_stages(recipe: Recipe) -> tuple[Stage, ...]:
     return tuple(stage for stage in STAGES if recipe.uses(stage.name))
 
 
-def states(folder: RunFolder, recipe: Recipe) -> list[State]:
-    """Each stage's state under this recipe, with the reason in words."""
-    active = active_stages(recipe)
+def states(folder: RunFolder, recipe: Recipe, active: tuple[Stage, ...] | None = None) -> list[State]:
+    """Each stage's state under this recipe, with the reason in words.
+
+    Args:
+        folder: The run folder.
+        recipe: The settings.
+        active: Of the stages that the recipe uses, those to look at; the others count as not used.
+    """
+    active = active_stages(recipe) if active is None else active
     origins = Origins(folder, recipe, active)
     of_stages: list[State] = []
     will_run: dict[str, str] = {}  # stage -> the reason it gives to those after it
@@ -103,13 +109,17 @@ def require_current(folder: RunFolder, recipe: Recipe, name: str) -> None:
         )
 
 
-def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bool = False) -> None:
+def run(
+    folder: RunFolder, recipe: Recipe, *, only: str | None = None, until: str | None = None, force: bool = False
+) -> None:
     """Run the stages that are missing or stale, in order, and say why. Stages that are up to date do not run.
 
     Args:
         folder: The run folder; created when it does not exist.
         recipe: The settings; stored beside the results.
-        only: Run this one stage only; the stages it needs must be done.
+        only: Run this one stage only; the stages it needs must be done. A stage that shows what is there leaves out
+            those that have not run.
+        until: The last stage to run; all after it stay as they are.
         force: Also run stages that are up to date.
 
     Raises:
@@ -117,12 +127,12 @@ def run(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bo
     """
     with joint_ranks(only) as ranks:
         if ranks is None:
-            _run(folder, recipe, only=only, force=force, call=lambda _: None)
+            _run(folder, recipe, only=only, until=until, force=force, call=lambda _: None)
         elif ranks.rank > 0:
             _assist(folder, recipe, BY_NAME[str(only)], ranks)
         else:
             others = _Others(folder, ranks)
-            _run(folder, recipe, only=only, force=force, call=others.call)
+            _run(folder, recipe, only=only, until=until, force=force, call=others.call)
             others.dismiss()
 
 
@@ -146,33 +156,67 @@ def joint_ranks(only: str | None) -> "Generator[Ranks | None]":
         yield ranks
 
 
-def _run(folder: RunFolder, recipe: Recipe, *, only: str | None, force: bool, call: Callable[[Path], None]) -> None:
+def _run(
+    folder: RunFolder,
+    recipe: Recipe,
+    *,
+    only: str | None,
+    until: str | None,
+    force: bool,
+    call: Callable[[Path], None],
+) -> None:
     """Run stages as the only process, or as the main one of torchrun, which has the others called to a joint stage."""
-    require_extras(folder, recipe, only=only, force=force)
+    require_extras(folder, recipe, only=only, until=until, force=force)
     with folder.lock(), log.to_file(folder.path / "run.log"):
-        active = active_stages(recipe)
+        active = _up_to(until, active_stages(recipe))
         todo = active if only is None else _with_imports(BY_NAME[only], recipe, active)
         if only is not None:
-            _check_only(folder, recipe, BY_NAME[only], todo, active)
+            active = _check_only(folder, recipe, BY_NAME[only], todo, active)
 
         # The folder belongs to this recipe as soon as a stage has accepted it.
         folder.when_accepted(lambda: _store_recipe(folder, recipe))
         for stage in todo:
             forced = force and only in (None, stage.name)
             _bring_up_to_date(stage, folder, recipe, active, forced=forced, call=call)
+            if stage.name == BALANCE:
+                _show_balance(folder, recipe)
         folder.accept()
 
         if only is None:
-            _say_outcome(folder, recipe)
+            _say_outcome(folder, active)
 
 
-def require_extras(folder: RunFolder, recipe: Recipe, *, only: str | None = None, force: bool = False) -> None:
+def _up_to(until: str | None, active: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """The stages up to this one."""
+    if until is None:
+        return active
+    names = [stage.name for stage in active]
+    if until not in names:
+        raise ConfigError(f"--until {until}: this recipe does not use the stage.", fix=f"It uses {', '.join(names)}.")
+    return active[: names.index(until) + 1]
+
+
+def _show_balance(folder: RunFolder, recipe: Recipe) -> None:
+    """Write the page of the balance, if it is not there, where the parts that draw it are installed."""
+    if lacking := extras.absent(extras.REPORT):
+        log.info(f'balance   no balance.html without {", ".join(lacking)}: pip install "clip-cid[report]"')
+        return
+    from clip_cid.report.balance_page import write_balance_page
+
+    with os_errors.explained(folder.path, kept="The balance itself is whole."):
+        if (page := write_balance_page(folder, recipe)) is not None:
+            log.info(f"balance   {page} shows it")
+
+
+def require_extras(
+    folder: RunFolder, recipe: Recipe, *, only: str | None = None, until: str | None = None, force: bool = False
+) -> None:
     """Refuse before the first stage what a later one would be refused for.
 
     Raises:
         MissingExtraError: An optional part that a stage needs is not installed; all of them are named.
     """
-    stages = [stage for stage in active_stages(recipe) if only in (None, stage.name)]
+    stages = [stage for stage in _up_to(until, active_stages(recipe)) if only in (None, stage.name)]
     lacking = [stage for stage in stages if any(map(extras.absent, stage.extras(recipe)))]
     if not lacking:  # as most often; the states take their time
         return
@@ -247,9 +291,9 @@ def headline(record: StageRecord | None) -> str:
     return f"{read_summary(BY_NAME[record.stage].summary, record.summary)} in {units.duration(record.seconds)}"
 
 
-def _say_outcome(folder: RunFolder, recipe: Recipe) -> None:
-    """The results of a whole run: the removed share against the known truth, and the models' mean scores."""
-    records = {stage.name: folder.record(stage.name) for stage in active_stages(recipe)}
+def _say_outcome(folder: RunFolder, active: tuple[Stage, ...]) -> None:
+    """The results of the stages of a run: the removed share against the known truth, and the models' mean scores."""
+    records = {stage.name: folder.record(stage.name) for stage in active}
 
     if (record := records.get(BALANCE)) is not None:
         balance = read_summary(BalanceSummary, record.summary)
@@ -286,7 +330,7 @@ def _bring_up_to_date(
 ) -> None:
     """Run a stage that is missing, stale or forced."""
     origins = Origins(folder, recipe, active)
-    state = next(state for state in states(folder, recipe) if state.stage is stage)
+    state = next(state for state in states(folder, recipe, active) if state.stage is stage)
     if state.status == "done" and not forced:
         log.info(f"{stage.name:<9} up to date   {headline(state.record)}")
         if not stage.resumable:  # what a killed --force has left is of no use to anybody
@@ -466,28 +510,50 @@ def _results(folder: RunFolder) -> dict[str, str]:
 
 
 def _with_imports(stage: Stage, recipe: Recipe, active: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """A stage that runs alone, after those it needs that only import files made elsewhere."""
+    """A stage that runs alone, after those it needs that only import files made elsewhere, or draw for its page."""
     sections = {used: getattr(recipe, used.name, None) for used in active}
-    importing = {used for used, section in sections.items() if getattr(section, "existing", None) is not None}
-    return tuple(used for used in active if used is stage or (used.name in stage.needs and used in importing))
+    before = {used for used, section in sections.items() if getattr(section, "existing", None) is not None}
+    if stage.shows:
+        before |= {used for used in active if used.shows}
+    return tuple(used for used in active if used is stage or (used.name in stage.needs and used in before))
 
 
 def _check_only(
     folder: RunFolder, recipe: Recipe, stage: Stage, todo: tuple[Stage, ...], active: tuple[Stage, ...]
-) -> None:
-    """One stage alone must be one the recipe uses, and what it needs must be done and current."""
+) -> tuple[Stage, ...]:
+    """One stage alone must be one the recipe uses, and what it needs must be done and current.
+
+    Returns:
+        The active stages that count: all, but for a stage that shows what is there without those that have not run.
+    """
     if stage not in active:
         raise ConfigError(
             f"{stage.name}: this recipe does not use the stage.",
             fix="Which stages there are depends on embed.teacher, balance.enabled, distill.weights, distill.texts,"
             " evaluate.sets and evaluate.retrieval.",
         )
-    for state in states(folder, recipe):
-        if state.stage.name in stage.needs and state.stage not in todo and state.status not in ("done", "off"):
+    needed = [
+        state
+        for state in states(folder, recipe, active)
+        if state.stage.name in stage.needs and state.stage not in todo and state.status not in ("done", "off")
+    ]
+    left_out = [state.stage for state in needed if stage.shows and state.status == "missing"]
+    for state in needed:
+        if state.stage not in left_out:
             raise RunError(
                 f"{folder.path}: {stage.name} needs {state.stage.name}, which is {state.status} ({state.reason}).",
                 fix=f"Run `clip-cid {state.stage.name} {folder.path}` first, or `clip-cid run {folder.path}` for all.",
             )
+
+    if left_out and not any(folder.has(name) for name in stage.needs):
+        raise RunError(
+            f"{folder.path}: no stage has finished here, so there is nothing to {stage.name}.",
+            fix=f"Run `clip-cid {active[0].name} {folder.path}` first, or `clip-cid run {folder.path}` for all.",
+        )
+    if left_out:
+        names = ", ".join(used.name for used in left_out)
+        log.info(f"{stage.name:<9} without {names}, which {'has' if len(left_out) == 1 else 'have'} not run")
+    return tuple(used for used in active if used not in left_out)
 
 
 def _can_resume(stage: Stage, folder: RunFolder, origins: Origins) -> bool:

@@ -62,7 +62,7 @@ def _without_times(name: str, content: bytes) -> bytes:
         return _json(content)
     if name.endswith(".jsonl"):
         return b"\n".join(_json(line) for line in content.splitlines())
-    if name.endswith("report.html"):
+    if name.endswith(("report.html", "balance.html")):
         return _PAGE_PARTS.sub(b"", content)  # most of its numbers are computed from tables that are compared
     return content
 

@@ -185,6 +185,47 @@ def test_one_stage_alone_needs_those_before_it(tmp_path: Path, ran: list[str]):
     assert ran == ["embed", "balance"]
 
 
+def test_a_run_ends_with_the_stage_named_and_goes_on_later(tmp_path: Path, ran: list[str]):
+    folder = RunFolder(tmp_path)
+    pipeline.run(folder, recipe(), until="balance")
+    assert ran == ["embed", "balance"]
+    assert (tmp_path / "balance.html").is_file()
+    pipeline.run(folder, recipe(), until="embed")
+    pipeline.run(folder, recipe())
+    assert ran == ALL
+
+    with pytest.raises(ConfigError, match="--until texts: this recipe does not use the stage") as error:
+        pipeline.run(folder, recipe(), until="texts")
+    assert "embed, balance, cluster, distill" in str(error.value)
+
+
+def test_a_page_shows_what_has_run_and_is_stale_once_more_has(tmp_path: Path, ran: list[str]):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(RunError, match="no stage has finished here, so there is nothing to report"):
+        pipeline.run(folder, recipe(), only="report")
+    pipeline.run(folder, recipe(), until="balance")
+    pipeline.run(folder, recipe(), only="report")
+    assert ran == ["embed", "balance", "draw", "report"]
+    pipeline.run(folder, recipe(), only="report")
+    assert ran == ["embed", "balance", "draw", "report"], "nothing that is there has changed"
+
+    pipeline.run(folder, recipe(), only="cluster")
+    assert reasons(folder, recipe())["draw"] == "distill has not run yet", "as a run of all stages would do"
+    pipeline.run(folder, recipe(), only="draw")
+    assert ran[4:] == ["cluster", "draw"]
+    pipeline.run(folder, recipe())
+    assert ran[6:] == ["distill", "evaluate", "draw", "report"]
+
+
+def test_a_page_is_not_made_of_results_of_other_settings(tmp_path: Path, ran: list[str]):
+    folder = RunFolder(tmp_path)
+    pipeline.run(folder, recipe(), until="cluster")
+    other = recipe(balance={"threshold": 0.05})
+    pipeline.run(folder, other, only="balance")
+    with pytest.raises(RunError, match=r"draw needs cluster, which is stale \(balance was run again\)"):
+        pipeline.run(folder, other, only="draw")
+
+
 def test_one_stage_alone_takes_over_given_data_first(tmp_path: Path, ran: list[str]):
     given = tmp_path / "store"
     given.mkdir()

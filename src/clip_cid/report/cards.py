@@ -7,7 +7,6 @@ from clip_cid.models.public_names import public_name
 from clip_cid.models.references import LOCAL, RUN
 from clip_cid.recipe import Recipe
 from clip_cid.report.run_records import RunRecords
-from clip_cid.stage_names import DISTILL
 from clip_cid.summaries import BalanceSummary
 
 
@@ -25,7 +24,7 @@ def cards(records: RunRecords, recipe: Recipe) -> list[Card]:
     embed, distill = records.embed, records.distill
     shown: list[Card] = []
     if records.balance is not None:
-        shown += _balance_cards(records.balance, recipe)
+        shown += balance_cards(records.balance, recipe)
     elif embed is not None:
         shown.append(Card("pairs in", f"{embed.images:,}", f"{embed.ok:,} usable, none removed"))
 
@@ -33,18 +32,20 @@ def cards(records: RunRecords, recipe: Recipe) -> list[Card]:
         teacher = recipe.embed.teacher if recipe.embed.existing is None else str(recipe.embed.existing)
         dim = embed.dim if embed is not None else "?"
         shown.append(Card("teacher", _short_name(teacher), f"{dim} dimensions"))
-    if embed is None:
+    if embed is None and distill is not None:
         shown.append(Card("pairs in", f"{distill.pairs:,}", "plain CLIP training, without a teacher"))
-    length = f"{distill.steps:,} steps, {distill.pairs_seen:,} pairs seen"
-    shown.append(Card("student", _short_name(recipe.distill.student), length))
+    if distill is not None:
+        length = f"{distill.steps:,} steps, {distill.pairs_seen:,} pairs seen"
+        shown.append(Card("student", _short_name(recipe.distill.student), length))
 
     stages = records.by_stage.values()
     slowest = max(stages, key=lambda record: record.seconds)
-    note = f"{units.duration(slowest.seconds)} of it {slowest.stage}, on {records.by_stage[DISTILL].device}"
+    note = f"{units.duration(slowest.seconds)} of it {slowest.stage}, on {slowest.device}"
     return [*shown, Card("wall time", units.duration(sum(record.seconds for record in stages)), note)]
 
 
-def _balance_cards(balance: BalanceSummary, recipe: Recipe) -> list[Card]:
+def balance_cards(balance: BalanceSummary, recipe: Recipe) -> list[Card]:
+    """What went into the balance, what is left, and the threshold."""
     skipped = balance.images - balance.ok
     shown = [
         Card("pairs in", f"{balance.images:,}", f"{skipped:,} skipped" if skipped else "all usable"),

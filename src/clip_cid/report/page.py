@@ -15,6 +15,7 @@ from clip_cid import units
 from clip_cid.figures import style
 from clip_cid.models.public_names import PublicWords
 
+_LARGEST = 1.35  # a figure may be shown this much larger than it was drawn
 _COLORS = {
     style.PAPER: "paper",
     style.INK: "ink",
@@ -39,8 +40,8 @@ class Placed:
     of_data: bool
 
 
-def render(values: Mapping[str, Any], words: PublicWords) -> str:
-    """The page with these values, every text cut by `words`; a value that is needed but missing is an error."""
+def render(template: str, values: Mapping[str, Any], words: PublicWords) -> str:
+    """The page of a template with these values, every text cut by `words`; a value that is needed but missing is an error."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("clip_cid", "report"),
         autoescape=True,
@@ -55,9 +56,27 @@ def render(values: Mapping[str, Any], words: PublicWords) -> str:
         "percent": unbroken_percent,
         "points": units.signed_points,
         "duration": units.duration,
+        "columns": columns,
+        "sections": sections,
     }
     style_sheet = Markup((resources.files("clip_cid") / "report" / "report.css").read_text(encoding="utf-8"))
-    return environment.get_template("report.html").render(style_sheet=style_sheet, **values)
+    return environment.get_template(template).render(style_sheet=style_sheet, **values)
+
+
+def columns(pictures: int, most: int, together: int = 1) -> int:
+    """How many pictures stand in a row of at most `most`, so that the last row is as full as can be.
+
+    `most` must be a multiple of `together`, the number of pictures that no row may part.
+    """
+    rows = max(1, -(-pictures // most))
+    in_a_row = -(-pictures // rows)
+    return -(-in_a_row // together) * together
+
+
+def sections(body: str) -> list[tuple[str, Markup]]:
+    """Id and heading of each section of a page, in order."""
+    found = re.findall(r'<section id="([\w-]+)">\s*<h2>(.*?)</h2>', body)
+    return [(name, Markup(heading)) for name, heading in found]
 
 
 def unbroken_percent(share: float) -> str:
@@ -82,6 +101,6 @@ def inline_svg(path: Path, description: str, words: PublicWords) -> Markup:
     assert size is not None, "matplotlib always writes a viewBox"
     opening = (
         f'<svg viewBox="0 0 {size[1]} {size[2]}" role="img" aria-label="{escape(description)}" '
-        f'style="max-width: {float(size[1]) * 4 / 3:.0f}px">'
+        f'style="max-width: {float(size[1]) * 4 / 3 * _LARGEST:.0f}px">'
     )
     return Markup(re.sub(r"\s*\n\s*", " ", re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)))

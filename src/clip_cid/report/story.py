@@ -52,7 +52,7 @@ def removed(balance: BalanceSummary) -> Statement | None:
     if not balance.removed:
         return None
     counts = f"{balance.removed:,} of {balance.ok:,} images"
-    sentences = [f"{counts} were removed: to the teacher, each repeats a kept one."]
+    sentences = [f"{counts} were removed: {_how_near(balance)}"]
 
     if (truth := balance.truth) is not None:
         sentences.append(
@@ -64,9 +64,10 @@ def removed(balance: BalanceSummary) -> Statement | None:
         and balance.kinds.perceptual.share is not None
         and balance.kinds.semantic.share is not None
     ):
+        compared = balance.kinds.drawn - balance.kinds.unknown
         sentences.append(
-            f"{unbroken_percent(balance.kinds.perceptual.share)} repeat the pixels (perceptual),"
-            f" {unbroken_percent(balance.kinds.semantic.share)} only what is shown (semantic)."
+            f"Of {compared:,} compared by their pixels, {unbroken_percent(balance.kinds.perceptual.share)} have nearly"
+            f" those of the kept one (perceptual), {unbroken_percent(balance.kinds.semantic.share)} have not (semantic)."
         )
 
     if balance.from_ is not None:
@@ -75,6 +76,17 @@ def removed(balance: BalanceSummary) -> Statement | None:
     return Statement(
         unbroken_percent(balance.removed_share), "removed as duplicates", sentences, "balance", "What was removed"
     )
+
+
+def _how_near(balance: BalanceSummary) -> str:
+    """How far the removed images are from the kept ones, as far as that is known."""
+    linked = "each is linked to a kept one by images that the teacher finds nearly equal"
+    if balance.chains is None:
+        return f"{linked}."
+    beyond = balance.chains.beyond_threshold_share
+    if not beyond:
+        return "each is within the threshold of a kept one, so nearly equal to it for the teacher."
+    return f"{linked}. {unbroken_percent(beyond)} of them are farther from the kept one than the threshold."
 
 
 def flattened(sizes: Mapping[str, Mapping[str, float]]) -> Statement | None:
@@ -94,18 +106,18 @@ def flattened(sizes: Mapping[str, Mapping[str, float]]) -> Statement | None:
 
 
 def gained(
-    tables: Sequence[ScoreTable], baseline: str | None, student: Trained, other: Trained | None
+    tables: Sequence[ScoreTable], baseline: str | None, student: Trained | None, other: Trained | None
 ) -> Statement | None:
     """How far the student is ahead of the baseline by the first task, and whether these images can tell.
 
     Args:
         tables: All of the run, in the order of the tasks, so the first one is chosen whatever it says.
         baseline: The model to compare with; without one there is nothing to state.
-        student: How it was trained.
+        student: How it was trained; None without one.
         other: How the baseline was trained, as far as that is known.
     """
     headline = _headline(tables, baseline)
-    if baseline is None or headline is None:
+    if baseline is None or headline is None or student is None:
         return None
     one, ours, theirs = headline
     lead, low, high = (units.signed_points(value) for value in (one.difference, one.low, one.high))

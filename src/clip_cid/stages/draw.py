@@ -6,7 +6,8 @@ from typing import Any
 from clip_cid import log
 from clip_cid.recipe import Recipe
 from clip_cid.report.drawing.all_figures import FIGURES
-from clip_cid.report.drawing.run_inputs import LeftOut, RunInputs
+from clip_cid.report.drawing.run_inputs import RunInputs
+from clip_cid.report.drawing.stored_inputs import LeftOut
 from clip_cid.run_folder import RunFolder
 from clip_cid.summaries import DrawSummary
 

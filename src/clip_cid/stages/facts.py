@@ -50,6 +50,8 @@ class Stage:
     """The optional parts of the package that its work needs."""
     machine: tuple[str, ...] = ()
     """The settings of `machine` that concern its work; `threads` concerns that of all."""
+    shows: bool = False
+    """It shows what is there: alone, it leaves out the stages it needs that have not run."""
     joint: bool = False
     """Several processes of torchrun can share it."""
 
@@ -260,6 +262,7 @@ STAGES = (
         sections=("draw",),
         verifies=(BALANCE, CLUSTER, DISTILL, EVALUATE),
         version=5,
+        shows=True,
         extras=_needs(extras.DISTILL, extras.REPORT),
         machine=("device", "distance_block", "cache_dir"),
     ),
@@ -268,7 +271,8 @@ STAGES = (
         needs=(EMBED, BALANCE, CLUSTER, DISTILL, EVALUATE, DRAW),
         sections=("pairs", "report"),
         verifies=(BALANCE, CLUSTER, DISTILL, EVALUATE, DRAW),
-        version=3,
+        version=4,
+        shows=True,
         extras=_needs(extras.DISTILL, extras.REPORT),
         machine=("cache_dir",),
     ),

@@ -3,14 +3,12 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from clip_cid import log
 from clip_cid.data.pairs.pair import reason_kind
-from clip_cid.data.pairs.pictures import NoPicturesError, open_pictures
 from clip_cid.errors import DataError, RunError
 from clip_cid.evaluation.scores import (
     RESULTS,
@@ -28,18 +26,16 @@ from clip_cid.recipe import Recipe, as_yaml, dump_recipe
 from clip_cid.report import galleries, page, story
 from clip_cid.report.cards import cards
 from clip_cid.report.drawing.all_figures import FIGURES
+from clip_cid.report.parts import WITH_PICTURES, by_stratum, page_pictures, place_figures
 from clip_cid.report.run_records import RunRecords
 from clip_cid.report.score_tables import ScoreTable, score_tables
-from clip_cid.report.thumbnails import Thumbnails
 from clip_cid.run_folder import RunFolder, StageRecord, atomic_file
 from clip_cid.stage_names import DISTILL, DRAW, EMBED, EVALUATE, REPORT
 from clip_cid.summaries import DistillSummary, ReportSummary, read_summary
 
 PAGE = "report.html"
-_THUMBNAIL_BUDGET = 3_000_000  # bytes of base64: some 1,300 thumbnails of 96 pixels
 _SAMPLE_PAIRS = 12
 _REASONS_SHOWN = 20
-_WITH_PICTURES = ("removed_sets", "removed_pairs", "clusters")  # tables that hold keys and captions
 
 
 @dataclass(frozen=True)
@@ -55,18 +51,21 @@ class _Scores:
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> ReportSummary:
     """Write `report.html` and `tables/*.csv`."""
     for stage in (DRAW, EVALUATE):
-        if folder.has(stage):
-            folder.verify(stage)  # what the page shows must be as it was drawn and measured
+        folder.verify(stage)  # what the page shows must be as it was drawn and measured
     draw, tables = folder.stage(DRAW), out / "tables"
     records, settings = RunRecords.read(folder, recipe), recipe.model_dump(mode="json")
     words = PublicWords(settings, folder.path)
     tables.mkdir()
-    thumbnails, sample, no_pictures = _pictures(folder, draw, recipe)
+    shown = page_pictures(folder, draw, recipe)
+    thumbnails, no_pictures = shown.thumbnails, shown.missing
+    if no_pictures and recipe.report.images:
+        log.warn(f"report: no pictures, because {no_pictures}")
+    sample = {} if shown.opened is None else shown.opened.sample(_SAMPLE_PAIRS, seed=0)
     pairs = galleries.removed_pairs(draw / "removed_pairs.csv", thumbnails)
     measured = _scores(folder, recipe, tables)
     skipped, stages = _skipped(folder, recipe, tables), _stages(records.by_stage.values(), tables)
-    shown = [path for path in draw.glob("*.csv") if recipe.report.images or path.stem not in _WITH_PICTURES]
-    for path in (*shown, *tables.iterdir()):
+    public = [path for path in draw.glob("*.csv") if recipe.report.images or path.stem not in WITH_PICTURES]
+    for path in (*public, *tables.iterdir()):
         style.write_csv(tables / path.name, _public_table(style.read_csv(path), words))
 
     values = {
@@ -77,7 +76,8 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ReportSummary:
         "story": _story(records, measured, recipe),
         "cards": cards(records, recipe),
         "summaries": records,
-        "figures": _figures(draw, records.draw.figures, words, images=recipe.report.images),
+        "missing": records.missing,
+        "figures": place_figures(FIGURES, draw, records.draw.figures, words, images=recipe.report.images),
         "left_out": records.draw.left_out,
         "numbers": records.draw.figures,
         "metric_name": recipe.balance.metric,
@@ -85,10 +85,10 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ReportSummary:
         "radius": recipe.balance.max_radius,
         "loss_name": losses.display_name,
         "side": recipe.report.thumbnail_px,
-        "removed_sets": _by_stratum(galleries.removed_sets, draw / "removed_sets.csv", thumbnails),
+        "removed_sets": by_stratum(galleries.removed_sets, draw / "removed_sets.csv", thumbnails),
         "removed_pairs": pairs,
         "examples": {} if no_pictures else galleries.typical_pairs(pairs),
-        "clusters": _by_stratum(galleries.clusters, draw / "clusters.csv", thumbnails),
+        "clusters": by_stratum(galleries.clusters, draw / "clusters.csv", thumbnails),
         "sample": galleries.sample(sample, thumbnails),
         "scores": measured,
         "skipped": skipped,
@@ -102,7 +102,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ReportSummary:
         "tables": sorted(path.name for path in tables.iterdir()),
     }
     with atomic_file(out / PAGE) as temporary:
-        temporary.write_text(page.render(values, words), encoding="utf-8")
+        temporary.write_text(page.render("report.html", values, words), encoding="utf-8")
 
     return ReportSummary(
         page=str(folder.path / REPORT / PAGE),
@@ -112,51 +112,9 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ReportSummary:
     )
 
 
-def _pictures(folder: RunFolder, draw: Path, recipe: Recipe) -> tuple[Thumbnails, dict[str, str], str | None]:
-    """Thumbnails of the page's images, a sample of the pairs, and the reason if there are no pictures."""
-    if not recipe.report.images:
-        return Thumbnails(None, side=0, budget=0), {}, "report.images is off"
-    tables = [path for name in _WITH_PICTURES if (path := draw / f"{name}.csv").is_file()]
-    wanted = {key: row for path in tables for key, row in galleries.rows_by_key(path).items()}
-    try:
-        pictures = open_pictures(folder, recipe, wanted)
-    except NoPicturesError as reason:
-        log.warn(f"report: no pictures, because {reason}")
-        return Thumbnails(None, side=0, budget=0), {}, str(reason)
-    sample = pictures.sample(_SAMPLE_PAIRS, seed=0)
-    return Thumbnails(pictures, side=recipe.report.thumbnail_px, budget=_THUMBNAIL_BUDGET), sample, None
-
-
-def _by_stratum(
-    read: Callable[[Path, Thumbnails], list[galleries.Gallery]], path: Path, thumbnails: Thumbnails
-) -> dict[str, list[galleries.Gallery]]:
-    """Stratum -> its sets or clusters; empty if the draw stage chose none."""
-    strata: dict[str, list[galleries.Gallery]] = {}
-    for gallery in read(path, thumbnails) if path.is_file() else []:
-        strata.setdefault(gallery.stratum, []).append(gallery)
-    return strata
-
-
-def _figures(draw: Path, numbers: dict[str, Any], words: PublicWords, *, images: bool) -> dict[str, page.Placed]:
-    """Name -> figure, of those that were drawn and may be shown."""
-    placed: dict[str, page.Placed] = {}
-    for figure in FIGURES:
-        if figure.name not in numbers or (figure.of_data and not images):
-            continue
-        own = numbers[figure.name]
-        files = {figure.name: (figure.description, figure.caption_for(own))} if figure.section else {}
-        if figure.small_description:
-            files[f"{figure.name}_small"] = (figure.small_description, figure.small_caption)
-        for name, (description, caption) in files.items():
-            svg = page.inline_svg(draw / f"{name}.svg", description, words)
-            section = figure.section if name == figure.name else "head"
-            placed[name] = page.Placed(svg, caption, section, figure.of_data)
-    return placed
-
-
 def _scores(folder: RunFolder, recipe: Recipe, tables: Path) -> _Scores | None:
     """The tables by protocol and the models; also writes `tables/scores.csv`."""
-    if not recipe.uses(EVALUATE):
+    if not (recipe.uses(EVALUATE) and folder.has(EVALUATE)):
         return None
     evaluate = folder.stage(EVALUATE)
     scores, summaries = read_scores(evaluate / RESULTS), read_task_summaries(evaluate)
@@ -177,7 +135,7 @@ def _story(records: RunRecords, measured: _Scores | None, recipe: Recipe) -> lis
     if measured is not None:
         baseline = reference_model(measured.models)
         other = None if baseline is None else _trained_elsewhere(recipe.evaluate.compare[baseline])
-        student = story.Trained.of(records.distill, records.by_stage[DISTILL].settings["distill"])
+        student = None if records.distill is None else story.Trained.of(records.distill, records.settings_of(DISTILL))
         statements.append(story.gained(measured.tasks, baseline, student, other))
     return [statement for statement in statements if statement is not None]
 
@@ -205,8 +163,8 @@ def _skipped(folder: RunFolder, recipe: Recipe, tables: Path) -> list[tuple[str,
     """Stage, reason and count of the skipped samples."""
     counts: Counter[tuple[str, str]] = Counter()
     for stage in (EMBED, DISTILL):
-        path = folder.stage(stage) / "skipped.jsonl" if recipe.uses(stage) else None
-        if path is not None and path.is_file():
+        path = folder.path / stage / "skipped.jsonl"
+        if recipe.uses(stage) and folder.has(stage) and path.is_file():
             counts.update((stage, reason) for reason in _reasons(path))
 
     ordered = sorted(counts.items(), key=lambda item: (item[0][0], -item[1], item[0][1]))

@@ -60,7 +60,7 @@ def test_every_color_of_a_figure_is_one_that_the_page_knows() -> None:
 
 def test_a_value_that_the_page_lacks_is_an_error() -> None:
     with pytest.raises(jinja2.UndefinedError):
-        page.render({"title": "only this"}, WORDS)
+        page.render("report.html", {"title": "only this"}, WORDS)
 
 
 def test_columns_of_unequal_length_are_refused(tmp_path: Path) -> None:
@@ -149,3 +149,21 @@ def test_a_typical_pair_is_the_middle_one() -> None:
         "four": ("1kept", "1removed", 4),
         "one": ("0kept", "0removed", 1),
     }
+
+
+@pytest.mark.parametrize("most", [4, 6, 12])
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("count", range(2, 61, 2))
+def test_rows_of_pictures_are_as_few_as_can_be_and_about_equally_long(count: int, most: int, together: int) -> None:
+    each = page.columns(count, most, together)
+    assert together <= each <= most
+    assert each % together == 0
+    rows = -(-count // each)
+    assert rows == -(-count // most)
+    last = count - (rows - 1) * each
+    assert last >= each - rows * together, "no picture stands alone under a full row"
+
+
+def test_eleven_and_twelve_pictures_are_one_row_where_there_is_room() -> None:
+    assert [page.columns(count, 12) for count in (1, 11, 12, 13)] == [1, 11, 12, 7]
+    assert [page.columns(count, 4) for count in (5, 9, 12)] == [3, 3, 4]

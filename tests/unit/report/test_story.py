@@ -10,7 +10,7 @@ from clip_cid.figures import gain
 from clip_cid.report import story
 from clip_cid.report.score_tables import ScoreTable, score_tables
 from clip_cid.report.story import Trained
-from clip_cid.summaries import BalanceSummary, BalanceTruth, KindShare, KindShares
+from clip_cid.summaries import BalanceSummary, BalanceTruth, Chains, KindShare, KindShares
 
 OURS = Trained(250, 32_000, "tiny", ("clip", "cluster_kl"))
 PLAIN = Trained(250, 32_000, "tiny", ("clip",))
@@ -120,11 +120,32 @@ def test_what_was_removed_is_told_with_what_is_known_of_it() -> None:
     text = whole.text.replace("\xa0", " ")
     assert "30 of 120 images" in text
     assert "50.0 % of the image pairs in one set belong together, and 25.0 % of all true pairs were found" in text
-    assert "62.5 % repeat the pixels (perceptual), 37.5 % only what is shown (semantic)" in text
+    assert "Of 8 compared by their pixels, 62.5 % have nearly those of the kept one (perceptual)" in text
+    assert "37.5 % have not (semantic)" in text
     elsewhere = story.removed(replace(BALANCE, from_="kept.npy"))
     assert elsewhere is not None
     assert "list made elsewhere" in elsewhere.text
     assert story.removed(replace(BALANCE, removed=0)) is None
+
+
+@pytest.mark.parametrize(
+    ("beyond", "words"),
+    [
+        (None, "each is linked to a kept one by images that the teacher finds nearly equal."),
+        (0.0, "each is within the threshold of a kept one"),
+        (0.23, "23.0 % of them are farther from the kept one than the threshold."),
+    ],
+)
+def test_no_image_is_said_to_repeat_the_kept_one_where_only_others_link_it(beyond: float | None, words: str) -> None:
+    chains = None
+    if beyond is not None:
+        chains = Chains(beyond_threshold_share=beyond, distance={}, largest=3, top_sizes=[3], giants=[])
+    told = story.removed(replace(BALANCE, chains=chains))
+    assert told is not None
+    text = told.text.replace("\xa0", " ")
+    assert words in text
+    assert ("within the threshold" in text) == (beyond == 0.0)
+    assert "repeat" not in text
 
 
 @pytest.mark.parametrize(

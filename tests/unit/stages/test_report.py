@@ -29,6 +29,7 @@ from clip_cid.data.pairs.pictures import NoPicturesError
 from clip_cid.errors import RunError
 from clip_cid.models.public_names import public_settings
 from clip_cid.recipe import Recipe, as_yaml
+from clip_cid.report import parts
 from clip_cid.report.drawing import run_inputs
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import draw, report
@@ -341,7 +342,7 @@ def test_a_command_behind_a_pipe_is_not_published(tmp_path: Path) -> None:
     command = "pipe:curl -H 'Authorization: Bearer HEADER' https://host.example/{00..03}.tar?key=KEY"
     changed = recipe.model_copy(update={"pairs": recipe.pairs.model_copy(update={"source": (command,)})})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "open_pictures", _refuse(command.replace("{00..03}", "02")))
+        patch.setattr(parts, "open_pictures", _refuse(command.replace("{00..03}", "02")))
         out, _ = write(folder, changed)
     text = (out / "report.html").read_text(encoding="utf-8")
     assert "pipe:...: cannot be fetched" in text
@@ -382,7 +383,7 @@ def test_pictures_stop_at_the_budget_and_are_counted(
     full: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything = write(*full)[1]["picture_bytes"]
-    monkeypatch.setattr(report, "_THUMBNAIL_BUDGET", everything // 2)
+    monkeypatch.setattr(parts, "_THUMBNAIL_BUDGET", everything // 2)
     out, summary = write(*full)
     assert 0 < summary["picture_bytes"] <= everything // 2
     assert "pictures were left out to keep the page small" in read(out).text
@@ -408,6 +409,38 @@ def test_a_plain_run_has_a_page_without_the_missing_parts(tmp_path: Path) -> Non
     assert "pairs in 14 plain CLIP training" in page.text
     assert "vs " not in page.text
     assert "distances: this recipe does not balance" in page.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("absent", "sections"),
+    [
+        (("distill", "evaluate"), ["pairs", "balance", "clusters", "skipped", "provenance"]),
+        (("cluster", "distill", "evaluate"), ["pairs", "balance", "skipped", "provenance"]),
+        (("balance", "cluster", "distill", "evaluate"), ["pairs", "skipped", "provenance"]),
+    ],
+)
+def test_a_run_without_a_student_has_a_page_of_what_is_there(
+    tmp_path: Path, absent: tuple[str, ...], sections: list[str]
+) -> None:
+    recipe = make_recipe(tmp_path)
+    folder = make_run(tmp_path, recipe)
+    for stage in absent:
+        shutil.rmtree(folder.path / stage)
+    redraw(folder, recipe)
+    page = read(write(folder, recipe)[0])
+    assert [attributes.get("id") for attributes in page.all("section")] == sections
+    assert f"not run: {', '.join(absent)}." in page.text
+    assert "losses: distill has not run" in page.text
+
+
+def test_the_contents_name_every_section_with_its_heading(full: tuple[RunFolder, Recipe]) -> None:
+    out, _ = write(*full)
+    text = (out / "report.html").read_text(encoding="utf-8")
+    contents = text[text.index('<nav class="contents"') : text.index("</nav>")]
+    linked = re.findall(r'<a href="#([^"]*)">([^<]*)</a>', contents)
+    assert [name for name, _ in linked] == [attributes.get("id") for attributes in read(out).all("section")]
+    assert dict(linked)["balance"] == "What the balance removed"
 
 
 def test_kept_rows_made_elsewhere_are_named(full: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -627,11 +660,30 @@ def test_blurred_pictures_are_shown_by_pointer_keyboard_or_tap_and_never_on_pape
     assert re.search(r"\.blur [^{]*\{ filter: blur\(10px\) !important", paper)
 
 
-def browse(page: Path, work: Path, *, width: int = 1200) -> tuple[np.ndarray, str, set[str]]:
-    """What a browser shows of a page, what it complains of, and which addresses the page made it ask for."""
+def browser(work: Path) -> list[str]:
     assert CHROMIUM is not None
     quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-    command = [CHROMIUM, "--headless", "--no-sandbox", *quiet.split(), f"--user-data-dir={work / 'profile'}"]
+    return [CHROMIUM, "--headless", "--no-sandbox", *quiet.split(), f"--user-data-dir={work / 'profile'}"]
+
+
+def scroll_width(page: Path, work: Path, *, width: int) -> int:
+    """How wide a page is in a frame of this width, which a browser can make narrower than its window."""
+    told = "document.title = frame.contentDocument.documentElement.scrollWidth"
+    frame = (
+        f'<iframe id="frame" src="{page.as_uri()}" style="width: {width}px; height: 900px; border: 0" onload="{told}">'
+    )
+    (work / "frame.html").write_text(frame)
+    command = [*browser(work), "--allow-file-access-from-files", "--hide-scrollbars", "--virtual-time-budget=10000"]
+    command += ["--window-size=1600,1000", "--dump-dom", (work / "frame.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r"<title>(\d+)</title>", done.stdout)
+    assert found is not None, done.stdout
+    return int(found[1])
+
+
+def browse(page: Path, work: Path, *, width: int = 1200) -> tuple[np.ndarray, str, set[str]]:
+    """What a browser shows of a page, what it complains of, and which addresses the page made it ask for."""
+    command = browser(work)
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--log-net-log={work / 'net.json'}"]
     command += [f"--window-size={width},1500", "--enable-logging=stderr", f"--screenshot={work / 'page.png'}"]
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
@@ -655,6 +707,20 @@ def test_a_browser_opens_the_page_without_complaint_or_request(
     assert "CONSOLE" not in said
     assert asked == set()
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+
+
+@needs_a_browser
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_is_never_wider_than_the_window(full: tuple[RunFolder, Recipe], tmp_path: Path, width: int) -> None:
+    out, _ = write(*full)
+    assert scroll_width(out / "report.html", tmp_path, width=width) == width
+
+
+@needs_a_browser
+def test_a_page_that_is_too_wide_would_be_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(f"<p>{'0123456789abcdef' * 8}</p>")
+    assert scroll_width(page, tmp_path, width=390) > 390
 
 
 @needs_a_browser

@@ -7,8 +7,10 @@ from clip_cid.method.balance.set_explanation import Explanation
 from clip_cid.method.distances import from_squared
 from clip_cid.summaries import Chains, Giant
 
-GIANT_SHARE, GIANT_ROWS, GIANT_BEYOND = 1e-3, 100, 0.1
-"""A giant has more than this share of all rows, at least this many, and this share beyond the threshold."""
+GIANT_BEYOND = 0.1
+"""At least this share of a giant's removed rows is farther than the threshold from the kept one."""
+GIANT_SIZES = ((0.01, 10), (0.001, 100))
+"""A giant has at least this share of all rows and at least this many, by one of these pairs."""
 
 _TOP = 10
 _QUANTILES = (0.5, 0.9, 0.99)
@@ -52,7 +54,8 @@ def _giants(explanation: Explanation, rows: int, squared: float, metric: str) ->
     beyond = np.bincount(explanation.owner[explanation.to_kept > squared], minlength=len(explanation.group))
     size = explanation.size
     share = beyond / np.maximum(size - 1, 1)
-    giants = np.flatnonzero((size > GIANT_SHARE * rows) & (size >= GIANT_ROWS) & (share >= GIANT_BEYOND))
+    large = np.any([(size >= part * rows) & (size >= least) for part, least in GIANT_SIZES], axis=0)
+    giants = np.flatnonzero(large & (share >= GIANT_BEYOND))
 
     largest_first = giants[np.argsort(-size[giants], kind="stable")]
     farthest = from_squared(explanation.farthest[largest_first], metric)

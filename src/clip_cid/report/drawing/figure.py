@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_cid.report.drawing.run_inputs import RunInputs
-
 Numbers = dict[str, Any]
 """The result of a figure's draw function: the numbers of its caption and of the tables beside it."""
 
@@ -17,8 +15,9 @@ class Figure:
 
     name: str
     """Name of its files in `draw/`: `NAME.svg` or `.png`, and `NAME.csv`."""
-    draw: Callable[[RunInputs, Path], Numbers]
-    """Writes the files into a folder. Raises `LeftOut` where this run has no input for it."""
+    draw: Callable[[Any, Path], Numbers]
+    """Writes the files into a folder, from `RunInputs`, or from `StoredInputs` where it needs no model. Raises `LeftOut`
+    where this run has no input for it."""
     section: str = ""
     """Where on the page; empty for a sheet of pictures, which the page shows one by one."""
     description: str = ""

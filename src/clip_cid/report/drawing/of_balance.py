@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ImageOps
@@ -9,7 +10,7 @@ from PIL import ImageOps
 from clip_cid.figures import contact_sheet, distances, removed_share, single_linkage
 from clip_cid.report.drawing import linked_set, removed_sets
 from clip_cid.report.drawing.figure import Figure, Numbers
-from clip_cid.report.drawing.run_inputs import LeftOut, RunInputs
+from clip_cid.report.drawing.stored_inputs import LeftOut, StoredInputs
 
 _PAIRS_OF_A_KIND = 5
 _LEAF_PIXELS = 96
@@ -19,12 +20,20 @@ _KINDS = {
 }
 
 
-def _distances(inputs: RunInputs, out: Path) -> Numbers:
+class Examples(NamedTuple):
+    """Sets and pairs to show, and the key of each row among them."""
+
+    sets: list[removed_sets.RemovedSet]
+    pairs: list[removed_sets.RemovedPair]
+    keys: dict[int, str]
+
+
+def _distances(inputs: StoredInputs, out: Path) -> Numbers:
     tables = inputs.removed
     return distances.draw(tables.distances, threshold=tables.threshold, metric=tables.metric, out=out)
 
 
-def _removed_share(inputs: RunInputs, out: Path) -> Numbers:
+def _removed_share(inputs: StoredInputs, out: Path) -> Numbers:
     tables = inputs.balanced
     # Links name rows of the store; shares are of its good rows, as in the balance stage.
     forest = inputs.forest._replace(rows=int(inputs.store.ok.sum()))
@@ -39,7 +48,8 @@ def _removed_share_caption(numbers: Numbers) -> str:
     )
 
 
-def _duplicates(inputs: RunInputs, out: Path) -> Numbers:
+def choose_examples(inputs: StoredInputs, out: Path) -> Examples:
+    """Choose sets and pairs to show, and write them to `removed_sets.csv` and `removed_pairs.csv`."""
     tables, seed = inputs.removed, inputs.recipe.draw.seed
     sets = removed_sets.choose(tables, sets=inputs.recipe.draw.gallery_sets, seed=seed)
     pairs = removed_sets.choose_pairs(tables, pairs=_PAIRS_OF_A_KIND, seed=seed)
@@ -51,9 +61,13 @@ def _duplicates(inputs: RunInputs, out: Path) -> Numbers:
     removed_sets.write_table(sets, keys, captions, out / "removed_sets.csv")
     if pairs:
         removed_sets.write_pairs(pairs, keys, captions, out / "removed_pairs.csv")
+    return Examples(sets, pairs, keys)
 
+
+def _duplicates(inputs: StoredInputs, out: Path) -> Numbers:
+    sets, pairs, keys = choose_examples(inputs, out)
     strips = [strip for kind in removed_sets.PAIR_KINDS if (strip := _pair_strip(kind, pairs, keys))]
-    strips += [_set_strip(one, tables.threshold, keys) for one in sets]
+    strips += [_set_strip(one, inputs.removed.threshold, keys) for one in sets]
     return contact_sheet.draw(strips, inputs.pictures(keys).get, out / "duplicates.png")
 
 
@@ -84,7 +98,7 @@ def _set_strip(one: removed_sets.RemovedSet, threshold: float, keys: dict[int, s
     )
 
 
-def _single_linkage(inputs: RunInputs, out: Path) -> Numbers:
+def _single_linkage(inputs: StoredInputs, out: Path) -> Numbers:
     tables = inputs.removed
     linked = linked_set.choose(tables, inputs.joined_forest)
     if linked is None:
@@ -93,7 +107,7 @@ def _single_linkage(inputs: RunInputs, out: Path) -> Numbers:
     return single_linkage.draw(linked, pictures, threshold=tables.threshold, metric=tables.metric, out=out)
 
 
-def _leaf_pictures(inputs: RunInputs, rows: list[int]) -> dict[int, np.ndarray]:
+def _leaf_pictures(inputs: StoredInputs, rows: list[int]) -> dict[int, np.ndarray]:
     """Row -> its picture as a small square; none at all if there are no pictures, since the tree says enough."""
     keys, _ = inputs.words(rows)
     try:

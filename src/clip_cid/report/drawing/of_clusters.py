@@ -8,7 +8,8 @@ from clip_cid.figures import cluster_rounds, cluster_sizes, contact_sheet, embed
 from clip_cid.method.cluster import clustering
 from clip_cid.report.drawing import cluster_strips
 from clip_cid.report.drawing.figure import Figure, Numbers
-from clip_cid.report.drawing.run_inputs import NO_CLUSTERS, LeftOut, RunInputs
+from clip_cid.report.drawing.run_inputs import NO_CLUSTERS, RunInputs
+from clip_cid.report.drawing.stored_inputs import LeftOut
 from clip_cid.stage_names import CLUSTER
 from clip_cid.summaries import ClusterSummary, read_summary
 
@@ -27,8 +28,7 @@ def _cluster_sizes(inputs: RunInputs, out: Path) -> Numbers:
 
 
 def _cluster_rounds(inputs: RunInputs, out: Path) -> Numbers:
-    if not inputs.recipe.uses(CLUSTER):
-        raise LeftOut(NO_CLUSTERS)
+    inputs.of_stage(CLUSTER, NO_CLUSTERS)
     record = inputs.folder.record(CLUSTER)
     summary = None if record is None else read_summary(ClusterSummary, record.summary)
     if summary is None or not summary.history:

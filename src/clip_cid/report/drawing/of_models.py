@@ -12,7 +12,8 @@ from clip_cid.models import patches
 from clip_cid.models.clip import Clip
 from clip_cid.report.drawing import set_images
 from clip_cid.report.drawing.figure import Figure, Numbers
-from clip_cid.report.drawing.run_inputs import LeftOut, RunInputs
+from clip_cid.report.drawing.run_inputs import RunInputs
+from clip_cid.report.drawing.stored_inputs import LeftOut
 
 _PCA_CLASSES, _PCA_IMAGES, _PROMPTED_IMAGES = 3, 6, 6
 

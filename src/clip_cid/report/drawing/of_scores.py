@@ -7,7 +7,8 @@ from clip_cid.evaluation.protocols import LINEAR_PROBE, PROTOCOLS, ZERO_SHOT, Pr
 from clip_cid.evaluation.scores import STUDENT, models_of, reference_model
 from clip_cid.figures import gain, radar, scores
 from clip_cid.report.drawing.figure import Figure, Numbers
-from clip_cid.report.drawing.run_inputs import NO_SCORES, LeftOut, RunInputs
+from clip_cid.report.drawing.run_inputs import NO_SCORES, RunInputs
+from clip_cid.report.drawing.stored_inputs import LeftOut
 
 
 def _scores(task: str) -> Callable[[RunInputs, Path], Numbers]:

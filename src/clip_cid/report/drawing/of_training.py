@@ -7,7 +7,8 @@ import numpy as np
 from clip_cid.evaluation.scores import STUDENT, TEACHER
 from clip_cid.figures import losses, throughput, weights
 from clip_cid.report.drawing.figure import Figure, Numbers
-from clip_cid.report.drawing.run_inputs import LeftOut, RunInputs
+from clip_cid.report.drawing.run_inputs import RunInputs
+from clip_cid.report.drawing.stored_inputs import LeftOut
 
 _WITHOUT_LAYER = "image tower has no mlp.c_proj"
 

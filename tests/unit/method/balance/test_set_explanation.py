@@ -198,12 +198,26 @@ def test_a_drift_is_a_giant_and_a_tight_set_of_the_same_size_is_not() -> None:
     )
 
 
-def test_a_large_share_of_few_rows_is_no_giant() -> None:
-    found = explained(circle(list(range(90))), chord(1.1))
-    summary = chain_summary(found, rows=90, squared=chord(1.1), metric="euclidean")
-    assert summary.largest == 90
-    assert summary.giants == []
-    assert giant_warning(summary, metric="euclidean", threshold=0.1) is None
+@pytest.mark.parametrize(
+    ("chained", "rows", "giant"),
+    [
+        (92, 657, True),  # 14 % of all
+        (12, 1200, True),  # 1 % exactly
+        (12, 1201, False),
+        (9, 90, False),  # too few to be called so
+        (100, 100_000, True),  # a thousandth exactly
+        (100, 100_001, False),
+        (99, 100_000, False),
+    ],
+)
+def test_a_chain_is_a_giant_from_a_hundredth_of_the_rows_or_from_a_hundred_images_and_a_thousandth(
+    chained: int, rows: int, giant: bool
+) -> None:
+    found = explained(circle(list(range(chained))), chord(1.1))
+    summary = chain_summary(found, rows=rows, squared=chord(1.1), metric="euclidean")
+    assert summary.largest == chained
+    assert [one.size for one in summary.giants] == [chained] * giant
+    assert (giant_warning(summary, metric="euclidean", threshold=0.1) is not None) == giant
 
 
 def test_an_unknown_scale_is_refused() -> None:

@@ -1,7 +1,10 @@
-"""The balanced list of a run for use elsewhere: its keys and, on request, the kept pairs as WebDataset tars.
+"""The balanced list of a run for use elsewhere: keys and rows, tables, and on request the kept pairs as WebDataset tars.
 
     keys.txt               a key a line, in the order of the embedding store
     keys.parquet           the same, column `key`
+    rows.npy               the row of each in the embedding store, int64, ascending
+    removed.parquet        the rows that are not kept: why, how far from which kept row
+    tables/NAME            of pairs from tables: the kept rows, in the form they came in
     shards/00000.tar ...   the kept pairs in the order of the pairs, their files byte for byte
     manifest.json          what it was made from and a digest of each shard; `finished` says whether all is there
 
@@ -36,16 +39,19 @@ from clip_cid.data.npy_files import read_npy
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS
+from clip_cid.data.pairs.sources import find_sources
 from clip_cid.data.pairs.tars import METADATA
 from clip_cid.errors import ConfigError, DataError, RunError
 from clip_cid.file_digests import digest, sha256_file
 from clip_cid.journal import Journal
 from clip_cid.models.public_names import public_name
+from clip_cid.publish.removed_rows import REMOVED_TABLE, Removed, removed_rows, write_removed
 from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.run_folder import RunFolder, atomic_file, write_json
 from clip_cid.stage_names import BALANCE, EMBED
 
 MANIFEST, KEYS_TEXT, KEYS_TABLE, SHARDS = "manifest.json", "keys.txt", "keys.parquet", "shards"
+ROWS, TABLES = "rows.npy", "tables"
 _FORMAT, _VERSION = "clip-cid subset", 1
 _JOURNAL = "finished.jsonl"  # in the folder of the shards, while they are being written
 _LINES_AT_ONCE = 100_000
@@ -65,13 +71,15 @@ _Samples = Callable[[Int64[np.ndarray, " rows"]], Generator[list[File]]]
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """The balanced list."""
+    """The balanced list, and what is not in it."""
 
     rows: Int64[np.ndarray, " kept"]
     """Of the embedding store, ascending."""
     keys: pa.LargeStringArray
     identity: dict[str, Any]
     """How many, and digests: what makes it this list and no other."""
+    removed: Removed
+    store: EmbeddingStore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,22 +130,22 @@ def export_subset(folder: RunFolder, recipe: Recipe, out: Path, *, shard_size: i
         manifest = _check_out(out, kept, plan)
         _remove_torn(out)
         if plan is None:
-            return _export_keys(out, kept, manifest)
+            return _export_lists(folder, recipe, out, kept, manifest)
         return _export_shards(folder, recipe, out, kept, plan, manifest)
 
 
-def _export_keys(out: Path, kept: _Kept, manifest: dict[str, Any]) -> str:
-    """The keys alone; tars that are there stay as they are."""
+def _export_lists(folder: RunFolder, recipe: Recipe, out: Path, kept: _Kept, manifest: dict[str, Any]) -> str:
+    """The lists and tables alone; tars that are there stay as they are."""
     shards, finished = manifest.get("shards"), True
     if not manifest:  # first, so that the folder of a killed export is known as ours
         _write_manifest(out, kept, None, finished=False)
-    _write_keys(out, kept)
+    written = _write_lists(folder, recipe, out, kept)
 
     if shards is not None and not manifest["finished"]:
         finished = False
         log.warn(f"{out}: its tars are unfinished; --shards --shard-size {shards['shard_size']} continues them")
     _write_manifest(out, kept, shards, finished=finished)
-    return f"{out}: {len(kept.keys):,} keys in {KEYS_TEXT} and {KEYS_TABLE}."
+    return f"{out}: {len(kept.keys):,} keys and rows in {', '.join(written)}; the others in {REMOVED_TABLE}."
 
 
 def _export_shards(
@@ -158,7 +166,7 @@ def _export_shards(
         journal.replace(*good.values())
         _write_manifest(out, kept, plan.described, finished=False)
 
-    _write_keys(out, kept)
+    _write_lists(folder, recipe, out, kept)
     files = good if samples is None else _write_shards(out, plan, good, samples, rows, journal)
     listed = [files[name] for name in plan.names]
     _write_manifest(out, kept, {**plan.described, "files": listed}, finished=True)
@@ -218,7 +226,19 @@ def _read_kept(folder: RunFolder) -> _Kept:
         "kept_sha256": sha256_file(balance / "kept.npy"),
         "keys_sha256": of_keys.hexdigest(),
     }
-    return _Kept(rows, keys, identity)
+    store = EmbeddingStore.open(folder.stage(EMBED))
+    _check_same_store(folder, store, rows, keys)
+    return _Kept(rows, keys, identity, removed_rows(folder, store, rows), store)
+
+
+def _check_same_store(
+    folder: RunFolder, store: EmbeddingStore, rows: Int64[np.ndarray, " kept"], keys: pa.LargeStringArray
+) -> None:
+    if rows.max(initial=-1) >= store.rows or not store.keys.packed.take(pa.array(rows)).equals(keys):
+        raise RunError(
+            f"{folder.path}: the kept keys are not those of the embeddings; embed was run again after balance.",
+            fix=f"Run `clip-cid balance {folder.path}` and repeat this command, into a new folder.",
+        )
 
 
 def _lines(keys: pa.LargeStringArray) -> Generator[bytes]:
@@ -295,14 +315,39 @@ def _check_out(out: Path, kept: _Kept, plan: _Plan | None) -> dict[str, Any]:
 
 def _remove_torn(out: Path) -> None:
     """What a killed process was writing."""
-    for torn in [*out.glob(".*.tmp-*"), *(out / SHARDS).glob(".*.tmp-*")]:
+    for torn in [path for folder in (out, out / SHARDS, out / TABLES) for path in folder.glob(".*.tmp-*")]:
         torn.unlink(missing_ok=True)
 
 
-def _write_keys(out: Path, kept: _Kept) -> None:
+def _write_lists(folder: RunFolder, recipe: Recipe, out: Path, kept: _Kept) -> list[str]:
+    """Write all but the tars; returns the names of what holds the kept rows."""
     with atomic_file(out / KEYS_TEXT) as temporary, temporary.open("wb") as handle:
         handle.writelines(_lines(kept.keys))
     write_table(out / KEYS_TABLE, pa.table({"key": kept.keys}))
+    with atomic_file(out / ROWS) as temporary, temporary.open("wb") as handle:
+        np.save(handle, kept.rows)
+    write_removed(out, kept.removed, kept.store.keys.packed)
+    return [KEYS_TEXT, KEYS_TABLE, ROWS, *_write_tables(folder, recipe, out, kept)]
+
+
+def _write_tables(folder: RunFolder, recipe: Recipe, out: Path, kept: _Kept) -> list[str]:
+    """Write the kept rows of pairs from tables, in the form they came in.
+
+    Where the tables are gone or others, it is said, since the lists need no pairs.
+    """
+    try:
+        if not any(source.format.has_rows for source in find_sources(recipe.pairs)[:1]):
+            return []
+        pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
+        if not pairs.has_rows:
+            log.info(f"subset    no {TABLES}/, because the tables hold the images; --shards writes the kept pairs")
+            return []
+        rows = _rows_of_pairs(recipe.pairs, pairs, kept)
+        (out / TABLES).mkdir(exist_ok=True)
+        return [str(path.relative_to(out)) for path in pairs.copy_rows(rows, out / TABLES)]
+    except DataError as error:
+        log.warn(f"subset: {TABLES}/ is not written. {error.problem}")
+        return []
 
 
 def _write_manifest(out: Path, kept: _Kept, shards: dict[str, Any] | None, *, finished: bool) -> None:
@@ -313,7 +358,7 @@ def _write_manifest(out: Path, kept: _Kept, shards: dict[str, Any] | None, *, fi
 def _samples_to_write(folder: RunFolder, recipe: Recipe, kept: _Kept) -> tuple[_Samples, Int64[np.ndarray, " kept"]]:
     """The function that gives the files of rows of the pairs, and the kept rows."""
     pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
-    rows = _rows_of_pairs(folder, recipe.pairs, pairs, kept)
+    rows = _rows_of_pairs(recipe.pairs, pairs, kept)
     return pairs.original_files if pairs.has_members else _MadeSamples(pairs, recipe.pairs.captions_field), rows
 
 
@@ -369,20 +414,13 @@ def _good_shards(out: Path, recorded: Iterable[dict[str, Any]]) -> dict[str, dic
     return good
 
 
-def _rows_of_pairs(folder: RunFolder, settings: PairsConfig, pairs: Pairs, kept: _Kept) -> Int64[np.ndarray, " kept"]:
+def _rows_of_pairs(settings: PairsConfig, pairs: Pairs, kept: _Kept) -> Int64[np.ndarray, " kept"]:
     """The kept pairs' rows among the pairs, ascending; joined by key.
 
     Raises:
-        RunError: The embeddings were made again after balance.
         DataError: Kept keys are not among the pairs, or their pairs cannot be used.
     """
-    store = EmbeddingStore.open(folder.stage(EMBED))
-    if kept.rows.max() >= store.rows or not store.keys.packed.take(pa.array(kept.rows)).equals(kept.keys):
-        raise RunError(
-            f"{folder.path}: the kept keys are not those of the embeddings; embed was run again after balance.",
-            fix=f"Run `clip-cid balance {folder.path}` and repeat this command, into a new folder.",
-        )
-
+    store = kept.store
     is_kept = np.zeros(store.rows + 1, dtype=bool)  # the last entry answers for -1, a pair the store does not have
     is_kept[kept.rows] = True
     store_rows = rows_in_store(pairs, store, max_absent_share=1.0)

@@ -15,11 +15,13 @@ import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fabricated_run import make_recipe, make_run
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from webdataset.compat import WebDataset
 
+from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
 from clip_cid.data.pairs.images import decode_image
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
@@ -27,6 +29,7 @@ from clip_cid.data.pairs.tars import METADATA, scan_tar
 from clip_cid.errors import ClipCidError, ConfigError, DataError, RunError
 from clip_cid.file_digests import sha256_file
 from clip_cid.publish import subset
+from clip_cid.publish.removed_rows import removed_rows, write_removed
 from clip_cid.publish.subset import export_subset, image_extension, key_of_stem, member_stem
 from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.run_folder import RunFolder, StageRecord
@@ -133,7 +136,8 @@ def test_the_keys_are_those_kept_in_the_order_of_the_store(tmp_path: Path, run: 
     expected = ["005", "006", "009", "000", "002", "003", "004"]
     assert (tmp_path / "out" / "keys.txt").read_text() == "".join(f"{key}\n" for key in expected)
     assert pq.read_table(tmp_path / "out" / "keys.parquet").to_pydict() == {"key": expected}
-    assert sorted(tree(tmp_path / "out")) == ["keys.parquet", "keys.txt", "manifest.json"]
+    expected_files = ["keys.parquet", "keys.txt", "manifest.json", "removed.parquet", "rows.npy"]
+    assert sorted(tree(tmp_path / "out")) == expected_files
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert (manifest["finished"], manifest["count"], manifest["shards"]) == (True, 7, None)
     assert manifest["kept_sha256"] == sha256_file(run[0].path / "balance" / "kept.npy")
@@ -267,13 +271,16 @@ def test_a_kept_pair_that_is_broken_among_the_pairs_is_counted_as_missing(
         export_subset(run[0], recipe, tmp_path / "out", shard_size=3)
 
 
-def test_a_list_older_than_the_embeddings_is_refused(tmp_path: Path, run: tuple[RunFolder, Recipe]) -> None:
+@pytest.mark.parametrize("shard_size", [None, 2])
+def test_a_list_older_than_the_embeddings_is_refused(
+    tmp_path: Path, run: tuple[RunFolder, Recipe], shard_size: int | None
+) -> None:
     folder, recipe = run
     write_run(tmp_path / "other", KEYS, KEPT, None)
     (folder.path / "embed").rename(tmp_path / "old embed")
     (tmp_path / "other" / "embed").rename(folder.path / "embed")
     with pytest.raises(RunError, match="embed was run again after balance"):
-        export_subset(folder, recipe, tmp_path / "out", shard_size=3)
+        export_subset(folder, recipe, tmp_path / "out", shard_size=shard_size)
 
 
 def test_a_changed_kept_file_is_refused(tmp_path: Path, run: tuple[RunFolder, Recipe]) -> None:
@@ -473,6 +480,121 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(
 def test_no_pair_in_a_tar_is_refused(tmp_path: Path, run: tuple[RunFolder, Recipe]) -> None:
     with pytest.raises(ClipCidError, match="--shard-size: must be at least 1, got 0"):
         export_subset(*run, tmp_path / "out", shard_size=0)
+
+
+# What is beside the keys
+
+
+def images_and_table(folder: Path, names: list[str]) -> None:
+    for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture(seed))
+
+
+def test_rows_and_what_is_removed_stand_beside_the_keys(tmp_path: Path, run: tuple[RunFolder, Recipe]) -> None:
+    export_subset(*run, tmp_path / "out", shard_size=None)
+    assert np.load(tmp_path / "out" / "rows.npy").tolist() == KEPT
+    left_out = pq.read_table(tmp_path / "out" / "removed.parquet").to_pydict()
+    assert left_out["row"] == [2, 3, 6]
+    assert left_out["key"] == [STORE_ORDER[row] for row in (2, 3, 6)]
+    assert left_out["reason"] == ["not in the list of kept rows"] * 3  # this balance has no table of sets
+    assert left_out["kept_row"] == left_out["distance"] == left_out["kept_key"] == [None] * 3
+
+
+@pytest.mark.slow
+def test_each_removed_row_names_its_reason_its_distance_and_the_kept_row(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    folder = make_run(tmp_path, recipe)
+    set_of, kept = (np.load(folder.stage("balance") / name) for name in ("set_of.npy", "kept.npy"))
+    store = EmbeddingStore.open(folder.stage("embed"))
+    (tmp_path / "out").mkdir()
+    write_removed(tmp_path / "out", removed_rows(folder, store, kept), store.keys.packed)
+
+    table = pq.read_table(tmp_path / "out" / "removed.parquet")
+    assert table.schema.metadata == {b"metric": b"cosine", b"threshold": b"0.05"}
+    lines = table.to_pylist()
+    assert [line["row"] for line in lines] == sorted(set(range(len(set_of))) - set(kept.tolist()))
+    vectors = store.images[np.arange(store.rows)].astype(np.float64)
+    for line in lines[:-1]:
+        assert line["reason"] == "duplicate"
+        assert line["kept_row"] == kept[set_of[line["row"]]]
+        assert (line["key"], line["kept_key"]) == (store.keys[line["row"]], store.keys[line["kept_row"]])
+        one, other = (vectors[row] / np.linalg.norm(vectors[row]) for row in (line["row"], line["kept_row"]))
+        assert line["distance"] == pytest.approx(1 - one @ other, abs=1e-9)
+    assert lines[-1]["reason"].startswith("no embedding: image <i>cannot</i> be decoded")
+    assert lines[-1]["kept_row"] is lines[-1]["distance"] is None
+
+
+CSV = (
+    '\ufeffimage,caption,"more, of it"\r\n'
+    'a.png,"two\r\nlines, with ""quotes""",1\r\n'
+    "\r\n"
+    "b.png,plain,2\r\n"
+    '"c.png",last without an end,3'
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kept", "expected"),
+    [
+        ("t.csv", CSV, [0, 2], CSV.replace("b.png,plain,2\r\n", "").replace("1\r\n\r\n", "1\r\n")),
+        ("t.csv", CSV, [1], CSV[: CSV.index("a.png")] + "b.png,plain,2\r\n"),
+        ("t.tsv", 'image\tcaption\na.png\t6" tall\nb.png\tx\nc.png\ty\n', [0, 2], 'image\tcaption\na.png\t6" tall\nc.png\ty\n'),
+        ("t.csv", "image;caption\ra.png;x\rb.png;y\rc.png;z\r", [1, 2], "image;caption\rb.png;y\rc.png;z\r"),
+    ],
+)  # fmt: skip
+def test_a_text_table_comes_back_as_its_kept_lines_byte_for_byte(
+    tmp_path: Path, name: str, text: str, kept: list[int], expected: str
+) -> None:
+    names = ["a.png", "b.png", "c.png"]
+    images_and_table(tmp_path, names)
+    (tmp_path / name).write_bytes(text.encode())
+    recipe = write_run(tmp_path / "run", names, kept, tmp_path / name)
+    export_subset(RunFolder(tmp_path / "run"), recipe, tmp_path / "out", shard_size=None)
+    assert (tmp_path / "out" / "tables" / name).read_bytes().decode() == expected
+
+
+def test_a_parquet_table_keeps_its_columns_metadata_and_compression(tmp_path: Path) -> None:
+    names = [f"{number}.png" for number in range(5)]
+    images_and_table(tmp_path, names)
+    columns = {
+        "image": names,
+        "caption": [["a", "b"], ["c"], ["d"], ["e"], ["f"]],
+        "size": pa.array([1, None, 3, 4, 5]),
+    }
+    table = pa.table(columns).replace_schema_metadata({"huggingface": "{}"})
+    pq.write_table(table, tmp_path / "t.parquet", compression="zstd", row_group_size=2)
+    recipe = write_run(tmp_path / "run", names, [1, 3], tmp_path / "t.parquet")
+    export_subset(RunFolder(tmp_path / "run"), recipe, tmp_path / "out", shard_size=None)
+    again = pq.ParquetFile(tmp_path / "out" / "tables" / "t.parquet")
+    assert again.read().equals(table.take([1, 3]))
+    assert again.schema_arrow.equals(table.schema, check_metadata=True)
+    assert again.metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_tables_of_one_name_and_rows_that_are_merged_all_come_back(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        images_and_table(tmp_path / folder, [f"{folder}-a.png", f"{folder}-b.png"])
+        lines = [f"{folder}-{name}.png,caption {number}" for number, name in enumerate("abab")]
+        (tmp_path / folder / "t.csv").write_text("\n".join(["image,caption", *lines, ""]))
+    keys = ["two-a.png", "one-a.png", "one-b.png", "two-b.png"]
+    recipe = write_run(tmp_path / "run", keys, [1, 3], tmp_path / "{one,two}" / "t.csv", repeated_rows="merge")
+    export_subset(RunFolder(tmp_path / "run"), recipe, tmp_path / "out", shard_size=None)
+    tables = {path.name: path.read_text() for path in (tmp_path / "out" / "tables").iterdir()}
+    assert tables == {
+        "00000-t.csv": "image,caption\none-a.png,caption 0\none-a.png,caption 2\n",
+        "00001-t.csv": "image,caption\ntwo-b.png,caption 1\ntwo-b.png,caption 3\n",
+    }
+
+
+def test_without_the_tables_the_lists_are_written_and_it_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_run(tmp_path / "run", ["a.png"], [0], tmp_path / "gone.csv")
+    export_subset(RunFolder(tmp_path / "run"), recipe, tmp_path / "out", shard_size=None)
+    assert (tmp_path / "out" / "keys.txt").read_text() == "a.png\n"
+    assert not (tmp_path / "out" / "tables").exists()
+    assert "tables/ is not written" in capfd.readouterr().err
 
 
 # Tars from tables and folders

@@ -111,6 +111,12 @@ class BalanceTables:
         columns = _columns(_read(self._members, ["kept", "distance"]))
         return columns["distance"][~columns["kept"]]
 
+    @property
+    def removed(self) -> dict[str, np.ndarray]:
+        """Row, set and distance of every removed image."""
+        columns = _columns(_read(self._members, ["row", "set", "kept", "distance"]))
+        return {name: columns[name][~columns["kept"]] for name in ("row", "set", "distance")}
+
     def members(self, sets: Iterable[int]) -> dict[str, np.ndarray]:
         """Row, set, kept, distance and kind of every image of these sets, set by set, ascending rows within each."""
         return self._some(("set", "in", sorted(sets)))

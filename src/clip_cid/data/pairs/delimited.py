@@ -5,6 +5,7 @@ file quote is therefore decided from the whole file, before the first row is giv
 """
 
 import csv
+import itertools
 import os
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -125,6 +126,33 @@ def records(path: Path, reading: Reading, columns: int) -> Iterator[Record]:
     rows = _checked_records(path, reading, columns)
     next(rows, None)  # the header
     return rows
+
+
+def copy_rows(path: Path, out: Path, reading: Reading, columns: int, wanted: Sequence[bool]) -> None:
+    """Write the header and some rows of a table as they are, byte for byte; blank lines are left out.
+
+    Args:
+        path: The table.
+        out: The file to write.
+        reading: How the table is written.
+        columns: How many it has.
+        wanted: For each row below the header whether it is copied.
+
+    Raises:
+        TableFault: As `records`; also if there are not so many rows.
+    """
+    firsts = (record.line for record in _checked_records(path, reading, columns))
+    following = itertools.chain(itertools.islice(firsts, 1, None), [None])
+    with (
+        open(path, encoding="latin-1", newline=_line_end(path)) as lines,
+        open(out, "w", encoding="latin-1", newline="") as target,
+    ):
+        number = 1  # of the line that is read next
+        for is_wanted, after in zip(itertools.chain([True], wanted), following, strict=True):
+            count = None if after is None else after - number
+            own = [line for line in itertools.islice(lines, count) if line.rstrip("\r\n")]
+            target.writelines(own if is_wanted else ())
+            number = number if count is None else number + count
 
 
 def _header(path: Path, delimiter: str) -> list[str]:

@@ -109,6 +109,9 @@ class PairFormat(ABC):
     has_members: ClassVar[bool] = False
     """Whether a sample is a group of files that `members` gives and `clip-cid subset` copies byte for byte."""
 
+    has_rows: ClassVar[bool] = False
+    """Whether a source is a table, some rows of which `copy_rows` writes in the form they came in."""
+
     refers_to_files: ClassVar[bool] = False
     """Whether images or captions lie in files of their own, which `files_of` gives."""
 
@@ -159,6 +162,20 @@ class PairFormat(ABC):
         Args:
             source: Where they are.
             places: Places of the samples in the source, ascending.
+
+        Raises:
+            DataError: The source changed or cannot be read any more.
+        """
+        raise NotImplementedError
+
+    def copy_rows(self, source: LocalSource, places: Sequence[int], out: Path, settings: PairsConfig) -> None:
+        """Write a table of the rows of some samples, in the form of the source; only for formats with `has_rows`.
+
+        Args:
+            source: Where they are.
+            places: Places of the samples in the source, ascending.
+            out: The file to write.
+            settings: How the source is read.
 
         Raises:
             DataError: The source changed or cannot be read any more.

@@ -21,6 +21,7 @@ from clip_cid.data.pairs.sources import cache_folder, find_sources
 from clip_cid.errors import DataError
 from clip_cid.file_digests import digest, file_state
 from clip_cid.recipe import PairsConfig
+from clip_cid.run_folder import atomic_file
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,39 @@ class Pairs:
             places = rows[edges[shard] : edges[shard + 1]] - self._index.first_row[shard]
             for members in source.format.members(source.local, places.tolist()):
                 yield [(source.key_prefix + name, data) for name, data in members]
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the pairs are rows of tables that `copy_rows` writes; not those with the images inside."""
+        of_tables = self._index.sources[0].format.has_rows
+        return of_tables and all(
+            "image" in source.batch(0).schema.names for source in self._index.sources if source.rows
+        )
+
+    def copy_rows(self, rows: Int64[np.ndarray, " rows"], out: Path) -> list[Path]:
+        """Write a table of the rows of these pairs for each source, in its form; `has_rows` only.
+
+        Args:
+            rows: Ascending.
+            out: The folder, which is there.
+
+        Returns:
+            The files, named as the sources are; with the number of the source before it where names repeat.
+
+        Raises:
+            DataError: A source changed or went away since it was indexed.
+        """
+        names = [source.local.path.name for source in self._index.sources]
+        files, first = list[Path](), 0
+        for number, source in enumerate(self._index.sources):
+            after = first + sum(source.rows)
+            start, stop = np.searchsorted(rows, [first, after])
+            name = names[number] if names.count(names[number]) == 1 else f"{number:05d}-{names[number]}"
+            with atomic_file(out / name) as temporary:
+                source.format.copy_rows(source.local, (rows[start:stop] - first).tolist(), temporary, self._settings)
+            files.append(out / name)
+            first = after
+        return files
 
     def _sample(self, row: int) -> tuple[IndexedSource, dict[str, Any]]:
         """The source of a row, and the row of its index."""

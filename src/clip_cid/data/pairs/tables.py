@@ -5,15 +5,17 @@ import itertools
 import os
 import re
 import textwrap
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+from jaxtyping import Bool
 
 from clip_cid import log, units
-from clip_cid.data.pairs.delimited import DELIMITERS, TableFault, find_header, find_reading, records
+from clip_cid.data.pairs.delimited import DELIMITERS, TableFault, copy_rows, find_header, find_reading, records
 from clip_cid.data.pairs.format import COMMON_COLUMNS, SHARD_ROWS, LocalSource, PairFormat, Scan
 from clip_cid.data.pairs.pair import NO_CAPTION, Pair
 from clip_cid.data.pairs.parquet_images import (
@@ -34,6 +36,7 @@ _Cells = dict[str, list[Any]]
 _UNREADABLE = (pa.ArrowException, OSError, ValueError)
 _LONGEST_PATH = 4096  # bytes; Linux has no longer ones
 _LONGEST_NAME = 255  # of a file
+_COPIED_AT_ONCE = 65_536  # rows
 _BASE64_PICTURE = re.compile(rb"data:image/|/9j/|iVBORw0KGgo|UklGR|R0lGOD")  # JPEG, PNG, WebP, GIF
 _CELLS = (("captions", pa.list_(pa.binary())), ("fields", pa.list_(pa.string())))
 _WITH_IMAGES = pa.schema([*COMMON_COLUMNS, *COLUMNS, *_CELLS])
@@ -50,6 +53,7 @@ class Tables(PairFormat):
         " pairs.key_column"
     )
     refers_to_files = True
+    has_rows = True
     schema = pa.schema([*COMMON_COLUMNS, ("image", pa.binary()), *_CELLS])
 
     def owns(self, path: Path, settings: PairsConfig) -> bool:
@@ -83,6 +87,17 @@ class Tables(PairFormat):
     def image_name(self, row: dict[str, Any]) -> str:
         return os.fsdecode(row.get("image", b""))
 
+    def copy_rows(self, source: LocalSource, places: Sequence[int], out: Path, settings: PairsConfig) -> None:
+        changed = f"{source.name}: this table is not as it was indexed"
+        if LocalSource.of(source.name, source.path) != source:
+            raise DataError(f"{changed}.", fix="Bring it back, or run the embed stage again.")
+        kept = np.array(places, dtype=np.int64)
+        try:
+            places_of_rows = np.fromiter(_places_of_rows(source, settings), dtype=np.int64)
+            _copy(source, out, np.isin(places_of_rows, kept), settings)
+        except (*_UNREADABLE, TableFault) as error:
+            raise DataError(f"{changed} ({error}).", fix="Bring it back, or run the embed stage again.") from error
+
 
 def _has_images_inside(source: LocalSource, settings: PairsConfig) -> bool:
     """Whether a table is a Parquet file that holds the images; not, if it cannot be read."""
@@ -102,9 +117,7 @@ def _scan_table(path: Path, name: str, settings: PairsConfig) -> Generator[pa.Re
     Raises:
         DataError: The table cannot be read, lacks a column, or a column is not of text.
     """
-    columns = [settings.image_column, settings.caption_column, settings.key_column, *settings.keep_fields]
-    columns = list(dict.fromkeys(column for column in columns if column is not None))
-
+    columns = _columns(settings)
     read_table = _read_parquet if path.suffix.lower() == ".parquet" else _read_text
     fix = "Check that it is whole, and of the kind its name says (.csv: commas, .tsv: tabs, .parquet)."
     try:
@@ -121,9 +134,63 @@ def _scan_table(path: Path, name: str, settings: PairsConfig) -> Generator[pa.Re
         raise DataError(f"{name}: this table cannot be read ({' '.join(str(error).split())}).", fix=fix) from error
 
 
+def _places_of_rows(source: LocalSource, settings: PairsConfig) -> Generator[int]:
+    """For each row of a table the place of its sample in the index: rows that are merged are one sample."""
+    columns = _columns(settings)
+    read_table = _read_parquet if source.path.suffix.lower() == ".parquet" else _read_text
+    parts = read_table(source.path, source.name, columns, settings)
+    if settings.repeated_rows != "merge":
+        yield from range(sum(len(cells[columns[0]]) for cells in parts))
+        return
+
+    samples = 0
+    place_of = dict[Any, int]()
+    for cells in parts:
+        for values in zip(*cells.values(), strict=True):
+            key, image = _sample_of(dict(zip(cells, values, strict=True)), settings)
+            place = place_of.setdefault((key, image), samples) if image else samples
+            samples += place == samples
+            yield place
+
+
+def _copy(source: LocalSource, out: Path, wanted: Bool[np.ndarray, " rows"], settings: PairsConfig) -> None:
+    if source.path.suffix.lower() == ".parquet":
+        _copy_parquet(source.path, out, wanted)
+        return
+    delimiter, names = find_header(source.path, _delimiter(source.path), _columns(settings))
+    reading = find_reading(source.path, delimiter, names, settings.image_column)
+    copy_rows(source.path, out, reading, len(names), wanted.tolist())
+
+
+def _copy_parquet(path: Path, out: Path, wanted: Bool[np.ndarray, " rows"]) -> None:
+    """With the columns, the metadata and the compression of the file."""
+    with _opened_parquet(path) as file:
+        codecs = {"compression": "NONE"}
+        if file.metadata.num_row_groups and file.metadata.num_columns:
+            codecs["compression"] = file.metadata.row_group(0).column(0).compression.replace("UNCOMPRESSED", "NONE")
+        with pyarrow.parquet.ParquetWriter(out, file.schema_arrow, **codecs) as writer:
+            start = 0
+            for batch in file.iter_batches(_COPIED_AT_ONCE):
+                own = wanted[start : start + batch.num_rows]
+                start += batch.num_rows
+                if own.any():
+                    writer.write_batch(batch.filter(pa.array(own)))
+
+
+def _columns(settings: PairsConfig) -> list[str]:
+    """The columns that are read, each once."""
+    columns = [settings.image_column, settings.caption_column, settings.key_column, *settings.keep_fields]
+    return list(dict.fromkeys(column for column in columns if column is not None))
+
+
+def _delimiter(path: Path) -> str:
+    """The one that the name of a text table says."""
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
 def _read_text(path: Path, name: str, columns: list[str], settings: PairsConfig) -> Generator[_Cells]:
     """Cells are bytes: text that is not UTF-8 makes its own row bad, not the table."""
-    delimiter, names = find_header(path, "\t" if path.suffix.lower() == ".tsv" else ",", columns)
+    delimiter, names = find_header(path, _delimiter(path), columns)
     _check_columns(name, names, columns, settings)
     reading = find_reading(path, delimiter, names, settings.image_column)
     if reading.reason:
@@ -206,14 +273,11 @@ def _merged(parts: Iterable[_Cells], name: str, settings: PairsConfig) -> Genera
         for values in zip(*cells.values(), strict=True):
             rows += 1
             row = dict(zip(cells, values, strict=True))
-            image = row[settings.image_column]
             if settings.caption_column is not None:
                 caption = row[settings.caption_column]
                 row[settings.caption_column] = list(caption) if isinstance(caption, list) else [caption]
-            key = None if settings.key_column is None else row[settings.key_column]
-            if isinstance(image, Inside):
-                key, image = image.path if settings.key_column is None else key, image.digest
 
+            key, image = _sample_of(row, settings)
             first = first_of.setdefault((key, image), row)
             if first is row or not image:
                 merged.append(row)
@@ -224,6 +288,15 @@ def _merged(parts: Iterable[_Cells], name: str, settings: PairsConfig) -> Genera
     for start in range(0, len(merged), SHARD_ROWS):
         some = merged[start : start + SHARD_ROWS]
         yield {column: [row[column] for row in some] for column in some[0]}
+
+
+def _sample_of(row: Mapping[str, Any], settings: PairsConfig) -> tuple[Any, Any]:
+    """Key and image of a row: rows in which both are equal are one sample, if they are merged; one without image never."""
+    image = row[settings.image_column]
+    key = None if settings.key_column is None else row[settings.key_column]
+    if isinstance(image, Inside):
+        return image.path if settings.key_column is None else key, image.digest
+    return key, image
 
 
 def _check_columns(name: str, names: list[str], columns: list[str], settings: PairsConfig) -> None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
+from clip_cid.data.balance.decided_file import read_removed
 from clip_cid.data.balance.tables import BalanceTables
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.errors import DataError
@@ -19,6 +20,8 @@ REMOVED_TABLE = "removed.parquet"
 DUPLICATE = "duplicate"
 NOT_LISTED = "not in the list of kept rows"
 """Of rows that a list made elsewhere leaves out."""
+DECIDED = "decision"
+"""Of rows that a person has removed."""
 NO_EMBEDDING = "no embedding"
 
 _ROWS_AT_ONCE = 1 << 17
@@ -68,12 +71,12 @@ def removed_rows(folder: RunFolder, store: EmbeddingStore, kept: Int[np.ndarray,
         kept_for[places] = tables.sets["kept_row"][np.searchsorted(tables.sets["set"], members["set"])]
         head = {"metric": tables.metric, "threshold": repr(tables.threshold)}
 
+    reasons = np.where(kept_for >= 0, DUPLICATE, NOT_LISTED).astype(object)
+    reasons[np.isin(rows, read_removed(balance))] = DECIDED
     skipped = _skipped(folder.stage(EMBED) / "skipped.jsonl")
-    reasons = [
-        DUPLICATE if of >= 0 else NOT_LISTED if ok else skipped.get(row, NO_EMBEDDING)
-        for row, of, ok in zip(rows.tolist(), kept_for.tolist(), store.ok[rows].tolist(), strict=True)
-    ]
-    return Removed(rows, reasons, distances, kept_for, head)
+    for place in np.flatnonzero(~store.ok[rows]).tolist():
+        reasons[place] = skipped.get(int(rows[place]), NO_EMBEDDING)
+    return Removed(rows, reasons.tolist(), distances, kept_for, head)
 
 
 def write_removed(out: Path, removed: Removed, keys: pa.LargeStringArray) -> None:

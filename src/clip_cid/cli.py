@@ -87,6 +87,7 @@ _COMMON: tuple[tuple[str, Any, str], ...] = (
     ),
     ("kept", Path | None, "Use this .npy of kept rows instead of running balance."),
     ("clusters", Path | None, "Use this folder with centers.npy and labels.npy instead of running cluster."),
+    ("ray", str | None, "Same as --machine.ray: the address of a Ray cluster that does the tasks, or auto."),
 )
 _FORCE: tuple[tuple[str, Any, str], ...] = (("force", bool, "Run even if the results are up to date."),)
 _OF_RUN: tuple[tuple[str, Any, str], ...] = (
@@ -133,6 +134,7 @@ _SHORT = {
     "kept": "balance.existing",
     "clusters": "cluster.existing",
     "target_removed": "balance.target_removed",
+    "ray": "machine.ray",
     "blur": "report.blur",
     "no_images": "report.images",
 }
@@ -266,6 +268,8 @@ def _recipe_command(
     for flag, kind, text in (*_COMMON, *_EXTRAS.get(name, _FORCE)):
         replaces = _SHORT.get(flag, "").removesuffix(".existing")
         if shown is not None and replaces in pipeline.BY_NAME and replaces not in (name, *shown.needs):
+            continue
+        if shown is not None and "." in replaces and not shown.concerns(replaces):
             continue
         value = {bool: False, tuple[str, ...]: ()}.get(kind)
         kind = Annotated[kind, tyro.conf.arg(help=text), tyro.conf.FlagCreatePairsOff]  # no --no-force

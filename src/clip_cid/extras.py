@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from clip_cid.errors import MissingExtraError
 
-DISTILL, EVALUATE, REPORT, ONNX, TENSORBOARD = "distill", "evaluate", "report", "onnx", "tensorboard"
+DISTILL, EVALUATE, REPORT, ONNX, TENSORBOARD, RAY = "distill", "evaluate", "report", "onnx", "tensorboard", "ray"
 _MODELS = ("open_clip", "torchvision", "timm", "huggingface_hub", "jinja2")
 MODULES: dict[str, tuple[str, ...]] = {
     DISTILL: _MODELS,
@@ -16,6 +16,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     REPORT: ("matplotlib", "sklearn", "jinja2"),
     ONNX: ("onnx", "onnxruntime", "onnxscript"),
     TENSORBOARD: ("tensorboard",),
+    RAY: ("ray",),
 }
 """Extra of pyproject.toml -> the modules that its packages bring and that we import."""
 

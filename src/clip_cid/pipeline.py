@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import threadpoolctl
 
-from clip_cid import extras, log, os_errors, units
+from clip_cid import engine, extras, log, os_errors, units
 from clip_cid.deciding_settings import deciding
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.file_digests import digest
@@ -378,7 +378,7 @@ def _run_stage(
             module = importlib.import_module(f"clip_cid.stages.{stage.name}")
             if stage.joint:
                 call(begun.part)
-            with threadpoolctl.threadpool_limits(recipe.machine.threads or None):
+            with threadpoolctl.threadpool_limits(recipe.machine.threads or None), engine.released(recipe.machine):
                 summary = module.run(folder, begun.part, recipe)
         except BaseException:
             if not folder.accepted:

@@ -683,6 +683,10 @@ class MachineConfig(Config):
     balance_processes: NonNegativeInt = 0
     """Processes that share the balance's tasks. 0 is one for each core where the work is expected
     to be long, else one."""
+    ray: str | None = None
+    """A Ray cluster whose nodes do the tasks of embed and balance: HOST:PORT, or auto for the one
+    of this host. Every node must see the run folder and the pairs at the same path. When absent:
+    processes of this machine. Needs `pip install "clip-cid[ray]"`; docs/scale.md starts a cluster."""
     micro_batch: PositiveInt | None = None
     """Pairs of a step that are in the student at once, for batches that do not fit into memory. The
     gradient is that of the whole batch; a step takes about a third longer."""

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import threadpoolctl
 
@@ -26,19 +26,6 @@ DoTask = Callable[[Any], None]
 """Does a task and leaves its file."""
 
 _do_task: DoTask | Exception | None = None  # of a worker process: what `begin` returned or raised
-
-
-class TaskRunner(Protocol):
-    """A backend that runs tasks, such as `run_tasks` below; another one (Ray, for example) has the same signature.
-
-    It does every task, in any order and on any machine that can reach the run folder. It may do a task twice:
-    the file is the same. It calls `begin` once in each worker process, and `on_done` in the calling process
-    only. The first error in a task or in `begin` stops those that have not begun, and is raised unchanged.
-    """
-
-    def __call__(
-        self, tasks: Sequence[Task], begin: Callable[[], DoTask], *, processes: int, on_done: Callable[[Task], Any]
-    ) -> None: ...
 
 
 def run_tasks(

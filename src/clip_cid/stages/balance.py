@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 from jaxtyping import Int
 
-from clip_cid import log, tasks, units
+from clip_cid import engine, log, tasks, units
 from clip_cid.data.balance.array_folder import ArrayFolder
 from clip_cid.data.balance.decided_file import write_decided
 from clip_cid.data.balance.decisions import read_decisions, rows_named
@@ -247,10 +247,13 @@ def _run_tasks(
     if len(missing) < all_tasks:
         log.info(f"balance   {all_tasks - len(missing)} of {all_tasks} tasks were done before")
     with log.progress("balance", len(prepared.known), start=progress.rows) as bar:
-        tasks.run_tasks(
+        engine.run_tasks(
             missing,
             functools.partial(_open_task, work, store_path),
+            machine=machine,
+            folder=work.path,
             processes=_processes(prepared, machine),
+            gpus=0 if prepared.device == "cpu" else 1,
             on_done=lambda pair: bar.advance(progress.finish(pair)),
         )
 

@@ -196,7 +196,7 @@ STAGES = (
         outside=_outside_balance,
         resumable=True,
         grows=True,
-        machine=("device", "balance_processes", "cache_dir"),
+        machine=("device", "balance_processes", "ray", "cache_dir"),
     ),
     Stage(
         summaries.ClusterSummary,

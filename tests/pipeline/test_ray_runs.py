@@ -1,0 +1,129 @@
+"""Stages on Ray nodes: the same bytes as in one process, whatever dies meanwhile."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracles
+import processes
+import pytest
+import ray_clusters
+
+from clip_cid import cli, engine, extras, ray_tasks
+from clip_cid.file_digests import sha256_file
+from clip_cid.method.balance import plan_choice
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(extras.absent(extras.RAY)), reason="needs clip-cid[ray]"),
+]
+LEAST_CHUNK = 20
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> str:
+    rng = np.random.default_rng(0)
+    rows = oracles.unit(rng.standard_normal((160, 12)))
+    rows[100:] = oracles.unit(rows[:60] + rng.choice([0, 0.02, 0.1], (60, 1)) * rng.standard_normal((60, 12)))
+    path = tmp_path_factory.mktemp("data") / "rows.npy"
+    np.save(path, rows.astype(np.float16))
+    return str(path)
+
+
+@pytest.fixture
+def balance(rows, tmp_path, monkeypatch) -> Callable[..., dict[str, str]]:
+    """Runs the stage in a folder of this name; returns the digests of its results."""
+    monkeypatch.setattr(plan_choice, "_LEAST_CHUNK", LEAST_CHUNK)
+
+    def balance(name: str, *flags: str) -> dict[str, str]:
+        assert cli.main(["balance", str(tmp_path / name), "--embeddings", rows, *flags]) == 0
+        folder = tmp_path / name / "balance"
+        return {path.name: sha256_file(path) for path in folder.iterdir() if path.name != "manifest.json"}
+
+    return balance
+
+
+@pytest.fixture
+def after(monkeypatch) -> Callable[[int, Callable[[], Any]], None]:
+    """Has something done when a command has finished so many tasks."""
+    original = engine.run_tasks
+
+    def after(count: int, act: Callable[[], Any]) -> None:
+        def run_tasks(tasks: Any, begin: Any, *, on_done: Callable[[Any], Any], **rest: Any) -> None:
+            def counting(task: Any) -> None:
+                nonlocal count
+                count -= 1
+                if count == 0:
+                    act()
+                on_done(task)
+
+            original(tasks, begin, on_done=counting, **rest)
+
+        monkeypatch.setattr(engine, "run_tasks", run_tasks)
+
+    return after
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with ray_clusters.cluster(1) as nodes:
+        yield nodes
+
+
+def test_balance_leaves_the_same_bytes_on_any_number_of_nodes(balance, nodes):
+    here = balance("here")
+    for count in (1, 2, 3):
+        ray_clusters.grow(nodes, count)
+        assert balance(f"on {count}", "--ray", nodes.address) == here
+
+
+@pytest.mark.resume
+def test_balance_leaves_the_same_bytes_when_a_process_and_then_a_node_dies(balance, nodes, after):
+    ray_clusters.grow(nodes, 3)
+    after(3, lambda: os.kill(ray_clusters.workers(nodes)[0], signal.SIGKILL))
+    killed = balance("process", "--ray", nodes.address)
+    after(3, lambda: nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False))
+    assert balance("node", "--ray", nodes.address) == killed == balance("here")
+
+
+def killed(left: int, command: list[str]) -> None:
+    """The command, in a process that is killed when it is told of so many tasks."""
+    plan_choice._LEAST_CHUNK = LEAST_CHUNK
+    original = ray_tasks.run_tasks
+
+    def killing(tasks: Any, begin: Any, *, on_done: Any, **rest: Any) -> None:
+        def counting(task: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        original(tasks, begin, on_done=counting, **rest)
+
+    ray_tasks.run_tasks = killing
+    cli.main(command)
+
+
+@pytest.mark.resume
+def test_a_killed_command_on_ray_goes_on_with_the_tasks_that_are_missing(balance, nodes, rows, tmp_path, capsys):
+    ray_clusters.grow(nodes, 2)
+    command = ["balance", str(tmp_path / "cut"), "--embeddings", rows, "--ray", nodes.address]
+    assert processes.exit_code(killed, 5, command) == -signal.SIGKILL
+    assert balance("cut", "--ray", nodes.address) == balance("here")
+    assert "tasks were done before" in capsys.readouterr().err
+
+
+def test_the_command_line_names_what_is_wrong_in_two_lines_and_the_same_command_goes_on(
+    balance, rows, tmp_path, capsys
+):
+    run = str(tmp_path / "run")
+    capsys.readouterr()
+    assert cli.main(["balance", run, "--embeddings", rows, "--ray", f"127.0.0.1:{processes.free_port()}"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert "no Ray cluster at 127.0.0.1" in said[-2]
+    assert "run the same command again" in said[-1]
+    assert balance("run", "--machine.ray", "None") == balance("here")
+    assert Path(run, "balance").is_dir()

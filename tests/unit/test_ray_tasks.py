@@ -1,0 +1,133 @@
+import functools
+import http.server
+import threading
+from pathlib import Path
+
+import pytest
+import ray_clusters
+
+from clip_cid import extras, ray_tasks
+from clip_cid.errors import ConfigError, DataError, MissingExtraError, RunError
+
+needs_ray = pytest.mark.skipif(bool(extras.absent(extras.RAY)), reason="needs clip-cid[ray]")
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with ray_clusters.cluster(1, 1) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def run(nodes, tmp_path):
+    """Runs tasks on two nodes; returns those that it was told of."""
+
+    def run(*names: str, begin=ray_clusters.open_work) -> list[str]:
+        told: list[str] = []
+        begin = functools.partial(begin, tmp_path)
+        ray_tasks.run_tasks(names, begin, address=nodes.address, folder=tmp_path, on_done=told.append)
+        return told
+
+    yield run
+    ray_tasks.disconnect()
+
+
+def numbers(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name.isdecimal()}
+
+
+@needs_ray
+@pytest.mark.slow
+def test_every_task_is_done_and_told_once_by_both_nodes_which_open_once(run, tmp_path):
+    names = [f"{number} waits" for number in range(9)]
+    assert sorted(run(*names)) == sorted(names)
+    assert numbers(tmp_path) == {str(number) for number in range(9)}
+    workers = {(tmp_path / number).read_text() for number in numbers(tmp_path)}
+    assert len(workers) == 2
+    assert {path.name for path in tmp_path.glob("begun-*")} == {f"begun-{process}" for process in workers}
+    assert not list(tmp_path.glob(".*"))
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_task_whose_process_is_killed_is_done_again(run, tmp_path):
+    assert len(run("1", "2 dies once", "3")) == 3
+    assert numbers(tmp_path) == {"1", "2", "3"}
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_task_that_hangs_is_handed_out_twice_and_told_once(run, tmp_path):
+    assert sorted(run("1", "2 hangs once", "3")) == ["1", "2 hangs once", "3"]
+    assert numbers(tmp_path) == {"1", "2", "3"}
+
+
+@needs_ray
+@pytest.mark.slow
+def test_errors_come_back_as_they_were_and_stop_the_rest(run, tmp_path):
+    with pytest.raises(DataError) as error:
+        run("1", "2 refuses", *map(str, range(3, 90)))
+    assert (error.value.problem, error.value.fix) == ("Row 2 is broken.", "Embed again.")
+    assert len(numbers(tmp_path)) < 60
+    with pytest.raises(DataError, match="changed"):
+        run("1", "2", begin=ray_clusters.refuse)
+    with pytest.raises(RunError, match="memory ran out on node") as memory:
+        run("1", "2 takes memory")
+    assert "--num-cpus" in memory.value.fix
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_task_that_kills_every_process_is_named(run, tmp_path):
+    with pytest.raises(RunError, match=r"task 2 dies: the processes that did it died .* 4 times"):
+        run("1", "2 dies")
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_node_of_other_versions_is_named(run, monkeypatch):
+    monkeypatch.setattr(ray_tasks, "_versions", lambda: {**original, "numpy": "1.0"})
+    with pytest.raises(RunError, match=r"node \S+ \(\d+\..*\) has other versions: numpy \S+, not 1\.0\.") as error:
+        run("1", "2")
+    assert "finished tasks are kept" in error.value.fix
+
+
+original = ray_tasks._versions()
+
+
+@pytest.mark.parametrize(
+    "address", ["ray://127.0.0.1:10001", "localhost", "http://localhost:8265", "host:port", ":6379"]
+)
+def test_what_is_no_address_is_refused(address):
+    with pytest.raises(ConfigError, match="no address of a Ray cluster"):
+        ray_tasks._address(address)
+
+
+def test_auto_is_the_cluster_of_this_host_or_that_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_tasks, "_CURRENT_CLUSTER", tmp_path / "current")
+    with pytest.raises(RunError, match="no Ray runs on this host"):
+        ray_tasks._address("auto")
+    (tmp_path / "current").write_text("10.0.0.1:6379\n")
+    assert ray_tasks._address("auto") == "10.0.0.1:6379"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6380")
+    assert ray_tasks._address("auto") == "10.0.0.2:6380"
+
+
+def test_an_address_where_no_ray_is_is_refused_at_once():
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(RunError, match=rf"no Ray cluster at {address} .something else answers"):
+            ray_tasks._look_for_server(address)
+        server.shutdown()
+    with pytest.raises(RunError, match=rf"no Ray cluster at {address} .*refused"):
+        ray_tasks._look_for_server(address)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(extras, "absent", lambda extra: ("ray",))
+    ray_tasks._connected.cache_clear()
+    with pytest.raises(MissingExtraError) as error:
+        ray_tasks.run_tasks([1], functools.partial(id, 1), address="auto", folder=tmp_path, on_done=id)
+    assert error.value.fix == 'pip install "clip-cid[ray]"'

@@ -20,6 +20,7 @@ OF_OTHERS = {
     *("concatenate", "dereference", "hard-dereference", "sort"),  # tar
     *("dataset", "dataset_root", "model", "model_type", "output", "pretrained", "task"),  # CLIP_benchmark
     *("logdir", "nproc-per-node"),  # TensorBoard and torchrun
+    *("address", "head", "num-cpus", "port"),  # ray start
     "section.no-setting",  # an example
 }
 

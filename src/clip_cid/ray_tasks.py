@@ -248,7 +248,7 @@ class _Cluster:
             where = f"node {getattr(error, 'ip', 'of unknown address')}"
             return RunError(
                 f"{where}: cannot run clip-cid ({str(error.cause or error).strip().splitlines()[-1]}).",
-                fix=f"Install the same clip-cid there as here ({_versions()['clip-cid']}), {again}",
+                fix=f"Install there what is installed here, clip-cid {_versions()['clip-cid']}; {again}",
             )
         if isinstance(error, kinds.OutOfMemoryError):
             return RunError(

@@ -7,7 +7,7 @@ same assembly, with random inputs if a run has none yet.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from clip_cid import log, units
 from clip_cid.data.embeddings.store import EmbeddingStore
@@ -26,6 +26,7 @@ from clip_cid.errors import ConfigError
 from clip_cid.loss_table import rows_of
 from clip_cid.method.distill.cluster_distillation import Shard
 from clip_cid.method.distill.objective import Objective
+from clip_cid.method.unit_rows import Rows
 from clip_cid.models.clip import Clip, train_transform, use_grad_checkpointing
 from clip_cid.models.student import build_student
 from clip_cid.models.teacher import weights_sha256
@@ -56,6 +57,7 @@ from clip_cid.training.validation import HeldOut, Validation, hold_out
 
 SOFT_CENTERS, LABELS = "soft_centers", "labels"
 """The folders of these, beside the checkpoints: what was computed of all images before the first step."""
+_LABEL_ROWS = 1 << 20  # at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +175,7 @@ def assemble(
     training, store, centers = inputs.pairs, inputs.store, inputs.centers
 
     # What learns: the student, and the objective beside it.
-    sharpness = measure_sharpness(settings, training, store, centers, inputs.text_centers)
+    sharpness = _sharpness(settings, inputs, ranks)
     objective = make_objective(
         settings,
         clip,
@@ -200,17 +202,15 @@ def assemble(
     # The data: batches with their labels and the teacher's soft centers, and what to measure on.
     held_out = inputs.held_out
     if first_pass and centers is not None and recipe.uses_several_labels:
-        with ranks.main_first():
-            training = _with_labels(training, centers, settings, out / LABELS / "trained", key, ranks)
-            if held_out is not None:
-                pairs = _with_labels(held_out.pairs, centers, settings, out / LABELS / "held_out", key, ranks)
-                held_out = held_out._replace(pairs=pairs)
-    if centers is not None and (labels := training.labels_of_losses) is not None:
+        training = _with_labels(training, centers, settings, out / LABELS / "trained", key, ranks)
+        if held_out is not None:
+            pairs = _with_labels(held_out.pairs, centers, settings, out / LABELS / "held_out", key, ranks)
+            held_out = held_out._replace(pairs=pairs)
+    if ranks.is_main and centers is not None and (labels := training.labels_of_losses) is not None:
         _warn_of_negatives(settings, labels, len(centers))
         measure_near_centers(settings, training, centers)
     if first_pass and centers is not None and training.views is None and uses_soft_centers(settings):
-        with ranks.main_first():
-            training = with_soft_centers(training, centers, settings, out / SOFT_CENTERS, sharpness.scale, key, ranks)
+        training = with_soft_centers(training, centers, settings, out / SOFT_CENTERS, sharpness.scale, key, ranks)
     bank = _make_bank(settings, training, ranks)
     trainer = Trainer(
         model,
@@ -223,6 +223,16 @@ def assemble(
         validation=_validation(clip, held_out, recipe, ranks, bank),
     )
     return Training(dataclasses.replace(inputs, pairs=training, held_out=held_out), clip, sharpness, trainer)
+
+
+def _sharpness(settings: DistillConfig, inputs: Inputs, ranks: Ranks) -> Sharpness:
+    """As the main process has measured it: on another processor the last bits may differ."""
+    measured: Sharpness | None = None
+    if ranks.is_main:
+        measured = measure_sharpness(settings, inputs.pairs, inputs.store, inputs.centers, inputs.text_centers)
+    measured = ranks.from_main(measured)
+    assert measured is not None
+    return measured
 
 
 def _make_bank(settings: DistillConfig, training: TrainingPairs, ranks: Ranks) -> Bank | None:
@@ -441,17 +451,36 @@ def _with_labels(
     return dataclasses.replace(training, several_labels=labels)
 
 
-def distinct_labels(labels: Int[np.ndarray, "rows ..."], batch_size: int, *, per_cluster: int | None = None) -> float:
+def distinct_labels(labels: Rows, batch_size: int, *, per_cluster: int | None = None) -> float:
     """How many different clusters a random batch has on average, each image being in one or in several."""
-    several = labels.reshape(len(labels), -1)
-    counts = np.bincount(several[:, 0])
+    counts = np.zeros(0, dtype=np.int64)
+    for several in _label_blocks(labels):
+        counts = _sum_by_label(counts, several[:, 0])
     taken = counts if per_cluster is None else np.minimum(counts, per_cluster)
-    weights = (taken / np.maximum(counts, 1))[several[:, 0]]
-    shares = np.bincount(several.ravel(), np.repeat(weights, several.shape[1])) / taken.sum()
-    return float((1 - (1 - shares) ** batch_size).sum())
+
+    weights, weighed = taken / np.maximum(counts, 1), np.zeros(0)
+    for several in _label_blocks(labels):
+        weighed = _sum_by_label(weighed, several.ravel(), np.repeat(weights[several[:, 0]], several.shape[1]))
+    return float((1 - (1 - weighed / taken.sum()) ** batch_size).sum())
 
 
-def _warn_of_negatives(settings: DistillConfig, labels: Int[np.ndarray, "rows ..."], num_centers: int) -> None:
+def _label_blocks(labels: Rows) -> Iterator[Int[np.ndarray, "block labels"]]:
+    """The labels of some rows after the other: those of all rows may be gigabytes."""
+    for start in range(0, labels.shape[0], _LABEL_ROWS):
+        block = labels[start : start + _LABEL_ROWS]
+        yield block.reshape(len(block), -1)
+
+
+def _sum_by_label(
+    sums: Num[np.ndarray, " labels"], labels: Int[np.ndarray, " n"], weights: Float[np.ndarray, " n"] | None = None
+) -> Num[np.ndarray, " more"]:
+    """The sums by label, with a count or a weight of each of `labels` added."""
+    added = np.bincount(labels, weights, minlength=len(sums))
+    added[: len(sums)] += sums
+    return added
+
+
+def _warn_of_negatives(settings: DistillConfig, labels: Rows, num_centers: int) -> None:
     """Say once when the centers of a batch fill the sample, so that no random negatives take part."""
     quota = round(settings.sample_rate * num_centers)
     own = distinct_labels(labels, settings.batch_size, per_cluster=settings.per_cluster)

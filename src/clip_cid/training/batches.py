@@ -28,6 +28,7 @@ from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.objective import Targets
+from clip_cid.method.unit_rows import Rows
 from clip_cid.training.batch_order import ClusterTurns, Place, batch_places, epoch_size
 from clip_cid.training.lines import Line, LineItem, Lines
 from clip_cid.training.ranks.distributed import ALONE, Ranks
@@ -71,14 +72,17 @@ class Items(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SoftTargets:
-    """`SoftCenters` of all training rows, in memory or mapped from a file."""
+    """`SoftCenters` of all training rows, in memory or mapped from files."""
 
-    mean: Float[np.ndarray, "rows dim"]
-    entropy: Float[np.ndarray, " rows"]
+    mean: Rows
+    """(rows, dim)."""
+    entropy: Rows
+    """(rows, 1)."""
     sharpness: float
 
     def of(self, rows: Int[np.ndarray, " batch"]) -> SoftCenters:
-        return SoftCenters(torch.from_numpy(self.mean[rows]), torch.from_numpy(self.entropy[rows]), self.sharpness)
+        mean, entropy = torch.from_numpy(self.mean[rows]), torch.from_numpy(self.entropy[rows][:, 0])
+        return SoftCenters(mean, entropy, self.sharpness)
 
 
 class BankRows(NamedTuple):
@@ -108,7 +112,7 @@ class TrainingPairs:
     """The cluster of each caption, of all kept pairs."""
     first_texts: Int[np.ndarray, " rows"] | None = None
     """Where the captions of each begin among these."""
-    several_labels: Int[np.ndarray, "rows labels"] | None = None
+    several_labels: Rows | None = None
     """The cluster of each and the next nearest centers, if a loss asks for several."""
     soft_centers: SoftTargets | None = None
     """What the divergence needs of the teacher, if that was computed once for all."""
@@ -132,7 +136,7 @@ class TrainingPairs:
         return epoch_size(self.labels, per_cluster)
 
     @property
-    def labels_of_losses(self) -> Int[np.ndarray, "rows ..."] | None:
+    def labels_of_losses(self) -> Rows | None:
         """What the losses read: several labels where there are some, else the cluster."""
         return self.labels if self.several_labels is None else self.several_labels
 

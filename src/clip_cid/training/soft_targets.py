@@ -2,9 +2,9 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clip_cid import log
+from clip_cid.data.embeddings.sharded_rows import ShardedRows
 from clip_cid.data.embeddings.store import EmbeddingStore
-from clip_cid.data.npy_files import new_npy
 from clip_cid.errors import ConfigError
 from clip_cid.method.distill.center_pass import near_centers
 from clip_cid.method.distill.cluster_distillation import calibrated_scale, nearest_labels
@@ -21,15 +21,14 @@ from clip_cid.method.distill.cluster_passes import passes_of
 from clip_cid.method.distill.fused_cluster_loss import soft_centers
 from clip_cid.method.unit_rows import Rows
 from clip_cid.recipe import DistillConfig
-from clip_cid.run_folder import read_json, write_json
 from clip_cid.training.batches import SoftTargets, TrainingPairs, unit_teacher_rows
 from clip_cid.training.ranks.distributed import ALONE, Ranks
+from clip_cid.training.ranks.parts import Column, compute_by_parts
 
 USUAL_SCALE = 100.0
 """The logit scale at which published CLIP models end."""
 _SAMPLE = 512  # teacher embeddings that give the perplexity: its mean is then known to a few percent
-_ROWS = 8192
-_DONE = "done.json"
+_CENTERS = 8192  # at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +133,7 @@ def measure_near_centers(
     labels = every[sample].reshape(len(sample), -1).astype(np.int64)
     table = torch.from_numpy(centers)
     near, ignored = near_centers(table, torch.from_numpy(labels), settings.ignore_near, None), 0
-    for block in table.split(_ROWS):
+    for block in table.split(_CENTERS):
         ignored += int(near.among(block).sum())
     mean = ignored / len(sample) - labels.shape[1]  # a center is near to itself
 
@@ -197,32 +196,32 @@ def soft_targets(
     """Mu and H of the teacher for each training row; `soft_centre` in docs/method.md.
 
     They are float32: in float16 the error would exceed the divergence of a well-trained student. A killed
-    attempt is resumed, block by block, if it had the same `key`.
+    attempt is resumed, part by part, if it had the same `key`.
 
     Args:
-        folder: Where `mean.npy` (rows, dim), `entropy.npy` (rows,) and `done.json` are or will be.
+        folder: Where the parts of `mean` (rows, dim) and `entropy` (rows, 1) are or will be.
         images: The teacher's stored image embeddings (rows, dim).
         store_rows: The row of these for each training row.
         centers: Unit rows, all of them.
         scale: sigma.
         temperature: tau.
         key: Digest of everything that decides the result.
-        ranks: The main process computes, on its device; the others read what it has written.
+        ranks: Each computes some parts, on its device.
 
     Raises:
         DataError: A teacher vector is not of unit length.
     """
-    shapes = {"mean": (np.float32, (len(store_rows), images.shape[1])), "entropy": (np.float64, (len(store_rows),))}
     table = torch.from_numpy(centers).to(ranks.device)
 
-    def soften(start: int) -> dict[str, Tensor]:
-        rows = store_rows[start : start + _ROWS]
+    def soften(block: slice) -> dict[str, Tensor]:
+        rows = store_rows[block]
         teacher = unit_teacher_rows(images[rows], rows, "image").to(ranks.device)
         softened = soft_centers(teacher, table, scale=scale, temperature=temperature)
         return {"mean": softened.mean, "entropy": softened.entropy}
 
-    kept = _by_blocks(folder, shapes, soften, rows=len(store_rows), key=key, what="soft centers", ranks=ranks)
-    return SoftTargets(kept["mean"], kept["entropy"], scale / temperature)
+    columns = {"mean": Column(np.float32, images.shape[1]), "entropy": Column(np.float64, 1)}
+    found = compute_by_parts(folder, columns, soften, rows=len(store_rows), key=key, what="soft centers", ranks=ranks)
+    return SoftTargets(found["mean"], found["entropy"], scale / temperature)
 
 
 def several_labels(
@@ -235,90 +234,33 @@ def several_labels(
     count: int,
     key: str,
     ranks: Ranks = ALONE,
-) -> Int[np.ndarray, "rows count"]:
-    """The cluster of each training row and the next nearest centers; `nearest_labels` in docs/method.md.
+) -> ShardedRows:
+    """The cluster of each training row and the next nearest centers, int32; `nearest_labels` in docs/method.md.
 
     A killed attempt is resumed as in `soft_targets`.
 
     Args:
-        folder: Where `labels.npy` (rows, count) and `done.json` are or will be.
+        folder: Where the parts of `labels` (rows, count) are or will be.
         images: The teacher's stored image embeddings (rows, dim).
         store_rows: The row of these for each training row.
         labels: The cluster of each.
         centers: Unit rows, all of them.
         count: l.
         key: Digest of everything else that decides the result.
-        ranks: The main process computes, on its device; the others read what it has written.
+        ranks: Each computes some parts, on its device.
 
     Raises:
         DataError: A teacher vector is not of unit length.
     """
     table = torch.from_numpy(centers).to(ranks.device)
 
-    def label(start: int) -> dict[str, Tensor]:
-        rows = store_rows[start : start + _ROWS]
+    def label(block: slice) -> dict[str, Tensor]:
+        rows = store_rows[block]
         teacher = unit_teacher_rows(images[rows], rows, "image").to(ranks.device)
-        own = torch.from_numpy(labels[start : start + _ROWS].astype(np.int64)).to(ranks.device)
+        own = torch.from_numpy(labels[block].astype(np.int64)).to(ranks.device)
         return {"labels": nearest_labels(teacher, table, own, count)}
 
     # Which rows are held out also depends on the number of ranks.
     key = hashlib.sha256(key.encode() + np.ascontiguousarray(store_rows).tobytes()).hexdigest()
-    shapes = {"labels": (np.int32, (len(labels), count))}
-    return _by_blocks(folder, shapes, label, rows=len(labels), key=key, what="labels", ranks=ranks)["labels"]
-
-
-def _by_blocks(
-    folder: Path,
-    shapes: Mapping[str, tuple[type, tuple[int, ...]]],
-    compute: Callable[[int], Mapping[str, Tensor]],
-    *,
-    rows: int,
-    key: str,
-    what: str,
-    ranks: Ranks,
-) -> dict[str, np.memmap]:
-    """Arrays mapped from files, filled block by block; a killed attempt of the same key has filled their first rows.
-
-    The main process fills them. The others come here when it is done, and only read.
-
-    Args:
-        folder: Of the files and of `done.json`.
-        shapes: Of each array by name, with its type.
-        compute: From the first row of a block to what belongs there.
-        rows: Of each array.
-        key: Digest of everything that decides the result.
-        what: They are, for the progress.
-        ranks: Who needs them.
-    """
-    paths = {name: folder / f"{name}.npy" for name in shapes}
-    if not ranks.is_main:
-        return {name: cast(np.memmap, np.load(ranks.find(path), mmap_mode="c")) for name, path in paths.items()}
-
-    folder.mkdir(parents=True, exist_ok=True)
-    done = _rows_done(folder, key) if all(path.is_file() for path in paths.values()) else 0
-    if not done:
-        for name, (kind, shape) in shapes.items():
-            new_npy(paths[name], kind, shape)
-    kept = {name: cast(np.memmap, np.load(path, mmap_mode="r+")) for name, path in paths.items()}
-
-    with log.progress(what, rows, unit="images", start=done) as bar:
-        for start in range(done, rows, _ROWS):
-            for name, values in compute(start).items():
-                kept[name][start : start + _ROWS] = values.cpu().numpy()
-            stop = min(start + _ROWS, rows)
-            _note(folder, kept.values(), {"key": key, "rows": stop})
-            bar.advance(stop - start)
-    return kept
-
-
-def _rows_done(folder: Path, key: str) -> int:
-    path = folder / _DONE
-    state = read_json(path) if path.is_file() else {}
-    return int(state["rows"]) if state.get("key") == key else 0
-
-
-def _note(folder: Path, arrays: Iterable[np.memmap], state: dict[str, Any]) -> None:
-    """Only what is on the disk counts as done."""
-    for array in arrays:
-        array.flush()
-    write_json(folder / _DONE, state)
+    columns = {"labels": Column(np.int32, count)}
+    return compute_by_parts(folder, columns, label, rows=len(labels), key=key, what="labels", ranks=ranks)["labels"]

@@ -1,4 +1,4 @@
-"""Rows of embeddings over memory-mapped .npy shards."""
+"""Rows of embeddings, and of other numbers, over memory-mapped .npy shards."""
 
 import itertools
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Int, Integer, Num
 
 from clip_cid.open_files import KeptOpen
 
@@ -70,7 +70,7 @@ class ShardedRows:
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._chosen is None else len(self._chosen)
 
-    def __getitem__(self, index: slice | Integer[np.ndarray, " n"]) -> Float[np.ndarray, "n dim"]:
+    def __getitem__(self, index: slice | Integer[np.ndarray, " n"]) -> Num[np.ndarray, "n dim"]:
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if self._chosen is not None:

@@ -155,6 +155,7 @@ def make_batches(
         ranks=ranks,
         bank=bank,
         per_cluster=None if settings is None else settings.per_cluster,
+        shuffle_window=None if settings is None else settings.shuffle_window,
     )
 
 

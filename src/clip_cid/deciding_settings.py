@@ -33,6 +33,7 @@ _ADDED = {
     "cluster": ("texts", "num_text_centers"),
     "distill": (
         "per_cluster",
+        "shuffle_window",
         "text_tower",
         "labels",
         "ignore_near",

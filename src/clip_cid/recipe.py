@@ -406,6 +406,11 @@ class DistillConfig(Config):
     per_cluster: PositiveInt | None = None
     """Take at most this many pairs of a cluster in an epoch, so that large clusters no longer lead. The
     pairs of a cluster take turns from epoch to epoch, and an epoch is shorter. When absent: all."""
+    shuffle_window: PositiveInt | None = None
+    """Read a shared disk in runs: shards (tars; 10,000 rows of a table or folder) come in a random
+    order, pairs are shuffled among so many that follow each other there, and a batch is read front to
+    back. Every pair is still seen once an epoch. Some twenty batches mix well. When absent: all pairs
+    are shuffled together, which reads every image from another place."""
     steps: PositiveInt | None = None
     """Train for this many steps instead of epochs, whatever the number of pairs: for comparisons at
     equal steps."""
@@ -532,6 +537,12 @@ class DistillConfig(Config):
             raise ValueError(
                 f"batch_size: {self.batch_size}, but {', '.join(comparing)} compare the pairs of a batch with each"
                 " other: set at least 2"
+            )
+
+        if self.shuffle_window is not None and self.shuffle_window < self.batch_size:
+            raise ValueError(
+                f"shuffle_window: {self.shuffle_window:,} pairs are shuffled together, fewer than a batch of"
+                f" {self.batch_size:,} holds; set some twenty batches, or leave it out"
             )
 
         if self.keeps_text_tower:

@@ -723,7 +723,7 @@ def test_settings_that_came_later_are_in_no_key_while_they_are_off():
         "clip", "siglip", "cluster_cls", "cluster_kl", "instance_image", "instance_text", "affinity", "feature", "icl",
     }  # fmt: skip
     assert not {"captions"} & decide["pairs"].keys()
-    assert not {"labels", "per_cluster", "text_tower", "bank_size"} & decide["distill"].keys()
+    assert not {"labels", "per_cluster", "shuffle_window", "text_tower", "bank_size"} & decide["distill"].keys()
 
 
 @pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8)])

@@ -14,7 +14,7 @@ from clip_cid.data.embeddings.files import StoreInfo, StoreShard, read_info
 from clip_cid.data.embeddings.finished_shards import FinishedShards, read_shards, views_in
 from clip_cid.data.embeddings.from_pairs import check_known_bad, embed_pairs
 from clip_cid.data.embeddings.importing import import_existing
-from clip_cid.data.embeddings.rows_of_pairs import join
+from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import StoreWriter
 from clip_cid.data.pairs.contents import shard_contents
@@ -173,7 +173,7 @@ def _take_over(existing: Path, folder: RunFolder, out: Path, recipe: Recipe) -> 
     _say_of_import(folder, out)
     store = EmbeddingStore.open(out)
     if pairs is not None:
-        rows = join(pairs.keys(0, len(pairs)), store, max_absent_share=recipe.pairs.max_bad_share)
+        rows = rows_in_store(pairs, store, max_absent_share=recipe.pairs.max_bad_share)
         log.info(f"embed     {(rows >= 0).sum():,} of {len(pairs):,} pairs have an embedding in {existing}")
     return _summary(store, {"not embedded": store.rows - int(store.ok.sum())}, images_per_s=None)
 

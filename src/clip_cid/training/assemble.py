@@ -36,7 +36,7 @@ from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import EMBED
 from clip_cid.training.bank import Bank, log_perplexities
 from clip_cid.training.batch_order import epoch_size
-from clip_cid.training.batches import Batches, PairDataset, TrainingPairs
+from clip_cid.training.batches import Batches, PairDataset, TrainingPairs, add_rows
 from clip_cid.training.join import distilled_pairs, plain_pairs, read_centers, read_lines
 from clip_cid.training.kept_texts import compare_with_stored, open_text_tower
 from clip_cid.training.loop import Plan, Trainer
@@ -126,7 +126,7 @@ def read_inputs(folder: RunFolder, recipe: Recipe, ranks: Ranks) -> Inputs:
     with ranks.main_first():
         pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
     store = EmbeddingStore.open(folder.stage(EMBED)) if recipe.has_teacher else None
-    training = plain_pairs(pairs) if store is None else distilled_pairs(folder, recipe, pairs, store)
+    training = plain_pairs(pairs) if store is None else distilled_pairs(folder, recipe, pairs, store, ranks)
     centers = read_centers(folder, store) if store is not None and recipe.uses_clusters else None
     text_centers = read_centers(folder, store, texts=True) if store is not None and recipe.uses_text_clusters else None
     training, held_out = split_off(training, recipe.distill, ranks)
@@ -362,6 +362,7 @@ def make_batches(
         ranks=ranks,
         bank=bank.at if bank is not None else None,
         per_cluster=settings.per_cluster,
+        shuffle_window=settings.shuffle_window,
     )
 
 
@@ -510,16 +511,20 @@ def _key(
     """Digest of everything that decides the result."""
     decide = deciding({"distill": settings.model_dump(mode="json")})
     digest = hashlib.sha256(json.dumps(decide, sort_keys=True).encode())
-    for rows in (training.rows, training.labels, training.store_rows, centers):
-        digest.update(
-            b"none" if rows is None else np.ascontiguousarray(rows).data
-        )  # not a copy: centers may be gigabytes
+    add_rows(digest, training.rows)
+    for values in (training.labels, training.store_rows, centers):
+        if values is None:
+            digest.update(b"none")
+        elif values is training.store_rows:
+            add_rows(digest, values)
+        else:
+            digest.update(np.ascontiguousarray(values).data)  # not a copy: centers may be gigabytes
     if training.lines is not None:
         digest.update(training.lines.digest)
     if training.views is not None:
         digest.update(json.dumps(dataclasses.asdict(training.views), sort_keys=True).encode())
-    for rows in (training.text_labels, training.first_texts, text_centers):
-        if rows is not None:
-            digest.update(np.ascontiguousarray(rows).data)
+    for values in (training.text_labels, training.first_texts, text_centers):
+        if values is not None:
+            digest.update(np.ascontiguousarray(values).data)
     digest.update(json.dumps(store.info.teacher if store is not None else None, sort_keys=True).encode())
     return digest.hexdigest()

@@ -1,4 +1,7 @@
-"""The order of the training rows: a seeded permutation for each epoch, cut into batches without a gap."""
+"""The order of the training rows: a seeded permutation for each epoch, cut into batches without a gap.
+
+It is of all rows, or one that a disk can be read in: shards in a random order, rows shuffled in windows.
+"""
 
 import dataclasses
 import itertools
@@ -6,6 +9,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Int
+
+from clip_cid.data.embeddings.sharded_rows import row_type
 
 _NOT_PAIRS = 2  # in the seed of an order that is not to be that of the pairs
 
@@ -43,7 +48,7 @@ class ClusterTurns:
         self._quotas = np.minimum(self._sizes, per_cluster)
 
         # The circles, one behind the other. Three numbers of a seed: no epoch's permutation is drawn from them.
-        order = np.arange(len(labels), dtype=_row_type(len(labels)))
+        order = np.arange(len(labels), dtype=row_type(len(labels)))
         np.random.default_rng((seed, 0, 1)).shuffle(order)
         self._circles = order[np.argsort(labels[order], kind="stable")]
 
@@ -72,8 +77,36 @@ def epoch_size(labels: Int[np.ndarray, " rows"], per_cluster: int) -> int:
     return int(np.minimum(np.bincount(labels), per_cluster).sum())
 
 
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """An order in which a disk is read in runs: shards in random order, rows shuffled within windows of this stream.
+
+    A batch then holds rows of few shards, and is in the order in which these lie there.
+    """
+
+    edges: Int[np.ndarray, " edges"]
+    """Where the rows of each shard begin, ascending; then the number of all rows."""
+    rows: int
+    """Of a window; the last one of an epoch may have fewer."""
+
+    def shuffle(self, rows: Int[np.ndarray, " rows"], random: np.random.Generator) -> Int[np.ndarray, " rows"]:
+        """Ascending rows in the order of an epoch."""
+        bounds = np.searchsorted(rows, self.edges)
+        shards = random.permutation(len(self.edges) - 1)
+        order = np.concatenate([rows[bounds[shard] : bounds[shard + 1]] for shard in shards.tolist()])
+        for start in range(0, len(order), self.rows):
+            random.shuffle(order[start : start + self.rows])
+        return order
+
+
 def epoch_orders(
-    num_rows: int, batch_size: int, *, seed: int, first_epoch: int = 0, rows_of: RowsOf | None = None
+    num_rows: int,
+    batch_size: int,
+    *,
+    seed: int,
+    first_epoch: int = 0,
+    rows_of: RowsOf | None = None,
+    windows: Windows | None = None,
 ) -> Iterator[tuple[int, Int[np.ndarray, " rows"]]]:
     """Each epoch with the order of its rows: a seeded permutation, in which no batch holds a row twice.
 
@@ -87,14 +120,19 @@ def epoch_orders(
         seed: Of the permutations.
         first_epoch: Where to start.
         rows_of: Which rows an epoch holds, where there are more; 0, 1, ... when absent.
+        windows: How rows are shuffled; all of them together when absent.
     """
     # An exchange reaches at most two batches into an epoch, so from three on it never touches the epoch's last rows,
     # and the epoch before the first is enough to start from.
     start = max(first_epoch - 1, 0) if num_rows >= 3 * batch_size else 0
     last = np.empty(0, dtype=np.int64)
     for epoch in itertools.count(start):
-        order = np.arange(num_rows, dtype=_row_type(num_rows)) if rows_of is None else rows_of(epoch)
-        np.random.default_rng((seed, epoch)).shuffle(order)
+        order = np.arange(num_rows, dtype=row_type(num_rows)) if rows_of is None else rows_of(epoch)
+        random = np.random.default_rng((seed, epoch))
+        if windows is None:
+            random.shuffle(order)
+        else:
+            order = windows.shuffle(order, random)
 
         # The batch across the border: a row of the last epoch's end must not come again within it.
         carried = epoch * num_rows % batch_size
@@ -138,7 +176,13 @@ def _shuffled(num_rows: int, seed: int, epoch: int) -> Int[np.ndarray, " rows"]:
 
 
 def batch_places(
-    num_rows: int, batch_size: int, *, seed: int, first_step: int = 0, rows_of: RowsOf | None = None
+    num_rows: int,
+    batch_size: int,
+    *,
+    seed: int,
+    first_step: int = 0,
+    rows_of: RowsOf | None = None,
+    windows: Windows | None = None,
 ) -> Iterator[list[Place]]:
     """The places of each batch from `first_step` on, without end; the arguments are those of `epoch_orders`.
 
@@ -151,7 +195,7 @@ def batch_places(
     if not 0 < batch_size <= num_rows:
         raise ValueError(f"batch_size: must be in [1, {num_rows}] (the rows), got {batch_size}")
     first_epoch, at = divmod(first_step * batch_size, num_rows)
-    orders = epoch_orders(num_rows, batch_size, seed=seed, first_epoch=first_epoch, rows_of=rows_of)
+    orders = epoch_orders(num_rows, batch_size, seed=seed, first_epoch=first_epoch, rows_of=rows_of, windows=windows)
     epoch, order = next(orders)
     while True:
         places = [Place(epoch, int(index)) for index in order[at : at + batch_size]]
@@ -160,8 +204,6 @@ def batch_places(
             at -= num_rows
             epoch, order = next(orders)
             places += [Place(epoch, int(index)) for index in order[:at]]
+        if windows is not None:
+            places.sort(key=lambda place: place.index)  # as they lie on the disk; a loss does not see the order
         yield places
-
-
-def _row_type(num_rows: int) -> type[np.int32] | type[np.int64]:
-    return np.int32 if num_rows < 2**31 else np.int64

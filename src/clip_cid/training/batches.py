@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from clip_cid.errors import ConfigError, DataError
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.objective import Targets
 from clip_cid.method.unit_rows import Rows
-from clip_cid.training.batch_order import ClusterTurns, Place, batch_places, epoch_size
+from clip_cid.training.batch_order import ClusterTurns, Place, Windows, batch_places, epoch_size
 from clip_cid.training.lines import Line, LineItem, Lines
 from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.unit_length import is_unit
@@ -37,6 +37,7 @@ from clip_cid.unit_length import is_unit
 NO_CAPTION = -1
 """In place of the number of a caption."""
 
+_DIGESTED_AT_ONCE = 1 << 22
 _TRIES = 100  # this many broken images in a row mean a missing disk
 
 
@@ -149,6 +150,12 @@ class TrainingPairs:
             for name in ("rows", "labels", "store_rows", "num_captions", "sizes", "first_texts")
         }
         return dataclasses.replace(self, **taken)
+
+
+def add_rows(digest: Any, rows: Int[np.ndarray, " rows"]) -> None:
+    """Add row numbers to a hashlib digest, the same whatever type they are held in."""
+    for start in range(0, len(rows), _DIGESTED_AT_ONCE):
+        digest.update(rows[start : start + _DIGESTED_AT_ONCE].astype(np.int64).data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +302,7 @@ class Batches:
         ranks: Who train together.
         bank: Gives the draw of a step, if a loss reads one.
         per_cluster: At most so many pairs of a cluster in an epoch; all when absent.
+        shuffle_window: How many pairs of shards in random order are shuffled together; all when absent.
     """
 
     def __init__(
@@ -309,6 +317,7 @@ class Batches:
         ranks: Ranks = ALONE,
         bank: Callable[[int], BankRows] | None = None,
         per_cluster: int | None = None,
+        shuffle_window: int | None = None,
     ) -> None:
         """See the class.
 
@@ -329,6 +338,10 @@ class Batches:
         self._turns: ClusterTurns | None = None
         if per_cluster is not None and training.labels is not None:
             self._turns = ClusterTurns(training.labels, per_cluster=per_cluster, seed=seed)
+        self._windows: Windows | None = None
+        if shuffle_window is not None:
+            first_rows = [*(shard.first_row for shard in training.pairs.shards), len(training.pairs)]
+            self._windows = Windows(np.searchsorted(training.rows, first_rows), shuffle_window)
         self._dataset, self._seed, self._workers, self._pin, self._ranks = dataset, seed, workers, pin, ranks
         self._bank = bank
 
@@ -344,6 +357,7 @@ class Batches:
             seed=self._seed,
             first_step=first_step,
             rows_of=None if self._turns is None else self._turns.rows_of,
+            windows=self._windows,
         )
         own = self._own(places)
         if (lines := self.training.lines) is not None:

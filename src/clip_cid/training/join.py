@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from clip_cid import log
 from clip_cid.data.embeddings.caption_rows import CaptionRows
 from clip_cid.data.embeddings.of_texts import open_texts
 from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
+from clip_cid.data.embeddings.sharded_rows import row_type
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.npy_files import read_array_of_stage
 from clip_cid.data.pairs.crops import Views, views_of
@@ -21,19 +22,26 @@ from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import BALANCE, CLUSTER, TEXTS
 from clip_cid.training.batches import TrainingPairs
 from clip_cid.training.lines import Lines
+from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.unit_length import is_unit
 
 _COMPARED_CAPTIONS = 100
+_ROWS_AT_ONCE = 1 << 22
 
 
 def plain_pairs(pairs: Pairs) -> TrainingPairs:
     """All pairs, for plain CLIP training without a teacher."""
-    rows = np.setdiff1d(np.arange(len(pairs)), np.fromiter(pairs.known_bad, dtype=np.int64))
-    return TrainingPairs(pairs, rows, left_out=dict(pairs.known_bad))
+    usable = np.ones(len(pairs), dtype=bool)
+    usable[_known_bad(pairs)] = False
+    return TrainingPairs(pairs, _true_rows(usable), left_out=dict(pairs.known_bad))
 
 
-def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: EmbeddingStore) -> TrainingPairs:
+def distilled_pairs(
+    folder: RunFolder, recipe: Recipe, pairs: Pairs, store: EmbeddingStore, ranks: Ranks = ALONE
+) -> TrainingPairs:
     """The kept pairs, joined by key with their targets from teacher and clustering; checked before any step.
+
+    The main process alone reads the keys; the others get the rows.
 
     Raises:
         DataError: The pairs, the embeddings, the kept rows and the labels do not belong together, or a loss needs the
@@ -45,12 +53,19 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
 
     # The place of each pair among the kept rows; -1 if balance removed it, or if it has no embedding.
     kept = read_kept(folder, store) if recipe.balance.enabled else np.flatnonzero(store.ok)
-    place = np.full(store.rows + 1, -1, dtype=np.int64)  # the last entry answers for -1, a pair the store does not have
-    place[kept] = np.arange(len(kept))
-    store_rows = rows_in_store(pairs, store)
+    kind = row_type(store.rows)
+    place = np.full(store.rows + 1, -1, dtype=kind)  # the last entry answers for -1, a pair the store does not have
+    place[kept] = np.arange(len(kept), dtype=kind)
+    store_rows = ranks.array_from_main(rows_in_store(pairs, store) if ranks.is_main else None)
     places = place[store_rows]
-    places[np.fromiter(pairs.known_bad, dtype=np.int64)] = -1
-    rows = np.flatnonzero(places >= 0)
+    places[_known_bad(pairs)] = -1
+    del place
+
+    # Of these pairs alone. Where the store has their order, one array serves for both rows.
+    rows = _true_rows(places >= 0)
+    places, store_rows = places[rows], store_rows[rows]
+    if np.array_equal(rows, store_rows):
+        store_rows = rows
     if len(rows) < len(kept):
         log.warn(
             f"{len(kept) - len(rows):,} of {len(kept):,} kept images are not among the pairs; the training"
@@ -58,21 +73,35 @@ def distilled_pairs(folder: RunFolder, recipe: Recipe, pairs: Pairs, store: Embe
         )
 
     if texts or (recipe.pairs.captions_are_optional and store.has_texts):
-        _check_absent_captions(recipe, store.num_captions[store_rows[rows]])
+        _check_absent_captions(recipe, store.num_captions[store_rows])
 
     # The targets from clustering and teacher, as far as they are read.
-    labels = read_labels(folder, len(kept))[places[rows]] if recipe.uses_labels else None
+    labels = read_labels(folder, len(kept))[places] if recipe.uses_labels else None
     views, sizes = views_of(recipe.embed), None
     if views is not None:
         _check_views(store, views)
-        sizes = store.sizes[store_rows[rows]]
+        sizes = store.sizes[store_rows]
     if not (recipe.uses_teacher_images or texts or recipe.distill.head_perplexity or recipe.uses_several_labels):
         return TrainingPairs(pairs, rows, labels=labels, views=views, sizes=sizes)
-    num_captions = store.num_captions[store_rows[rows]] if texts else None
+    num_captions = store.num_captions[store_rows] if texts else None
     if texts:
-        _compare_captions(pairs, rows, store, store_rows[rows])
-    training = TrainingPairs(pairs, rows, labels, store, store_rows[rows], num_captions, views=views, sizes=sizes)
-    return _with_text_labels(training, folder, store, kept, places[rows]) if recipe.uses_text_clusters else training
+        _compare_captions(pairs, rows, store, store_rows)
+    training = TrainingPairs(pairs, rows, labels, store, store_rows, num_captions, views=views, sizes=sizes)
+    return _with_text_labels(training, folder, store, kept, places) if recipe.uses_text_clusters else training
+
+
+def _known_bad(pairs: Pairs) -> Int[np.ndarray, " bad"]:
+    return np.fromiter(pairs.known_bad, dtype=np.int64, count=len(pairs.known_bad))
+
+
+def _true_rows(chosen: Bool[np.ndarray, " rows"]) -> Int[np.ndarray, " chosen"]:
+    """The rows that are chosen, block by block, so that no array of all is held in more than its type needs."""
+    rows, filled = np.empty(np.count_nonzero(chosen), dtype=row_type(len(chosen))), 0
+    for start in range(0, len(chosen), _ROWS_AT_ONCE):
+        some = np.flatnonzero(chosen[start : start + _ROWS_AT_ONCE])
+        rows[filled : filled + len(some)] = some + start
+        filled += len(some)
+    return rows
 
 
 def _with_text_labels(
@@ -126,10 +155,10 @@ def read_kept(folder: RunFolder, store: EmbeddingStore) -> Int[np.ndarray, " kep
         DataError: They are not rows of this store that have embeddings.
     """
     path = folder.stage(BALANCE) / "kept.npy"
-    kept = read_array_of_stage(path)
+    kept = read_array_of_stage(path, mmap_mode="r")
     if kept.ndim != 1 or kept.dtype != np.int64 or not len(kept) or kept[0] < 0 or kept[-1] >= store.rows:
         raise DataError(f"{path}: not rows of a store of {store.rows:,}.", fix="Run the balance stage again.")
-    if (np.diff(kept) <= 0).any() or not store.ok[kept].all():
+    if (kept[1:] <= kept[:-1]).any() or not store.ok[kept].all():
         raise DataError(f"{path}: not ascending rows that have embeddings.", fix="Run the balance stage again.")
     return kept
 

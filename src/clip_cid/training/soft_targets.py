@@ -21,7 +21,7 @@ from clip_cid.method.distill.cluster_passes import passes_of
 from clip_cid.method.distill.fused_cluster_loss import soft_centers
 from clip_cid.method.unit_rows import Rows
 from clip_cid.recipe import DistillConfig
-from clip_cid.training.batches import SoftTargets, TrainingPairs, unit_teacher_rows
+from clip_cid.training.batches import SoftTargets, TrainingPairs, add_rows, unit_teacher_rows
 from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.training.ranks.parts import Column, compute_by_parts
 
@@ -261,6 +261,9 @@ def several_labels(
         return {"labels": nearest_labels(teacher, table, own, count)}
 
     # Which rows are held out also depends on the number of ranks.
-    key = hashlib.sha256(key.encode() + np.ascontiguousarray(store_rows).tobytes()).hexdigest()
+    digest = hashlib.sha256(key.encode())
+    add_rows(digest, store_rows)
     columns = {"labels": Column(np.int32, count)}
-    return compute_by_parts(folder, columns, label, rows=len(labels), key=key, what="labels", ranks=ranks)["labels"]
+    return compute_by_parts(
+        folder, columns, label, rows=len(labels), key=digest.hexdigest(), what="labels", ranks=ranks
+    )["labels"]

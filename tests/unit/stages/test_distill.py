@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -197,19 +198,34 @@ def test_kept_rows_labels_and_embeddings_are_joined_by_key(case: Case):
     assert training.num_captions.tolist() == [2] * 16
 
 
+def store_of(path: Path, keys: list[str]) -> EmbeddingStore:
+    """A store of one shard, whose rows are all good."""
+    writer = StoreWriter(path, teacher={}, dim=DIM, fields=(), num_shards=1)
+    vectors, none = unit_rows(COUNT, seed=1), np.zeros((0, DIM), dtype=np.float32)
+    ok, captions = np.ones(COUNT, dtype=bool), [("a caption",)] * COUNT
+    writer.add(ShardRows("all", vectors, vectors, none, ok, keys, captions, [(24, 20)] * COUNT, {}, []))
+    writer.finish()
+    return EmbeddingStore.open(path)
+
+
 def test_a_store_of_these_very_pairs_and_one_in_another_order_are_told_apart(case: Case, tmp_path: Path):
     pairs = open_pairs(case.recipe().pairs)
     turned = EmbeddingStore.open(case.folder.stage("embed"))
     assert rows_in_store(pairs, turned).tolist() == list(range(COUNT))[::-1]
-    writer = StoreWriter(tmp_path / "same", teacher={}, dim=DIM, fields=(), num_shards=1)
-    vectors = unit_rows(COUNT, seed=1)
-    keys, captions = pairs.keys(0, COUNT), [("a caption",)] * COUNT
-    none = np.zeros((0, DIM), dtype=np.float32)
-    ok = np.ones(COUNT, dtype=bool)
-    writer.add(ShardRows("all", vectors, vectors, none, ok, keys, captions, [(24, 20)] * COUNT, {}, []))
-    writer.finish()
-    same = EmbeddingStore.open(tmp_path / "same")
+    same = store_of(tmp_path / "same", pairs.keys(0, COUNT))
     assert rows_in_store(pairs, same).tolist() == list(range(COUNT))
+    assert "keys" not in vars(same), "all keys at once take gigabytes"
+
+
+def test_a_key_that_the_store_of_these_very_pairs_repeats_is_told(case: Case, tmp_path: Path):
+    """Also where only the pairs know that one of its rows is a repetition."""
+    pairs = open_pairs(case.recipe().pairs)
+    pairs.known_bad[3] = "duplicate key, first used by row 2"
+    keys = dict(enumerate(pairs.keys(0, COUNT))) | {3: pairs.key(2)}
+    pairs.packed_keys = lambda start, stop: pa.array([keys[row] for row in range(start, stop)], pa.large_string())
+    store = store_of(tmp_path / "same", list(keys.values()))
+    with pytest.raises(DataError, match="1 rows repeat the key of another"):
+        rows_in_store(pairs, store)
 
 
 def test_without_balance_every_embedded_pair_is_trained_on(case: Case):

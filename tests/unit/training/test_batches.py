@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from open_clip.transform import AugmentationCfg, image_transform
 from tiny_training import BATCH, make_batches, make_dataset, make_pairs, make_settings, tokenize, training_pairs
 
+from clip_cid.data.pairs.pairs import Shard
 from clip_cid.errors import DataError
 from clip_cid.training import batch_order
-from clip_cid.training.batch_order import ClusterTurns, Place, batch_places, epoch_orders
+from clip_cid.training.batch_order import ClusterTurns, Place, Windows, batch_places, epoch_orders
 from clip_cid.training.batches import Batch, Item, PairDataset, TrainingPairs
 from clip_cid.training.ranks.distributed import Ranks
 
@@ -131,6 +132,101 @@ def test_ranks_read_together_what_one_process_reads_of_clusters_that_give_few(tm
     epochs = np.concatenate([batch.rows for batch in alone.between(0, alone.epoch_size)])
     for rows in epochs.reshape(-1, alone.epoch_size):
         assert len(set(training.labels[rows].tolist())) == alone.epoch_size
+
+
+# Shards in a random order, and rows shuffled within windows
+
+
+@st.composite
+def windows_of_shards(draw: st.DrawFn) -> tuple[Windows, int]:
+    """Windows over some shards, of which one may be empty, and a batch size."""
+    shards = draw(st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any))
+    rows = sum(shards)
+    batch_size = draw(st.integers(1, min(rows, 12)))
+    return Windows(np.cumsum([0, *shards]), draw(st.integers(1, rows + 3))), batch_size
+
+
+@given(windows_of_shards(), st.integers(0, 5), st.integers(0, 30))
+def test_in_windows_an_epoch_holds_every_row_once_and_a_run_can_start_anywhere(
+    case: tuple[Windows, int], seed: int, first_step: int
+):
+    windows, batch_size = case
+    num_rows = int(windows.edges[-1])
+
+    def first(count: int, first_step: int = 0) -> list[list[Place]]:
+        places = batch_places(num_rows, batch_size, seed=seed, first_step=first_step, windows=windows)
+        return list(itertools.islice(places, count))
+
+    batches = first(first_step + 5 * num_rows // batch_size + 1)
+    assert first(6, first_step) == batches[first_step:][:6]
+    assert all(len({place.index for place in batch}) == batch_size for batch in batches)
+    flat = [place for batch in batches for place in batch]
+    for epoch in range(5):
+        assert sorted(place.index for place in flat if place.epoch == epoch) == list(range(num_rows))
+
+
+@given(windows_of_shards(), st.integers(0, 5))
+def test_a_window_holds_the_rows_of_whole_shards_but_its_first_and_last(case: tuple[Windows, int], seed: int):
+    windows, _ = case
+    num_rows = int(windows.edges[-1])
+    _, order = next(epoch_orders(num_rows, 1, seed=seed, windows=windows))
+    shard_of = np.searchsorted(windows.edges, order, side="right") - 1
+    there = [set(shard_of[start : start + windows.rows].tolist()) for start in range(0, num_rows, windows.rows)]
+    for shard in set(shard_of.tolist()):
+        # A shard is read in one run of windows, and only at the ends of this run with others.
+        holding = [number for number, shards in enumerate(there) if shard in shards]
+        assert holding == list(range(holding[0], holding[-1] + 1))
+        assert all(there[number] == {shard} for number in holding[1:-1])
+
+
+def test_a_batch_reads_few_shards_from_front_to_back():
+    windows = Windows(np.arange(0, 1001, 10), 40)
+    places = batch_places(1000, 20, seed=0, windows=windows)
+    for batch in itertools.islice(places, 49):
+        rows = [place.index for place in batch]
+        assert rows == sorted(rows)
+        assert len({row // 10 for row in rows}) <= 4
+    by_rows = batch_places(1000, 20, seed=0)
+    assert np.mean([len({place.index // 10 for place in batch}) for batch in itertools.islice(by_rows, 49)]) > 15
+
+
+def test_orders_in_windows_are_the_seeds_and_the_epochs_own():
+    windows = Windows(np.arange(0, 31, 5), 10)
+    orders = {
+        tuple(order)
+        for seed in (0, 1)
+        for _, order in itertools.islice(epoch_orders(30, 7, seed=seed, windows=windows), 3)
+    }
+    assert len(orders) == 6
+
+
+@given(labels_of_rows, st.integers(1, 12), st.integers(1, 20))
+def test_turns_of_clusters_are_read_in_windows(labels: np.ndarray, per_cluster: int, window: int):
+    turns = ClusterTurns(labels, per_cluster=per_cluster, seed=0)
+    windows = Windows(np.unique([0, len(labels) // 2, len(labels)]), window)
+    places = batch_places(turns.epoch_size, 1, seed=0, rows_of=turns.rows_of, windows=windows)
+    flat = [place for batch in itertools.islice(places, 3 * turns.epoch_size) for place in batch]
+    for epoch in range(3):
+        assert sorted(place.index for place in flat if place.epoch == epoch) == turns.rows_of(epoch).tolist()
+
+
+def test_ranks_and_workers_read_together_what_one_process_reads_in_windows(tmp_path: Path):
+    training = training_pairs(tmp_path)
+    training.pairs.shards = tuple(Shard(f"{first}", first, 3, 0) for first in range(0, 21, 3))
+    settings = make_settings(shuffle_window=9)
+    alone = list(make_batches(training, settings=settings).between(0, 7))
+    helped = list(make_batches(training, settings=settings, workers=2).between(0, 7))
+    for ours, theirs in zip(alone, helped, strict=True):
+        assert_equal(ours, theirs)
+    parts = [list(make_batches(training, settings=settings, ranks=Ranks(rank, 2)).between(2, 7)) for rank in range(2)]
+    for whole, *halves in zip(alone[2:], *parts, strict=True):
+        assert np.concatenate([half.rows for half in halves]).tolist() == whole.rows.tolist()
+        assert whole.rows.tolist() == sorted(whole.rows.tolist())
+
+
+def test_a_window_smaller_than_a_batch_is_refused():
+    with pytest.raises(ValueError, match="shuffle_window: 7 pairs are shuffled together, fewer than a batch of 8"):
+        make_settings(shuffle_window=7, batch_size=8)
 
 
 def assert_equal(ours: Batch, theirs: Batch) -> None:

@@ -8,7 +8,8 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_TRIED_KEYS = 200_000
+TRIED_KEYS = 200_000
+"""Of each side, at most so many are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ def explain_mismatch(missing: pa.LargeStringArray, stored: pa.LargeStringArray) 
 
     Of very many keys only the first 200,000 of each are compared.
     """
-    missing, stored = missing[:_TRIED_KEYS], stored[:_TRIED_KEYS]
+    missing, stored = missing[:TRIED_KEYS], stored[:TRIED_KEYS]
     # Without folders, a/1 and b/1 may be the same; with them, all else may match.
     starts = [[step for step in _STEPS if step is not _FOLDERS], [*_STEPS]]
     best, steps = max(((_matched(missing, stored, steps), steps) for steps in starts), key=lambda one: len(one[0]))

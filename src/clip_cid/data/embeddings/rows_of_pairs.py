@@ -1,18 +1,39 @@
 """Which row of a store each pair has."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int
 
-from clip_cid.data.embeddings.key_mismatch import explain_mismatch
-from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.embeddings.key_mismatch import TRIED_KEYS, explain_mismatch
+from clip_cid.data.embeddings.sharded_rows import row_type
+from clip_cid.data.embeddings.store import EmbeddingStore, check_unique
+from clip_cid.data.pairs.pair import DUPLICATE
 from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.errors import DataError
 
-_KEYS_AT_ONCE = 100_000
+_COMPARED_AT_ONCE = 100_000
+_JOINED_AT_ONCE = 1 << 26  # keys of either side, at some 100 bytes each; every key of one is looked up in the other
+
+_KeysBetween = Callable[[int, int], pa.LargeStringArray]
+
+
+def rows_in_store(pairs: Pairs, store: EmbeddingStore, *, max_absent_share: float = 0.01) -> Int[np.ndarray, " pairs"]:
+    """The row of the store for each pair; -1 if it has none.
+
+    Raises:
+        DataError: The keys do not match.
+    """
+    if not _has_order_of(pairs, store):
+        return _join(len(pairs), pairs.packed_keys, store, max_absent_share)
+
+    # What is repeated here is repeated among the pairs, which know it.
+    repeated = [row for row, reason in pairs.known_bad.items() if reason.startswith(DUPLICATE)]
+    if store.ok[np.array(repeated, dtype=np.int64)].any():
+        check_unique(store.keys.packed.filter(pa.array(store.ok)), store.path)
+    return np.arange(len(pairs), dtype=row_type(len(pairs)))
 
 
 def join(
@@ -26,33 +47,80 @@ def join(
         DataError: More than `max_absent_share` of the pairs' keys are not in the store.
     """
     packed = pa.array(pairs_keys, type=pa.large_string())
-    rows = rows_by_key(packed, store)
-
-    absent = int((rows < 0).sum())
-    if absent > max_absent_share * len(rows) or absent == len(rows):
-        raise _absent(packed.filter(pa.array(rows < 0)), len(rows), store)
-
-    _, first = np.unique(rows, return_index=True)
-    once = np.full(len(rows), -1, dtype=np.int64)
-    once[first] = rows[first]
-    return once
+    return _join(len(packed), lambda start, stop: packed[start:stop], store, max_absent_share)
 
 
 def rows_by_key(keys: pa.LargeStringArray, store: EmbeddingStore) -> Int[np.ndarray, " keys"]:
-    """The row of the store for each key; -1 if it has none."""
-    # Keys are unique among good rows only; if a bad row has the key of a good one, the good one is meant.
-    order = np.concatenate([np.flatnonzero(store.ok), np.flatnonzero(~store.ok)])
-    lookup = pc.SetLookupOptions(value_set=store.keys.packed.take(pa.array(order)))
-    places = pc.call_function("index_in", [keys], lookup).fill_null(-1).to_numpy(zero_copy_only=False)
-    return np.where(places < 0, -1, order[places] if len(order) else -1)
+    """The row of the store for each key; -1 if it has none.
+
+    Raises:
+        DataError: Good rows of the store have the same key.
+    """
+    rows = np.full(len(keys), -1, dtype=row_type(store.rows))
+    for first, stored in store.key_blocks(_JOINED_AT_ONCE):
+        # Keys are unique among good rows only; if a bad row has the key of a good one, the good one is meant.
+        ok = store.ok[first : first + len(stored)]
+        check_unique(stored.filter(pa.array(ok)), store.path)
+        order = np.concatenate([np.flatnonzero(ok), np.flatnonzero(~ok)])
+
+        lookup = pc.SetLookupOptions(value_set=stored.take(pa.array(order)))
+        places = pc.call_function("index_in", [keys], lookup).fill_null(-1).to_numpy(zero_copy_only=False)
+        here = np.flatnonzero(places >= 0)
+        found = first + order[places[here]]
+
+        # An earlier block may have the key, too: as above, the good row is meant, and there must be only one.
+        before = rows[here]
+        was_good, is_good = (before >= 0) & store.ok[before], store.ok[found]
+        twice = keys.take(pa.array(here[was_good & is_good]))
+        check_unique(pa.concat_arrays([twice, twice]), store.path)
+        rows[here] = np.where((before < 0) | (is_good & ~was_good), found, before)
+    return rows
 
 
-def _absent(missing: pa.LargeStringArray, total: int, store: EmbeddingStore) -> DataError:
+def _has_order_of(pairs: Pairs, store: EmbeddingStore) -> bool:
+    """Whether the keys of the store are those of the pairs, row by row, as in a store of these very pairs."""
+    return len(pairs) == store.rows and all(
+        keys.equals(pairs.packed_keys(first, first + len(keys))) for first, keys in store.key_blocks(_COMPARED_AT_ONCE)
+    )
+
+
+def _join(
+    count: int, keys_between: _KeysBetween, store: EmbeddingStore, max_absent_share: float
+) -> Int[np.ndarray, " pairs"]:
+    """The row of the store for each pair, by key, as in `join`; not all keys are in memory."""
+    rows = np.empty(count, dtype=row_type(store.rows))
+    for start in range(0, count, _JOINED_AT_ONCE):
+        stop = min(start + _JOINED_AT_ONCE, count)
+        rows[start:stop] = rows_by_key(keys_between(start, stop), store)
+
+    absent = np.flatnonzero(rows < 0)
+    if len(absent) > max_absent_share * count or len(absent) == count:
+        raise _absent(_first_keys(absent, count, keys_between), len(absent), count, store)
+
+    # Backwards, so that the first place of a row is the last one written.
+    places = np.arange(count, dtype=row_type(count))
+    first = np.empty(store.rows + 1, dtype=places.dtype)  # the last entry is of the pairs without a row, -1
+    first[rows[::-1]] = places[::-1]
+    return np.where((rows >= 0) & (first[rows] == places), rows, -1)
+
+
+def _first_keys(rows: Int[np.ndarray, " rows"], count: int, keys_between: _KeysBetween) -> pa.LargeStringArray:
+    """The keys of the first of some rows, as many as an explanation looks at."""
+    rows, parts = rows[:TRIED_KEYS], [pa.array([], pa.large_string())]
+    for start in range(0, count, _COMPARED_AT_ONCE):
+        stop = min(start + _COMPARED_AT_ONCE, count)
+        here = rows[slice(*np.searchsorted(rows, [start, stop]))]
+        if len(here):
+            parts.append(keys_between(start, stop).take(pa.array(here - start)))
+    return pa.concat_arrays(parts)
+
+
+def _absent(missing: pa.LargeStringArray, absent: int, total: int, store: EmbeddingStore) -> DataError:
     """The error, with what the keys would have to lose to match, if that is known."""
-    first = missing[0].as_py() if len(missing) else None
+    first, stored = missing[0].as_py() if len(missing) else None, store.first_keys(TRIED_KEYS)
     problem = (
-        f"{store.path}: {len(missing):,} of {total:,} pairs have no embedding here, such as {first!r}; "
-        f"the store's keys look like {store.keys[0] if store.rows else None!r}"
+        f"{store.path}: {absent:,} of {total:,} pairs have no embedding here, such as {first!r}; "
+        f"the store's keys look like {stored[0].as_py() if store.rows else None!r}"
     )
 
     if store.has_made_keys:
@@ -63,7 +131,7 @@ def _absent(missing: pa.LargeStringArray, total: int, store: EmbeddingStore) -> 
             " embed.match: order.",
         )
 
-    if (mismatch := explain_mismatch(missing, store.keys.packed)) is None:
+    if (mismatch := explain_mismatch(missing, stored)) is None:
         return DataError(
             f"{problem}.",
             fix="Give the pairs the embeddings were made from (keys must be equal; pairs.key_column or pairs.key_field"
@@ -75,18 +143,3 @@ def _absent(missing: pa.LargeStringArray, total: int, store: EmbeddingStore) -> 
         f" {store.info.key_column!r} of the metadata of the embeddings. For pairs in a table, pairs.key_column can name"
         f" a column with {mismatch.store_key!r} instead; for tars and folders, pairs.key_field a field of their .json.",
     )
-
-
-def rows_in_store(pairs: Pairs, store: EmbeddingStore, *, max_absent_share: float = 0.01) -> Int[np.ndarray, " pairs"]:
-    """The row of the store for each pair; -1 if it has none.
-
-    Raises:
-        DataError: The keys do not match.
-    """
-    starts = range(0, len(pairs), _KEYS_AT_ONCE)
-    blocks = ((start, min(start + _KEYS_AT_ONCE, len(pairs))) for start in starts)
-
-    # A store of these very pairs has their order. Only another store needs a join, which holds all keys in memory.
-    if len(pairs) == store.rows and all(pairs.keys(*block) == store.keys[slice(*block)] for block in blocks):
-        return np.arange(len(pairs))
-    return join(pairs.keys(0, len(pairs)), store, max_absent_share=max_absent_share)

@@ -14,6 +14,11 @@ from clip_cid.open_files import KeptOpen
 _FEW = 8  # rows of a shard: up to so many are read faster one by one
 
 
+def row_type(rows: int) -> type[np.int32] | type[np.int64]:
+    """What the number of one of so many rows is held in: of hundreds of millions there are several in memory."""
+    return np.int32 if rows < 2**31 else np.int64
+
+
 class _Files:
     """Maps the rows of one file after the other; of several for each image, (images, each, dim), one after the other.
 

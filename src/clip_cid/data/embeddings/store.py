@@ -92,7 +92,11 @@ class EmbeddingStore:
     @property
     def has_made_keys(self) -> bool:
         """Whether the keys are file and row, for want of metadata."""
-        return self.info.pairs is None and self.rows > 0 and self.keys[0] == f"{self.info.shards[0].name}/0"
+        return (
+            self.info.pairs is None
+            and self.rows > 0
+            and self.first_keys(1)[0].as_py() == f"{self.info.shards[0].name}/0"
+        )
 
     @property
     def texts(self) -> ShardedRows:
@@ -135,17 +139,32 @@ class EmbeddingStore:
         Raises:
             DataError: A key is missing or repeated.
         """
-        parts: list[pa.Array] = []
-        for index in range(len(self.info.shards)):
+        packed = _joined([keys for _, keys in self.key_blocks(1)])
+        check_unique(packed.filter(pa.array(self.ok)), self.path)
+        return Keys(packed)
+
+    def key_blocks(self, rows: int) -> Iterator[tuple[int, pa.LargeStringArray]]:
+        """The first row and the keys of consecutive whole shards, at least so many rows of them; the last may be fewer.
+
+        Whether a key is repeated in another block, nobody has looked.
+
+        Raises:
+            DataError: A key is missing.
+        """
+        waiting, first = list[pa.LargeStringArray](), 0
+        for index, end in enumerate(self._starts[1:].tolist()):
             path = self._file(index, "metadata")
             column = read_texts(path, self.info.key_column)
             if column.null_count:
                 raise DataError(f"{path}: {column.null_count:,} rows have no {self.info.key_column}.", fix=self._mend)
-            parts.append(column)
+            waiting.append(column)
+            if end - first >= rows or end == self.rows:
+                yield first, _joined(waiting)
+                waiting, first = [], end
 
-        packed = pa.concat_arrays(parts) if parts else pa.array([], type=pa.large_string())
-        _check_unique(packed.filter(pa.array(self.ok)), self.path)
-        return Keys(packed)
+    def first_keys(self, rows: int) -> pa.LargeStringArray:
+        """The keys of the first rows, at most so many."""
+        return next((keys[:rows] for _, keys in self.key_blocks(rows)), _joined([]))
 
     def captions(self, row: SupportsIndex) -> tuple[str, ...]:
         """The captions of a row, in the order of their embeddings; one empty caption if the store has none."""
@@ -339,7 +358,16 @@ class EmbeddingStore:
         return self._captions[shard]
 
 
-def _check_unique(keys: pa.Array, path: Path) -> None:
+def _joined(keys: list[pa.LargeStringArray]) -> pa.LargeStringArray:
+    return pa.concat_arrays(keys) if keys else pa.array([], type=pa.large_string())
+
+
+def check_unique(keys: pa.LargeStringArray, path: Path) -> None:
+    """See that no key of a store's good rows comes twice.
+
+    Raises:
+        DataError: One does.
+    """
     repeated = len(keys) - len(keys.unique())
     if repeated:
         counts = keys.value_counts()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Int64
 
 from clip_cid.data.pairs.format import Member
@@ -61,15 +62,18 @@ class Pairs:
 
     def keys(self, start: int, stop: int) -> list[str]:
         """The keys of the rows from `start` up to `stop`."""
+        return self.packed_keys(start, stop).to_pylist()
+
+    def packed_keys(self, start: int, stop: int) -> pa.LargeStringArray:
+        """The same without a Python object for each."""
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"start, stop: want 0 <= start <= stop <= {len(self)}, got {start}, {stop}")
-        keys: list[str] = []
+        parts = [pa.array([], pa.large_string())]
         while start < stop:
             shard, place = self._index.locate(start)
-            some = self._index.batch(shard).column("key").slice(place, stop - start).to_pylist()
-            keys += some
-            start += len(some)
-        return keys
+            parts.append(self._index.batch(shard).column("key").slice(place, stop - start).cast(pa.large_string()))
+            start += len(parts[-1])
+        return pa.concat_arrays(parts)
 
     def read(self, row: int) -> Pair:
         """The pair of a row.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,6 +24,7 @@ from clip_cid.training.ranks.meeting import Meeting, is_of_another_rank
 # Long work of one rank (indexing pairs, the last export) must not end the ranks that wait for it. When a process
 # ends, those that wait for it notice at once.
 _WORK = datetime.timedelta(hours=6)
+_SENT_AT_ONCE = 1 << 26  # numbers
 _UNSEEN_SECONDS = 75  # NFS and others remember for up to a minute that a file is not there
 _Value = TypeVar("_Value")
 
@@ -78,6 +80,20 @@ class Ranks:
         if self.size > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def array_from_main(self, values: np.ndarray | None) -> np.ndarray:
+        """The main process's array, on every rank; the others give None.
+
+        It is for arrays of all rows: nothing of them is held twice.
+        """
+        form = self.from_main(None if values is None else (values.shape, values.dtype))
+        assert form is not None, "the main process gives an array"
+        if values is None:
+            values = np.empty(*form)
+        if self.size > 1:
+            for part in torch.from_numpy(values.reshape(-1)).split(_SENT_AT_ONCE):
+                dist.broadcast(part, src=0)
+        return values
 
     def sees(self, there: Callable[[], bool]) -> bool:
         """Whether this rank sees what another has written before a barrier.

@@ -373,6 +373,15 @@ def test_a_path_may_be_a_text(finished: Path) -> None:
     assert np.array_equal(store.images[:], EmbeddingStore.open(finished).images[:])
 
 
+@pytest.mark.parametrize(("rows", "firsts"), [(1, [0, 4, 6]), (5, [0, 6]), (8, [0]), (100, [0])])
+def test_keys_come_in_blocks_of_whole_shards(finished: Path, rows: int, firsts: list[int]) -> None:
+    store = EmbeddingStore.open(finished)
+    blocks = list(store.key_blocks(rows))
+    assert [first for first, _ in blocks] == firsts
+    assert [key for _, keys in blocks for key in keys.to_pylist()] == list(store.keys)
+    assert store.first_keys(rows).to_pylist() == list(store.keys)[:rows]
+
+
 def test_join_finds_each_pair_by_its_key(finished: Path) -> None:
     store = EmbeddingStore.open(finished)
     assert join(list(store.keys), store).tolist() == list(range(8))

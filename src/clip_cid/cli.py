@@ -15,6 +15,7 @@ import tyro
 from tyro.conf import Positional
 
 from clip_cid import extras, log, open_files, os_errors, pipeline, units
+from clip_cid.auto_numbers import as_before
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.first_recipe import choose, full_recipe, short_recipe
 from clip_cid.new_folder import drop_left
@@ -23,6 +24,7 @@ from clip_cid.recipe import (
     ALLOW_PIPE,
     Config,
     Recipe,
+    auto_settings,
     commented_recipe,
     one_line,
     parse_recipe,
@@ -323,7 +325,7 @@ def _recipe(flags: Any, ranks: Any) -> Recipe | None:
     """The recipe that a command names, or that of its run; of several processes only the main one looks into the run."""
     recipe = None if flags.recipe is None else read_recipe(flags.recipe)
     if ranks is None or ranks.is_main:
-        recipe = recipe or _stored_recipe(flags.run)
+        recipe = _stored_recipe(flags.run) if recipe is None else _with_defaults_of_run(recipe, flags.run)
     of_main = recipe if ranks is None else ranks.from_main(recipe)
     return recipe or of_main
 
@@ -336,6 +338,22 @@ def _stored_recipe(run: Path) -> Recipe | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return read_run_recipe(path)
+
+
+def _with_defaults_of_run(recipe: Recipe, run: Path) -> Recipe:
+    """A recipe of a run that was made before there was `auto`, with the defaults of then."""
+    try:
+        stored = _stored_recipe(run) if auto_settings(recipe) else None
+    except ConfigError:
+        return recipe  # which takes the place of the damaged one
+    if stored is None:
+        return recipe
+    recipe, kept = as_before(recipe, stored)
+    if kept:
+        log.info(
+            f"{', '.join(kept)}: as when this run was begun, where the recipe now says auto; give numbers to change"
+        )
+    return recipe
 
 
 def _lay_over(settings: dict[str, Any], flags: Any, section: str, given: Sequence[str]) -> None:
@@ -431,7 +449,10 @@ def status(run: Run, recipe: Path | None = None) -> int:
     folder = _existing(run)
     rows: list[list[str]] = []
     work = folder.at_work()
-    wanted = read_run_recipe(run / pipeline.RECIPE_FILE) if recipe is None else read_recipe(recipe)
+    if recipe is None:
+        wanted = read_run_recipe(run / pipeline.RECIPE_FILE)
+    else:
+        wanted = _with_defaults_of_run(read_recipe(recipe), run)
     for state in pipeline.states(folder, wanted):
         record = state.record
         made = f"{record.started}, {units.duration(record.seconds)}" if record else ""

@@ -1,35 +1,19 @@
-"""A recipe to begin with: numbers that fit so many pairs and GPUs, each with the reason behind it.
+"""A recipe to begin with: numbers that fit so many pairs and GPUs, each with the reason behind it."""
 
-The defaults of the recipe are the paper's, for 400 million pairs and 64 GPUs.
-"""
-
-import dataclasses
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from clip_cid import units
+from clip_cid import auto_numbers, units
+from clip_cid.auto_numbers import LONGEST_WARMUP, PAPER_BATCH, PAPER_CENTERS, PAPER_EPOCHS, Choice
 from clip_cid.errors import ConfigError
 from clip_cid.recipe import Recipe, commented_recipe, parse_recipe
 
 _FEWEST_PAIRS = 32  # for each GPU, so that an epoch has a few batches
 _KEPT = 0.5  # of the pairs, at least; the paper keeps 0.563
-_IN_A_CLUSTER = 30
-_STEPS_OF_AN_EPOCH = 16  # at least
-_BATCH_OF_GPU, _BATCH_OF_CPU = 1_024, 256
+_BATCH_OF_CPU = 256
 _SEEN_BY_GPU, _SEEN_BY_CPU = 100_000_000, 1_000_000  # pairs
-_FEWEST_EPOCHS = 4
-_OF_PAPER = Recipe()
 _LARGE_BATCH = 8_192
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """The value of a setting, and why it is that."""
-
-    setting: str
-    value: Any
-    why: str
 
 
 def short_recipe(pairs: int, gpus: int) -> str:
@@ -78,7 +62,7 @@ def choose(pairs: int, gpus: int) -> list[Choice]:
         )
 
     kept = int(_KEPT * pairs)
-    centers, batch = _num_centers(kept), _batch_size(kept, gpus)
+    centers, batch = auto_numbers.num_centers(kept), _batch_size(kept, gpus)
     epochs = _epochs(kept, gpus)
     steps = epochs * kept // batch
 
@@ -114,21 +98,14 @@ def _student(gpus: int) -> Choice:
     return Choice("distill.student", "cid-small", "small enough for a CPU; ViT-B-32 takes a GPU")
 
 
-def _num_centers(kept: int) -> int:
-    return min(_OF_PAPER.cluster.num_centers, max(2, _rounded(kept // _IN_A_CLUSTER)))
-
-
 def _why_centers(kept: int, centers: int) -> Choice:
     why = f"{kept // centers:,} images a cluster or more"
-    paper = _OF_PAPER.cluster.num_centers
-    return Choice("cluster.num_centers", centers, f"the paper's: {why}" if centers == paper else why)
+    return Choice("cluster.num_centers", centers, f"the paper's: {why}" if centers == PAPER_CENTERS else why)
 
 
 def _batch_size(kept: int, gpus: int) -> int:
-    """A power of two for each GPU."""
-    each = max(1, gpus)
-    most = min(_BATCH_OF_GPU, _OF_PAPER.distill.batch_size // each) if gpus else _BATCH_OF_CPU
-    return each * max(1 if each > 1 else 2, _power_of_two(min(most, kept // _STEPS_OF_AN_EPOCH // each)))
+    most = min(auto_numbers.BATCH, PAPER_BATCH // gpus) if gpus else _BATCH_OF_CPU
+    return auto_numbers.batch_size(kept, most=most, ranks=max(1, gpus))
 
 
 def _why_batch(kept: int, batch: int, gpus: int) -> Choice:
@@ -138,14 +115,13 @@ def _why_batch(kept: int, batch: int, gpus: int) -> Choice:
 
 
 def _epochs(kept: int, gpus: int) -> int:
-    seen = _SEEN_BY_GPU * gpus if gpus else _SEEN_BY_CPU
-    return min(_OF_PAPER.distill.epochs, max(_FEWEST_EPOCHS, seen // kept))
+    return auto_numbers.epochs(kept, seen=_SEEN_BY_GPU * gpus if gpus else _SEEN_BY_CPU)
 
 
 def _why_epochs(kept: int, epochs: int, gpus: int) -> Choice:
-    if epochs == _OF_PAPER.distill.epochs:
+    if epochs == PAPER_EPOCHS:
         why = "the paper's"
-    elif epochs == _FEWEST_EPOCHS:
+    elif epochs == auto_numbers.FEWEST_EPOCHS:
         why = f"{epochs * kept:,} pairs seen or more: long for {_named(gpus)}"
     else:
         why = f"{epochs * kept:,} pairs seen or more, a fair load of {_named(gpus)}; the paper has 32"
@@ -158,14 +134,13 @@ def _learning_rate(batch: int, gpus: int) -> Iterator[Choice]:
 
 
 def _why_warmup(steps: int) -> Choice:
-    paper = _OF_PAPER.distill.warmup_steps
-    warmup = min(paper, steps // 10)
-    why = "usual for long runs" if warmup == paper else "a tenth"
+    warmup = auto_numbers.warmup_steps(steps)
+    why = "usual for long runs" if warmup == LONGEST_WARMUP else "a tenth"
     return Choice("distill.warmup_steps", warmup, f"{why}, of {steps:,} steps or more")
 
 
 def _sampling(centers: int, batch: int) -> Iterator[Choice]:
-    usual = _OF_PAPER.distill.sample_rate
+    usual = Recipe().distill.sample_rate
     if round(usual * centers) <= batch:
         yield Choice(
             "distill.sample_rate",
@@ -181,17 +156,6 @@ def _machine(gpus: int) -> Iterator[Choice]:
 
 def _named(gpus: int) -> str:
     return units.counted(gpus, "GPU") if gpus else "a CPU"
-
-
-def _rounded(number: int) -> int:
-    """Down to two digits and zeros."""
-    digits = 10 ** max(0, len(str(number)) - 2)
-    return number // digits * digits
-
-
-def _power_of_two(most: int) -> int:
-    """The largest one up to `most`; 0 for 0."""
-    return 1 << (most.bit_length() - 1) if most else 0
 
 
 def _as_yaml(value: Any) -> str:

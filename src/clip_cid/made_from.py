@@ -6,18 +6,20 @@ One comparison serves finished results, unfinished work, and what was moved asid
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from clip_cid import os_errors
+from clip_cid.auto_numbers import Settled, settle
 from clip_cid.data.embeddings.files_behind import missing_behind
 from clip_cid.data.outside_files import Outside, Reader
 from clip_cid.deciding_settings import DEFAULTS, OF_FILES, deciding
 from clip_cid.errors import DataError, RunError
 from clip_cid.file_digests import digest
 from clip_cid.older_records import inputs_then
-from clip_cid.recipe import Recipe
+from clip_cid.recipe import AUTO, Recipe, auto_settings
 from clip_cid.run_folder import RunFolder, StageRecord
-from clip_cid.stage_names import EMBED
+from clip_cid.stage_names import BALANCE, EMBED
 from clip_cid.stages.facts import BY_NAME, EMBED_VIEWS, Stage
 
 _DEFAULTS = {**DEFAULTS, EMBED_VIEWS: "0"}
@@ -68,6 +70,11 @@ class Origins:
         index = folder.index if writable and (folder.index.is_dir() or not os.path.lexists(folder.index)) else None
         self._reader = Reader(folder.digests, index, recipe.machine.cache_dir)
 
+    def settled(self) -> Settled:
+        """The recipe with a number for each `auto`, as soon as it is known how many pairs are kept."""
+        kept = self._kept() if auto_settings(self._recipe) else None
+        return Settled(self._recipe) if kept is None else settle(self._recipe, kept)
+
     def of(self, stage: Stage, *, parts: bool = False) -> MadeFrom:
         """All that would decide the results now; files that are not known are read.
 
@@ -82,7 +89,7 @@ class Origins:
         for setting, outside in self.outside(stage).items():
             if parts or setting not in stage.in_parts:
                 inputs[setting] = outside.contents()
-        return MadeFrom(stage.version, deciding(stage.settings(self._recipe)), inputs)
+        return MadeFrom(stage.version, deciding(self._settings(stage)), inputs)
 
     def outside(self, stage: Stage) -> dict[str, Outside]:
         """The files made elsewhere that are here."""
@@ -106,7 +113,7 @@ class Origins:
             record: Of the results.
             earlier: Whether to compare the results of the stages it needs.
         """
-        wanted = stage.settings(self._recipe)
+        wanted = self._settings(stage)
         if changes := different_settings(deciding(record.settings), deciding(wanted)):
             return "; ".join(changes)
         if record.version != stage.version:
@@ -125,7 +132,7 @@ class Origins:
     def difference_of_work(self, stage: Stage, before: Mapping[str, Any]) -> str:
         """How unfinished work differs from what the stage would do now, in words; empty if it can be resumed."""
         made, inputs = dict(before), dict(before.get("inputs", {}))
-        if changes := different_settings(made.get("settings", {}), deciding(stage.settings(self._recipe))):
+        if changes := different_settings(made.get("settings", {}), deciding(self._settings(stage))):
             return "; ".join(changes)
         if made.get("version") != stage.version:
             return f"made by an older version of {stage.name}"
@@ -144,6 +151,21 @@ class Origins:
             return ""
         missing = missing_behind(self._folder.path / EMBED)
         return f"{missing[0]} is missing" if missing else ""
+
+    def _settings(self, stage: Stage) -> dict[str, Any]:
+        return stage.settings(self.settled().recipe)
+
+    def _kept(self) -> int | None:
+        """How many images are kept; without a teacher, how many pairs there are. None if that is not known."""
+        if not self._recipe.has_teacher:
+            return self._num_pairs
+        which, count = (BALANCE, "kept") if BALANCE in self._active else (EMBED, "ok")
+        record = whole_record(self._folder, which)
+        return None if record is None else int(record.summary[count])
+
+    @cached_property
+    def _num_pairs(self) -> int | None:
+        return self._reader.num_pairs(self._recipe.pairs)
 
     def _files_changed(self, stage: Stage, record: StageRecord) -> str:
         """The first change of files made elsewhere, in words; empty if there is none."""
@@ -210,6 +232,8 @@ def _differences(before: Any, after: Any, defaults: Any, name: str) -> Iterator[
     if not (isinstance(before, dict) and isinstance(after, dict)):
         if before is None and after == OF_FILES:
             yield f"{name} is given now"
+        elif after == AUTO and isinstance(before, int):
+            return  # what it would be now, only the data can say, and they are not here
         elif before != after:
             yield f"{name} {_short(before)} -> {_short(after)}"
         return

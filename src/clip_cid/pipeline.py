@@ -365,6 +365,12 @@ def _run_stage(
     stage: Stage, folder: RunFolder, recipe: Recipe, origins: Origins, *, call: Callable[[Path], None]
 ) -> None:
     """Run a stage and publish its results; a refused one leaves everything as it was."""
+    settled = origins.settled()
+    recipe = settled.recipe
+    for choice in settled.choices:
+        if stage.concerns(choice.setting):
+            log.info(f"{stage.name:<9} {choice.setting}: auto is {choice.value:,} ({choice.why})")
+
     started, clock = now(), time.monotonic()
     what = f"; {stage.name} could not write its results"
     with os_errors.explained(folder.part(stage.name), what=lambda: what, kept="Earlier results are whole."):
@@ -499,9 +505,10 @@ def _assist(folder: RunFolder, recipe: Recipe, stage: Stage, ranks: "Ranks") -> 
         )
     ranks.wait()
     require_extras(folder, recipe, only=stage.name, force=True)
+    settled = Origins(folder, recipe, active_stages(recipe)).settled()
     module = importlib.import_module(f"clip_cid.stages.{stage.name}")
     with threadpoolctl.threadpool_limits(recipe.machine.threads or None):
-        module.run(folder, part, recipe)
+        module.run(folder, part, settled.recipe)
 
 
 def _results(folder: RunFolder) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Every setting of every stage, with its limits and the paper's default.
+"""Every setting of every stage, with its limits and its default: the paper's, or `auto` where that is for 64 GPUs.
 
 A recipe is a YAML file of these sections; flags of the same dotted names override it. Settings in
 `machine` change how fast a result is made, but not the result, and never make a stage stale.
@@ -41,6 +41,10 @@ from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, EVALUATE, TEXTS
 Share = Annotated[float, Field(ge=0, le=1)]
 Metric = Literal["cosine", "squared_euclidean", "euclidean"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+AUTO: Literal["auto"] = "auto"
+"""A number that is chosen by the number of pairs, when the stage begins (`auto_numbers`)."""
+_NUMBER_OR_AUTO, _LITERAL_AUTO = "constrained-int", "literal['auto']"  # as pydantic names the two
+_PositiveOrAuto = PositiveInt | Literal["auto"]
 ALLOW_PIPE = "CLIP_CID_ALLOW_PIPE"
 """The environment variable that lets a source `pipe:COMMAND` run its command: a recipe may be somebody else's."""
 _MOST_PROBLEMS = 20  # that a message names
@@ -266,9 +270,9 @@ class BalanceConfig(Config):
 class ClusterConfig(Config):
     """Spherical k-means over the kept teacher image embeddings (paper section 3.2, Eq. 1)."""
 
-    num_centers: PositiveInt = 1_000_000
-    """K, the number of clusters. The default is the paper's, for 225 million images; 20 to 200 images a
-    cluster are usual, and `clip-cid init --pairs N` chooses."""
+    num_centers: _PositiveOrAuto = AUTO
+    """K, the number of clusters. auto: one for 30 kept images, and not more than the paper's million
+    (for 225 million images). 20 to 200 images a cluster are usual."""
     iterations: PositiveInt = 20
     """Rounds of assignment and update."""
     max_points_per_center: PositiveInt = 256
@@ -291,7 +295,7 @@ class ClusterConfig(Config):
     @property
     def text_centers(self) -> int:
         """How many clusters of texts are made, if any."""
-        return self.num_text_centers or self.num_centers
+        return self.num_text_centers or settled(self.num_centers)
 
 
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -401,8 +405,9 @@ class DistillConfig(Config):
     alignment: Literal["native", "linear"] = "native"
     """How the student meets the teacher's space. `native`: its own projection has the teacher's
     width. `linear`: one more linear map per modality is learned."""
-    epochs: PositiveInt = 32
-    """Passes over the kept pairs. `clip-cid init --pairs N` chooses fewer where they would take too long."""
+    epochs: _PositiveOrAuto = AUTO
+    """Passes over the kept pairs. auto: the paper's 32, or fewer (at least 4) from three million pairs
+    on, so that about a hundred million are seen."""
     per_cluster: PositiveInt | None = None
     """Take at most this many pairs of a cluster in an epoch, so that large clusters no longer lead. The
     pairs of a cluster take turns from epoch to epoch, and an epoch is shorter. When absent: all."""
@@ -414,13 +419,14 @@ class DistillConfig(Config):
     steps: PositiveInt | None = None
     """Train for this many steps instead of epochs, whatever the number of pairs: for comparisons at
     equal steps."""
-    batch_size: PositiveInt = 32_768
-    """Pairs per step, over all processes together. The default is the paper's, for 64 GPUs;
-    `clip-cid init --pairs N --gpus G` chooses one that fits."""
+    batch_size: _PositiveOrAuto = AUTO
+    """Pairs per step, over all processes together. auto: 1,024, or less where an epoch would have fewer
+    than 16 steps, whatever the machine. Larger is better and takes memory; the paper's 32,768 are for
+    64 GPUs (`clip-cid init --pairs N --gpus G`)."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate. A linear warm-up comes before it and a cosine decay after it."""
-    warmup_steps: NonNegativeInt = 2_000
-    """Steps of the linear warm-up; must be fewer than the run has. A tenth of them suits short runs."""
+    warmup_steps: NonNegativeInt | Literal["auto"] = AUTO
+    """Steps of the linear warm-up; must be fewer than the run has. auto: a tenth of them, at most 2,000."""
     weight_decay: NonNegativeFloat = 0.2
     """AdamW: weight decay. It does not apply to biases, norms, scales and other vectors, nor to the
     cluster head."""
@@ -510,7 +516,7 @@ class DistillConfig(Config):
     @property
     def lines_per_step(self) -> int:
         """Lines of `texts` in a step."""
-        return self.texts_per_step or max(1, self.batch_size // 4)
+        return self.texts_per_step or max(1, settled(self.batch_size) // 4)
 
     @model_validator(mode="before")
     @classmethod
@@ -533,7 +539,7 @@ class DistillConfig(Config):
     def _parts_fit(self) -> "DistillConfig":
         # The batch.
         comparing = [loss.name for loss in rows_of(self.weights.switched_on) if loss.compares_pairs]
-        if self.batch_size < 2 and comparing:
+        if self.batch_size == 1 and comparing:
             raise ValueError(
                 f"batch_size: {self.batch_size}, but {', '.join(comparing)} compare the pairs of a batch with each"
                 " other: set at least 2"
@@ -824,9 +830,10 @@ class Recipe(Config):
 
         # An image has at most as many labels as there are clusters.
         clusters, labels = self.cluster, self.distill.labels
-        if self.uses_several_labels and clusters.existing is None and labels > clusters.num_centers:
+        of_number = clusters.num_centers if clusters.existing is None else AUTO
+        if self.uses_several_labels and of_number != AUTO and labels > of_number:
             raise ValueError(
-                f"distill.labels: {labels:,} labels for an image, but cluster.num_centers is {clusters.num_centers:,}"
+                f"distill.labels: {labels:,} labels for an image, but cluster.num_centers is {of_number:,}"
             )
 
         # Views are crops that a teacher embeds, and the only ones.
@@ -868,6 +875,24 @@ class Recipe(Config):
             if high < low:
                 raise ValueError(f"balance.max_threshold: {high:g} is below balance.threshold {low:g}")
         return self
+
+
+def settled(number: int | Literal["auto"]) -> int:
+    """The value of a setting that may be `auto`, in a recipe that is settled (`auto_numbers.settle`)."""
+    assert number != AUTO, "the recipe is not settled"
+    return number
+
+
+def auto_settings(recipe: Recipe) -> tuple[str, ...]:
+    """The numbers that are still to be chosen."""
+    clusters, training = recipe.cluster, recipe.distill
+    values = {
+        "cluster.num_centers": clusters.num_centers,
+        "distill.epochs": training.epochs,
+        "distill.batch_size": training.batch_size,
+        "distill.warmup_steps": training.warmup_steps,
+    }
+    return tuple(setting for setting, value in values.items() if value == AUTO)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -946,11 +971,12 @@ def parse_recipe(values: Any, *, where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors(include_url=False)[:_MOST_PROBLEMS]]
-        if (more := error.error_count() - len(problems)) > 0:
+        every = [problem for problem in error.errors(include_url=False) if not _is_of_auto(problem)]
+        problems = [_describe(problem) for problem in every[:_MOST_PROBLEMS]]
+        if (more := len(every) - len(problems)) > 0:
             problems.append(f"and {more:,} more")
         raise ConfigError(
-            "\n  ".join([f"{where}: {units.counted(error.error_count(), 'problem')}", *problems]),
+            "\n  ".join([f"{where}: {units.counted(len(every), 'problem')}", *problems]),
             fix="`clip-cid init FILE` writes a recipe with every setting explained.",
         ) from error
 
@@ -1022,9 +1048,17 @@ def _limits(schema: dict[str, Any]) -> str:
     return ""
 
 
+def _is_of_auto(problem: Any) -> bool:
+    """Whether it says that a number is not `auto`, beside the problem that it says of the number."""
+    return bool(problem["loc"]) and problem["loc"][-1] == _LITERAL_AUTO
+
+
 def _describe(problem: Any) -> str:
     """One of pydantic's problems in our words; a misspelt name gets the nearest right one."""
     location = tuple(units.shortened(str(part), 100) for part in problem["loc"])
+    or_auto = ""
+    if location and location[-1] == _NUMBER_OR_AUTO:
+        location, or_auto = location[:-1], ", or auto"
     name = ".".join(location)
     if name in _REMOVED:
         return f"{name}: this setting was removed; {_REMOVED[name].hint}"
@@ -1040,7 +1074,7 @@ def _describe(problem: Any) -> str:
         got = units.shortened(repr(problem["input"]), 200)
     except ValueError:
         got = "a number of more digits than Python writes"
-    return f"{name or 'recipe'}: {message[:1].lower()}{units.shortened(message[1:], 500)}, got {got}"
+    return f"{name or 'recipe'}: {message[:1].lower()}{units.shortened(message[1:], 500)}{or_auto}, got {got}"
 
 
 def _names_at(location: tuple[str, ...]) -> list[str]:

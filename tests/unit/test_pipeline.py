@@ -1,5 +1,6 @@
 """The pipeline's decisions, with stages that only write a file: what runs, in which order, and the reason given."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -16,7 +17,7 @@ from clip_cid.deciding_settings import deciding
 from clip_cid.errors import ConfigError, RunError
 from clip_cid.made_from import different_settings
 from clip_cid.older_records import inputs_then
-from clip_cid.recipe import Recipe, parse_recipe
+from clip_cid.recipe import Recipe, parse_recipe, read_run_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages.facts import Stage
 from clip_cid.summaries import (
@@ -139,6 +140,40 @@ def test_the_same_number_written_differently_is_not_a_change(tmp_path: Path, ran
     folder = RunFolder(tmp_path)
     pipeline.run(folder, recipe(balance={"threshold": 0.07}))
     assert reasons(folder, recipe(balance={"threshold": "7e-2"})) == {}
+
+
+def test_auto_is_recorded_as_the_number_that_the_kept_pairs_give_and_said_with_its_reason(
+    tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    folder = RunFolder(tmp_path)
+    monkeypatch.setitem(SUMMARIES, "balance", dataclasses.replace(SUMMARIES["balance"], kept=660))
+    pipeline.run(folder, recipe())
+    of_clusters, of_training = folder.record("cluster"), folder.record("distill")
+    assert of_clusters is not None
+    assert of_training is not None
+    assert of_clusters.settings["cluster"]["num_centers"] == 22
+    assert of_training.settings["distill"]["warmup_steps"] == 66
+    assert "cluster   cluster.num_centers: auto is 22 (30 of 660 kept images a cluster)" in capsys.readouterr().err
+    assert read_run_recipe(tmp_path / "recipe.yaml") == recipe()
+
+    # The same number written down is the same; another one is named beside what auto was.
+    assert reasons(folder, recipe(cluster={"num_centers": 22}, distill={"warmup_steps": 66})) == {}
+    assert reasons(folder, recipe(distill={"warmup_steps": 5}))["distill"] == "distill.warmup_steps 66 -> 5"
+
+
+def test_auto_is_another_number_once_other_pairs_are_kept(
+    tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    folder = RunFolder(tmp_path)
+    monkeypatch.setitem(SUMMARIES, "balance", dataclasses.replace(SUMMARIES["balance"], kept=660))
+    pipeline.run(folder, recipe())
+    monkeypatch.setitem(SUMMARIES, "balance", dataclasses.replace(SUMMARIES["balance"], kept=1_200))
+    monkeypatch.setitem(WRITES, "balance", "more")
+    pipeline.run(folder, recipe(balance={"threshold": 0.05}))
+    record = folder.record("cluster")
+    assert record is not None
+    assert record.settings["cluster"]["num_centers"] == 40
+    assert reasons(folder, recipe(balance={"threshold": 0.05})) == {}
 
 
 def test_machine_settings_make_nothing_stale(tmp_path: Path, ran: list[str]):

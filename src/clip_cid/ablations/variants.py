@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from clip_cid import log
+from clip_cid.auto_numbers import chosen_settings
 from clip_cid.data.embeddings.files_behind import STORE_FILE
 from clip_cid.errors import ConfigError
 from clip_cid.loss_table import LOSSES
-from clip_cid.recipe import PRESETS, Recipe, parse_recipe
+from clip_cid.recipe import PRESETS, Recipe, parse_recipe, settled
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, EMBED, EVALUATE
 
 Name = Literal["threshold", "losses", "clusters", "teacher"]
@@ -75,6 +76,11 @@ def plan(name: Name, recipe: Recipe, *, values: Sequence[str] = (), peers: bool 
         raise ConfigError(f"--peers: {name} compares no losses.", fix="Use it with `clip-cid ablate losses`.")
     if not recipe.uses(DISTILL) or not recipe.uses(EVALUATE):
         raise ConfigError("ablate: this recipe measures no student.", fix="Name sets in evaluate.sets or retrieval.")
+    if name != "losses" and (auto := chosen_settings(recipe)):
+        raise ConfigError(
+            f"ablate {name}: {', '.join(auto)} would be chosen for each variant, so more than one thing would vary.",
+            fix="Write numbers into the recipe; `clip-cid check RUN --recipe FILE` says those of auto.",
+        )
     if name == "losses":
         return _losses(recipe, values, peers=peers)
     return {"threshold": _thresholds, "clusters": _clusters, "teacher": _teachers}[name](recipe, values)
@@ -109,7 +115,7 @@ def _thresholds(recipe: Recipe, values: Sequence[str]) -> Ablation:
 
 def _clusters(recipe: Recipe, values: Sequence[str]) -> Ablation:
     _refuse_unused(recipe, CLUSTER, recipe.cluster.existing)
-    own = recipe.cluster.num_centers
+    own = settled(recipe.cluster.num_centers)
     chosen = _numbers(values, int) or [max(1, round(own * count / _PAPER_CLUSTERS)) for count in CLUSTER_COUNTS]
     changes = {f"{count:,}": {"cluster.num_centers": count} for count in chosen}
     return _ablation("clusters", changes, own=f"{own:,}", seeded=("distill.seed", "cluster.seed"))

@@ -14,13 +14,14 @@ import threadpoolctl
 import torch
 
 from clip_cid import extras, tasks
+from clip_cid.auto_numbers import Choice
 from clip_cid.check import captions, estimates, likely_mistakes, misfits, rehearsal, trial
 from clip_cid.errors import ClipCidError, ConfigError
 from clip_cid.models.architectures import architecture, build_skeleton
 from clip_cid.models.costs import Costs, count_costs, count_parameters
 from clip_cid.models.device import resolve_device
 from clip_cid.pipeline import State
-from clip_cid.recipe import Recipe
+from clip_cid.recipe import Recipe, settled
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import CLUSTER, EMBED, TEXTS
 from clip_cid.training.assemble import distinct_labels, largest_epoch, refuse_without_float64
@@ -37,6 +38,9 @@ class Report:
     """All results of a check; sizes in bytes, times in seconds."""
 
     recipe: Recipe
+    """With a number for each `auto`."""
+    choices: tuple[Choice, ...]
+    """These numbers, and why."""
     device: torch.device
     undone: list[State]
     """Stages before the training that have not run: the targets of the steps were random."""
@@ -108,6 +112,8 @@ def _try(folder: RunFolder, recipe: Recipe, original: Recipe, scratch: Path) -> 
     device: torch.device | None = None
     teacher: trial.TeacherFacts | None = None
     missing = trial.undone(folder, recipe)
+    settled = misfits.settle_for(run, recipe, missing)
+    recipe, original = settled.recipe, settled.recipe.model_copy(update={"machine": original.machine})
     with misfits.noted(found):
         _refuse_bad_listeners(original)
     with misfits.noted(found):
@@ -131,7 +137,7 @@ def _try(folder: RunFolder, recipe: Recipe, original: Recipe, scratch: Path) -> 
     misfits.raise_together(found)
     assert tried is not None, "nothing was found"
     report = _measure(folder, original, tried, teacher, missing)
-    return dataclasses.replace(report, warnings=[*report.warnings, *left_out])
+    return dataclasses.replace(report, choices=settled.choices, warnings=[*report.warnings, *left_out])
 
 
 def _measure(
@@ -168,6 +174,7 @@ def _measure(
 
     report = Report(
         recipe=recipe,
+        choices=(),
         device=trainer.ranks.device,
         undone=missing,
         pairs=pairs,
@@ -219,7 +226,9 @@ def _warnings(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str
         ),
         *likely_mistakes.of_weights(settings),
         *likely_mistakes.of_head(settings),
-        *likely_mistakes.of_views(recipe.embed, epochs=report.duration.steps * settings.batch_size / report.pairs),
+        *likely_mistakes.of_views(
+            recipe.embed, epochs=report.duration.steps * settled(settings.batch_size) / report.pairs
+        ),
         *likely_mistakes.of_machine(settings, machine, report.device),
         *likely_mistakes.of_time(report.duration, machine),
         *likely_mistakes.of_pairs(report.sights, report.reading, max_bad_share=recipe.pairs.max_bad_share),
@@ -230,7 +239,7 @@ def _warnings(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str
 
     labels, head = tried.training.inputs.pairs.labels, tried.trainer.model.objective.head
     if labels is not None and head is not None:
-        own = distinct_labels(labels, settings.batch_size, per_cluster=settings.per_cluster)
+        own = distinct_labels(labels, settled(settings.batch_size), per_cluster=settings.per_cluster)
         warnings += likely_mistakes.of_negatives(settings, num_centers=head.num_centers, own=own)
     return warnings
 
@@ -282,7 +291,7 @@ def _bytes_before(recipe: Recipe, missing: list[State], pairs: int, texts: int, 
     names = {state.stage.name for state in missing}
     embedding = EMBED in names and recipe.embed.existing is None
     embeddings = estimates.embedding_bytes(pairs, width, views=recipe.embed.views) if embedding else 0
-    centers = estimates.cluster_bytes(pairs, recipe.cluster.num_centers, width) if CLUSTER in names else 0
+    centers = estimates.cluster_bytes(pairs, settled(recipe.cluster.num_centers), width) if CLUSTER in names else 0
     if CLUSTER in names and recipe.cluster.texts:  # one caption a pair
         centers += estimates.cluster_bytes(pairs, recipe.cluster.text_centers, width)
     of_texts = estimates.text_bytes(texts, width) if TEXTS in names else 0

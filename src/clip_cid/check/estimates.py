@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from clip_cid.recipe import DistillConfig, Recipe
+from clip_cid.recipe import DistillConfig, Recipe, settled
 from clip_cid.training import room
 from clip_cid.training.loop import Trainer
 
@@ -86,7 +86,8 @@ def chance_levels(
     Returns:
         By the loss's name, in its own unit; a loss without such a level is not there.
     """
-    crossed = math.log(settings.batch_size)
+    batch_size = settled(settings.batch_size)
+    crossed = math.log(batch_size)
     levels: dict[str, float] = {"clip": crossed, "instance_image": crossed, "instance_text": crossed, "icl": crossed}
     towers = 1 if settings.keeps_text_tower else 2
     levels["feature"] = 2 * towers / width  # squared distance 2 of unit vectors at a right angle, for each tower
@@ -94,7 +95,7 @@ def chance_levels(
     if settings.keeps_text_tower:
         del levels["icl"]  # half of it is the teacher's own
     if logit_bias is not None:
-        levels["siglip"] = _softplus(-logit_bias) + (settings.batch_size - 1) * _softplus(logit_bias)
+        levels["siglip"] = _softplus(-logit_bias) + (batch_size - 1) * _softplus(logit_bias)
     if num_centers is not None and in_step is not None:
         # Each label against all negatives; how many of these `ignore_near` leaves out is not known.
         if settings.ignore_near is None:

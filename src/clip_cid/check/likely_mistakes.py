@@ -11,7 +11,7 @@ from clip_cid.check.captions import Sights
 from clip_cid.check.estimates import Disk, Duration
 from clip_cid.check.rehearsal import Reading
 from clip_cid.loss_table import LOSSES
-from clip_cid.recipe import DistillConfig, EmbedConfig, MachineConfig
+from clip_cid.recipe import DistillConfig, EmbedConfig, MachineConfig, settled
 from clip_cid.training.step import resolve_precision
 
 _WARM_UP = 0.1  # of the steps
@@ -24,9 +24,10 @@ _LONG = 1800.0  # seconds: losing a run of this length costs much
 
 def of_settings(settings: DistillConfig, *, steps: int, pairs: int, held_out: int) -> Iterator[str]:
     """Settings that do not fit the length of the run; `pairs` are those of an epoch."""
-    if settings.warmup_steps > _WARM_UP * steps:
+    warmup, batch_size = settled(settings.warmup_steps), settled(settings.batch_size)
+    if warmup > _WARM_UP * steps:
         yield (
-            f"distill.warmup_steps: {settings.warmup_steps:,} is {units.percent(settings.warmup_steps / steps, 0)}"
+            f"distill.warmup_steps: {warmup:,} is {units.percent(warmup / steps, 0)}"
             f" of the {steps:,} steps; a tenth would be {steps // 10:,}"
         )
 
@@ -39,10 +40,10 @@ def of_settings(settings: DistillConfig, *, steps: int, pairs: int, held_out: in
             " gets only one line"
         )
 
-    if settings.batch_size > pairs / 2:
+    if batch_size > pairs / 2:
         yield (
-            f"distill.batch_size: {settings.batch_size:,} of {pairs:,} pairs: every batch is most of the data, and an "
-            f"epoch has {pairs / settings.batch_size:.1f} steps"
+            f"distill.batch_size: {batch_size:,} of {pairs:,} pairs: every batch is most of the data, and an "
+            f"epoch has {pairs / batch_size:.1f} steps"
         )
 
     if held_out and 0.5 / held_out**0.5 > _ERROR:
@@ -88,7 +89,7 @@ def of_negatives(settings: DistillConfig, *, num_centers: int, own: float) -> It
     if settings.sample_rate < 1 and quota <= own:
         yield (
             f"distill.sample_rate: {settings.sample_rate:g} is {quota:,} of {num_centers:,} centers a step,"
-            f" but a batch of {settings.batch_size:,} holds {own:,.0f} of them by itself:"
+            f" but a batch of {settled(settings.batch_size):,} holds {own:,.0f} of them by itself:"
             " there are no random negatives"
         )
 

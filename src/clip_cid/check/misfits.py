@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from clip_cid.auto_numbers import Settled, settle
 from clip_cid.data.balance.decisions import read_decisions
 from clip_cid.data.balance.kept_file import read_kept_elsewhere
 from clip_cid.data.embeddings.files import STORE_FILE, read_info
@@ -22,11 +23,12 @@ from clip_cid.data.pairs.sources import find_sources
 from clip_cid.data.sets.evaluation_sets import MissingSetError, open_set
 from clip_cid.data.text_files import read_text_lines
 from clip_cid.errors import ClipCidError, ConfigError, DataError
+from clip_cid.made_from import Origins
 from clip_cid.method.balance.semantic_balance import BalanceRule
 from clip_cid.models.loading import known_architecture
 from clip_cid.models.teacher import teacher_reference
-from clip_cid.pipeline import State, require_extras
-from clip_cid.recipe import DistillConfig, Recipe
+from clip_cid.pipeline import State, active_stages, require_extras
+from clip_cid.recipe import DistillConfig, Recipe, auto_settings, settled
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, TEXTS
 from clip_cid.stages.cluster import OF_TEXTS, read_clusters
@@ -103,6 +105,26 @@ def find_misfits(folder: RunFolder, recipe: Recipe, missing: Sequence[State]) ->
         require_extras(RunFolder(folder.path, read_only=True), recipe)
     left_out = _check_evaluation(recipe, found)
     return found, left_out
+
+
+def settle_for(folder: RunFolder, recipe: Recipe, missing: Sequence[State]) -> Settled:
+    """The recipe with a number for each `auto`; if the kept pairs are not known yet, as if all were kept.
+
+    Args:
+        folder: The run, which is only read.
+        recipe: The settings.
+        missing: The stages before the training that are to run.
+    """
+    names = {state.stage.name for state in missing}
+    if not names & {EMBED, BALANCE}:
+        settled = Origins(folder, recipe, active_stages(recipe)).settled()
+        if not auto_settings(settled.recipe):
+            return settled
+
+    with contextlib.suppress(ClipCidError):  # which is said by those who need the pairs
+        if (images := _images(folder, recipe, names)) is not None:
+            return settle(recipe, images.most)
+    return settle(recipe, 0)
 
 
 def of_training(folder: RunFolder, recipe: Recipe, missing: Sequence[State], width: int | None) -> list[ClipCidError]:
@@ -260,7 +282,7 @@ def _check_clusters(recipe: Recipe, images: _Images, found: list[ClipCidError]) 
             _check_clusters_elsewhere(settings.existing, settings.texts, images)
         return
 
-    wanted = [("num_centers", settings.num_centers, images.most, "images are kept", "images")]
+    wanted = [("num_centers", settled(settings.num_centers), images.most, "images are kept", "images")]
     if settings.texts and images.captions is not None:
         wanted.append(("num_text_centers", settings.text_centers, images.captions, "captions are kept", "captions"))
     for setting, centers, most, are_kept, rows in wanted:
@@ -310,7 +332,7 @@ def _num_centers(recipe: Recipe) -> int | None:
     """None if they are elsewhere and cannot be read, which is said elsewhere."""
     existing = recipe.cluster.existing
     if existing is None:
-        return recipe.cluster.num_centers
+        return settled(recipe.cluster.num_centers)
     try:
         return len(read_npy(existing / "centers.npy", mmap_mode="r"))
     except (OSError, ValueError, TypeError):

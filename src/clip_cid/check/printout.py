@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from clip_cid import log, units
 from clip_cid.check import Report, estimates
 from clip_cid.loss_table import LOSSES
+from clip_cid.recipe import settled
 from clip_cid.stage_names import BALANCE, CLUSTER
 
 _MEASURED, _COUNTED, _ARITHMETIC = "measured", "counted", "arithmetic"
@@ -15,6 +16,10 @@ Row = tuple[str, str, str]
 def say(report: Report) -> None:
     """Print all of it."""
     log.table(_HOW, [*_pairs(report), *_student(report)], title="Pairs and student")
+    if report.choices:
+        kept = ", if all pairs are kept" if report.undone else ""
+        rows = [(choice.setting, f"{choice.value:,}", choice.why) for choice in report.choices]
+        log.table(("", "auto is", "because"), rows, title=f"Numbers that are chosen{kept}")
     level = "of a student that sees nothing"
     log.table(("loss", "first step", level), list(_losses(report)), title="Losses")
     for title, rows in (
@@ -108,7 +113,7 @@ def _losses(report: Report) -> Iterator[Row]:
 
 def _time(report: Report) -> Iterator[Row]:
     settings, duration = report.recipe.distill, report.duration
-    batch, most = settings.batch_size, "at most " if report.undone and settings.steps is None else ""
+    batch, most = settled(settings.batch_size), "at most " if report.undone and settings.steps is None else ""
     steps = f"{_MEASURED}, median of {report.rehearsal.steps} steps on {report.device}"
     yield "step", _seconds(duration.compute), steps
     yield "pairs a second, without waiting", f"{batch / duration.compute:,.0f}", steps
@@ -192,7 +197,7 @@ def _teacher(report: Report) -> Iterator[Row]:
     more = f", and {views:,} more passes of its image tower" if views else ""
     yield "embedding these pairs, once", _flops(embedding), f"{_ARITHMETIC}: pairs x teacher{more}"
     if report.embed_seconds is None and report.student is not None:
-        speed = report.student.training * report.recipe.distill.batch_size / report.duration.compute
+        speed = report.student.training * settled(report.recipe.distill.batch_size) / report.duration.compute
         yield "time of that", units.duration(embedding / speed), f"{_ARITHMETIC}, at the speed of the student's steps"
 
 
@@ -210,7 +215,7 @@ def _before(report: Report) -> Iterator[Row]:
         )
         yield "disk while balance works", f"{units.size(least)} to {units.size(most)}", f"{_ARITHMETIC}, docs/scale.md"
     if CLUSTER in names:
-        centers = recipe.cluster.num_centers
+        centers = settled(recipe.cluster.num_centers)
         if recipe.cluster.texts:  # one after the other
             centers = max(centers, recipe.cluster.text_centers)
         needed = estimates.cluster_memory(report.pairs, centers, width)

@@ -17,7 +17,7 @@ from clip_cid.models.architectures import build_skeleton
 from clip_cid.models.costs import Costs, count_costs
 from clip_cid.models.loading import known_architecture
 from clip_cid.models.teacher import teacher_reference
-from clip_cid.recipe import Recipe
+from clip_cid.recipe import Recipe, settled
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import DISTILL, EMBED
 from clip_cid.training.assemble import (
@@ -149,7 +149,7 @@ def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ran
     clip = make_student(recipe.distill, teacher.width, recipe.machine)  # its own text tower stands in for a teacher's
     teacher_dim = teacher.width or clip.dim
     if recipe.uses_clusters:
-        centers = _random_centers("num_centers", recipe.cluster.num_centers, teacher_dim)
+        centers = _random_centers("num_centers", settled(recipe.cluster.num_centers), teacher_dim)
         inputs = dataclasses.replace(inputs, centers=centers)
     if recipe.uses_text_clusters:
         centers = _random_centers("num_text_centers", recipe.cluster.text_centers, teacher_dim)
@@ -170,7 +170,7 @@ def add_random_targets(batch: Batch, recipe: Recipe, dim: int) -> Batch:
         lines = _unit_rows(len(batch.lines), dim, generator)
         batch = dataclasses.replace(batch, teacher_lines=torch.from_numpy(lines))
     if recipe.uses_clusters:
-        labels = torch.from_numpy(generator.integers(0, recipe.cluster.num_centers, rows))
+        labels = torch.from_numpy(generator.integers(0, settled(recipe.cluster.num_centers), rows))
         batch = dataclasses.replace(batch, labels=labels)
     if recipe.uses_text_clusters:
         text_labels = torch.from_numpy(generator.integers(0, recipe.cluster.text_centers, rows))

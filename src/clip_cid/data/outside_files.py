@@ -55,6 +55,14 @@ class Reader:
 
         return Outside(state, contents, settings.source, lambda: _are_here(settings))
 
+    def num_pairs(self, settings: PairsConfig) -> int | None:
+        """How many image-text pairs there are; None if they are not here."""
+        if not _are_here(settings):
+            return None
+        from clip_cid.data.pairs.pairs import open_pairs
+
+        return len(open_pairs(settings, index=self.index, cache_dir=self.cache_dir))
+
     def embeddings(self, path: Path) -> Outside:
         """A store, or files of any layout, with all that they refer to."""
         return self._files(path, files_behind(path))

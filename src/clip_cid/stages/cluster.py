@@ -18,7 +18,7 @@ from clip_cid.method.cluster.cluster_quality import cluster_quality, gini, margi
 from clip_cid.method.cluster.clustering import Clusters, KMeansState, spherical_kmeans
 from clip_cid.method.unit_rows import Rows
 from clip_cid.models.device import resolve_device
-from clip_cid.recipe import Recipe
+from clip_cid.recipe import Recipe, settled
 from clip_cid.run_folder import WORK, RunFolder, atomic_file
 from clip_cid.stage_names import EMBED
 from clip_cid.summaries import ClusterSummary, ClusterTruth, KmeansRound, TextClusters
@@ -45,13 +45,14 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ClusterSummary:
     images, texts = store.images.select(kept), CaptionRows(store, kept) if settings.texts else None
 
     # What does not fit is refused before anything old is touched.
+    num_centers = settled(settings.num_centers)
     if settings.existing is None:
-        _check_centers("num_centers", settings.num_centers, len(kept), "kept images")
+        _check_centers("num_centers", num_centers, len(kept), "kept images")
         if texts is not None:
             _check_centers("num_text_centers", settings.text_centers, len(texts), "captions of kept images")
         folder.accept()
 
-    centers, labels, origin = _clusters(images, settings.num_centers, _OF_IMAGES, store, kept, out, recipe)
+    centers, labels, origin = _clusters(images, num_centers, _OF_IMAGES, store, kept, out, recipe)
     of_texts = None
     if texts is not None:
         found = _clusters(texts, settings.text_centers, OF_TEXTS, store, kept, out, recipe)

@@ -31,7 +31,7 @@ from clip_cid.models.clip import Clip, train_transform, use_grad_checkpointing
 from clip_cid.models.student import build_student
 from clip_cid.models.teacher import weights_sha256
 from clip_cid.models.text_tower import TextTower
-from clip_cid.recipe import DistillConfig, MachineConfig, Recipe
+from clip_cid.recipe import DistillConfig, MachineConfig, Recipe, settled
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import EMBED
 from clip_cid.training.bank import Bank, log_perplexities
@@ -145,7 +145,7 @@ def split_off(training: TrainingPairs, settings: DistillConfig, ranks: Ranks) ->
     """
     if not (share := settings.validation.share):
         return training, None
-    return hold_out(training, share, batch_size=settings.batch_size, ranks=ranks.size)
+    return hold_out(training, share, batch_size=settled(settings.batch_size), ranks=ranks.size)
 
 
 def assemble(
@@ -249,24 +249,25 @@ def count_steps(settings: DistillConfig, epoch_pairs: int) -> int:
     Raises:
         ConfigError: There are not enough pairs in an epoch for one batch.
     """
-    if settings.batch_size > epoch_pairs:
+    batch_size = settled(settings.batch_size)
+    if batch_size > epoch_pairs:
         where, more = "to train on", "give more pairs"
         if settings.per_cluster is not None:
             where = f"in an epoch (distill.per_cluster: {settings.per_cluster:,})"
             more = "raise distill.per_cluster"
         raise ConfigError(
-            f"distill.batch_size: {settings.batch_size:,}, but there are {epoch_pairs:,} pairs {where}.",
+            f"distill.batch_size: {batch_size:,}, but there are {epoch_pairs:,} pairs {where}.",
             fix=f"Set distill.batch_size to at most {epoch_pairs:,}, or {more}.",
         )
-    return settings.steps or settings.epochs * epoch_pairs // settings.batch_size
+    return settings.steps or settled(settings.epochs) * epoch_pairs // batch_size
 
 
 def largest_epoch(recipe: Recipe, num_pairs: int) -> int:
     """The most pairs an epoch can have, before the clusters are known."""
-    per_cluster, centers = recipe.distill.per_cluster, recipe.cluster.num_centers
+    per_cluster = recipe.distill.per_cluster
     if per_cluster is None or recipe.cluster.existing is not None:
         return num_pairs
-    return min(num_pairs, per_cluster * centers)
+    return min(num_pairs, per_cluster * settled(recipe.cluster.num_centers))
 
 
 def make_student(
@@ -355,7 +356,7 @@ def make_batches(
     return Batches(
         training,
         _dataset(training, clip, recipe, transform),
-        batch_size=settings.batch_size,
+        batch_size=settled(settings.batch_size),
         seed=settings.seed,
         workers=recipe.machine.workers,
         pin=ranks.device.type == "cuda",
@@ -484,11 +485,12 @@ def _sum_by_label(
 def _warn_of_negatives(settings: DistillConfig, labels: Rows, num_centers: int) -> None:
     """Say once when the centers of a batch fill the sample, so that no random negatives take part."""
     quota = round(settings.sample_rate * num_centers)
-    own = distinct_labels(labels, settings.batch_size, per_cluster=settings.per_cluster)
+    batch_size = settled(settings.batch_size)
+    own = distinct_labels(labels, batch_size, per_cluster=settings.per_cluster)
     if quota <= own:
         log.info(
             f"distill.sample_rate {settings.sample_rate:g} is {quota:,} of {num_centers:,} centers a step, but"
-            f" a batch of {settings.batch_size:,} holds {own:,.0f} of them by itself: its own centers are the only"
+            f" a batch of {batch_size:,} holds {own:,.0f} of them by itself: its own centers are the only"
             " negatives"
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from clip_cid import log, tasks, units
 from clip_cid.errors import RunError
 from clip_cid.method.distill.collapse import CollapseAlarm
-from clip_cid.recipe import DistillConfig, MachineConfig
+from clip_cid.recipe import DistillConfig, MachineConfig, settled
 from clip_cid.run_folder import write_json
 from clip_cid.training import checkpoint, room
 from clip_cid.training.batches import Batch, Batches
@@ -66,7 +66,7 @@ class Trainer:
         self.progress, self._in_succession = Progress(), 0
         self.watch = Stopwatch()
         self.best = Best(settings.validation.metric, settings.validation.patience)
-        self.alarm = CollapseAlarm(patience=2 * settings.warmup_steps)
+        self.alarm = CollapseAlarm(patience=2 * settled(settings.warmup_steps))
         self.bad = BadPairs(batches.training, out / "skipped.jsonl", max_share=plan.max_bad_share)
         self.records: Records | None = None  # of the main process, from `_resume` on
 

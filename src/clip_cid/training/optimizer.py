@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_cid.errors import ConfigError
-from clip_cid.recipe import DistillConfig
+from clip_cid.recipe import DistillConfig, settled
 from clip_cid.training.ranks.distributed import Ranks
 
 
@@ -71,9 +71,9 @@ def refuse_long_warmup(settings: DistillConfig, steps: int) -> None:
     Raises:
         ConfigError: It is as long or longer.
     """
-    if settings.warmup_steps >= steps:
+    if (warmup := settled(settings.warmup_steps)) >= steps:
         raise ConfigError(
-            f"distill.warmup_steps: {settings.warmup_steps:,}, but the whole run has {steps:,} steps.",
+            f"distill.warmup_steps: {warmup:,}, but the whole run has {steps:,} steps.",
             fix=f"Set distill.warmup_steps to {steps // 10} (a tenth of the run), or train for longer.",
         )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clip_cid.method.distill.gradient_weights import weights_by_gradients
 from clip_cid.method.distill.objective import weighted_sum
-from clip_cid.recipe import DistillConfig, MachineConfig, Precision
+from clip_cid.recipe import DistillConfig, MachineConfig, Precision, settled
 from clip_cid.training.batches import Batch
 from clip_cid.training.ema import EMA
 from clip_cid.training.gradient_norms import GradientNorms
@@ -84,7 +84,7 @@ class Learner:
         A batch with a loss or gradient that is not finite leaves no trace in the statistics of batch normalizations, nor
         in the norms of the gradients.
         """
-        lr_share = learning_rate_share(step, warmup_steps=self.settings.warmup_steps, steps=self.steps)
+        lr_share = learning_rate_share(step, warmup_steps=settled(self.settings.warmup_steps), steps=self.steps)
         set_learning_rate(self.optimizers, lr_share)
         for optimizer in self.optimizers:
             optimizer.zero_grad()

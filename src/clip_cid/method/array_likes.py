@@ -1,5 +1,6 @@
 """Numbers in the forms that people have them in Python: tensors, data frames, lists. What cannot be read is named."""
 
+import operator
 import os
 from typing import Any
 
@@ -15,14 +16,15 @@ def as_array(given: ArrayLike, *, name: str) -> Any:
     """The same numbers as an array.
 
     A tensor may be on a device, need gradients, or be in bfloat16, which becomes float32. Of a data frame all columns
-    are taken. A list may hold rows of any of these forms. Anything else with a shape is left as it is, unread.
+    are taken, or its only one if that holds vectors. A list may hold rows of any of these forms. Anything else with a
+    shape is left as it is, unread.
 
     Args:
         given: The numbers.
         name: What to call them in an error.
 
     Raises:
-        ValueError: It is a path, not numbers, has rows of several lengths, or has values that are masked.
+        ValueError: It is a path, not numbers, has rows of several lengths, or has values that are masked or missing.
     """
     if isinstance(given, str | os.PathLike):
         raise ValueError(f"{name} must be an array, got the path {str(given)!r}; load it first, as by np.load")
@@ -32,18 +34,69 @@ def as_array(given: ArrayLike, *, name: str) -> Any:
     if hasattr(given, "detach"):
         return _of_tensor(given, name)
     if hasattr(given, "to_numpy"):
-        values = given.to_numpy()
-        return as_array(list(values), name=name) if values.dtype == object and values.ndim == 1 else values
+        return _of_table(given, name)
     if isinstance(given, list | tuple):
         return _of_list(given, name)
     if not hasattr(given, "shape") or hasattr(given, "schema"):  # a table of pyarrow has both
-        hint = f"; give its images ({name}.images)" if hasattr(given, "images") else ""
-        raise ValueError(f"{name} must be an array, got {type(given).__name__}{hint}")
+        raise ValueError(f"{name} must be an array, got {type(given).__name__}{_way_out(given, name)}")
     return given
 
 
+def as_whole_number(given: Any, *, name: str, least: int | None = None) -> int:
+    """The number as Python's.
+
+    Raises:
+        ValueError: It is none, or below `least`.
+    """
+    try:
+        number = operator.index(given)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {given!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def _way_out(given: Any, name: str) -> str:
+    """What to do with an object that holds the numbers somewhere."""
+    if hasattr(given, "images"):
+        return f"; give its images ({name}.images)"
+    if hasattr(given, "collect"):
+        return "; collect() it first"
+    if hasattr(given, "schema"):
+        return f"; give its column of vectors, as {name}['embedding']"
+    return "; list() makes one" if hasattr(given, "__next__") else ""
+
+
+def _of_table(given: Any, name: str) -> np.ndarray:
+    """A data frame of pandas or polars, or a column of one or of pyarrow."""
+    try:
+        values = given.to_numpy()
+    except ValueError:  # pyarrow, where the numbers would have to be copied
+        values = given.to_numpy(zero_copy_only=False)
+    if values.dtype != object:
+        return values
+    if values.ndim == 1:
+        return as_array(list(values), name=name)
+    return _of_columns(given, name) if hasattr(given, "columns") else values
+
+
+def _of_columns(frame: Any, name: str) -> np.ndarray:
+    """Columns of numbers of several kinds, or one column of vectors."""
+    columns = {label: as_array(frame[label], name=f"{name}[{label!r}]") for label in frame.columns}
+    for label, values in columns.items():
+        if values.ndim == 2 and len(columns) == 1:
+            return values
+        if values.ndim != 1 or values.dtype.kind not in "iuf":
+            what = "vectors" if values.ndim > 1 else values.dtype
+            raise ValueError(
+                f"{name} must be a frame of numbers, but column {label!r} has {what}; give the embedding's columns alone"
+            )
+    return np.stack(list(columns.values()), axis=1)
+
+
 def _of_tensor(tensor: Any, name: str) -> np.ndarray:
-    plain = tensor.detach()
+    plain = tensor.detach().resolve_conj().resolve_neg()
     if plain.is_floating_point() and str(plain.dtype) not in _FLOATS_OF_BOTH:
         plain = plain.float()
     try:
@@ -60,4 +113,7 @@ def _of_list(rows: Any, name: str) -> np.ndarray:
     try:
         return np.asarray(rows)
     except ValueError:
+        missing = next((number for number, row in enumerate(rows) if row is None), None)
+        if missing is not None:
+            raise ValueError(f"{name} must have a vector in each row, but row {missing} has none") from None
         raise ValueError(f"{name} must have rows of one length, got a list of several") from None

@@ -68,6 +68,8 @@ def threshold_on(metric_from: Metric, threshold: float, metric_to: Metric) -> fl
             raise ValueError(_unknown(metric))
 
     largest = LARGEST[metric_from]
+    if isinstance(threshold, str):
+        raise ValueError(f"threshold must be a number, got {threshold!r}")
     if not 0 < threshold < largest:
         raise ValueError(f"threshold must be above 0 and below {largest:g} for metric {metric_from}, got {threshold}")
 

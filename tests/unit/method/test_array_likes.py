@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import clip_cid
-from clip_cid.method.array_likes import as_array
+from clip_cid.method.array_likes import as_array, as_whole_number
 
 ROWS, DIM = 40, 8
 VALUES = np.random.default_rng(0).normal(size=(ROWS, DIM)).astype(np.float32)
@@ -21,7 +21,7 @@ UNIT[1], UNIT[7] = UNIT[0], UNIT[6]
 
 
 class Frame:
-    """As pandas and polars: `[]` takes columns, `to_numpy` gives the numbers."""
+    """As pandas and polars give numbers: by `to_numpy`, and `[]` takes no rows."""
 
     def __init__(self, values: Any) -> None:
         self._values = np.asarray(values)
@@ -32,6 +32,18 @@ class Frame:
 
     def to_numpy(self) -> np.ndarray:
         return self._values
+
+
+class Columns(Frame):
+    """A frame whose columns are of several kinds: as a whole it is objects."""
+
+    def __init__(self, **columns: Any) -> None:
+        self.columns = list(columns)
+        self._of = {name: column if isinstance(column, Frame) else Frame(column) for name, column in columns.items()}
+        super().__init__(np.empty((ROWS, len(columns)), dtype=object))
+
+    def __getitem__(self, column: str) -> Frame:
+        return self._of[column]
 
 
 def column_of_vectors(values: np.ndarray) -> Frame:
@@ -51,6 +63,11 @@ FORMS = {
     "float64 tensor": lambda values: torch.from_numpy(values).double(),
     "data frame": Frame,
     "column of vectors": column_of_vectors,
+    "frame of one column of vectors": lambda values: Columns(embedding=column_of_vectors(values)),
+    "columns of nullable numbers": lambda values: Columns(**{f"c{place}": values[:, place] for place in range(DIM)}),
+    "array of pyarrow": lambda values: pa.array(list(values), type=pa.list_(pa.float32(), DIM)),
+    "column of pyarrow": lambda values: pa.table({"e": list(values)})["e"],
+    "negative view": lambda values: torch._neg_view(-torch.from_numpy(values)),
     "Fortran order": np.asfortranarray,
     "big-endian": lambda values: values.astype(">f4"),
 }
@@ -106,6 +123,10 @@ REFUSED = {
     "None": (None, "embeddings must be an array, got NoneType"),
     "dictionary": ({"a": 1}, "got dict"),
     "table of pyarrow": (pa.table({"a": [1.0, 0.0], "b": [0.0, 1.0]}), "must be an array, got Table"),
+    "frame with keys": (Columns(key=np.full(ROWS, "k"), x=np.ones(ROWS)), "column 'key' has <U1; give the embedding's"),
+    "keys and vectors": (Columns(n=np.arange(ROWS), e=column_of_vectors(UNIT)), "column 'e' has vectors"),
+    "a missing vector": ([[1.0, 0.0], None], "must have a vector in each row, but row 1 has none"),
+    "generator": ((row for row in UNIT), r"got generator; list\(\) makes one"),
     "ragged": ([[1.0, 0.0], [1.0]], "must have rows of one length"),
     "one row": ([1.0, 0.0], r"\(rows, dim\), neither of them 0, got shape \(2,\)"),
     "empty": ([], r"got shape \(0,\)"),
@@ -150,6 +171,14 @@ def test_flags_are_classes() -> None:
     y = np.arange(ROWS) % 2
     x = VALUES + 3 * y[:, None]
     assert clip_cid.linear_probe(x, y == 1, x, y == 1).score == clip_cid.linear_probe(x, y, x, y).score
+
+
+@pytest.mark.parametrize("number", ["4", 4.0, None])
+def test_what_is_no_number_is_refused_in_one_line(number: Any) -> None:
+    """In the words of the argument, where no type is checked before the function runs."""
+    with pytest.raises(ValueError, match="num_centers must be a whole number, got"):
+        as_whole_number(number, name="num_centers", least=1)
+    assert as_whole_number(np.int64(4), name="num_centers", least=1) == 4
 
 
 def test_a_store_is_told_to_give_its_images() -> None:

@@ -12,7 +12,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import breadth_first_order
 
 from clip_cid import units
-from clip_cid.method.array_likes import ArrayLike
+from clip_cid.method.array_likes import ArrayLike, as_whole_number
 from clip_cid.method.balance.array_store import ArrayStore
 from clip_cid.method.balance.decided_sets import DecidedRows, cut_links, keep_decided
 from clip_cid.method.balance.forest import Forest
@@ -78,7 +78,7 @@ class Balance:
         rows = len(self.set_of)
         if row is None:
             return self._explain_all()
-        if not 0 <= row < rows:
+        if not 0 <= as_whole_number(row, name="row") < rows:
             raise ValueError(f"row must be in [0, {rows:,}), got {row:,}")
 
         kept_for = int(self.kept[self.set_of[row]])

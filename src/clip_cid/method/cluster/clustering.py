@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Int32
 
 from clip_cid import units
-from clip_cid.method.array_likes import ArrayLike
+from clip_cid.method.array_likes import ArrayLike, as_whole_number
 from clip_cid.method.unit_rows import BLOCK_ROWS, Rows, UnitRows
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ def spherical_kmeans(
         ("seed", seed, 0),
         ("max_points_per_center", max_points_per_center, 1),
     ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        as_whole_number(value, name=name, least=least)
     rows = UnitRows(embeddings, name="embeddings", any_length=True)
     if num_centers > len(rows):
         raise ValueError(f"num_centers must be at most the number of rows, {len(rows)}, got {num_centers}")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
@@ -45,17 +44,14 @@ def setup(*, quiet: bool = False) -> None:
         return
     _logger.propagate = False
     _logger.setLevel(logging.ERROR if quiet else logging.INFO)
-    if _console.is_terminal:
-        _logger.addHandler(RichHandler(console=_console, show_time=False, show_level=False, show_path=False))
-    else:
-        _logger.addHandler(_Lines())
+    _logger.addHandler(_Lines())
 
 
 class _Lines(logging.Handler):
-    """Plain lines to whatever standard error is at that moment."""
+    """Whole lines to whatever standard error is at that moment: cut to the terminal, commands could not be pasted."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _console.print(self.format(record), soft_wrap=True)
+        _console.print(Text(self.format(record)), soft_wrap=True)
 
 
 class _LogFile(logging.FileHandler):
@@ -89,7 +85,7 @@ def to_file(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet(answers: Path) -> Iterator[None]:
     """Show only the warnings inside; answers go into a file instead of standard output."""
-    shown = [handler for handler in _logger.handlers if isinstance(handler, RichHandler | _Lines)]
+    shown = [handler for handler in _logger.handlers if isinstance(handler, _Lines)]
     before = [handler.level for handler in shown]
     for handler in shown:
         handler.setLevel(logging.WARNING)
@@ -207,7 +203,7 @@ def _columns(width: int) -> list[ProgressColumn]:
 @contextlib.contextmanager
 def progress(what: str, total: int, *, unit: str = "images", start: int = 0) -> Iterator[Bar]:
     """Show the progress of long work, its speed and the time left; `start` units were done before."""
-    if not (_console.is_terminal and _logger.handlers and _logger.isEnabledFor(logging.INFO)):
+    if not (total and _console.is_terminal and _logger.handlers and _logger.isEnabledFor(logging.INFO)):
         yield Bar(what, total, unit, start, None)
         return
     with Progress(*_columns(_console.width), console=_console) as live:

@@ -31,6 +31,7 @@ PARTS = ("clip", "cluster_cls", "cluster_kl", "instance_image", "instance_text")
 def recipe(**sections: Any) -> Recipe:
     values: dict[str, Any] = {
         "embed": {"teacher": "ViT-B-32", "pretrained": "openai"},
+        "cluster": {"num_centers": 1_000_000},
         "evaluate": {"sets": {"digits": "builtin:digits"}, "compare": {"other": "local-dir:other"}},
     }
     return parse_recipe({**values, **sections}, where="test")
@@ -142,6 +143,7 @@ def test_a_variant_changes_what_it_is_about_the_seed_and_the_models_beside_the_s
         ("losses", {"values": ["1"]}, {}, "the rows of losses are fixed"),
         ("threshold", {"values": ["0.1", "wide"]}, {}, "could not convert string to float: 'wide'"),
         ("clusters", {"values": ["1e3"]}, {}, "invalid literal for int"),
+        ("clusters", {}, {"cluster": {"num_centers": "auto"}}, "auto is no number to scale the paper's by"),
         ("teacher", {}, {}, "0 teachers to compare"),
         ("teacher", {"values": ["run:a", "run:a"]}, {}, "1 teachers to compare"),
         ("teacher", {"values": ["run:a", "ViT-B-32"]}, {}, "an architecture without weights"),

@@ -25,6 +25,16 @@ def test_of_several_processes_only_the_first_speaks_and_shows_a_bar(monkeypatch:
     assert words == [not quiet] * 4
 
 
+def test_a_command_longer_than_the_terminal_can_be_copied_and_no_work_has_no_bar(monkeypatch: pytest.MonkeyPatch):
+    said, command = io.StringIO(), 'open_clip.create_model_and_transforms("local-dir:' + "/long/path" * 20 + '")'
+    monkeypatch.setattr(log, "_console", log._plain_console(file=said, force_terminal=True, width=80))
+    monkeypatch.setattr(log, "_logger", logging.Logger("as if new"))
+    log.setup()
+    with log.progress("read", 0):
+        log.info(command)
+    assert said.getvalue() == f"{command}\n"
+
+
 def test_a_log_file_that_cannot_be_written_is_said_once_and_stops_nothing(caplog: pytest.LogCaptureFixture):
     with log.to_file(Path("/dev/full")):
         for number in range(3):

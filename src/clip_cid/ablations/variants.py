@@ -10,7 +10,7 @@ from clip_cid.auto_numbers import chosen_settings
 from clip_cid.data.embeddings.files_behind import STORE_FILE
 from clip_cid.errors import ConfigError
 from clip_cid.loss_table import LOSSES
-from clip_cid.recipe import PRESETS, Recipe, parse_recipe, settled
+from clip_cid.recipe import AUTO, PRESETS, Recipe, parse_recipe, settled
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, EMBED, EVALUATE
 
 Name = Literal["threshold", "losses", "clusters", "teacher"]
@@ -76,10 +76,10 @@ def plan(name: Name, recipe: Recipe, *, values: Sequence[str] = (), peers: bool 
         raise ConfigError(f"--peers: {name} compares no losses.", fix="Use it with `clip-cid ablate losses`.")
     if not recipe.uses(DISTILL) or not recipe.uses(EVALUATE):
         raise ConfigError("ablate: this recipe measures no student.", fix="Name sets in evaluate.sets or retrieval.")
-    if name != "losses" and (auto := chosen_settings(recipe)):
-        raise ConfigError(
-            f"ablate {name}: {', '.join(auto)} would be chosen for each variant, so more than one thing would vary.",
-            fix="Write numbers into the recipe; `clip-cid check RUN --recipe FILE` says those of auto.",
+    if name in ("threshold", "teacher") and (auto := chosen_settings(recipe)):
+        log.warn(
+            f"{', '.join(auto)}: auto, which fits what each variant keeps, so more than the {name} varies; with numbers"
+            " in the recipe nothing else does"
         )
     if name == "losses":
         return _losses(recipe, values, peers=peers)
@@ -115,10 +115,16 @@ def _thresholds(recipe: Recipe, values: Sequence[str]) -> Ablation:
 
 def _clusters(recipe: Recipe, values: Sequence[str]) -> Ablation:
     _refuse_unused(recipe, CLUSTER, recipe.cluster.existing)
-    own = settled(recipe.cluster.num_centers)
-    chosen = _numbers(values, int) or [max(1, round(own * count / _PAPER_CLUSTERS)) for count in CLUSTER_COUNTS]
+    own, chosen = recipe.cluster.num_centers, _numbers(values, int)
+    if not chosen and own == AUTO:
+        raise ConfigError(
+            "cluster.num_centers: auto is no number to scale the paper's by.",
+            fix="Write one into the recipe (`clip-cid check RUN --recipe FILE` says that of auto), or give --values.",
+        )
+    chosen = chosen or [max(1, round(settled(own) * count / _PAPER_CLUSTERS)) for count in CLUSTER_COUNTS]
     changes = {f"{count:,}": {"cluster.num_centers": count} for count in chosen}
-    return _ablation("clusters", changes, own=f"{own:,}", seeded=("distill.seed", "cluster.seed"))
+    own_label = None if own == AUTO else f"{own:,}"
+    return _ablation("clusters", changes, own=own_label, seeded=("distill.seed", "cluster.seed"))
 
 
 def _teachers(recipe: Recipe, values: Sequence[str]) -> Ablation:

@@ -75,7 +75,7 @@ def test_a_step_outside_the_run_is_refused(step: int, warmup: int, named: str):
 
 def test_a_warm_up_as_long_as_the_run_is_a_wrong_setting():
     with pytest.raises(ConfigError, match="warmup_steps: 2,000, but the whole run has 2,000 steps") as error:
-        make_optimizers(student(), Beside(train_head=False), DistillConfig(), steps=2000)
+        make_optimizers(student(), Beside(train_head=False), DistillConfig(warmup_steps=2000), steps=2000)
     assert "Set distill.warmup_steps to 200" in str(error.value)
 
 

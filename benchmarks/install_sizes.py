@@ -9,6 +9,7 @@ the large packages that they do not need is there.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -22,6 +23,8 @@ LIGHT = "light"
 WAYS = (LIGHT, "distill", "evaluate", "report", "all")
 NOT_IN_LIGHT = ("open_clip", "torchvision", "timm", "sklearn", "matplotlib")
 OF_CUDA = ("nvidia", "triton", "cuda")  # packages that a build of PyTorch without CUDA does not bring
+OUTSIDE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+"""The environment of the commands, in which this checkout is not to be found."""
 PROBE = """
 import importlib.util, json, sys
 print(json.dumps([name for name in sys.argv[1:] if importlib.util.find_spec(name)]))
@@ -78,7 +81,7 @@ def measure(way: str, wheel: Path, torch: str | None) -> None:
 
 def install(environment: Path, what: str) -> None:
     pip = [environment / "bin/python", "-m", "pip", "install", "-q", "--no-cache-dir", what]
-    subprocess.run(pip, check=True)
+    subprocess.run(pip, check=True, env=OUTSIDE)
 
 
 def cpu_seconds() -> float:
@@ -101,12 +104,13 @@ def size_of(entry: Path) -> int:
 def try_balance(environment: Path, folder: Path) -> None:
     """A deduplicated list of made-up embeddings, of which half repeat the others."""
     python, embeddings, run = environment / "bin/python", folder / "embeddings.npy", folder / "run"
-    found = subprocess.run([python, "-c", PROBE, *NOT_IN_LIGHT], check=True, capture_output=True, text=True)
+    probe = [python, "-c", PROBE, *NOT_IN_LIGHT]
+    found = subprocess.run(probe, check=True, capture_output=True, text=True, env=OUTSIDE)
     assert json.loads(found.stdout) == [], found.stdout
 
-    subprocess.run([python, "-c", EMBEDDINGS, embeddings], check=True)
+    subprocess.run([python, "-c", EMBEDDINGS, embeddings], check=True, env=OUTSIDE)
     for command in (["balance", run, "--embeddings", embeddings], ["subset", run, folder / "out"]):
-        subprocess.run([environment / "bin/clip-cid", *command], check=True, cwd=folder)
+        subprocess.run([environment / "bin/clip-cid", *command], check=True, cwd=folder, env=OUTSIDE)
     print(f"  without {', '.join(NOT_IN_LIGHT)}: {', '.join(sorted(file.name for file in (folder / 'out').iterdir()))}")
 
 

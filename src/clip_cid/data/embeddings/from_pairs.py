@@ -444,9 +444,11 @@ def _check_bad_share(writer: StoreWriter, unfinished: list[dict[str, Any]], tota
         return
 
     (reason, count), *_ = collections.Counter(reason_kind(entry["reason"]) for entry in bad).most_common(1)
+    first = next(entry["reason"] for entry in bad if reason_kind(entry["reason"]) == reason)
+    example = "" if first == reason else f", the first: {first}"
     path = writer.write_skipped(unfinished)
     raise DataError(
         f"{len(bad):,} of {total:,} pairs cannot be used so far, more than pairs.max_bad_share {share:g}; "
-        f"most often: {reason} ({count:,}).",
-        fix=f"Each is listed in {path}; {remedy(reason)}, or raise pairs.max_bad_share.",
+        f"most often: {reason} ({count:,}){example}.",
+        fix=f"Each is listed in {path}; {remedy(first)}, or raise pairs.max_bad_share.",
     )

@@ -532,7 +532,11 @@ def _array(path: Path, member: str | None = None) -> Vectors:
         raise DataError(error.problem, fix=_AGAIN) from error
     if len(shape) != 2 or not shape[1] or dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
         name = path if member is None else f"{path} ({member})"
-        raise DataError(f"{name}: {shape} {dtype}, not rows of float16, float32 or float64.", fix=FIX)
+        raise DataError(
+            f"{name}: {shape} {dtype}, not rows of float16, float32 or float64.",
+            fix="Embeddings are rows of numbers, one row an image: array.reshape(rows, width).astype('float32'). If the"
+            " file holds something else, name the files of embeddings, or take it out of the folder.",
+        )
     return Vectors(path, member, shape[0], shape[1], dtype)
 
 

@@ -1,4 +1,4 @@
-"""Text tables (.csv, .tsv): one row a record, with every line of the file accounted for.
+"""Text tables (.csv, .tsv, .txt): one row a record, with every line of the file accounted for.
 
 A value in quotes may hold line ends and delimiters, so one quote out of place can swallow rows. Whether the quotes of a
 file quote is therefore decided from the whole file, before the first row is given: `find_reading` says how.
@@ -28,12 +28,19 @@ _UTF8_MARK = "\xef\xbb\xbf"  # in Latin-1, in which lines are held
 _UTF16_MARKS = ("\xff\xfe", "\xfe\xff")
 
 
+_FIX_QUOTES = (
+    "Correct that line: a quote inside a quoted value is doubled. In a .tsv without quoted values, quotes are letters."
+)
+
+
 class TableFault(Exception):
     """A text table that cannot be read without losing or making up rows."""
 
-    def __init__(self, line: int, problem: str, *, of_quotes: bool = False) -> None:
+    def __init__(self, line: int, problem: str, *, of_quotes: bool = False, fix: str = "") -> None:
         super().__init__(f"line {line:,}: {problem}")
         self.of_quotes = of_quotes
+        self.fix = _FIX_QUOTES if of_quotes else fix
+        """What to do about it; empty where the file may be damaged."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +200,12 @@ def _all_letters(path: Path, columns: int) -> bool:
 def _checked_records(path: Path, reading: Reading, columns: int) -> Generator[Record]:
     for record in _records(path, reading):
         if len(record.cells) != columns:
-            raise TableFault(record.line, f"Expected {columns} columns, got {len(record.cells)}")
+            raise TableFault(
+                record.line,
+                f"Expected {columns} columns, got {len(record.cells)}",
+                fix=f"Correct that line: a value that holds {DELIMITERS[reading.delimiter]} stands in quotes, and each"
+                " row has as many values as there are columns.",
+            )
         yield record
 
 
@@ -218,6 +230,11 @@ def _refuse_hidden_rows(record: Record, delimiter: str, columns: int, image_at: 
             if is_row:
                 problem = "the quoted value that begins here seems to hold other rows"
                 raise TableFault(record.line, f"{problem}, such as line {record.line + number:,}", of_quotes=True)
+
+
+def looks_like_image(cell: str) -> bool:
+    """Whether a cell names an image by its ending."""
+    return _IMAGE_NAME.search(cell.strip().partition("#")[0]) is not None
 
 
 def _looks_like_image(cell: str, own: str, folder: Path) -> bool:
@@ -267,7 +284,7 @@ class _Lines:
 
         if self.number == 1:
             if text.startswith(_UTF16_MARKS):
-                raise TableFault(1, "the text is UTF-16, not UTF-8")
+                raise TableFault(1, "the text is UTF-16, not UTF-8", fix="Save the table as UTF-8.")
             text = text.removeprefix(_UTF8_MARK)
         if "\0" in text:
             raise TableFault(self.number, f"{text.count(chr(0)):,} zero bytes, so the file is damaged or no text")

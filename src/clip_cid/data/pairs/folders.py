@@ -2,6 +2,7 @@
 
 import collections
 import os
+import unicodedata
 from collections.abc import Collection, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,11 +160,15 @@ def _list_folder(path: Path, *, with_json: bool = False) -> _Listing:
         raise DataError(f"{path}: cannot be listed ({error}).", fix="Check its permissions.") from error
 
     listed: list[_ListedImage] = []
+    same_letters = _by_letters(texts)
     beside = _beside_another(images)
     others.update(os.path.splitext(image)[1].lower() for image in beside)
     for image in sorted(images.keys() - beside):
         stem = os.path.splitext(image)[0]
-        caption_file, key_file = (name if name in texts else None for name in (f"{stem}.txt", f"{stem}.json"))
+        caption_file, key_file = (
+            name if name in texts else same_letters.get(unicodedata.normalize("NFC", name))
+            for name in (f"{stem}.txt", f"{stem}.json")
+        )
         key_file = key_file if with_json else None
         stats = [images[image], *(texts[name] for name in (caption_file, key_file) if name is not None)]
         listed.append(
@@ -179,6 +184,11 @@ def _list_folder(path: Path, *, with_json: bool = False) -> _Listing:
     used = {file.caption_file for file in listed}
     alone = sorted(text for text in texts if text not in used and not text.lower().endswith(".json"))
     return _Listing(listed, linked, alone, others)
+
+
+def _by_letters(names: Collection[str]) -> dict[str, str]:
+    """The names with accents, which macOS writes as letters of their own, by the usual spelling."""
+    return {unicodedata.normalize("NFC", name): name for name in names if not name.isascii()}
 
 
 def _beside_another(images: Collection[str]) -> set[str]:

@@ -15,6 +15,14 @@ URL_FORMAT = Tars()
 FORMATS: tuple[PairFormat, ...] = (Folders(), URL_FORMAT, Tables())
 """The first format here that owns a path is the format of that path."""
 
+_READERS = (
+    ((".jsonl", ".ndjson"), "read_json(FILE, lines=True)"),
+    ((".xlsx", ".xls", ".ods"), "read_excel(FILE)"),
+    ((".feather", ".arrow"), "read_feather(FILE)"),
+    ((".csv.gz", ".csv.zip", ".csv.bz2", ".csv.xz"), "read_csv(FILE)"),
+)
+"""Endings of other tables, and what of pandas reads them."""
+
 
 def format_of(path: Path, name: str, settings: PairsConfig) -> PairFormat:
     """The format of a local source.
@@ -27,4 +35,9 @@ def format_of(path: Path, name: str, settings: PairsConfig) -> PairFormat:
             return known
 
     *most, last = (known.examples for known in FORMATS)
-    raise DataError(f"{name}: not a known format of pairs.", fix=f"Give {', '.join(most)} or {last}.")
+    read = next((reader for endings, reader in _READERS if path.name.lower().endswith(endings)), None)
+    hint = "" if read is None else f" This one becomes a table by pandas.{read}.to_parquet('pairs.parquet')."
+    raise DataError(
+        f"{name}: not a known format of pairs.",
+        fix=f"Give {', '.join(most)} or {last}; a wildcard leaves others out as *.tar.{hint}",
+    )

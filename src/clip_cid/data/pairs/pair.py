@@ -30,7 +30,8 @@ def remedy(reason: str) -> str:
             " table has a row for each caption, or pairs.key_column to a column without repetition"
         )
     if reason.startswith(NO_CAPTION):
-        return "set pairs.captions: optional if images alone are enough"
+        field = "name the json field with captions in pairs.captions_field, or " if "json field" in reason else ""
+        return f"{field}set pairs.captions: optional if images alone are enough"
     return "repair the pairs"
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from clip_cid.data.pairs.near_files import near_file
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.errors import DataError
 
@@ -125,4 +126,5 @@ def read_file(folder: Path, name: bytes, what: str) -> bytes:
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}).", fix="Check the disk or mount it is on."
             ) from error
-        raise BadSample(f"{what} {path!r} cannot be read ({error.strerror})") from error
+        near = near_file(path, os.fsdecode(name)) if error.errno in (errno.ENOENT, errno.ENOTDIR) else ""
+        raise BadSample(f"{what} {path!r} cannot be read ({error.strerror}{near and f', {near}'})") from error

@@ -1,4 +1,4 @@
-"""Tables (.csv, .tsv, .parquet) of captions and image paths; a Parquet file may hold the images themselves."""
+"""Tables (.csv, .tsv, .txt, .parquet) of captions and image paths; a Parquet file may hold the images themselves."""
 
 import difflib
 import itertools
@@ -15,7 +15,15 @@ import pyarrow.parquet
 from jaxtyping import Bool
 
 from clip_cid import log, units
-from clip_cid.data.pairs.delimited import DELIMITERS, TableFault, copy_rows, find_header, find_reading, records
+from clip_cid.data.pairs.delimited import (
+    DELIMITERS,
+    TableFault,
+    copy_rows,
+    find_header,
+    find_reading,
+    looks_like_image,
+    records,
+)
 from clip_cid.data.pairs.format import COMMON_COLUMNS, SHARD_ROWS, LocalSource, PairFormat, Scan
 from clip_cid.data.pairs.pair import NO_CAPTION, Pair
 from clip_cid.data.pairs.parquet_images import (
@@ -47,7 +55,7 @@ class Tables(PairFormat):
     """A pair is a row: an image, or its path relative to the table, and one caption or a list of them."""
 
     kind = "table"
-    examples = "a .csv, .tsv or .parquet table"
+    examples = "a .csv, .tsv, .txt or .parquet table"
     sample = (
         "Each row needs an image, a caption and a key of its own: check pairs.image_column, pairs.caption_column and"
         " pairs.key_column"
@@ -57,7 +65,7 @@ class Tables(PairFormat):
     schema = pa.schema([*COMMON_COLUMNS, ("image", pa.binary()), *_CELLS])
 
     def owns(self, path: Path, settings: PairsConfig) -> bool:
-        return path.name.lower().endswith((".csv", ".tsv", ".parquet"))
+        return path.name.lower().endswith((".csv", ".tsv", ".txt", ".parquet"))
 
     def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
         if settings.key_field is not None:
@@ -126,11 +134,8 @@ def _scan_table(path: Path, name: str, settings: PairsConfig) -> Generator[pa.Re
         for cells in _merged(parts, name, settings) if settings.repeated_rows == "merge" else parts:
             yield _index_rows(cells, path, settings)
     except (*_UNREADABLE, TableFault, OverflowError) as error:
-        if isinstance(error, TableFault) and error.of_quotes:
-            fix = (
-                "Correct that line: a quote inside a quoted value is doubled. In a .tsv without quoted values, quotes"
-                " are letters."
-            )
+        if isinstance(error, TableFault):
+            fix = error.fix or fix
         raise DataError(f"{name}: this table cannot be read ({' '.join(str(error).split())}).", fix=fix) from error
 
 
@@ -307,6 +312,8 @@ def _check_columns(name: str, names: list[str], columns: list[str], settings: Pa
         problem = "is there more than once" if column in names else "is not there"
         near = difflib.get_close_matches(column, names, n=1)
         hint = f"did you mean {near[0]}? " if near and near[0] != column else ""
+        if any(looks_like_image(other) for other in names):
+            hint = "The first line of a text table names the columns. "
         alone = "; for images alone: pairs.captions: optional and pairs.caption_column: null"
         listed = textwrap.shorten(", ".join(names), 400, placeholder=" ...")
         raise DataError(

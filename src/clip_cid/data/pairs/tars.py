@@ -31,6 +31,7 @@ METADATA = re.compile(r"__[^/]*__($|/)")
 
 _SUFFIXES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _ABSENT = -1
+_MOST_NAMED = 8  # fields of a .json in a message
 
 
 class Tars(PairFormat):
@@ -38,6 +39,10 @@ class Tars(PairFormat):
 
     kind = "tar"
     examples = ".tar shards"
+    sample = (
+        "An image and its caption share their name up to its first dot, and follow each other in the tar"
+        " (tar --sort=name)"
+    )
     schema = pa.schema(
         [
             *COMMON_COLUMNS,
@@ -72,7 +77,8 @@ class Tars(PairFormat):
 
         if not captions and not (text is None and settings.captions_are_optional):
             if text is None:
-                raise BadSample(f"{NO_CAPTION} (no .txt, and no json field {settings.captions_field!r})")
+                there = f"; there are {', '.join(list(fields)[:_MOST_NAMED])}" if fields else ""
+                raise BadSample(f"{NO_CAPTION} (no .txt, and no json field {settings.captions_field!r}{there})")
             captions = _text_captions(text, fields, optional=settings.captions_are_optional)
             remark = remark or ("each line of the .txt is a caption" if len(captions) > 1 else "")
         kept = {name: field_text(fields.get(name)) for name in settings.keep_fields}

@@ -67,6 +67,15 @@ def test_the_stage_finds_what_the_slow_version_finds(tmp_path, small_chunks):
 
 
 @pytest.mark.slow
+def test_a_threshold_that_removes_nearly_all_is_warned_of(tmp_path, capsys):
+    near = oracles.unit(np.eye(12)[0] + 0.01 * np.random.default_rng(0).standard_normal((50, 12))).astype(np.float16)
+    balance(tmp_path / "near", near)
+    assert "balance: keeps 1 of 50 images: threshold 0.07 may be wide for these embeddings" in capsys.readouterr().err
+    balance(tmp_path / "far", planted(50))
+    assert "may be wide" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
 @pytest.mark.resume
 def test_an_interrupted_balance_does_only_what_is_missing(tmp_path, small_chunks, monkeypatch):
     rows = planted(300)

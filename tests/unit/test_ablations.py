@@ -400,11 +400,18 @@ def test_an_error_names_the_run_it_stopped(tmp_path: Path, ran: list[str], monke
 def test_teachers_at_one_threshold_are_warned_of(monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
     monkeypatch.setattr(log, "warn", said.append)
-    variants.plan("teacher", recipe(balance={"target_removed": 0.4}), values=["run:a", "run:b"])
+    numbers = {"epochs": 1, "batch_size": 8, "warmup_steps": 0}
+    equal_shares = recipe(balance={"target_removed": 0.4}, distill=numbers)
+    variants.plan("teacher", equal_shares, values=["run:a", "run:b"])
     assert said == []
-    variants.plan("teacher", recipe(), values=["run:a", "run:b"])
+    variants.plan("teacher", recipe(distill=numbers), values=["run:a", "run:b"])
     assert len(said) == 1
     assert "balance.target_removed" in said[0]
+
+    variants.plan("losses", recipe())
+    assert len(said) == 1
+    variants.plan("threshold", recipe())
+    assert "distill.epochs, distill.batch_size, distill.warmup_steps: auto, which fits what each variant" in said[1]
 
 
 def test_a_folder_of_another_ablation_is_refused(tmp_path: Path, ran: list[str]):

@@ -40,6 +40,7 @@ from clip_cid.summaries import BalanceSummary, BalanceTruth, Chains
 
 _LONG = 60.0  # expected seconds from which more processes are worth their start
 _CLASSIFY_SEED = 0
+_FEW_KEPT = 0.1  # of the images; the paper keeps 0.563
 
 
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
@@ -76,7 +77,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
     if decided is not None:
         _write_decided(out, store, good, balance, decided)
 
-    if (warning := similarity_warning(rule, balance)) is not None:
+    if (warning := similarity_warning(rule, balance) or _warning_of_few(folder, settings, balance)) is not None:
         log.warn(f"balance: {warning}")
     threshold = {metric: threshold_for(balance.squared_threshold, metric) for metric in get_args(Metric)}
     log.info("balance   threshold " + ", ".join(f"{name} {value:.5g}" for name, value in threshold.items()))
@@ -89,6 +90,17 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
     truth = None if settings.truth_field is None else _against_truth(store, set_of, settings.truth_field)
     shares = None if kinds is None else kinds.summary()
     return replace(counts, threshold=threshold, chains=chains, kinds=shares, truth=truth)
+
+
+def _warning_of_few(folder: RunFolder, settings: BalanceConfig, balance: Balance) -> str | None:
+    """A sentence about a threshold that removes nearly all, as where a teacher's embeddings lie close together."""
+    rows, kept = len(balance.set_of), len(balance.kept)
+    if settings.target_removed is not None or kept >= _FEW_KEPT * rows:
+        return None
+    return (
+        f"keeps {kept:,} of {rows:,} images: threshold {settings.threshold:g} may be wide for these embeddings, whose"
+        f" images may lie close together; `clip-cid balance {folder.path} --sweep` shows what smaller ones remove"
+    )
 
 
 def _kept_elsewhere(out: Path, store: EmbeddingStore, path: Path) -> BalanceSummary:

@@ -213,6 +213,7 @@ def _commands(arguments: Sequence[str] = ()) -> dict[str, Callable[..., Any]]:
         "status": status,
         "verify": verify,
         "subset": subset,
+        "review": review,
         "join": join,
         "ablate": ablate,
         "export": export,
@@ -506,6 +507,43 @@ def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000, a
         pipeline.require_current(folder, recipe, BALANCE)
         said = export_subset(folder, recipe, out, shard_size=shard_size if shards else None)
     log.say(said)
+    return 0
+
+
+def review(
+    run: Run, decisions: Path | None = None, port: int = 0, export: Path | None = None, allow_pipe: bool = False
+) -> int:
+    """Show the sets of a balance on a page of this machine, where a person decides; or write them out with --export.
+
+    Every decision is saved at once; `clip-cid balance RUN --balance.decisions FILE` obeys them. Needs
+    `pip install "clip-cid[review]"`, but for --export.
+
+    Args:
+        run: The run folder; its balance stage must have finished.
+        decisions: The file of decisions, created with the first one. Default: balance.decisions of the run's
+            recipe, else decisions.jsonl in the run folder.
+        port: The port of the page, on this machine only. Default: one that is free.
+        export: Write members.parquet and members.csv into this new folder instead, for FiftyOne, LightlyStudio
+            or a spreadsheet.
+        allow_pipe: Let a source `pipe:COMMAND` of the recipe run its shell command.
+    """
+    if export is None:
+        extras.require("review", extras.REVIEW)
+    from clip_cid.review.opened_run import OpenedRun
+
+    folder = _existing(run)
+    with _pipes(allow_pipe):
+        opened = OpenedRun(folder, read_run_recipe(run / pipeline.RECIPE_FILE), decisions)
+        if export is not None:
+            from clip_cid.review.hand_over import write_members
+
+            os_errors.refuse_address(export)
+            with os_errors.explained(export):
+                log.say(write_members(opened, export))
+            return 0
+        from clip_cid.review.serve import serve
+
+        serve(opened, port=port)
     return 0
 
 

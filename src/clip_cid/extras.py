@@ -8,7 +8,8 @@ from collections.abc import Collection
 
 from clip_cid.errors import MissingExtraError
 
-DISTILL, EVALUATE, REPORT, ONNX, TENSORBOARD, RAY = "distill", "evaluate", "report", "onnx", "tensorboard", "ray"
+DISTILL, EVALUATE, REPORT = "distill", "evaluate", "report"
+ONNX, TENSORBOARD, RAY, REVIEW = "onnx", "tensorboard", "ray", "review"
 _MODELS = ("open_clip", "torchvision", "timm", "huggingface_hub", "jinja2")
 MODULES: dict[str, tuple[str, ...]] = {
     DISTILL: _MODELS,
@@ -17,6 +18,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     ONNX: ("onnx", "onnxruntime", "onnxscript"),
     TENSORBOARD: ("tensorboard",),
     RAY: ("ray",),
+    REVIEW: ("starlette", "uvicorn"),
 }
 """Extra of pyproject.toml -> the modules that its packages bring and that we import."""
 

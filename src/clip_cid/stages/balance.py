@@ -17,6 +17,7 @@ from clip_cid.data.balance.forest_file import FOREST_FILE, read_earlier, write_f
 from clip_cid.data.balance.kept_file import read_kept_elsewhere, write_kept
 from clip_cid.data.balance.kinds import Kinds, classify
 from clip_cid.data.balance.tables import write_tables
+from clip_cid.data.embeddings.sharded_rows import ShardedRows
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.errors import ConfigError, DataError, RunError
 from clip_cid.method.balance.chaining import chain_summary, giant_warning
@@ -28,7 +29,7 @@ from clip_cid.method.balance.near_pairs import Progress, save_links
 from clip_cid.method.balance.pair_agreement import agreement
 from clip_cid.method.balance.prepared_rows import ChunkPair, PreparedRows
 from clip_cid.method.balance.row_hashes import all_row_hashes
-from clip_cid.method.balance.semantic_balance import Balance, BalanceRule, balance_rows, similarity_warning
+from clip_cid.method.balance.semantic_balance import Balance, BalanceRule, balance_rows, choose_kept, similarity_warning
 from clip_cid.method.balance.set_explanation import Explanation, explain
 from clip_cid.method.distances import from_squared, threshold_for
 from clip_cid.method.unit_rows import Rows, UnitRows
@@ -103,6 +104,28 @@ def _warning_of_few(folder: RunFolder, settings: BalanceConfig, balance: Balance
     )
 
 
+def kept_of_sets(
+    store: EmbeddingStore,
+    settings: BalanceConfig,
+    rows: Int[np.ndarray, " rows"],
+    labels: Int[np.ndarray, " rows"],
+    decided: DecidedRows | None,
+) -> Int[np.ndarray, " rows"]:
+    """For each of these rows the one the stage would keep for it, -1 for none.
+
+    Args:
+        store: The embeddings.
+        settings: How to choose.
+        rows: Every row of some sets, ascending.
+        labels: The set of each.
+        decided: By places in `rows`.
+    """
+    images = UnitRows(store.images.select(rows), name="images", any_length=False)
+    texts = UnitRows(_texts(store).select(rows), name="texts", any_length=False) if store.has_texts else None
+    kept, set_of = choose_kept(images, texts, _rule(settings, images, texts), labels, decided)
+    return np.where(set_of >= 0, rows[kept[set_of]], -1) if len(kept) else np.full(len(rows), -1)
+
+
 def _kept_elsewhere(out: Path, store: EmbeddingStore, path: Path) -> BalanceSummary:
     kept = read_kept_elsewhere(path, store.ok)
     set_of = np.full(store.rows, -1, dtype=np.int64)
@@ -117,7 +140,7 @@ def _unit_rows(store: EmbeddingStore, rows: Any, name: str) -> UnitRows:
         raise DataError(f"{store.path}: {error}", fix="Run the embed stage again, with --force.") from error
 
 
-def _texts(store: EmbeddingStore) -> Rows:
+def _texts(store: EmbeddingStore) -> "ShardedRows | _OppositeTexts":
     if not any(shard.without_text for shard in store.info.shards):
         return store.texts
     return _OppositeTexts(store)

@@ -16,7 +16,7 @@ from clip_cid.run_folder import atomic_file
 
 DECIDED_FILE = "decided.parquet"
 
-_CUT, _REMOVE = "cut", "remove"
+_CUT, _KEEP, _REMOVE = "cut", "keep", "remove"
 _COLUMNS = {
     "decision": pa.string(),
     "row": pa.int64(),
@@ -48,7 +48,7 @@ def write_decided(
         cut: The links that were cut, by their places in the forest.
         ends: The two rows of each.
     """
-    parts = {"keep": keep, _REMOVE: remove, "not_duplicates": apart[:, 0], _CUT: ends[:, 0]}
+    parts = {_KEEP: keep, _REMOVE: remove, "not_duplicates": apart[:, 0], _CUT: ends[:, 0]}
     rows = np.concatenate([*parts.values()])
     others = np.full(len(rows), -1)
     others[len(keep) + len(remove) :] = np.concatenate([apart[:, 1], ends[:, 1]])
@@ -85,12 +85,21 @@ def read_removed(folder: Path) -> Int[np.ndarray, " removed"]:
     return _numbers(folder, "row", _REMOVE)
 
 
-def _numbers(folder: Path, column: str, decision: str) -> Int[np.ndarray, " n"]:
+def read_decided(folder: Path) -> Int[np.ndarray, " rows"]:
+    """The rows that decisions keep or remove, ascending; none without decisions.
+
+    Raises:
+        DataError: The table cannot be read.
+    """
+    return _numbers(folder, "row", _KEEP, _REMOVE)
+
+
+def _numbers(folder: Path, column: str, *decisions: str) -> Int[np.ndarray, " n"]:
     path = folder / DECIDED_FILE
     if not path.is_file():
         return np.zeros(0, dtype=np.int64)
     try:
-        table = pq.read_table(path, columns=[column], filters=[("decision", "=", decision)])
+        table = pq.read_table(path, columns=[column], filters=[("decision", "in", decisions)])
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"{path}: cannot be read ({error}).", fix="Run the balance stage again, with --force."

@@ -26,6 +26,7 @@ from clip_cid.run_folder import sync
 
 Kind = Literal["not_duplicates", "keep", "keep_all", "remove_all"]
 UNDO = "undo"
+LEAST_IMAGES: Mapping[Kind, int] = {"not_duplicates": 2, "keep": 1, "keep_all": 1, "remove_all": 1}
 
 _HASH_DIGITS = 32
 _FIX = "Mend or delete that line; the other decisions do not depend on it."
@@ -262,9 +263,10 @@ def _decision(entry: Mapping[str, Any], where: str, number: int) -> Decision:
     for image in images:
         if len(image.hash) != _HASH_DIGITS or not {*image.hash} <= {*"0123456789abcdef"}:
             raise DataError(f"{where}, line {number:,}: {image.hash[:60]!r} is not a digest of 32 digits.", fix=_FIX)
-    least = 2 if kind == "not_duplicates" else 1
-    if len({*images}) != len(images) or len(images) < least:
-        raise DataError(f"{where}, line {number:,}: {kind} needs {least} or more different images.", fix=_FIX)
+    if len({*images}) != len(images) or len(images) < LEAST_IMAGES[kind]:
+        raise DataError(
+            f"{where}, line {number:,}: {kind} needs {LEAST_IMAGES[kind]} or more different images.", fix=_FIX
+        )
     return Decision(_text(entry, "id", where, number), kind, images, str(entry.get("at", "")))
 
 

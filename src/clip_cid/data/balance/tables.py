@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
@@ -116,6 +117,13 @@ class BalanceTables:
         """Row, set and distance of every removed image."""
         columns = _columns(_read(self._members, ["row", "set", "kept", "distance"]))
         return {name: columns[name][~columns["kept"]] for name in ("row", "set", "distance")}
+
+    @cached_property
+    def every_member(self) -> dict[str, np.ndarray]:
+        """Row, set and kind (its place in `KINDS`) of every image of a set, set by set."""
+        table = _read(self._members, ["row", "set", "kind"])
+        kinds = pc.call_function("index_in", [table["kind"]], pc.SetLookupOptions(value_set=pa.array(KINDS)))
+        return {**_columns(table.select(["row", "set"])), "kind": kinds.to_numpy().astype(np.int8)}
 
     def members(self, sets: Iterable[int]) -> dict[str, np.ndarray]:
         """Row, set, kept, distance and kind of every image of these sets, set by set, ascending rows within each."""

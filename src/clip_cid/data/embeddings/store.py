@@ -177,6 +177,21 @@ class EmbeddingStore:
         captions = self._shard_captions(shard)[row - int(self._starts[shard])].as_py()
         return tuple(caption or "" for caption in captions) if isinstance(captions, list) else (captions or "",)
 
+    def first_captions(self) -> pa.LargeStringArray:
+        """The first caption of each row, packed; empty where there is none."""
+        parts: list[pa.Array] = []
+        for index, shard in enumerate(self.info.shards):
+            if self.info.captions_column is None:
+                parts.append(pa.array([""] * shard.rows, pa.large_string()))
+                continue
+            captions = read_captions(self._file(index, "metadata"), self.info.captions_column)
+            if pa.types.is_list(captions.type):
+                lengths = captions.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+                starts = pa.array(captions.offsets.to_numpy()[:-1], mask=lengths == 0)
+                captions = captions.values.take(starts)
+            parts.append(captions.cast(pa.large_string()).fill_null(""))
+        return pa.concat_arrays(parts) if parts else pa.array([], type=pa.large_string())
+
     def field(self, name: str) -> list[str]:
         """A column of the metadata for all rows, as strings; "" where a row has none.
 

@@ -92,6 +92,15 @@ class Pairs:
         source, sample = self._sample(row)
         return source.format.image_name(sample)
 
+    def image_file(self, row: int) -> Path | None:
+        """The file of a row's image; None if it lies inside a tar or a table."""
+        source, sample = self._sample(row)
+        name = source.format.image_name(sample)
+        if not (source.format.refers_to_files and name):
+            return None
+        path = source.local.path
+        return (path if path.is_dir() else path.parent) / name
+
     def shard_state(self, number: int, *, fields: bool = True) -> str:
         """A digest of names, bytes and times of the files behind a shard, and of how they are read.
 

@@ -32,17 +32,24 @@ class DecidedRows:
     """Rows that are removed."""
 
 
-def cut_links(forest: Forest, apart: Int[np.ndarray, "pairs 2"]) -> Int[np.ndarray, " cut"]:
+def cut_links(
+    forest: Forest, apart: Int[np.ndarray, "pairs 2"], labels: Int[np.ndarray, " rows"] | None = None
+) -> Int[np.ndarray, " cut"]:
     """The places of the links that part each of these pairs, ascending: the weakest one on the way between the two.
 
     A longer link is a weaker one; of equally long ones the later. Each pair is parted in the forest as it is, so the
     order of the pairs does not count. A pair that no links join needs none.
+
+    Args:
+        forest: Whole.
+        apart: The pairs.
+        labels: The sets of the whole forest, if they are known.
     """
     if not len(apart):
         return _no_rows()
 
     # Only the sets of these rows, numbered anew.
-    labels = forest.sets(forest.limit)
+    labels = forest.sets(forest.limit) if labels is None else labels
     concerned = np.isin(labels, labels[apart])
     places = np.flatnonzero(concerned[forest.left])
     rows, ends = np.unique(

@@ -59,7 +59,7 @@ def keep_one_of_each(
         if squared_radius is None:
             break
 
-        far = _distances(images, rows, kept_for[rows]) > squared_radius
+        far = distances_to(images, rows, kept_for[rows]) > squared_radius
         rows, labels = rows[far], labels[far]
         kept_for[rows] = rows
 
@@ -67,9 +67,10 @@ def keep_one_of_each(
     return kept, set_of.astype(np.int64)
 
 
-def _distances(
+def distances_to(
     images: UnitRows, left: Int[np.ndarray, " rows"], right: Int[np.ndarray, " rows"]
 ) -> Float[np.ndarray, " rows"]:
+    """The squared distance from each row on the left to that on the right."""
     squared = np.empty(len(left))
     for start in range(0, len(left), images.cached_rows):
         part = slice(start, start + images.cached_rows)

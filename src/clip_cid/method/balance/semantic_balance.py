@@ -289,17 +289,18 @@ def balance_rows(
     squared = rule.squared_threshold(forest)
     threshold = rule.threshold if rule.target_removed is None else threshold_for(squared, rule.metric)
     cut = cut_links(forest, (decided or DecidedRows()).apart)
-    kept, set_of = _choose(images, texts, rule, forest.without(cut).sets(squared), decided)
+    kept, set_of = choose_kept(images, texts, rule, forest.without(cut).sets(squared), decided)
     return Balance(kept, set_of, float(threshold), rule.metric, forest, squared, row_hashes, cut)
 
 
-def _choose(
+def choose_kept(
     images: UnitRows,
     texts: UnitRows | None,
     rule: BalanceRule,
     labels: Int[np.ndarray, " rows"],
     decided: DecidedRows | None,
 ) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " rows"]]:
+    """Rows kept of these sets, and for each row its place among them, as `balance_rows` chooses."""
     choose = functools.partial(keep_one_of_each, images, texts, keep=rule.keep, squared_radius=rule.squared_radius)
     if decided is None:
         return choose(labels)

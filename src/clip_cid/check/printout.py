@@ -6,7 +6,7 @@ from clip_cid import log, units
 from clip_cid.check import Report, estimates
 from clip_cid.loss_table import LOSSES
 from clip_cid.recipe import settled
-from clip_cid.stage_names import BALANCE, CLUSTER
+from clip_cid.stage_names import BALANCE, CLUSTER, EMBED
 
 _MEASURED, _COUNTED, _ARITHMETIC = "measured", "counted", "arithmetic"
 _HOW = ("", "", "how it is known")
@@ -17,7 +17,8 @@ def say(report: Report) -> None:
     """Print all of it."""
     log.table(_HOW, [*_pairs(report), *_student(report)], title="Pairs and student")
     if report.choices:
-        kept = ", if all pairs are kept" if report.undone else ""
+        unknown = {EMBED, BALANCE} & {state.stage.name for state in report.undone}
+        kept = ", if all pairs are kept" if unknown else ""
         rows = [(choice.setting, f"{choice.value:,}", choice.why) for choice in report.choices]
         log.table(("", "auto is", "because"), rows, title=f"Numbers that are chosen{kept}")
     level = "of a student that sees nothing"

@@ -140,6 +140,20 @@ def test_flops_of_known_models_are_those_of_open_clips_own_table(name: str, giga
 
 
 @pytest.mark.slow
+def test_the_numbers_that_auto_is_are_told_with_their_reasons(case: Case, tmp_path: Path, capsys):
+    auto = {"batch_size": "auto", "epochs": "auto", "warmup_steps": "auto"}
+    page = case.recipe(cluster={"num_centers": "auto"}, distill=auto)
+    chosen = {"cluster.num_centers": 2, "distill.batch_size": 2, "distill.epochs": 32, "distill.warmup_steps": 64}
+    for folder, title in ((case.folder, "chosen "), (RunFolder(tmp_path / "new"), "chosen, if all pairs are kept")):
+        report = check(folder, page)  # 40 images are kept: 32 x 40 / 2 = 640 steps
+        assert {choice.setting: choice.value for choice in report.choices} == chosen
+        printout.say(report)
+        said = capsys.readouterr().out
+        assert f"Numbers that are {title}" in said
+        assert "a tenth, of about 640 steps" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_of_the_run_changes(case: Case, workers: int):
     for file in (case.folder.path / "index").glob("known-bad-*"):

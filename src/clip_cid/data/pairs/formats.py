@@ -16,12 +16,13 @@ FORMATS: tuple[PairFormat, ...] = (Folders(), URL_FORMAT, Tables())
 """The first format here that owns a path is the format of that path."""
 
 _READERS = (
-    ((".jsonl", ".ndjson"), "read_json(FILE, lines=True)"),
-    ((".xlsx", ".xls", ".ods"), "read_excel(FILE)"),
-    ((".feather", ".arrow"), "read_feather(FILE)"),
-    ((".csv.gz", ".csv.zip", ".csv.bz2", ".csv.xz"), "read_csv(FILE)"),
+    ((".json",), "a few lines (docs/data.md has those for COCO)"),
+    ((".jsonl", ".ndjson"), "pandas.read_json(FILE, lines=True).to_parquet('pairs.parquet')"),
+    ((".xlsx", ".xls", ".ods"), "pandas.read_excel(FILE).to_parquet('pairs.parquet')"),
+    ((".feather", ".arrow"), "pandas.read_feather(FILE).to_parquet('pairs.parquet')"),
+    ((".csv.gz", ".csv.zip", ".csv.bz2", ".csv.xz"), "pandas.read_csv(FILE).to_parquet('pairs.parquet')"),
 )
-"""Endings of other tables, and what of pandas reads them."""
+"""Endings of other tables, and what makes a known one of them."""
 
 
 def format_of(path: Path, name: str, settings: PairsConfig) -> PairFormat:
@@ -36,7 +37,7 @@ def format_of(path: Path, name: str, settings: PairsConfig) -> PairFormat:
 
     *most, last = (known.examples for known in FORMATS)
     read = next((reader for endings, reader in _READERS if path.name.lower().endswith(endings)), None)
-    hint = "" if read is None else f" This one becomes a table by pandas.{read}.to_parquet('pairs.parquet')."
+    hint = "" if read is None else f" This one becomes a table by {read}."
     raise DataError(
         f"{name}: not a known format of pairs.",
         fix=f"Give {', '.join(most)} or {last}; a wildcard leaves others out as *.tar.{hint}",

@@ -77,7 +77,7 @@ class Tars(PairFormat):
 
         if not captions and not (text is None and settings.captions_are_optional):
             if text is None:
-                there = f"; there are {', '.join(list(fields)[:_MOST_NAMED])}" if fields else ""
+                there = f"; it has {', '.join(list(fields)[:_MOST_NAMED])}" if fields else ""
                 raise BadSample(f"{NO_CAPTION} (no .txt, and no json field {settings.captions_field!r}{there})")
             captions = _text_captions(text, fields, optional=settings.captions_are_optional)
             remark = remark or ("each line of the .txt is a caption" if len(captions) > 1 else "")

@@ -62,7 +62,7 @@ def test_a_source_of_no_known_format_is_refused_with_all_that_can_be_given(tmp_p
     (tmp_path / "pairs.doc").write_text("")
     with pytest.raises(DataError, match=r"pairs.doc: not a known format of pairs") as error:
         open_pairs(PairsConfig(source=(str(tmp_path / "pairs.doc"),)))
-    for example in (".tar shards", ".csv, .tsv or .parquet", "a folder of images"):
+    for example in (".tar shards", ".csv, .tsv, .txt or .parquet", "a folder of images"):
         assert example in str(error.value)
 
 

@@ -1,6 +1,9 @@
 """A table that names images otherwise than they lie on the disk: what is there is told, and nothing is guessed."""
 
 import io
+import json
+import re
+import subprocess
 import unicodedata
 from pathlib import Path
 
@@ -77,6 +80,7 @@ def test_captions_in_a_txt_are_a_table(tmp_path: Path):
         ("image|caption\n1.jpg\n", "p.csv", "line 2: Expected 2 columns, got 1", "holds bars stands in quotes"),
         ("{}", "p.jsonl", "not a known format", "pandas.read_json(FILE, lines=True).to_parquet('pairs.parquet')"),
         ("x", "p.xlsx", "not a known format", "pandas.read_excel(FILE)"),
+        ("{}", "captions_val2017.json", "not a known format", "docs/data.md has those for COCO"),
     ],
 )
 def test_a_table_that_cannot_be_read_says_what_to_do(tmp_path: Path, table: str, name: str, problem: str, fix: str):
@@ -84,6 +88,32 @@ def test_a_table_that_cannot_be_read_says_what_to_do(tmp_path: Path, table: str,
         pairs_of(tmp_path, ["1.jpg"], table, name)
     assert problem in error.value.problem
     assert fix in error.value.fix
+
+
+def test_the_lines_of_the_page_make_tables_of_coco_and_flickr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    page = (Path(__file__).parents[4] / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"(?ms)^```(python|bash)\n(.*?)^```", page))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("val2017", "images"):
+        (tmp_path / folder).mkdir()
+        for image in ("1.jpg", "2.jpg"):
+            (tmp_path / folder / image).write_bytes(picture())
+
+    images = [{"id": 7, "file_name": "1.jpg"}, {"id": 9, "file_name": "2.jpg"}]
+    captions = [
+        {"image_id": 7, "caption": "a dog"},
+        {"image_id": 9, "caption": "cat"},
+        {"image_id": 7, "caption": "it"},
+    ]
+    Path("captions_val2017.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    exec(blocks["python"], {})
+    Path("Flickr8k.token.txt").write_text("1.jpg#0\ta dog\n1.jpg#1\tit\n2.jpg#0\tcat\n")
+    subprocess.run(["bash", "-c", blocks["bash"]], check=True)
+
+    for table in ("val2017/captions.csv", "images/captions.tsv"):
+        values = {"pairs": {"source": [table], "repeated_rows": "merge"}}
+        pairs = open_pairs(parse_recipe(values, where="test").pairs)
+        assert [pairs.read(row).captions for row in range(len(pairs))] == [("a dog", "it"), ("cat",)]
 
 
 def test_an_image_and_its_caption_may_spell_accents_in_two_ways(tmp_path: Path):

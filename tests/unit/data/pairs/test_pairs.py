@@ -271,7 +271,7 @@ def test_every_kind_of_bad_sample_is_named_and_shifts_no_row(tmp_path: Path) -> 
         "field 'captions' holds a dict": sample("bad7", text=None, captions={"a": "b"}),
         "caption 1 is not UTF-8 (half": [("bad8.jpg", b"image"), ("bad8.json", b'{"captions": ["\\ud800"]}')],
         "json cannot be read (maximum": [("bad9.jpg", b"image"), ("bad9.json", b"[" * 100_000)],
-        "no caption (no .txt, and no json field 'captions')": sample("bad10", text=None, caption="x"),
+        "no caption (no .txt, and no json field 'captions'; it has caption)": sample("bad10", text=None, caption="x"),
         "duplicate key, first used by row 0": sample("good0"),
     }
     members = sample("good0")
@@ -804,7 +804,8 @@ def test_bad_rows_of_a_table_keep_their_place(tmp_path: Path) -> None:
         "caption 1 is not UTF-8 (byte 3)",
         "the caption is empty",
         "the key is not UTF-8",
-        f"image '{tmp_path}/http://host/a.jpg' cannot be read (No such file or directory)",
+        f"image '{tmp_path}/http://host/a.jpg' cannot be read (No such file or directory,"
+        " it is an address: fetch the image first, or give tars)",
     ]
     assert [pairs.read(row).captions for row in (0, 9)] == [("good",), ("good",)]
     assert sorted(pairs.known_bad) == [3, 4, 7]

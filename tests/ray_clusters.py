@@ -13,17 +13,19 @@ import clip_cid
 from clip_cid.errors import DataError
 
 _STORE_BYTES = 80 * 2**20  # no data pass through it
+_WITHOUT = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+_ATTEMPTS = 5
 
 
 @contextlib.contextmanager
 def cluster(*cores: int) -> Generator[Any]:
     """A cluster of a node for each number of cores, the first one its head."""
-    from ray.cluster_utils import Cluster
-
     path = os.pathsep.join(str(folder.parent) for folder in (Path(clip_cid.__path__[0]), Path(__file__)))
-    ours = {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}
+    ours = {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
     before = {name: os.environ.get(name) for name in ours}
     os.environ |= ours
+    from ray.cluster_utils import Cluster  # after what Ray reads once
+
     nodes = Cluster()
     try:
         for number in cores:
@@ -45,17 +47,24 @@ def grow(nodes: Any, count: int) -> None:
 
 
 def _add_node(nodes: Any, cores: int) -> None:
-    nodes.add_node(num_cpus=cores, object_store_memory=_STORE_BYTES, include_dashboard=False)
+    """Ray gives a node 30 seconds to start, which under load are too few."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            nodes.add_node(num_cpus=cores, object_store_memory=_STORE_BYTES, **_WITHOUT)
+            return
+        except Exception as error:
+            if "timed out during startup" not in str(error) or attempt == _ATTEMPTS - 1:
+                raise
 
 
 def workers(nodes: Any) -> list[int]:
-    """The worker processes of a cluster."""
+    """The processes of a cluster that do tasks."""
     parents = {process.process.pid for node in nodes.list_all_nodes() for process in node.all_processes["raylet"]}
     found: list[int] = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent in parents and (folder / "cmdline").read_bytes().startswith(b"ray::"):
+            if parent in parents and (folder / "cmdline").read_bytes().startswith((b"ray::_do", b"ray::IDLE")):
                 found.append(int(folder.name))
     return found
 

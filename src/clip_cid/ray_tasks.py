@@ -38,14 +38,13 @@ _LATE = 3.0  # times the median
 _UNSEEN_SECONDS = 90.0  # longer than a host remembers that a file is not there
 _ANSWER_SECONDS = 10.0
 _WITHOUT_NODES_SECONDS = 120.0
-_PATIENCE = {
+SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_grpc_client_keepalive_time_ms": "10000",  # by default a task on a node that was cut off waits 7 minutes
-    "RAY_grpc_client_keepalive_timeout_ms": "5000",
     "RAY_task_oom_retries": str(_RETRIES),  # by default without end
 }
+"""Of Ray, in the environment of the process that joins a cluster, unless others are set."""
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and no settings
-_SETTINGS = 4  # the kind of frame that every HTTP/2 server sends first
+_SETTINGS_FRAME = 4  # the kind of frame that every HTTP/2 server sends first
 
 
 def run_tasks(
@@ -280,7 +279,7 @@ def _connected(address: str) -> _Cluster:
     _look_for_server(found)
 
     # Before Ray is imported: it reads these once.
-    for name, value in _PATIENCE.items():
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     if "RAY_AUTH_MODE" not in os.environ and _has_token():
         os.environ["RAY_AUTH_MODE"] = "token"
@@ -344,7 +343,7 @@ def _look_for_server(address: str) -> None:
                 return
             connection.sendall(_HTTP2)
             frame = connection.recv(9)
-        why = "" if len(frame) > 3 and frame[3] == _SETTINGS else "something else answers"
+        why = "" if len(frame) > 3 and frame[3] == _SETTINGS_FRAME else "something else answers"
     except (OSError, OverflowError) as error:
         why = str(error)
     if why:

@@ -701,8 +701,8 @@ class MachineConfig(Config):
     """Processes that share the balance's tasks. 0 is one for each core where the work is expected
     to be long, else one."""
     ray: str | None = None
-    """A Ray cluster whose nodes do the tasks of embed and balance: HOST:PORT, or auto for the one
-    of this host. Every node must see the run folder and the pairs at the same path. When absent:
+    """A Ray cluster that does the tasks of embed, balance and evaluate: HOST:PORT, or auto for the
+    one of this host. Every node must see the run folder and the pairs at the same path. When absent:
     processes of this machine. Needs `pip install "clip-cid[ray]"`; docs/scale.md starts a cluster."""
     micro_batch: PositiveInt | None = None
     """Pairs of a step that are in the student at once, for batches that do not fit into memory. The

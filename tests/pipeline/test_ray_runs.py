@@ -1,7 +1,10 @@
 """Stages on Ray nodes: the same bytes as in one process, whatever dies meanwhile."""
 
+import io
+import json
 import os
 import signal
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +14,24 @@ import oracles
 import processes
 import pytest
 import ray_clusters
+from PIL import Image
 
 from clip_cid import cli, engine, extras, ray_tasks
 from clip_cid.file_digests import sha256_file
 from clip_cid.method.balance import plan_choice
+from clip_cid.models.export import export_student
+from clip_cid.models.student import build_student
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(extras.absent(extras.RAY)), reason="needs clip-cid[ray]"),
 ]
 LEAST_CHUNK = 20
+TINY = {
+    "embed_dim": 12,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8},
+    "text_cfg": {"context_length": 9, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +51,51 @@ def balance(rows, tmp_path, monkeypatch) -> Callable[..., dict[str, str]]:
 
     def balance(name: str, *flags: str) -> dict[str, str]:
         assert cli.main(["balance", str(tmp_path / name), "--embeddings", rows, *flags]) == 0
-        folder = tmp_path / name / "balance"
-        return {path.name: sha256_file(path) for path in folder.iterdir() if path.name != "manifest.json"}
+        return digests(tmp_path / name / "balance")
 
     return balance
+
+
+@pytest.fixture(scope="module")
+def embedding(tmp_path_factory) -> list[str]:
+    """The flags that name pairs in six shards, one image of which is broken, and a tiny teacher."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    for shard in range(6):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for row in range(3):
+                image = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(image, "PNG")
+                broken = (shard, row) == (2, 1)
+                add(tar, f"{shard}-{row}.png", b"no image" if broken else image.getvalue())
+                add(tar, f"{shard}-{row}.txt", f"picture {row} of {shard}".encode())
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    clip = build_student(str(folder / "tiny.json"), embed_dim=None, seed=0)
+    export_student(clip, folder / "teacher", head_state={}, provenance={})
+    flags = ["--pairs.source", f"{folder}/{{0..5}}.tar", "--pairs.max-bad-share", "0.5", "--machine.workers", "0"]
+    return [*flags, "--embed.teacher", f"local-dir:{folder / 'teacher'}", "--machine.device", "cpu"]
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def embed(embedding, tmp_path) -> Callable[..., dict[str, str]]:
+    """Runs the stage in a folder of this name; returns the digests of its results."""
+
+    def embed(name: str, *flags: str) -> dict[str, str]:
+        assert cli.main(["embed", str(tmp_path / name), *embedding, *flags]) == 0
+        return digests(tmp_path / name / "embed")
+
+    return embed
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return {str(path.relative_to(folder)): sha256_file(path) for path in files}
 
 
 @pytest.fixture
@@ -89,6 +141,17 @@ def test_balance_leaves_the_same_bytes_when_a_process_and_then_a_node_dies(balan
     assert balance("node", "--ray", nodes.address) == killed == balance("here")
 
 
+@pytest.mark.resume
+def test_embed_leaves_the_same_bytes_when_a_process_and_then_a_node_dies(embed, nodes, after, tmp_path):
+    ray_clusters.grow(nodes, 3)
+    here = embed("here")
+    after(2, lambda: os.kill(ray_clusters.workers(nodes)[0], signal.SIGKILL))
+    assert embed("process", "--ray", nodes.address) == here
+    after(2, lambda: nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False))
+    assert embed("node", "--ray", nodes.address) == here
+    assert not (tmp_path / "node" / "embed" / "work").exists()
+
+
 def killed(left: int, command: list[str]) -> None:
     """The command, in a process that is killed when it is told of so many tasks."""
     plan_choice._LEAST_CHUNK = LEAST_CHUNK
@@ -114,6 +177,18 @@ def test_a_killed_command_on_ray_goes_on_with_the_tasks_that_are_missing(balance
     assert processes.exit_code(killed, 5, command) == -signal.SIGKILL
     assert balance("cut", "--ray", nodes.address) == balance("here")
     assert "tasks were done before" in capsys.readouterr().err
+
+
+@pytest.mark.resume
+def test_a_killed_embed_on_ray_goes_on_there_or_on_this_machine(embed, embedding, nodes, tmp_path, capsys):
+    ray_clusters.grow(nodes, 2)
+    for name, flags in (("there", ["--ray", nodes.address]), ("in one process", ["--machine.ray", "None"])):
+        command = ["embed", str(tmp_path / name), *embedding, "--ray", nodes.address]
+        assert processes.exit_code(killed, 3, command) == -signal.SIGKILL
+        left = len(list((tmp_path / name / "embed.part" / "work" / "shards").iterdir()))
+        assert left >= 3
+        capsys.readouterr()
+        assert embed(name, *flags) == embed("here")
 
 
 def test_the_command_line_names_what_is_wrong_in_two_lines_and_the_same_command_goes_on(

@@ -272,10 +272,15 @@ def _say_cost(
 def _images(
     encoder: Encoder, labelled: EvaluationSet, name: str, settings: EvaluateConfig
 ) -> tuple[ImageFeatures, np.ndarray]:
-    """Features and labels of a split's decodable images; one pass serves all protocols."""
-    trained = "train" in labelled.splits and (settings.linear_probe or settings.knn)
-    features = encoder.images(labelled.split(name), before=trained and settings.features == "before_projection")
+    """Features and labels of a split's decodable images."""
+    features = split_features(encoder, labelled, name, settings)
     return features, labelled.split(name).labels[features.rows]
+
+
+def split_features(encoder: Encoder, labelled: EvaluationSet, name: str, settings: EvaluateConfig) -> ImageFeatures:
+    """Features of a split's decodable images; one pass serves all protocols."""
+    trained = "train" in labelled.splits and (settings.linear_probe or settings.knn)
+    return encoder.images(labelled.split(name), before=trained and settings.features == "before_projection")
 
 
 def _check_trained(labelled: EvaluationSet, labels: Mapping[str, np.ndarray]) -> None:

@@ -42,6 +42,11 @@ class PairSet:
     max_pixels: int
 
     @property
+    def name_of_set(self) -> str:
+        """As the recipe has it."""
+        return self.title.removesuffix("/pairs")
+
+    @property
     def fingerprint(self) -> str:
         """A digest of every image and caption, in order: of what is read, in whatever files it lies."""
         return self._digest
@@ -124,7 +129,7 @@ def measurements_of(
 
 def retrieval_measurement(source: PairSet, *, seed: int) -> Measurement:
     """Recall at 1, 5 and 10, both ways."""
-    name = source.title.removesuffix("/pairs")
+    name = source.name_of_set
     depends = {"pairs": source.fingerprint, "seed": seed}
     return Measurement(
         name, RETRIEVAL, depends, functools.partial(measure_retrieval, name, source, source.pairs, seed=seed)

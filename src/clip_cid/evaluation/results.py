@@ -46,6 +46,10 @@ class Results:
                 self._known |= {key: (place, scores) for key, scores in _whole_measurements(place).items()}
         self.scores: list[Score] = []
 
+    def holds(self, key: str) -> bool:
+        """Whether a measurement was made before."""
+        return key in self._known
+
     def take_over(self, key: str, *, model: str) -> list[Score] | None:
         """The scores of a measurement made before, as scores of this evaluation; None when there is none."""
         if key not in self._known:

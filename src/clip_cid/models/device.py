@@ -1,6 +1,8 @@
 """The device that computes: CPU, CUDA or MPS."""
 
 import functools
+import platform
+from pathlib import Path
 
 import torch
 
@@ -63,3 +65,19 @@ def _automatic() -> str:
         return "cuda"
     log.info("device auto: cpu (PyTorch sees no CUDA device)")
     return "cpu"
+
+
+def hardware_of(device: torch.device) -> str:
+    """What decides the last bits of a model's output beside the software: the GPU, or the CPU and its instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

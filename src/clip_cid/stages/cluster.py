@@ -218,7 +218,10 @@ def _fingerprint(store: EmbeddingStore, kept: np.ndarray, recipe: Recipe, prefix
     """A digest of all that decides the rounds: the settings, the rows and their store."""
     digest = hashlib.sha256(kept.tobytes())
     digest.update(recipe.cluster.model_dump_json(exclude=set() if prefix == OF_TEXTS else _ONLY_OF_TEXTS).encode())
-    digest.update(json.dumps([dataclasses.asdict(shard) for shard in store.info.shards], sort_keys=True).encode())
+    shards = [dataclasses.asdict(shard) for shard in store.info.shards]
+    for shard in shards:
+        del shard["made_on"]  # older versions did not know it, and their work goes on
+    digest.update(json.dumps(shards, sort_keys=True).encode())
     return digest.hexdigest()
 
 

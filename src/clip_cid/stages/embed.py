@@ -3,32 +3,51 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_cid import log, os_errors, units
-from clip_cid.data.embeddings.files import StoreInfo, StoreShard, read_info
+from clip_cid import engine, log, os_errors, units
+from clip_cid.data.embeddings.files import PROGRESS_FILE, STORE_FILE, StoreInfo, StoreShard, read_info
 from clip_cid.data.embeddings.finished_shards import FinishedShards, read_shards, views_in
-from clip_cid.data.embeddings.from_pairs import check_known_bad, embed_pairs
+from clip_cid.data.embeddings.from_pairs import (
+    check_bad_share,
+    check_known_bad,
+    embed_pairs,
+    shards_to_embed,
+    warn_of,
+)
 from clip_cid.data.embeddings.importing import import_existing
+from clip_cid.data.embeddings.lone_shards import (
+    LoneShard,
+    embed_lone_shard,
+    lone_shard,
+    lone_stores,
+    read_lone_shard,
+    remember_contents,
+)
 from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import StoreWriter
-from clip_cid.data.pairs.contents import shard_contents
+from clip_cid.data.pairs.contents import keep_contents, shard_contents
 from clip_cid.data.pairs.crops import Views, views_of
 from clip_cid.data.pairs.pair import reason_kind
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.errors import DataError, RunError
+from clip_cid.models.device import hardware_of
 from clip_cid.recipe import Recipe
-from clip_cid.run_folder import RunFolder
+from clip_cid.run_folder import WORK, RunFolder, remove_folder
 from clip_cid.stage_names import EMBED
 from clip_cid.summaries import EmbedSummary
 
 if TYPE_CHECKING:
     from clip_cid.models.teacher import Teacher
+
+_LONE_SHARDS = f"{WORK}/shards"
+"""In the work folder: what a cluster has embedded."""
 
 
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> EmbedSummary:
@@ -51,8 +70,22 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> EmbedSummary:
     with _room_on_disk(out, writer, pairs, dim=teacher.dim):
         check_known_bad(pairs, writer, recipe.pairs)
         folder.accept()
-        embedded = embed_pairs(pairs, teacher, writer, finished, folder.digests, recipe.pairs, recipe.machine)
+        embedded = 0
+        if recipe.machine.ray is not None:
+            embedded = _embed_on_cluster(folder, out, recipe, pairs, teacher, writer, finished)
+            finished = _finished(folder, out, writer)
+        embedded += embed_pairs(
+            pairs,
+            teacher,
+            writer,
+            finished,
+            folder.digests,
+            recipe.pairs,
+            recipe.machine,
+            made_on=hardware_of(teacher.device),
+        )
         writer.finish()
+    _say_of_hardware(writer)
     _say_of_before(folder, writer)
 
     rate = embedded / max(time.monotonic() - started, 1e-9)
@@ -81,6 +114,7 @@ def _begin(
 
     if not _fields_are(out, recipe.pairs.keep_fields):
         folder.begin_again(EMBED)
+    remember_contents(out / _LONE_SHARDS, pairs, folder.digests)
     writer = store()
     numbers = range(min(len(writer.shards), len(pairs.shards)))
     contents = [shard_contents(pairs, number, folder.digests).rows for number in numbers]
@@ -91,8 +125,88 @@ def _begin(
         )
         writer = store()
 
-    earlier = [] if folder.forgets(EMBED) else [folder.path / EMBED, *folder.asides(EMBED)]
-    return writer, FinishedShards(earlier, writer.made_from)
+    return writer, _finished(folder, out, writer)
+
+
+def _finished(folder: RunFolder, out: Path, writer: StoreWriter) -> FinishedShards:
+    """What earlier stores hold, and what a cluster has embedded for this one."""
+    return FinishedShards([*_earlier(folder), *lone_stores(out / _LONE_SHARDS)], writer.made_from)
+
+
+def _earlier(folder: RunFolder) -> list[Path]:
+    return [] if folder.forgets(EMBED) else [folder.path / EMBED, *folder.asides(EMBED)]
+
+
+def _embed_on_cluster(
+    folder: RunFolder,
+    out: Path,
+    recipe: Recipe,
+    pairs: Pairs,
+    teacher: "Teacher",
+    writer: StoreWriter,
+    finished: FinishedShards,
+) -> int:
+    """Have a cluster embed every shard that no store holds; returns their rows. The store takes them over afterwards."""
+    lone = out / _LONE_SHARDS
+    lone.mkdir(parents=True, exist_ok=True)
+    has_earlier = any((store / name).is_file() for store in _earlier(folder) for name in (STORE_FILE, PROGRESS_FILE))
+    numbers = shards_to_embed(pairs, len(writer.shards), finished, folder.digests, read=has_earlier)
+    todo = [lone_shard(lone, pairs, number) for number in numbers]
+    for damaged in {task.store for task in todo} & {*lone_stores(lone)}:
+        remove_folder(damaged)
+
+    bad, remarks = list[dict[str, Any]](), collections.Counter[str]()
+    rows = sum(pairs.shards[number].rows for number in numbers)
+    with log.progress("embed", len(pairs), unit="images", start=len(pairs) - rows) as bar:
+
+        def on_done(task: LoneShard) -> None:
+            shard = read_lone_shard(task, pairs)
+            keep_contents(pairs, task.number, shard.contents, folder.digests)
+            bad.extend(shard.skipped)
+            remarks.update(shard.remarks)
+            check_bad_share(writer, bad, len(pairs), recipe.pairs)
+            bar.advance(pairs.shards[task.number].rows)
+
+        engine.run_tasks(
+            todo,
+            functools.partial(_open_task, folder.index, recipe, teacher.device.type, writer.views),
+            machine=recipe.machine,
+            folder=lone,
+            processes=1,
+            on_done=on_done,
+            leaves=lambda task: task.store,
+            gpus=1 if teacher.device.type == "cuda" else 0,
+        )
+    warn_of(remarks)
+    return rows
+
+
+def _open_task(index: Path, recipe: Recipe, device: str, views: Views | None) -> Callable[[LoneShard], None]:
+    """Open what the tasks read; in each process once."""
+    from clip_cid.models.teacher import load_teacher
+
+    teacher = load_teacher(recipe.embed, device=device)
+    return functools.partial(
+        embed_lone_shard,
+        pairs=open_pairs(recipe.pairs, index=index, cache_dir=recipe.machine.cache_dir),
+        encoder=teacher,
+        identity=teacher.identity,
+        views=views,
+        settings=recipe.pairs,
+        machine=recipe.machine,
+        made_on=hardware_of(teacher.device),
+    )
+
+
+def _say_of_hardware(writer: StoreWriter) -> None:
+    """Warn of a store that several kinds of hardware have made."""
+    rows = collections.Counter[str]()
+    for shard in writer.shards:
+        if shard.made_on is not None:
+            rows[shard.made_on] += shard.rows
+    if len(rows) > 1:
+        kinds = ", ".join(f"{name} ({count:,} images)" for name, count in rows.most_common())
+        log.warn(f"embed: made on {kinds}; the embeddings of one image may differ in their last bits between them")
 
 
 def _fields_are(out: Path, fields: tuple[str, ...]) -> bool:

@@ -1,10 +1,13 @@
 """Stage `evaluate`: zero-shot, linear probe, neighbors and retrieval of the student and of the models beside it."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from clip_cid import log, units
+from clip_cid import engine, log, units
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.data.pairs.sources import find_sources
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, MissingSetError, open_set
@@ -14,6 +17,7 @@ from clip_cid.errors import DataError
 from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
 from clip_cid.evaluation.comparison import differences
 from clip_cid.evaluation.features import Encoder, UnmeasurableError, drop_unfinished, prune
+from clip_cid.evaluation.measure import split_features
 from clip_cid.evaluation.measurements import Measurement, PairSet, measurements_of, retrieval_measurement
 from clip_cid.evaluation.printed_tables import difference_lines, same_class_lines, table_lines, variant_notes
 from clip_cid.evaluation.protocols import PROTOCOLS, RETRIEVAL, ZERO_SHOT
@@ -27,6 +31,13 @@ from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.run_folder import RunFolder, write_json
 from clip_cid.stage_names import DISTILL, EVALUATE
 from clip_cid.summaries import EvaluateSummary
+
+
+class _Split(NamedTuple):
+    """Images whose features are computed together: those of a split, or of a set of pairs."""
+
+    set: str
+    split: str | None
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,12 @@ class _Sets:
         for (name, reason), protocols in lacks.items():
             reasons.setdefault(name, []).append(f"no {', no '.join(protocols)}: {reason}")
         return {**self.missing, **{name: " ".join(parts) for name, parts in reasons.items()}}
+
+    def splits(self, names: Collection[str]) -> list["_Split"]:
+        """The splits of these sets."""
+        of_labelled = [_Split(labelled.name, split) for labelled in self.labelled for split in labelled.splits]
+        of_pairs = [_Split(pairs.name_of_set, None) for pairs in self.retrieval]
+        return [split for split in (*of_labelled, *of_pairs) if split.set in names]
 
     def measurements(self, recipe: Recipe) -> list[Measurement]:
         settings = recipe.evaluate
@@ -83,7 +100,13 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> EvaluateSummary:
 
     results = Results(out, earlier)
     for name, reference in models.items():
-        _measure(_encoder(name, reference, folder, recipe), measurements, results, sets.failed)
+        encoder = _encoder(name, reference, folder, recipe)
+        if recipe.machine.ray is not None:
+            measured = {one.set for one in measurements if not results.holds(one.key(encoder))}
+            _compute_on_cluster(
+                name, reference, sets.splits(measured), folder, recipe, gpu=encoder.device.type == "cuda"
+            )
+        _measure(encoder, measurements, results, sets.failed)
     if sets.failed and not results.scores:
         raise DataError(
             f"evaluate: nothing could be measured: {next(iter(sets.failed.values()))}",
@@ -207,6 +230,41 @@ def _encoder(name: str, reference: str, folder: RunFolder, recipe: Recipe) -> En
         workers=machine.workers,
         tokenizer={path.name: folder.digests.of(path) for path in files_beside_weights(reference)},
     )
+
+
+def _compute_on_cluster(
+    name: str, reference: str, splits: Sequence[_Split], folder: RunFolder, recipe: Recipe, *, gpu: bool
+) -> None:
+    """Have a cluster compute the features of splits that are not cached yet; the measurements read the cache."""
+    device = "cuda" if gpu else "cpu"
+    there = recipe.model_copy(update={"machine": recipe.machine.model_copy(update={"device": device})})
+    with log.progress(f"features {name}", len(splits), unit="splits") as bar:
+        engine.run_tasks(
+            splits,
+            functools.partial(_open_split, name, reference, folder.path.absolute(), there),
+            machine=recipe.machine,
+            folder=_cache(folder),
+            processes=1,
+            gpus=int(gpu),
+            on_done=lambda split: bar.advance(1),
+        )
+
+
+def _open_split(name: str, reference: str, run: Path, recipe: Recipe) -> Callable[[_Split], None]:
+    """Open what the tasks read; in each process once."""
+    folder = RunFolder(run, read_only=True)
+    sets = _open_all(recipe, folder.digests.of)
+    return functools.partial(_compute, _encoder(name, reference, folder, recipe), sets, recipe)
+
+
+def _compute(encoder: Encoder, sets: _Sets, recipe: Recipe, wanted: _Split) -> None:
+    """A task: put the features of a split into the cache."""
+    with contextlib.suppress(UnmeasurableError):  # it is said when it is measured
+        if wanted.split is None:
+            encoder.images(next(pairs for pairs in sets.retrieval if pairs.name_of_set == wanted.set), before=False)
+        else:
+            labelled = next(labelled for labelled in sets.labelled if labelled.name == wanted.set)
+            split_features(encoder, labelled, wanted.split, recipe.evaluate)
 
 
 def _say_plan(models: Mapping[str, str], sets: _Sets, measurements: Sequence[Measurement]) -> None:

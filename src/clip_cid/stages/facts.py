@@ -185,7 +185,7 @@ STAGES = (
         resumable=True,
         costly=True,
         extras=_extras_of_embed,
-        machine=("device", "workers", "embed_batch", "cache_dir"),
+        machine=("device", "workers", "embed_batch", "ray", "cache_dir"),
     ),
     Stage(
         summaries.BalanceSummary,
@@ -254,7 +254,7 @@ STAGES = (
         outside=_outside_evaluate,
         resumable=True,
         extras=_needs(extras.EVALUATE),
-        machine=("device", "workers", "embed_batch", "cache_dir"),
+        machine=("device", "workers", "embed_batch", "ray", "cache_dir"),
     ),
     Stage(
         summaries.DrawSummary,

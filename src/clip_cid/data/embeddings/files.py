@@ -79,6 +79,8 @@ class StoreShard:
     """Digest of these and the kept fields."""
     without_text: int = 0
     """Of the ok rows those without a caption, whose text embedding is all zeros."""
+    made_on: str | None = None
+    """The hardware that embedded it, since another kind may differ in the last bits; None if nobody recorded it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,14 @@ from clip_cid import log
 from clip_cid.data.embeddings.files import read_table
 from clip_cid.data.embeddings.finished_shards import FinishedShard, FinishedShards
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
-from clip_cid.data.pairs.contents import ContentsInProgress, RowDigest, ShardContents, digest_of_pair, shard_contents
+from clip_cid.data.pairs.contents import (
+    ContentsInProgress,
+    RowDigest,
+    ShardContents,
+    digest_of_pair,
+    recall_contents,
+    shard_contents,
+)
 from clip_cid.data.pairs.crops import Views
 from clip_cid.data.pairs.decoding import decoded_batches
 from clip_cid.data.pairs.images import decode_image
@@ -59,6 +66,7 @@ def embed_pairs(
     digests: FileDigests,
     settings: PairsConfig,
     machine: MachineConfig,
+    made_on: str,
 ) -> int:
     """Add every shard that `writer` does not have yet; returns the rows that were embedded for it.
 
@@ -70,6 +78,7 @@ def embed_pairs(
         digests: Where the contents of each shard are remembered.
         settings: Of the pairs.
         machine: Batches and processes.
+        made_on: The hardware of the encoder.
 
     Raises:
         DataError: Too many pairs cannot be used, or a source changed.
@@ -80,14 +89,7 @@ def embed_pairs(
     todo = [_work_on(shard, reused.get(number), writer.views) for number, shard in enumerate(pairs.shards)][first:]
     _say_reused(pairs, reused, todo)
 
-    batches = decoded_batches(
-        _PairImages(pairs, encoder, writer.views, max_pixels=settings.max_pixels),
-        _places_of_batches(todo, machine.embed_batch),
-        _stack,
-        workers=machine.workers,
-        smaller_batch="machine.embed_batch",
-        pin=encoder.device.type == "cuda",
-    )
+    batches = _batches(todo, pairs, encoder, writer.views, settings, machine)
     remarks = collections.Counter[str]()
     progress = log.progress("embed", len(pairs), unit="images", start=writer.rows)
     with contextlib.closing(batches), progress as bar:
@@ -97,7 +99,7 @@ def embed_pairs(
                 embedding = _Embedding(encoder, machine.embed_batch, bar.advance)
                 views = _views_of(reused[number], work, writer.views, batches, embedding)
                 _take(writer, reused[number], pairs, number, digests, settings.keep_fields, views)
-                _check_bad_share(writer, [], len(pairs), settings)
+                check_bad_share(writer, [], len(pairs), settings)
                 bar.advance(0 if work.views else shard.rows)
                 continue
 
@@ -106,17 +108,60 @@ def embed_pairs(
                 batch = next(batches)
                 part.add(batch, encoder, machine.embed_batch)
                 remarks.update(reason_kind(item.remark) for item in batch.items if item.remark)
-                _check_bad_share(writer, part.skipped, len(pairs), settings)
+                check_bad_share(writer, part.skipped, len(pairs), settings)
                 bar.advance(len(batch.items))
-            writer.add(part.finished(part.contents.keep(pairs, number, digests)))
+            writer.add(part.finished(part.contents.keep(pairs, number, digests), made_on))
 
-    for remark, count in remarks.items():
-        log.warn(f"{count:,} pairs: {remark}")
+    warn_of(remarks)
     if not any(shard.ok for shard in writer.shards):
         raise DataError(
             f"None of the {len(pairs):,} pairs can be used; see {writer.write_skipped()}.", fix="Mend the pairs."
         )
     return sum(work.shard.rows for work in todo if work.images)
+
+
+def embed_shard(
+    pairs: Pairs,
+    number: int,
+    encoder: Encoder,
+    views: Views | None,
+    settings: PairsConfig,
+    machine: MachineConfig,
+    made_on: str,
+) -> tuple[ShardRows, collections.Counter[str]]:
+    """One shard alone, with the same bits as `embed_pairs`; and how many of its pairs have which remark."""
+    shard, remarks = pairs.shards[number], collections.Counter[str]()
+    part = _ShardInProgress(pairs, shard, dim=encoder.dim, fields=settings.keep_fields, views=views)
+    with contextlib.closing(_batches([_work_on(shard, None, views)], pairs, encoder, views, settings, machine)) as all:
+        for batch in all:
+            part.add(batch, encoder, machine.embed_batch)
+            remarks.update(reason_kind(item.remark) for item in batch.items if item.remark)
+    return part.finished(part.contents.of_shard, made_on), remarks
+
+
+def warn_of(remarks: collections.Counter[str]) -> None:
+    """Say what is remarkable about pairs that are used nevertheless."""
+    for remark, count in remarks.items():
+        log.warn(f"{count:,} pairs: {remark}")
+
+
+def _batches(
+    todo: Sequence["_Work"],
+    pairs: Pairs,
+    encoder: Encoder,
+    views: Views | None,
+    settings: PairsConfig,
+    machine: MachineConfig,
+) -> Generator["_Batch"]:
+    """The decoded images of what is to be embedded, in order."""
+    return decoded_batches(
+        _PairImages(pairs, encoder, views, max_pixels=settings.max_pixels),
+        _places_of_batches(todo, machine.embed_batch),
+        _stack,
+        workers=machine.workers,
+        smaller_batch="machine.embed_batch",
+        pin=encoder.device.type == "cuda",
+    )
 
 
 class _Embedding(NamedTuple):
@@ -157,6 +202,25 @@ def _say_reused(pairs: Pairs, reused: dict[int, FinishedShard], todo: Sequence[_
     crops = sum(len(work.views) * work.shard.rows for work in todo if not work.whole)
     more = f"; {crops:,} crops of their images are embedded for them" if crops else ""
     log.info(f"embed     {len(reused):,} of {len(pairs.shards):,} shards are embedded already and taken over{more}")
+
+
+def shards_to_embed(
+    pairs: Pairs, first: int, finished: FinishedShards, digests: FileDigests, *, read: bool
+) -> list[int]:
+    """The numbers of the shards, from `first` on, that no finished store holds.
+
+    Args:
+        pairs: The pairs.
+        first: Shards before this one are done.
+        finished: The shards of finished stores.
+        digests: Where the contents of each shard are remembered.
+        read: Read a shard whose contents are not known; else it counts as held by none.
+    """
+    known = {
+        number: shard_contents(pairs, number, digests) if read else recall_contents(pairs, number, digests)
+        for number in range(first, len(pairs.shards))
+    }
+    return [number for number, same in known.items() if same is None or finished.find(same.rows) is None]
 
 
 def _shards_to_reuse(
@@ -397,7 +461,7 @@ class _ShardInProgress:
             key = self.keys[item.row - self.shard.first_row]
             self.skipped.append({"row": item.row, "key": key, "shard": self.shard.name, "reason": item.reason})
 
-    def finished(self, contents: ShardContents) -> ShardRows:
+    def finished(self, contents: ShardContents, made_on: str) -> ShardRows:
         return ShardRows(
             name=self.shard.name,
             images=self.images,
@@ -412,6 +476,7 @@ class _ShardInProgress:
             contents=contents.rows,
             contents_with_fields=contents.with_fields,
             views=self.views,
+            made_on=made_on,
         )
 
 
@@ -431,10 +496,10 @@ def check_known_bad(pairs: Pairs, writer: StoreWriter, settings: PairsConfig) ->
         if row >= first:
             shard = next(shard for shard in reversed(pairs.shards) if shard.first_row <= row)
             ahead.append({"row": row, "key": pairs.key(row), "shard": shard.name, "reason": reason})
-    _check_bad_share(writer, ahead, len(pairs), settings)
+    check_bad_share(writer, ahead, len(pairs), settings)
 
 
-def _check_bad_share(writer: StoreWriter, unfinished: list[dict[str, Any]], total: int, settings: PairsConfig) -> None:
+def check_bad_share(writer: StoreWriter, unfinished: list[dict[str, Any]], total: int, settings: PairsConfig) -> None:
     """Stop as soon as more pairs are bad than are allowed, whatever the rest holds."""
     share = settings.max_bad_share
     if len(writer.skipped) + len(unfinished) <= share * total:

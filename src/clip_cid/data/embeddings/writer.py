@@ -55,6 +55,8 @@ class ShardRows:
     contents_with_fields: str | None = None
     views: Float[np.ndarray, "rows views dim"] | None = None
     """Of crops of each image, if the store has any."""
+    made_on: str | None = None
+    """As in `StoreShard`."""
 
     @property
     def captioned(self) -> Bool[np.ndarray, " rows"]:
@@ -143,6 +145,7 @@ class StoreWriter:
                 files,
                 *contents,
                 without_text=int((rows.ok & ~rows.captioned).sum()),
+                made_on=rows.made_on,
             ),
             rows.skipped,
         )

@@ -84,9 +84,8 @@ class ShardContents(NamedTuple):
 
 def shard_contents(pairs: Pairs, number: int, digests: FileDigests, bar: log.Bar | None = None) -> ShardContents:
     """The contents of one shard, read if they are not known."""
-    rows, with_fields = (digests.recall(state) for state in _states(pairs, number))
-    if rows is not None and with_fields is not None:
-        return ShardContents(rows, with_fields)
+    if (known := recall_contents(pairs, number, digests)) is not None:
+        return known
 
     reading, shard = ContentsInProgress(), pairs.shards[number]
     for row in range(shard.first_row, shard.first_row + shard.rows):
@@ -94,6 +93,12 @@ def shard_contents(pairs: Pairs, number: int, digests: FileDigests, bar: log.Bar
         if bar is not None:
             bar.advance(1)
     return reading.keep(pairs, number, digests)
+
+
+def recall_contents(pairs: Pairs, number: int, digests: FileDigests) -> ShardContents | None:
+    """The contents of one shard, if they are known."""
+    rows, with_fields = (digests.recall(state) for state in _states(pairs, number))
+    return None if rows is None or with_fields is None else ShardContents(rows, with_fields)
 
 
 class ContentsInProgress:
@@ -111,12 +116,21 @@ class ContentsInProgress:
         """The digest of keys, images and captions so far."""
         return self._rows.hexdigest()
 
+    @property
+    def of_shard(self) -> ShardContents:
+        """The contents of a shard, all of whose rows were added."""
+        return ShardContents(self._rows.hexdigest(), self._with_fields.hexdigest())
+
     def keep(self, pairs: Pairs, number: int, digests: FileDigests) -> ShardContents:
         """Remember the contents of a shard, all of whose rows were added."""
-        contents = ShardContents(self._rows.hexdigest(), self._with_fields.hexdigest())
-        for state, digest_of_all in zip(_states(pairs, number), contents, strict=True):
-            digests.keep(state, digest_of_all)
-        return contents
+        keep_contents(pairs, number, self.of_shard, digests)
+        return self.of_shard
+
+
+def keep_contents(pairs: Pairs, number: int, contents: ShardContents, digests: FileDigests) -> None:
+    """Remember the contents of a shard that were read elsewhere."""
+    for state, digest_of_all in zip(_states(pairs, number), contents, strict=True):
+        digests.keep(state, digest_of_all)
 
 
 def _states(pairs: Pairs, number: int) -> tuple[str, str]:

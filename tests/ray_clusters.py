@@ -21,7 +21,7 @@ _ATTEMPTS = 5
 def cluster(*cores: int) -> Generator[Any]:
     """A cluster of a node for each number of cores, the first one its head."""
     path = os.pathsep.join(str(folder.parent) for folder in (Path(clip_cid.__path__[0]), Path(__file__)))
-    ours = {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+    ours = {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     before = {name: os.environ.get(name) for name in ours}
     os.environ |= ours
     from ray.cluster_utils import Cluster  # after what Ray reads once

@@ -35,7 +35,8 @@ from clip_cid.data.embeddings.writer import StoreWriter
 from clip_cid.data.pairs.contents import keep_contents, shard_contents
 from clip_cid.data.pairs.crops import Views, views_of
 from clip_cid.data.pairs.pair import reason_kind
-from clip_cid.data.pairs.pairs import Pairs, open_pairs
+from clip_cid.data.pairs.pairs import Pairs, open_indexing, open_pairs
+from clip_cid.data.pairs.sources import find_sources
 from clip_cid.errors import DataError, RunError
 from clip_cid.models.device import hardware_of
 from clip_cid.recipe import Recipe
@@ -46,6 +47,7 @@ from clip_cid.summaries import EmbedSummary
 if TYPE_CHECKING:
     from clip_cid.models.teacher import Teacher
 
+_SOURCES_A_TASK = 16
 _LONE_SHARDS = f"{WORK}/shards"
 """In the work folder: what a cluster has embedded."""
 
@@ -307,7 +309,27 @@ def _summary(store: EmbeddingStore, skipped: dict[str, int], *, images_per_s: fl
 
 
 def _open_pairs(folder: RunFolder, recipe: Recipe) -> Pairs:
+    if recipe.machine.ray is not None:
+        _index_on_cluster(folder, recipe)
     return open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
+
+
+def _index_on_cluster(folder: RunFolder, recipe: Recipe) -> None:
+    """Have a cluster index the sources, some a task; those that are indexed already take it no time."""
+    count = len(find_sources(recipe.pairs))
+    some = [range(first, min(first + _SOURCES_A_TASK, count)) for first in range(0, count, _SOURCES_A_TASK)]
+    folder.index.mkdir(parents=True, exist_ok=True)
+    with log.progress("index", count, unit="shards") as bar:
+        engine.run_tasks(
+            some,
+            functools.partial(
+                open_indexing, recipe.pairs, index=folder.index.absolute(), cache_dir=recipe.machine.cache_dir
+            ),
+            machine=recipe.machine,
+            folder=folder.index,
+            processes=1,
+            on_done=lambda numbers: bar.advance(len(numbers)),
+        )
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The index of all sources: made once for each, kept as memory-mapped Arrow, and searched for rows known to be bad."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -96,6 +97,16 @@ def index_sources(
     if empty:
         log.warn(f"{len(empty):,} of {len(named):,} sources hold no pair and are left out; {empty[0].problem}")
     return tuple(indexed)
+
+
+def index_some(numbers: range, *, named: Sequence[Source], settings: PairsConfig, index: Path, cache_dir: Path) -> None:
+    """Index some of the sources into the folder `index`. What is wrong with one is said by `index_sources`."""
+    prefixes = _key_prefixes(named, settings)
+    with log.progress("index", len(numbers), unit="shards") as bar:
+        for number in numbers:
+            with contextlib.suppress(DataError):
+                _index_source(named[number], prefixes[number], settings, index, cache_dir, bar)
+            bar.advance(1)
 
 
 def _key_prefixes(named: Sequence[Source], settings: PairsConfig) -> list[str]:

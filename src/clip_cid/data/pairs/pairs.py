@@ -6,7 +6,7 @@ depends on what is broken: a sample that cannot be used keeps its row.
 
 import functools
 from bisect import bisect_left
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow as pa
 from jaxtyping import Int64
 
 from clip_cid.data.pairs.format import Member
-from clip_cid.data.pairs.index import IndexedSource, PairIndex, index_sources
+from clip_cid.data.pairs.index import IndexedSource, PairIndex, index_some, index_sources
 from clip_cid.data.pairs.pair import NO_CAPTION, BadSample, Pair, reason_kind, remedy
 from clip_cid.data.pairs.sources import cache_folder, find_sources
 from clip_cid.errors import DataError
@@ -220,6 +220,13 @@ def open_pairs(settings: PairsConfig, *, index: Path | None = None, cache_dir: P
             fix=f"{rows.source(0).format.sample}{alone}.",
         )
     return Pairs(settings, rows, known_bad)
+
+
+def open_indexing(settings: PairsConfig, *, index: Path, cache_dir: Path | None) -> Callable[[range], None]:
+    """What indexes some of the sources, by number, for `open_pairs` in another process; `index` must exist."""
+    shards_cache = cache_folder(cache_dir).absolute() / "shards"
+    named = find_sources(settings)
+    return functools.partial(index_some, named=named, settings=settings, index=index, cache_dir=shards_cache)
 
 
 def fingerprint(settings: PairsConfig) -> list[tuple[str, int]]:

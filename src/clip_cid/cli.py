@@ -105,6 +105,12 @@ _OF_BALANCE: tuple[tuple[str, Any, str], ...] = (
         bool,
         "Afterwards, print and draw the share of the images that each threshold up to balance.max-threshold removes.",
     ),
+    (
+        "threshold",
+        float | None,
+        "Same as --balance.threshold: the distance at or below which images join one set. It ends a --target-removed of"
+        " before.",
+    ),
     ("target_removed", float | None, "Same as --balance.target-removed: take the threshold that removes this share."),
 )
 _OF_EVALUATE: tuple[tuple[str, Any, str], ...] = (
@@ -135,6 +141,7 @@ _SHORT = {
     "embeddings": "embed.existing",
     "kept": "balance.existing",
     "clusters": "cluster.existing",
+    "threshold": "balance.threshold",
     "target_removed": "balance.target_removed",
     "ray": "machine.ray",
     "blur": "report.blur",

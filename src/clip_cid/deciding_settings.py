@@ -30,6 +30,7 @@ _WITHOUT_EFFECT = {
 _ADDED = {
     "pairs": ("captions", "key_field"),
     "embed": ("views", "view_crop_scale", "match"),
+    "balance": ("protect", "against"),
     "cluster": ("texts", "num_text_centers"),
     "distill": (
         "per_cluster",
@@ -120,6 +121,11 @@ def _distill(values: dict[str, Any]) -> None:
         values["validation"] = {"share": watched.get("share", 0.0)}
 
 
+def _balance(values: dict[str, Any]) -> None:
+    for name in values.get("against") or {}:
+        _by_files(values["against"], name, lambda value: not _is_elsewhere(value))
+
+
 def _evaluate(values: dict[str, Any]) -> None:
     for entries, elsewhere in (("sets", _is_elsewhere), ("retrieval", _is_elsewhere), ("compare", _is_no_path)):
         for name in values.get(entries) or {}:
@@ -143,6 +149,7 @@ def _by_files(values: dict[str, Any], name: str, local: Callable[[Any], bool]) -
 
 _PLACES: dict[str, Callable[[dict[str, Any]], None]] = {
     "embed": _embed,
+    "balance": _balance,
     "distill": _distill,
     "evaluate": _evaluate,
 }

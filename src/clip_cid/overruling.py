@@ -52,6 +52,8 @@ OVERRULINGS = (
             "balance.keep",
             "balance.max_radius",
             "balance.classify",
+            "balance.protect",
+            "balance.against",
             "balance.decisions",
             "balance.grow_from",
             "balance.truth_field",

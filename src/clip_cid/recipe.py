@@ -69,6 +69,7 @@ _REMOVED = {
     "cluster.algorithm": _Removed("only one k-means is left, so delete this line of the recipe", ("faiss", "blocks")),
     "machine.fsdp": _Removed("each device holds the whole student, so delete this line of the recipe", (False,)),
 }
+_LIST_OF_KEYS = ".txt"
 AUGMENTATIONS = ("color_jitter", "color_jitter_prob", "gray_scale_prob")
 
 
@@ -253,6 +254,12 @@ class BalanceConfig(Config):
     classify: NonNegativeInt = 2_000
     """Compare the pixels of this many removed images, drawn at random, with the kept ones, to tell
     perceptual from semantic duplicates. 0 compares none."""
+    protect: Annotated[_Texts, AfterValidator(_each_once)] = ()
+    """Images that are never removed: names of sources as in pairs.source, or a .txt with one key a
+    line. A set that holds some of them keeps all of these and no other."""
+    against: dict[_SetName, str] = {}
+    """Name -> evaluation set, as in evaluate.sets, or its embeddings (a .npy or a store). Images
+    within the threshold of one of its test images are removed, and listed with it."""
     decisions: Path | None = None
     """A file of decisions that a person made with `clip-cid review`. Images that were said not to be
     duplicates are parted, the weakest link between them is cut; images to keep are kept, those to
@@ -265,6 +272,15 @@ class BalanceConfig(Config):
     the sets are then reported."""
     existing: Path | None = None
     """Use this .npy of kept rows instead of balancing. On the command line: `--kept`."""
+
+    @property
+    def protected_lists(self) -> tuple[Path, ...]:
+        """The files of keys among `protect`; the other entries name sources."""
+        return tuple(Path(entry) for entry in self.protect if entry.endswith(_LIST_OF_KEYS))
+
+    @property
+    def protected_sources(self) -> tuple[str, ...]:
+        return tuple(entry for entry in self.protect if not entry.endswith(_LIST_OF_KEYS))
 
 
 class ClusterConfig(Config):

@@ -123,6 +123,19 @@ class BalanceTruth:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AgainstSet:
+    """What the comparison with an evaluation set came to."""
+
+    name: str
+    images: int
+    """Of the set, compared."""
+    unreadable: int
+    """Of the set, not compared."""
+    near: int
+    """Rows within the threshold of one of its images, which were removed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BalanceSummary(Summary):
     stage = BALANCE
 
@@ -141,6 +154,8 @@ class BalanceSummary(Summary):
     chains: Chains | None = None
     kinds: KindShares | None = None
     truth: BalanceTruth | None = None
+    against: list[AgainstSet] | None = None
+    """The comparisons with evaluation sets; absent where there was none."""
 
     def __str__(self) -> str:
         counts = f"{self.ok:,} images -> {self.kept:,} kept ({units.percent(self.removed_share)} removed)"

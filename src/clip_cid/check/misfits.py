@@ -269,6 +269,8 @@ def _check_balance(folder: RunFolder, recipe: Recipe, images: _Images, *, embedd
         )
     if settings.decisions is not None:
         read_decisions(settings.decisions)
+    for path in settings.protected_lists:
+        read_text_lines([path])
     if settings.grow_from is not None and not settings.grow_from.is_dir():
         raise DataError(
             f"balance.grow_from: {settings.grow_from} is no folder.", fix="Name the folder RUN/balance of a run."

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_cid.data.embeddings.files_behind import files_behind
+from clip_cid.data.embeddings.files_behind import files_behind, is_of_embeddings
 from clip_cid.data.sets.files_behind import files_behind_set
 from clip_cid.errors import DataError
 from clip_cid.file_digests import FileDigests, state_of_all
@@ -66,6 +66,10 @@ class Reader:
     def embeddings(self, path: Path) -> Outside:
         """A store, or files of any layout, with all that they refer to."""
         return self._files(path, files_behind(path))
+
+    def against(self, where: str) -> Outside:
+        """A set to compare with, by its test images or by their embeddings."""
+        return self.embeddings(Path(where)) if is_of_embeddings(where) else self.set(where, trained=False)
 
     def set(self, where: str, *, trained: bool = True) -> Outside:
         """An evaluation set; `trained` if its training images are read too."""

@@ -17,7 +17,7 @@ def draw(distances: Float[np.ndarray, " removed"], *, threshold: float, metric: 
 
     A bar right of the threshold is a removed image that joined its set through others; each link is within it.
     """
-    limit = max(float(distances.max()), threshold) * 1.05
+    limit = max(float(distances.max()), threshold) * 1.05 or 1.0  # all are equal to the kept image
     edges = _edges(threshold, limit)
     # A distance at an edge belongs to the bar on its left, since a distance at the threshold is not beyond it.
     counts = np.bincount(np.searchsorted(edges[1:], distances), minlength=len(edges) - 1)
@@ -55,6 +55,8 @@ def draw(distances: Float[np.ndarray, " removed"], *, threshold: float, metric: 
 
 def _edges(threshold: float, limit: float) -> Float[np.ndarray, " edges"]:
     """Edges of about 60 equal bars up to `limit` or a little beyond; one edge is the threshold."""
+    if threshold == 0:
+        return np.linspace(0, limit, _BINS + 1)
     below = max(1, round(_BINS * threshold / limit))
     step = threshold / below
     beyond = max(0, math.ceil((limit - threshold) / step))

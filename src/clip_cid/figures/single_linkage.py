@@ -107,7 +107,7 @@ def _tree(
         ha="right",
         color=style.VERMILLION,
     )
-    axes.set(ylabel=f"{metric.replace('_', ' ')} distance", ylim=(0, 1.18 * threshold), xticks=[])
+    axes.set(ylabel=f"{metric.replace('_', ' ')} distance", ylim=(0, 1.18 * threshold or 1.0), xticks=[])
     axes.grid(axis="x", visible=False)
     axes.spines["bottom"].set_visible(False)
 

@@ -189,11 +189,19 @@ def _data(records: dict[str, StageRecord], distill: DistillSummary) -> list[tupl
             ("threshold of near-duplicates", " = ".join(scales) or "none; the kept rows were made elsewhere"),
             ("near-duplicates removed", f"{balance.removed:,} ({units.percent(balance.removed_share)})"),
             ("kept", f"{balance.kept:,}"),
+            ("compared with evaluation sets", _against(balance)),
         ]
     if CLUSTER in records:
         clusters = read_summary(ClusterSummary, records[CLUSTER].summary).centers
         rows.append(("clusters of the kept images", f"{clusters:,}"))
     return [*rows, ("pairs trained on", f"{distill.pairs:,}")]
+
+
+def _against(balance: BalanceSummary) -> str:
+    """Which evaluation sets the training images were compared with, and what was removed for them."""
+    if balance.against is None:
+        return "none; near-duplicates of test images may be among the training images"
+    return "; ".join(f"{one.name}: {one.near:,} images near one of {one.images:,} removed" for one in balance.against)
 
 
 def _training(settings: dict[str, Any], distill: DistillSummary, device: str) -> list[tuple[str, str]]:

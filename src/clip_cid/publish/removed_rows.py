@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
+from clip_cid.data.balance.against_file import read_dropped
 from clip_cid.data.balance.decided_file import read_removed
 from clip_cid.data.balance.tables import BalanceTables
 from clip_cid.data.embeddings.store import EmbeddingStore
@@ -22,6 +23,8 @@ NOT_LISTED = "not in the list of kept rows"
 """Of rows that a list made elsewhere leaves out."""
 DECIDED = "decision"
 """Of rows that a person has removed."""
+EVALUATION = "near an image of "
+"""Of rows that are within the threshold of an evaluation set; its name follows."""
 NO_EMBEDDING = "no embedding"
 
 _ROWS_AT_ONCE = 1 << 17
@@ -43,7 +46,7 @@ class Removed(NamedTuple):
     rows: Int[np.ndarray, " removed"]
     reasons: list[str]
     distances: Float[np.ndarray, " removed"]
-    """To the kept row, on the scale of the balance; NaN where there is none."""
+    """To the kept row, or to the image of an evaluation set, on the scale of the balance; NaN where there is none."""
     kept: Int[np.ndarray, " removed"]
     """The row that was kept for it; -1 where there is none."""
     head: dict[str, str]
@@ -73,6 +76,10 @@ def removed_rows(folder: RunFolder, store: EmbeddingStore, kept: Int[np.ndarray,
 
     reasons = np.where(kept_for >= 0, DUPLICATE, NOT_LISTED).astype(object)
     reasons[np.isin(rows, read_removed(balance))] = DECIDED
+    dropped = read_dropped(balance)
+    places = np.searchsorted(rows, dropped.rows)
+    reasons[places] = [f"{EVALUATION}{name}" for name in dropped.sets]
+    distances[places], kept_for[places] = dropped.distances, -1
     skipped = _skipped(folder.stage(EMBED) / "skipped.jsonl")
     for place in np.flatnonzero(~store.ok[rows]).tolist():
         reasons[place] = skipped.get(int(rows[place]), NO_EMBEDDING)

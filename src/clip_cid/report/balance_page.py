@@ -122,7 +122,7 @@ def _commands(folder: RunFolder, summary: BalanceSummary, recipe: Recipe) -> Seq
     smaller = 0.8 * summary.threshold[recipe.balance.metric]
     return (
         (
-            f"clip-cid balance {run} --balance.threshold {smaller:.2g}",
+            f"clip-cid balance {run} --threshold {smaller:.2g}",
             "another threshold, in seconds up to balance.max_threshold; the tables above say what it removes",
         ),
         (f"clip-cid balance {run} --sweep", "the share that each threshold removes, as a table"),

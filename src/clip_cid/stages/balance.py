@@ -10,22 +10,26 @@ import numpy as np
 from jaxtyping import Int
 
 from clip_cid import engine, log, tasks, units
+from clip_cid.data.balance.against_file import NearSet, write_against
 from clip_cid.data.balance.array_folder import ArrayFolder
 from clip_cid.data.balance.decided_file import write_decided
 from clip_cid.data.balance.decisions import read_decisions, rows_named
 from clip_cid.data.balance.forest_file import FOREST_FILE, read_earlier, write_forest, write_row_hashes
 from clip_cid.data.balance.kept_file import read_kept_elsewhere, write_kept
 from clip_cid.data.balance.kinds import Kinds, classify
+from clip_cid.data.balance.protected import protected_rows
 from clip_cid.data.balance.tables import write_tables
 from clip_cid.data.embeddings.sharded_rows import ShardedRows
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.errors import ConfigError, DataError, RunError
+from clip_cid.evaluation.near_sets import SetRows, open_sets
 from clip_cid.method.balance.chaining import chain_summary, giant_warning
 from clip_cid.method.balance.decided_sets import DecidedRows
 from clip_cid.method.balance.forest import Forest, ShareOutOfReach
 from clip_cid.method.balance.kept_rows import check_keep
 from clip_cid.method.balance.known_pairs import EarlierForest, KnownPairs, known_pairs
 from clip_cid.method.balance.near_pairs import Progress, save_links
+from clip_cid.method.balance.near_targets import KeptAndNear, NearTargets, near_targets
 from clip_cid.method.balance.pair_agreement import agreement
 from clip_cid.method.balance.prepared_rows import ChunkPair, PreparedRows
 from clip_cid.method.balance.row_hashes import all_row_hashes
@@ -37,7 +41,7 @@ from clip_cid.models.device import resolve_device
 from clip_cid.recipe import BalanceConfig, MachineConfig, Metric, Recipe
 from clip_cid.run_folder import WORK, RunFolder
 from clip_cid.stage_names import BALANCE, EMBED
-from clip_cid.summaries import BalanceSummary, BalanceTruth, Chains
+from clip_cid.summaries import AgainstSet, BalanceSummary, BalanceTruth, Chains
 
 _LONG = 60.0  # expected seconds from which more processes are worth their start
 _CLASSIFY_SEED = 0
@@ -62,12 +66,15 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
     rule = _rule(settings, images, texts)
     known = _known(folder, settings, images, rule.limit)
     known, decided = _decided(settings, store, images, good, known)
+    obeyed = _with_protected(settings, store, good, decided)
+    sets, near = _near_sets(folder, recipe, images, rule)
     folder.accept()
     work = ArrayFolder(out / WORK)
-    balance = _balance(store.path, work, recipe, images, texts, rule, known, decided)
+    balance = _balance(store.path, work, recipe, images, texts, rule, known, obeyed, near)
     if not len(balance.kept):
         raise DataError(
-            f"{settings.decisions}: its decisions remove every image.", fix="Undo some of them in `clip-cid review`."
+            f"{settings.decisions or 'balance.against'}: every image is removed.",
+            fix="Undo some decisions in `clip-cid review`, or give a smaller threshold.",
         )
 
     # In the store's numbers.
@@ -77,6 +84,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
     _write_forest(out, store.rows, good, balance)
     if decided is not None:
         _write_decided(out, store, good, balance, decided)
+    against = _write_against(out, store, good, balance, sets, near) if sets else None
 
     if (warning := similarity_warning(rule, balance) or _warning_of_few(folder, settings, balance)) is not None:
         log.warn(f"balance: {warning}")
@@ -90,7 +98,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
 
     truth = None if settings.truth_field is None else _against_truth(store, set_of, settings.truth_field)
     shares = None if kinds is None else kinds.summary()
-    return replace(counts, threshold=threshold, chains=chains, kinds=shares, truth=truth)
+    return replace(counts, threshold=threshold, chains=chains, kinds=shares, truth=truth, against=against)
 
 
 def _warning_of_few(folder: RunFolder, settings: BalanceConfig, balance: Balance) -> str | None:
@@ -238,6 +246,91 @@ def _decided(
     return replace(known, hashes=hashes), DecidedRows(named.apart, named.keep, named.remove)
 
 
+def _with_protected(
+    settings: BalanceConfig, store: EmbeddingStore, good: Int[np.ndarray, " good"], decided: DecidedRows | None
+) -> DecidedRows | None:
+    """The decisions, with the images of `balance.protect` to be kept.
+
+    Raises:
+        DataError: An entry names no image, or a person has decided to remove one of them.
+    """
+    if not settings.protect:
+        return decided
+    shards = [(shard.name, shard.rows) for shard in store.info.shards]
+    named = protected_rows(settings.protected_sources, settings.protected_lists, shards, store.keys.packed)
+    protected = np.flatnonzero(np.isin(good, named))
+    decided = decided or DecidedRows()
+    if len(both := np.intersect1d(protected, decided.remove)):
+        raise DataError(
+            f"{units.counted(len(both), 'image')} are protected by balance.protect and removed by {settings.decisions},"
+            f" such as {store.keys[int(good[both[0]])]!r}.",
+            fix="Undo that decision in `clip-cid review`, or leave them out of balance.protect.",
+        )
+    log.info(f"balance   {units.counted(len(protected), 'image')} protected by balance.protect")
+    return replace(decided, keep=np.union1d(decided.keep, protected))
+
+
+def _near_sets(
+    folder: RunFolder, recipe: Recipe, images: UnitRows, rule: BalanceRule
+) -> tuple[list[SetRows], list[NearTargets]]:
+    """The sets of `balance.against`, and the images near each, as far as any threshold of the rule."""
+    device = resolve_device(recipe.machine.device)
+    sets = open_sets(
+        recipe.balance.against, recipe, dim=images.dim, encoder=functools.partial(_teacher_encoder, folder, recipe)
+    )
+    near: list[NearTargets] = []
+    for one in sets:
+        with log.progress(f"against {one.name}", len(images)) as bar:
+            comparing = str(device) if device.type == "cuda" else "cpu"
+            near.append(near_targets(images, one.rows, rule.limit, device=comparing, on_progress=bar.advance))
+    return sets, near
+
+
+def _teacher_encoder(folder: RunFolder, recipe: Recipe) -> Any:
+    """The teacher, whose features of evaluation sets are kept beside the index of the run."""
+    from clip_cid.evaluation.features import Encoder  # open_clip, which a balance of stored embeddings does without
+    from clip_cid.models.loading import load_clip
+    from clip_cid.models.teacher import teacher_reference
+
+    device = resolve_device(recipe.machine.device)
+    return Encoder(
+        "teacher",
+        load_clip(teacher_reference(recipe.embed), device=str(device)),
+        folder.index / "against",
+        device=device,
+        batch_size=recipe.machine.embed_batch,
+        workers=recipe.machine.workers,
+    )
+
+
+def _write_against(
+    out: Path,
+    store: EmbeddingStore,
+    good: Int[np.ndarray, " good"],
+    balance: Balance,
+    sets: Sequence[SetRows],
+    near: Sequence[NearTargets],
+) -> list[AgainstSet]:
+    """List the images that were removed for an evaluation set, each with the nearest image there."""
+    listed = [
+        NearSet(
+            one.name,
+            good[found.rows],
+            [one.names(row) for row in found.target.tolist()],
+            from_squared(found.squared, balance.metric),
+        )
+        for one, found in zip(sets, (own.within(balance.squared_threshold) for own in near), strict=True)
+    ]
+    write_against(out, store.keys.packed, listed, metric=balance.metric)
+    compared = [
+        AgainstSet(name=one.name, images=len(one.rows), unreadable=one.unreadable, near=len(found.rows))
+        for one, found in zip(sets, listed, strict=True)
+    ]
+    for one in compared:
+        log.info(f"balance   {one.near:,} images are within the threshold of one of the {one.images:,} of {one.name}")
+    return compared
+
+
 def _balance(
     store_path: Path,
     work: ArrayFolder,
@@ -247,6 +340,7 @@ def _balance(
     rule: BalanceRule,
     known: KnownPairs,
     decided: DecidedRows | None,
+    near: Sequence[NearTargets],
 ) -> Balance:
     """Balance with arrays on the disk and tasks in processes; an interrupted stage repeats none of them."""
     if work.path.is_dir() and not (work.is_whole() and PreparedRows.load(work)):
@@ -263,9 +357,16 @@ def _balance(
             known=known,
             store=work,
             decided=decided,
+            near=near,
             run_tasks=functools.partial(_run_tasks, work, store_path, recipe.machine),
             on_plan=lambda layout: log.info(f"balance   plan: {layout.describe()}"),
         )
+    except KeptAndNear as error:
+        raise DataError(
+            f"{units.counted(len(error.rows), 'image')} to be kept, by balance.protect or balance.decisions, are within the"
+            " threshold of an image of balance.against.",
+            fix="Leave them out of what is kept, or leave out that set; both cannot hold.",
+        ) from error
     except ShareOutOfReach as error:
         largest = from_squared(rule.limit, rule.metric)
         raise ConfigError(

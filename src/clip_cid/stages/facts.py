@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_cid import extras, summaries
+from clip_cid.data.embeddings.files_behind import is_of_embeddings
 from clip_cid.data.outside_files import Outside, Reader
 from clip_cid.models.references import files_behind_model, is_checkpoint, is_of_files, split_checkpoint
 from clip_cid.recipe import PairsConfig, Recipe
@@ -98,8 +99,11 @@ def _outside_balance(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
     settings = recipe.balance  # what it grows from saves time and decides nothing
     if settings.existing is not None:
         return {"balance.existing": reader.file(settings.existing)}
+    outside = {f"balance.against.{name}": reader.against(where) for name, where in settings.against.items()}
+    if settings.protected_lists:
+        outside["balance.protect"] = reader.files(settings.protected_lists)
     decisions = None if settings.decisions is None else reader.decisions(settings.decisions)
-    return {} if decisions is None else {"balance.decisions": decisions}
+    return outside if decisions is None else {**outside, "balance.decisions": decisions}
 
 
 def _outside_cluster(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
@@ -170,6 +174,12 @@ def _extras_of_embed(recipe: Recipe) -> tuple[str, ...]:
     return () if recipe.embed.existing is not None else (extras.DISTILL,)
 
 
+def _extras_of_balance(recipe: Recipe) -> tuple[str, ...]:
+    settings = recipe.balance
+    embeds = settings.existing is None and not all(map(is_of_embeddings, settings.against.values()))
+    return (extras.DISTILL,) if embeds else ()
+
+
 def _needs(*names: str) -> Callable[[Recipe], tuple[str, ...]]:
     return lambda recipe: names
 
@@ -196,6 +206,7 @@ STAGES = (
         outside=_outside_balance,
         resumable=True,
         grows=True,
+        extras=_extras_of_balance,
         machine=("device", "balance_processes", "ray", "cache_dir"),
     ),
     Stage(

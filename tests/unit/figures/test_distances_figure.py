@@ -34,3 +34,10 @@ def test_no_bar_is_on_both_sides_of_the_threshold(tmp_path: Path, threshold: flo
     assert bars["removed"][beyond].sum() / len(found) == pytest.approx(summary["beyond_threshold_share"])
     assert (bars["to"][~beyond] <= threshold).all()
     assert np.ptp(bars["to"] - bars["from"]) == pytest.approx(0, abs=1e-9)
+
+
+def test_equal_images_at_a_threshold_of_0_are_one_bar(tmp_path: Path) -> None:
+    numbers = distances.draw(np.zeros(3), threshold=0.0, metric="cosine", out=tmp_path)
+    assert numbers == {"median": 0.0, "largest": 0.0, "beyond_threshold_share": 0.0}
+    counts = columns(tmp_path / "distances.csv")["removed"]
+    assert [int(count) for count in counts if int(count)] == [3]

@@ -25,6 +25,11 @@ def files_behind(path: Path) -> list[Path]:
     return sorted(set(_below(path, above=frozenset())))
 
 
+def is_of_embeddings(where: str) -> bool:
+    """Whether a set of `balance.against` is given by embeddings: a .npy, or an embedding store."""
+    return where.endswith(".npy") or (Path(where) / STORE_FILE).is_file()
+
+
 def missing_behind(store: Path) -> list[Path]:
     """The files that an embedding store names and that are not there."""
     return [path for path in _named(store) if not path.is_file()]

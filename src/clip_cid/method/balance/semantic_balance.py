@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from clip_cid.method.balance.forest import Forest
 from clip_cid.method.balance.kept_rows import Keep, check_keep, keep_one_of_each
 from clip_cid.method.balance.known_pairs import KnownPairs
 from clip_cid.method.balance.near_pairs import RunTasks, near_forest
+from clip_cid.method.balance.near_targets import NearTargets, without_near
 from clip_cid.method.balance.pair_plan import Layout, Plan, lay_out
 from clip_cid.method.distances import LARGEST, Metric, from_squared, threshold_for, threshold_on
 from clip_cid.method.unit_rows import Rows, UnitRows
@@ -253,6 +254,7 @@ def balance_rows(
     store: ArrayStore | None = None,
     run_tasks: RunTasks | None = None,
     decided: DecidedRows | None = None,
+    near: Sequence[NearTargets] = (),
     on_plan: Callable[[Layout], Any] | None = None,
     on_progress: Callable[[int], Any] | None = None,
 ) -> Balance:
@@ -268,11 +270,13 @@ def balance_rows(
         store: Where arrays are kept, in a folder even over an interruption; in memory when None.
         run_tasks: Runs the tasks; in this process, one by one, when None.
         decided: What a person has decided about rows. The threshold is found without it.
+        near: Rows near targets up to the limit; those within the threshold are removed.
         on_plan: Called with the layout.
         on_progress: Called with the rows' worth of work done.
 
     Raises:
         ShareOutOfReach: No threshold up to the limit removes the target.
+        KeptAndNear: A row that is decided to be kept is near a target.
     """
     forest, row_hashes = near_forest(
         images,
@@ -288,6 +292,7 @@ def balance_rows(
 
     squared = rule.squared_threshold(forest)
     threshold = rule.threshold if rule.target_removed is None else threshold_for(squared, rule.metric)
+    decided = without_near(decided, near, squared)
     cut = cut_links(forest, (decided or DecidedRows()).apart)
     kept, set_of = choose_kept(images, texts, rule, forest.without(cut).sets(squared), decided)
     return Balance(kept, set_of, float(threshold), rule.metric, forest, squared, row_hashes, cut)

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from clip_cid.addresses import without_secrets
 from clip_cid.loss_table import LOSSES
 from clip_cid.overruling import OVERRULINGS
 from clip_cid.recipe import Recipe
@@ -129,7 +130,13 @@ def _balance(values: dict[str, Any]) -> None:
 def _evaluate(values: dict[str, Any]) -> None:
     for entries, elsewhere in (("sets", _is_elsewhere), ("retrieval", _is_elsewhere), ("compare", _is_no_path)):
         for name in values.get(entries) or {}:
+            values[entries][name] = _without_secrets(values[entries][name])
             _by_files(values[entries], name, lambda value, elsewhere=elsewhere: not elsewhere(value))
+
+
+def _without_secrets(value: Any) -> Any:
+    """A place as records have it; those of earlier versions may hold what signs an address."""
+    return without_secrets(value) if isinstance(value, str) else [without_secrets(place) for place in value]
 
 
 def _is_elsewhere(value: Any) -> bool:

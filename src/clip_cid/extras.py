@@ -10,6 +10,7 @@ from clip_cid.errors import MissingExtraError
 
 DISTILL, EVALUATE, REPORT = "distill", "evaluate", "report"
 ONNX, TENSORBOARD, RAY, REVIEW = "onnx", "tensorboard", "ray", "review"
+S3, GS, AZ, HF = "s3", "gs", "az", "hf"
 _MODELS = ("open_clip", "torchvision", "timm", "huggingface_hub", "jinja2")
 MODULES: dict[str, tuple[str, ...]] = {
     DISTILL: _MODELS,
@@ -19,6 +20,10 @@ MODULES: dict[str, tuple[str, ...]] = {
     TENSORBOARD: ("tensorboard",),
     RAY: ("ray",),
     REVIEW: ("starlette", "uvicorn"),
+    S3: ("s3fs",),
+    GS: ("gcsfs",),
+    AZ: ("adlfs",),
+    HF: ("huggingface_hub",),
 }
 """Extra of pyproject.toml -> the modules that its packages bring and that we import."""
 

@@ -147,7 +147,7 @@ class Origins:
     def missing_behind(self, stage: Stage) -> str:
         """The first file that finished results refer to and that is gone, though it could be found again."""
         existing = self._recipe.embed.existing
-        if stage.name != EMBED or existing is None or not existing.exists():
+        if stage.name != EMBED or existing is None or not (os_errors.address_of(existing) or existing.exists()):
             return ""
         missing = missing_behind(self._folder.path / EMBED)
         return f"{missing[0]} is missing" if missing else ""
@@ -198,11 +198,11 @@ class Origins:
         # Only a stage that runs asks for its files; but these must be the ones it was made from.
         if not outside.is_here():
             return f"{setting}: nothing at {where}" if moved else ""
-        if before is None:
+        if before is None and outside.as_before() is not None:
             return f"{setting} ({where}) was not there"
 
         try:
-            if outside.contents() == before:
+            if before == outside.as_before() or before == outside.contents():
                 return ""
         except (DataError, OSError) as error:
             if os_errors.may_pass(error) or os_errors.may_pass(error.__cause__):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import threadpoolctl
 
 from clip_cid import engine, extras, log, os_errors, units
+from clip_cid.data.inputs import brought_here
 from clip_cid.deciding_settings import deciding
 from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.file_digests import digest
@@ -384,8 +385,12 @@ def _run_stage(
             module = importlib.import_module(f"clip_cid.stages.{stage.name}")
             if stage.joint:
                 call(begun.part)
-            with threadpoolctl.threadpool_limits(recipe.machine.threads or None), engine.released(recipe.machine):
-                summary = module.run(folder, begun.part, recipe)
+            with (
+                threadpoolctl.threadpool_limits(recipe.machine.threads or None),
+                engine.released(recipe.machine),
+                brought_here(recipe, {stage.name}) as with_copies,
+            ):
+                summary = module.run(folder, begun.part, with_copies)
         except BaseException:
             if not folder.accepted:
                 folder.refuse(begun)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 import yaml
 from pydantic import (
@@ -24,6 +24,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PlainSerializer,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -34,6 +35,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from clip_cid import os_errors, plain_yaml, units
+from clip_cid.addresses import is_remote, without_secrets
 from clip_cid.errors import ConfigError
 from clip_cid.loss_table import LOSSES, Reading, rows_of
 from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, EVALUATE, TEXTS
@@ -78,14 +80,18 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    at_addresses: ClassVar[tuple[str, ...]] = ()
+    """The paths that may also be addresses."""
+
     @field_validator("*", mode="after")
     @classmethod
-    def _can_be_stored(cls, value: Any) -> Any:
+    def _can_be_stored(cls, value: Any, info: Any) -> Any:
         if isinstance(value, int) and value.bit_length() > 63:
             raise PydanticCustomError("too_large", "input should fit into 64 bits")
         if any(re.search(r"[\0\ud800-\udfff]", text) for text in _texts_in(value)):
             raise PydanticCustomError("not_text", "input should be text without zero bytes, in UTF-8")
-        if isinstance(value, Path) and (address := os_errors.address_of(value)):
+        address = os_errors.address_of(value) if isinstance(value, Path) else ""
+        if address and not (info.field_name in cls.at_addresses and is_remote(address)):
             raise PydanticCustomError("address", "input should be a path on this machine, not {it}", {"it": address})
         return value
 
@@ -138,13 +144,31 @@ _Texts = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 """A list of texts; one text alone is a list of one."""
 
 
+def _as_text(path: Path) -> str:
+    return os_errors.address_of(path) or str(path)
+
+
+def _all_without_secrets(places: tuple[str, ...]) -> list[str]:
+    return [without_secrets(place) for place in places]
+
+
+_Place = Annotated[str, PlainSerializer(without_secrets, return_type=str, when_used="json")]
+"""A path or an address. A run folder keeps an address without its password and without what signs it."""
+_Input = Annotated[
+    Path, PlainSerializer(lambda path: without_secrets(_as_text(path)), return_type=str, when_used="json")
+]
+"""A path that may also be an address."""
+_Places = Annotated[_Texts, PlainSerializer(_all_without_secrets, return_type=list[str], when_used="json")]
+"""A list of these."""
+
+
 class PairsConfig(Config):
     """Where the image-text pairs are."""
 
-    source: _Texts = ()
-    """WebDataset tars or their URLs, CSV/TSV/Parquet tables, or folders of images with .txt files
-    (one caption a line). All must be of one kind. Brace ranges and wildcards are allowed.
-    `pipe:COMMAND` reads a tar from a shell command, if `--allow-pipe` is given."""
+    source: _Places = ()
+    """WebDataset tars, CSV/TSV/Parquet tables, or folders of images with .txt files (one caption a
+    line), here or at an address (`s3://`, `gs://`, `az://`, `hf://`, `https://`). All must be of one
+    kind. Brace ranges and wildcards are allowed. `pipe:COMMAND` reads a tar from a shell command, if `--allow-pipe` is given."""
     image_column: str = "image"
     """Table only: the column with the image paths, relative to the table. In Parquet it may also hold
     the images themselves, as bytes or as the Hub's struct of bytes and path."""
@@ -199,6 +223,8 @@ class PairsConfig(Config):
 class EmbedConfig(Config):
     """Teacher embeddings, computed once and stored (paper sections 3.1 to 3.3)."""
 
+    at_addresses = ("existing",)
+
     teacher: str = "ViT-bigG-14"
     """An open_clip model name, `hf-hub:org/name`, `local-dir:path`, `run:path` for the student of a
     finished run, or `none` to train without a teacher."""
@@ -208,10 +234,10 @@ class EmbedConfig(Config):
     precision: Precision = "auto"
     """Precision of the teacher: auto is bf16 on CUDA and fp32 elsewhere. Embeddings are always
     stored as float16."""
-    existing: Path | None = None
+    existing: _Input | None = None
     """Use these embeddings instead of computing them: a store of ours, a clip-retrieval or DataComp
-    folder, .npy files, or Parquet or Arrow files with a column of vectors. On the command line:
-    `--embeddings`."""
+    folder, .npy files, or Parquet or Arrow files with a column of vectors; a path or an address. On
+    the command line: `--embeddings`."""
     match: Literal["key", "order"] = "key"
     """How the embeddings of `existing` belong to the pairs. order: the first row is of the first pair
     and so on, whatever keys they have. Nothing can check that, so only use it where keys are lost."""
@@ -231,6 +257,8 @@ class EmbedConfig(Config):
 
 class BalanceConfig(Config):
     """Image semantic balance: keep one image of each set of near-duplicates (paper section 3.1)."""
+
+    at_addresses = ("existing", "grow_from")
 
     enabled: bool = True
     """Off keeps every pair, for comparisons."""
@@ -264,13 +292,13 @@ class BalanceConfig(Config):
     """A file of decisions that a person made with `clip-cid review`. Images that were said not to be
     duplicates are parted, the weakest link between them is cut; images to keep are kept, those to
     remove are removed."""
-    grow_from: Path | None = None
+    grow_from: _Input | None = None
     """The balance folder of an earlier run on some of the same images: only pairs with a new image
     are compared. This run's own earlier results are always used."""
     truth_field: str | None = None
     """The field with the true duplicate group, one of pairs.keep_fields. Precision and recall of
     the sets are then reported."""
-    existing: Path | None = None
+    existing: _Input | None = None
     """Use this .npy of kept rows instead of balancing. On the command line: `--kept`."""
 
     @property
@@ -285,6 +313,8 @@ class BalanceConfig(Config):
 
 class ClusterConfig(Config):
     """Spherical k-means over the kept teacher image embeddings (paper section 3.2, Eq. 1)."""
+
+    at_addresses = ("existing",)
 
     num_centers: _PositiveOrAuto = AUTO
     """K, the number of clusters. auto: one for 30 kept images, and not more than the paper's million
@@ -304,7 +334,7 @@ class ClusterConfig(Config):
     clusters of texts. The paper clusters images only."""
     num_text_centers: PositiveInt | None = None
     """The number of clusters of texts. When absent: num_centers."""
-    existing: Path | None = None
+    existing: _Input | None = None
     """Use this folder with centers.npy and labels.npy (with `texts` also text_centers.npy and
     text_labels.npy) instead of clustering. On the command line: `--clusters`."""
 
@@ -386,7 +416,7 @@ class ValidationConfig(Config):
     them."""
     every: PositiveInt | None = None
     """Pairs between two measurements. When absent: an epoch."""
-    sets: dict[_SetName, str] = {}
+    sets: dict[_SetName, _Place] = {}
     """Name -> labelled set, as in evaluate.sets. It is classified zero-shot at each measurement."""
     metric: Literal["retrieval", "zero_shot", "loss"] = "retrieval"
     """The number that decides which student is the best: mean recall on the held-out pairs, mean
@@ -468,7 +498,7 @@ class DistillConfig(Config):
     """Let the weights weigh gradients, not losses: every so many steps (50 is good) the norm of each
     loss's gradient in the embeddings is measured, and its weight multiplied so that these norms are
     in the proportion of the weights. When absent: the weights are as set."""
-    texts: _Texts = ()
+    texts: _Places = ()
     """Files with a text a line, which need no images: vocabularies, class names in prompts, captions.
     UTF-8, also packed (.gz). The teacher embeds each line once, and the losses that read a text
     alone (cosine_text, bank_text) learn from them too."""
@@ -636,11 +666,11 @@ class DistillConfig(Config):
 class EvaluateConfig(Config):
     """Zero-shot, linear probe, neighbors and retrieval (docs/evaluation.md)."""
 
-    sets: dict[_SetName, str] = {}
+    sets: dict[_SetName, _Place] = {}
     """Name -> labelled set. It is `builtin:digits` (of scikit-learn), a folder in CLIP_benchmark's
     WebDataset layout or its URL, a folder with train/ and test/ of one folder a class, or a known
     set as it is published; see docs/evaluation_sets.md."""
-    retrieval: dict[_SetName, _Texts] = {}
+    retrieval: dict[_SetName, _Places] = {}
     """Name -> pairs, as in pairs.source, on which image-text retrieval is measured."""
     zero_shot: bool = True
     """Zero-shot classification by the nearest prompt."""
@@ -739,7 +769,7 @@ class MachineConfig(Config):
     """Python functions `package.module:name` that are called with every line of metrics.jsonl as a
     dict. docs/training.md sends them to Weights & Biases."""
     cache_dir: Path | None = None
-    """Where shards and evaluation sets from URLs are kept. When absent: ~/.cache/clip_cid."""
+    """Where what is read from addresses is kept. When absent: ~/.cache/clip_cid."""
 
 
 class Recipe(Config):

@@ -211,7 +211,7 @@ def _numbers(values: Sequence[str], kind: Callable[[str], Number]) -> list[Numbe
 def recipe_of(ablation: Ablation, recipe: Recipe, variant: Variant, seed: int) -> Recipe:
     """The recipe of one run: the student is the only model measured, since the others are the same for all."""
     changes = {**variant.changes, **dict.fromkeys(ablation.seeded, seed), "evaluate.compare": {}}
-    values = recipe.model_dump(mode="json")
+    values = recipe.model_dump()
     for name, value in changes.items():
         *path, last = name.split(".")
         section = values

@@ -16,6 +16,7 @@ import torch
 from clip_cid import extras, tasks
 from clip_cid.auto_numbers import Choice
 from clip_cid.check import captions, estimates, likely_mistakes, misfits, rehearsal, trial
+from clip_cid.data.inputs import brought_here
 from clip_cid.errors import ClipCidError, ConfigError
 from clip_cid.models.architectures import architecture, build_skeleton
 from clip_cid.models.costs import Costs, count_costs, count_parameters
@@ -88,11 +89,13 @@ def check(folder: RunFolder, recipe: Recipe) -> Report:
     if machine.threads:
         torch.set_num_threads(machine.threads)
     unheard = machine.model_copy(update={"callbacks": (), "tensorboard": "off"})
+    missing = trial.undone(folder, recipe)
     with (
         tempfile.TemporaryDirectory(prefix="clip-cid-check-") as scratch,
         threadpoolctl.threadpool_limits(machine.threads or None),
+        brought_here(recipe, {state.stage.name for state in missing}) as with_copies,
     ):
-        return _try(folder, recipe.model_copy(update={"machine": unheard}), recipe, Path(scratch))
+        return _try(folder, with_copies.model_copy(update={"machine": unheard}), recipe, Path(scratch), missing)
 
 
 def _refuse_bad_listeners(recipe: Recipe) -> None:
@@ -103,7 +106,7 @@ def _refuse_bad_listeners(recipe: Recipe) -> None:
         extras.require("machine.tensorboard: on", extras.TENSORBOARD)
 
 
-def _try(folder: RunFolder, recipe: Recipe, original: Recipe, scratch: Path) -> Report:
+def _try(folder: RunFolder, recipe: Recipe, original: Recipe, scratch: Path, missing: list[State]) -> Report:
     run, out = trial.UntouchedRun(folder.path, scratch), scratch / "distill"
     out.mkdir()
 
@@ -111,7 +114,6 @@ def _try(folder: RunFolder, recipe: Recipe, original: Recipe, scratch: Path) -> 
     found: list[ClipCidError] = []
     device: torch.device | None = None
     teacher: trial.TeacherFacts | None = None
-    missing = trial.undone(folder, recipe)
     settled = misfits.settle_for(run, recipe, missing)
     recipe, original = settled.recipe, settled.recipe.model_copy(update={"machine": original.machine})
     with misfits.noted(found):

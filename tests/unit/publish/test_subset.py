@@ -23,6 +23,7 @@ from webdataset.compat import WebDataset
 
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
+from clip_cid.data.pairs.format import SourceFile
 from clip_cid.data.pairs.images import decode_image
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.data.pairs.tars import METADATA, scan_tar
@@ -719,4 +720,4 @@ def test_a_tar_of_any_keys_has_one_sample_for_each(tmp_path_factory: pytest.Temp
         for key in some:
             tar.addfile(tarfile.TarInfo(f"{member_stem(key)}.png"))
             tar.addfile(tarfile.TarInfo(f"{member_stem(key)}.txt"))
-    assert [key_of_stem(stem) for stem in scan_tar(path, "keys").column("key").to_pylist()] == some
+    assert [key_of_stem(stem) for stem in scan_tar(SourceFile.of("keys", path)).column("key").to_pylist()] == some

@@ -12,7 +12,7 @@ from clip_cid import log
 from clip_cid.data.pairs.pair import BadSample, Pair
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.data.pairs.sources import find_sources
-from clip_cid.file_digests import FileDigests, digest, file_state
+from clip_cid.file_digests import FileDigests, digest
 from clip_cid.recipe import PairsConfig
 
 
@@ -24,7 +24,9 @@ class RowDigest(NamedTuple):
 
 
 def state_of_pairs(settings: PairsConfig, *, index: Path | None, cache_dir: Path | None) -> str:
-    """A digest of names, bytes and times of all files behind the pairs. Of URLs it is their addresses.
+    """A digest of names, bytes and times (elsewhere versions) of all files behind the pairs.
+
+    Of what a command brings it is the command.
 
     Raises:
         DataError: As `open_pairs`.
@@ -33,8 +35,12 @@ def state_of_pairs(settings: PairsConfig, *, index: Path | None, cache_dir: Path
     if any(source.format.refers_to_files for source in sources):
         pairs = open_pairs(settings, index=index, cache_dir=cache_dir)
         return digest([pairs.shard_state(number) for number in range(len(pairs.shards))])
-    states = [source.name if source.path is None else file_state(source.path) for source in sources]
-    return digest([states, settings.reading])
+    return digest([[source.state for source in sources], settings.reading])
+
+
+def addresses_of_pairs(settings: PairsConfig) -> str:
+    """What earlier versions took for the contents of pairs that lie elsewhere."""
+    return digest([[source.name for source in find_sources(settings)], settings.reading])
 
 
 def contents_of_pairs(
@@ -42,13 +48,13 @@ def contents_of_pairs(
 ) -> str:
     """A digest of every key, image and caption in their order. Only shards that are not known are read.
 
-    Nothing is fetched to know it: where a source is a URL, the addresses stand for the contents.
+    Of what a command brings, the commands stand for the contents.
 
     Raises:
         DataError: As `open_pairs`.
     """
     state = state_of_pairs(settings, index=index, cache_dir=cache_dir)
-    if any(source.path is None for source in find_sources(settings)):
+    if any(source.path is None and source.remote is None for source in find_sources(settings)):
         return state
     if (contents := digests.recall(state)) is None:
         pairs = open_pairs(settings, index=index, cache_dir=cache_dir)

@@ -3,22 +3,24 @@
 import collections
 import os
 import unicodedata
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from clip_cid import log
+from clip_cid.addresses import without_secrets
+from clip_cid.data.pairs.beside import files_beside, read_beside
 from clip_cid.data.pairs.format import (
     COMMON_COLUMNS,
     SHARD_ROWS,
     EmptySourceError,
-    LocalSource,
     PairFormat,
     Scan,
     Source,
+    SourceFile,
 )
 from clip_cid.data.pairs.images import EXTENSIONS
 from clip_cid.data.pairs.pair import NO_CAPTION, BadSample, Pair
@@ -27,11 +29,13 @@ from clip_cid.data.pairs.sample_parts import (
     clean_captions,
     key_hash,
     key_in_json,
-    read_file,
     readable_key,
 )
 from clip_cid.errors import DataError
+from clip_cid.file_digests import digest
 from clip_cid.recipe import PairsConfig
+from clip_cid.remote import files as remote_files
+from clip_cid.remote.contract import RemoteFile
 
 _OTHER_IMAGES = {".heic", ".heif", ".jxl", ".svg"}
 
@@ -55,43 +59,49 @@ class Folders(PairFormat):
     def owns(self, path: Path, settings: PairsConfig) -> bool:
         return path.is_dir()
 
+    def reads_ranges(self, name: str) -> bool:
+        return True
+
     def fingerprint(self, source: Source) -> list[tuple[str, int]]:
-        assert source.path is not None
+        if source.path is None:
+            return super().fingerprint(source)
         return [(f"{source.name}/{file.image}", file.bytes) for file in _list_folder(source.path).images]
 
-    def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
-        listing = _list_folder(source.path, with_json=settings.key_field is not None)
+    def scan(self, source: SourceFile, settings: PairsConfig) -> Scan:
+        listing = _list_source(source, with_json=settings.key_field is not None)
         _refuse_other_sources(source.name, listing)
-        _warn_of_files_left_out(source.path, listing)
+        _warn_of_files_left_out(str(source.path) if source.remote is None else source.name, listing)
 
         # The folder's own size and time say nothing of the files below it, so theirs stand in the identity.
-        identity = [(file.image, file.bytes, file.mtime_ns) for file in listing.images]
+        identity = [(file.image, file.bytes, file.version) for file in listing.images]
         field = [] if settings.key_field is None else [settings.key_field]
-        return Scan([*identity, *field], self._rows(source.path, listing.images, settings.key_field))
+        return Scan([*identity, *field], self._rows(source, listing.images, settings.key_field))
 
-    def read(self, source: LocalSource, row: dict[str, Any], settings: PairsConfig) -> Pair:
-        image = read_file(source.path, row["image"], "image")
+    def read(self, source: SourceFile, row: dict[str, Any], settings: PairsConfig) -> Pair:
+        image = read_beside(source, row["image"], "image")
         beside = row["caption_file"]
-        lines = [] if beside is None else read_file(source.path, beside, "caption file").splitlines()
+        lines = [] if beside is None else read_beside(source, beside, "caption file").splitlines()
         captions = clean_captions(lines, optional=settings.captions_are_optional)
         return Pair(row["key"], image, captions, dict.fromkeys(settings.keep_fields, ""))
 
-    def files_of(self, source: LocalSource, rows: pa.RecordBatch) -> list[Path]:
+    def files_of(self, source: SourceFile, rows: pa.RecordBatch) -> list[Path | RemoteFile]:
         names = [name for column in ("image", "caption_file", "key_file") for name in rows.column(column).to_pylist()]
-        return [source.path / os.fsdecode(name) for name in names if name is not None]
+        return files_beside(source, names)
 
-    def shard_bytes(self, source: LocalSource, rows: pa.RecordBatch) -> int:
+    def shard_bytes(self, source: SourceFile, rows: pa.RecordBatch) -> int:
         return int(rows.column("bytes").to_numpy().sum())
 
     def image_name(self, row: dict[str, Any]) -> str:
         return os.fsdecode(row["image"])
 
-    def _rows(self, root: Path, files: "list[_ListedImage]", key_field: str | None) -> Generator[pa.RecordBatch]:
+    def _rows(
+        self, source: SourceFile, files: "list[_ListedImage]", key_field: str | None
+    ) -> Generator[pa.RecordBatch]:
         """A key is the path without its extension, or in a field of the .json."""
         for start in range(0, len(files), SHARD_ROWS):
             columns: dict[str, list[object]] = {column: [] for column in self.schema.names}
             for file in files[start : start + SHARD_ROWS]:
-                key, problem = _key(root, file, key_field)
+                key, problem = _key(source, file, key_field)
                 columns["key"].append(key)
                 columns["key_hash"].append(key_hash(key))
                 lacking = None if file.caption_file else f"{NO_CAPTION} (.txt beside the image)"
@@ -113,16 +123,23 @@ class _ListedImage:
     """None if keys are not read from it."""
     bytes: int
     """Of these files."""
-    mtime_ns: int
-    """The latest of them."""
+    version: int | list[str]
+    """When the latest of them was written, in nanoseconds; elsewhere the version of each."""
 
 
-def _key(root: Path, file: _ListedImage, key_field: str | None) -> tuple[str, str | None]:
+class _Status(NamedTuple):
+    """Of one file."""
+
+    bytes: int
+    version: int | str
+
+
+def _key(source: SourceFile, file: _ListedImage, key_field: str | None) -> tuple[str, str | None]:
     """The key of an image, and what is wrong with it."""
     if key_field is None:
         return readable_key(os.fsencode(os.path.splitext(file.image)[0]))
     try:
-        data = None if file.key_file is None else read_file(root, os.fsencode(file.key_file), "json file")
+        data = None if file.key_file is None else read_beside(source, os.fsencode(file.key_file), "json file")
     except BadSample as error:
         return "", f"no key: {error.reason}"
     return key_in_json(data, key_field)
@@ -141,6 +158,26 @@ class _Listing:
     """Files of other types, by suffix."""
 
 
+def folder_of(address: str, files: Mapping[str, RemoteFile]) -> RemoteFile:
+    """A folder elsewhere as if it was one file, whose version is that of all in it."""
+    version = digest([[name, *file.state] for name, file in sorted(files.items())])
+    folder = without_secrets(address).rstrip("/") + "/"
+    return RemoteFile(folder, address.rstrip("/") + "/", sum(file.bytes for file in files.values()), version)
+
+
+def _list_source(source: SourceFile, *, with_json: bool) -> _Listing:
+    """As `_list_folder`, of a folder here or elsewhere."""
+    if source.remote is None:
+        return _list_folder(source.path, with_json=with_json)
+
+    images, texts, others = dict[str, _Status](), dict[str, _Status](), collections.Counter[str]()
+    there = remote_files.at(source.remote.address)
+    for name, file in there.items() if isinstance(there, dict) else ():
+        if not any(part.startswith(".") for part in name.split("/")):
+            _sort(name, _Status(file.bytes, file.version), images, texts, others)
+    return _listing(images, texts, others, linked=0, with_json=with_json)
+
+
 def _list_folder(path: Path, *, with_json: bool = False) -> _Listing:
     """Every image under `path`, sorted by its path; hidden files and folders are left out.
 
@@ -151,14 +188,23 @@ def _list_folder(path: Path, *, with_json: bool = False) -> _Listing:
     Raises:
         DataError: A folder cannot be read.
     """
-    images: dict[str, os.stat_result] = {}
-    texts: dict[str, os.stat_result] = {}
-    others = collections.Counter[str]()
+    images, texts, others = dict[str, _Status](), dict[str, _Status](), collections.Counter[str]()
     try:
         linked = _walk(path, "", images, texts, others)
     except OSError as error:
         raise DataError(f"{path}: cannot be listed ({error}).", fix="Check its permissions.") from error
+    return _listing(images, texts, others, linked=linked, with_json=with_json)
 
+
+def _listing(
+    images: dict[str, _Status],
+    texts: dict[str, _Status],
+    others: collections.Counter[str],
+    *,
+    linked: int,
+    with_json: bool,
+) -> _Listing:
+    """The images with what belongs to each."""
     listed: list[_ListedImage] = []
     same_letters = _by_letters(texts)
     beside = _beside_another(images)
@@ -176,8 +222,8 @@ def _list_folder(path: Path, *, with_json: bool = False) -> _Listing:
                 image=image,
                 caption_file=caption_file,
                 key_file=key_file,
-                bytes=sum(status.st_size for status in stats),
-                mtime_ns=max(status.st_mtime_ns for status in stats),
+                bytes=sum(status.bytes for status in stats),
+                version=_version([status.version for status in stats]),
             )
         )
 
@@ -191,6 +237,28 @@ def _by_letters(names: Collection[str]) -> dict[str, str]:
     return {unicodedata.normalize("NFC", name): name for name in names if not name.isascii()}
 
 
+def _version(versions: list[int | str]) -> int | list[str]:
+    times = [version for version in versions if isinstance(version, int)]
+    return max(times) if times else list(map(str, versions))
+
+
+def _sort(
+    name: str,
+    status: _Status,
+    images: dict[str, _Status],
+    texts: dict[str, _Status],
+    others: collections.Counter[str],
+) -> None:
+    """Put a file where it belongs by the suffix of its name."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix.removeprefix(".") in EXTENSIONS:
+        images[name] = status
+    elif suffix in (".txt", ".json"):
+        texts[name] = status
+    else:
+        others[suffix] += 1
+
+
 def _beside_another(images: Collection[str]) -> set[str]:
     """Images of further types, such as previews, beside one of the same name that open_clip would take."""
     usual = {stem for stem, suffix in map(os.path.splitext, images) if suffix.lower()[1:] in IMAGE_EXTENSIONS}
@@ -201,8 +269,8 @@ def _beside_another(images: Collection[str]) -> set[str]:
 def _walk(
     root: Path,
     below: str,
-    images: dict[str, os.stat_result],
-    texts: dict[str, os.stat_result],
+    images: dict[str, _Status],
+    texts: dict[str, _Status],
     others: collections.Counter[str],
 ) -> int:
     """Collect the files under `root/below`; returns how many linked folders were left out."""
@@ -210,7 +278,6 @@ def _walk(
     with os.scandir(root / below) as entries:
         for entry in entries:
             name = below + entry.name
-            suffix = os.path.splitext(name)[1].lower()
             if entry.name.startswith("."):
                 continue
 
@@ -218,13 +285,12 @@ def _walk(
                 linked += _walk(root, name + "/", images, texts, others)
             elif entry.is_dir():
                 linked += 1
-            elif suffix.removeprefix(".") in EXTENSIONS and (entry.is_file() or entry.is_symlink()):
+            elif entry.is_file() or (entry.is_symlink() and _is_image(os.path.splitext(name)[1].lower())):
                 # A link to nowhere keeps its row and is counted as a broken image.
-                images[name] = entry.stat(follow_symlinks=entry.is_file())
-            elif suffix in (".txt", ".json") and entry.is_file():
-                texts[name] = entry.stat()
+                status = entry.stat(follow_symlinks=entry.is_file())
+                _sort(name, _Status(status.st_size, status.st_mtime_ns), images, texts, others)
             else:
-                others[suffix] += 1
+                others[os.path.splitext(name)[1].lower()] += 1
     return linked
 
 
@@ -242,7 +308,7 @@ def _is_image(suffix: str) -> bool:
     return suffix in _OTHER_IMAGES or suffix.removeprefix(".") in EXTENSIONS
 
 
-def _warn_of_files_left_out(path: Path, listing: _Listing) -> None:
+def _warn_of_files_left_out(path: str, listing: _Listing) -> None:
     pictures = {suffix: count for suffix, count in listing.others.items() if _is_image(suffix)}
     if pictures:
         types = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(pictures.items()))

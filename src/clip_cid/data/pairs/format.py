@@ -14,13 +14,15 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import urlparse
 
 import pyarrow as pa
 
+from clip_cid.addresses import path_of
 from clip_cid.data.pairs.pair import Pair
 from clip_cid.errors import DataError
+from clip_cid.file_digests import file_state
 from clip_cid.recipe import PairsConfig
+from clip_cid.remote.contract import RemoteFile
 
 SHARD_ROWS = 10_000
 """A source that has no shards of its own is cut into shards of this many rows, so that embedding can resume."""
@@ -46,38 +48,82 @@ class Source:
 
     format: "PairFormat"
     name: str
-    """As the user wrote it, ranges and wildcards expanded."""
+    """As the user wrote it, ranges and wildcards expanded, without secrets."""
     path: Path | None
-    """None while a URL has not been fetched."""
+    """None for what is not on this machine."""
+    remote: RemoteFile | None = None
+    """A file elsewhere; None also for what a shell command brings."""
 
     @property
     def bytes(self) -> int:
-        """Bytes of the file; -1 for a URL, whose size would take a request to learn."""
+        """Bytes of the file; -1 for one that is not on this machine, as earlier versions have it."""
         return -1 if self.path is None else self.path.stat().st_size
 
     @property
+    def identity(self) -> str:
+        """What no other source has."""
+        return self.name if self.remote is None and self.path is None else str(self.path or self.remote)
+
+    @property
+    def state(self) -> Any:
+        """What changes when the file does, unread; of a shell command the command itself."""
+        if self.remote is not None:
+            return self.remote.state
+        return self.name if self.path is None else file_state(self.path)
+
+    @property
     def path_without_suffix(self) -> str:
-        """The absolute path, or that of the URL, up to the suffix of its last part."""
-        path = urlparse(self.name).path if self.path is None else str(self.path)
+        """The absolute path, or that of the address, up to the suffix of its last part."""
+        path = path_of(self.name) if self.path is None else str(self.path)
         folder, slash, last = path.strip().rpartition("/")
         is_folder = self.path is not None and self.path.is_dir()
         return folder + slash + (last if is_folder else last.rpartition(".")[0] or last)
 
 
 @dataclass(frozen=True)
-class LocalSource:
-    """A source on this machine, with the size and time it had when it was indexed."""
+class SourceFile:
+    """A source as it was when it was indexed: a file or folder on this machine, or a file elsewhere."""
 
     name: str
-    """As the user wrote it."""
+    """As `Source.name`."""
     path: Path
+    """On this machine; of a file elsewhere that is read by range only its name counts."""
     bytes: int
     mtime_ns: int
+    remote: RemoteFile | None = None
+    """The file elsewhere that it is, or that `path` is a copy of."""
+    cache: Path | None = None
+    """Of what is read by range; None where `path` is read."""
 
     @classmethod
-    def of(cls, name: str, path: Path) -> "LocalSource":
+    def of(cls, name: str, path: Path, *, remote: RemoteFile | None = None) -> "SourceFile":
+        """A file or folder on this machine, perhaps a copy of one elsewhere."""
         status = path.stat()
-        return cls(name, path, status.st_size, status.st_mtime_ns)
+        return cls(name, path, status.st_size, status.st_mtime_ns, remote)
+
+    @classmethod
+    def elsewhere(cls, name: str, remote: RemoteFile, cache: Path) -> "SourceFile":
+        """A file that is read by range."""
+        return cls(name, Path(path_of(remote.name)), remote.bytes, 0, remote, cache)
+
+    def is_as_indexed(self) -> bool:
+        """Whether a file on this machine has still its size and time; one elsewhere is refused when it is read."""
+        return self.cache is not None or SourceFile.of(self.name, self.path, remote=self.remote) == self
+
+    @property
+    def stem(self) -> str:
+        """The name of the file without its suffix."""
+        return (self.path if self.remote is None else Path(path_of(self.remote.name))).stem
+
+    @property
+    def identity(self) -> list[Any]:
+        """What tells this version of the file from others, beside its path."""
+        return [self.bytes, self.mtime_ns] if self.remote is None else self.remote.state
+
+    @property
+    def state(self) -> list[Any]:
+        """As `Source.state`."""
+        return file_state(self.path) if self.remote is None else self.remote.state
 
 
 @dataclass(frozen=True)
@@ -123,8 +169,12 @@ class PairFormat(ABC):
         """Name and bytes of the files whose change makes the pairs other pairs; none of them is read."""
         return [(source.name, source.bytes)]
 
+    def reads_ranges(self, name: str) -> bool:
+        """Whether a source elsewhere of that name is read by `bytes_at` and `opened`; others are copied whole first."""
+        return False
+
     @abstractmethod
-    def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
+    def scan(self, source: SourceFile, settings: PairsConfig) -> Scan:
         """The index of a source.
 
         Raises:
@@ -132,7 +182,7 @@ class PairFormat(ABC):
         """
 
     @abstractmethod
-    def read(self, source: LocalSource, row: dict[str, Any], settings: PairsConfig) -> Pair:
+    def read(self, source: SourceFile, row: dict[str, Any], settings: PairsConfig) -> Pair:
         """The pair of a row of the index that has no problem.
 
         Raises:
@@ -140,15 +190,15 @@ class PairFormat(ABC):
             DataError: The source changed or cannot be read any more.
         """
 
-    def shard_name(self, source: LocalSource, number: int) -> str:
+    def shard_name(self, source: SourceFile, number: int) -> str:
         """The name of a shard, given its number within the source."""
         return f"{source.name}#{number:05d}"
 
-    def shard_bytes(self, source: LocalSource, rows: pa.RecordBatch) -> int:
+    def shard_bytes(self, source: SourceFile, rows: pa.RecordBatch) -> int:
         """The bytes of a shard, or of the whole source if they are not known shard by shard."""
         return source.bytes
 
-    def files_of(self, source: LocalSource, rows: pa.RecordBatch) -> list[Path]:
+    def files_of(self, source: SourceFile, rows: pa.RecordBatch) -> list[Path | RemoteFile]:
         """The files that rows of the index refer to; only for formats with `refers_to_files`."""
         return []
 
@@ -156,7 +206,7 @@ class PairFormat(ABC):
         """The file name of a row's image; empty if the image has none."""
         return ""
 
-    def members(self, source: LocalSource, places: Sequence[int]) -> Generator[list[Member]]:
+    def members(self, source: SourceFile, places: Sequence[int]) -> Generator[list[Member]]:
         """The files of some samples of a source, all of them and in their order; only for formats with `has_members`.
 
         Args:
@@ -168,7 +218,7 @@ class PairFormat(ABC):
         """
         raise NotImplementedError
 
-    def copy_rows(self, source: LocalSource, places: Sequence[int], out: Path, settings: PairsConfig) -> None:
+    def copy_rows(self, source: SourceFile, places: Sequence[int], out: Path, settings: PairsConfig) -> None:
         """Write a table of the rows of some samples, in the form of the source; only for formats with `has_rows`.
 
         Args:

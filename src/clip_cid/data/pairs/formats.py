@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from clip_cid.addresses import path_of
 from clip_cid.data.pairs.folders import Folders
 from clip_cid.data.pairs.format import PairFormat
 from clip_cid.data.pairs.tables import Tables
@@ -10,9 +11,10 @@ from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
 
 URL_FORMAT = Tars()
-"""The format of a URL, whatever its name; it is fetched before it is scanned."""
+"""The format of what a command brings, and of an address on the web whose name says nothing else."""
+FOLDER_FORMAT = Folders()
 
-FORMATS: tuple[PairFormat, ...] = (Folders(), URL_FORMAT, Tables())
+FORMATS: tuple[PairFormat, ...] = (FOLDER_FORMAT, URL_FORMAT, Tables())
 """The first format here that owns a path is the format of that path."""
 
 _READERS = (
@@ -35,10 +37,20 @@ def format_of(path: Path, name: str, settings: PairsConfig) -> PairFormat:
         if known.owns(path, settings):
             return known
 
+    raise unknown_format(name)
+
+
+def format_by_name(address: str, settings: PairsConfig) -> PairFormat | None:
+    """The format of a file elsewhere, by its name alone; None if it says none."""
+    path = Path(path_of(address))
+    return next((known for known in FORMATS if known is not FOLDER_FORMAT and known.owns(path, settings)), None)
+
+
+def unknown_format(name: str) -> DataError:
     *most, last = (known.examples for known in FORMATS)
-    read = next((reader for endings, reader in _READERS if path.name.lower().endswith(endings)), None)
+    read = next((reader for endings, reader in _READERS if name.lower().endswith(endings)), None)
     hint = "" if read is None else f" This one becomes a table by {read}."
-    raise DataError(
+    return DataError(
         f"{name}: not a known format of pairs.",
         fix=f"Give {', '.join(most)} or {last}; a wildcard leaves others out as *.tar.{hint}",
     )

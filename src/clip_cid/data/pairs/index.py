@@ -17,14 +17,16 @@ import pyarrow as pa
 from jaxtyping import Int64, UInt64
 
 from clip_cid import log
-from clip_cid.data.pairs import sources
-from clip_cid.data.pairs.format import EmptySourceError, LocalSource, PairFormat, Source
+from clip_cid.addresses import path_of
+from clip_cid.data.pairs import sources as fetching
+from clip_cid.data.pairs.format import EmptySourceError, PairFormat, Source, SourceFile
 from clip_cid.data.pairs.images import EXTENSIONS
 from clip_cid.data.pairs.pair import DUPLICATE, NO_CAPTION
 from clip_cid.data.pairs.sample_parts import key_hash
 from clip_cid.errors import DataError
 from clip_cid.open_files import MANY, KeptOpen
 from clip_cid.recipe import PairsConfig
+from clip_cid.remote import copies
 from clip_cid.run_folder import atomic_file
 
 _VERSION = 3  # raise it when the same source would give another index
@@ -38,7 +40,7 @@ class IndexedSource:
     """A source with its index, as Arrow batches in a file or (no index folder) in memory; a batch is one shard."""
 
     format: PairFormat
-    local: LocalSource
+    local: SourceFile
     key_prefix: str
     """What stands before each key of the source; the index has it already."""
     rows: tuple[int, ...]
@@ -73,7 +75,9 @@ _mapped_batch = KeptOpen(_read_batch, maps=True)
 def index_sources(
     named: Sequence[Source], settings: PairsConfig, *, index: Path | None, cache_dir: Path
 ) -> tuple[IndexedSource, ...]:
-    """Index every source, fetching URLs first; the index of an unchanged file is taken from the `index` folder.
+    """Index every source; the index of an unchanged file is taken from the `index` folder.
+
+    Files elsewhere are read by range where their format and server allow it, and else copied into the cache first.
 
     Raises:
         DataError: A source is broken or cannot be fetched, or all are empty.
@@ -126,8 +130,7 @@ def _key_prefixes(named: Sequence[Source], settings: PairsConfig) -> list[str]:
 def _index_source(
     source: Source, prefix: str, settings: PairsConfig, index: Path | None, cache_dir: Path, bar: log.Bar
 ) -> IndexedSource:
-    path = source.path or _fetched(source, settings, cache_dir)
-    local = LocalSource.of(source.name, path)
+    local = _file_of(source, settings, cache_dir)
     scan = source.format.scan(local, settings)
     batches = _with_progress(_not_empty(_with_prefix(scan.batches, prefix), source), source.name, bar)
     if index is None:
@@ -135,8 +138,8 @@ def _index_source(
         rows = tuple(batch.num_rows for batch in in_memory)
         return IndexedSource(source.format, local, prefix, rows, None, in_memory)
 
-    identity = [_VERSION, source.format.kind, str(path), prefix, *scan.identity]
-    file = index.absolute() / f"{path.name[:40]}-{_digest(identity)}.arrow"
+    identity = [_VERSION, source.format.kind, str(local.path), prefix, *scan.identity]
+    file = index.absolute() / f"{local.path.name[:40]}-{_digest(identity)}.arrow"
     schema = scan.schema or source.format.schema
     if not _usable(file, schema):
         _write(file, schema, batches)
@@ -175,20 +178,31 @@ def _not_empty(batches: Iterable[pa.RecordBatch], source: Source) -> Generator[p
         )
 
 
+def _file_of(source: Source, settings: PairsConfig, cache_dir: Path) -> SourceFile:
+    """The file of a source, where it can be read."""
+    if source.path is not None:
+        return SourceFile.of(source.name, source.path)
+    if source.remote is None:
+        return SourceFile.of(source.name, _fetched(source, settings, cache_dir))
+    if source.remote.by_range and source.format.reads_ranges(path_of(source.name)):
+        return SourceFile.elsewhere(source.name, source.remote, cache_dir)
+    return SourceFile.of(source.name, copies.of_file(source.remote, cache_dir), remote=source.remote)
+
+
 def _fetched(source: Source, settings: PairsConfig, cache_dir: Path) -> Path:
-    """The local copy of a URL; it is kept only when a scan shows that it is whole."""
+    """The local copy of what a command brings; it is kept only when a scan shows that it is whole."""
 
     def scan_all(part: Path) -> None:
         try:
-            for _ in source.format.scan(LocalSource.of(source.name, part), settings).batches:
+            for _ in source.format.scan(SourceFile.of(source.name, part), settings).batches:
                 pass
         except EmptySourceError as error:
             if not part.stat().st_size:  # nothing came, which is not an empty shard
                 raise DataError(error.problem, fix=error.fix) from error
 
-    path = sources.cached_path(source.name, cache_dir)
+    path = fetching.cached_path(source.name, cache_dir / "shards")
     if not path.exists():
-        sources.fetch(source.name, path, check=scan_all)
+        fetching.fetch(source.name, path, check=scan_all)
     return path
 
 

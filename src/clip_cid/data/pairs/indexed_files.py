@@ -1,23 +1,48 @@
-"""Byte ranges of indexed files, which must be as they were when they were indexed."""
+"""Byte ranges of indexed files, on this machine or elsewhere, which must be as they were when they were indexed."""
 
 import os
+from pathlib import Path
+from typing import BinaryIO, cast
 
-from clip_cid.data.pairs.format import LocalSource
+from clip_cid.data.pairs.format import SourceFile
 from clip_cid.errors import DataError
 from clip_cid.open_files import KeptOpen
+from clip_cid.remote import kept
+from clip_cid.remote.contract import RemoteFile
 
 
-def bytes_at(source: LocalSource, at: int, size: int) -> bytes:
+def bytes_at(source: SourceFile, at: int, size: int) -> bytes:
     """A byte range of a source, whose file stays open to be read again.
 
     Raises:
         DataError: The file changed or went away since it was indexed, or may not be read.
     """
+    if source.remote is not None and source.cache is not None:
+        data = _kept((source.remote, source.cache)).read(at, size)
+        if len(data) != size:
+            raise _changed(source.name)
+        return data
+
     file = _open(source)  # held until it is read: threads that open others close it, and its number gets another file
     data = os.pread(file.number, size, at)
     if len(data) != size:
         raise _changed(source.name)
     return data
+
+
+def opened(source: SourceFile, *, in_order: bool = True) -> BinaryIO:
+    """A source, open for reading.
+
+    Args:
+        source: The source.
+        in_order: Whether it is read from its start to its end; then many bytes are fetched at once.
+
+    Raises:
+        OSError: A file on this machine cannot be opened.
+    """
+    if source.remote is not None and source.cache is not None:
+        return cast(BinaryIO, kept.opened(source.remote, source.cache, in_order=in_order))
+    return open(source.path, "rb")
 
 
 class _Descriptor:
@@ -30,7 +55,7 @@ class _Descriptor:
         os.close(self.number)
 
 
-def _open_file(source: LocalSource) -> _Descriptor:
+def _open_file(source: SourceFile) -> _Descriptor:
     try:
         opened = _Descriptor(os.open(source.path, os.O_RDONLY | os.O_CLOEXEC))
     except FileNotFoundError as error:
@@ -44,7 +69,12 @@ def _open_file(source: LocalSource) -> _Descriptor:
     return opened
 
 
+def _kept_file(key: tuple[RemoteFile, Path]) -> kept.KeptFile:
+    return kept.KeptFile(*key)
+
+
 _open = KeptOpen(_open_file)
+_kept = KeptOpen(_kept_file)
 
 
 def _changed(name: str) -> DataError:

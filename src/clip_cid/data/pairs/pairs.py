@@ -18,10 +18,12 @@ from jaxtyping import Int64
 from clip_cid.data.pairs.format import Member
 from clip_cid.data.pairs.index import IndexedSource, PairIndex, index_some, index_sources
 from clip_cid.data.pairs.pair import NO_CAPTION, BadSample, Pair, reason_kind, remedy
-from clip_cid.data.pairs.sources import cache_folder, find_sources
+from clip_cid.data.pairs.sources import find_sources
 from clip_cid.errors import DataError
 from clip_cid.file_digests import digest, file_state
 from clip_cid.recipe import PairsConfig
+from clip_cid.remote.cache import cache_folder
+from clip_cid.remote.contract import RemoteFile
 from clip_cid.run_folder import atomic_file
 
 
@@ -112,7 +114,7 @@ class Pairs:
         first, after = (bisect_left(self._bad_rows, row) for row in (shard.first_row, shard.first_row + shard.rows))
         bad_rows = self._bad_rows[first:after]
         unusable = [[row - shard.first_row, reason_kind(self.known_bad[row])] for row in bad_rows]
-        own = [] if source.local.path.is_dir() else file_state(source.local.path)
+        own = [] if source.local.path.is_dir() else source.local.state
         files = [_state(path) for path in source.format.files_of(source.local, self._index.batch(number))]
         place = [str(source.local.path), shard.first_row - self._first_row_of(number), shard.rows]
         settings = self._settings if fields else self._settings.model_copy(update={"keep_fields": ()})
@@ -202,13 +204,13 @@ def open_pairs(settings: PairsConfig, *, index: Path | None = None, cache_dir: P
         settings: Where the pairs are. In a folder, each line of an image's .txt is a caption.
         index: Folder where the index is kept, to be used again while sources have the same name, bytes and time;
             None holds it in memory.
-        cache_dir: Folder for shards from URLs; ~/.cache/clip_cid when absent.
+        cache_dir: Folder for what is read of files elsewhere; ~/.cache/clip_cid when absent.
 
     Raises:
         DataError: A source is missing, broken, empty or of another format than the first; or no pair can be used.
     """
-    shards_cache = cache_folder(cache_dir).absolute() / "shards"
-    rows = PairIndex(index_sources(find_sources(settings), settings, index=index, cache_dir=shards_cache))
+    cache = cache_folder(cache_dir)
+    rows = PairIndex(index_sources(find_sources(settings), settings, index=index, cache_dir=cache))
 
     known_bad = rows.known_bad(index, captions_are_optional=settings.captions_are_optional)
     if len(known_bad) == len(rows):
@@ -232,7 +234,7 @@ def open_indexing(settings: PairsConfig, *, index: Path, cache_dir: Path | None)
 def fingerprint(settings: PairsConfig) -> list[tuple[str, int]]:
     """Name and bytes of every source file, without reading one.
 
-    The bytes of a URL are -1; the images that a table names are left out.
+    The bytes of a file elsewhere are -1; the images that a table names are left out.
 
     Raises:
         DataError: A source is missing, of no known format, or of another format than the first.
@@ -240,7 +242,9 @@ def fingerprint(settings: PairsConfig) -> list[tuple[str, int]]:
     return [file for source in find_sources(settings) for file in source.format.fingerprint(source)]
 
 
-def _state(path: Path) -> list[Any]:
+def _state(path: Path | RemoteFile) -> list[Any]:
+    if isinstance(path, RemoteFile):
+        return path.state
     try:
         return file_state(path)
     except (OSError, ValueError):  # ValueError: a NUL in the name

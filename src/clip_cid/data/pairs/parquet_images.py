@@ -8,15 +8,14 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from clip_cid import log, units
-from clip_cid.data.pairs.format import LocalSource
-from clip_cid.data.pairs.indexed_files import bytes_at
+from clip_cid.data.pairs.format import SourceFile
+from clip_cid.data.pairs.indexed_files import bytes_at, opened
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.parquet_pages import Page, data_pages, read_page
 
@@ -59,11 +58,13 @@ def holds_images(file: pyarrow.parquet.ParquetFile, column: str, is_picture: Cal
     return any(is_picture(data) for data in itertools.islice(filled, _LOOKED_AT))
 
 
-def images_inside(path: Path, file: pyarrow.parquet.ParquetFile, column: str, *, digests: bool) -> Iterator[Inside]:
+def images_inside(
+    source: SourceFile, file: pyarrow.parquet.ParquetFile, column: str, *, digests: bool
+) -> Iterator[Inside]:
     """The image of each row, in order.
 
     Args:
-        path: The Parquet file.
+        source: The Parquet file.
         file: The same, opened.
         column: That holds the images.
         digests: Whether to read them for their digests.
@@ -73,12 +74,12 @@ def images_inside(path: Path, file: pyarrow.parquet.ParquetFile, column: str, *,
     names = _values(file, column, PATH) if PATH in fields else itertools.repeat(None)
     of_bytes = BYTES if fields else None
     hashes = map(_digest, _values(file, column, of_bytes)) if digests else itertools.repeat(b"")
-    places = _places(path, file, _leaf(file, column, of_bytes))
+    places = _places(source, file, _leaf(file, column, of_bytes))
     for row, (place, name, of_image) in enumerate(zip(places, names, hashes, strict=False)):
         yield Inside(*place, row, name, of_image)
 
 
-def read_image(source: LocalSource, row: dict[str, Any]) -> bytes:
+def read_image(source: SourceFile, row: dict[str, Any]) -> bytes:
     """The image of a row of the index.
 
     Raises:
@@ -148,10 +149,10 @@ def _digest(image: bytes | None) -> bytes:
     return hashlib.blake2b(image, digest_size=16).digest() if image else b""
 
 
-def _places(path: Path, file: pyarrow.parquet.ParquetFile, number: int) -> Generator[tuple[Page, int]]:
+def _places(source: SourceFile, file: pyarrow.parquet.ParquetFile, number: int) -> Generator[tuple[Page, int]]:
     """The page of each row of a column, and its place in it."""
     levels = file.schema.column(number).max_definition_level
-    with open(path, "rb") as handle:
+    with opened(source, in_order=False) as handle:
         for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
             chunk = group.column(number)
             if chunk.num_values != group.num_rows:
@@ -161,7 +162,7 @@ def _places(path: Path, file: pyarrow.parquet.ParquetFile, number: int) -> Gener
 
 
 @functools.lru_cache(maxsize=_DECODED_PAGES)
-def _decoded(source: LocalSource, page: Page) -> pa.Array:
+def _decoded(source: SourceFile, page: Page) -> pa.Array:
     dictionary = bytes_at(source, page.dictionary_at, page.dictionary_bytes)
     data = bytes_at(source, page.at, page.bytes)
     try:

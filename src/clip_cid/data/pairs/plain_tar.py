@@ -24,23 +24,27 @@ def plain_files(path: Path, name: str) -> Generator[tarfile.TarInfo]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as handle:
-            _refuse_compressed(handle, name)
-            for member in _members(handle, size, name):
-                _refuse_unsafe(member, name)
-                if not member.isreg():
-                    continue
-
-                end = member.offset_data + member.size
-                if member.size < 0 or end > size:
-                    raise DataError(
-                        f"{name}: cut short at byte {size:,}: member {member.name!r} ends at byte {end:,}.",
-                        fix=FETCH_AGAIN,
-                    )
-                yield member
+            yield from plain_files_in(handle, size, name)
     except OSError as error:
         raise DataError(
             f"{name}: cannot be read ({error}).", fix="Check its permissions and the disk it is on."
         ) from error
+
+
+def plain_files_in(handle: BinaryIO, size: int, name: str) -> Generator[tarfile.TarInfo]:
+    """As `plain_files`, of an open tar of `size` bytes."""
+    _refuse_compressed(handle, name)
+    for member in _members(handle, size, name):
+        _refuse_unsafe(member, name)
+        if not member.isreg():
+            continue
+
+        end = member.offset_data + member.size
+        if member.size < 0 or end > size:
+            raise DataError(
+                f"{name}: cut short at byte {size:,}: member {member.name!r} ends at byte {end:,}.", fix=FETCH_AGAIN
+            )
+        yield member
 
 
 def _members(handle: BinaryIO, size: int, name: str) -> Generator[tarfile.TarInfo]:

@@ -1,4 +1,4 @@
-"""The sources that `pairs.source` names: braces and wildcards expanded, files located, URLs fetched."""
+"""The sources that `pairs.source` names: braces and wildcards expanded, files located here and elsewhere."""
 
 import glob
 import hashlib
@@ -11,11 +11,15 @@ from urllib.parse import unquote, urlparse
 
 from braceexpand import braceexpand
 
+from clip_cid.addresses import OBJECT_STORES, is_remote, path_of, scheme_of, without_secrets
+from clip_cid.data.pairs.folders import folder_of
 from clip_cid.data.pairs.format import Source
-from clip_cid.data.pairs.formats import URL_FORMAT, format_of
+from clip_cid.data.pairs.formats import FOLDER_FORMAT, URL_FORMAT, format_by_name, format_of, unknown_format
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.new_folder import drop_left
 from clip_cid.recipe import ALLOW_PIPE, PairsConfig
+from clip_cid.remote import files
+from clip_cid.remote.contract import RemoteFile
 from clip_cid.run_folder import atomic_file
 
 _FETCH_BYTES = 1 << 20
@@ -40,12 +44,11 @@ def find_sources(settings: PairsConfig) -> list[Source]:
                 fix="Give sources of one kind; run each kind by itself, or write all of them as tars.",
             )
 
-        identity = source.name if source.path is None else str(source.path)
-        if identity in identities:
+        if source.identity in identities:
             raise DataError(
                 f"pairs.source names {source.name} twice.", fix="Name each source once (check overlapping wildcards)."
             )
-        identities.add(identity)
+        identities.add(source.identity)
     return sources
 
 
@@ -63,6 +66,8 @@ def _expand(pattern: str, settings: PairsConfig) -> list[Source]:
         raise DataError(
             f"pairs.source: the braces of {pattern} do not match.", fix="Ranges are written as {00000..00099}."
         ) from error
+    if is_remote(pattern):
+        return list(_elsewhere(names, settings))
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", pattern):
         return [Source(URL_FORMAT, name, None) for name in names]
 
@@ -85,14 +90,39 @@ def _expand(pattern: str, settings: PairsConfig) -> list[Source]:
     return [_local(name, settings) for name in present]
 
 
+def _elsewhere(names: list[str], settings: PairsConfig) -> Generator[Source]:
+    """The sources at addresses; those without wildcards are asked for at once."""
+    plain = [name for name in names if not _has_wildcards(name) and format_by_name(name, settings) is not None]
+    asked = dict(zip(plain, files.ask_all(plain), strict=True))
+    for name in names:
+        if name in asked:
+            yield _source_elsewhere(asked[name], settings)
+        elif _has_wildcards(name):
+            if not (matches := files.find(name)):
+                raise DataError(f"{without_secrets(name)}: matches no file.", fix="Correct pairs.source.")
+            for file in matches:
+                yield _source_elsewhere(file, settings)
+        elif isinstance(there := files.at(name), dict):
+            yield Source(FOLDER_FORMAT, without_secrets(name), None, folder_of(name, there))
+        else:
+            yield _source_elsewhere(there, settings)
+
+
+def _has_wildcards(address: str) -> bool:
+    """On the web a question mark begins a query, and brackets may be letters."""
+    return glob.has_magic(address) if scheme_of(address) in OBJECT_STORES else "*" in path_of(address)
+
+
+def _source_elsewhere(file: RemoteFile, settings: PairsConfig) -> Source:
+    known = format_by_name(file.name, settings)
+    if known is None and scheme_of(file.address) in OBJECT_STORES:
+        raise unknown_format(file.name)
+    return Source(known or URL_FORMAT, file.name, None, file)
+
+
 def _local(name: str, settings: PairsConfig) -> Source:
     path = Path(os.path.abspath(name))
     return Source(format_of(path, name, settings), name, path)
-
-
-def cache_folder(cache_dir: Path | None) -> Path:
-    """Where what comes from URLs is kept: `machine.cache_dir`, or ~/.cache/clip_cid."""
-    return cache_dir if cache_dir is not None else Path.home() / ".cache" / "clip_cid"
 
 
 def cached_path(url: str, cache_dir: Path) -> Path:

@@ -1,5 +1,6 @@
 """Tables (.csv, .tsv, .txt, .parquet) of captions and image paths; a Parquet file may hold the images themselves."""
 
+import contextlib
 import difflib
 import itertools
 import os
@@ -15,6 +16,7 @@ import pyarrow.parquet
 from jaxtyping import Bool
 
 from clip_cid import log, units
+from clip_cid.data.pairs.beside import files_beside, read_beside
 from clip_cid.data.pairs.delimited import (
     DELIMITERS,
     TableFault,
@@ -24,7 +26,8 @@ from clip_cid.data.pairs.delimited import (
     looks_like_image,
     records,
 )
-from clip_cid.data.pairs.format import COMMON_COLUMNS, SHARD_ROWS, LocalSource, PairFormat, Scan
+from clip_cid.data.pairs.format import COMMON_COLUMNS, SHARD_ROWS, PairFormat, Scan, SourceFile
+from clip_cid.data.pairs.indexed_files import opened
 from clip_cid.data.pairs.pair import NO_CAPTION, Pair
 from clip_cid.data.pairs.parquet_images import (
     COLUMNS,
@@ -34,9 +37,10 @@ from clip_cid.data.pairs.parquet_images import (
     read_image,
     warn_of_large_pages,
 )
-from clip_cid.data.pairs.sample_parts import clean_captions, field_text, key_hash, read_file, readable_key
+from clip_cid.data.pairs.sample_parts import clean_captions, field_text, key_hash, readable_key
 from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
+from clip_cid.remote.contract import RemoteFile
 
 _Cells = dict[str, list[Any]]
 """The cells of some rows, by column: bytes of text tables, values of Parquet."""
@@ -67,7 +71,10 @@ class Tables(PairFormat):
     def owns(self, path: Path, settings: PairsConfig) -> bool:
         return path.name.lower().endswith((".csv", ".tsv", ".txt", ".parquet"))
 
-    def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
+    def reads_ranges(self, name: str) -> bool:
+        return name.lower().endswith(".parquet")  # what quotes mean is found by reading all of a text table
+
+    def scan(self, source: SourceFile, settings: PairsConfig) -> Scan:
         if settings.key_field is not None:
             raise DataError(
                 f"pairs.key_field: {settings.key_field!r}, but {source.name} is a table, without json fields.",
@@ -75,29 +82,29 @@ class Tables(PairFormat):
             )
         columns = [settings.image_column, settings.caption_column, settings.key_column, settings.keep_fields]
         columns.append(settings.repeated_rows)
-        identity = [source.bytes, source.mtime_ns, *columns]
+        identity = [*source.identity, *columns]
         if _has_images_inside(source, settings):
-            return Scan([*identity, "images inside"], _scan_table(source.path, source.name, settings), _WITH_IMAGES)
-        return Scan(identity, _scan_table(source.path, source.name, settings))
+            return Scan([*identity, "images inside"], _scan_table(source, settings), _WITH_IMAGES)
+        return Scan(identity, _scan_table(source, settings))
 
-    def read(self, source: LocalSource, row: dict[str, Any], settings: PairsConfig) -> Pair:
+    def read(self, source: SourceFile, row: dict[str, Any], settings: PairsConfig) -> Pair:
         path = row.get("image")
-        image = read_image(source, row) if path is None else read_file(source.path.parent, path, "image")
+        image = read_image(source, row) if path is None else read_beside(source, path, "image")
         fields = dict(zip(settings.keep_fields, row["fields"], strict=True))
         captions = clean_captions(row["captions"], optional=settings.captions_are_optional)
         return Pair(row["key"], image, captions, fields)
 
-    def files_of(self, source: LocalSource, rows: pa.RecordBatch) -> list[Path]:
+    def files_of(self, source: SourceFile, rows: pa.RecordBatch) -> list[Path | RemoteFile]:
         if "image" not in rows.schema.names:
             return []
-        return [source.path.parent / os.fsdecode(image) for image in rows.column("image").to_pylist()]
+        return files_beside(source, rows.column("image").to_pylist())
 
     def image_name(self, row: dict[str, Any]) -> str:
         return os.fsdecode(row.get("image", b""))
 
-    def copy_rows(self, source: LocalSource, places: Sequence[int], out: Path, settings: PairsConfig) -> None:
+    def copy_rows(self, source: SourceFile, places: Sequence[int], out: Path, settings: PairsConfig) -> None:
         changed = f"{source.name}: this table is not as it was indexed"
-        if LocalSource.of(source.name, source.path) != source:
+        if not source.is_as_indexed():
             raise DataError(f"{changed}.", fix="Bring it back, or run the embed stage again.")
         kept = np.array(places, dtype=np.int64)
         try:
@@ -107,43 +114,43 @@ class Tables(PairFormat):
             raise DataError(f"{changed} ({error}).", fix="Bring it back, or run the embed stage again.") from error
 
 
-def _has_images_inside(source: LocalSource, settings: PairsConfig) -> bool:
+def _has_images_inside(source: SourceFile, settings: PairsConfig) -> bool:
     """Whether a table is a Parquet file that holds the images; not, if it cannot be read."""
     if source.path.suffix.lower() != ".parquet":
         return False
     try:
-        with _opened_parquet(source.path) as file:
+        with _opened_parquet(source) as file:
             columns = file.schema_arrow.names
             return columns.count(settings.image_column) == 1 and holds_images(file, settings.image_column, _is_picture)
     except _UNREADABLE:
         return False
 
 
-def _scan_table(path: Path, name: str, settings: PairsConfig) -> Generator[pa.RecordBatch]:
+def _scan_table(source: SourceFile, settings: PairsConfig) -> Generator[pa.RecordBatch]:
     """The table's rows in their order, in batches of `SHARD_ROWS`.
 
     Raises:
         DataError: The table cannot be read, lacks a column, or a column is not of text.
     """
-    columns = _columns(settings)
-    read_table = _read_parquet if path.suffix.lower() == ".parquet" else _read_text
+    name, columns = source.name, _columns(settings)
+    read_table = _read_parquet if source.path.suffix.lower() == ".parquet" else _read_text
     fix = "Check that it is whole, and of the kind its name says (.csv: commas, .tsv: tabs, .parquet)."
     try:
-        parts = read_table(path, name, columns, settings)
+        parts = read_table(source, columns, settings)
         parts = _without_pictures(parts, name, settings.image_column)
         for cells in _merged(parts, name, settings) if settings.repeated_rows == "merge" else parts:
-            yield _index_rows(cells, path, settings)
+            yield _index_rows(cells, source.stem, settings)
     except (*_UNREADABLE, TableFault, OverflowError) as error:
         if isinstance(error, TableFault):
             fix = error.fix or fix
         raise DataError(f"{name}: this table cannot be read ({' '.join(str(error).split())}).", fix=fix) from error
 
 
-def _places_of_rows(source: LocalSource, settings: PairsConfig) -> Generator[int]:
+def _places_of_rows(source: SourceFile, settings: PairsConfig) -> Generator[int]:
     """For each row of a table the place of its sample in the index: rows that are merged are one sample."""
     columns = _columns(settings)
     read_table = _read_parquet if source.path.suffix.lower() == ".parquet" else _read_text
-    parts = read_table(source.path, source.name, columns, settings)
+    parts = read_table(source, columns, settings)
     if settings.repeated_rows != "merge":
         yield from range(sum(len(cells[columns[0]]) for cells in parts))
         return
@@ -158,18 +165,18 @@ def _places_of_rows(source: LocalSource, settings: PairsConfig) -> Generator[int
             yield place
 
 
-def _copy(source: LocalSource, out: Path, wanted: Bool[np.ndarray, " rows"], settings: PairsConfig) -> None:
+def _copy(source: SourceFile, out: Path, wanted: Bool[np.ndarray, " rows"], settings: PairsConfig) -> None:
     if source.path.suffix.lower() == ".parquet":
-        _copy_parquet(source.path, out, wanted)
+        _copy_parquet(source, out, wanted)
         return
     delimiter, names = find_header(source.path, _delimiter(source.path), _columns(settings))
     reading = find_reading(source.path, delimiter, names, settings.image_column)
     copy_rows(source.path, out, reading, len(names), wanted.tolist())
 
 
-def _copy_parquet(path: Path, out: Path, wanted: Bool[np.ndarray, " rows"]) -> None:
+def _copy_parquet(source: SourceFile, out: Path, wanted: Bool[np.ndarray, " rows"]) -> None:
     """With the columns, the metadata and the compression of the file."""
-    with _opened_parquet(path) as file:
+    with _opened_parquet(source) as file:
         codecs = {"compression": "NONE"}
         if file.metadata.num_row_groups and file.metadata.num_columns:
             codecs["compression"] = file.metadata.row_group(0).column(0).compression.replace("UNCOMPRESSED", "NONE")
@@ -193,8 +200,9 @@ def _delimiter(path: Path) -> str:
     return "\t" if path.suffix.lower() == ".tsv" else ","
 
 
-def _read_text(path: Path, name: str, columns: list[str], settings: PairsConfig) -> Generator[_Cells]:
+def _read_text(source: SourceFile, columns: list[str], settings: PairsConfig) -> Generator[_Cells]:
     """Cells are bytes: text that is not UTF-8 makes its own row bad, not the table."""
+    path, name = source.path, source.name
     delimiter, names = find_header(path, _delimiter(path), columns)
     _check_columns(name, names, columns, settings)
     reading = find_reading(path, delimiter, names, settings.image_column)
@@ -213,35 +221,42 @@ def _read_text(path: Path, name: str, columns: list[str], settings: PairsConfig)
         yield {column: [record.cells[at].encode("latin-1") for record in some] for column, at in places.items()}
 
 
-def _opened_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
-    return pyarrow.parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+@contextlib.contextmanager
+def _opened_parquet(source: SourceFile) -> Generator[pyarrow.parquet.ParquetFile]:
+    """Of a file elsewhere only the footer is read, and later what is wanted of its columns."""
+    with contextlib.ExitStack() as stack:
+        file = source.path if source.cache is None else stack.enter_context(opened(source, in_order=False))
+        yield stack.enter_context(
+            pyarrow.parquet.ParquetFile(file, memory_map=True, page_checksum_verification=True)  # maps paths only
+        )
 
 
-def _read_parquet(path: Path, name: str, columns: list[str], settings: PairsConfig) -> Generator[_Cells]:
-    with _opened_parquet(path) as file:
+def _read_parquet(source: SourceFile, columns: list[str], settings: PairsConfig) -> Generator[_Cells]:
+    name = source.name
+    with _opened_parquet(source) as file:
         _check_columns(name, file.schema_arrow.names, columns, settings)
         inside = holds_images(file, settings.image_column, _is_picture)
         _check_types(name, file.schema_arrow, settings, inside=inside)
         if inside:
-            yield from _read_images(path, name, columns, settings, file)
+            yield from _read_images(source, columns, settings, file)
             return
         for table in _rebatch(file.iter_batches(batch_size=SHARD_ROWS, columns=columns)):
             yield _cells_of(table, columns)
 
 
 def _read_images(
-    path: Path, name: str, columns: list[str], settings: PairsConfig, file: pyarrow.parquet.ParquetFile
+    source: SourceFile, columns: list[str], settings: PairsConfig, file: pyarrow.parquet.ParquetFile
 ) -> Generator[_Cells]:
     """Cells of images say where these lie."""
     others = [column for column in columns if column != settings.image_column]
-    images = images_inside(path, file, settings.image_column, digests=settings.repeated_rows == "merge")
+    images = images_inside(source, file, settings.image_column, digests=settings.repeated_rows == "merge")
     largest = 0
-    with _opened_parquet(path) as beside:  # all that reads from one opened file reads as many rows at once
+    with _opened_parquet(source) as beside:  # all that reads from one opened file reads as many rows at once
         batches = _rebatch(beside.iter_batches(batch_size=SHARD_ROWS, columns=others)) if others else None
         while some := list(itertools.islice(images, SHARD_ROWS)):
             largest = max(largest, *(image.page.bytes + image.page.dictionary_bytes for image in some))
             yield {settings.image_column: some} | ({} if batches is None else _cells_of(next(batches), others))
-    warn_of_large_pages(name, file, settings.image_column, largest)
+    warn_of_large_pages(source.name, file, settings.image_column, largest)
 
 
 def _cells_of(table: pa.Table, columns: list[str]) -> _Cells:
@@ -393,8 +408,8 @@ def _rebatch(batches: Iterable[pa.RecordBatch]) -> Generator[pa.Table]:
         yield pa.Table.from_batches(waiting)
 
 
-def _index_rows(cells: _Cells, path: Path, settings: PairsConfig) -> pa.RecordBatch:
-    """The rows of the index for some rows of the table at `path`."""
+def _index_rows(cells: _Cells, stem: str, settings: PairsConfig) -> pa.RecordBatch:
+    """The rows of the index for some rows of the table of that name."""
     images = cells[settings.image_column]
     captions = [None] * len(images) if settings.caption_column is None else cells[settings.caption_column]
     keys = None if settings.key_column is None else cells[settings.key_column]
@@ -405,7 +420,7 @@ def _index_rows(cells: _Cells, path: Path, settings: PairsConfig) -> pa.RecordBa
     columns: dict[str, list[object]] = {column: [] for column in schema.names}
     for row, (image, caption) in enumerate(zip(images, captions, strict=True)):
         place = _place(image, settings)
-        name = (image.path or f"{path.stem}/{image.row}") if isinstance(image, Inside) else image
+        name = (image.path or f"{stem}/{image.row}") if isinstance(image, Inside) else image
         key, problem = readable_key(_bytes(name if keys is None else keys[row])[:_LONGEST_PATH])
         texts = [_bytes(text) for text in (caption if isinstance(caption, list) else [caption]) if text is not None]
         if place.problem:

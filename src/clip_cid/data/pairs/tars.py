@@ -11,11 +11,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from clip_cid.data.pairs.format import COMMON_COLUMNS, EmptySourceError, LocalSource, Member, PairFormat, Scan
+from clip_cid.data.pairs.format import COMMON_COLUMNS, EmptySourceError, Member, PairFormat, Scan, SourceFile
 from clip_cid.data.pairs.images import EXTENSIONS
-from clip_cid.data.pairs.indexed_files import bytes_at
+from clip_cid.data.pairs.indexed_files import bytes_at, opened
 from clip_cid.data.pairs.pair import NO_CAPTION, BadSample, Pair
-from clip_cid.data.pairs.plain_tar import FETCH_AGAIN, plain_files
+from clip_cid.data.pairs.plain_tar import FETCH_AGAIN, plain_files, plain_files_in
 from clip_cid.data.pairs.sample_parts import (
     clean_captions,
     field_text,
@@ -54,12 +54,15 @@ class Tars(PairFormat):
     def owns(self, path: Path, settings: PairsConfig) -> bool:
         return path.name.lower().endswith(_SUFFIXES)  # compressed ones too, which `plain_files` refuses with a reason
 
-    def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
-        field = settings.key_field
-        whole = (scan_tar(path, source.name, key_field=field) for path in [source.path])  # lazy; a tar is one shard
-        return Scan([source.bytes, source.mtime_ns, *([] if field is None else [field])], whole)
+    def reads_ranges(self, name: str) -> bool:
+        return True
 
-    def read(self, source: LocalSource, row: dict[str, Any], settings: PairsConfig) -> Pair:
+    def scan(self, source: SourceFile, settings: PairsConfig) -> Scan:
+        field = settings.key_field
+        whole = (scan_tar(tar, key_field=field) for tar in [source])  # lazy; a tar is one shard
+        return Scan([*source.identity, *([] if field is None else [field])], whole)
+
+    def read(self, source: SourceFile, row: dict[str, Any], settings: PairsConfig) -> Pair:
         image, text, described = (_part(source, row, part) for part in ("image", "text", "json"))
         if image is None:
             raise AssertionError("a sample without image is known to be bad")
@@ -84,35 +87,33 @@ class Tars(PairFormat):
         kept = {name: field_text(fields.get(name)) for name in settings.keep_fields}
         return Pair(row["key"], image, captions, kept, remark)
 
-    def shard_name(self, source: LocalSource, number: int) -> str:
+    def shard_name(self, source: SourceFile, number: int) -> str:
         return source.name
 
-    def members(self, source: LocalSource, places: Sequence[int]) -> Generator[list[Member]]:
+    def members(self, source: SourceFile, places: Sequence[int]) -> Generator[list[Member]]:
         wanted = iter(places)
         next_wanted = next(wanted)
-        for place, (_, members) in enumerate(_samples(source.path, source.name)):
+        for place, (_, members) in enumerate(_samples(source)):
             if place == next_wanted:
                 yield [(member.name, bytes_at(source, member.offset_data, member.size)) for member in members.values()]
                 if (next_wanted := next(wanted, None)) is None:
                     break
 
 
-def scan_tar(path: Path, name: str, *, key_field: str | None = None) -> pa.RecordBatch:
+def scan_tar(source: SourceFile, *, key_field: str | None = None) -> pa.RecordBatch:
     """One row per sample, in tar order; consecutive members of one key (WebDataset's rule) are one sample.
 
     A member whose key and extension the sample already has begins another sample, of a then duplicate key.
 
     Args:
-        path: The tar.
-        name: How errors call it.
+        source: The tar.
         key_field: The json field with the key, where it is not the name of the members.
 
     Raises:
         DataError: The tar is compressed, empty, damaged, cut short, or holds links or names that leave the folder.
     """
     columns: dict[str, list[object]] = {column: [] for column in Tars.schema.names}
-    source = LocalSource.of(name, path)
-    for stem, members in _samples(path, name):
+    for stem, members in _samples(source):
         key, problem = readable_key(stem.encode(errors="surrogateescape"))
         if key_field is not None:
             described = members.get("json")
@@ -124,12 +125,12 @@ def scan_tar(path: Path, name: str, *, key_field: str | None = None) -> pa.Recor
     batch = pa.RecordBatch.from_pydict(columns, schema=Tars.schema)
     if not batch.num_rows:
         raise EmptySourceError(
-            f"{name}: an empty shard, {path.stat().st_size:,} bytes without a sample.", fix=FETCH_AGAIN
+            f"{source.name}: an empty shard, {source.bytes:,} bytes without a sample.", fix=FETCH_AGAIN
         )
     return batch
 
 
-def _samples(path: Path, name: str) -> Generator[tuple[str, dict[str, tarfile.TarInfo]]]:
+def _samples(source: SourceFile) -> Generator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """The key and the members (by extension, in lower case) of each sample.
 
     Raises:
@@ -137,7 +138,7 @@ def _samples(path: Path, name: str) -> Generator[tuple[str, dict[str, tarfile.Ta
     """
     sample_key: str | None = None
     members: dict[str, tarfile.TarInfo] = {}
-    for member in plain_files(path, name):
+    for member in _plain_files(source):
         folder, slash, base = member.name.rpartition("/")
         stem, dot, extension = base.partition(".")
         if not stem or not dot or METADATA.match(member.name):
@@ -152,6 +153,15 @@ def _samples(path: Path, name: str) -> Generator[tuple[str, dict[str, tarfile.Ta
 
     if sample_key is not None:
         yield sample_key, members
+
+
+def _plain_files(source: SourceFile) -> Generator[tarfile.TarInfo]:
+    """Elsewhere, too, a tar is read from its start to its end: its headers lie between the images."""
+    if source.cache is None:
+        yield from plain_files(source.path, source.name)
+    else:
+        with opened(source) as tar:
+            yield from plain_files_in(tar, source.bytes, source.name)
 
 
 def _row(key: str, problem: str | None, members: dict[str, tarfile.TarInfo]) -> dict[str, object]:
@@ -192,6 +202,6 @@ def _text_captions(text: bytes, fields: dict[str, Any], *, optional: bool) -> tu
     return clean_captions(lines, optional=optional)
 
 
-def _part(source: LocalSource, row: dict[str, Any], part: str) -> bytes | None:
+def _part(source: SourceFile, row: dict[str, Any], part: str) -> bytes | None:
     at, size = row[f"{part}_at"], row[f"{part}_size"]
     return None if at == _ABSENT else bytes_at(source, at, size)

@@ -34,6 +34,7 @@ from clip_cid.data.sets.readers.layout_parts import cropped
 from clip_cid.data.sets.remote_sets import fetch_set, is_url
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.file_digests import sha256_file
+from clip_cid.remote.files import AbsentError
 
 SPLITS = ("train", "val", "test")
 DIGITS = "builtin:digits"
@@ -122,10 +123,11 @@ def open_set(
 
     Args:
         name: What the recipe calls it; a name of the table of known sets means that set (`find_known_set`).
-        where: `builtin:digits`, a folder in one of the layouts of docs/evaluation_sets.md, or the URL of one with tars.
+        where: `builtin:digits`, a folder in one of the layouts of docs/evaluation_sets.md, or the address of one; on
+            the web only of one with tars.
         max_pixels: An image that claims more pixels is refused when it is decoded.
         splits: Open these only, if they exist; `test` must.
-        cache_dir: Where a set behind a URL is kept; ~/.cache/clip_cid when absent.
+        cache_dir: Where a set at an address is kept; ~/.cache/clip_cid when absent.
         digest_of: The SHA-256 of a file, of which the splits' fingerprints are made; perhaps remembered.
 
     Raises:
@@ -140,7 +142,7 @@ def open_set(
         opened = _open_digits(name, where)
     else:
         known = find_known_set(name)
-        root = fetch_set(where, wanted, cache_dir) if is_url(where) else Path(where)
+        root = _brought(name, where, wanted, cache_dir) if is_url(where) else Path(where)
         if root.is_file():
             raise DataError(
                 f"evaluate.sets.{name}: {root} is a file; a set is a folder.", fix=_layouts(known, root.parent)
@@ -153,6 +155,14 @@ def open_set(
 
     _check_classes(opened)
     return opened
+
+
+def _brought(name: str, where: str, splits: Sequence[str], cache_dir: Path | None) -> Path:
+    """The folder of a copy of a set at an address."""
+    try:
+        return fetch_set(where, splits, cache_dir)
+    except AbsentError as error:
+        raise MissingSetError(f"evaluate.sets.{name}: {error.problem}", fix=error.fix) from error
 
 
 def _layouts(known: KnownSet | None, root: Path) -> str:

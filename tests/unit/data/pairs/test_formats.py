@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from clip_cid.data.pairs import formats
-from clip_cid.data.pairs.format import COMMON_COLUMNS, LocalSource, PairFormat, Scan
+from clip_cid.data.pairs.format import COMMON_COLUMNS, PairFormat, Scan, SourceFile
 from clip_cid.data.pairs.formats import FORMATS
 from clip_cid.data.pairs.pair import Pair
 from clip_cid.data.pairs.pairs import fingerprint, open_pairs
@@ -26,14 +26,14 @@ class JsonLines(PairFormat):
     def owns(self, path: Path, settings: PairsConfig) -> bool:
         return path.suffix == ".jsonl"
 
-    def scan(self, source: LocalSource, settings: PairsConfig) -> Scan:
+    def scan(self, source: SourceFile, settings: PairsConfig) -> Scan:
         lines = source.path.read_text().splitlines()
         keys = [json.loads(line)["key"] for line in lines]
         columns = {"key": keys, "key_hash": [key_hash(key) for key in keys], "problem": [None] * len(keys)}
         batch = pa.RecordBatch.from_pydict(columns | {"line": lines}, schema=self.schema)
         return Scan([source.bytes, source.mtime_ns], iter([batch]))
 
-    def read(self, source: LocalSource, row: dict[str, Any], settings: PairsConfig) -> Pair:
+    def read(self, source: SourceFile, row: dict[str, Any], settings: PairsConfig) -> Pair:
         values = json.loads(row["line"])
         return Pair(row["key"], base64.b64decode(values["image"]), clean_captions([values["caption"]]), {})
 

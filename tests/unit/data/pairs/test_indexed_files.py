@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from clip_cid.data.pairs import indexed_files
-from clip_cid.data.pairs.format import LocalSource
+from clip_cid.data.pairs.format import SourceFile
 from clip_cid.data.pairs.indexed_files import bytes_at
 
 
@@ -24,4 +24,4 @@ def test_a_file_stays_open_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
             os.close(opened)
 
     monkeypatch.setattr(os, "pread", read_late)
-    assert bytes_at(LocalSource.of("ours", ours), 0, 4) == b"ours"
+    assert bytes_at(SourceFile.of("ours", ours), 0, 4) == b"ours"

@@ -430,11 +430,11 @@ def test_a_set_behind_a_url_is_fetched_once(tmp_path: Path, caplog: pytest.LogCa
 def test_the_page_of_a_repository_stands_for_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def fetch(url: str, path: Path, check: Any) -> None:
-        asked.append(url)
+    def ask(address: str) -> None:
+        asked.append(address)
         raise DataError("no network", fix="")
 
-    monkeypatch.setattr("clip_cid.data.sets.remote_sets.fetch", fetch)
+    monkeypatch.setattr("clip_cid.remote.files.ask", ask)
     with pytest.raises(DataError, match="no network"):
         open_set("cifar10", "https://hub/datasets/a/wds_x/tree/main", max_pixels=1, cache_dir=tmp_path)
     assert asked == ["https://hub/datasets/a/wds_x/resolve/main/classnames.txt"]

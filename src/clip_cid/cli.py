@@ -490,7 +490,14 @@ def verify(run: Run) -> int:
     return 0
 
 
-def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000, allow_pipe: bool = False) -> int:
+def subset(
+    run: Run,
+    out: Out,
+    shards: bool = False,
+    shard_size: int = 10_000,
+    per_cluster: int | None = None,
+    allow_pipe: bool = False,
+) -> int:
     """Write the balanced list of a run: keys, rows, tables, what was removed and why; with --shards also tars.
 
     keys.txt and keys.parquet have the kept keys, rows.npy the rows of the embeddings. tables/ has the kept
@@ -503,6 +510,8 @@ def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000, a
         shards: Also write the kept pairs as WebDataset tars. Their files are copied byte for byte from
             pairs.source of the run's recipe.
         shard_size: Pairs in a tar.
+        per_cluster: List at most this many images of a cluster, drawn at random: the long tail is kept, the
+            head is cut. The run must have clusters.
         allow_pipe: Let a source `pipe:COMMAND` of the recipe run its shell command.
     """
     os_errors.refuse_address(out)
@@ -511,8 +520,9 @@ def subset(run: Run, out: Out, shards: bool = False, shard_size: int = 10_000, a
     folder = _existing(run)
     recipe = read_run_recipe(run / pipeline.RECIPE_FILE)
     with _pipes(allow_pipe), os_errors.explained(out, kept="Finished tars are kept."):
-        pipeline.require_current(folder, recipe, BALANCE)
-        said = export_subset(folder, recipe, out, shard_size=shard_size if shards else None)
+        pipeline.require_current(folder, recipe, BALANCE if per_cluster is None else CLUSTER)
+        size = shard_size if shards else None
+        said = export_subset(folder, recipe, out, shard_size=size, per_cluster=per_cluster)
     log.say(said)
     return 0
 

@@ -123,6 +123,8 @@ def _distill(values: dict[str, Any]) -> None:
 
 
 def _balance(values: dict[str, Any]) -> None:
+    if isinstance(rules := values.get("keep"), list) and len(rules) == 1:
+        values["keep"] = rules[0]  # as earlier versions wrote it
     for name in values.get("against") or {}:
         _by_files(values["against"], name, lambda value: not _is_elsewhere(value))
 

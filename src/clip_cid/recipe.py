@@ -54,6 +54,10 @@ STUDENT = "student"
 """The name of a run's own model among those it compares."""
 OWN_TEXT_TOWER, TEACHERS_TEXT_TOWER = "own", "teacher"
 """The values of `distill.text_tower` that name no model."""
+LARGEST_FILE = "largest_file"
+KEEP_RULES = ("nearest_centroid", "best_caption", "most_pixels", LARGEST_FILE)
+"""The rules of `balance.keep` that name no field."""
+OF_FIELD = "field:"
 STORE_COLUMNS = ("key", "caption", "captions", "ok", "width", "height")
 """Columns that an embedding store has of its own."""
 _LIMITS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
@@ -120,6 +124,17 @@ def _not_taken(values: tuple[str, ...]) -> tuple[str, ...]:
     if taken := sorted(set(values) & set(STORE_COLUMNS)):
         raise PydanticCustomError(
             "taken", "{names} would hide a column the store has of its own", {"names": ", ".join(taken)}
+        )
+    return values
+
+
+def _keep_rules(values: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = [value for value in values if value not in KEEP_RULES and not value.startswith(OF_FIELD)]
+    if unknown:
+        raise PydanticCustomError(
+            "keep",
+            "a rule should be {rules} or field:NAME, not {it}",
+            {"rules": ", ".join(KEEP_RULES), "it": unknown[0]},
         )
     return values
 
@@ -273,9 +288,12 @@ class BalanceConfig(Config):
     target_removed: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Instead of `threshold`: take the smallest threshold (up to max_threshold) that removes this
     share of the images."""
-    keep: Literal["nearest_centroid", "best_caption"] = "nearest_centroid"
-    """Which image of a set is kept: the one nearest to the centroid (the paper's rule), or the one
-    whose caption is nearest to its image for the teacher."""
+    keep: Annotated[_Texts, Field(min_length=1), AfterValidator(_each_once), AfterValidator(_keep_rules)] = (
+        "nearest_centroid",
+    )
+    """Which image of a set is kept: nearest_centroid (the paper's rule), best_caption (nearest to its
+    image for the teacher), most_pixels, largest_file, or field:NAME (the highest number of a kept
+    field). Of several rules the next decides between equals, and at last the paper's."""
     max_radius: PositiveFloat | None = None
     """Keep more images of a set, until every removed image is within this distance of the one kept
     for it. The paper does not do this."""
@@ -910,6 +928,11 @@ class Recipe(Config):
         if self.draw.images_of is not None and self.draw.images_of not in self.evaluate.sets:
             raise ValueError(f"draw.images_of: {self.draw.images_of!r} is not among evaluate.sets")
         balance = self.balance
+        if LARGEST_FILE in balance.keep and not self.pairs.source:
+            raise ValueError("balance.keep: largest_file reads the images; set pairs.source")
+        for rule in balance.keep:
+            if (name := rule.removeprefix(OF_FIELD)) != rule and name not in self.pairs.keep_fields:
+                raise ValueError(f"balance.keep: {name!r} is not among pairs.keep_fields, so it is not stored")
         for section, field in ((BALANCE, balance.truth_field), (CLUSTER, self.cluster.truth_field)):
             if field is not None and field not in self.pairs.keep_fields:
                 raise ValueError(

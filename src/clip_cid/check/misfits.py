@@ -258,12 +258,11 @@ def _check_balance(folder: RunFolder, recipe: Recipe, images: _Images, *, embedd
             settings.metric,
             settings.max_threshold,
             settings.target_removed,
-            settings.keep,
-            settings.max_radius,
+            max_radius=settings.max_radius,
         )
     except ValueError as error:
         raise ConfigError(f"balance: {error}", fix="Give distances on the scale of balance.metric.") from error
-    if settings.keep == "best_caption" and not images.has_texts:
+    if "best_caption" in settings.keep and not images.has_texts:
         raise ConfigError(
             "balance.keep: best_caption needs embeddings of captions.", fix="Set balance.keep: nearest_centroid."
         )

@@ -23,6 +23,7 @@ NOT_LISTED = "not in the list of kept rows"
 """Of rows that a list made elsewhere leaves out."""
 DECIDED = "decision"
 """Of rows that a person has removed."""
+CAPPED = "beyond the cap of its cluster"
 EVALUATION = "near an image of "
 """Of rows that are within the threshold of an evaluation set; its name follows."""
 NO_EMBEDDING = "no embedding"
@@ -53,14 +54,22 @@ class Removed(NamedTuple):
     """Metric and threshold of the balance, as far as there are any."""
 
 
-def removed_rows(folder: RunFolder, store: EmbeddingStore, kept: Int[np.ndarray, " kept"]) -> Removed:
-    """What the balance of a run removed, and what has no embedding.
+def removed_rows(
+    folder: RunFolder,
+    store: EmbeddingStore,
+    kept: Int[np.ndarray, " kept"],
+    *,
+    capped: Int[np.ndarray, " capped"] | None = None,
+) -> Removed:
+    """What the balance of a run removed, what has no embedding, and of the kept rows those that a cap leaves out.
 
     Raises:
         DataError: A table of the balance cannot be read.
     """
     is_kept = np.zeros(store.rows, dtype=bool)
     is_kept[kept] = True
+    if capped is not None:
+        is_kept[capped] = False
     rows = np.flatnonzero(~is_kept)
     distances, kept_for = np.full(len(rows), np.nan), np.full(len(rows), -1)
     head: dict[str, str] = {}
@@ -80,6 +89,8 @@ def removed_rows(folder: RunFolder, store: EmbeddingStore, kept: Int[np.ndarray,
     places = np.searchsorted(rows, dropped.rows)
     reasons[places] = [f"{EVALUATION}{name}" for name in dropped.sets]
     distances[places], kept_for[places] = dropped.distances, -1
+    if capped is not None:
+        reasons[np.isin(rows, capped)] = CAPPED
     skipped = _skipped(folder.stage(EMBED) / "skipped.jsonl")
     for place in np.flatnonzero(~store.ok[rows]).tolist():
         reasons[place] = skipped.get(int(rows[place]), NO_EMBEDDING)

@@ -29,13 +29,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
 from clip_cid import log, os_errors, units
 from clip_cid.data.embeddings.files import write_table
 from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
 from clip_cid.data.embeddings.store import EmbeddingStore
-from clip_cid.data.npy_files import read_npy
+from clip_cid.data.npy_files import read_array_of_stage, read_npy
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.data.pairs.sample_parts import IMAGE_EXTENSIONS
@@ -44,11 +44,12 @@ from clip_cid.data.pairs.tars import METADATA
 from clip_cid.errors import ConfigError, DataError, RunError
 from clip_cid.file_digests import digest, sha256_file
 from clip_cid.journal import Journal
+from clip_cid.method.cluster.even_sample import cap_clusters
 from clip_cid.models.public_names import public_name
 from clip_cid.publish.removed_rows import REMOVED_TABLE, Removed, removed_rows, write_removed
 from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.run_folder import RunFolder, atomic_file, write_json
-from clip_cid.stage_names import BALANCE, EMBED
+from clip_cid.stage_names import BALANCE, CLUSTER, EMBED
 
 MANIFEST, KEYS_TEXT, KEYS_TABLE, SHARDS = "manifest.json", "keys.txt", "keys.parquet", "shards"
 ROWS, TABLES = "rows.npy", "tables"
@@ -106,8 +107,12 @@ class _Plan:
         return slice(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
 
 
-def export_subset(folder: RunFolder, recipe: Recipe, out: Path, *, shard_size: int | None) -> str:
+def export_subset(
+    folder: RunFolder, recipe: Recipe, out: Path, *, shard_size: int | None, per_cluster: int | None = None
+) -> str:
     """Write the kept list of a run and, with `shard_size`, its pairs as tars of that many; finished tars are kept.
+
+    With `per_cluster`, of a cluster only so many.
 
     Returns:
         A line that says what is there now.
@@ -122,8 +127,12 @@ def export_subset(folder: RunFolder, recipe: Recipe, out: Path, *, shard_size: i
         raise ConfigError(
             f"--shard-size: must be at least 1, got {shard_size}.", fix="Give the number of pairs in a tar."
         )
+    if per_cluster is not None and per_cluster < 1:
+        raise ConfigError(
+            f"--per-cluster: must be at least 1, got {per_cluster}.", fix="Give the most images of a cluster."
+        )
 
-    kept = _read_kept(folder)
+    kept = _read_kept(folder, per_cluster)
     plan = _plan(folder, recipe.pairs, kept, shard_size)
     _check_out(out, kept, plan)
     with RunFolder(out).lock():
@@ -193,8 +202,8 @@ def key_of_stem(stem: str) -> str:
     return unquote(stem, errors="strict")
 
 
-def _read_kept(folder: RunFolder) -> _Kept:
-    """The kept rows and their keys, as the balance stage left them."""
+def _read_kept(folder: RunFolder, per_cluster: int | None) -> _Kept:
+    """The kept rows and their keys, as the balance stage left them; of a cluster so many."""
     balance, again = folder.stage(BALANCE), f"Run `clip-cid balance {folder.path} --force` and repeat this command."
     if changed := folder.changed_files(BALANCE, digests=False):
         raise RunError(f"{balance}: not as the stage left it ({'; '.join(changed)}).", fix=again)
@@ -218,6 +227,13 @@ def _read_kept(folder: RunFolder) -> _Kept:
             " kept.parquet there.",
         )
 
+    stays = None if per_cluster is None else _capped(folder, len(rows), per_cluster)
+    listed = rows if stays is None else rows[stays]
+    store = EmbeddingStore.open(folder.stage(EMBED))
+    _check_same_store(folder, store, rows, keys)
+    removed = removed_rows(folder, store, rows, capped=None if stays is None else rows[~stays])
+    rows, keys = listed, keys if stays is None else keys.filter(pa.array(stays))
+
     of_keys = hashlib.sha256()
     for line in _lines(keys):
         of_keys.update(line)
@@ -226,9 +242,20 @@ def _read_kept(folder: RunFolder) -> _Kept:
         "kept_sha256": sha256_file(balance / "kept.npy"),
         "keys_sha256": of_keys.hexdigest(),
     }
-    store = EmbeddingStore.open(folder.stage(EMBED))
-    _check_same_store(folder, store, rows, keys)
-    return _Kept(rows, keys, identity, removed_rows(folder, store, rows), store)
+    return _Kept(rows, keys, identity, removed, store)
+
+
+def _capped(folder: RunFolder, kept: int, most: int) -> Bool[np.ndarray, " kept"]:
+    """Which of the kept rows stay under a cap on each cluster."""
+    clusters = folder.stage(CLUSTER)
+    folder.verify(CLUSTER)
+    labels = read_array_of_stage(clusters / "labels.npy")
+    if len(labels) != kept:
+        raise RunError(
+            f"{clusters}: labels of {len(labels):,} rows, but {kept:,} are kept.",
+            fix=f"Run `clip-cid cluster {folder.path}` and repeat this command.",
+        )
+    return cap_clusters(labels, most)
 
 
 def _check_same_store(

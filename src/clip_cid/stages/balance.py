@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from jaxtyping import Int
@@ -19,18 +19,21 @@ from clip_cid.data.balance.kept_file import read_kept_elsewhere, write_kept
 from clip_cid.data.balance.kinds import Kinds, classify
 from clip_cid.data.balance.protected import protected_rows
 from clip_cid.data.balance.tables import write_tables
+from clip_cid.data.embeddings.row_values import FileSizes, field_numbers, pixels
 from clip_cid.data.embeddings.sharded_rows import ShardedRows
 from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.errors import ConfigError, DataError, RunError
 from clip_cid.evaluation.near_sets import SetRows, open_sets
 from clip_cid.method.balance.chaining import chain_summary, giant_warning
 from clip_cid.method.balance.decided_sets import DecidedRows
 from clip_cid.method.balance.forest import Forest, ShareOutOfReach
-from clip_cid.method.balance.kept_rows import check_keep
+from clip_cid.method.balance.kept_rows import Keep, check_keep
 from clip_cid.method.balance.known_pairs import EarlierForest, KnownPairs, known_pairs
 from clip_cid.method.balance.near_pairs import Progress, save_links
 from clip_cid.method.balance.near_targets import KeptAndNear, NearTargets, near_targets
 from clip_cid.method.balance.pair_agreement import agreement
+from clip_cid.method.balance.preferred_rows import Rule
 from clip_cid.method.balance.prepared_rows import ChunkPair, PreparedRows
 from clip_cid.method.balance.row_hashes import all_row_hashes
 from clip_cid.method.balance.semantic_balance import Balance, BalanceRule, balance_rows, choose_kept, similarity_warning
@@ -38,7 +41,7 @@ from clip_cid.method.balance.set_explanation import Explanation, explain
 from clip_cid.method.distances import from_squared, threshold_for
 from clip_cid.method.unit_rows import Rows, UnitRows
 from clip_cid.models.device import resolve_device
-from clip_cid.recipe import BalanceConfig, MachineConfig, Metric, Recipe
+from clip_cid.recipe import LARGEST_FILE, OF_FIELD, BalanceConfig, MachineConfig, Metric, Recipe
 from clip_cid.run_folder import WORK, RunFolder
 from clip_cid.stage_names import BALANCE, EMBED
 from clip_cid.summaries import AgainstSet, BalanceSummary, BalanceTruth, Chains
@@ -63,7 +66,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
     good = np.flatnonzero(store.ok)
     images = _unit_rows(store, store.images, "images")
     texts = _unit_rows(store, _texts(store), "texts") if store.has_texts else None
-    rule = _rule(settings, images, texts)
+    rule = _rule(settings, images, texts, _keep(folder, recipe, store, good))
     known = _known(folder, settings, images, rule.limit)
     known, decided = _decided(settings, store, images, good, known)
     obeyed = _with_protected(settings, store, good, decided)
@@ -182,15 +185,18 @@ def _good(store: EmbeddingStore, rows: Any) -> Rows:
     return rows if len(good) == store.rows else rows.select(good)
 
 
-def _rule(settings: BalanceConfig, images: UnitRows, texts: UnitRows | None) -> BalanceRule:
+def _rule(
+    settings: BalanceConfig, images: UnitRows, texts: UnitRows | None, keep: Keep | tuple[Rule, ...]
+) -> BalanceRule:
     try:
-        check_keep(images, texts, settings.keep)
+        for rule in keep if isinstance(keep, tuple) else (keep,):
+            check_keep(images, texts, rule if isinstance(rule, str) else "nearest_centroid")
         return BalanceRule(
             threshold=settings.threshold,
             metric=settings.metric,
             max_threshold=settings.max_threshold,
             target_removed=settings.target_removed,
-            keep=settings.keep,
+            keep=keep,
             max_radius=settings.max_radius,
         )
     except ValueError as error:
@@ -198,6 +204,25 @@ def _rule(settings: BalanceConfig, images: UnitRows, texts: UnitRows | None) -> 
             f"balance: {error}",
             fix="Give distances on the scale of balance.metric; best_caption needs embeddings of captions.",
         ) from error
+
+
+def _keep(
+    folder: RunFolder, recipe: Recipe, store: EmbeddingStore, good: Int[np.ndarray, " good"]
+) -> Keep | tuple[Rule, ...]:
+    """The rule that chooses the kept image, or several in their order; rows are numbered as those with an embedding."""
+
+    def rule(name: str) -> Rule:
+        if name in get_args(Keep):
+            return cast(Keep, name)
+        if name == LARGEST_FILE:
+            pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
+            return FileSizes(store, pairs, good)
+        field = name.removeprefix(OF_FIELD)
+        values = pixels(store) if field == name else field_numbers(store, field)
+        return values[good].__getitem__
+
+    rules = tuple(rule(name) for name in recipe.balance.keep)
+    return rules[0] if len(rules) == 1 and isinstance(rules[0], str) else rules
 
 
 def _known(folder: RunFolder, settings: BalanceConfig, images: UnitRows, limit: float) -> KnownPairs:

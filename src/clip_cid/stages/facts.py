@@ -13,7 +13,7 @@ from clip_cid import extras, summaries
 from clip_cid.data.embeddings.files_behind import is_of_embeddings
 from clip_cid.data.outside_files import Outside, Reader
 from clip_cid.models.references import files_behind_model, is_checkpoint, is_of_files, split_checkpoint
-from clip_cid.recipe import PairsConfig, Recipe
+from clip_cid.recipe import LARGEST_FILE, PairsConfig, Recipe
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE, TEXTS
 from clip_cid.summaries import Summary
 
@@ -100,6 +100,8 @@ def _outside_balance(recipe: Recipe, reader: Reader) -> dict[str, Outside]:
     if settings.existing is not None:
         return {"balance.existing": reader.file(settings.existing)}
     outside = {f"balance.against.{name}": reader.against(where) for name, where in settings.against.items()}
+    if LARGEST_FILE in settings.keep:
+        outside |= _pairs(recipe, reader)
     if settings.protected_lists:
         outside["balance.protect"] = reader.files(settings.protected_lists)
     decisions = None if settings.decisions is None else reader.decisions(settings.decisions)

@@ -526,6 +526,29 @@ def test_each_removed_row_names_its_reason_its_distance_and_the_kept_row(tmp_pat
     assert lines[-1]["kept_row"] is lines[-1]["distance"] is None
 
 
+def test_of_a_cluster_so_many_are_listed_and_the_others_have_their_reason(
+    tmp_path: Path, run: tuple[RunFolder, Recipe]
+) -> None:
+    folder, recipe = run
+    part = folder.begin("cluster", {"key": "k"}, resumable=False).part
+    labels = np.array([0, 0, 0, 1, 0, 0, 2], dtype=np.int32)
+    np.save(part / "labels.npy", labels)
+    publish(folder, "cluster")
+    export_subset(folder, recipe, tmp_path / "out", shard_size=10, per_cluster=2)
+    rows = np.load(tmp_path / "out" / "rows.npy")
+    assert sorted(labels[np.isin(KEPT, rows)].tolist()) == [0, 0, 1, 2]
+    assert len(members(tmp_path / "out" / "shards" / "00000.tar")) == 4 * len(sample("x", 0))
+    left_out = {line["row"]: line["reason"] for line in pq.read_table(tmp_path / "out" / "removed.parquet").to_pylist()}
+    beyond = sorted(set(KEPT) - set(rows.tolist()))
+    assert len(beyond) == 3
+    assert {left_out[row] for row in beyond} == {"beyond the cap of its cluster"}
+
+    with pytest.raises(DataError, match="a subset of another run or of another balance"):
+        export_subset(folder, recipe, tmp_path / "out", shard_size=10)
+    with pytest.raises(ConfigError, match="--per-cluster: must be at least 1, got 0"):
+        export_subset(folder, recipe, tmp_path / "none", shard_size=None, per_cluster=0)
+
+
 CSV = (
     '\ufeffimage,caption,"more, of it"\r\n'
     'a.png,"two\r\nlines, with ""quotes""",1\r\n'

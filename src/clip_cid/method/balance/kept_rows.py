@@ -10,7 +10,7 @@ from clip_cid.method.unit_rows import UnitRows
 
 Keep = Literal["nearest_centroid", "best_caption"]
 
-_TIED = 1e-9  # far above the rounding of float64, far below any difference between two images
+TIED = 1e-9  # far above the rounding of float64, far below any difference between two images
 _MEMBERS = 1 << 12  # rows of sets read at once
 
 
@@ -119,8 +119,8 @@ def _choose_in_part(
     tied = np.ones(len(members), dtype=bool)
 
     if keep == "nearest_centroid":
-        distances = np.sqrt(_from_centroid(images, members, owner, sizes))
-        tied = distances <= np.minimum.reduceat(distances, starts)[owner] + _TIED
+        distances = np.sqrt(from_centroid(images, members, owner, sizes))
+        tied = distances <= np.minimum.reduceat(distances, starts)[owner] + TIED
 
     # Of tied rows the one whose caption fits best; of those that fit equally well the lowest.
     if texts is not None:
@@ -129,12 +129,12 @@ def _choose_in_part(
         for start in range(0, len(candidates), images.cached_rows):
             part = candidates[start : start + images.cached_rows]
             cosines[part] = (images[members[part]] * texts[members[part]]).sum(axis=1)
-        tied &= cosines >= np.maximum.reduceat(cosines, starts)[owner] - _TIED
+        tied &= cosines >= np.maximum.reduceat(cosines, starts)[owner] - TIED
     first_tied = np.minimum.reduceat(np.where(tied, np.arange(len(members)), len(members)), starts)
     return members[first_tied]
 
 
-def _from_centroid(
+def from_centroid(
     images: UnitRows,
     members: Int[np.ndarray, " members"],
     owner: Int[np.ndarray, " members"],

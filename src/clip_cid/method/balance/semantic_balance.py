@@ -21,6 +21,7 @@ from clip_cid.method.balance.known_pairs import KnownPairs
 from clip_cid.method.balance.near_pairs import RunTasks, near_forest
 from clip_cid.method.balance.near_targets import NearTargets, without_near
 from clip_cid.method.balance.pair_plan import Layout, Plan, lay_out
+from clip_cid.method.balance.preferred_rows import Rule, keep_preferred
 from clip_cid.method.distances import LARGEST, Metric, from_squared, threshold_for, threshold_on
 from clip_cid.method.unit_rows import Rows, UnitRows
 
@@ -135,7 +136,7 @@ class BalanceRule:
     metric: Metric = "cosine"
     max_threshold: float | None = None
     target_removed: float | None = None
-    keep: Keep = "nearest_centroid"
+    keep: Keep | tuple[Rule, ...] = "nearest_centroid"
     max_radius: float | None = None
 
     def __post_init__(self) -> None:
@@ -306,7 +307,10 @@ def choose_kept(
     decided: DecidedRows | None,
 ) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " rows"]]:
     """Rows kept of these sets, and for each row its place among them, as `balance_rows` chooses."""
-    choose = functools.partial(keep_one_of_each, images, texts, keep=rule.keep, squared_radius=rule.squared_radius)
+    if isinstance(rule.keep, tuple):
+        choose = functools.partial(keep_preferred, images, texts, rules=rule.keep, squared_radius=rule.squared_radius)
+    else:
+        choose = functools.partial(keep_one_of_each, images, texts, keep=rule.keep, squared_radius=rule.squared_radius)
     if decided is None:
         return choose(labels)
     return keep_decided(images, labels, decided, choose, squared_radius=rule.squared_radius)

@@ -1,0 +1,70 @@
+"""Numbers of the rows of a store, by which one of several equal images is preferred."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
+from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.pairs.pair import BadSample
+from clip_cid.data.pairs.pairs import Pairs
+from clip_cid.errors import DataError
+
+
+def pixels(store: EmbeddingStore) -> Float[np.ndarray, " rows"]:
+    """Width times height of each image that was embedded.
+
+    Raises:
+        DataError: The store does not say, as one made elsewhere.
+    """
+    sizes = store.sizes.astype(np.float64)
+    found = sizes[:, 0] * sizes[:, 1]
+    if not found[store.ok].any():
+        raise DataError(
+            f"{store.path}: the sizes of the images are not known here, as the embeddings were made elsewhere.",
+            fix="Take another rule for balance.keep, such as largest_file with pairs.source, or field:NAME.",
+        )
+    return found
+
+
+def field_numbers(store: EmbeddingStore, name: str) -> Float[np.ndarray, " rows"]:
+    """A kept field as numbers; NaN for a row without one.
+
+    Raises:
+        DataError: The store does not have the field, or it holds something else than numbers.
+    """
+    numbers = np.full(store.rows, np.nan)
+    for row, text in enumerate(store.field(name)):
+        if not text.strip():
+            continue
+        try:
+            numbers[row] = float(text)
+        except ValueError as error:
+            raise DataError(
+                f"balance.keep: the field {name!r} of {store.keys[row]!r} is {text!r}, not a number.",
+                fix="Name a field of numbers, of which the highest is kept.",
+            ) from error
+    return numbers
+
+
+class FileSizes:
+    """The bytes of the images of rows, read from the pairs when they are asked for."""
+
+    def __init__(self, store: EmbeddingStore, pairs: Pairs, rows: Int[np.ndarray, " rows"]) -> None:
+        """`rows` are those of the store that are numbered from 0 on when sizes are asked for."""
+        in_store = rows_in_store(pairs, store, max_absent_share=1.0)
+        self._pair_of = np.full(store.rows, -1)
+        found = np.flatnonzero(in_store >= 0)
+        self._pair_of[in_store[found]] = found
+        self._pairs, self._rows = pairs, rows
+
+    def __call__(self, rows: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """The sizes; NaN for an image that is not among the pairs or cannot be read."""
+        return np.array([self._size(int(pair)) for pair in self._pair_of[self._rows[rows]]])
+
+    def _size(self, pair: int) -> float:
+        if pair < 0:
+            return np.nan
+        try:
+            return float(len(self._pairs.read(pair).image))
+        except BadSample:
+            return np.nan

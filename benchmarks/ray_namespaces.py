@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also of a process that is started with this file
 from process_costs import machine as this_machine
 
-_NODES, _BRIDGE, _PORT = 3, "clipcid0", 6379
+_NODES, _BRIDGE, _PORT, _ATTEMPTS = 3, "clipcid0", 6379, 8
 _COMMAND = """
 import sys
 from pathlib import Path
@@ -81,19 +81,12 @@ def namespaces() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def cluster(environment: dict[str, str]) -> Generator[None]:
+def cluster(environment: dict[str, str], work: Path) -> Generator[None]:
     """A node in each namespace."""
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory", "80000000"]
     started: list[subprocess.Popen[bytes]] = []
     try:
         for node in range(_NODES):
-            meets = ["--head", "--port", str(_PORT), "--include-dashboard", "false"]
-            if node:
-                meets = ["--address", f"{address(0)}:{_PORT}"]
-            command = [*ray, *meets, "--node-ip-address", address(node), "--num-cpus", "1"]
-            inside = ["ip", "netns", "exec", name(node), *command]
-            started.append(subprocess.Popen(inside, env=environment, stdout=subprocess.DEVNULL))
-            time.sleep(20)
+            started.append(start_node(node, environment, work))
         yield
     finally:
         for process in started:
@@ -103,6 +96,25 @@ def cluster(environment: dict[str, str]) -> Generator[None]:
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def start_node(node: int, environment: dict[str, str], work: Path) -> subprocess.Popen[bytes]:
+    """Ray gives a node 30 seconds to start, which beside other work may be too few."""
+    meets = ["--address", f"{address(0)}:{_PORT}"]
+    if node == 0:
+        meets = ["--head", "--port", str(_PORT), "--include-dashboard", "false"]
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory", "80000000"]
+    command = [*ray, *meets, "--node-ip-address", address(node), "--num-cpus", "1"]
+    for attempt in range(_ATTEMPTS):
+        said = work / f"node-{node}-{attempt}.log"
+        with said.open("wb") as log:
+            inside = ["ip", "netns", "exec", name(node), *command]
+            process = subprocess.Popen(inside, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            if b"Ray runtime started" in said.read_bytes():
+                return process
+            time.sleep(0.5)
+    raise SystemExit(f"node {node} does not start: {said.read_text()[-500:]}")
 
 
 def traffic(node: int) -> str:
@@ -153,9 +165,10 @@ def main() -> None:
         (work / "token").write_text(secrets.token_hex(32))
         path = os.pathsep.join(part for part in sys.path if part)
         environment = {**os.environ, "PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+        environment["RAY_worker_niceness"] = "0"
         environment["RAY_AUTH_TOKEN_PATH"] = str(work / "token")
         here = balance(work, "one process", options.chunk, environment)
-        with namespaces(), cluster(environment):
+        with namespaces(), cluster(environment, work):
             there = f"{address(0)}:{_PORT}"
             whole = balance(work, "three nodes", options.chunk, environment, "--ray", there)
             print("; ".join(map(traffic, range(_NODES))))

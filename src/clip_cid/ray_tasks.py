@@ -42,7 +42,11 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_task_oom_retries": str(_RETRIES),  # by default without end
 }
-"""Of Ray, in the environment of the process that joins a cluster, unless others are set."""
+"""Of Ray, in the environment of the process that joins a cluster, unless others are set.
+
+RAY_grpc_client_keepalive_time_ms is not among them: nodes that were started without it end the connection ("too many
+pings"), and with it every task of more than half a minute. What is on a node that was cut off is handed out twice.
+"""
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and no settings
 _SETTINGS_FRAME = 4  # the kind of frame that every HTTP/2 server sends first
 

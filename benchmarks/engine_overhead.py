@@ -8,6 +8,7 @@ the time up to the first finished task; the rest is told as seconds a task and s
 
 import argparse
 import functools
+import importlib
 import os
 import statistics
 import sys
@@ -61,9 +62,7 @@ def main() -> None:
     print(this_machine())
 
     os.environ |= {**ray_tasks.SETTINGS, "PYTHONPATH": os.pathsep.join(sys.path)}
-    from ray.cluster_utils import Cluster
-
-    nodes: Any = Cluster()
+    nodes: Any = importlib.import_module("ray.cluster_utils").Cluster()
     try:
         nodes.add_node(num_cpus=_SLOTS, object_store_memory=80 * 2**20, include_dashboard=False)
         engines = {"processes": MachineConfig(), "Ray": MachineConfig(ray=nodes.address)}

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import os
 import signal
 import time
@@ -24,9 +25,7 @@ def cluster(*cores: int) -> Generator[Any]:
     ours = {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     before = {name: os.environ.get(name) for name in ours}
     os.environ |= ours
-    from ray.cluster_utils import Cluster  # after what Ray reads once
-
-    nodes = Cluster()
+    nodes = importlib.import_module("ray.cluster_utils").Cluster()  # after what Ray reads once
     try:
         for number in cores:
             _add_node(nodes, number)

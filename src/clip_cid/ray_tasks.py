@@ -9,6 +9,7 @@ import collections
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.util
 import os
 import pickle
@@ -81,6 +82,7 @@ def run_tasks(
     with _shared_sign(folder) as sign:
         order = _Order(
             sign=str(sign),
+            patience=_UNSEEN_SECONDS,
             folder=os.getcwd(),
             environment={name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)},
             versions=_versions(),
@@ -89,7 +91,7 @@ def run_tasks(
         )
         with contextlib.closing(_Round(cluster, order, tasks, gpus)) as work:
             for task in work.finished():
-                if leaves is not None and not _appears(leaves(task)):
+                if leaves is not None and not _appears(leaves(task), _UNSEEN_SECONDS):
                     raise RunError(
                         f"{leaves(task)}: a node has written it, and this host does not see it.",
                         fix="See that every node has the same folder there, then run the same command again.",
@@ -101,9 +103,7 @@ def disconnect() -> None:
     """Leave the cluster if this process has joined one: its worker processes end and give back what they hold."""
     if _connected.cache_info().currsize:
         _connected.cache_clear()
-        import ray
-
-        ray.shutdown()
+        _ray().shutdown()
 
 
 # The process that hands out the tasks.
@@ -114,6 +114,8 @@ class _Order(NamedTuple):
 
     sign: str
     """A file in the shared folder, of a name that nobody has used before. It also names the round."""
+    patience: float
+    """Seconds until a node does not see it."""
     folder: str
     """Where the command was started: relative paths begin there."""
     environment: dict[str, str]
@@ -197,10 +199,8 @@ class _Cluster:
     """What we use of Ray."""
 
     def __init__(self, address: str) -> None:
-        import ray
-
-        self._ray, self._address = ray, address
-        self._remote = ray.remote(_do)
+        self._ray, self._address = _ray(), address
+        self._remote = self._ray.remote(_do)
         self._without_nodes_since: float | None = None
 
     def slots(self, gpus: int) -> int:
@@ -288,8 +288,7 @@ def _connected(address: str) -> _Cluster:
     if "RAY_AUTH_MODE" not in os.environ and _has_token():
         os.environ["RAY_AUTH_MODE"] = "token"
 
-    import ray
-
+    ray = _ray()
     if ray.is_initialized():  # of an earlier address
         ray.shutdown()
     try:
@@ -375,6 +374,11 @@ def _shared_sign(folder: Path) -> Generator[Path]:
         sign.unlink(missing_ok=True)
 
 
+def _ray() -> Any:
+    """Ray, which need not be installed; our types end here."""
+    return importlib.import_module("ray")
+
+
 # The processes on the nodes.
 
 _opened: tuple[str, DoTask] | None = None  # of this process: the round, and what `begin` returned
@@ -430,7 +434,7 @@ def _check_node(order: _Order) -> None:
     # The folder that holds the results: seen, and the same one; and written.
     sign = Path(order.sign)
     shared = "Give a path at which every node has the same folder, then run the same command again."
-    if not _appears(sign):
+    if not _appears(sign, order.patience):
         raise RunError(
             f"{sign.parent}: node {_own_node()} does not see what the command has written there.", fix=shared
         )
@@ -454,9 +458,9 @@ def _check_node(order: _Order) -> None:
         ) from error
 
 
-def _appears(path: Path) -> bool:
+def _appears(path: Path, seconds: float) -> bool:
     """Whether a file is there, or soon will be for a host that remembers it as absent."""
-    deadline = time.monotonic() + _UNSEEN_SECONDS
+    deadline = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > deadline:
             return False
@@ -465,9 +469,7 @@ def _appears(path: Path) -> bool:
 
 
 def _own_node() -> str:
-    import ray.util
-
-    return f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+    return f"{socket.gethostname()} ({_ray().util.get_node_ip_address()})"
 
 
 @functools.cache

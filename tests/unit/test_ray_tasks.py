@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import http.server
 import threading
@@ -93,6 +94,25 @@ def test_a_node_of_other_versions_is_named(run, monkeypatch):
 
 
 original = ray_tasks._versions()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_node_that_does_not_see_the_folder_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_tasks, "_UNSEEN_SECONDS", 0.5)
+    monkeypatch.setattr(ray_tasks, "_shared_sign", lambda folder: contextlib.nullcontext(folder / "of another host"))
+    with pytest.raises(RunError, match=rf"{tmp_path}: node \S+ \(\d+\..*\) does not see") as error:
+        run("1", "2")
+    assert "every node has the same folder" in error.value.fix
+    assert not numbers(tmp_path)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_node_without_the_folder_of_the_command_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_tasks.os, "getcwd", lambda: str(tmp_path / "gone"))
+    with pytest.raises(RunError, match=r"gone: the command was started there, and node \S+ \(.*\) has no such folder"):
+        run("1", "2")
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,13 @@ class Peaks:
     seconds: float
 
 
-def measure(checkout: Path, rows: Path, run: Path) -> Peaks:
+def measure(checkout: Path, rows: Path, run: Path, *, processes: int = 1) -> Peaks:
+    """Of the process that the command starts; with two or more the tasks are done by others, which do not count."""
     shutil.rmtree(run, ignore_errors=True)
     command = [sys.executable, "-m", "clip_cid", "balance", str(run), "--embeddings", str(rows.resolve())]
     started = time.monotonic()
     process = subprocess.Popen(
-        [*command, "--balance.classify", "0", "--machine.balance-processes", "1"],
+        [*command, "--balance.classify", "0", "--machine.balance-processes", str(processes)],
         env={**os.environ, "PYTHONPATH": str(checkout.resolve() / "src")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -16,7 +16,8 @@ import pytest
 from fabricated_run import publish
 
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
-from clip_cid.method.balance import plan_choice
+from clip_cid.method.balance import near_pairs, plan_choice, row_scan
+from clip_cid.method.unit_rows import UnitRows
 from clip_cid.recipe import parse_recipe
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import balance
@@ -72,7 +73,11 @@ def embedded(path: Path, count: int, *, giant: bool) -> RunFolder:
                 captions=[("a caption",) if captioned[row] else () for row in rows],
                 sizes=[(8, 8)] * len(rows),
                 fields={},
-                skipped=[{"row": row, "key": f"key {row:05d}", "shard": "", "reason": "broken"} for row in rows if not ok[row]],
+                skipped=[
+                    {"row": row, "key": f"key {row:05d}", "shard": "", "reason": "broken"}
+                    for row in rows
+                    if not ok[row]
+                ],
             )
         )
     writer.finish()
@@ -96,18 +101,24 @@ def digest(path: Path) -> str:
     return sha256.hexdigest()
 
 
-def digests(path: Path, settings: dict[str, Any], *, giant: bool, machine: dict[str, Any] | None = None) -> Any:
+def digests(path: Path, settings: dict[str, Any], *, giant: bool) -> Any:
     folder = embedded(path, 5000 if giant else 900, giant=giant)
     out = folder.begin("balance", {"key": "key"}, resumable=True).part
-    recipe = parse_recipe({"balance": {"classify": 0, **settings}, "machine": machine or {}}, where="test")
+    recipe = parse_recipe({"balance": {"classify": 0, **settings}}, where="test")
     summary = balance.run(folder, out, recipe)
     files = {file.name: digest(file) for file in sorted(out.iterdir()) if file.suffix in (".npy", ".parquet")}
     return files | {"summary": [summary.kept, summary.sets_with_duplicates, summary.largest_set]}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parts", [False, True], ids=["at once", "in many parts"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_files_are_those_of_the_balance_in_one_process(case, tmp_path, monkeypatch):
+def test_the_files_are_those_of_the_balance_in_one_process(case, parts, tmp_path, monkeypatch):
     monkeypatch.setattr(plan_choice, "_LEAST_CHUNK", 60)
+    if parts:
+        monkeypatch.setattr(row_scan, "_PART_BYTES", 4000)
+        monkeypatch.setattr(near_pairs, "_MERGED_TOGETHER", 4)
+        monkeypatch.setattr(plan_choice, "_FEWEST_GROUPS", 4)  # tiles of several chunks
+        monkeypatch.setattr(UnitRows, "gathered_rows", 70)
     found = digests(tmp_path, CASES[case], giant=case == "one giant set")
     assert found == json.loads(GOLDEN.read_text())[case]

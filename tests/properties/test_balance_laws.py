@@ -8,6 +8,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracles
@@ -16,11 +17,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from clip_cid.data.balance.array_folder import ArrayFolder
+from clip_cid.method.balance.jobs import Job
 from clip_cid.method.balance.known_pairs import EarlierForest, KnownPairs, known_pairs
-from clip_cid.method.balance.near_pairs import save_links
 from clip_cid.method.balance.pair_agreement import agreement
 from clip_cid.method.balance.pair_plan import Plan, lay_out
-from clip_cid.method.balance.prepared_rows import ChunkPair, PreparedRows
 from clip_cid.method.balance.semantic_balance import Balance, BalanceRule, balance, balance_rows
 from clip_cid.method.distances import threshold_on
 from clip_cid.method.unit_rows import UnitRows
@@ -61,24 +61,22 @@ def in_a_folder(
 ) -> Balance:
     """Interrupted after some tasks; the second call does the others, the last one first."""
     images = unit_rows(rows)
-    done: list[ChunkPair] = []
+    done: list[tuple[str, Any]] = []
     with tempfile.TemporaryDirectory() as path:
         store = ArrayFolder(Path(path) / "work")
 
-        def run(prepared: PreparedRows, pairs: Sequence[ChunkPair]) -> None:
-            opened = PreparedRows.load(ArrayFolder(store.path))
-            assert opened is not None
-            again = UnitRows(rows, name="rows", any_length=False, lengths=opened.lengths)
-            for pair in pairs:
-                assert pair not in done
-                save_links(store, opened, again, pair)
-                done.append(pair)
+        def run(job: Job, tasks: Sequence[Any]) -> None:
+            do = job.open(ArrayFolder(store.path), unit_rows(rows), None if texts is None else unit_rows(texts))
+            for task in tasks:
+                assert (job.title, task) not in done
+                do(task)
+                done.append((job.title, task))
 
-        def interrupted(prepared: PreparedRows, missing: Sequence[ChunkPair]) -> None:
-            run(prepared, missing[:tasks_before])
+        def interrupted(job: Job, missing: Sequence[Any]) -> None:
+            run(job, missing[:tasks_before])
             raise KeyboardInterrupt
 
-        def call(run_tasks) -> Balance:
+        def call(run_job) -> Balance:
             return balance_rows(
                 images,
                 None if texts is None else unit_rows(texts),
@@ -86,13 +84,13 @@ def in_a_folder(
                 layout=None if plan is None else lay_out(images, plan),
                 known=known,
                 store=store,
-                run_tasks=run_tasks,
+                run_job=run_job,
             )
 
         try:
             return call(interrupted)  # when every row is known, or a copy of one that is
         except KeyboardInterrupt:
-            return call(lambda prepared, missing: run(prepared, missing[::-1]))
+            return call(lambda job, missing: run(job, missing[::-1]))
 
 
 def unit_rows(rows: np.ndarray) -> UnitRows:
@@ -126,7 +124,13 @@ def plans(draw, dim: int):
     """Any way to look for near pairs."""
     kind = draw(st.sampled_from(["int8", "float32", "float16"]))
     width = draw(st.sampled_from([None, *range(2, dim)]))
-    return Plan(kind, width, cells=draw(st.sampled_from([0, 1, 4])), chunk_rows=draw(st.integers(1, 15)))
+    return Plan(
+        kind,
+        width,
+        cells=draw(st.sampled_from([0, 1, 4])),
+        chunk_rows=draw(st.integers(1, 15)),
+        tile_chunks=draw(st.integers(1, 3)),
+    )
 
 
 @pytest.mark.slow

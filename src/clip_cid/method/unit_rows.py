@@ -15,6 +15,8 @@ FLOAT32_ERROR = 2.0**-22  # the number, the length and the division are each rou
 
 _CACHED_NUMBERS = 1 << 17  # 1 MB of float64: a block that stays in the cache
 
+_GATHERED_NUMBERS = 1 << 28  # half a GB of float16
+
 _COME_AND_GONE = (32 << 20) - (64 << 10)  # the largest block that glibc learns from is 32 MB
 
 _EPS32 = 2.0**-24
@@ -103,6 +105,12 @@ class UnitRows:
         """Some of the rows, in this order; nothing is read or checked again."""
         return UnitRows(_Part(self._rows, rows), name=self.name, any_length=True, lengths=self._lengths[rows])
 
+    def gathered(self, rows: Int[np.ndarray, " n"]) -> "UnitRows":
+        """As `part`, with the rows read now, in one go, unless they are in memory already or very many."""
+        if type(self._rows) is np.ndarray or len(rows) > 2 * self.gathered_rows:
+            return self.part(rows)
+        return UnitRows(self.raw(rows), name=self.name, any_length=True, lengths=self._lengths[rows])
+
     @property
     def lengths(self) -> Float[np.ndarray, " rows"]:
         """How long the stored rows are."""
@@ -112,6 +120,11 @@ class UnitRows:
     def cached_rows(self) -> int:
         """How many rows stay in a processor's cache."""
         return max(1, _CACHED_NUMBERS // self.dim)
+
+    @property
+    def gathered_rows(self) -> int:
+        """About how many rows are read in one go where they lie in any order."""
+        return max(1, _GATHERED_NUMBERS // self.dim)
 
     def raw(self, rows: slice | Int[np.ndarray, " n"]) -> np.ndarray:
         """The rows as they are stored, in one piece."""

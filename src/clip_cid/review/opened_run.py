@@ -202,7 +202,7 @@ class OpenedRun:
         rows, labels = rows[order], labels[order]
         keep, remove = (np.flatnonzero(np.isin(rows, named)) for named in (decided.rows.keep, decided.rows.remove))
         local = DecidedRows(keep=keep, remove=remove)
-        kept = kept_of_sets(self.store, self.recipe.balance, rows, labels, local)
+        kept = kept_of_sets(self.folder, self.recipe, self.store, rows, labels, local)
         return dict(zip(rows.tolist(), kept.tolist(), strict=True))
 
     @cached_property

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 from jaxtyping import Int
@@ -19,8 +19,9 @@ from clip_cid.data.balance.kept_file import read_kept_elsewhere, write_kept
 from clip_cid.data.balance.kinds import Kinds, classify
 from clip_cid.data.balance.protected import protected_rows
 from clip_cid.data.balance.tables import write_tables
+from clip_cid.data.embeddings.files import read_info
+from clip_cid.data.embeddings.ok_rows import OkRows
 from clip_cid.data.embeddings.row_values import FileSizes, field_numbers, pixels
-from clip_cid.data.embeddings.sharded_rows import ShardedRows
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.errors import ConfigError, DataError, RunError
@@ -28,18 +29,18 @@ from clip_cid.evaluation.near_sets import SetRows, open_sets
 from clip_cid.method.balance.chaining import chain_summary, giant_warning
 from clip_cid.method.balance.decided_sets import DecidedRows
 from clip_cid.method.balance.forest import Forest, ShareOutOfReach
+from clip_cid.method.balance.jobs import Job, NotPrepared, Progress
 from clip_cid.method.balance.kept_rows import Keep, check_keep
 from clip_cid.method.balance.known_pairs import EarlierForest, KnownPairs, known_pairs
-from clip_cid.method.balance.near_pairs import Progress, save_links
 from clip_cid.method.balance.near_targets import KeptAndNear, NearTargets, near_targets
 from clip_cid.method.balance.pair_agreement import agreement
 from clip_cid.method.balance.preferred_rows import Rule
-from clip_cid.method.balance.prepared_rows import ChunkPair, PreparedRows
+from clip_cid.method.balance.prepared_rows import PreparedRows
 from clip_cid.method.balance.row_hashes import all_row_hashes
 from clip_cid.method.balance.semantic_balance import Balance, BalanceRule, balance_rows, choose_kept, similarity_warning
 from clip_cid.method.balance.set_explanation import Explanation, explain
 from clip_cid.method.distances import from_squared, threshold_for
-from clip_cid.method.unit_rows import Rows, UnitRows
+from clip_cid.method.unit_rows import UnitRows
 from clip_cid.models.device import resolve_device
 from clip_cid.recipe import LARGEST_FILE, OF_FIELD, BalanceConfig, MachineConfig, Metric, Recipe
 from clip_cid.run_folder import WORK, RunFolder
@@ -63,17 +64,16 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
         return _kept_elsewhere(out, store, settings.existing)
 
     # Balance the rows that have an embedding.
-    good = np.flatnonzero(store.ok)
-    images = _unit_rows(store, store.images, "images")
-    texts = _unit_rows(store, _texts(store), "texts") if store.has_texts else None
-    rule = _rule(settings, images, texts, _keep(folder, recipe, store, good))
-    known = _known(folder, settings, images, rule.limit)
-    known, decided = _decided(settings, store, images, good, known)
-    obeyed = _with_protected(settings, store, good, decided)
-    sets, near = _near_sets(folder, recipe, images, rule)
+    rows = _rows(store)
+    rule = _rule(settings, rows, _keep(folder, recipe, store, rows.stored))
+    known = _known(folder, settings, rows.images, rule.limit)
+    known, decided = _decided(settings, store, rows, known)
+    obeyed = _with_protected(settings, store, rows.stored, decided)
+    sets, near = _near_sets(folder, recipe, rows.images, rule)
     folder.accept()
-    work = ArrayFolder(out / WORK)
-    balance = _balance(store.path, work, recipe, images, texts, rule, known, obeyed, near)
+    work = _Work(store.path, out / WORK, recipe.machine)
+    rows = work.share(rows)
+    balance = _balance(work, recipe, rows, rule, known, obeyed, near)
     if not len(balance.kept):
         raise DataError(
             f"{settings.decisions or 'balance.against'}: every image is removed.",
@@ -81,21 +81,22 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
         )
 
     # In the store's numbers.
-    set_of = np.full(store.rows, -1, dtype=np.int64)
-    set_of[good] = balance.set_of
-    counts = _write_kept(out, store, good[balance.kept], set_of)
-    _write_forest(out, store.rows, good, balance)
+    store.map_keys(work.arrays.path)
+    set_of = rows.stored.for_all(balance.set_of, lambda: np.full(store.rows, -1, dtype=np.int64))
+    counts = _write_kept(out, store, rows.stored.in_store(balance.kept), set_of)
+    _write_forest(out, store.rows, rows.stored, balance, work.arrays)
     if decided is not None:
-        _write_decided(out, store, good, balance, decided)
-    against = _write_against(out, store, good, balance, sets, near) if sets else None
+        _write_decided(out, store, rows.stored, balance, decided)
+    against = _write_against(out, store, rows.stored, balance, sets, near) if sets else None
 
     if (warning := similarity_warning(rule, balance) or _warning_of_few(folder, settings, balance)) is not None:
         log.warn(f"balance: {warning}")
     threshold = {metric: threshold_for(balance.squared_threshold, metric) for metric in get_args(Metric)}
     log.info("balance   threshold " + ", ".join(f"{name} {value:.5g}" for name, value in threshold.items()))
 
-    explanation, chains = _explain(images, balance)
-    explanation = explanation.with_rows(good)
+    explanation, chains = _explain(work, rows.images, balance)
+    if (good := rows.stored.arrays.get("good")) is not None:
+        explanation = explanation.with_rows(good)
     kinds = _kinds(folder, recipe, store, explanation)
     _write_tables(out, store, explanation, balance, kinds)
 
@@ -116,8 +117,9 @@ def _warning_of_few(folder: RunFolder, settings: BalanceConfig, balance: Balance
 
 
 def kept_of_sets(
+    folder: RunFolder,
+    recipe: Recipe,
     store: EmbeddingStore,
-    settings: BalanceConfig,
     rows: Int[np.ndarray, " rows"],
     labels: Int[np.ndarray, " rows"],
     decided: DecidedRows | None,
@@ -125,16 +127,104 @@ def kept_of_sets(
     """For each of these rows the one the stage would keep for it, -1 for none.
 
     Args:
+        folder: The run.
+        recipe: Says how to choose.
         store: The embeddings.
-        settings: How to choose.
         rows: Every row of some sets, ascending.
         labels: The set of each.
         decided: By places in `rows`.
     """
-    images = UnitRows(store.images.select(rows), name="images", any_length=False)
-    texts = UnitRows(_texts(store).select(rows), name="texts", any_length=False) if store.has_texts else None
-    kept, set_of = choose_kept(images, texts, _rule(settings, images, texts), labels, decided)
+    chosen = _rows(store, rows)
+    rule = _rule(recipe.balance, chosen, _keep(folder, recipe, store, chosen.stored))
+    kept, set_of = choose_kept(chosen.images, chosen.texts, rule, labels, decided)
     return np.where(set_of >= 0, rows[kept[set_of]], -1) if len(kept) else np.full(len(rows), -1)
+
+
+class _Rows(NamedTuple):
+    """Rows of a store."""
+
+    stored: OkRows
+    images: UnitRows
+    texts: UnitRows | None
+
+
+def _rows(store: EmbeddingStore, some: Int[np.ndarray, " some"] | None = None) -> _Rows:
+    """Some of those with an embedding, or all of them."""
+    stored = OkRows.of(store, some)
+    try:
+        images = UnitRows(stored.images, name="images", any_length=False)
+        texts = None if stored.texts is None else UnitRows(stored.texts, name="texts", any_length=False)
+    except ValueError as error:
+        raise DataError(f"{store.path}: {error}", fix="Run the embed stage again, with --force.") from error
+    return _Rows(stored, images, texts)
+
+
+class _Work:
+    """Where the stage works: the arrays that tasks read and leave, and the processes that do them."""
+
+    def __init__(self, store_path: Path, path: Path, machine: MachineConfig) -> None:
+        self.arrays = ArrayFolder(path)
+        self._rows, self._store_path, self._machine = ArrayFolder(path / "rows"), store_path, machine
+
+    def share(self, rows: _Rows) -> _Rows:
+        """The same rows for every process: what was read of metadata and measured is mapped from the disk."""
+        lengths = {"image_lengths": rows.images.lengths}
+        if rows.texts is not None:
+            lengths["text_lengths"] = rows.texts.lengths
+        self._rows.save_all({**rows.stored.arrays, **lengths}, {})
+        return _shared_rows(self._store_path, self._rows)
+
+    def run_job(self, job: Job, missing: Sequence[Any]) -> None:
+        """Do what is missing of a job: a `clip_cid.method.balance.jobs.RunJob`."""
+        if done := len(job.tasks) - len(missing):
+            log.info(f"{job.title:<9} {done:,} of {len(job.tasks):,} tasks were done before")
+        progress = Progress(job, missing)
+        with log.progress(job.title, job.rows, start=progress.rows) as bar:
+            engine.run_tasks(
+                missing,
+                functools.partial(_open_job, job, self.arrays, self._store_path, self._rows),
+                machine=self._machine,
+                folder=self.arrays.path,
+                processes=self._processes(job),
+                leaves=lambda task: self.arrays.file(job.array(task)),
+                gpus=0 if job.device == "cpu" else 1,
+                on_done=lambda task: bar.advance(progress.finish(task)),
+            )
+
+    def _processes(self, job: Job) -> int:
+        if job.device != "cpu":
+            return 1
+        if self._machine.balance_processes:
+            return self._machine.balance_processes
+        return (self._machine.threads or tasks.available_cores()) if job.seconds > _LONG else 1
+
+
+def _open_job(job: Job, arrays: ArrayFolder, store_path: Path, shared: ArrayFolder) -> Callable[[Any], None]:
+    """Open what the tasks read; in each process once."""
+    rows = _shared_rows(store_path, shared)
+    try:
+        return job.open(arrays, rows.images, rows.texts)
+    except NotPrepared as error:
+        raise _unreadable(arrays.path) from error
+
+
+def _shared_rows(store_path: Path, shared: ArrayFolder) -> _Rows:
+    if (saved := shared.load_all()) is None:
+        raise _unreadable(shared.path)
+    arrays, _ = saved
+    stored = OkRows(EmbeddingStore(store_path, read_info(store_path)), arrays)
+    images = UnitRows(stored.images, name="images", any_length=False, lengths=arrays["image_lengths"])
+    if stored.texts is None:
+        return _Rows(stored, images, None)
+    texts = UnitRows(stored.texts, name="texts", any_length=False, lengths=arrays["text_lengths"])
+    return _Rows(stored, images, texts)
+
+
+def _unreadable(path: Path) -> RunError:
+    return RunError(
+        f"{path}: what was prepared for the tasks cannot be read any more.",
+        fix="Check the disk, then run the same command again; what is missing is done again.",
+    )
 
 
 def _kept_elsewhere(out: Path, store: EmbeddingStore, path: Path) -> BalanceSummary:
@@ -144,53 +234,10 @@ def _kept_elsewhere(out: Path, store: EmbeddingStore, path: Path) -> BalanceSumm
     return replace(_write_kept(out, store, kept, set_of), from_=str(path))
 
 
-def _unit_rows(store: EmbeddingStore, rows: Any, name: str) -> UnitRows:
-    try:
-        return UnitRows(_good(store, rows), name=name, any_length=False)
-    except ValueError as error:
-        raise DataError(f"{store.path}: {error}", fix="Run the embed stage again, with --force.") from error
-
-
-def _texts(store: EmbeddingStore) -> "ShardedRows | _OppositeTexts":
-    if not any(shard.without_text for shard in store.info.shards):
-        return store.texts
-    return _OppositeTexts(store)
-
-
-class _OppositeTexts:
-    """The texts, with the opposite of its image for a row without a caption.
-
-    No caption fits an image worse, so of equal images one with a caption is kept.
-    """
-
-    def __init__(self, store: EmbeddingStore) -> None:
-        self._store, self._rows = store, np.arange(store.rows)
-        self.shape = store.texts.shape
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        rows = self._rows[rows]
-        texts, absent = np.array(self._store.texts[rows]), self._store.num_captions[rows] == 0
-        texts[absent] = -self._store.images[rows[absent]]
-        return texts
-
-    def select(self, rows: Int[np.ndarray, " n"]) -> "_OppositeTexts":
-        chosen = _OppositeTexts(self._store)
-        chosen._rows, chosen.shape = self._rows[rows], (len(rows), *self.shape[1:])
-        return chosen
-
-
-def _good(store: EmbeddingStore, rows: Any) -> Rows:
-    """Of all rows those with an embedding."""
-    good = np.flatnonzero(store.ok)
-    return rows if len(good) == store.rows else rows.select(good)
-
-
-def _rule(
-    settings: BalanceConfig, images: UnitRows, texts: UnitRows | None, keep: Keep | tuple[Rule, ...]
-) -> BalanceRule:
+def _rule(settings: BalanceConfig, rows: _Rows, keep: Keep | tuple[Rule, ...]) -> BalanceRule:
     try:
         for rule in keep if isinstance(keep, tuple) else (keep,):
-            check_keep(images, texts, rule if isinstance(rule, str) else "nearest_centroid")
+            check_keep(rows.images, rows.texts, rule if isinstance(rule, str) else "nearest_centroid")
         return BalanceRule(
             threshold=settings.threshold,
             metric=settings.metric,
@@ -206,9 +253,7 @@ def _rule(
         ) from error
 
 
-def _keep(
-    folder: RunFolder, recipe: Recipe, store: EmbeddingStore, good: Int[np.ndarray, " good"]
-) -> Keep | tuple[Rule, ...]:
+def _keep(folder: RunFolder, recipe: Recipe, store: EmbeddingStore, stored: OkRows) -> Keep | tuple[Rule, ...]:
     """The rule that chooses the kept image, or several in their order; rows are numbered as those with an embedding."""
 
     def rule(name: str) -> Rule:
@@ -216,10 +261,10 @@ def _keep(
             return cast(Keep, name)
         if name == LARGEST_FILE:
             pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
-            return FileSizes(store, pairs, good)
+            return FileSizes(store, pairs, stored.in_store(np.arange(len(stored))))
         field = name.removeprefix(OF_FIELD)
         values = pixels(store) if field == name else field_numbers(store, field)
-        return values[good].__getitem__
+        return values[stored.in_store(np.arange(len(stored)))].__getitem__
 
     rules = tuple(rule(name) for name in recipe.balance.keep)
     return rules[0] if len(rules) == 1 and isinstance(rules[0], str) else rules
@@ -240,7 +285,7 @@ def _known(folder: RunFolder, settings: BalanceConfig, images: UnitRows, limit: 
 
 
 def _decided(
-    settings: BalanceConfig, store: EmbeddingStore, images: UnitRows, good: Int[np.ndarray, " good"], known: KnownPairs
+    settings: BalanceConfig, store: EmbeddingStore, rows: _Rows, known: KnownPairs
 ) -> tuple[KnownPairs, DecidedRows | None]:
     """What a person has decided about the rows; the digests that find them serve the comparison, too.
 
@@ -251,8 +296,8 @@ def _decided(
     if not decisions:
         return known, None
 
-    hashes = all_row_hashes(images) if known.hashes is None else known.hashes
-    named = rows_named(decisions, hashes, lambda row: store.keys[int(good[row])])
+    hashes = all_row_hashes(rows.images) if known.hashes is None else known.hashes
+    named = rows_named(decisions, hashes, lambda row: store.keys[int(rows.stored.in_store(np.array([row]))[0])])
     of = len({*decisions.keep, *decisions.remove, *(image for pair in decisions.apart for image in pair)})
     if len(named.gone) == of:
         raise DataError(
@@ -272,7 +317,7 @@ def _decided(
 
 
 def _with_protected(
-    settings: BalanceConfig, store: EmbeddingStore, good: Int[np.ndarray, " good"], decided: DecidedRows | None
+    settings: BalanceConfig, store: EmbeddingStore, stored: OkRows, decided: DecidedRows | None
 ) -> DecidedRows | None:
     """The decisions, with the images of `balance.protect` to be kept.
 
@@ -283,12 +328,12 @@ def _with_protected(
         return decided
     shards = [(shard.name, shard.rows) for shard in store.info.shards]
     named = protected_rows(settings.protected_sources, settings.protected_lists, shards, store.keys.packed)
-    protected = np.flatnonzero(np.isin(good, named))
+    protected = stored.places(named)
     decided = decided or DecidedRows()
     if len(both := np.intersect1d(protected, decided.remove)):
         raise DataError(
             f"{units.counted(len(both), 'image')} are protected by balance.protect and removed by {settings.decisions},"
-            f" such as {store.keys[int(good[both[0]])]!r}.",
+            f" such as {store.keys[int(stored.in_store(both)[0])]!r}.",
             fix="Undo that decision in `clip-cid review`, or leave them out of balance.protect.",
         )
     log.info(f"balance   {units.counted(len(protected), 'image')} protected by balance.protect")
@@ -331,7 +376,7 @@ def _teacher_encoder(folder: RunFolder, recipe: Recipe) -> Any:
 def _write_against(
     out: Path,
     store: EmbeddingStore,
-    good: Int[np.ndarray, " good"],
+    stored: OkRows,
     balance: Balance,
     sets: Sequence[SetRows],
     near: Sequence[NearTargets],
@@ -340,7 +385,7 @@ def _write_against(
     listed = [
         NearSet(
             one.name,
-            good[found.rows],
+            stored.in_store(found.rows),
             [one.names(row) for row in found.target.tolist()],
             from_squared(found.squared, balance.metric),
         )
@@ -357,33 +402,31 @@ def _write_against(
 
 
 def _balance(
-    store_path: Path,
-    work: ArrayFolder,
+    work: _Work,
     recipe: Recipe,
-    images: UnitRows,
-    texts: UnitRows | None,
+    rows: _Rows,
     rule: BalanceRule,
     known: KnownPairs,
     decided: DecidedRows | None,
     near: Sequence[NearTargets],
 ) -> Balance:
     """Balance with arrays on the disk and tasks in processes; an interrupted stage repeats none of them."""
-    if work.path.is_dir() and not (work.is_whole() and PreparedRows.load(work)):
+    if work.arrays.has_facts and not (work.arrays.is_whole() and PreparedRows.load(work.arrays)):
         log.info("balance   what a killed attempt left is incomplete or of another version; its tasks run again")
-        work.clear()
+        work.arrays.clear()
 
     device = resolve_device(recipe.machine.device)
     try:
         return balance_rows(
-            images,
-            texts,
+            rows.images,
+            rows.texts,
             rule,
             device=str(device) if device.type == "cuda" else "cpu",  # the rounding error of other devices is not known
             known=known,
-            store=work,
+            store=work.arrays,
             decided=decided,
             near=near,
-            run_tasks=functools.partial(_run_tasks, work, store_path, recipe.machine),
+            run_job=work.run_job,
             on_plan=lambda layout: log.info(f"balance   plan: {layout.describe()}"),
         )
     except KeptAndNear as error:
@@ -399,45 +442,6 @@ def _balance(
             f" removes {error.largest:.4f} of them.",
             fix="Give a larger balance.max_threshold, or a smaller share.",
         ) from error
-
-
-def _run_tasks(
-    work: ArrayFolder, store_path: Path, machine: MachineConfig, prepared: PreparedRows, missing: Sequence[ChunkPair]
-) -> None:
-    all_tasks, progress = len(prepared.chunk_pairs()), Progress(prepared, missing)
-    if len(missing) < all_tasks:
-        log.info(f"balance   {all_tasks - len(missing)} of {all_tasks} tasks were done before")
-    with log.progress("balance", len(prepared.known), start=progress.rows) as bar:
-        engine.run_tasks(
-            missing,
-            functools.partial(_open_task, work, store_path),
-            machine=machine,
-            folder=work.path,
-            processes=_processes(prepared, machine),
-            gpus=0 if prepared.device == "cpu" else 1,
-            on_done=lambda pair: bar.advance(progress.finish(pair)),
-        )
-
-
-def _processes(prepared: PreparedRows, machine: MachineConfig) -> int:
-    if prepared.device != "cpu":
-        return 1
-    if machine.balance_processes:
-        return machine.balance_processes
-    return (machine.threads or tasks.available_cores()) if prepared.seconds > _LONG else 1
-
-
-def _open_task(work: ArrayFolder, store_path: Path) -> Callable[[ChunkPair], None]:
-    """Open what the tasks read; in each process once."""
-    prepared = PreparedRows.load(work)
-    if prepared is None:
-        raise RunError(
-            f"{work.path}: what was prepared for the tasks cannot be read any more.",
-            fix="Check the disk, then run the same command again; what is missing is done again.",
-        )
-    store = EmbeddingStore.open(store_path)
-    images = UnitRows(_good(store, store.images), name="images", any_length=False, lengths=prepared.lengths)
-    return functools.partial(save_links, work, prepared, images)
 
 
 def _write_kept(
@@ -457,36 +461,35 @@ def _write_kept(
     )
 
 
-def _write_forest(out: Path, rows: int, good: Int[np.ndarray, " good"], balance: Balance) -> None:
+def _write_forest(out: Path, rows: int, stored: OkRows, balance: Balance, work: ArrayFolder) -> None:
     """In the store's numbers, whose order is that of the rows that were balanced."""
     forest = balance.forest
-    write_forest(out / FOREST_FILE, Forest(rows, good[forest.left], good[forest.right], forest.squared, forest.limit))
-    hashes = np.zeros((rows, 2), dtype=np.uint64)
-    hashes[good] = balance.row_hashes
-    write_row_hashes(out, hashes)
+    left, right = stored.in_store(forest.left), stored.in_store(forest.right)
+    write_forest(out / FOREST_FILE, Forest(rows, left, right, forest.squared, forest.limit))
+    zeros = functools.partial(work.new, "hashes_of_store", (rows, 2), np.dtype(np.uint64))
+    write_row_hashes(out, stored.for_all(balance.row_hashes, zeros))
 
 
-def _write_decided(
-    out: Path, store: EmbeddingStore, good: Int[np.ndarray, " good"], balance: Balance, decided: DecidedRows
-) -> None:
+def _write_decided(out: Path, store: EmbeddingStore, stored: OkRows, balance: Balance, decided: DecidedRows) -> None:
     """In the store's numbers."""
     forest, cut = balance.forest, balance.cut
     write_decided(
         out,
         store.keys.packed,
-        keep=good[decided.keep],
-        remove=good[decided.remove],
-        apart=good[decided.apart],
+        keep=stored.in_store(decided.keep),
+        remove=stored.in_store(decided.remove),
+        apart=stored.in_store(decided.apart),
         cut=cut,
-        ends=good[np.stack([forest.left[cut], forest.right[cut]], axis=1)],
+        ends=stored.in_store(np.stack([forest.left[cut], forest.right[cut]], axis=1)),
     )
 
 
-def _explain(images: UnitRows, balance: Balance) -> tuple[Explanation, Chains]:
+def _explain(work: _Work, images: UnitRows, balance: Balance) -> tuple[Explanation, Chains]:
     """Why each image was removed, and how much chaining there is."""
     squared, metric = balance.squared_threshold, balance.metric
-    with log.progress("explain", len(images) - len(balance.kept)) as bar:
-        explanation = explain(images, balance.kept, balance.set_of, balance.joined, squared, on_progress=bar.advance)
+    explanation = explain(
+        images, balance.kept, balance.set_of, balance.joined, squared, store=work.arrays, run_job=work.run_job
+    )
     chains = chain_summary(explanation, rows=len(images), squared=squared, metric=metric)
     _log_chains(chains, metric, threshold_for(squared, metric))
     return explanation, chains

@@ -6,7 +6,6 @@ for the work that was done.
 
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ class ArrayFolder:
             OSError: As `new_npy`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        return new_npy(self._file(name), dtype, shape)
+        return new_npy(self.file(name), dtype, shape)
 
     def save_all(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         """Write each array and drop every other one, then write the facts, which mark the folder as finished.
@@ -53,14 +52,14 @@ class ArrayFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for name, values in arrays.items():
-            if isinstance(values, np.memmap) and values.filename == self._file(name).resolve():
+            if isinstance(values, np.memmap) and values.filename == self.file(name).resolve():
                 values.flush()
-                _seal(self._file(name), values)
+                _seal(self.file(name), values)
             else:
                 self.save(name, values)
 
         # Before the facts: what an attempt of other facts left must not pass for theirs.
-        for path in set(self.path.glob("*.npy")) - {self._file(name) for name in arrays}:
+        for path in set(self.path.glob("*.npy")) - {self.file(name) for name in arrays}:
             path.unlink()
 
         written = {"arrays": sorted(arrays), **facts}
@@ -75,18 +74,24 @@ class ArrayFolder:
             facts = read_json(self.path / _FACTS)
             if facts.pop(_DIGEST) != digest(facts):
                 return None
-            return {name: read_npy(self._file(name), mmap_mode="c") for name in facts.pop("arrays")}, facts
+            return {name: read_npy(self.file(name), mmap_mode="c") for name in facts.pop("arrays")}, facts
         except (ClipCidError, OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
+
+    @property
+    def has_facts(self) -> bool:
+        """Whether `save_all` has finished once, in this version or another."""
+        return (self.path / _FACTS).exists()
 
     def is_whole(self) -> bool:
         """Whether every array of `save_all` is there as it was written, by its digest."""
         saved = self.load_all()
-        return saved is not None and all(_is_sealed(self._file(name), values) for name, values in saved[0].items())
+        return saved is not None and all(_is_sealed(self.file(name), values) for name, values in saved[0].items())
 
     def save(self, name: str, values: np.ndarray) -> None:
         """Write one array that is there whole or not at all."""
-        with atomic_file(self._file(name)) as temporary, temporary.open("wb") as handle:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.file(name)) as temporary, temporary.open("wb") as handle:
             np.save(handle, values)
             handle.write(_digest(values))
 
@@ -95,7 +100,7 @@ class ArrayFolder:
         return self._read(name) is not None
 
     def load(self, name: str) -> np.ndarray:
-        """One array that `save` wrote.
+        """One array that `save` wrote, mapped from the disk.
 
         Raises:
             DataError: It is not there any more, or was changed.
@@ -103,25 +108,26 @@ class ArrayFolder:
         values = self._read(name)
         if values is None:
             raise DataError(
-                f"{self._file(name)}: changed since it was written.",
+                f"{self.file(name)}: changed since it was written.",
                 fix="Run the same command again; what is missing is done again.",
             )
         return values
 
     def clear(self) -> None:
-        """Remove all; the facts first, so that a kill in the middle leaves nothing that counts."""
+        """Remove all arrays; the facts first, so that a kill in the middle leaves nothing that counts."""
         (self.path / _FACTS).unlink(missing_ok=True)
-        if self.path.exists():
-            shutil.rmtree(self.path)
+        for path in self.path.glob("*.npy"):
+            path.unlink()
 
     def _read(self, name: str) -> np.ndarray | None:
         try:
-            values = read_npy(self._file(name))
-            return values if _is_sealed(self._file(name), values) else None
+            values = read_npy(self.file(name), mmap_mode="c")
+            return values if _is_sealed(self.file(name), values) else None
         except (OSError, ValueError):
             return None
 
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
+        """Where an array is, or would be."""
         return self.path / f"{name}.npy"
 
 

@@ -12,6 +12,8 @@ from clip_cid.errors import DataError
 
 KEPT_FILE, SET_FILE, KEPT_TABLE = "kept.npy", "set_of.npy", "kept.parquet"
 
+_ROW_GROUP = 1 << 20
+_COLUMNS = pa.schema({"key": pa.large_string(), "row": pa.int64(), "set_size": pa.int64()})
 _FIX = "It must be a .npy of sorted, different row numbers of the embedding store."
 
 
@@ -32,8 +34,10 @@ def write_kept(
     np.save(out / KEPT_FILE, kept)
     np.save(out / SET_FILE, set_of)
     sizes = np.bincount(set_of[set_of >= 0], minlength=len(kept))
-    table = pa.table({"key": keys.take(pa.array(kept)), "row": kept, "set_size": sizes})
-    pq.write_table(table, out / KEPT_TABLE)
+    with pq.ParquetWriter(out / KEPT_TABLE, _COLUMNS) as writer:
+        for start in range(0, max(len(kept), 1), _ROW_GROUP):
+            rows = pa.array(kept[start : start + _ROW_GROUP])
+            writer.write_table(pa.table([keys.take(rows), rows, sizes[start : start + _ROW_GROUP]], schema=_COLUMNS))
     return sizes
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import SupportsIndex, overload
 
@@ -140,8 +140,18 @@ class EmbeddingStore:
             DataError: A key is missing or repeated.
         """
         packed = _joined([keys for _, keys in self.key_blocks(1)])
-        check_unique(packed.filter(pa.array(self.ok)), self.path)
+        self._check_unique(packed)
         return Keys(packed)
+
+    def map_keys(self, folder: Path) -> None:
+        """From here on the keys lie in files of a folder, some 20 bytes a row, and not in memory.
+
+        Raises:
+            DataError: A key is missing or repeated.
+        """
+        packed = _on_disk((keys for _, keys in self.key_blocks(1)), self.rows, folder)
+        self._check_unique(packed)
+        self.keys = Keys(packed)
 
     def key_blocks(self, rows: int) -> Iterator[tuple[int, pa.LargeStringArray]]:
         """The first row and the keys of consecutive whole shards, at least so many rows of them; the last may be fewer.
@@ -165,6 +175,9 @@ class EmbeddingStore:
     def first_keys(self, rows: int) -> pa.LargeStringArray:
         """The keys of the first rows, at most so many."""
         return next((keys[:rows] for _, keys in self.key_blocks(rows)), _joined([]))
+
+    def _check_unique(self, packed: pa.LargeStringArray) -> None:
+        check_unique(packed if self.ok.all() else packed.filter(pa.array(self.ok)), self.path)
 
     def captions(self, row: SupportsIndex) -> tuple[str, ...]:
         """The captions of a row, in the order of their embeddings; one empty caption if the store has none."""
@@ -383,12 +396,47 @@ def check_unique(keys: pa.LargeStringArray, path: Path) -> None:
     Raises:
         DataError: One does.
     """
-    repeated = len(keys) - len(keys.unique())
-    if repeated:
-        counts = keys.value_counts()
-        several = np.flatnonzero(counts.field("counts").to_numpy() > 1)
+    ordered = _digests(keys)
+    ordered.sort()
+    several = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    del ordered
+    if not len(several):
+        return
+
+    # Only these need comparing.
+    counts = keys.filter(pa.array(np.isin(_digests(keys), several))).value_counts()
+    repeats = counts.field("counts").to_numpy() - 1
+    if repeated := int(repeats.sum()):
         raise DataError(
             f"{path}: {repeated:,} rows repeat the key of another, such as "
-            f"{counts.field('values')[several[0]].as_py()!r}.",
+            f"{counts.field('values')[np.flatnonzero(repeats)[0]].as_py()!r}.",
             fix="Embeddings are joined to pairs by key; make them from pairs with unique keys.",
         )
+
+
+def _digests(keys: pa.LargeStringArray) -> Int[np.ndarray, " keys"]:
+    """A digest of each key, equal for equal keys within this process."""
+    digests = np.empty(len(keys), dtype=np.int64)
+    for start in range(0, len(keys), _BLOCK_ROWS):
+        some = keys.slice(start, _BLOCK_ROWS).to_pylist()
+        digests[start : start + len(some)] = np.fromiter(map(hash, some), dtype=np.int64, count=len(some))
+    return digests
+
+
+def _on_disk(parts: Iterable[pa.LargeStringArray], rows: int, folder: Path) -> pa.LargeStringArray:
+    """The texts of all parts as one array whose buffers are mapped files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts, offsets = folder / "keys.texts", folder / "keys.offsets"
+    with texts.open("wb") as text_file, offsets.open("wb") as offset_file:
+        end = 0
+        offset_file.write(np.int64(end).tobytes())
+        for part in parts:
+            _, starts, letters = part.buffers()
+            bounds = np.frombuffer(starts, dtype=np.int64)[part.offset : part.offset + len(part) + 1]
+            if letters is not None:
+                text_file.write(letters.slice(int(bounds[0]), int(bounds[-1] - bounds[0])))
+            offset_file.write((bounds[1:] - bounds[0] + end).tobytes())
+            end += int(bounds[-1] - bounds[0])
+
+    mapped = [pa.memory_map(str(path)).read_buffer() if path.stat().st_size else None for path in (offsets, texts)]
+    return pa.LargeStringArray.from_buffers(rows, *mapped)

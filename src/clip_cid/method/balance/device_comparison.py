@@ -1,11 +1,12 @@
-"""Compare two chunks on a device: both lie there whole; only pairs above the floor come back to be measured."""
+"""Compare chunks on a device: they lie there whole; only pairs above the floor come back to be measured."""
 
 import queue
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from clip_cid.method.balance.cpu_comparison import blocks
 from clip_cid.method.balance.exact_links import ExactLinks
@@ -16,29 +17,56 @@ _SIDE = 16_384  # rows of a block: half a GB of float16 products, long enough th
 _WAITING = 4  # blocks of candidates
 
 
-def compare_on_device(prepared: PreparedRows, pair: ChunkPair, links: ExactLinks) -> None:
-    """Give the candidates of two chunks to `links`, which measures them meanwhile in another thread."""
-    first, second = prepared.positions(pair.first), prepared.positions(pair.second)
-    least, errors = 1 - prepared.limit / 2, prepared.errors.astype(np.float64)
-    one = torch.from_numpy(prepared.codes[first]).to(prepared.device)
-    other = one if first == second else torch.from_numpy(prepared.codes[second]).to(prepared.device)
+def compare_on_device(prepared: PreparedRows, pairs: Sequence[ChunkPair], links: ExactLinks) -> None:
+    """Give the candidates of pairs of chunks to `links`, which measures them meanwhile in another thread.
+
+    The first chunks of all pairs stay on the device. So pairs in the order of their second chunks need one read a chunk.
+    """
+    resident = {chunk: _on_device(prepared, chunk) for chunk in sorted({pair.first for pair in pairs})}
+    number, other = -1, None
 
     with float32_sums(), _Background(links) as background:
-        for left in blocks(first, _SIDE):
-            for right in blocks(second, _SIDE):
-                if right.stop <= left.start:
-                    continue
+        for pair in pairs:
+            if pair.second != number:
+                number, other = pair.second, resident.get(pair.second)
+                other = _on_device(prepared, number) if other is None else other
+            assert other is not None
+            _compare(prepared, pair, (resident[pair.first], other), background)
 
-                # On the device by the lowest floor of the block, then each pair by its own.
-                loosest = (errors[positions].max(keepdims=True) for positions in (left, right))
-                floor = float(prepared.coding.floor(least, *loosest)[0])
-                products = one[_within(left, first)] @ other[_within(right, second)].T
-                i, j, values = above_on_device(products, floor)
-                i, j = i + left.start, j + right.start
-                near = (i < j) & (values >= prepared.coding.floor(least, errors[i], errors[j]))
 
-                if near.any():
-                    background.add(prepared.row_at[i[near]], prepared.row_at[j[near]])
+def _on_device(prepared: PreparedRows, chunk: int) -> torch.Tensor:
+    return torch.from_numpy(prepared.codes[prepared.positions(chunk)]).to(prepared.device)
+
+
+def _compare(
+    prepared: PreparedRows,
+    pair: ChunkPair,
+    codes: tuple[torch.Tensor, torch.Tensor],
+    background: "_Background",
+) -> None:
+    first, second = prepared.positions(pair.first), prepared.positions(pair.second)
+    least = 1 - prepared.limit / 2
+
+    for left in blocks(first, _SIDE):
+        for right in blocks(second, _SIDE):
+            if right.stop <= left.start:
+                continue
+
+            # On the device by the lowest floor of the block, then each pair by its own.
+            loosest = (_errors(prepared, positions).max(keepdims=True) for positions in (left, right))
+            floor = float(prepared.coding.floor(least, *loosest)[0])
+            products = codes[0][_within(left, first)] @ codes[1][_within(right, second)].T
+            i, j, values = above_on_device(products, floor)
+            i, j = i + left.start, j + right.start
+            floors = prepared.coding.floor(least, _errors(prepared, i), _errors(prepared, j))
+            near = (i < j) & (values >= floors)
+
+            if near.any():
+                background.add(prepared.row_at[i[near]], prepared.row_at[j[near]])
+
+
+def _errors(prepared: PreparedRows, positions: slice | Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    return prepared.errors[positions].astype(np.float64)
 
 
 def above_on_device(products: torch.Tensor, floor: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

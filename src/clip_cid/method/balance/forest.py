@@ -1,6 +1,7 @@
 """The minimum spanning forest of near pairs: one pass over the data answers every smaller threshold."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from clip_cid.method.balance.union_find import UnionFind
+
+_MERGED = 1 << 20  # links in memory while parts are merged: some 150 bytes each
 
 
 class ShareOutOfReach(ValueError):
@@ -116,29 +119,53 @@ class Forest:
         return float(self.squared[needed - 1])
 
 
-def whole_forest(rows: int, links: Links, limit: float) -> Forest:
-    """The forest of all near pairs.
+def whole_forest(rows: int, parts: Sequence[Links], limit: float) -> Forest:
+    """The forest of all near pairs; beside it the memory is some ten bytes a row.
 
     Args:
         rows: How many there are.
-        links: Of the spanning forest, in parts or whole. Equal rows may be joined in any way.
+        parts: Links of the spanning forest, in parts or whole, each as `spanning_links` orders them. Equal rows may be
+            joined in any way.
         limit: The squared distance up to which pairs are known.
     """
-    left, right, squared = spanning_links(links)
-    equal = int(np.searchsorted(squared, 0.0, side="right"))
+    joined = UnionFind(rows)
+    equal = [int(np.searchsorted(part.squared, 0.0, side="right")) for part in parts]
+    same = _links_of_equal([_some(part, 0, stop) for part, stop in zip(parts, equal, strict=True)], joined)
+    apart = [_some(part, stop, len(part.left)) for part, stop in zip(parts, equal, strict=True)]
 
-    # Equal rows are all at 0 from each other, so the forest joins each of them to the lowest.
-    same, places = np.unique(np.concatenate([left[:equal], right[:equal]]), return_inverse=True)
-    joined = UnionFind(len(same))
-    joined.union(places[:equal], places[equal:])
-    _, first, number = np.unique(joined.labels(), return_index=True, return_inverse=True)
-    lowest = same[first][number]
-    others = lowest != same
-    order = np.lexsort((same[others], lowest[others]))
+    # What is reserved but not filled takes no memory.
+    most = len(same.left) + min(sum(len(part.left) for part in apart), rows)
+    links, count = Links(np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most)), 0
+    for more in itertools.chain([same], merged_links(apart, joined)):
+        for column, values in zip(links, more, strict=True):
+            column[count : count + len(values)] = values
+        count += len(more.left)
+    return Forest(rows, *_some(links, 0, count), limit)
 
-    left = np.concatenate([lowest[others][order], left[equal:]])
-    right = np.concatenate([same[others][order], right[equal:]])
-    return Forest(rows, left, right, squared, limit)
+
+def merged_links(parts: Sequence[Links], joined: UnionFind) -> Iterator[Links]:
+    """The links of the minimum spanning forest of all parts, in order, some at a time: Kruskal's way.
+
+    The forest of the parts' forests is that of all pairs, in whatever order and grouping they are merged.
+
+    Args:
+        parts: Each as `spanning_links` orders its links; one pair may be in several.
+        joined: Rows that are joined already; the links are added to it.
+    """
+    reached = [0] * len(parts)
+    while unfinished := [number for number, part in enumerate(parts) if reached[number] < len(part.left)]:
+        # All links up to the nearest of the last ones in reach are in reach.
+        each = max(1, _MERGED // len(unfinished))
+        ends = [min(reached[number] + each, len(parts[number].left)) for number in unfinished]
+        bound = min(_order_of(parts[number], end - 1) for number, end in zip(unfinished, ends, strict=True))
+
+        some: list[Links] = []
+        for number, end in zip(unfinished, ends, strict=True):
+            part = _some(parts[number], reached[number], end)
+            some.append(_some(part, 0, _place_after(part, bound)))
+            reached[number] += len(some[-1].left)
+
+        yield _new_links(join_links(some), joined)
 
 
 def spanning_links(links: Links) -> Links:
@@ -154,6 +181,12 @@ def spanning_links(links: Links) -> Links:
     return Links(left[order], right[order], squared[order])
 
 
+def equal_links(firsts: Int[np.ndarray, " repeats"], repeats: Int[np.ndarray, " repeats"]) -> Links:
+    """Links at distance 0, ordered as `spanning_links` does."""
+    order = np.lexsort((repeats, firsts))
+    return Links(firsts[order], repeats[order], np.zeros(len(order)))
+
+
 def join_links(parts: Sequence[Links]) -> Links:
     """All links of the parts."""
     return Links(*(np.concatenate(column) for column in zip(no_links(), *parts, strict=True)))
@@ -161,6 +194,60 @@ def join_links(parts: Sequence[Links]) -> Links:
 
 def no_links() -> Links:
     return Links(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))
+
+
+def _some(links: Links, start: int, stop: int) -> Links:
+    return Links(*(column[start:stop] for column in links))
+
+
+def _order_of(links: Links, at: int) -> tuple[float, int, int]:
+    """By what links are ordered."""
+    return float(links.squared[at]), int(links.left[at]), int(links.right[at])
+
+
+def _place_after(links: Links, bound: tuple[float, int, int]) -> int:
+    """How many links come up to this one, or are it."""
+    first, stop = 0, len(links.left)
+    for column, value in zip((links.squared, links.left, links.right), bound, strict=True):
+        equal = column[first:stop]
+        stop = first + int(np.searchsorted(equal, value, side="right"))
+        first += int(np.searchsorted(equal, value, side="left"))
+    return stop
+
+
+def _new_links(links: Links, joined: UnionFind) -> Links:
+    """The links of these that join what is apart, nearest first; they are added to `joined`."""
+    order = np.lexsort((links.right, links.left, links.squared))
+    tails, heads = joined.find(links.left[order]), joined.find(links.right[order])
+    apart = tails != heads
+    order, ends = order[apart], np.sort(np.stack([tails[apart], heads[apart]]).astype(np.int64), axis=0)
+
+    # Of several links between two sets the nearest.
+    _, nearest = np.unique(ends[0] * len(joined) + ends[1], return_index=True)
+    nearest.sort()
+    chosen = order[nearest[_tree_edges(*ends[:, nearest])]]
+    joined.union(links.left[chosen], links.right[chosen])
+    return Links(*(column[chosen] for column in links))
+
+
+def _links_of_equal(parts: Sequence[Links], joined: UnionFind) -> Links:
+    """Equal rows are all at 0 from each other, so the forest joins each of them to the lowest."""
+    for part in parts:
+        joined.union(part.left, part.right)
+    is_equal = np.zeros(len(joined), dtype=bool)
+    for rows in (column for part in parts for column in part[:2]):
+        is_equal[rows] = True
+
+    # The rows of one set after the other, each in ascending order.
+    rows = np.flatnonzero(is_equal)
+    roots = joined.find(rows)
+    order = np.argsort(roots, kind="stable")
+    begins = np.flatnonzero(np.diff(roots[order], prepend=-1))
+    lowest = np.repeat(rows[order[begins]], np.diff(begins, append=len(rows)))
+
+    others = np.ones(len(rows), dtype=bool)
+    others[begins] = False
+    return equal_links(lowest[others], rows[order[others]])
 
 
 def _tree_edges(left: Int[np.ndarray, " pairs"], right: Int[np.ndarray, " pairs"]) -> Int[np.ndarray, " links"]:

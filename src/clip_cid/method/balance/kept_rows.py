@@ -1,17 +1,23 @@
 """Choose the row that a set keeps: the nearest to the centroid, or the one whose caption fits best."""
 
+import functools
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from clip_cid.method.balance.array_store import ArrayStore, MemoryStore
+from clip_cid.method.balance.jobs import Context, RunJob, counted_from, cut, in_parts
 from clip_cid.method.distances import squared_distances
 from clip_cid.method.unit_rows import UnitRows
 
 Keep = Literal["nearest_centroid", "best_caption"]
 
 TIED = 1e-9  # far above the rounding of float64, far below any difference between two images
-_MEMBERS = 1 << 12  # rows of sets read at once
+_MEMBERS = 1 << 12  # rows of sets in memory as numbers
+_NUMBER_SECONDS = 1e-8  # of a core, for estimates only
 
 
 def check_keep(images: UnitRows, texts: UnitRows | None, keep: Keep) -> None:
@@ -38,33 +44,43 @@ def keep_one_of_each(
     *,
     keep: Keep = "nearest_centroid",
     squared_radius: float | None = None,
+    store: ArrayStore | None = None,
+    run_job: RunJob | None = None,
 ) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " rows"]]:
     """Rows kept, ascending, and for each row its place among them; `balance_keep` in docs/method.md.
 
     With `squared_radius` the rows of a set that are farther from the kept one form a new set, which keeps
     one row again, and so on until no row is left.
     """
+    context = Context(images, texts, MemoryStore() if store is None else store, run_job)
     kept_for = np.arange(len(labels))
-    rows = np.arange(len(labels))
 
-    while len(rows):
-        # A row that is alone is kept.
-        sizes = np.bincount(labels)
-        several = sizes[labels] > 1
-        rows, (names, labels) = rows[several], np.unique(labels[several], return_inverse=True)
-        if not len(names):
-            break
-
-        kept_for[rows] = _choose(images, texts, rows, labels, keep)[labels]
+    # The rows of the sets that have several, one set after the other.
+    members, sizes = _listed(np.arange(len(labels)), labels)
+    while len(sizes):
+        chosen = np.repeat(_choose(context, members, sizes, keep), sizes)
+        kept_for[members] = chosen
         if squared_radius is None:
             break
 
-        far = distances_to(images, rows, kept_for[rows]) > squared_radius
-        rows, labels = rows[far], labels[far]
-        kept_for[rows] = rows
+        far = _distances(context, members, chosen) > squared_radius
+        kept_for[members[far]] = members[far]
+        members, sizes = _listed(members[far], np.repeat(np.arange(len(sizes)), sizes)[far])
 
-    kept, set_of = np.unique(kept_for, return_inverse=True)
-    return kept, set_of.astype(np.int64)
+    # A row that is kept is kept for itself.
+    is_kept = kept_for == np.arange(len(labels))
+    place = np.cumsum(is_kept) - 1
+    return np.flatnonzero(is_kept), place[kept_for]
+
+
+def _listed(
+    rows: Int[np.ndarray, " rows"], labels: Int[np.ndarray, " rows"]
+) -> tuple[Int[np.ndarray, " members"], Int[np.ndarray, " sets"]]:
+    """The rows of sets of two or more, set by set, and the sizes of these sets; a row that is alone is kept."""
+    sizes = np.bincount(labels)
+    several = sizes[labels] > 1
+    members = rows[several]
+    return members[np.argsort(labels[several], kind="stable")], sizes[sizes > 1]
 
 
 def distances_to(
@@ -78,32 +94,75 @@ def distances_to(
     return squared
 
 
+def _distances(
+    context: Context, left: Int[np.ndarray, " rows"], right: Int[np.ndarray, " rows"]
+) -> Float[np.ndarray, " rows"]:
+    most = context.images.gathered_rows
+    parts = np.diff([*range(0, len(left), most), len(left)]).tolist()
+    squared = in_parts(
+        context, "radius", functools.partial(_distances_of_part, most), {"left": left, "right": right}, parts
+    )
+    return np.concatenate(list(squared))
+
+
+def _distances_of_part(
+    most: int, arrays: Mapping[str, np.ndarray], images: UnitRows, texts: UnitRows | None, part: int
+) -> Float[np.ndarray, " rows"]:
+    left, right = (arrays[name][part * most : (part + 1) * most] for name in ("left", "right"))
+    both = images.gathered(np.concatenate([left, right]))
+    return distances_to(both, np.arange(len(left)), len(left) + np.arange(len(left)))
+
+
 def _choose(
-    images: UnitRows,
-    texts: UnitRows | None,
-    rows: Int[np.ndarray, " rows"],
-    labels: Int[np.ndarray, " rows"],
-    keep: Keep,
+    context: Context, members: Int[np.ndarray, " members"], sizes: Int[np.ndarray, " sets"], keep: Keep
 ) -> Int[np.ndarray, " sets"]:
     """The row that each set keeps, of sets of two or more."""
-    order = np.argsort(labels, kind="stable")
-    members, sizes = rows[order], np.bincount(labels)
     starts = np.cumsum(sizes) - sizes
     chosen = members[starts]
 
     # Two rows are equally near their centroid: without captions the lower one is kept, and no row is read.
-    undecided = np.flatnonzero(sizes > (2 if texts is None else 1))
-    portions = np.cumsum(sizes[undecided]) // _MEMBERS
-    for part in np.split(undecided, np.flatnonzero(np.diff(portions)) + 1) if len(undecided) else []:
-        inside = np.repeat(starts[part], sizes[part]) + _counted(sizes[part])
-        chosen[part] = _choose_in_part(images, texts, members[inside], sizes[part], keep)
+    undecided = np.flatnonzero(sizes > (2 if context.texts is None else 1))
+    starts, sizes = starts[undecided], sizes[undecided]
 
+    # Portions that are in memory as numbers, and parts of portions that are read in one go.
+    edges = cut(sizes, _MEMBERS)
+    first_member = np.concatenate([[0], np.cumsum(sizes)])[edges]
+    parts = cut(np.diff(first_member), context.images.gathered_rows)
+    chosen[undecided] = _joined(
+        in_parts(
+            context,
+            "choose",
+            functools.partial(_choose_in_parts, keep),
+            {"members": members, "starts": starts, "sizes": sizes, "edges": edges, "parts": parts},
+            np.diff(first_member[parts]).tolist(),
+            decided_by=keep,
+            row_seconds=_NUMBER_SECONDS * context.images.dim,
+        )
+    )
     return chosen
 
 
-def _counted(sizes: Int[np.ndarray, " sets"]) -> Int[np.ndarray, " members"]:
-    """0, 1, ... up to each size."""
-    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+def _joined(parts: Iterable[Int[np.ndarray, " sets"]]) -> Int[np.ndarray, " sets"]:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+
+def _choose_in_parts(
+    keep: Keep, arrays: Mapping[str, np.ndarray], images: UnitRows, texts: UnitRows | None, part: int
+) -> Int[np.ndarray, " sets"]:
+    first, last = arrays["parts"][part : part + 2].tolist()
+    edges = arrays["edges"][first : last + 1].tolist()
+    starts, sizes = (arrays[name][edges[0] : edges[-1]] for name in ("starts", "sizes"))
+    members = arrays["members"][counted_from(starts, sizes)]
+    images, texts = images.gathered(members), None if texts is None else texts.gathered(members)
+
+    # From here on a member's number is its place.
+    chosen, first = np.empty(len(sizes), dtype=np.int64), 0
+    for start, stop in itertools.pairwise(edges):
+        own = slice(start - edges[0], stop - edges[0])
+        count = int(sizes[own].sum())
+        chosen[own] = _choose_in_part(images, texts, np.arange(first, first + count), sizes[own], keep)
+        first += count
+    return members[chosen]
 
 
 def _choose_in_part(

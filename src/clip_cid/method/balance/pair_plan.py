@@ -32,15 +32,17 @@ class Plan:
     cells: int = 0
     """Cells of the windows; 0 compares all rows with all."""
     chunk_rows: int = _LARGEST_CHUNK
-    """Rows of a chunk: a task compares two chunks."""
+    """Rows of a chunk: all pairs of two chunks are compared together."""
     device: str = "cpu"
     """Where the products are computed."""
+    tile_chunks: int = 1
+    """A task compares so many chunks with so many: more of them need fewer reads, and give longer tasks."""
 
     def __post_init__(self) -> None:
         if self.device != "cpu" and (self.kind == "int8" or self.cells):
             raise ValueError(f"a plan for a device has floats and no cells, got {self}")
-        if self.chunk_rows < 1 or self.cells < 0 or (self.width is not None and self.width < 1):
-            raise ValueError(f"a plan has width >= 1, cells >= 0 and chunk_rows >= 1, got {self}")
+        if self.chunk_rows < 1 or self.tile_chunks < 1 or self.cells < 0 or (self.width is not None and self.width < 1):
+            raise ValueError(f"a plan has width, chunk_rows and tile_chunks >= 1 and cells >= 0, got {self}")
 
 
 @dataclass(frozen=True)

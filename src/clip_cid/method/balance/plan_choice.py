@@ -34,6 +34,7 @@ from clip_cid.method.unit_rows import UnitRows
 
 _SMALL_WORK = 1.5e9  # rows x rows x dim: comparing so little takes less time than a plan
 _FEWEST_CHUNKS, _LEAST_CHUNK, _LARGEST_CHUNK = 8, 1 << 16, 1 << 20
+_FEWEST_GROUPS, _LARGEST_TILE, _TASK_SECONDS = 8, 16, 600.0  # of chunks; a longer task would be lost by an interruption
 _EXACT_ROWS = 128
 _DIRECTIONS = (64, 128, 256)  # computed together: twice as many take twice the time, and are not always needed
 _LARGEST_CODE, _WHOLE_ROWS = 1 << 10, 1 << 29  # bytes: of a row's code, and of all rows where they are their own codes
@@ -45,6 +46,7 @@ _ENTRIES, _TIMED_WORK = 1 << 18, 1 << 26  # of the block whose product is timed;
 
 # What a core does in a second, for estimates only
 _RATE = 8e10  # additions and multiplications in float32
+_DEVICE_RATE = 4e14  # in float16, of a device of 2023
 _SECONDS_A_NUMBER = 5e-9
 _SECONDS_A_CALL = 1.5e-4
 _SECONDS_A_CENTER = 8e-9  # beside the product: the comparison with the window, and its bit
@@ -62,13 +64,18 @@ def make_plan(images: UnitRows, limit: float, *, device: str = "cpu", new_rows: 
     rows = len(images)
     chunk = _chunk_rows(rows)
     if device != "cpu":
-        return lay_out(images, Plan("float16", None, 0, min(chunk, _device_rows(images.dim, device)), device))
+        chunk, resident = _device_chunks(chunk, images.dim, device)
+        seconds = 2 * images.dim * chunk**2 / _DEVICE_RATE
+        tile = min(resident, _tile_chunks(math.ceil(rows / chunk), seconds))
+        return lay_out(images, Plan("float16", None, 0, chunk, device, tile))
     if rows * rows * images.dim <= _SMALL_WORK:
         return lay_out(images, Plan(chunk_rows=chunk))
 
     sample = _Sample(images, limit, rows if new_rows is None else new_rows)
     best = sample.with_cells(sample.codes())
-    return replace(best, plan=replace(best.plan, chunk_rows=chunk))
+    chunks = math.ceil(rows / chunk)
+    tile = _tile_chunks(chunks, 2 * _seconds(best) / chunks**2)
+    return replace(best, plan=replace(best.plan, chunk_rows=chunk, tile_chunks=tile))
 
 
 class _Sample:
@@ -254,12 +261,24 @@ def _chunk_rows(rows: int) -> int:
     return min(max(math.ceil(rows / _FEWEST_CHUNKS), _LEAST_CHUNK), _LARGEST_CHUNK)
 
 
-def _device_rows(dim: int, device: str) -> int:
-    """Rows of a chunk: two chunks take a quarter of the device's free memory."""
+def _tile_chunks(chunks: int, pair_seconds: float) -> int:
+    """A tile of so many chunks takes minutes, and there are enough tiles to share them.
+
+    Args:
+        chunks: In all.
+        pair_seconds: What two of them take.
+    """
+    of_minutes = int(math.sqrt(_TASK_SECONDS / pair_seconds)) if pair_seconds > 0 else _LARGEST_TILE
+    return max(1, min(chunks // _FEWEST_GROUPS, of_minutes, _LARGEST_TILE))
+
+
+def _device_chunks(chunk_rows: int, dim: int, device: str) -> tuple[int, int]:
+    """Rows of a chunk, at most an eighth of the device's free memory; and how many chunks take half of it."""
     if not torch.cuda.is_available():
-        return _LARGEST_CHUNK
+        return chunk_rows, _LARGEST_TILE
     free, _ = torch.cuda.mem_get_info(device)
-    return max(_LEAST_CHUNK, free // 8 // (2 * dim))
+    chunk_rows = min(chunk_rows, max(_LEAST_CHUNK, free // 8 // (2 * dim)))
+    return chunk_rows, max(1, free // 2 // (2 * dim * chunk_rows))
 
 
 @functools.cache

@@ -16,9 +16,10 @@ from clip_cid.method.array_likes import ArrayLike, as_whole_number
 from clip_cid.method.balance.array_store import ArrayStore
 from clip_cid.method.balance.decided_sets import DecidedRows, cut_links, keep_decided
 from clip_cid.method.balance.forest import Forest
+from clip_cid.method.balance.jobs import RunJob
 from clip_cid.method.balance.kept_rows import Keep, check_keep, keep_one_of_each
 from clip_cid.method.balance.known_pairs import KnownPairs
-from clip_cid.method.balance.near_pairs import RunTasks, near_forest
+from clip_cid.method.balance.near_pairs import near_forest
 from clip_cid.method.balance.near_targets import NearTargets, without_near
 from clip_cid.method.balance.pair_plan import Layout, Plan, lay_out
 from clip_cid.method.balance.preferred_rows import Rule, keep_preferred
@@ -253,7 +254,7 @@ def balance_rows(
     device: str = "cpu",
     known: KnownPairs | None = None,
     store: ArrayStore | None = None,
-    run_tasks: RunTasks | None = None,
+    run_job: RunJob | None = None,
     decided: DecidedRows | None = None,
     near: Sequence[NearTargets] = (),
     on_plan: Callable[[Layout], Any] | None = None,
@@ -269,7 +270,7 @@ def balance_rows(
         device: Where products are computed, for torch.
         known: Links and rows whose pairs need not be compared.
         store: Where arrays are kept, in a folder even over an interruption; in memory when None.
-        run_tasks: Runs the tasks; in this process, one by one, when None.
+        run_job: Does the tasks; in this process, one by one, when None.
         decided: What a person has decided about rows. The threshold is found without it.
         near: Rows near targets up to the limit; those within the threshold are removed.
         on_plan: Called with the layout.
@@ -286,7 +287,7 @@ def balance_rows(
         device=device,
         known=known,
         store=store,
-        run_tasks=run_tasks,
+        run_job=run_job,
         on_plan=on_plan,
         on_progress=on_progress,
     )
@@ -295,7 +296,8 @@ def balance_rows(
     threshold = rule.threshold if rule.target_removed is None else threshold_for(squared, rule.metric)
     decided = without_near(decided, near, squared)
     cut = cut_links(forest, (decided or DecidedRows()).apart)
-    kept, set_of = choose_kept(images, texts, rule, forest.without(cut).sets(squared), decided)
+    labels = forest.without(cut).sets(squared)
+    kept, set_of = choose_kept(images, texts, rule, labels, decided, store=store, run_job=run_job)
     return Balance(kept, set_of, float(threshold), rule.metric, forest, squared, row_hashes, cut)
 
 
@@ -305,12 +307,23 @@ def choose_kept(
     rule: BalanceRule,
     labels: Int[np.ndarray, " rows"],
     decided: DecidedRows | None,
+    *,
+    store: ArrayStore | None = None,
+    run_job: RunJob | None = None,
 ) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " rows"]]:
     """Rows kept of these sets, and for each row its place among them, as `balance_rows` chooses."""
     if isinstance(rule.keep, tuple):
         choose = functools.partial(keep_preferred, images, texts, rules=rule.keep, squared_radius=rule.squared_radius)
     else:
-        choose = functools.partial(keep_one_of_each, images, texts, keep=rule.keep, squared_radius=rule.squared_radius)
+        choose = functools.partial(
+            keep_one_of_each,
+            images,
+            texts,
+            keep=rule.keep,
+            squared_radius=rule.squared_radius,
+            store=store,
+            run_job=run_job,
+        )
     if decided is None:
         return choose(labels)
     return keep_decided(images, labels, decided, choose, squared_radius=rule.squared_radius)

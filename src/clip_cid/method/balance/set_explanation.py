@@ -1,13 +1,15 @@
 """Why each image was removed: its distance to the kept one, and the longest link of its set."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from clip_cid.method.balance.array_store import ArrayStore, MemoryStore
 from clip_cid.method.balance.forest import Forest
+from clip_cid.method.balance.jobs import Context, RunJob, counted_from, cut, in_parts
 from clip_cid.method.distances import from_squared, squared_distances
 from clip_cid.method.unit_rows import UnitRows
 
@@ -15,6 +17,7 @@ EXACT_SIZE = 4096
 """Every pair of a group of at most this many rows is compared."""
 
 _CELLS = 1 << 22  # numbers in a temporary array: 32 MB
+_NUMBER_SECONDS = 2e-8  # of a core, for estimates only
 _SWEEPS = 8  # two or three are enough nearly always; each one reads the group again
 
 
@@ -92,7 +95,8 @@ def explain(
     forest: Forest,
     squared: float,
     *,
-    on_progress: Callable[[int], Any] | None = None,
+    store: ArrayStore | None = None,
+    run_job: RunJob | None = None,
 ) -> Explanation:
     """Measure every group of two or more rows.
 
@@ -105,7 +109,8 @@ def explain(
         set_of: For each row, the place in `kept` of the row kept for it; a row with -1 is in no group.
         forest: Of the same rows; what joined them.
         squared: The threshold, a squared distance up to the forest's limit.
-        on_progress: Called with the number of removed rows measured since the last call; in all, rows less kept.
+        store: Where arrays are kept that tasks read; in memory when None.
+        run_job: Does the tasks; in this process, one by one, when None.
 
     Raises:
         ValueError: The arguments do not belong to each other.
@@ -121,10 +126,11 @@ def explain(
     # The members of each group of two or more, one group after the other.
     all_sizes = np.bincount(set_of[set_of >= 0], minlength=len(kept))
     group = np.flatnonzero(all_sizes > 1)
-    by_set = np.argsort(set_of, kind="stable")[(set_of < 0).sum() :]
-    row = by_set[all_sizes[set_of[by_set]] > 1]
+    row = np.flatnonzero((set_of >= 0) & (all_sizes[set_of] > 1))
+    row = row[np.argsort(set_of[row], kind="stable")]
     size = all_sizes[group]
-    to_kept, widest = _measure(images, row, size, kept[group], on_progress)
+    context = Context(images, None, MemoryStore() if store is None else store, run_job)
+    to_kept, widest = _measure(context, row, size, kept[group])
     farthest = np.maximum.reduceat(to_kept, np.cumsum(size) - size) if len(group) else np.empty(0)
 
     # The longest link of each connected set: links ascend, and the last one written stays.
@@ -153,30 +159,70 @@ def explain(
 
 
 def _measure(
-    images: UnitRows,
+    context: Context,
     row: Int[np.ndarray, " members"],
     size: Int[np.ndarray, " groups"],
     kept: Int[np.ndarray, " groups"],
-    on_progress: Callable[[int], Any] | None,
 ) -> tuple[Float[np.ndarray, " members"], Float[np.ndarray, " groups"]]:
     """From each member to the kept row of its group, and the widest pair of each group."""
+    images = context.images
+    by_size = np.argsort(size, kind="stable")
+    listed = size[by_size]
+    starts = (np.cumsum(size) - size)[by_size]
+
+    # Batches of groups of one size, and parts of batches.
+    edges = _batch_edges(listed, images.dim)
+    first_member = np.concatenate([[0], np.cumsum(listed)])[edges]
+    parts = cut(np.diff(first_member), images.gathered_rows)
+    arrays = {"row": row, "starts": starts, "sizes": listed, "kept": kept[by_size], "edges": edges, "parts": parts}
+    measured = in_parts(
+        context,
+        "explain",
+        _measure_part,
+        arrays,
+        np.diff(first_member[parts]).tolist(),
+        row_seconds=_NUMBER_SECONDS * images.dim,
+    )
+
+    # Each part holds its members and then its groups, in the order of the batches.
     to_kept, widest = np.empty(len(row)), np.empty(len(size))
-    kept_place = np.flatnonzero(row == np.repeat(kept, size))
-
-    for batch, members in _batches(size, images.dim):
-        width = members.shape[1]
-        if width > EXACT_SIZE:
-            for one, own in zip(batch.tolist(), members, strict=True):
-                to_kept[own], widest[one] = _sweep(images, row[own], int(kept[one]))
-        else:
-            vectors = images[row[members].ravel()].reshape(*members.shape, images.dim)
-            of_kept = vectors[np.arange(len(batch)), kept_place[batch] - members[:, 0]]
-            to_kept[members] = squared_distances(vectors, of_kept[:, None])
-            widest[batch] = to_kept[members].max(axis=1) if width == 2 else _widest(vectors)
-        if on_progress is not None:
-            on_progress(len(batch) * (width - 1))
-
+    for values, (start, stop) in zip(measured, itertools.pairwise(edges[parts].tolist()), strict=True):
+        groups = slice(start, stop)
+        members = counted_from(starts[groups], listed[groups])
+        to_kept[members] = values[: len(members)]
+        widest[by_size[groups]] = values[len(members) :]
     return to_kept, widest
+
+
+def _measure_part(
+    arrays: Mapping[str, np.ndarray], images: UnitRows, texts: UnitRows | None, part: int
+) -> Float[np.ndarray, " members_and_groups"]:
+    """What is measured of some batches: of each member, then of each group."""
+    first_batch, last_batch = arrays["parts"][part : part + 2].tolist()
+    edges = arrays["edges"][first_batch : last_batch + 1].tolist()
+    starts, sizes = (arrays[name][edges[0] : edges[-1]] for name in ("starts", "sizes"))
+    row, kept = arrays["row"][counted_from(starts, sizes)], arrays["kept"][edges[0] : edges[-1]]
+    images = images.gathered(row)
+    is_kept = row == np.repeat(kept, sizes)
+
+    to_kept, widest, first = np.empty(len(row)), np.empty(len(sizes)), 0
+    for start, stop in itertools.pairwise(edges):
+        groups, width = slice(start - edges[0], stop - edges[0]), int(sizes[start - edges[0]])
+        own = slice(first, first + (stop - start) * width)
+        place = is_kept[own].reshape(-1, width).argmax(axis=1)
+
+        if width > EXACT_SIZE:
+            members = np.arange(own.start, own.stop)
+            to_kept[own], widest[groups] = _sweep(images, members, own.start + int(place[0]))
+        else:
+            vectors = images[own].reshape(-1, width, images.dim)
+            of_kept = vectors[np.arange(len(vectors)), place]
+            distances = squared_distances(vectors, of_kept[:, None])
+            to_kept[own] = distances.ravel()
+            widest[groups] = distances.max(axis=1) if width == 2 else _widest(vectors)
+        first = own.stop
+
+    return np.concatenate([to_kept, widest])
 
 
 def _check(rows: int, kept: Int[np.ndarray, " kept"], set_of: Int[np.ndarray, " rows"], forest: Forest) -> None:
@@ -188,21 +234,15 @@ def _check(rows: int, kept: Int[np.ndarray, " kept"], set_of: Int[np.ndarray, " 
         raise ValueError("kept must hold one row of each set, in the order of the sets")
 
 
-def _batches(
-    sizes: Int[np.ndarray, " groups"], dim: int
-) -> Iterator[tuple[Int[np.ndarray, " batch"], Int[np.ndarray, "batch size"]]]:
-    """Groups of equal size that fit into memory together, and where their members are listed."""
-    starts = np.cumsum(sizes) - sizes
-    by_size = np.argsort(sizes, kind="stable")
-    sorted_sizes = sizes[by_size]
-    edges = np.flatnonzero(np.diff(sorted_sizes, prepend=0, append=0))
-
-    for first, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        size = int(sorted_sizes[first])
-        at_once = max(1, _CELLS // dim // size)
-        for start in range(first, stop, at_once):
-            batch = by_size[start : min(start + at_once, stop)]
-            yield batch, starts[batch][:, None] + np.arange(size)
+def _batch_edges(sizes: Int[np.ndarray, " groups"], dim: int) -> Int[np.ndarray, " edges"]:
+    """Where to cut groups, in the order of their sizes, into batches of one size that fit into memory."""
+    ends = np.flatnonzero(np.diff(sizes, append=0)) + 1
+    edges = [0]
+    for stop in ends.tolist():
+        size = int(sizes[stop - 1])
+        at_once = 1 if size > EXACT_SIZE else max(1, _CELLS // dim // size)
+        edges += [*range(edges[-1] + at_once, stop, at_once), stop]
+    return np.array(edges)
 
 
 def _widest(vectors: Float[np.ndarray, "groups size dim"]) -> Float[np.ndarray, " groups"]:

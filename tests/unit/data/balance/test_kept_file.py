@@ -4,12 +4,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from clip_cid.data.balance import kept_file
 from clip_cid.data.balance.kept_file import read_kept_elsewhere
 from clip_cid.errors import DataError
 
 OK = np.array([True, True, False, True, True])
+
+
+@pytest.mark.parametrize("row_group", [2, 100])
+def test_the_table_lists_the_kept_rows_by_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_group: int) -> None:
+    monkeypatch.setattr(kept_file, "_ROW_GROUP", row_group)
+    keys = pa.array(list("abcdefg"), pa.large_string())
+    sizes = kept_file.write_kept(tmp_path, keys, np.array([1, 3, 6]), np.array([0, 0, -1, 1, 2, 2, 2]))
+    table = pq.read_table(tmp_path / "kept.parquet")
+    assert sizes.tolist() == [2, 1, 3]
+    assert table.to_pydict() == {"key": ["b", "d", "g"], "row": [1, 3, 6], "set_size": [2, 1, 3]}
+    assert table.schema.field("key").type == pa.large_string()
 
 
 @pytest.mark.parametrize("dtype", ["<i8", ">i8", "<i4", "u1", ">u2", "<u8"])

@@ -361,6 +361,18 @@ def test_a_repeated_key_is_refused_unless_its_row_is_bad(path: Path) -> None:
         _ = EmbeddingStore.open(path).keys
 
 
+def test_keys_on_the_disk_are_those_in_memory(path: Path, tmp_path: Path) -> None:
+    change_column(path, "key", ["ä long key", "k5"])
+    in_memory, mapped = EmbeddingStore.open(path), EmbeddingStore.open(path)
+    mapped.map_keys(tmp_path / "keys")
+    assert mapped.keys.packed.equals(in_memory.keys.packed)
+    assert list(mapped.keys) == list(in_memory.keys)
+    assert "ä long key" in mapped.keys
+    change_column(path, "key", ["k1", "k5"])
+    with pytest.raises(DataError, match="1 rows repeat the key of another, such as 'k1'"):
+        EmbeddingStore.open(path).map_keys(tmp_path / "keys")
+
+
 def test_a_column_that_is_not_there_is_named(finished: Path) -> None:
     with pytest.raises(DataError, match="no column 'group'; there are key, caption") as error:
         EmbeddingStore.open(finished).field("group")

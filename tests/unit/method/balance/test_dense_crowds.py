@@ -6,7 +6,7 @@ from hard_rows import unit
 
 from clip_cid.method.balance import dense_crowds, exact_links, plan_choice
 from clip_cid.method.balance.dense_crowds import ball_of, crowd_links, find_balls, find_crowds
-from clip_cid.method.balance.forest import Forest, Links, whole_forest
+from clip_cid.method.balance.forest import Forest, Links, spanning_links, whole_forest
 from clip_cid.method.balance.near_pairs import near_forest
 from clip_cid.method.balance.pair_plan import Plan, lay_out
 from clip_cid.method.distances import squared_distances
@@ -60,7 +60,7 @@ def slow(images: UnitRows, pairs: np.ndarray | None = None) -> Forest:
     near = squared <= LIMIT
     if pairs is not None:
         near &= pairs[i, j]
-    return whole_forest(len(units), Links(i[near], j[near], squared[near]), LIMIT)
+    return whole_forest(len(units), [spanning_links(Links(i[near], j[near], squared[near]))], LIMIT)
 
 
 def assert_same(found: Forest, expected: Forest) -> None:
@@ -75,7 +75,7 @@ def assert_same(found: Forest, expected: Forest) -> None:
 def test_the_links_have_the_forest_of_all_pairs(kind: str, dim: int):
     images = of(crowd(kind, 230, dim))
     rows = np.random.default_rng(1).permutation(len(images))
-    assert_same(whole_forest(len(images), crowd_links(images, rows, LIMIT), LIMIT), slow(images))
+    assert_same(whole_forest(len(images), [crowd_links(images, rows, LIMIT)], LIMIT), slow(images))
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_between_two_chunks_every_pair_counts_and_only_true_ones_come(kind: str)
     # With the pairs within each side they give the forest of all pairs.
     within = slow(images, first[:, None] == first)
     both = [np.concatenate(column) for column in zip(links, (within.left, within.right, within.squared), strict=True)]
-    assert_same(whole_forest(200, Links(*both), LIMIT), slow(images))
+    assert_same(whole_forest(200, [spanning_links(Links(*both))], LIMIT), slow(images))
 
 
 def near_clique(alone: int = 60) -> np.ndarray:

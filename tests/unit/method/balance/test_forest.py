@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
-from clip_cid.method.balance.forest import Forest, Links, join_links, spanning_links
+from clip_cid.method.balance import forest
+from clip_cid.method.balance.forest import Forest, Links, join_links, merged_links, spanning_links, whole_forest
+from clip_cid.method.balance.union_find import UnionFind
 
 SIZE = 9
 NAMES = [(i, j) for i in range(SIZE) for j in range(i + 1, SIZE)]
@@ -51,6 +53,25 @@ def test_the_forest_of_forests_is_the_forest_of_all_pairs(listed, draws):
             parts[part].append(pair)
     joined = join_links([spanning_links(as_links(part)) for part in parts])
     assert links_of(spanning_forest(SIZE, *joined, 1.0)) == kruskal(SIZE, listed)
+
+
+@given(pairs, st.data(), st.sampled_from([1, 2, 5, 1000]))
+def test_merging_some_links_at_a_time_gives_the_forest_of_all_pairs(listed, draws, at_once):
+    parts: list[list[tuple[float, int, int]]] = [[], [], []]
+    for pair in listed:
+        for part in draws.draw(st.sets(st.integers(0, 2), min_size=1)):
+            parts[part].append(pair)
+    forests = [spanning_links(as_links(part)) for part in parts]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forest, "_MERGED", at_once)
+        merged = join_links(list(merged_links(forests, UnionFind(SIZE))))
+        assert links_of(merged) == kruskal(SIZE, listed)
+
+    # Rows at distance 0 are equal, so that all their pairs are; the whole forest links them to the lowest.
+    equal = oracles.connected_sets(SIZE, [(i, j) for squared, i, j in listed if squared == 0])
+    star = [(0.0, members[0], row) for members in equal for row in members[1:]]
+    farther = [pair for pair in listed if pair[0] > 0]
+    assert links_of(whole_forest(SIZE, forests, 1.0)) == kruskal(SIZE, star + farther)
 
 
 @given(pairs, st.sampled_from([0.0, 5e-324, 0.1, 0.25, 0.3, 0.5, 0.99, 1.0]))

@@ -1,4 +1,6 @@
 import dataclasses
+import itertools
+import pickle
 import tracemalloc
 
 import numpy as np
@@ -7,13 +9,21 @@ import torch
 from hard_rows import KINDS, links_of, slow_forest, spanning_forest, squared_matrix, unit
 
 from clip_cid.data.balance.array_folder import ArrayFolder
-from clip_cid.method.balance import cpu_comparison, dense_crowds, device_comparison, exact_links, prepared_rows
-from clip_cid.method.balance.array_store import MemoryStore
+from clip_cid.method.balance import (
+    cpu_comparison,
+    dense_crowds,
+    device_comparison,
+    exact_links,
+    near_pairs,
+    prepared_rows,
+    row_scan,
+)
 from clip_cid.method.balance.forest import Forest, Links, join_links
+from clip_cid.method.balance.jobs import Context
 from clip_cid.method.balance.known_pairs import KnownPairs
-from clip_cid.method.balance.near_pairs import near_forest, near_links, save_links
+from clip_cid.method.balance.near_pairs import near_forest, near_links
 from clip_cid.method.balance.pair_plan import Plan, lay_out
-from clip_cid.method.balance.prepared_rows import ChunkPair, PreparedRows, prepare
+from clip_cid.method.balance.prepared_rows import PreparedRows, Tile, prepare
 from clip_cid.method.unit_rows import UnitRows
 
 PLANS = [
@@ -29,6 +39,8 @@ PLANS = [
     Plan("float16"),
     Plan("float16", 16, cells=1, chunk_rows=25),
     Plan("float16", 1, cells=30),
+    Plan("float32", chunk_rows=7, tile_chunks=3),
+    Plan("int8", 32, cells=9, chunk_rows=16, tile_chunks=2),
 ]
 LIMITS = {"euclidean 0.07": 0.07**2, "squared 0.07": 0.07, "cosine 0.07": 0.14, "cosine 0.24": 0.48}
 
@@ -43,11 +55,11 @@ def forest_by(rows: np.ndarray, limit: float, plan: Plan | None = None) -> Fores
 
 
 def prepared_by(images: UnitRows, limit: float, plan: Plan, *, known: np.ndarray | None = None) -> PreparedRows:
-    return prepare(images, limit, lay_out(images, plan), known=known, store=MemoryStore())
+    return prepare(Context(images), limit, lay_out(images, plan), known=known)
 
 
 def links_by_task(prepared: PreparedRows, images: UnitRows) -> list[Links]:
-    return [near_links(prepared, images, pair) for pair in prepared.chunk_pairs()]
+    return [near_links(prepared, images, tile) for tile in prepared.tiles()]
 
 
 def in_bytes(forest: Forest | Links) -> tuple[bytes, bytes, bytes]:
@@ -89,14 +101,14 @@ def test_tasks_cover_every_pair_once(plan):
     images = images_of(KINDS["identical"](60, 48))
     prepared = prepared_by(images, 0.14, plan)
     starts, covered = prepared.chunk_starts, np.zeros((60, 60), dtype=int)
-    for a, b in prepared.chunk_pairs():
+    for a, b in itertools.chain.from_iterable(map(prepared.chunk_pairs, prepared.tiles())):
         one, other = np.meshgrid(*(np.arange(starts[chunk], starts[chunk + 1]) for chunk in (a, b)), indexing="ij")
         covered[one[one < other], other[one < other]] += 1
     positions = len(prepared.row_at)
     assert positions + len(prepared.repeats) == 60
     assert (covered[:positions, :positions] == np.triu(np.ones((positions, positions)), 1)).all()
     assert np.diff(starts).max() <= plan.chunk_rows
-    assert sum(map(prepared.work, prepared.chunk_pairs())) == positions**2 / 2
+    assert sum(map(prepared.work, prepared.tiles())) == positions**2 / 2
 
 
 @pytest.mark.parametrize("plan", [Plan(chunk_rows=20), Plan("int8", 16, cells=9), Plan("int8", 8, cells=70)], ids=str)
@@ -107,7 +119,8 @@ def test_codes_and_windows_on_the_disk_and_in_parts_are_those_in_memory(tmp_path
     known = np.arange(120) % 5 == 0
     monkeypatch.setattr(ArrayFolder, "window_bytes", window_bytes)
     one = prepared_by(images, 0.14, plan, known=known)
-    other = prepare(images, 0.14, lay_out(images, plan), known=known, store=ArrayFolder(tmp_path / "work"))
+    context = Context(images, store=ArrayFolder(tmp_path / "work"))
+    other = prepare(context, 0.14, lay_out(images, plan), known=known)
     for field in dataclasses.fields(PreparedRows):
         np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name), strict=True)
     assert isinstance(other.codes, np.memmap)
@@ -118,7 +131,7 @@ def test_codes_and_windows_on_the_disk_and_in_parts_are_those_in_memory(tmp_path
 def test_a_task_gives_the_same_whenever_it_is_done_and_their_order_does_not_matter(plan):
     images = images_of(KINDS["power law"](120, 48))
     prepared = prepared_by(images, 0.14, plan)
-    tasks = prepared.chunk_pairs()
+    tasks = prepared.tiles()
     assert len(tasks) == 21
     one = {task: near_links(prepared, images, task) for task in tasks}
     other = {task: near_links(prepared, images, task) for task in reversed(tasks)}
@@ -128,6 +141,28 @@ def test_a_task_gives_the_same_whenever_it_is_done_and_their_order_does_not_matt
         parts = [*(one[tasks[at]] for at in order), prepared.identical_links()]
         found = spanning_forest(120, *join_links(parts), 0.14)
         assert in_bytes(found) == in_bytes(forest_by(KINDS["power law"](120, 48), 0.14))
+
+
+@pytest.mark.parametrize("plan", [Plan(chunk_rows=9), Plan("int8", 16, cells=9, chunk_rows=9, tile_chunks=3)], ids=str)
+@pytest.mark.parametrize("kind", ["power law", "identical"])
+def test_every_step_in_tasks_gives_what_one_process_gives(plan, kind, tmp_path, monkeypatch):
+    """Each task anew from files alone, the last one first, and the first one twice."""
+    rows, limit = KINDS[kind](120, 48), 0.48
+    expected = in_bytes(forest_by(rows, limit))
+    images, store, titles = images_of(rows), ArrayFolder(tmp_path / "work"), []
+
+    def run_job(job, missing):
+        titles.append(job.title)
+        for task in [*reversed(missing), missing[0]]:
+            copy = pickle.loads(pickle.dumps(job))
+            copy.open(ArrayFolder(store.path), images_of(rows), None)(task)
+
+    monkeypatch.setattr(row_scan, "_PART_BYTES", 3000)
+    monkeypatch.setattr(near_pairs, "_MERGED_TOGETHER", 4)
+    monkeypatch.setattr(UnitRows, "gathered_rows", 10)
+    found, _ = near_forest(images, limit, layout=lay_out(images, plan), store=store, run_job=run_job)
+    assert in_bytes(found) == expected
+    assert {"scan", "balance", "identical" if kind == "identical" else "merge"} <= set(titles)
 
 
 SPLITS = {
@@ -162,8 +197,8 @@ def test_pairs_of_old_rows_are_not_even_looked_at():
     images = images_of(KINDS["flat"](120, 48))
     new = np.arange(120) >= 110
     prepared = prepared_by(images, 0.48, Plan(chunk_rows=20), known=~new)
-    assert sum(map(prepared.work, prepared.chunk_pairs())) == 10 * 110 + 10**2 / 2
-    assert not prepared_by(images, 0.48, Plan(), known=np.ones(120, dtype=bool)).chunk_pairs()
+    assert sum(map(prepared.work, prepared.tiles())) == 10 * 110 + 10**2 / 2
+    assert not prepared_by(images, 0.48, Plan(), known=np.ones(120, dtype=bool)).tiles()
 
 
 def test_a_crowd_of_old_and_new_rows_is_exact_as_well():
@@ -195,7 +230,7 @@ def test_identical_rows_are_linked_without_a_comparison(plan):
 def test_rows_of_one_digest_are_told_apart_by_their_bytes(monkeypatch, value):
     rows = with_many_repeats()
     expected = in_bytes(forest_by(rows, 0.14))
-    monkeypatch.setattr(prepared_rows, "row_hashes", lambda rows: np.full((len(rows), 2), value, dtype=np.uint64))
+    monkeypatch.setattr(row_scan, "row_hashes", lambda rows: np.full((len(rows), 2), value, dtype=np.uint64))
     assert in_bytes(forest_by(rows, 0.14)) == expected
 
 
@@ -321,7 +356,7 @@ def peak_of(rows: np.ndarray) -> tuple[int, tuple[bytes, bytes, bytes]]:
     images = images_of(rows)
     prepared = prepared_by(images, 0.14, Plan())
     tracemalloc.start()
-    found = in_bytes(near_links(prepared, images, ChunkPair(0, 0)))
+    found = in_bytes(near_links(prepared, images, Tile(0, 0)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak, found
@@ -364,13 +399,14 @@ def test_what_an_interrupted_call_left_is_used_only_where_as_much_is_known(tmp_p
     known = KnownPairs(Links(before.left, before.right, before.squared), np.arange(120) < 90, None)
     store = ArrayFolder(tmp_path / "work")
 
-    def interrupted(prepared, missing):
-        for pair in missing:
-            save_links(store, prepared, images, pair)
+    def interrupted(job, missing):
+        do = job.open(store, images, None)
+        for tile in missing:
+            do(tile)
         raise Interrupted
 
     with pytest.raises(Interrupted):
-        near_forest(images, limit, known=known, store=store, run_tasks=interrupted)
+        near_forest(images, limit, known=known, store=store, run_job=interrupted)
     left = PreparedRows.load(store)
     resumed, _ = near_forest(images, limit, known=known, store=store)
     assert left is not None

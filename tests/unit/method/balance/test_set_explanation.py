@@ -1,10 +1,14 @@
+from collections.abc import Sequence
+
 import numpy as np
 import oracles
 import pytest
 
 from clip_cid.method.balance import set_explanation
+from clip_cid.method.balance.array_store import MemoryStore
 from clip_cid.method.balance.chaining import chain_summary, giant_warning
 from clip_cid.method.balance.forest import Forest
+from clip_cid.method.balance.jobs import Job, Progress
 from clip_cid.method.balance.set_explanation import Explanation, explain
 from clip_cid.method.distances import from_squared
 from clip_cid.method.unit_rows import UnitRows
@@ -152,13 +156,29 @@ def test_the_mean_is_taken_on_the_scale_it_is_told_on(metric: str, of) -> None:
     assert found.member_columns(metric)["distance"] == pytest.approx([of(chord(10)), 0, of(chord(6))])
 
 
-def test_progress_adds_up_to_the_removed_rows() -> None:
+@pytest.mark.parametrize("at_once", [1, 7, 40])
+def test_parts_in_tasks_change_nothing_and_their_progress_adds_up(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = circle(np.random.default_rng(3).uniform(0, 360, 100).tolist())
     kept, set_of = (np.array(values) for values in oracles.balance(rows, chord(2), "squared_euclidean"))
-    calls: list[int] = []
-    images = UnitRows(rows, name="rows", any_length=False)
-    explain(images, kept, set_of, forest_of(rows, 0.1), chord(2), on_progress=calls.append)
-    assert sum(calls) == len(rows) - len(kept)
+    images, forest = UnitRows(rows, name="rows", any_length=False), forest_of(rows, 0.1)
+    whole = explain(images, kept, set_of, forest, chord(2))
+    store, done = MemoryStore(), []
+
+    def run_job(job: Job, missing: Sequence[int]) -> None:
+        do, progress = job.open(store, images, None), Progress(job, missing)
+        for task in reversed(missing):
+            do(task)
+            done.append(progress.finish(task))
+        assert sum(done) == job.rows == whole.size.sum()
+
+    monkeypatch.setattr(set_explanation, "_CELLS", 12)
+    monkeypatch.setattr(UnitRows, "gathered_rows", at_once)
+    parts = explain(images, kept, set_of, forest, chord(2), store=store, run_job=run_job)
+    assert len(done) > 1
+    for name in Explanation.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name), err_msg=name)
 
 
 @pytest.mark.parametrize(

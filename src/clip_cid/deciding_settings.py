@@ -126,6 +126,7 @@ def _balance(values: dict[str, Any]) -> None:
     if isinstance(rules := values.get("keep"), list) and len(rules) == 1:
         values["keep"] = rules[0]  # as earlier versions wrote it
     for name in values.get("against") or {}:
+        values["against"][name] = _without_secrets(values["against"][name])
         _by_files(values["against"], name, lambda value: not _is_elsewhere(value))
 
 

@@ -303,7 +303,7 @@ class BalanceConfig(Config):
     protect: Annotated[_Texts, AfterValidator(_each_once)] = ()
     """Images that are never removed: names of sources as in pairs.source, or a .txt with one key a
     line. A set that holds some of them keeps all of these and no other."""
-    against: dict[_SetName, str] = {}
+    against: dict[_SetName, _Place] = {}
     """Name -> evaluation set, as in evaluate.sets, or its embeddings (a .npy or a store). Images
     within the threshold of one of its test images are removed, and listed with it."""
     decisions: Path | None = None

@@ -11,6 +11,7 @@ from typing import Any
 
 from clip_cid import os_errors
 from clip_cid.addresses import is_remote, without_secrets
+from clip_cid.data.embeddings.files_behind import is_of_embeddings
 from clip_cid.errors import ClipCidError
 from clip_cid.recipe import Recipe
 from clip_cid.remote import copies
@@ -21,7 +22,7 @@ METADATA_BESIDE = (".npy", ".npz")
 """Files of embeddings beside which a .parquet of the same name may lie."""
 _PLACES = {
     EMBED: (("embed", "existing"),),
-    BALANCE: (("balance", "existing"), ("balance", "grow_from")),
+    BALANCE: (("balance", "existing"), ("balance", "grow_from"), ("balance", "against")),
     CLUSTER: (("cluster", "existing"),),
     TEXTS: (("distill", "texts"),),
 }
@@ -59,9 +60,12 @@ def copy_of(address: str, cache_dir: Path | None) -> Path:
 
 
 def _brought(place: Any, cache_dir: Path | None, names: dict[str, str]) -> Any:
-    """A path, an address or several, with copies of what is elsewhere."""
+    """A path, an address or several, with copies of what is elsewhere. Sets are left: what opens them copies them."""
     if isinstance(place, tuple):
         return tuple(str(_brought(one, cache_dir, names)) for one in place)
+    if isinstance(place, dict):
+        arrays = {name: where for name, where in place.items() if is_of_embeddings(where)}
+        return place | {name: str(_brought(where, cache_dir, names)) for name, where in arrays.items()}
     address = os_errors.address_of(place) if isinstance(place, Path) else place
     if not is_remote(address):
         return place

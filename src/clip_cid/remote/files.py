@@ -18,7 +18,7 @@ from clip_cid.remote.remembered import remembered
 from clip_cid.remote.web import Web
 
 WAITS = [0.5, 1.0, 2.0, 4.0]
-"""Seconds before each further try."""
+"""Seconds before each further try; of object stores there is one, since their libraries have tries of their own."""
 _AT_ONCE = 16  # files that are asked for
 _LONGEST_REASON = 200  # characters
 
@@ -139,9 +139,9 @@ def _asked(address: str) -> RemoteFile:
 
 def _tried(address: str, act: Callable[[Store], _Answer], name: str = "") -> _Answer:
     """What a store answers, which may take several tries."""
-    store: Store = _OBJECTS if scheme_of(address) in OBJECT_STORES else _WEB
+    store, waits = (_OBJECTS, WAITS[:1]) if scheme_of(address) in OBJECT_STORES else (_WEB, WAITS)
     name = name or without_secrets(address)
-    for wait in (*WAITS, None):
+    for wait in (*waits, None):
         try:
             return act(store)
         except ClipCidError:
@@ -166,7 +166,7 @@ def _tried(address: str, act: Callable[[Store], _Answer], name: str = "") -> _An
                 ) from _as_of_the_system(error, errno.EACCES)
             if wait is None:
                 raise DataError(
-                    f"{name}: cannot be read, after {len(WAITS) + 1} tries ({_reason(error)}).",
+                    f"{name}: cannot be read, after {len(waits) + 1} tries ({_reason(error)}).",
                     fix="Run the same command again when the server answers.",
                 ) from _as_of_the_system(error, errno.EREMOTEIO)
             time.sleep(wait)

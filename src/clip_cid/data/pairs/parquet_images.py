@@ -51,11 +51,27 @@ def holds_images(file: pyarrow.parquet.ParquetFile, column: str, is_picture: Cal
     """Whether a column holds images, and not their paths; of bytes the first values are looked at."""
     kind = file.schema_arrow.field(column).type
     if pa.types.is_struct(kind):
-        return BYTES in [field.name for field in kind] and _is_bytes(kind.field(BYTES).type)
+        has_bytes = BYTES in [field.name for field in kind] and _is_bytes(kind.field(BYTES).type)
+        return has_bytes and not (path_type(kind) and _is_null(file, _leaf(file, column, BYTES)))
     if not _is_bytes(kind):
         return False
     filled = (data for data in _values(file, column) if data)
     return any(is_picture(data) for data in itertools.islice(filled, _LOOKED_AT))
+
+
+def path_type(kind: pa.DataType) -> pa.DataType | None:
+    """The type of the paths in a column like the Hub's; None if it has none."""
+    has_paths = pa.types.is_struct(kind) and PATH in [field.name for field in kind]
+    return kind.field(PATH).type if has_paths else None
+
+
+def _is_null(file: pyarrow.parquet.ParquetFile, number: int) -> bool:
+    """Whether a column has rows and no value, as the statistics of the file say."""
+    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+    statistics = [(group.num_rows, group.column(number).statistics) for group in groups]
+    return file.metadata.num_rows > 0 and all(
+        known is not None and known.has_null_count and known.null_count == rows for rows, known in statistics
+    )
 
 
 def images_inside(

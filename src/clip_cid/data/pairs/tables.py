@@ -31,9 +31,11 @@ from clip_cid.data.pairs.indexed_files import opened
 from clip_cid.data.pairs.pair import NO_CAPTION, Pair
 from clip_cid.data.pairs.parquet_images import (
     COLUMNS,
+    PATH,
     Inside,
     holds_images,
     images_inside,
+    path_type,
     read_image,
     warn_of_large_pages,
 )
@@ -264,7 +266,13 @@ def _cells_of(table: pa.Table, columns: list[str]) -> _Cells:
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
-    """The values of a column; of text the bytes, so that text that is not UTF-8 makes its own row bad."""
+    """The values of a column; of text the bytes, so that text that is not UTF-8 makes its own row bad.
+
+    Of the Hub's images without bytes they are the paths.
+    """
+    if path_type(column.type) is not None:
+        chunks = [chunk.flatten()[chunk.type.get_field_index(PATH)] for chunk in column.chunks]
+        column = pa.chunked_array(chunks, path_type(column.type))
     if _is_text(column.type):
         column = column.cast(pa.large_binary())
     elif _is_list(column.type) and _is_text(column.type.value_type):
@@ -341,7 +349,7 @@ def _check_columns(name: str, names: list[str], columns: list[str], settings: Pa
 def _check_types(name: str, schema: pa.Schema, settings: PairsConfig, *, inside: bool) -> None:
     """Images are bytes or paths, captions are text or lists of it, a key is one value."""
     image = schema.field(settings.image_column).type
-    if not (inside or _is_text(image)):
+    if not (inside or _is_text(path_type(image) or image)):
         raise DataError(
             f"{name}: column {settings.image_column!r} is of type {image}, neither images nor their paths.",
             fix="Set pairs.image_column to the column with the image files: their bytes, the Hub's struct of bytes and"

@@ -1,5 +1,6 @@
 import io
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from clip_cid.data.pairs import parquet_images, tables
 from clip_cid.data.pairs.images import decode_image
-from clip_cid.data.pairs.pair import BadSample
+from clip_cid.data.pairs.pair import BadSample, Pair
 from clip_cid.data.pairs.pairs import Pairs, fingerprint, open_pairs
 from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
@@ -51,7 +52,8 @@ def images_of(pairs: Pairs) -> list[bytes | None]:
         try:
             return pairs.read(row).image
         except BadSample as error:
-            if error.reason != "no image (null)":
+            # Where a file has no image at all, but paths, these name files.
+            if error.reason != "no image (null)" and not re.match(r"image '.*/\d+\.png' cannot be read", error.reason):
                 raise
             return None
 
@@ -210,6 +212,24 @@ def test_shards_hold_every_row_once_across_row_groups(
         assert [(shard.first_row, shard.rows) for shard in pairs.shards] == [(0, 4), (4, 4), (8, 2)]
         assert images_of(pairs) == [png(row) for row in range(10)]
         assert [pairs.read(row).captions for row in range(10)] == [(f"caption {row}",) for row in range(10)]
+
+
+def test_a_column_of_paths_without_bytes_names_files_beside_the_table(tmp_path: Path) -> None:
+    """As `datasets` writes images that it did not embed."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(png(0))
+    rows = [
+        {"bytes": None, "path": "images/a.png"},
+        {"bytes": None, "path": "images/b.png"},
+        {"bytes": None, "path": None},
+    ]
+    table = pa.table({"image": pa.array(rows, HUB), "caption": ["a", "b", "c"], "note": ["x", "y", "z"]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
+    pairs = open_pairs(config(tmp_path / "t.parquet", keep_fields=("note",)))
+    assert pairs.read(0) == Pair("images/a.png", png(0), ("a",), {"note": "x"})
+    with pytest.raises(BadSample, match=r"images/b\.png' cannot be read"):
+        pairs.read(1)
+    assert pairs.known_bad[2].startswith("no image (empty image)")
 
 
 def test_bytes_that_are_no_picture_and_null_images_are_bad_samples_of_their_own_rows(tmp_path: Path) -> None:

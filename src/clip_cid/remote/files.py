@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+from urllib.error import URLError
 
+from clip_cid import os_errors
 from clip_cid.addresses import OBJECT_STORES, scheme_of, without_secrets
 from clip_cid.errors import ClipCidError, DataError
 from clip_cid.remote.contract import ChangedError, RemoteFile, Store
@@ -22,6 +24,8 @@ WAITS = [0.5, 1.0, 2.0, 4.0]
 _AT_ONCE = 16  # files that are asked for
 _LONGEST_REASON = 200  # characters
 
+_OF_RIGHTS = ("NoCredentials", "ClientAuthentication", "AccessDenied", "InvalidAccessKeyId", "with credentials")
+"""Words of libraries that have no error of their own for want of rights."""
 _LOG_IN = {
     "s3": "Give this machine access to the bucket (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; another"
     " endpoint by AWS_ENDPOINT_URL)",
@@ -146,24 +150,11 @@ def _tried(address: str, act: Callable[[Store], _Answer], name: str = "") -> _An
             return act(store)
         except ClipCidError:
             raise
-        except (FileNotFoundError, IsADirectoryError) as error:
-            raise _absent(name, error) from error
-        except (ValueError, NotImplementedError) as error:
-            raise DataError(
-                f"{name}: not an address that can be read ({_reason(error)}).", fix="Correct it."
-            ) from error
-        except ChangedError as error:
-            raise DataError(
-                f"{name}: changed after it was indexed.", fix="Leave the sources alone while they are used; run again."
-            ) from error
         except Exception as error:  # each library has errors of its own
-            if _status(error) == http.HTTPStatus.NOT_FOUND:
-                raise _absent(name, error) from error
-            if _is_denied(error):
-                raise DataError(
-                    f"{name}: access is denied ({_reason(error)}).",
-                    fix=f"{_LOG_IN.get(scheme_of(address), _WEB_LOG_IN)}; then run the same command again.",
-                ) from _as_of_the_system(error, errno.EACCES)
+            if isinstance(error, OSError) and os_errors.disk_full(error):
+                raise  # the disk of the cache
+            if problem := _for_good(error, name, scheme_of(address)):
+                raise problem from problem.__cause__ or error
             if wait is None:
                 raise DataError(
                     f"{name}: cannot be read, after {len(waits) + 1} tries ({_reason(error)}).",
@@ -173,11 +164,28 @@ def _tried(address: str, act: Callable[[Store], _Answer], name: str = "") -> _An
     raise AssertionError("the last try returns or raises")
 
 
-def _absent(name: str, error: Exception) -> AbsentError:
-    return AbsentError(
-        f"{name}: not there ({_reason(error)}).",
-        fix="Correct the address. A private one looks absent without the right to see it: see that you are logged in.",
-    )
+def _for_good(error: Exception, name: str, scheme: str) -> DataError | None:
+    """A failure that another try does not change; None if it may pass."""
+    if isinstance(error, ChangedError):
+        return DataError(
+            f"{name}: changed after it was indexed.", fix="Leave the sources alone while they are used; run again."
+        )
+    if isinstance(error, FileNotFoundError | IsADirectoryError) or _status(error) == http.HTTPStatus.NOT_FOUND:
+        return AbsentError(
+            f"{name}: not there ({_reason(error)}).",
+            fix="Correct the address. A private one looks absent without the right to see it: see that you are logged"
+            " in.",
+        )
+    if _is_denied(error):
+        problem = DataError(
+            f"{name}: access is denied ({_reason(error)}).",
+            fix=f"{_LOG_IN.get(scheme, _WEB_LOG_IN)}; then run the same command again.",
+        )
+        problem.__cause__ = _as_of_the_system(error, errno.EACCES)
+        return problem
+    if isinstance(error, ValueError | NotImplementedError):
+        return DataError(f"{name}: not an address that can be read ({_reason(error)}).", fix="Correct it.")
+    return None
 
 
 def _is_denied(error: BaseException | None) -> bool:
@@ -186,9 +194,7 @@ def _is_denied(error: BaseException | None) -> bool:
         words = f"{type(error).__name__}: {error}"
         if isinstance(error, PermissionError) or _status(error) in (401, 403):
             return True
-        if any(
-            word in words for word in ("NoCredentials", "ClientAuthentication", "AccessDenied", "InvalidAccessKeyId")
-        ):
+        if any(word in words for word in _OF_RIGHTS):
             return True
         error = error.__cause__
     return False
@@ -207,6 +213,7 @@ def _as_of_the_system(error: Exception, code: int) -> OSError:
 
 
 def _reason(error: BaseException) -> str:
+    error = error.reason if isinstance(error, URLError) and isinstance(error.reason, OSError) else error
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = without_secrets(" ".join(text.split())) or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."

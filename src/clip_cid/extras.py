@@ -10,7 +10,7 @@ from clip_cid.errors import MissingExtraError
 
 DISTILL, EVALUATE, REPORT = "distill", "evaluate", "report"
 ONNX, TENSORBOARD, RAY, REVIEW = "onnx", "tensorboard", "ray", "review"
-S3, GS, AZ, HF = "s3", "gs", "az", "hf"
+S3, GS, AZ, HF, LANCE = "s3", "gs", "az", "hf", "lance"
 _MODELS = ("open_clip", "torchvision", "timm", "huggingface_hub", "jinja2")
 MODULES: dict[str, tuple[str, ...]] = {
     DISTILL: _MODELS,
@@ -24,6 +24,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     GS: ("gcsfs",),
     AZ: ("adlfs",),
     HF: ("huggingface_hub",),
+    LANCE: ("lance",),
 }
 """Extra of pyproject.toml -> the modules that its packages bring and that we import."""
 

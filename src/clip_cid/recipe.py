@@ -251,8 +251,8 @@ class EmbedConfig(Config):
     stored as float16."""
     existing: _Input | None = None
     """Use these embeddings instead of computing them: a store of ours, a clip-retrieval or DataComp
-    folder, .npy files, or Parquet or Arrow files with a column of vectors; a path or an address. On
-    the command line: `--embeddings`."""
+    folder, .npy files, or Parquet, Arrow or Lance tables with a column of vectors; a path or an
+    address. On the command line: `--embeddings`."""
     match: Literal["key", "order"] = "key"
     """How the embeddings of `existing` belong to the pairs. order: the first row is of the first pair
     and so on, whatever keys they have. Nothing can check that, so only use it where keys are lost."""

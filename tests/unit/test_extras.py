@@ -19,7 +19,11 @@ from clip_cid.stages.facts import STAGES
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = sorted({module for modules in extras.MODULES.values() for module in modules})
-MODULE_OF = {"open_clip_torch": "open_clip", "scikit-learn": "sklearn"}  # of packages that bear another name
+MODULE_OF = {
+    "open_clip_torch": "open_clip",
+    "pylance": "lance",
+    "scikit-learn": "sklearn",
+}  # of packages that bear another name
 WITH_OPEN_CLIP = {"torchvision", "timm"}  # open_clip requires them
 
 

@@ -5,7 +5,7 @@ X/images/0.npy ...                 the same in other words: texts/ or captions/,
 X/image_embeddings.npy ...         the same without folders: text_embeddings.npy, metadata.parquet
 X/0a1b.npz ...                     DataComp: arrays such as l14_img and l14_txt, with or without 0a1b.parquet
 X/part1.npy ... or one X.npy       rows of images alone, with or without part1.parquet
-X/part1.parquet ... or one file    a column of vectors, such as `embedding`, beside the keys; also .arrow and .feather
+X/part1.parquet ... or one file    a column of vectors, such as `embedding`, beside the keys; also .arrow, .feather and .lance
 """
 
 import contextlib
@@ -25,6 +25,8 @@ from jaxtyping import Float
 
 from clip_cid import log
 from clip_cid.data.embeddings.files import ARROW, FOLDERS, array_header, read_array_header, table_rows, table_schema
+from clip_cid.data.embeddings.lance_tables import SUFFIX as LANCE
+from clip_cid.data.embeddings.lance_tables import is_lance
 from clip_cid.data.embeddings.names import Name, Role, in_order, listed
 from clip_cid.data.embeddings.vector_columns import vector_blocks, vector_columns, vector_type
 from clip_cid.errors import DataError
@@ -45,7 +47,7 @@ _NAMES = (
 )
 _PREFERRED = ("l", 14)
 _ARRAYS, _TABLE = (".npy", ".npz"), ".parquet"
-_TABLES = (_TABLE, *ARROW)
+_TABLES = (_TABLE, *ARROW, LANCE)
 _OF_ARRAYS: tuple[Role, ...] = ("image", "text")
 _BLOCK_ROWS = 4096
 _BROKEN = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -116,7 +118,7 @@ def find_embeddings(source: Path) -> list[LayoutShard]:
         DataError: There is nothing of a known layout, a part is missing or broken, parts do not fit each other, or
             the names do not say clearly what holds images.
     """
-    if source.is_file() and source.suffix in _TABLES:
+    if (source.is_file() and source.suffix in _TABLES) or is_lance(source):
         return _of_vector_tables(source, [source])
     files = _of_file(source) if source.is_file() else _of_folder(source)
     arrays, tables = files.arrays, files.tables
@@ -378,7 +380,7 @@ def _warn_of_lost_keys(source: Path, images: list[_File]) -> None:
 
 def _log_taken(source: Path, shards: Sequence[LayoutShard], unread: list[Path]) -> None:
     """Log which files are taken for what, and warn of those that are not read."""
-    below = source if source.is_dir() else source.parent
+    below = source if source.is_dir() and not is_lance(source) else source.parent
     taken = {
         "images": [shard.image.path for shard in shards],
         "texts": [shard.text.path for shard in shards if shard.text is not None],
@@ -463,7 +465,8 @@ def _of_vector_tables(source: Path, tables: list[Path]) -> list[LayoutShard]:
             )
         )
     _check_fit(shards)
-    _log_taken(source, shards, [path for path in _entries(source) if path not in holding])
+    unread = [] if is_lance(source) else [path for path in _entries(source) if path not in holding]
+    _log_taken(source, shards, unread)
     return shards
 
 

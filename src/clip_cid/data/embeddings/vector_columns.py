@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from clip_cid.data.embeddings.files import BROKEN_TABLE, is_arrow, read_arrow, table_schema
+from clip_cid.data.embeddings.lance_tables import is_lance, lance_batches
 from clip_cid.errors import DataError
 
 _FLOATS = {pa.float16(): np.float16, pa.float32(): np.float32, pa.float64(): np.float64}
@@ -67,6 +68,9 @@ def _is_vector(kind: pa.DataType) -> bool:
 
 
 def _columns(path: Path, name: str, *, rows: int) -> Generator[pa.Array]:
+    if is_lance(path):
+        yield from (_stored(batch.column(name)) for batch in lance_batches(path, name, rows=rows))
+        return
     try:
         if is_arrow(path):
             batches: Iterable[pa.RecordBatch] = read_arrow(path).select([name]).to_batches(max_chunksize=rows)

@@ -106,6 +106,12 @@ _OF_BALANCE: tuple[tuple[str, Any, str], ...] = (
         "Afterwards, print and draw the share of the images that each threshold up to balance.max-threshold removes.",
     ),
     (
+        "suggest",
+        bool,
+        "Afterwards, look at pairs of all distances up to balance.max-threshold, say where repeats end, and write"
+        " suggest.html with pairs to look at.",
+    ),
+    (
         "threshold",
         float | None,
         "Same as --balance.threshold: the distance at or below which images join one set. It ends a --target-removed of"
@@ -407,14 +413,21 @@ def _models(names: Sequence[str], tag: str | None) -> dict[str, str]:
 
 
 def _run(name: str, flags: Any, recipe: Recipe) -> None:
-    if getattr(flags, "sweep", False):
-        extras.require("--sweep", extras.REPORT)
+    for flag in ("sweep", "suggest"):
+        if getattr(flags, flag, False):
+            extras.require(f"--{flag}", extras.REPORT)
     only, until = None if name == "run" else name, getattr(flags, "until", None)
     pipeline.run(RunFolder(flags.run), recipe, only=only, until=until, force=flags.force)
     if getattr(flags, "sweep", False):
         from clip_cid.report.sweep import sweep
 
         log.table(*sweep(RunFolder(flags.run)))
+    if getattr(flags, "suggest", False):
+        from clip_cid.report import suggestion
+
+        found = suggestion.suggest(RunFolder(flags.run), recipe)
+        log.table(*found.table())
+        log.say("\n".join([*found.sentences, f"The pairs are in {flags.run / suggestion.PAGE}."]))
 
 
 def _check(_: str, flags: Any, recipe: Recipe) -> None:

@@ -13,7 +13,7 @@ from clip_cid.recipe import Config, Recipe
 
 SOURCE = Path(clip_cid.__file__).parent
 
-NOT_SETTINGS = {"balance.part", "report.html", "balance.html", "report.css"}  # a folder and two files
+NOT_SETTINGS = {"balance.part", "report.html", "balance.html", "suggest.html", "report.css"}  # a folder and two files
 NOT_COMMANDS = {"did", "recipe", "embedding"}  # "a clip-cid recipe", "what clip-cid did"
 OF_OTHERS = {
     *("help", "debug", "version"),

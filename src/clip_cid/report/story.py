@@ -52,7 +52,15 @@ def removed(balance: BalanceSummary) -> Statement | None:
     if not balance.removed:
         return None
     counts = f"{balance.removed:,} of {balance.ok:,} images"
-    sentences = [f"{counts} were removed: {_how_near(balance)}"]
+    near = {one.name: one.near for one in balance.against or [] if one.near}
+    if near:
+        listed = ", ".join(f"{name} {count:,}" for name, count in near.items())
+        sentences = [
+            f"{counts} were removed, among them all that are near a test image of an evaluation ({listed}). Of the others"
+            f" {_how_near(balance)}"
+        ]
+    else:
+        sentences = [f"{counts} were removed: {_how_near(balance)}"]
 
     if (truth := balance.truth) is not None:
         sentences.append(

@@ -10,7 +10,7 @@ from clip_cid.figures import gain
 from clip_cid.report import story
 from clip_cid.report.score_tables import ScoreTable, score_tables
 from clip_cid.report.story import Trained
-from clip_cid.summaries import BalanceSummary, BalanceTruth, Chains, KindShare, KindShares
+from clip_cid.summaries import AgainstSet, BalanceSummary, BalanceTruth, Chains, KindShare, KindShares
 
 OURS = Trained(250, 32_000, "tiny", ("clip", "cluster_kl"))
 PLAIN = Trained(250, 32_000, "tiny", ("clip",))
@@ -146,6 +146,19 @@ def test_no_image_is_said_to_repeat_the_kept_one_where_only_others_link_it(beyon
     assert words in text
     assert ("within the threshold" in text) == (beyond == 0.0)
     assert "repeat" not in text
+
+
+def test_images_removed_for_an_evaluation_are_not_said_to_be_linked_to_a_kept_one() -> None:
+    against = [
+        AgainstSet(name="cifar", images=100, unreadable=0, near=7),
+        AgainstSet(name="dtd", images=9, unreadable=0, near=0),
+    ]
+    told = story.removed(replace(BALANCE, against=against))
+    assert told is not None
+    assert (
+        "among them all that are near a test image of an evaluation (cifar 7). Of the others each is linked"
+        in told.text
+    )
 
 
 @pytest.mark.parametrize(

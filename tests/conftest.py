@@ -2,9 +2,11 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 import hypothesis
 import other_seeds  # noqa: F401
+import pytest
 from threadpoolctl import threadpool_limits
 
 # OpenMP reads these when torch is loaded; processes that tests start inherit them. The arrays are so small that threads
@@ -23,3 +25,15 @@ hypothesis.settings.register_profile("quick", derandomize=True, deadline=None, m
 hypothesis.settings.register_profile("elsewhere", deadline=None, max_examples=50, database=None)
 hypothesis.settings.register_profile("deep", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _servers_answer_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Files elsewhere are asked for anew in each test, and again at once."""
+    from clip_cid.remote import files
+    from clip_cid.remote.remembered import forget
+
+    monkeypatch.setattr(files, "WAITS", [0.0] * len(files.WAITS))
+    forget()
+    yield
+    forget()

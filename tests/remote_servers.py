@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from clip_cid.remote import files, object_stores
+from clip_cid.remote import object_stores
 from clip_cid.remote.remembered import forget
 
 needs_s3 = pytest.mark.skipif(
@@ -180,15 +180,6 @@ def _served(handler: type[Handler]) -> Iterator[tuple[str, Answers]]:
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ask anew in each test, and try again at once."""
-    monkeypatch.setattr(files, "WAITS", [0.0] * len(files.WAITS))
-    forget()
-    yield
-    forget()
 
 
 @pytest.fixture

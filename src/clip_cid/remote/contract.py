@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from clip_cid.errors import DataError
+
 
 @dataclass(frozen=True)
 class RemoteFile:
@@ -23,6 +25,14 @@ class RemoteFile:
     def state(self) -> list[Any]:
         """What tells this version from others, as JSON."""
         return [self.name, self.bytes, self.version]
+
+
+class AbsentError(DataError):
+    """There is no such file or folder elsewhere."""
+
+
+class UnreachableError(DataError):
+    """A server does not answer, or lets nobody in."""
 
 
 class ChangedError(Exception):

@@ -13,8 +13,7 @@ from pathlib import Path, PurePosixPath
 from clip_cid import log
 from clip_cid.addresses import path_of, with_suffix
 from clip_cid.remote import files
-from clip_cid.remote.contract import RemoteFile
-from clip_cid.remote.files import AbsentError
+from clip_cid.remote.contract import AbsentError, RemoteFile
 from clip_cid.run_folder import atomic_file
 
 _AT_ONCE = 8 << 20  # bytes of one request

@@ -14,7 +14,7 @@ from urllib.error import URLError
 from clip_cid import os_errors
 from clip_cid.addresses import OBJECT_STORES, scheme_of, without_secrets
 from clip_cid.errors import ClipCidError, DataError
-from clip_cid.remote.contract import ChangedError, RemoteFile, Store
+from clip_cid.remote.contract import AbsentError, ChangedError, RemoteFile, Store, UnreachableError
 from clip_cid.remote.object_stores import ObjectStores
 from clip_cid.remote.remembered import remembered
 from clip_cid.remote.web import Web
@@ -39,10 +39,6 @@ _WEB_LOG_IN = (
     " and signature: give --recipe)"
 )
 _Answer = TypeVar("_Answer")
-
-
-class AbsentError(DataError):
-    """There is no such file or folder elsewhere."""
 
 
 _WEB, _OBJECTS = Web(), ObjectStores()
@@ -156,7 +152,7 @@ def _tried(address: str, act: Callable[[Store], _Answer], name: str = "") -> _An
             if problem := _for_good(error, name, scheme_of(address)):
                 raise problem from problem.__cause__ or error
             if wait is None:
-                raise DataError(
+                raise UnreachableError(
                     f"{name}: cannot be read, after {len(waits) + 1} tries ({_reason(error)}).",
                     fix="Run the same command again when the server answers.",
                 ) from _as_of_the_system(error, errno.EREMOTEIO)
@@ -177,7 +173,7 @@ def _for_good(error: Exception, name: str, scheme: str) -> DataError | None:
             " in.",
         )
     if _is_denied(error):
-        problem = DataError(
+        problem = UnreachableError(
             f"{name}: access is denied ({_reason(error)}).",
             fix=f"{_LOG_IN.get(scheme, _WEB_LOG_IN)}; then run the same command again.",
         )

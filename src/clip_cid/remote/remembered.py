@@ -1,9 +1,14 @@
-"""Answers of servers that hold for a minute: one command asks for the same file many times."""
+"""Answers of servers that hold for a minute: one command asks for the same file many times.
+
+That a server cannot be reached holds as long, or each of these questions would wait for it.
+"""
 
 import functools
 import time
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
+
+from clip_cid.remote.contract import UnreachableError
 
 _SECONDS = 60.0
 
@@ -13,7 +18,7 @@ _memories: list[dict[Any, tuple[float, Any]]] = []
 
 
 def remembered(ask: Callable[_Given, _Answer]) -> Callable[_Given, _Answer]:
-    """The function, whose answers are remembered for a minute; a failure is not."""
+    """The function, whose answers are remembered for a minute."""
     memory: dict[Any, tuple[float, Any]] = {}
     _memories.append(memory)
 
@@ -23,8 +28,13 @@ def remembered(ask: Callable[_Given, _Answer]) -> Callable[_Given, _Answer]:
         now = time.monotonic()
         when, answer = memory.get(key, (0.0, None))
         if key not in memory or now - when > _SECONDS:
-            answer = ask(*given, **named)
+            try:
+                answer = ask(*given, **named)
+            except UnreachableError as error:
+                answer = error
             memory[key] = (now, answer)
+        if isinstance(answer, UnreachableError):
+            raise answer
         return answer
 
     return asked

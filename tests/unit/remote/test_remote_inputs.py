@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from remote_servers import Answers, Place, hub, needs_s3, no_waiting, place, s3, web
+from remote_servers import Answers, Place, hub, needs_s3, place, s3, web
 from tiny_sets import tar_set
 
 from clip_cid import cli
@@ -19,7 +19,7 @@ from clip_cid.errors import DataError
 from clip_cid.file_digests import FileDigests
 from clip_cid.recipe import parse_recipe
 
-__all__ = ["hub", "no_waiting", "place", "s3", "web"]
+__all__ = ["hub", "place", "s3", "web"]
 
 
 def rows(seed: int = 0) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from remote_servers import Answers, Handler, Place, hub, needs_s3, no_waiting, place, s3, web
+from remote_servers import Answers, Handler, Place, hub, needs_s3, place, s3, web
 
 from clip_cid import extras, os_errors
 from clip_cid.data.pairs.contents import contents_of_pairs, state_of_pairs
@@ -21,7 +21,7 @@ from clip_cid.file_digests import FileDigests
 from clip_cid.recipe import PairsConfig
 from clip_cid.remote.remembered import forget
 
-__all__ = ["hub", "no_waiting", "place", "s3", "web"]
+__all__ = ["hub", "place", "s3", "web"]
 
 PIXELS = b"\x00image" * 5000
 
@@ -249,6 +249,7 @@ def test_a_server_that_fails_midway_is_asked_again_and_then_told(web: tuple[str,
     assert os_errors.may_pass(error.value.__cause__)
 
     # The same command goes on.
+    forget()
     answers.failures.clear()
     assert len(rows(f"{url}/x.tar", cache=tmp_path / "two")) == 2
 

@@ -14,8 +14,7 @@ from clip_cid.data.pairs.format import SourceFile
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.sample_parts import read_file
 from clip_cid.remote import files
-from clip_cid.remote.contract import RemoteFile
-from clip_cid.remote.files import AbsentError
+from clip_cid.remote.contract import AbsentError, RemoteFile
 from clip_cid.remote.kept import KeptFile
 
 

@@ -11,6 +11,7 @@ from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.recipe import Recipe
+from clip_cid.remote.contract import UnreachableError
 from clip_cid.run_folder import RunFolder
 
 _SCAN_ROWS = 100_000
@@ -68,7 +69,8 @@ def open_pictures(folder: RunFolder, recipe: Recipe, wanted: Mapping[str, int]) 
     """The pictures of some pairs, given as key -> row of the embedding store.
 
     Raises:
-        NoPicturesError: The recipe names no pairs, or they are gone or broken, or a command that may not run.
+        NoPicturesError: The recipe names no pairs, or they are gone or broken, or a command that may not run; or they
+            are elsewhere and their server does not answer.
         DataError: They cannot be read now, which may pass.
     """
     if not recipe.pairs.source:
@@ -76,6 +78,8 @@ def open_pictures(folder: RunFolder, recipe: Recipe, wanted: Mapping[str, int]) 
     try:
         pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
         return Pictures(pairs, wanted, max_pixels=recipe.pairs.max_pixels)
+    except UnreachableError as error:  # a page has its numbers without them
+        raise NoPicturesError(f"the pairs cannot be read ({error.problem})") from error
     except (ConfigError, DataError) as error:
         if os_errors.may_pass(error.__cause__):
             raise

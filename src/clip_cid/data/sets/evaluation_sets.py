@@ -34,7 +34,7 @@ from clip_cid.data.sets.readers.layout_parts import cropped
 from clip_cid.data.sets.remote_sets import fetch_set, is_url
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.file_digests import sha256_file
-from clip_cid.remote.files import AbsentError
+from clip_cid.remote.contract import AbsentError
 
 SPLITS = ("train", "val", "test")
 DIGITS = "builtin:digits"

@@ -18,8 +18,7 @@ from clip_cid.data.sets.readers import tars
 from clip_cid.errors import DataError
 from clip_cid.remote import copies, files
 from clip_cid.remote.cache import cache_folder
-from clip_cid.remote.contract import RemoteFile
-from clip_cid.remote.files import AbsentError
+from clip_cid.remote.contract import AbsentError, RemoteFile
 
 SPLITS = ("train", "val", "test")
 

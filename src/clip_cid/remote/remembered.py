@@ -6,7 +6,7 @@ That a server cannot be reached holds as long, or each of these questions would 
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from clip_cid.remote.contract import UnreachableError
 
@@ -26,8 +26,8 @@ def remembered(ask: Callable[_Given, _Answer]) -> Callable[_Given, _Answer]:
     def asked(*given: _Given.args, **named: _Given.kwargs) -> _Answer:
         key: Any = given
         now = time.monotonic()
-        when, answer = memory.get(key, (0.0, None))
-        if key not in memory or now - when > _SECONDS:
+        when, answer = memory.get(key, (None, None))
+        if when is None or now - when > _SECONDS:
             try:
                 answer = ask(*given, **named)
             except UnreachableError as error:
@@ -35,7 +35,7 @@ def remembered(ask: Callable[_Given, _Answer]) -> Callable[_Given, _Answer]:
             memory[key] = (now, answer)
         if isinstance(answer, UnreachableError):
             raise answer
-        return answer
+        return cast(_Answer, answer)
 
     return asked
 

@@ -45,6 +45,15 @@ _NAMES = (
     " text_embeddings.npy (and metadata.parquet); for shards image_0.npy, text_0.npy, image_1.npy and so on."
     " Numbered files without such a word (0.npy, 1.npy) are shards of images."
 )
+_READ_BY = (
+    ((".pt", ".pth"), "torch.load(FILE).float().cpu().numpy()"),
+    ((".safetensors",), "safetensors.numpy.load_file(FILE)[NAME]"),
+    ((".h5", ".hdf5"), "h5py.File(FILE)[NAME][:]"),
+    ((".csv", ".tsv", ".txt"), "np.loadtxt(FILE, delimiter=',', dtype='float32')"),
+    ((".json", ".jsonl"), "np.array(pandas.read_json(FILE, lines=True)['embedding'].to_list(), dtype='float32')"),
+    ((".index", ".faiss"), "faiss.read_index(FILE).reconstruct_n(0, ROWS)"),
+)
+"""Endings of files that often hold embeddings, and what reads them."""
 _PREFERRED = ("l", 14)
 _ARRAYS, _TABLE = (".npy", ".npz"), ".parquet"
 _TABLES = (_TABLE, *ARROW, LANCE)
@@ -594,6 +603,13 @@ def _check_fit(shards: Sequence[LayoutShard]) -> None:
 
 
 def _unknown(source: Path, tables: Sequence[Path] = ()) -> DataError:
+    how = next((how for endings, how in _READ_BY if source.name.lower().endswith(endings)), None)
+    if how is not None and source.is_file():
+        return DataError(
+            f"{source}: embeddings are not read from files of this type.",
+            fix=f"Write them as rows of a .npy first: np.save('image_embeddings.npy', {how}).",
+        )
+
     state = "" if source.exists() else " (nothing is there)"
     if tables:
         columns = ", ".join(f"{field.name} of type {field.type}" for field in table_schema(tables[0]))

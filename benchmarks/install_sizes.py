@@ -2,7 +2,8 @@
 
 A wheel is built once. For each way in, an environment is made, the wheel is installed without pip's cache, and the
 environment is removed. In the light one, balance and subset run on embeddings made up here, after a look that none of
-the large packages that they do not need is there.
+the large packages that they do not need is there. Of the install of all, the part of each way is told too: the sum of
+what its requirements name.
 
     python benchmarks/install_sizes.py [--ways light distill ...] [--torch 2.13.0+cpu]
 """
@@ -17,6 +18,7 @@ import tempfile
 import time
 import venv
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 LIGHT = "light"
@@ -28,6 +30,34 @@ OUTSIDE = {name: value for name, value in os.environ.items() if name != "PYTHONP
 PROBE = """
 import importlib.util, json, sys
 print(json.dumps([name for name in sys.argv[1:] if importlib.util.find_spec(name)]))
+"""
+PARTS = """
+import json, sys
+from importlib import metadata
+from pip._vendor.packaging.requirements import Requirement
+
+def closure(name, extras, found):
+    if (name, extras) in found:
+        return
+    found.add((name, extras))
+    for line in metadata.requires(name) or ():
+        needed = Requirement(line)
+        if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras or ("",)):
+            try:
+                closure(needed.name.lower().replace("_", "-"), tuple(sorted(needed.extras)), found)
+            except metadata.PackageNotFoundError:
+                found.discard((needed.name.lower().replace("_", "-"), tuple(sorted(needed.extras))))
+
+def size(name):
+    files = metadata.files(name) or ()
+    return sum(path.stat().st_size for file in files if (path := file.locate()).is_file())
+
+parts = {}
+for way in sys.argv[1:]:
+    found = set()
+    closure("clip-cid", () if way == "light" else (way,), found)
+    parts[way] = sum(size(name) for name in {name for name, _ in found})
+print(json.dumps(parts))
 """
 EMBEDDINGS = """
 import sys, numpy as np
@@ -77,11 +107,18 @@ def measure(way: str, wheel: Path, torch: str | None) -> None:
         print(f"  largest: {', '.join(f'{name} {sizes[name] / 1e6:,.0f}' for name in largest)}", flush=True)
         if way == LIGHT:
             try_balance(environment, Path(folder))
+        if way == "all":
+            parts = json.loads(output_of([environment / "bin/python", "-c", PARTS, *WAYS]))
+            print(f"  parts, MB: {', '.join(f'{part} {size / 1e6:,.0f}' for part, size in parts.items())}")
 
 
 def install(environment: Path, what: str) -> None:
     pip = [environment / "bin/python", "-m", "pip", "install", "-q", "--no-cache-dir", what]
     subprocess.run(pip, check=True, env=OUTSIDE)
+
+
+def output_of(command: list[Any]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=OUTSIDE).stdout
 
 
 def cpu_seconds() -> float:
@@ -104,9 +141,8 @@ def size_of(entry: Path) -> int:
 def try_balance(environment: Path, folder: Path) -> None:
     """A deduplicated list of made-up embeddings, of which half repeat the others."""
     python, embeddings, run = environment / "bin/python", folder / "embeddings.npy", folder / "run"
-    probe = [python, "-c", PROBE, *NOT_IN_LIGHT]
-    found = subprocess.run(probe, check=True, capture_output=True, text=True, env=OUTSIDE)
-    assert json.loads(found.stdout) == [], found.stdout
+    found = output_of([python, "-c", PROBE, *NOT_IN_LIGHT])
+    assert json.loads(found) == [], found
 
     subprocess.run([python, "-c", EMBEDDINGS, embeddings], check=True, env=OUTSIDE)
     for command in (["balance", run, "--embeddings", embeddings], ["subset", run, folder / "out"]):

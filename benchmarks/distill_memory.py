@@ -1,4 +1,4 @@
-"""What a rank of distill holds of all pairs, in bytes a row: after the join, with the order of an epoch, and at the peak.
+"""What a rank of distill holds of all pairs, in bytes a row: with the order of an epoch, and at the peak of the join.
 
 Two ranks join made-up pairs with a made-up store, once in the order of the pairs and once in another, which needs the
 join by key. Embeddings are eight numbers wide: they are mapped, and none of them is read. Memory is RssAnon, what the
@@ -70,18 +70,13 @@ def hold(folder: Path) -> None:
         with peak:
             more = {"ranks": ranks} if "ranks" in distilled_pairs.__annotations__ else {}
             training = distilled_pairs(stages, recipe, pairs, store, **more)
-        joined = anonymous_bytes()
-        orders = epoch_orders(len(training), BATCH, seed=0)
-        _, order = next(orders)
-        ordered = anonymous_bytes()
+        _, order = next(epoch_orders(len(training), BATCH, seed=0))
+        held = anonymous_bytes()
 
-        found = [joined - before, ordered - joined, peak.bytes - before]
-        for rank, row in enumerate(ranks.all([value / len(pairs) for value in found])):
+        found = [(value - before) / len(pairs) for value in (held, peak.bytes)]
+        for rank, (after, highest) in enumerate(ranks.all(found)):
             if ranks.is_main:
-                held, of_order, highest = row
-                print(
-                    f"  rank {rank}: {held:6.1f} after the join, {of_order:5.1f} the order, {highest:6.1f} at the peak"
-                )
+                print(f"  rank {rank}: {after:6.1f} with the order of an epoch, {highest:6.1f} at the peak of the join")
         assert len(order) == len(training)
 
 

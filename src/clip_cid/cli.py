@@ -232,6 +232,7 @@ def _commands(arguments: Sequence[str] = ()) -> dict[str, Callable[..., Any]]:
         "export": export,
         "push": push,
         "init": init,
+        "plan": plan,
         "sample": sample,
     }
 
@@ -719,6 +720,32 @@ def init(file: File = Path("recipe.yaml"), pairs: int | None = None, gpus: int |
     if chosen:
         log.table(("setting", "value", "why"), [(one.setting, f"{one.value}", one.why) for one in chosen])
     log.say(f"Wrote {file}; set pairs.source in it, then: clip-cid run runs/{file.stem} --recipe {file}")
+    return 0
+
+
+def plan(run: Run, pairs: float, gpus: int = 1, price: float | None = None, recipe: Path | None = None) -> int:
+    """Estimate a run of N pairs on G GPUs: GPU hours, hours, tasks, disk, bytes read, memory, money.
+
+    It measures for about a minute on this machine, and reads some pairs and embeddings of the run. Nothing in
+    the run changes. The exit code is 1 if something does not fit, with the setting that would.
+
+    Args:
+        run: A run folder with some of the same data, for rates and rows. It need not have begun.
+        pairs: How many pairs there will be, such as 400e6.
+        gpus: GPUs like the one here that share the work; without one here, CPUs like this one.
+        price: Of one of them for an hour.
+        recipe: The recipe of the large run. Default: the one stored in the run folder, else the default settings.
+    """
+    os_errors.refuse_address(run)
+    extras.require("plan", extras.DISTILL)
+    from clip_cid.plan import plan as estimate
+    from clip_cid.plan import printout, refusal
+
+    wanted = (None if recipe is None else read_recipe(recipe)) or _stored_recipe(run) or Recipe()
+    forecast = estimate(RunFolder(run), wanted, pairs=pairs, gpus=gpus, price=price)
+    printout.say(forecast)
+    if forecast.misfits:
+        raise refusal(forecast.misfits)
     return 0
 
 

@@ -211,11 +211,9 @@ def _with_targets(batch: Batch, recipe: Recipe, tried: trial.Tried) -> tuple[Bat
         batch = trial.add_random_targets(batch, recipe, tried.teacher_dim or tried.training.clip.dim)
     labelled = softened = None
     if recipe.uses_several_labels:
-        batch, seconds = rehearsal.label(batch, tried.trainer, recipe.distill.labels)
-        labelled = seconds / len(batch.rows)
+        batch, labelled = rehearsal.label(batch, tried.trainer, recipe.distill.labels)
     if recipe.uses_clusters and not recipe.embed.views and uses_soft_centers(recipe.distill):
-        batch, seconds = rehearsal.soften(batch, tried.trainer)
-        softened = seconds / len(batch.rows)
+        batch, softened = rehearsal.soften(batch, tried.trainer)
     return batch, labelled, softened
 
 

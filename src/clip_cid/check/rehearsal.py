@@ -6,12 +6,13 @@ import itertools
 import resource
 import statistics
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 
 from clip_cid import tasks, units
 from clip_cid.errors import RunError
+from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.cluster_distillation import nearest_labels
 from clip_cid.method.distill.fused_cluster_loss import soft_centers
 from clip_cid.training.batches import Batch, Batches
@@ -22,6 +23,7 @@ from clip_cid.training.step import Measured
 _READ_SECONDS = 5.0  # a rate measured for this long is exact enough
 _STEP_SECONDS = 10.0
 _MOST_STEPS = 10
+_ROWS_OF_PASS = 256  # at least, or the call itself would be measured
 _MOST_ROUNDS = 4  # batches of each worker
 
 
@@ -85,35 +87,40 @@ def read_batches(batches: Iterator[Batch], *, workers: int) -> Reading:
 
 
 def soften(batch: Batch, trainer: Trainer) -> tuple[Batch, float]:
-    """The batch with the teacher's soft centers, and how many seconds they took.
+    """The batch with the teacher's soft centers, and how many seconds those of a pair take.
 
-    A training computes them before its first step.
+    A training computes them before its first step, of many pairs at once.
     """
     objective = trainer.model.objective
     assert objective.head is not None
     assert batch.teacher_image is not None
-    device = trainer.ranks.device
-    centers, teacher = objective.head.weight.detach(), batch.teacher_image.to(device)
-    started = time.monotonic()
-    softened = soft_centers(teacher, centers, scale=objective.head.scale, temperature=objective.temperature)
-    _finish_work(device)
-    return dataclasses.replace(batch, soft_centers=softened), time.monotonic() - started
+    head, device = objective.head, trainer.ranks.device
+    centers, teacher = head.weight.detach(), batch.teacher_image.to(device)
+
+    def soften_rows(rows: torch.Tensor) -> SoftCenters:
+        return soft_centers(teacher[rows], centers, scale=head.scale, temperature=objective.temperature)
+
+    softened = soften_rows(torch.arange(len(teacher)))
+    return dataclasses.replace(batch, soft_centers=softened), _seconds_a_row(soften_rows, len(teacher), device)
 
 
 def label(batch: Batch, trainer: Trainer, count: int) -> tuple[Batch, float]:
-    """The batch with several labels an image, and how many seconds they took.
+    """The batch with several labels an image, and how many seconds those of a pair take.
 
-    A training computes them before its first step.
+    A training computes them before its first step, of many pairs at once.
     """
     head = trainer.model.objective.head
     assert head is not None
     assert batch.teacher_image is not None
     assert batch.labels is not None
     device = trainer.ranks.device
-    started = time.monotonic()
-    labels = nearest_labels(batch.teacher_image.to(device), head.weight.detach(), batch.labels.to(device), count)
-    _finish_work(device)
-    return dataclasses.replace(batch, labels=labels), time.monotonic() - started
+    centers, teacher, own = head.weight.detach(), batch.teacher_image.to(device), batch.labels.to(device)
+
+    def label_rows(rows: torch.Tensor) -> torch.Tensor:
+        return nearest_labels(teacher[rows], centers, own[rows], count)
+
+    labels = label_rows(torch.arange(len(teacher)))
+    return dataclasses.replace(batch, labels=labels), _seconds_a_row(label_rows, len(teacher), device)
 
 
 def rehearse(trainer: Trainer, batch: Batch, beside: Iterator[Batch]) -> Rehearsal:
@@ -147,6 +154,16 @@ def rehearse(trainer: Trainer, batch: Batch, beside: Iterator[Batch]) -> Rehears
         memory_gib=memory["memory_gib"],
         device_memory_gib=memory.get("device_memory_gib"),
     )
+
+
+def _seconds_a_row(work: Callable[[torch.Tensor], object], batch: int, device: torch.device) -> float:
+    """Of rows of the batch, which come again where they are fewer than what is computed at once."""
+    rows = torch.arange(max(batch, _ROWS_OF_PASS)) % batch
+    _finish_work(device)
+    started = time.monotonic()
+    work(rows)
+    _finish_work(device)
+    return (time.monotonic() - started) / len(rows)
 
 
 def worker_memory_gib() -> float:

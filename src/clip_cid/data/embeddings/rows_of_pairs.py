@@ -92,6 +92,7 @@ def _join(
     for start in range(0, count, _JOINED_AT_ONCE):
         stop = min(start + _JOINED_AT_ONCE, count)
         rows[start:stop] = rows_by_key(keys_between(start, stop), store)
+    pa.default_memory_pool().release_unused()  # Arrow would keep the memory of the keys
 
     absent = np.flatnonzero(rows < 0)
     if len(absent) > max_absent_share * count or len(absent) == count:

@@ -3,7 +3,7 @@
 A plan is made from a small run, the larger runs are then made, and each stage is compared. All clocks of both are the
 CPU time of the process, so that other work on the machine does no harm: wall time is longer by the same factor.
 
-    python benchmarks/plan_accuracy.py [--pairs 400 800 1600] [--rows 50000 100000 200000]
+    python benchmarks/plan_accuracy.py [--pairs 1000 2000 4000] [--rows 100000 200000 400000]
 
 `--pairs` are pictures of `clip-cid sample`, for index, embed and distill. `--rows` are made-up embeddings, 64 wide in
 blobs, for balance and clusters, which of so few pictures would take no time.
@@ -28,6 +28,7 @@ from clip_cid import pipeline  # noqa: E402
 from clip_cid.data.pairs.pairs import open_pairs  # noqa: E402
 from clip_cid.data.sample.write import write_sample  # noqa: E402
 from clip_cid.method.balance.semantic_balance import balance  # noqa: E402
+from clip_cid.method.cluster.cluster_quality import cluster_quality  # noqa: E402
 from clip_cid.method.cluster.clustering import spherical_kmeans  # noqa: E402
 from clip_cid.plan import costs, plan, rates  # noqa: E402
 from clip_cid.plan.costs import Scale  # noqa: E402
@@ -36,14 +37,14 @@ from clip_cid.recipe import Recipe, parse_recipe  # noqa: E402
 from clip_cid.run_folder import RunFolder  # noqa: E402
 
 SMALL = 100
-DIM, BLOBS, CENTERS, ITERATIONS = 64, 400, 200, 5
+DIM, BLOBS, CENTERS, ITERATIONS = 64, 400, 1_000, 5
 MACHINE = {"device": "cpu", "threads": 1, "workers": 0, "balance_processes": 1, "tensorboard": "off"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pairs", type=int, nargs="*", default=[400, 800, 1_600])
-    parser.add_argument("--rows", type=int, nargs="*", default=[50_000, 100_000, 200_000])
+    parser.add_argument("--pairs", type=int, nargs="*", default=[1_000, 2_000, 4_000])
+    parser.add_argument("--rows", type=int, nargs="*", default=[100_000, 200_000, 400_000])
     given = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'stage':10}{'size':>10}{'planned s':>12}{'measured s':>12}{'off':>8}")
@@ -90,14 +91,14 @@ def recipe_of(folder: Path, name: str) -> Recipe:
         "embed": {"teacher": f"run:{folder / 'teacher'}"},
         "balance": {"threshold": 0.002},
         "cluster": {"num_centers": 8, "iterations": 3},
-        "distill": {"student": "cid-tiny", "batch_size": 32, "epochs": 2, "warmup_steps": 1, "sample_rate": 0.5},
+        "distill": {"student": "cid-tiny", "batch_size": 32, "epochs": 4, "warmup_steps": 1, "sample_rate": 0.5},
         "machine": MACHINE,
     }
     return parse_recipe(values, where="benchmark")
 
 
 def of_rows(sizes: list[int]) -> None:
-    """Balance and clusters, planned from 4,096 rows of the smallest size."""
+    """Balance and clusters, planned from 16,384 rows of the smallest size."""
     clustering = {"num_centers": CENTERS, "iterations": ITERATIONS}
     recipe = parse_recipe({"cluster": clustering, "machine": MACHINE}, where="benchmark")
     sample, device = blobs(sizes[0])[: rates._ROWS], torch.device("cpu")
@@ -106,10 +107,11 @@ def of_rows(sizes: list[int]) -> None:
         device=device,
         index=0.0,
         pair_bytes=0.0,
+        captions=1.0,
         teacher=None,
         teacher_how="",
         product=product,
-        balance_row=rates._balance_row(recipe, sample),
+        balance=rates._balance(recipe, sample, device, product),
         assign_row=row,
         assign_center=center,
         rows_how="",
@@ -117,7 +119,6 @@ def of_rows(sizes: list[int]) -> None:
         write=1.0,
         read=1.0,
         opening=0.0,
-        pair_seconds=lambda count: rates._pair_seconds(count, sample, recipe, device, product),
     )
 
     for count in sizes:
@@ -125,8 +126,13 @@ def of_rows(sizes: list[int]) -> None:
         planned = costs._balance(scale, measured, taken_over=False).seconds
         report("balance", count, planned, lambda rows=rows: balance(rows))
         planned = costs._cluster(recipe, scale, measured).seconds
-        work = lambda rows=rows: spherical_kmeans(rows, **clustering)  # noqa: E731
-        report("cluster", count, planned, work)
+        report("cluster", count, planned, lambda rows=rows: cluster(rows))
+
+
+def cluster(rows: np.ndarray) -> None:
+    """The work of the stage."""
+    clusters = spherical_kmeans(rows, num_centers=CENTERS, iterations=ITERATIONS)
+    cluster_quality(rows, clusters.centers, clusters.labels)
 
 
 def blobs(count: int) -> np.ndarray:

@@ -609,7 +609,7 @@ class DistillConfig(Config):
                 " other: set at least 2"
             )
 
-        if self.shuffle_window is not None and self.shuffle_window < self.batch_size:
+        if self.shuffle_window is not None and self.batch_size != AUTO and self.shuffle_window < self.batch_size:
             raise ValueError(
                 f"shuffle_window: {self.shuffle_window:,} pairs are shuffled together, fewer than a batch of"
                 f" {self.batch_size:,} holds; set some twenty batches, or leave it out"

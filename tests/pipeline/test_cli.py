@@ -55,6 +55,7 @@ def test_help_names_every_command_and_imports_neither_torch_nor_open_clip():
         "export",
         "push",
         "init",
+        "plan",
         "sample",
     ]:
         assert f"• {command} " in done.stdout

@@ -11,12 +11,13 @@ import math
 import torch
 
 from clip_cid import tasks, units
-from clip_cid.check import Report, check, estimates
+from clip_cid.auto_numbers import settle
+from clip_cid.check import Report, check, estimates, trial
 from clip_cid.errors import ConfigError, RunError
 from clip_cid.plan import rates
 from clip_cid.plan.costs import Scale, StageCost, stage_costs
 from clip_cid.plan.rates import Rates
-from clip_cid.recipe import Recipe
+from clip_cid.recipe import Recipe, settled
 from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import BALANCE, EMBED
 from clip_cid.summaries import BalanceSummary, read_summary
@@ -76,13 +77,15 @@ def plan(folder: RunFolder, recipe: Recipe, *, pairs: float, gpus: int, price: f
     Raises:
         ClipCidError: An argument is out of bounds, or not even the small run can begin.
     """
-    count = _checked(recipe, pairs, gpus, price)
+    count = _checked(pairs, gpus, price)
+    share, how = _kept_share(folder, recipe)
+    kept = max(int(share * count), 1)
+    recipe = settle(recipe, kept).recipe
+    _check_batch(recipe, kept, gpus)
+
     found, seconds = rates.first_source(recipe)
     report = _check_in_small(folder, recipe, gpus, len(found))
-    width = report.teacher_dim or 0
-
-    share, how = _kept_share(folder, recipe, report)
-    scale = Scale(count, max(int(share * count), 1), gpus, max(width, 1), share, how)
+    scale = Scale(count, kept, gpus, report.teacher_dim or 1, share, how)
     measured = rates.measure(folder, recipe, report, found, seconds, width=scale.width)
     stages = stage_costs(recipe, scale, measured, report)
     forecast = Forecast(scale, measured, stages, price, report.disk.free, tasks.available_memory(), [])
@@ -110,7 +113,7 @@ def find_misfits(recipe: Recipe, forecast: Forecast, report: Report) -> list[Run
     return found + [_memory_misfit(recipe, forecast, stage, report) for stage in too_large]
 
 
-def _checked(recipe: Recipe, pairs: float, gpus: int, price: float | None) -> int:
+def _checked(pairs: float, gpus: int, price: float | None) -> int:
     if not (math.isfinite(pairs) and _FEWEST <= pairs <= _MOST and pairs == int(pairs)):
         raise ConfigError(
             f"--pairs: {pairs:g} is not a number of pairs.",
@@ -120,17 +123,21 @@ def _checked(recipe: Recipe, pairs: float, gpus: int, price: float | None) -> in
         raise ConfigError(f"--gpus: must be at least 1, got {gpus:,}.", fix="On a CPU give 1: this machine.")
     if price is not None and not (math.isfinite(price) and price >= 0):
         raise ConfigError(f"--price: {price:g} is not the price of an hour.", fix="Give it as 2.5, or leave it out.")
-    if (batch := recipe.distill.batch_size) % gpus:
+    return int(pairs)
+
+
+def _check_batch(recipe: Recipe, kept: int, gpus: int) -> None:
+    batch = settled(recipe.distill.batch_size)
+    if batch % gpus:
         raise ConfigError(
             f"distill.batch_size: {batch:,} pairs cannot be shared equally by {gpus:,} devices.",
             fix=f"Set distill.batch_size to {max(batch // gpus, 1) * gpus:,}.",
         )
-    if batch > pairs:
+    if batch > kept:
         raise ConfigError(
-            f"distill.batch_size: {batch:,}, but --pairs are {int(pairs):,}.",
-            fix="Lower it; `clip-cid init --pairs N --gpus G` chooses one that fits.",
+            f"distill.batch_size: {batch:,}, but {kept:,} pairs are kept.",
+            fix="Lower it, set it to auto, or give more --pairs.",
         )
-    return int(pairs)
 
 
 def _check_in_small(folder: RunFolder, recipe: Recipe, gpus: int, pairs: int) -> Report:
@@ -139,28 +146,29 @@ def _check_in_small(folder: RunFolder, recipe: Recipe, gpus: int, pairs: int) ->
     Where there are fewer pairs than centers, fewer centers are tried, and arithmetic adds the others.
     """
     settings, cluster = recipe.distill, recipe.cluster
-    rows = settings.batch_size // gpus
+    rows = settled(settings.batch_size) // gpus
     if not torch.cuda.is_available() or recipe.machine.device == "cpu":
         rows = min(rows, _STEP_ROWS_OF_CPU)
     rows = max(min(rows, pairs // 2), 2)
     changes = {
         "batch_size": rows,
-        "steps": max(settings.warmup_steps + 1, 100),
+        "steps": max(settled(settings.warmup_steps) + 1, 100),
         "per_cluster": None,
         "shuffle_window": None,
         "validation": type(settings.validation)(),
     }
     fewer = max(pairs // _ROWS_A_CENTER, settings.labels + 1)
-    if max(cluster.num_centers, cluster.text_centers) > pairs:
-        cluster = cluster.model_copy(update={"num_centers": min(cluster.num_centers, fewer), "num_text_centers": None})
+    if max(centers := settled(cluster.num_centers), cluster.text_centers) > pairs:
+        cluster = cluster.model_copy(update={"num_centers": min(centers, fewer), "num_text_centers": None})
     small = {"distill": settings.model_copy(update=changes), "cluster": cluster}
     return check(folder, recipe.model_copy(update=small))
 
 
-def _kept_share(folder: RunFolder, recipe: Recipe, report: Report) -> tuple[float, str]:
+def _kept_share(folder: RunFolder, recipe: Recipe) -> tuple[float, str]:
     if not recipe.uses(BALANCE):
         return 1.0, "arithmetic: nothing is balanced"
-    record = None if any(state.stage.name in (EMBED, BALANCE) for state in report.undone) else folder.record(BALANCE)
+    undone = {state.stage.name for state in trial.undone(folder, recipe)}
+    record = None if undone & {EMBED, BALANCE} else folder.record(BALANCE)
     if record is None:
         return PAPERS_KEPT_SHARE, "the paper's: balance has not run here"
     summary = read_summary(BalanceSummary, record.summary)

@@ -5,12 +5,13 @@ import math
 
 from clip_cid.check import Report, estimates
 from clip_cid.plan.rates import Rates
-from clip_cid.recipe import Recipe
+from clip_cid.recipe import Recipe, settled
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, EMBED
+from clip_cid.training.assemble import largest_epoch
 from clip_cid.training.soft_targets import uses_soft_centers
 
 INDEX = "index"
-SHARED_BY_TASKS = frozenset({BALANCE})
+SHARED_BY_TASKS = frozenset({INDEX, EMBED, BALANCE})
 """Stages whose tasks a Ray cluster shares; `distill` is shared by torchrun, and the others run on one device."""
 
 _INDEX_ROW, _HEADERS = 80, 2_048  # bytes of the index a pair, and read for it
@@ -90,7 +91,7 @@ def _index(scale: Scale, rates: Rates) -> StageCost:
     return StageCost(
         name=INDEX,
         seconds=scale.pairs * rates.index,
-        devices=1,
+        devices=_devices(INDEX, scale),
         tasks=math.ceil(scale.pairs / _SHARD_ROWS),
         disk=scale.pairs * _INDEX_ROW,
         work_disk=0,
@@ -101,7 +102,9 @@ def _index(scale: Scale, rates: Rates) -> StageCost:
 
 
 def _embed(recipe: Recipe, scale: Scale, rates: Rates, report: Report) -> StageCost:
+    further = scale.pairs * max(rates.captions - 1, 0.0)
     written = estimates.embedding_bytes(scale.pairs, scale.width, views=recipe.embed.views)
+    written += estimates.text_bytes(int(further), scale.width)
     encoding = scale.pairs * rates.teacher if rates.teacher is not None else _teacher_by_flops(recipe, scale, report)
     parameters = report.teacher.costs.parameters if report.teacher is not None and report.teacher.costs else 0
     taken_over = recipe.embed.existing is not None
@@ -123,7 +126,7 @@ def _teacher_by_flops(recipe: Recipe, scale: Scale, report: Report) -> float:
     if report.teacher is None or report.teacher.costs is None or report.student is None:
         return math.nan
     costs = report.teacher.costs
-    speed = report.student.training * report.recipe.distill.batch_size / report.duration.compute
+    speed = report.student.training * settled(report.recipe.distill.batch_size) / report.duration.compute
     return scale.pairs * (costs.forward + recipe.embed.views * costs.image_flops) / speed
 
 
@@ -134,7 +137,7 @@ def _balance(scale: Scale, rates: Rates, *, taken_over: bool) -> StageCost:
     rows = _HALF * scale.width * scale.pairs
     return StageCost(
         name=BALANCE,
-        seconds=0 if taken_over else scale.pairs * rates.balance_row + rates.pair_seconds(scale.pairs),
+        seconds=0 if taken_over else rates.balance(scale.pairs),
         devices=_devices(BALANCE, scale),
         tasks=chunks * (chunks + 1) // 2,
         disk=24 * scale.pairs + 8 * scale.kept,
@@ -146,7 +149,7 @@ def _balance(scale: Scale, rates: Rates, *, taken_over: bool) -> StageCost:
 
 
 def _cluster(recipe: Recipe, scale: Scale, rates: Rates) -> StageCost:
-    settings, centers = recipe.cluster, recipe.cluster.num_centers
+    settings, centers = recipe.cluster, settled(recipe.cluster.num_centers)
     sample = min(scale.kept, settings.max_points_per_center * centers)
     start = min(sample, _START_ROWS * centers) * _START_PASSES
     taken_over = settings.existing is not None
@@ -173,14 +176,13 @@ def _cluster(recipe: Recipe, scale: Scale, rates: Rates) -> StageCost:
 
 def _distill(recipe: Recipe, scale: Scale, rates: Rates, report: Report) -> StageCost:
     settings, trained = recipe.distill, scale.kept
-    steps = settings.steps or settings.epochs * trained // settings.batch_size
-    seen = steps * settings.batch_size
-    tried = report.recipe.distill.batch_size
+    batch, tried = settled(settings.batch_size), settled(report.recipe.distill.batch_size)
+    seen = batch * (settings.steps or settled(settings.epochs) * largest_epoch(recipe, trained) // batch)
     step, once = _seconds_of_pair(recipe, scale, rates, report)
 
     soft = recipe.uses_clusters and not recipe.embed.views and uses_soft_centers(settings)
     passes = trained * (4 * scale.width + 8) * soft + 4 * settings.labels * trained * recipe.uses_several_labels
-    centers = 4 * scale.width * recipe.cluster.num_centers if recipe.uses_clusters else 0
+    centers = 4 * scale.width * settled(recipe.cluster.num_centers) if recipe.uses_clusters else 0
     copies = 3 if settings.head_lr > 0 else 1
     return StageCost(
         name=DISTILL,
@@ -198,12 +200,12 @@ def _distill(recipe: Recipe, scale: Scale, rates: Rates, report: Report) -> Stag
 
 def _seconds_of_pair(recipe: Recipe, scale: Scale, rates: Rates, report: Report) -> tuple[float, float]:
     """Seconds of a pair in a step, and of one in the passes before the first step."""
-    step = report.duration.seconds_per_step / report.recipe.distill.batch_size
+    step = report.duration.seconds_per_step / settled(report.recipe.distill.batch_size)
     once = sum(value / report.pairs for value in (report.soft_seconds, report.label_seconds) if value is not None)
     if not recipe.uses_clusters:
         return step, once
 
     # Centers that were not tried: those of a step by their products, forwards and twice backwards.
-    centers, tried = recipe.cluster.num_centers, report.recipe.cluster.num_centers
+    centers, tried = settled(recipe.cluster.num_centers), settled(report.recipe.cluster.num_centers)
     more = max(centers - tried, 0) * recipe.distill.sample_rate
     return step + _PRODUCTS_OF_STEP * more * scale.width / rates.product, once * max(centers / tried, 1.0)

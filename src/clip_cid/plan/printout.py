@@ -57,6 +57,7 @@ def _facts(forecast: Forecast) -> list[tuple[str, str, str]]:
         ("pairs that balance keeps", f"{scale.kept:,} ({units.percent(scale.kept_share)})", scale.kept_how),
         *by_stage,
         ("bytes of a pair", units.size(rates.pair_bytes), "sampled: the first pairs"),
+        ("captions of a pair", f"{rates.captions:,.2f}", "sampled: the first pairs"),
         ("products", f"{2 * rates.product / 1e12:,.3g} TFLOP/s", "measured"),
         ("SHA-256", f"{units.size(rates.sha256)} a second", "measured"),
         ("the run's disk: writing", f"{units.size(rates.write)} a second", "measured"),

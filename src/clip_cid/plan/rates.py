@@ -1,12 +1,14 @@
 """How fast this machine is: measured for about a minute, beside what a check has measured."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from clip_cid import tasks
 from clip_cid.check import Report
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs.images import decode_image
-from clip_cid.data.pairs.pair import BadSample
+from clip_cid.data.pairs.pair import BadSample, Pair
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.data.pairs.sources import find_sources
 from clip_cid.deciding_settings import is_local
+from clip_cid.method.balance.pair_plan import Layout
 from clip_cid.method.balance.plan_choice import make_plan
 from clip_cid.method.balance.semantic_balance import BalanceRule, balance
 from clip_cid.method.cluster.clustering import assign
@@ -32,9 +35,11 @@ from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import EMBED
 
 _SECONDS = 3.0  # of each measurement, about
-_ROWS = 4_096  # of the store that balance and clusters are tried on
+_ROWS = 16_384  # of the store that balance is tried on, and clusters on some of them
+_ROWS_ASSIGNED = 4_096
 _CENTERS = 2_048
-_TEACHER_BATCH, _TEACHER_BATCHES = 32, 3
+_TEACHER_BATCHES, _TEACHER_BATCH_CPU = 3, 32
+_LOOKED_AT = 100  # pairs
 _SIDE_CUDA, _SIDE_CPU = 16_384, 1_024  # of the matrices that are multiplied
 _FILE_BYTES, _FILES = 1 << 27, 200
 
@@ -48,13 +53,15 @@ class Rates:
     """Seconds a pair."""
     pair_bytes: float
     """Of an encoded image and its captions."""
+    captions: float
+    """Of a pair."""
     teacher: float | None
     """Seconds a pair, decoding included; None if the teacher is not here, and arithmetic has to do."""
     teacher_how: str
     product: float
     """Multiplications and additions a second, of the kind that balance uses on CUDA; in float32 on a CPU."""
-    balance_row: float
-    """Seconds a row that balance takes beside the comparison of pairs."""
+    balance: Callable[[int], float]
+    """Seconds of a balance of so many rows."""
     assign_row: float
     """Seconds a row that is assigned to a center, whatever their number."""
     assign_center: float
@@ -68,8 +75,6 @@ class Rates:
     read: float
     opening: float
     """Seconds to open a file there."""
-    pair_seconds: Callable[[int], float]
-    """Seconds in which balance compares all pairs of so many rows."""
 
 
 def first_source(recipe: Recipe) -> tuple[Pairs, float]:
@@ -100,20 +105,23 @@ def measure(folder: RunFolder, recipe: Recipe, report: Report, pairs: Pairs, ind
         width: Of the teacher's embeddings.
     """
     device = report.device
-    teacher, teacher_how, pair_bytes = _teacher(recipe, report, pairs)
+    teacher, teacher_how = _teacher(recipe, report, pairs)
+    looked_at = _some_pairs(pairs, range(min(_LOOKED_AT, len(pairs))))
+    pair_bytes = float(np.mean([len(pair.image) + sum(map(len, pair.captions)) for pair in looked_at] or [0]))
+    captions = float(np.mean([len(pair.captions) for pair in looked_at] or [1]))
     product = _product(device)
     rows, rows_how = _some_rows(folder, report, width)
-    balance_row = _balance_row(recipe, rows) if recipe.has_teacher else 0.0
     assign_row, assign_center = _assignment(rows, device) if recipe.has_teacher else (0.0, 0.0)
     write, read, opening = _disk(folder.path)
     return Rates(
         device=device,
         index=index,
         pair_bytes=pair_bytes,
+        captions=captions,
         teacher=teacher,
         teacher_how=teacher_how,
         product=product,
-        balance_row=balance_row,
+        balance=_balance(recipe, rows, device, product) if recipe.has_teacher else lambda _: 0.0,
         assign_row=assign_row,
         assign_center=assign_center,
         rows_how=rows_how,
@@ -121,46 +129,48 @@ def measure(folder: RunFolder, recipe: Recipe, report: Report, pairs: Pairs, ind
         write=write,
         read=read,
         opening=opening,
-        pair_seconds=functools.cache(lambda count: _pair_seconds(count, rows, recipe, device, product)),
     )
 
 
-def _teacher(recipe: Recipe, report: Report, pairs: Pairs) -> tuple[float | None, str, float]:
-    """Seconds of a pair with the teacher, how they are known, and the bytes of a pair."""
-    chosen = range(min(_TEACHER_BATCH * _TEACHER_BATCHES, len(pairs)))
-    read = [pair for pair in (_read(pairs, row) for row in chosen) if pair is not None]
-    pair_bytes = float(np.mean([len(pair.image) + sum(map(len, pair.captions)) for pair in read] or [0]))
+def _teacher(recipe: Recipe, report: Report, pairs: Pairs) -> tuple[float | None, str]:
+    """Seconds of a pair with the teacher, and how they are known."""
     if report.embed_seconds is not None:
-        seconds = report.embed_seconds / (report.pairs + report.held_out)
-        return seconds, "measured by the embed stage, with its workers", pair_bytes
+        return report.embed_seconds / (report.pairs + report.held_out), "measured by the embed stage, with its workers"
     if recipe.embed.existing is not None or not is_local(recipe.embed.teacher):
-        return None, "arithmetic: its FLOPs at the speed of the student's steps", pair_bytes
+        return None, "arithmetic: its FLOPs at the speed of the student's steps"
 
     encoder = load_teacher(recipe.embed, device=str(report.device))
+    size = recipe.machine.embed_batch if report.device.type == "cuda" else _TEACHER_BATCH_CPU
+    size = min(size, max(len(pairs) // _TEACHER_BATCHES, 1))
     images, tries = 1 + recipe.embed.views, list[tuple[float, float]]()
-    for start in range(0, len(read), _TEACHER_BATCH):
-        batch = read[start : start + _TEACHER_BATCH]
+    for start in range(0, _TEACHER_BATCHES * size, size):
         started = time.perf_counter()
-        pixels = [encoder.preprocess(decode_image(pair.image, max_pixels=recipe.pairs.max_pixels)) for pair in batch]
+        read = _some_pairs(pairs, range(start, min(start + size, len(pairs))))
+        pixels = [encoder.preprocess(decode_image(pair.image, max_pixels=recipe.pairs.max_pixels)) for pair in read]
         decoded = time.perf_counter()
+        if not read:
+            continue
         for _ in range(images):
             encoder.encode_images(torch.stack(pixels))
-        encoder.encode_texts([pair.captions[0] if pair.captions else "" for pair in batch])
+        encoder.encode_texts([caption for pair in read for caption in pair.captions or ("",)])
         _finish(report.device)
-        tries.append(((decoded - started) * images / len(batch), (time.perf_counter() - decoded) / len(batch)))
+        tries.append(((decoded - started) * images / len(read), (time.perf_counter() - decoded) / len(read)))
+    if not tries:
+        return None, "arithmetic: none of the first pairs can be read"
 
-    # The least of each: the first batch is slower.
-    decoding, encoding = map(min, zip(*tries, strict=True))
+    decoding, encoding = (statistics.median(seconds) for seconds in zip(*tries, strict=True))
     workers = recipe.machine.workers
     seconds = max(decoding / workers, encoding) if workers else decoding + encoding
-    return seconds, f"measured: {len(tries)} batches of up to {_TEACHER_BATCH} pairs, {workers} workers", pair_bytes
+    return seconds, f"measured: {len(tries)} batches of {size} pairs, {workers} workers"
 
 
-def _read(pairs: Pairs, row: int) -> Any:
-    try:
-        return pairs.read(row)
-    except BadSample:
-        return None
+def _some_pairs(pairs: Pairs, rows: Iterable[int]) -> list[Pair]:
+    """Those of some rows that can be used."""
+    read: list[Pair] = []
+    for row in rows:
+        with contextlib.suppress(BadSample):
+            read.append(pairs.read(row))
+    return read
 
 
 def _some_rows(folder: RunFolder, report: Report, width: int) -> tuple[Float[np.ndarray, "rows dim"], str]:
@@ -176,10 +186,34 @@ def _some_rows(folder: RunFolder, report: Report, width: int) -> tuple[Float[np.
     return rows, f"arithmetic: {_ROWS:,} random rows, for want of embeddings"
 
 
-def _balance_row(recipe: Recipe, rows: Float[np.ndarray, "rows dim"]) -> float:
-    settings = recipe.balance
-    some = rows[:_ROWS]
-    return _seconds(lambda: balance(some, threshold=settings.threshold, metric=settings.metric)) / len(some)
+def _balance(
+    recipe: Recipe, rows: Float[np.ndarray, "rows dim"], device: torch.device, product: float
+) -> Callable[[int], float]:
+    """Seconds of a balance of so many rows like these: as it estimates itself, corrected by one that is made.
+
+    On CUDA it multiplies all pairs and estimates nothing, as it does of few rows; then a row takes what it took here.
+    """
+    rule = BalanceRule(threshold=recipe.balance.threshold, metric=recipe.balance.metric)
+    layouts: list[Layout] = []
+    started = time.perf_counter()
+    balance(rows, threshold=rule.threshold, metric=rule.metric, on_plan=layouts.append)
+    seconds = time.perf_counter() - started
+    estimate, width = layouts[0].estimate, rows.shape[1]
+    cores = recipe.machine.balance_processes or recipe.machine.threads or tasks.available_cores()
+
+    def of_all_pairs(count: int) -> float:
+        return count * count / 2 * width / product
+
+    @functools.cache
+    def seconds_of(count: int) -> float:
+        if device.type != "cuda" and estimate is not None:
+            like = np.broadcast_to(np.ones(1), count)
+            images = UnitRows(_Likeness(rows, count), name="rows", any_length=True, lengths=like)
+            if (expected := make_plan(images, rule.limit).estimate) is not None:
+                return expected.seconds * seconds / estimate.seconds / cores
+        return of_all_pairs(count) + max(seconds - of_all_pairs(len(rows)), 0.0) / len(rows) * count
+
+    return seconds_of
 
 
 def _assignment(rows: Float[np.ndarray, "rows dim"], device: torch.device) -> tuple[float, float]:
@@ -187,7 +221,7 @@ def _assignment(rows: Float[np.ndarray, "rows dim"], device: torch.device) -> tu
     many = min(_CENTERS, len(rows) // 2)
     few = max(many // 8, 1)
     on = "cuda" if device.type == "cuda" else "cpu"
-    some, centers = rows[: min(len(rows), _ROWS)], rows[:many]
+    some, centers = rows[:_ROWS_ASSIGNED], rows[:many]
     by_few, by_many = (_seconds(lambda k=k: assign(some, centers[:k], device=on)) / len(some) for k in (few, many))
     slope = max(by_many - by_few, 0.0) / (many - few)
     return max(by_few - slope * few, 0.0), slope
@@ -202,22 +236,6 @@ def _product(device: torch.device) -> float:
         _finish(device)
 
     return side**3 / _seconds(multiply)
-
-
-def _pair_seconds(
-    count: int, rows: Float[np.ndarray, "rows dim"], recipe: Recipe, device: torch.device, product: float
-) -> float:
-    """As balance itself estimates it, from rows like these; on CUDA it multiplies all pairs."""
-    width = rows.shape[1]
-    if device.type == "cuda":
-        return count * count / 2 * width / product
-    limit = BalanceRule(threshold=recipe.balance.threshold, metric=recipe.balance.metric).limit
-    like = UnitRows(_Likeness(rows, count), name="rows", any_length=True, lengths=np.broadcast_to(np.ones(1), count))
-    layout = make_plan(like, limit)
-    if layout.estimate is None:
-        return count * count / 2 * width / product
-    cores = recipe.machine.balance_processes or recipe.machine.threads or tasks.available_cores()
-    return layout.estimate.seconds / cores
 
 
 class _Likeness:

@@ -329,6 +329,12 @@ class Batches:
                 f"distill.batch_size: {batch_size:,} pairs cannot be shared equally by {ranks.size} processes.",
                 fix=f"Set distill.batch_size to {batch_size // ranks.size * ranks.size or ranks.size:,}.",
             )
+        if shuffle_window is not None and shuffle_window < batch_size:  # of `auto`, which the recipe did not know
+            raise ConfigError(
+                f"distill.shuffle_window: {shuffle_window:,} pairs are shuffled together, fewer than a batch of"
+                f" {batch_size:,} holds.",
+                fix=f"Set it to some twenty batches, {20 * batch_size:,}, or leave it out.",
+            )
         if training.lines is not None:
             training.lines.refuse_uneven(ranks)
         self.training = training

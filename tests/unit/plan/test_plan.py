@@ -25,10 +25,11 @@ RATES = Rates(
     device=torch.device("cpu"),
     index=1e-4,
     pair_bytes=25_000.0,
+    captions=1.0,
     teacher=1e-2,
     teacher_how="measured",
     product=1e12,
-    balance_row=1e-5,
+    balance=lambda count: 1e-5 * count + 1e-12 * count**2,
     assign_row=1e-6,
     assign_center=1e-9,
     rows_how="sampled",
@@ -36,7 +37,6 @@ RATES = Rates(
     write=1e9,
     read=1e9,
     opening=1e-5,
-    pair_seconds=lambda count: count**2 * 1e-12,
 )
 
 
@@ -119,6 +119,15 @@ def test_all_devices_are_paid_for_while_one_works():
     assert forecast.device_hours == pytest.approx(sum(stage.seconds for stage in forecast.stages) / HOUR)
 
 
+def test_each_further_caption_takes_room():
+    scale, recipe = scale_of(1_000_000), recipe_of()
+    one, three = (
+        stage_costs(recipe, scale, dataclasses.replace(RATES, captions=captions), report_of(recipe))[1]
+        for captions in (1.0, 3.0)
+    )
+    assert three.disk - one.disk == 2 * 2 * 512 * 1_000_000
+
+
 @pytest.mark.parametrize("name", ["seconds", "tasks", "disk", "work_disk", "read", "memory"])
 def test_more_pairs_never_take_less(name: str):
     sizes = [stages_of(recipe_of(), scale_of(10**power)) for power in range(4, 9)]
@@ -127,7 +136,7 @@ def test_more_pairs_never_take_less(name: str):
 
 
 def test_stages_that_a_recipe_does_not_use_cost_nothing():
-    values = {"embed": {"teacher": "none"}, "distill": {"weights": "clip-only", "batch_size": 1_024}}
+    values = {"embed": {"teacher": "none"}, "distill": {"weights": "clip-only", "batch_size": 1_024, "epochs": 2}}
     assert list(stages_of(parse_recipe(values, where="test"), scale_of(10**6))) == ["index", "distill"]
 
 
@@ -188,7 +197,7 @@ def test_several_misfits_are_told_together_with_exit_code_1():
         ({"price": -1.0}, "--price: -1 is not the price of an hour"),
         ({"price": float("inf")}, "--price: inf is not the price of an hour"),
         ({"gpus": 7}, "distill.batch_size: 1,024 pairs cannot be shared equally by 7 devices"),
-        ({"pairs": 1000}, "distill.batch_size: 1,024, but --pairs are 1,000"),
+        ({"pairs": 1000}, "distill.batch_size: 1,024, but 562 pairs are kept"),
     ],
 )
 def test_arguments_out_of_bounds_are_refused_before_anything_is_measured(

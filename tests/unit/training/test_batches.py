@@ -13,7 +13,7 @@ from open_clip.transform import AugmentationCfg, image_transform
 from tiny_training import BATCH, make_batches, make_dataset, make_pairs, make_settings, tokenize, training_pairs
 
 from clip_cid.data.pairs.pairs import Shard
-from clip_cid.errors import DataError
+from clip_cid.errors import ConfigError, DataError
 from clip_cid.training import batch_order
 from clip_cid.training.batch_order import ClusterTurns, Place, Windows, batch_places, epoch_orders
 from clip_cid.training.batches import Batch, Item, PairDataset, TrainingPairs
@@ -227,6 +227,13 @@ def test_ranks_and_workers_read_together_what_one_process_reads_in_windows(tmp_p
 def test_a_window_smaller_than_a_batch_is_refused():
     with pytest.raises(ValueError, match="shuffle_window: 7 pairs are shuffled together, fewer than a batch of 8"):
         make_settings(shuffle_window=7, batch_size=8)
+
+
+def test_a_window_smaller_than_a_batch_that_was_chosen_later_is_refused(tmp_path: Path):
+    settings = make_settings(shuffle_window=BATCH - 1, batch_size="auto")
+    with pytest.raises(ConfigError, match="7 pairs are shuffled together, fewer than a batch of 8 holds") as error:
+        make_batches(training_pairs(tmp_path), settings=settings)
+    assert "twenty batches, 160" in error.value.fix
 
 
 def assert_equal(ours: Batch, theirs: Batch) -> None:

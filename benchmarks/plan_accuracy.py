@@ -98,7 +98,7 @@ def recipe_of(folder: Path, name: str) -> Recipe:
 
 
 def of_rows(sizes: list[int]) -> None:
-    """Balance and clusters, planned from 16,384 rows of the smallest size."""
+    """Balance and clusters, planned from 65,536 rows of the smallest size."""
     clustering = {"num_centers": CENTERS, "iterations": ITERATIONS}
     recipe = parse_recipe({"cluster": clustering, "machine": MACHINE}, where="benchmark")
     sample, device = blobs(sizes[0])[: rates._ROWS], torch.device("cpu")

@@ -35,7 +35,7 @@ from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import EMBED
 
 _SECONDS = 3.0  # of each measurement, about
-_ROWS = 16_384  # of the store that balance is tried on, and clusters on some of them
+_ROWS, _NUMBERS = 65_536, 1 << 25  # of the store that balance is tried on; from 20,000 rows on it plans as for many
 _ROWS_ASSIGNED = 4_096
 _CENTERS = 2_048
 _TEACHER_BATCHES, _TEACHER_BATCH_CPU = 3, 32
@@ -175,15 +175,15 @@ def _some_pairs(pairs: Pairs, rows: Iterable[int]) -> list[Pair]:
 
 def _some_rows(folder: RunFolder, report: Report, width: int) -> tuple[Float[np.ndarray, "rows dim"], str]:
     """Rows of the store; where there is none, random ones, none of which is near to another."""
-    random = np.random.default_rng(0)
+    random, most = np.random.default_rng(0), min(_ROWS, _NUMBERS // width)
     if report.teacher is not None and not any(state.stage.name == EMBED for state in report.undone):
         store = EmbeddingStore.open(folder.stage(EMBED))
         good = np.flatnonzero(store.ok)
-        chosen = np.sort(random.permutation(good)[:_ROWS])
+        chosen = np.sort(random.permutation(good)[:most])
         return store.images[chosen].astype(np.float32), f"sampled: {len(chosen):,} rows of the store"
-    rows = random.standard_normal((_ROWS, width), dtype=np.float32)
+    rows = random.standard_normal((most, width), dtype=np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows, f"arithmetic: {_ROWS:,} random rows, for want of embeddings"
+    return rows, f"arithmetic: {most:,} random rows, for want of embeddings"
 
 
 def _balance(

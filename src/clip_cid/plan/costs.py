@@ -16,7 +16,7 @@ SHARED_BY_TASKS = frozenset({INDEX, EMBED, BALANCE})
 
 _INDEX_ROW, _HEADERS = 80, 2_048  # bytes of the index a pair, and read for it
 _SHARD_ROWS = 10_000
-_CHUNK_ROWS = 1 << 20
+_CHUNK_ROWS, _GROUP, _FEWEST_GROUPS = 1 << 20, 16, 8
 _PASSES = 3  # of balance over all rows beside the pairs: lengths and codes, choice, explanation
 _START_ROWS, _START_PASSES = 100, 12  # of the k-means start: rows a center, and comparisons with sqrt(K) centers
 _QUALITY_PASSES = 2
@@ -132,20 +132,26 @@ def _teacher_by_flops(recipe: Recipe, scale: Scale, report: Report) -> float:
 
 def _balance(scale: Scale, rates: Rates, *, taken_over: bool) -> StageCost:
     on_cuda = rates.device.type == "cuda"
-    chunks = math.ceil(scale.pairs / _CHUNK_ROWS)
+    groups = _groups_of_chunks(scale.pairs, on_cuda=on_cuda)
     _, room = estimates.balance_room(scale.pairs, scale.width, on_cuda=on_cuda)
     rows = _HALF * scale.width * scale.pairs
     return StageCost(
         name=BALANCE,
         seconds=0 if taken_over else rates.balance(scale.pairs),
         devices=_devices(BALANCE, scale),
-        tasks=chunks * (chunks + 1) // 2,
+        tasks=groups * (groups + 1) // 2,
         disk=24 * scale.pairs + 8 * scale.kept,
         work_disk=room,
-        read=(_PASSES + chunks) * rows,
+        read=(_PASSES + groups + 1) * rows,  # a task reads two groups
         memory=estimates.balance_memory(scale.pairs),
         how=rates.rows_how,
     )
+
+
+def _groups_of_chunks(rows: int, *, on_cuda: bool) -> int:
+    """Each two of them are a task; a group has up to 16 chunks, and fewer where a CPU has few groups."""
+    chunks = math.ceil(rows / _CHUNK_ROWS)
+    return math.ceil(chunks / (_GROUP if on_cuda else max(1, min(chunks // _FEWEST_GROUPS, _GROUP))))
 
 
 def _cluster(recipe: Recipe, scale: Scale, rates: Rates) -> StageCost:

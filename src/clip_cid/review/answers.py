@@ -1,6 +1,7 @@
 """What the page asks, answered as plain values: no HTTP here, and no HTML."""
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from clip_cid.data.balance.decisions import Decision
 from clip_cid.data.balance.kinds import KINDS
-from clip_cid.method.balance.forest import ShareOutOfReach
+from clip_cid.method.balance.forest import Forest, ShareOutOfReach
 from clip_cid.method.balance.kept_rows import distances_to
 from clip_cid.method.distances import LARGEST, Metric, threshold_on
 from clip_cid.method.unit_rows import UnitRows
@@ -34,6 +35,7 @@ class Answers:
 
     def __init__(self, run: OpenedRun) -> None:
         self._run = run
+        self._reading = threading.Lock()  # the store is read by one thread at a time
 
     def about(self) -> Answer:
         """What does not change while the page is open."""
@@ -78,8 +80,8 @@ class Answers:
             "removed": links,
             "share": links / run.ok,
             "sets": sets,
-            "joined_last": [self._link(link) for link in below],
-            "joined_next": [self._link(link) for link in above],
+            "joined_last": [_link(at.forest, link) for link in below],
+            "joined_next": [_link(at.forest, link) for link in above],
         }
 
     def threshold_on(self, scale: Metric, value: float) -> Answer:
@@ -114,8 +116,11 @@ class Answers:
         Raises:
             ValueError: As `threshold`.
         """
+        with self._reading:
+            return self._page(self._run.sets(_checked(squared, self._run)), wanted)
+
+    def _page(self, sets: Sets, wanted: Wanted) -> Answer:
         run = self._run
-        sets = run.sets(_checked(squared, run))
         page = page_of(run, sets, wanted)
         kept_for = run.kept_for(sets, page.numbers)
         cards = [self._card(sets, number, page.widths[number], kept_for) for number in page.numbers]
@@ -138,20 +143,26 @@ class Answers:
         run = self._run
         if not (0 <= row < run.store.rows and run.store.ok[row]):
             raise ValueError(f"there is no image {row}")
+        with self._reading:
+            return self._whole_set(squared, row, page)
+
+    def _whole_set(self, squared: float, row: int, page: int) -> Answer:
+        run = self._run
         sets = run.sets(_checked(squared, run))
         number = int(sets.set_of_row[row])
         rows = sets.members(number) if number >= 0 else np.array([row])
-        kept_for = run.kept_for(sets, [number]) if number >= 0 else self._alone(row)
+        kept_for = run.kept_for(sets, [number], most=None) if number >= 0 else self._alone(row)
         width = float(run.widths(sets)[number]) if number >= 0 else math.nan
         images = UnitRows(run.store.images.select(rows), name="images", any_length=False)
 
         # The kept ones first, then the others from the farthest: what a person doubts comes early.
-        owner = np.array([kept_for.get(one, -1) for one in rows.tolist()])
+        owner = np.array([kept_for[one] for one in rows.tolist()])
         places = np.searchsorted(rows, np.where(owner >= 0, owner, rows))
         to_kept = np.where(owner >= 0, distances_to(images, np.arange(len(rows)), places), np.nan)
         order = np.lexsort((rows, -np.nan_to_num(to_kept, nan=-1.0), owner != rows))
         shown = order[page * MEMBERS : (page + 1) * MEMBERS]
-        links = run.decided.at.links_among(rows, sets.squared) if number >= 0 else np.zeros(0, dtype=np.int64)
+        view = run.decided.at
+        links = view.links_among(rows, sets.squared) if number >= 0 else np.zeros(0, dtype=np.int64)
         return {
             "row": int(rows[0]),
             "size": len(rows),
@@ -161,7 +172,7 @@ class Answers:
             "weakest": float(sets.weakest[number]) if number >= 0 else None,
             "grows_at": _finite(float(sets.grows_at[number])) if number >= 0 else None,
             "images": [self._member(int(rows[at]), int(owner[at]), float(to_kept[at])) for at in shown.tolist()],
-            "links": [self._link(link) for link in links[:_TREE].tolist()],
+            "links": [_link(view.forest, link) for link in links[:_TREE].tolist()],
             "all_links": len(links),
             "decisions": self._decisions_about(set(rows.tolist())),
         }
@@ -214,17 +225,8 @@ class Answers:
             "decided": "keep" if row in decided.keep else "remove" if row in decided.remove else "",
         }
 
-    def _link(self, link: int) -> Answer:
-        forest = self._run.decided.at.forest
-        return {
-            "left": int(forest.left[link]),
-            "right": int(forest.right[link]),
-            "squared": float(forest.squared[link]),
-            "place": link,
-        }
-
     def _caption(self, row: int) -> str:
-        caption = next(iter(self._run.store.captions(row)), "")
+        caption = self._run.caption(row)
         return caption if len(caption) <= _CAPTION else caption[: _CAPTION - 1] + "…"
 
     def _decisions_about(self, rows: set[int]) -> list[Answer]:
@@ -233,6 +235,15 @@ class Answers:
         keys = {self._run.store.keys[row] for row in rows}
         lines = self._run.decided.decisions.lines
         return [_described(line) for line in lines if any(image.key in keys for image in line.images)]
+
+
+def _link(forest: Forest, link: int) -> Answer:
+    return {
+        "left": int(forest.left[link]),
+        "right": int(forest.right[link]),
+        "squared": float(forest.squared[link]),
+        "place": link,
+    }
 
 
 def _described(line: Decision) -> Answer:

@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from importlib import resources
-from typing import Any
+from typing import Any, get_args
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -14,12 +14,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from clip_cid import log, os_errors
+from clip_cid.data.balance.decisions import Kind
+from clip_cid.data.balance.kinds import KINDS
 from clip_cid.errors import ClipCidError
 from clip_cid.method.distances import LARGEST
 from clip_cid.review.answers import Answer, Answers, numbers
 from clip_cid.review.decision_log import ContradictionError
 from clip_cid.review.guard import Guard
-from clip_cid.review.listing import ORDERS, Wanted
+from clip_cid.review.listing import ORDERS, Order, Wanted
 from clip_cid.review.opened_run import OpenedRun
 from clip_cid.review.pictures import Encoded, NoPictureError, RowPictures
 
@@ -82,11 +84,11 @@ class _Served:
 
     def sets(self, request: Request) -> Answer:
         given = request.query_params
-        order = next((order for order in ORDERS if order == given.get("order", ORDERS[0])), None)
+        order: Order | None = next((order for order in ORDERS if order == given.get("order", ORDERS[0])), None)
         if order is None:
             raise ValueError(f"there is no order {given['order']!r}")
         kind = given.get("kind", "")
-        if kind not in ("", "perceptual", "semantic", "unknown"):
+        if kind not in KINDS:
             raise ValueError(f"there is no kind {kind!r}")
         wanted = Wanted(
             order=order,
@@ -113,9 +115,9 @@ class _Served:
         return {"kind": self.pictures.alike(*rows)}
 
     def decide(self, body: Any) -> Answer:
-        kind = body.get("decision")
-        if kind not in ("not_duplicates", "keep", "keep_all", "remove_all"):
-            raise ValueError(f"there is no decision {kind!r}")
+        kind: Kind | None = next((kind for kind in get_args(Kind) if kind == body.get("decision")), None)
+        if kind is None:
+            raise ValueError(f"there is no decision {body.get('decision')!r}")
         rows = numbers(body.get("rows") or [])
         if not all(0 <= row < self._run.store.rows and self._run.store.ok[row] for row in rows):
             raise ValueError("rows: there is no such image")

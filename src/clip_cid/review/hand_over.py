@@ -51,6 +51,7 @@ def write_members(run: OpenedRun, out: Path) -> str:
 
 def _columns(run: OpenedRun) -> dict[str, Any]:
     """What is known of each image of a set, set by set."""
+    run.warm_up()
     sets = run.sets(run.squared)
     kept_for = run.kept_for(sets, range(len(sets)), most=None)
     rows = sets.rows.tolist()
@@ -69,7 +70,7 @@ def _columns(run: OpenedRun) -> dict[str, Any]:
     return {
         "row": rows,
         "key": [keys[row] for row in rows],
-        "caption": [next(iter(run.store.captions(row)), "") for row in rows],
+        "caption": [run.caption(row) for row in rows],
         "source": [sources[source_of[row]] for row in rows],
         "set": np.repeat(np.arange(len(sets)), sets.size).tolist(),
         "set_size": np.repeat(sets.size, sets.size).tolist(),

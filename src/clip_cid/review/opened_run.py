@@ -252,6 +252,12 @@ class OpenedRun:
             found |= pc.call_function("match_substring", [texts], options).to_numpy(zero_copy_only=False)
         return found
 
+    def caption(self, row: int) -> str:
+        """The first caption of a row; empty if it has none."""
+        if "_captions" in self.__dict__:  # read beside the first page, which does without
+            return self._captions[row].as_py()
+        return next(iter(self.store.captions(row)), "")
+
     @cached_property
     def _captions(self) -> pa.LargeStringArray:
         return self.store.first_captions()

@@ -247,10 +247,11 @@ def _entries(content: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]
 
 
 def _decision(entry: Mapping[str, Any], where: str, number: int) -> Decision:
-    kind = entry.get("decision")
-    if kind not in get_args(Kind):
+    told = entry.get("decision")
+    kind = next((kind for kind in get_args(Kind) if kind == told), None)
+    if kind is None:
         raise DataError(
-            f"{where}, line {number:,}: the decision must be {', '.join((*get_args(Kind), UNDO))}, got {kind!r}.",
+            f"{where}, line {number:,}: the decision must be {', '.join((*get_args(Kind), UNDO))}, got {told!r}.",
             fix=_FIX,
         )
     try:

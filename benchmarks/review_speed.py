@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -24,6 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from PIL import Image
+
+from clip_cid.data.pairs.pairs import open_pairs
+from clip_cid.recipe import read_run_recipe
 
 PICTURES = 1_000
 SIDE = 256
@@ -72,6 +76,7 @@ def make(out: Path, run: Path, rows: int, dim: int) -> None:
     recipe["pairs"] |= {"source": [str((out / "pairs.parquet").absolute())], "key_column": "key"}
     recipe["machine"]["cache_dir"] = str((out / "cache").absolute())
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    open_pairs(read_run_recipe(run / "recipe.yaml").pairs, index=run / "index")  # as embed leaves it
 
 
 def planted(rows: int, dim: int) -> np.ndarray:
@@ -96,6 +101,7 @@ def scattered(rng: np.random.Generator, squared: np.ndarray, dim: int) -> np.nda
 def measure(run: Path) -> None:
     decisions = run / "benchmark.jsonl"
     decisions.unlink(missing_ok=True)
+    shutil.rmtree(run.parent / "cache", ignore_errors=True)
     command = [sys.executable, "-m", "clip_cid", "review", str(run), "--decisions", str(decisions)]
     began = time.perf_counter()
     with subprocess.Popen(
@@ -183,6 +189,7 @@ class Page:
         return (int(fields[11]) + int(fields[12])) / _TICKS
 
     def time(self, name: str, ask, times: int) -> None:
+        self._connection.close()  # the server has ended one that was quiet
         walls, before = [], self.cpu()
         for number in range(times):
             began = time.perf_counter()

@@ -192,7 +192,7 @@ class Answers:
         }
 
     def _alone(self, row: int) -> dict[int, int]:
-        return {row: -1 if row in self._run.decided.rows.remove else row}
+        return {row: -1 if row in self._run.decided.obeyed.remove else row}
 
     def _card(self, sets: Sets, number: int, width: float, kept_for: dict[int, int]) -> Answer:
         rows = sets.members(number).tolist()

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any, get_args
@@ -64,6 +65,7 @@ class _Served:
 
     def __init__(self, answers: Answers, run: OpenedRun, pictures: RowPictures) -> None:
         self.answers, self._run, self.pictures = answers, run, pictures
+        self._is_cold = True
 
     async def file(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -101,7 +103,15 @@ class _Served:
             most=_whole(given, "most", None),
             decided={"yes": True, "no": False}.get(given.get("decided", "")),
         )
-        return self.answers.sets(_number(given, "squared"), wanted)
+        answer = self.answers.sets(_number(given, "squared"), wanted)
+        self._warm_up()
+        return answer
+
+    def _warm_up(self) -> None:
+        """Once, when the first sets are found: what the next questions need, beside them."""
+        if self._is_cold:
+            self._is_cold = False
+            threading.Thread(target=self._run.warm_up, daemon=True).start()
 
     def set(self, request: Request) -> Answer:
         given = request.query_params

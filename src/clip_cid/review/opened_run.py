@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int, UInt64
 
+from clip_cid.data.balance.against_file import read_dropped
 from clip_cid.data.balance.decided_file import read_decided
 from clip_cid.data.balance.decisions import Decision, Decisions, Image, Kind, hash_text, rows_named
 from clip_cid.data.balance.forest_file import FOREST_FILE, HASHES_FILE, read_forest
 from clip_cid.data.balance.kept_file import KEPT_FILE, SET_FILE
+from clip_cid.data.balance.protected import protected_rows
 from clip_cid.data.balance.tables import BalanceTables
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.npy_files import read_npy
@@ -49,6 +51,8 @@ class Decided:
 
     decisions: Decisions
     rows: DecidedRows
+    obeyed: DecidedRows
+    """With the rows that settings keep (`balance.protect`) and remove (`balance.against`)."""
     gone: tuple[Image, ...]
     at: SetsAt
     named: Bool[np.ndarray, " rows"]
@@ -85,14 +89,22 @@ class OpenedRun:
         self._tables = BalanceTables(balance)
         self.metric: Metric = next(name for name in get_args(Metric) if name == self._tables.metric)
         self.squared = min(threshold_on(self.metric, self._tables.threshold, "squared_euclidean"), self.forest.limit)
+        self._dropped = read_dropped(balance).rows
+        self._protected = self._rows_protected()
         self._decided_then = np.zeros(self.store.rows, dtype=bool)
-        self._decided_then[read_decided(balance)] = True
+        self._decided_then[np.concatenate([read_decided(balance), self._dropped, self._protected])] = True
         self.ok = int(self.store.ok.sum())
 
         self.log = DecisionLog(decisions or recipe.balance.decisions or folder.path / DECISIONS_FILE)
         self._lock = threading.RLock()
         self._decided: Decided | None = None
         self._sets: dict[float, Sets] = {}
+
+    def _rows_protected(self) -> Int[np.ndarray, " protected"]:
+        settings, shards = self.recipe.balance, [(shard.name, shard.rows) for shard in self.store.info.shards]
+        if not settings.protect:
+            return np.zeros(0, dtype=np.int64)
+        return protected_rows(settings.protected_sources, settings.protected_lists, shards, self.store.keys.packed)
 
     def warm_up(self) -> None:
         """Read what the first page does without and the next ones need."""
@@ -140,7 +152,11 @@ class OpenedRun:
         mask = np.zeros(self.store.rows, dtype=bool)
         mask[np.concatenate([rows.keep, rows.remove, rows.apart.ravel()])] = True
         at = before.at if before is not None and same_forest else SetsAt(self.forest.without(cut))
-        return Decided(decisions, rows, named.gone, at, mask)
+        obeyed = DecidedRows(
+            keep=np.union1d(rows.keep, np.setdiff1d(self._protected, rows.remove)),
+            remove=np.union1d(rows.remove, np.setdiff1d(self._dropped, rows.keep)),
+        )
+        return Decided(decisions, rows, obeyed, named.gone, at, mask)
 
     # Sets
 
@@ -162,7 +178,7 @@ class OpenedRun:
         """How many images are kept with the decisions; None with `balance.max_radius`, which keeps more of a set."""
         if self.recipe.balance.max_radius is not None:
             return None
-        rows = self.decided.rows
+        rows = self.decided.obeyed
         keep, remove = np.zeros((2, self.store.rows), dtype=np.int64)
         keep[rows.keep] = remove[rows.remove] = 1
         to_keep, to_remove = sets.sum_of(keep), sets.sum_of(remove)
@@ -200,7 +216,7 @@ class OpenedRun:
         labels = np.repeat(np.arange(len(numbers)), sets.size[list(numbers)])
         order = np.argsort(rows)
         rows, labels = rows[order], labels[order]
-        keep, remove = (np.flatnonzero(np.isin(rows, named)) for named in (decided.rows.keep, decided.rows.remove))
+        keep, remove = (np.flatnonzero(np.isin(rows, named)) for named in (decided.obeyed.keep, decided.obeyed.remove))
         local = DecidedRows(keep=keep, remove=remove)
         kept = kept_of_sets(self.folder, self.recipe, self.store, rows, labels, local)
         return dict(zip(rows.tolist(), kept.tolist(), strict=True))

@@ -17,9 +17,9 @@ from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs import images
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
-from clip_cid.data.pairs.sources import cache_folder
 from clip_cid.errors import ClipCidError
 from clip_cid.recipe import Recipe
+from clip_cid.remote.cache import cache_folder
 from clip_cid.run_folder import RunFolder, atomic_file
 from clip_cid.stage_names import EMBED
 

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import secrets
 import socket
-import threading
 
 import uvicorn
 
@@ -41,7 +40,6 @@ def serve(run: OpenedRun, *, port: int) -> None:
         )
         log.say(f"http://{HOST}:{listener.getsockname()[1]}/{token}/")
         log.say(f"Open this address in a browser on this machine. Decisions go to {run.log.path}. Ctrl-C ends it.")
-        threading.Thread(target=run.warm_up, daemon=True).start()
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
 

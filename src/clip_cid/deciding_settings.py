@@ -31,7 +31,7 @@ _WITHOUT_EFFECT = {
 _ADDED = {
     "pairs": ("captions", "key_field"),
     "embed": ("views", "view_crop_scale", "match"),
-    "balance": ("protect", "against"),
+    "balance": ("merge_captions", "protect", "against"),
     "cluster": ("texts", "num_text_centers"),
     "distill": (
         "per_cluster",

@@ -52,6 +52,7 @@ OVERRULINGS = (
             "balance.keep",
             "balance.max_radius",
             "balance.classify",
+            "balance.merge_captions",
             "balance.protect",
             "balance.against",
             "balance.decisions",

@@ -300,6 +300,9 @@ class BalanceConfig(Config):
     classify: NonNegativeInt = 2_000
     """Compare the pixels of this many removed images, drawn at random, with the kept ones, to tell
     perceptual from semantic duplicates. 0 compares none."""
+    merge_captions: bool = False
+    """Give the captions of the removed images of a set to the kept one: captions.parquet lists them,
+    and `clip-cid subset` writes them. The training reads the captions of the kept pair, as before."""
     protect: Annotated[_Texts, AfterValidator(_each_once)] = ()
     """Images that are never removed: names of sources as in pairs.source, or a .txt with one key a
     line. A set that holds some of them keeps all of these and no other."""

@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 import oracles
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from clip_cid.data.balance.captions_file import read_captions
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
 from clip_cid.deciding_settings import deciding
 from clip_cid.errors import ConfigError, DataError
@@ -17,6 +19,7 @@ from clip_cid.stages import balance
 
 KEYS = ["a", "b", "c", "d", "alone"]
 SIZES = [(4, 4), (8, 2), (3, 5), (2, 2), (9, 9)]
+CAPTIONS = [("a sock",), ("a sock", "black"), ("shoe",), ("a sock",), ("alone",)]
 SCORES = ["1", "", "7", "7.0", "3"]
 
 
@@ -36,8 +39,8 @@ def run(tmp_path: Path) -> RunFolder:
     folder.path.mkdir()
     part = folder.begin("embed", {"key": "k"}, resumable=False).part
     writer = StoreWriter(part, teacher={}, dim=2, fields=("score", "word"), num_shards=1)
-    captions, fields = [("caption",)] * 5, {"score": SCORES, "word": ["x"] * 5}
-    writer.add(ShardRows("s", rows, rows, rows[:0], np.ones(5, dtype=bool), KEYS, captions, SIZES, fields, []))
+    captions, fields = CAPTIONS, {"score": SCORES, "word": ["x"] * 5}
+    writer.add(ShardRows("s", rows, rows, rows[:1], np.ones(5, dtype=bool), KEYS, captions, SIZES, fields, []))
     writer.finish()
     folder.publish(
         StageRecord("embed", "k", 1, {}, {}, {}, {}, "cpu", started="2026-01-01T00:00:00+00:00", seconds=1.0)
@@ -82,6 +85,16 @@ def test_with_a_radius_the_far_images_choose_by_the_same_rule(run: RunFolder) ->
 def test_a_field_without_numbers_is_named(run: RunFolder) -> None:
     with pytest.raises(DataError, match="the field 'word' of 'a' is 'x', not a number"):
         kept(run, "field:word")
+
+
+@pytest.mark.slow
+def test_the_captions_of_removed_images_go_to_the_kept_one_each_once(run: RunFolder) -> None:
+    kept(run, "largest_file", merge_captions=True)
+    table = pq.read_table(run.part("balance") / "captions.parquet").to_pylist()
+    assert table == [{"row": 3, "key": "d", "captions": ["a sock", "black", "shoe"]}]
+    assert read_captions(run.part("balance")) == {3: ["a sock", "black", "shoe"]}
+    kept(run, "most_pixels")
+    assert not (run.part("balance") / "captions.parquet").exists()
 
 
 def test_a_rule_that_cannot_be_followed_is_refused_with_the_recipe() -> None:

@@ -3,6 +3,7 @@
     keys.txt               a key a line, in the order of the embedding store
     keys.parquet           the same, column `key`
     rows.npy               the row of each in the embedding store, int64, ascending
+    captions.parquet       with balance.merge_captions: kept rows with the captions of their whole set
     removed.parquet        the rows that are not kept: why, how far from which kept row
     tables/NAME            of pairs from tables: the kept rows, in the form they came in
     shards/00000.tar ...   the kept pairs in the order of the pairs, their files byte for byte
@@ -20,7 +21,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -32,6 +33,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int64
 
 from clip_cid import log, os_errors, units
+from clip_cid.data.balance.captions_file import CAPTIONS_FILE, read_captions
 from clip_cid.data.embeddings.files import write_table
 from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
 from clip_cid.data.embeddings.store import EmbeddingStore
@@ -354,7 +356,17 @@ def _write_lists(folder: RunFolder, recipe: Recipe, out: Path, kept: _Kept) -> l
     with atomic_file(out / ROWS) as temporary, temporary.open("wb") as handle:
         np.save(handle, kept.rows)
     write_removed(out, kept.removed, kept.store.keys.packed)
+    _write_captions(folder, out, kept)
     return [KEYS_TEXT, KEYS_TABLE, ROWS, *_write_tables(folder, recipe, out, kept)]
+
+
+def _write_captions(folder: RunFolder, out: Path, kept: _Kept) -> None:
+    """Write the captions of whole sets, of the listed rows."""
+    merged = read_captions(folder.stage(BALANCE))
+    listed = [(row, key) for row, key in zip(kept.rows.tolist(), kept.keys.to_pylist(), strict=True) if row in merged]
+    if listed:
+        captions = [merged[row] for row, _ in listed]
+        write_table(out / CAPTIONS_FILE, pa.table({"key": [key for _, key in listed], "captions": captions}))
 
 
 def _write_tables(folder: RunFolder, recipe: Recipe, out: Path, kept: _Kept) -> list[str]:
@@ -386,7 +398,10 @@ def _samples_to_write(folder: RunFolder, recipe: Recipe, kept: _Kept) -> tuple[_
     """The function that gives the files of rows of the pairs, and the kept rows."""
     pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
     rows = _rows_of_pairs(recipe.pairs, pairs, kept)
-    return pairs.original_files if pairs.has_members else _MadeSamples(pairs, recipe.pairs.captions_field), rows
+    if pairs.has_members:
+        return pairs.original_files, rows
+    merged = {kept.store.keys[row]: captions for row, captions in read_captions(folder.stage(BALANCE)).items()}
+    return _MadeSamples(pairs, recipe.pairs.captions_field, merged), rows
 
 
 def _write_shards(
@@ -485,8 +500,9 @@ def _write_tar(path: Path, samples: Iterable[list[File]], bar: log.Bar) -> dict[
 class _MadeSamples:
     """The files of pairs from a table or folder: the image as it is, the first caption, and a json with the rest."""
 
-    def __init__(self, pairs: Pairs, captions_field: str) -> None:
-        self._pairs, self._captions_field = pairs, captions_field
+    def __init__(self, pairs: Pairs, captions_field: str, merged: Mapping[str, Sequence[str]]) -> None:
+        """`merged` has the captions of the sets of some keys, in place of those of their pair."""
+        self._pairs, self._captions_field, self._merged = pairs, captions_field, merged
         self._unusual: list[str] = []
 
     def __call__(self, rows: Int64[np.ndarray, " rows"]) -> Generator[list[File]]:
@@ -503,7 +519,8 @@ class _MadeSamples:
             if extension not in IMAGE_EXTENSIONS:
                 self._unusual.append(pair.key)
             stem = member_stem(pair.key)
-            described = {**pair.fields, self._captions_field: list(pair.captions), "key": pair.key}
+            captions = self._merged.get(pair.key) or pair.captions
+            described = {**pair.fields, self._captions_field: list(captions), "key": pair.key}
             yield [
                 (f"{stem}.{extension}", pair.image),
                 *((f"{stem}.txt", caption.encode()) for caption in pair.captions[:1]),

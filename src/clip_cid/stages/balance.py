@@ -12,6 +12,7 @@ from jaxtyping import Int
 from clip_cid import engine, log, tasks, units
 from clip_cid.data.balance.against_file import NearSet, write_against
 from clip_cid.data.balance.array_folder import ArrayFolder
+from clip_cid.data.balance.captions_file import write_captions
 from clip_cid.data.balance.decided_file import write_decided
 from clip_cid.data.balance.decisions import read_decisions, rows_named
 from clip_cid.data.balance.forest_file import FOREST_FILE, read_earlier, write_forest, write_row_hashes
@@ -63,6 +64,12 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
     if settings.existing is not None:
         return _kept_elsewhere(out, store, settings.existing)
 
+    if settings.merge_captions and store.info.captions_column is None:
+        raise ConfigError(
+            "balance.merge_captions: these embeddings have no captions.",
+            fix="Leave it out, or take embeddings with their captions in the metadata.",
+        )
+
     # Balance the rows that have an embedding.
     rows = _rows(store)
     rule = _rule(settings, rows, _keep(folder, recipe, store, rows.stored))
@@ -99,6 +106,8 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
         explanation = explanation.with_rows(good)
     kinds = _kinds(folder, recipe, store, explanation)
     _write_tables(out, store, explanation, balance, kinds)
+    if settings.merge_captions:
+        _write_captions(out, store, explanation)
 
     truth = None if settings.truth_field is None else _against_truth(store, set_of, settings.truth_field)
     shares = None if kinds is None else kinds.summary()
@@ -237,7 +246,7 @@ def _kept_elsewhere(out: Path, store: EmbeddingStore, path: Path) -> BalanceSumm
 def _rule(settings: BalanceConfig, rows: _Rows, keep: Keep | tuple[Rule, ...]) -> BalanceRule:
     try:
         for rule in keep if isinstance(keep, tuple) else (keep,):
-            check_keep(rows.images, rows.texts, rule if isinstance(rule, str) else "nearest_centroid")
+            check_keep(rows.images, rows.texts, "nearest_centroid" if callable(rule) else rule)
         return BalanceRule(
             threshold=settings.threshold,
             metric=settings.metric,
@@ -267,7 +276,7 @@ def _keep(folder: RunFolder, recipe: Recipe, store: EmbeddingStore, stored: OkRo
         return values[stored.in_store(np.arange(len(stored)))].__getitem__
 
     rules = tuple(rule(name) for name in recipe.balance.keep)
-    return rules[0] if len(rules) == 1 and isinstance(rules[0], str) else rules
+    return rules[0] if len(rules) == 1 and not callable(rules[0]) else rules
 
 
 def _known(folder: RunFolder, settings: BalanceConfig, images: UnitRows, limit: float) -> KnownPairs:
@@ -549,6 +558,18 @@ def _write_tables(
         metric=metric,
         threshold=threshold_for(balance.squared_threshold, metric),
         kinds=None if kinds is None else kinds.number,
+    )
+
+
+def _write_captions(out: Path, store: EmbeddingStore, explanation: Explanation) -> None:
+    """The captions of each set, for its kept image."""
+    write_captions(
+        out,
+        kept=explanation.kept,
+        rows=explanation.row,
+        owner=explanation.owner,
+        key=store.keys.__getitem__,
+        captions=store.captions,
     )
 
 

@@ -654,6 +654,21 @@ def test_a_table_becomes_tars_with_the_image_as_it_is_and_the_key_in_the_json(tm
     assert [key_of_stem(one["__key__"]) for one in theirs] == keys
 
 
+def test_merged_captions_are_listed_and_stand_in_the_json_of_made_samples(tmp_path: Path) -> None:
+    images_and_table(tmp_path, ["a.png", "b.png", "c.png"])
+    (tmp_path / "t.csv").write_text("image,caption\na.png,one\nb.png,two\nc.png,three\n")
+    recipe = write_run(tmp_path / "run", ["a.png", "b.png", "c.png"], [0, 2], tmp_path / "t.csv")
+    merged = pa.table({"row": [2], "key": pa.array(["c.png"], pa.large_string()), "captions": [["three", "two"]]})
+    pq.write_table(merged, tmp_path / "run" / "balance" / "captions.parquet")
+    export_subset(RunFolder(tmp_path / "run"), recipe, tmp_path / "out", shard_size=10)
+    listed = pq.read_table(tmp_path / "out" / "captions.parquet").to_pylist()
+    assert listed == [{"key": "c.png", "captions": ["three", "two"]}]
+    files = dict(members(tmp_path / "out" / "shards" / "00000.tar"))
+    assert json.loads(files["c%2Epng.json"])["captions"] == ["three", "two"]
+    assert json.loads(files["a%2Epng.json"])["captions"] == ["one"]
+    assert files["c%2Epng.txt"] == b"three"
+
+
 def test_a_folder_becomes_tars_whose_keys_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "data" / "sub").mkdir(parents=True)
     for number, name in enumerate(("b", "sub/a", "sub/c")):

@@ -179,10 +179,10 @@ def _copy(source: SourceFile, out: Path, wanted: Bool[np.ndarray, " rows"], sett
 def _copy_parquet(source: SourceFile, out: Path, wanted: Bool[np.ndarray, " rows"]) -> None:
     """With the columns, the metadata and the compression of the file."""
     with _opened_parquet(source) as file:
-        codecs = {"compression": "NONE"}
+        codec = "NONE"
         if file.metadata.num_row_groups and file.metadata.num_columns:
-            codecs["compression"] = file.metadata.row_group(0).column(0).compression.replace("UNCOMPRESSED", "NONE")
-        with pyarrow.parquet.ParquetWriter(out, file.schema_arrow, **codecs) as writer:
+            codec = file.metadata.row_group(0).column(0).compression.replace("UNCOMPRESSED", "NONE")
+        with pyarrow.parquet.ParquetWriter(out, file.schema_arrow, compression=codec) as writer:
             start = 0
             for batch in file.iter_batches(_COPIED_AT_ONCE):
                 own = wanted[start : start + batch.num_rows]

@@ -31,7 +31,7 @@ def keep_preferred(
     which chooses by the same rules, and so on until no row is left.
     """
     paper: list[Rule] = ["nearest_centroid"] if texts is None else ["nearest_centroid", "best_caption"]
-    order = [*rules, *(rule for rule in paper if rule not in rules)]
+    order: list[Rule] = [*rules, *(rule for rule in paper if rule not in rules)]
     kept_for = np.arange(len(labels))
 
     members, sizes = _listed(kept_for, labels)

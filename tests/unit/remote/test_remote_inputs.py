@@ -16,8 +16,8 @@ from clip_cid.data.inputs import brought_here, copy_of
 from clip_cid.data.outside_files import Reader
 from clip_cid.data.sets.evaluation_sets import MissingSetError, open_set
 from clip_cid.errors import DataError
-from clip_cid.file_digests import FileDigests
-from clip_cid.recipe import parse_recipe
+from clip_cid.file_digests import FileDigests, digest
+from clip_cid.recipe import PairsConfig, parse_recipe
 
 __all__ = ["hub", "place", "s3", "web"]
 
@@ -169,3 +169,14 @@ def test_a_set_that_is_not_there_is_left_out_as_one_here(place: Place, tmp_path:
     with pytest.raises(MissingSetError, match=r"evaluate\.sets\.colors: .*nothing.*: not there"):
         open_set("colors", where, max_pixels=10**6, cache_dir=tmp_path)
     assert not reader(tmp_path).set(where).is_here()
+
+
+def test_a_run_of_an_earlier_version_knows_its_pairs_by_their_addresses(
+    web: tuple[str, Answers], tmp_path: Path
+) -> None:
+    url, answers = web
+    answers.files["/x.tar"] = b""
+    settings = PairsConfig(source=(f"{url}/x.tar",))
+    outside = reader(tmp_path).pairs(settings)
+    assert outside.as_before() == digest([[f"{url}/x.tar"], settings.reading])
+    assert reader(tmp_path).set(f"{url}/set").as_before() is None  # it had no record of such a set

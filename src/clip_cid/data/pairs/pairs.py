@@ -114,7 +114,7 @@ class Pairs:
         first, after = (bisect_left(self._bad_rows, row) for row in (shard.first_row, shard.first_row + shard.rows))
         bad_rows = self._bad_rows[first:after]
         unusable = [[row - shard.first_row, reason_kind(self.known_bad[row])] for row in bad_rows]
-        own = [] if source.local.path.is_dir() else source.local.state
+        own = [] if source.local.remote is None and source.local.path.is_dir() else source.local.state
         files = [_state(path) for path in source.format.files_of(source.local, self._index.batch(number))]
         place = [str(source.local.path), shard.first_row - self._first_row_of(number), shard.rows]
         settings = self._settings if fields else self._settings.model_copy(update={"keep_fields": ()})

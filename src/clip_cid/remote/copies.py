@@ -100,6 +100,7 @@ def _fetch(file: RemoteFile, path: Path, advance: Callable[[int], None]) -> None
             starts = range(0, file.bytes, _AT_ONCE)
             write(files.read(file, start, min(start + _AT_ONCE, file.bytes)) for start in starts)
         else:
+            log.info(f"{file.name}: the server does not read by range, so the whole file is fetched, once")
             files.stream(file, write)
 
 

@@ -4,14 +4,16 @@ What may pass is tried again, after longer and longer waits; then every failure 
 """
 
 import errno
+import functools
 import http
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 from urllib.error import URLError
+from urllib.parse import urlsplit
 
-from clip_cid import os_errors
+from clip_cid import log, os_errors
 from clip_cid.addresses import OBJECT_STORES, scheme_of, without_secrets
 from clip_cid.errors import ClipCidError, DataError
 from clip_cid.remote.contract import AbsentError, ChangedError, RemoteFile, Store, UnreachableError
@@ -134,7 +136,15 @@ def _counted(blocks: Iterator[bytes], file: RemoteFile) -> Iterator[bytes]:
 
 @remembered
 def _asked(address: str) -> RemoteFile:
-    return _tried(address, lambda store: store.ask(address))
+    file = _tried(address, lambda store: store.ask(address))
+    if not file.version:
+        _warn_of_no_version(urlsplit(file.name).netloc)
+    return file
+
+
+@functools.cache
+def _warn_of_no_version(host: str) -> None:
+    log.warn(f"{host}: gives no ETag and no date of its files, so a change that keeps the size of one is not noticed")
 
 
 def _tried(address: str, act: Callable[[Store], _Answer], name: str = "") -> _Answer:

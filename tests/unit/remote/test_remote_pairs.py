@@ -128,6 +128,17 @@ def test_a_server_without_ranges_gives_the_whole_file_once(web: tuple[str, Answe
         assert answers.requests == [f"{name} bytes=0-0"]
 
 
+def test_a_server_that_tells_no_versions_is_named(
+    web: tuple[str, Answers], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, answers = web
+    answers.tags = False
+    answers.files["/x.tar"] = tar_of("a")
+    with caplog.at_level("WARNING", "clip_cid"):
+        assert len(rows(f"{url}/x.tar", cache=tmp_path)) == 1
+    assert "gives no ETag and no date" in caplog.text
+
+
 def test_braces_and_wildcards_name_many_files(place: Place, tmp_path: Path) -> None:
     for number in range(3):
         place.put(f"{number:02d}.tar", tar_of(f"k{number}"))

@@ -52,7 +52,7 @@ def measure(checkout: Path, rows: Path, run: Path, *, processes: int = 1) -> Pea
 
     ready_anonymous = anonymous = mapped = ready = 0.0
     while process.poll() is None:
-        now = _status(process.pid)
+        now = status(process.pid)
         anonymous = max(anonymous, now.get("RssAnon", 0) / _MIB)
         mapped = max(mapped, (now.get("RssFile", 0) + now.get("RssShmem", 0)) / _MIB)
         if not ready and (run / _READY).is_file():
@@ -72,7 +72,7 @@ def result(run: Path) -> str:
     return digest.hexdigest()
 
 
-def _status(pid: int) -> Mapping[str, int]:
+def status(pid: int) -> Mapping[str, int]:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:  # it has just ended

@@ -15,7 +15,7 @@ FLOAT32_ERROR = 2.0**-22  # the number, the length and the division are each rou
 
 _CACHED_NUMBERS = 1 << 17  # 1 MB of float64: a block that stays in the cache
 
-_GATHERED_NUMBERS = 1 << 28  # half a GB of float16
+_GATHERED_NUMBERS = 1 << 27  # a quarter of a GB of float16
 
 _COME_AND_GONE = (32 << 20) - (64 << 10)  # the largest block that glibc learns from is 32 MB
 

@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 
 from clip_cid.method.balance.union_find import UnionFind
 
-_MERGED = 1 << 20  # links in memory while parts are merged: some 150 bytes each
+_MERGED = 1 << 18  # links in memory while parts are merged: some 150 bytes each
 
 
 class ShareOutOfReach(ValueError):

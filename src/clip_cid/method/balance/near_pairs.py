@@ -74,7 +74,7 @@ def near_forest(
         prepared = PreparedRows.load(context.store) or prepared  # from the disk, if it is there
 
     _compare(context, prepared, on_progress)
-    names = _merge(context, len(images), [_links_name(tile) for tile in prepared.tiles()])
+    names = _merge(context, len(images), [links_name(tile) for tile in prepared.tiles()])
     links = [Links.unpack(context.store.load(name)) for name in names]
     forest = whole_forest(len(images), [known.links, prepared.identical_links(), *links], limit)
     return forest, prepared.hashes
@@ -82,7 +82,7 @@ def near_forest(
 
 def save_links(store: ArrayStore, prepared: PreparedRows, images: UnitRows, tile: Tile) -> None:
     """A task: compare the chunks of a tile and save their links."""
-    store.save(_links_name(tile), near_links(prepared, images, tile).pack())
+    store.save(links_name(tile), near_links(prepared, images, tile).pack())
 
 
 def near_links(prepared: PreparedRows, images: UnitRows, tile: Tile) -> Links:
@@ -112,7 +112,7 @@ class Comparison:
         return self.amounts[task]
 
     def array(self, task: Tile) -> str:
-        return _links_name(task)
+        return links_name(task)
 
     def open(self, store: ArrayStore, images: UnitRows, texts: UnitRows | None) -> Callable[[Tile], None]:
         prepared = PreparedRows.load(store)
@@ -155,7 +155,7 @@ class Merger:
 def _compare(context: Context, prepared: PreparedRows, on_progress: Callable[[int], Any] | None) -> None:
     """Do what is missing of the comparison."""
     tiles = prepared.tiles()  # none if every new row is identical to a known one
-    missing = [tile for tile in tiles if not context.store.has(_links_name(tile))]
+    missing = [tile for tile in tiles if not context.store.has(links_name(tile))]
     if not missing:
         return
     amounts = {tile: prepared.work(tile) for tile in tiles}
@@ -194,5 +194,5 @@ def _left_prepared(store: ArrayStore, limit: float, device: str, known: KnownPai
     return None
 
 
-def _links_name(tile: Tile) -> str:
+def links_name(tile: Tile) -> str:
     return f"links-{tile.first:05d}-{tile.second:05d}"

@@ -18,6 +18,7 @@ from clip_cid.method.balance.row_scan import ScannedRows, scan
 from clip_cid.method.codes import Coding
 
 _TURNED = 4096  # positions put in order together; a multiple of 8
+_ASCENDING = 1 << 24  # bytes of a window of rows that are read in order anyway
 
 
 class ChunkPair(NamedTuple):
@@ -152,7 +153,7 @@ def prepare(
         device=layout.plan.device,
         seconds=layout.estimate.seconds if layout.estimate else 0.0,
         row_at=row_at,
-        codes=_by_position(scanned, row_at, coding, store),
+        codes=_by_position(scanned, row_at, coding, store, ascending=layout.centers is None),
         errors=errors,
         cell_at=cell_at,
         visits=_by_cell(scanned, row_at, 0 if layout.centers is None else len(layout.centers), store),
@@ -174,10 +175,11 @@ def _chunk_starts(new: int, rows: int, chunk_rows: int) -> Int[np.ndarray, " chu
 
 
 def _by_position(
-    scanned: ScannedRows, row_at: Int[np.ndarray, " positions"], coding: Coding, store: ArrayStore
+    scanned: ScannedRows, row_at: Int[np.ndarray, " positions"], coding: Coding, store: ArrayStore, *, ascending: bool
 ) -> np.ndarray:
     ordered = store.new("codes", (len(row_at), coding.width), np.dtype(coding.kind))
-    for positions, window in _windows(scanned, "code", row_at, store.window_bytes):
+    window_bytes = min(store.window_bytes, _ASCENDING) if ascending else store.window_bytes
+    for positions, window in _windows(scanned, "code", row_at, window_bytes):
         ordered[positions] = window
     return ordered
 

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-_EDGES = 1 << 20  # joined at once: what they need beside is a tenth of a GB
+_EDGES = 1 << 18  # joined at once: what they need beside is some 30 MB
 _SMALL = 1 << 31  # fewer numbers fit into four bytes
 
 

@@ -143,9 +143,10 @@ def test_the_same_number_written_differently_is_not_a_change(tmp_path: Path, ran
 
 
 def test_auto_is_recorded_as_the_number_that_the_kept_pairs_give_and_said_with_its_reason(
-    tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    folder = RunFolder(tmp_path)
+    folder, said = RunFolder(tmp_path), list[str]()
+    monkeypatch.setattr(pipeline.log, "info", said.append)
     monkeypatch.setitem(SUMMARIES, "balance", dataclasses.replace(SUMMARIES["balance"], kept=660))
     pipeline.run(folder, recipe())
     of_clusters, of_training = folder.record("cluster"), folder.record("distill")
@@ -153,7 +154,7 @@ def test_auto_is_recorded_as_the_number_that_the_kept_pairs_give_and_said_with_i
     assert of_training is not None
     assert of_clusters.settings["cluster"]["num_centers"] == 22
     assert of_training.settings["distill"]["warmup_steps"] == 66
-    assert "cluster   cluster.num_centers: auto is 22 (30 of 660 kept images a cluster)" in capsys.readouterr().err
+    assert "cluster   cluster.num_centers: auto is 22 (30 of 660 kept images a cluster)" in said
     assert read_run_recipe(tmp_path / "recipe.yaml") == recipe()
 
     # The same number written down is the same; another one is named beside what auto was.

@@ -79,8 +79,9 @@ def of_pictures(folder: Path, sizes: list[int]) -> None:
             started = time.process_time()
             pipeline.run(run, large, only=stage)
             made[stage] = time.process_time() - started
-        kept = run.record("balance").summary["kept"]
-        planned["distill"] *= kept / forecast.scale.kept  # how many are kept is not what is compared
+        balanced = run.record("balance")
+        assert balanced is not None
+        planned["distill"] *= balanced.summary["kept"] / forecast.scale.kept  # how many are kept is not compared
         for stage in ("embed", "distill"):
             tell(stage, pairs, planned[stage], made[stage])
 

@@ -75,12 +75,13 @@ def _left_out(forecast: Forecast) -> list[str]:
     lines = ["the exchange between devices, their losses against each other's rows, starts and retries"]
     if alone and forecast.scale.devices > 1:
         lines.append(f"that {', '.join(alone)} run on one device while the others wait: their hours are counted")
-    read = max(forecast.stages, key=lambda stage: stage.read / max(stage.hours, 1e-9))
-    needed = read.read / max(read.hours * 3600, 1e-9)
-    lines.append(
-        f"a disk that is too slow: {read.name} reads {units.size(needed)} a second with all devices, this one gives"
-        f" {units.size(forecast.rates.read)}"
-    )
+    speeds = {stage.name: stage.read / (3600 * stage.hours) for stage in forecast.stages if stage.hours > 0}
+    if speeds:
+        fastest = max(speeds, key=lambda name: speeds[name])
+        lines.append(
+            f"a disk that is too slow: {fastest} reads {units.size(speeds[fastest])} a second, this one gives"
+            f" {units.size(forecast.rates.read)}"
+        )
     return lines
 
 

@@ -204,7 +204,7 @@ def key_of_stem(stem: str) -> str:
     return unquote(stem, errors="strict")
 
 
-def _read_kept(folder: RunFolder, per_cluster: int | None) -> _Kept:
+def _read_kept(folder: RunFolder, per_cluster: int | None = None) -> _Kept:
     """The kept rows and their keys, as the balance stage left them; of a cluster so many."""
     balance, again = folder.stage(BALANCE), f"Run `clip-cid balance {folder.path} --force` and repeat this command."
     if changed := folder.changed_files(BALANCE, digests=False):

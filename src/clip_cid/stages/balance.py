@@ -275,8 +275,11 @@ def _keep(folder: RunFolder, recipe: Recipe, store: EmbeddingStore, stored: OkRo
         values = pixels(store) if field == name else field_numbers(store, field)
         return values[stored.in_store(np.arange(len(stored)))].__getitem__
 
-    rules = tuple(rule(name) for name in recipe.balance.keep)
-    return rules[0] if len(rules) == 1 and not callable(rules[0]) else rules
+    names = recipe.balance.keep
+    if len(names) == 1 and names[0] in get_args(Keep):
+        return cast(Keep, names[0])
+    rules: tuple[Rule, ...] = tuple(rule(name) for name in names)
+    return rules
 
 
 def _known(folder: RunFolder, settings: BalanceConfig, images: UnitRows, limit: float) -> KnownPairs:

@@ -21,7 +21,7 @@ def made(seed: int) -> tuple[UnitRows, UnitRows, np.ndarray]:
     return images, texts, np.unique(random.integers(0, 12, ROWS), return_inverse=True)[1]
 
 
-def of(values: Sequence[float]) -> Rule:
+def of(values: Sequence[float] | np.ndarray) -> Rule:
     return np.asarray(values, dtype=np.float64).__getitem__
 
 
@@ -30,7 +30,8 @@ def test_the_papers_rule_alone_keeps_what_it_always_kept(seed: int, radius: floa
     images, texts, labels = made(seed)
     own = texts if captions else None
     expected = keep_one_of_each(images, own, labels, squared_radius=radius)
-    for rules in ([], ["nearest_centroid"], [of(np.zeros(ROWS))], [of(np.full(ROWS, np.nan))]):
+    given: list[list[Rule]] = [[], ["nearest_centroid"], [of(np.zeros(ROWS))], [of(np.full(ROWS, np.nan))]]
+    for rules in given:
         found = keep_preferred(images, own, labels, rules=rules, squared_radius=radius)
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(one, other)

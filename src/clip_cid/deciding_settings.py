@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from clip_cid.addresses import without_secrets
+from clip_cid.addresses import is_remote, without_secrets
 from clip_cid.loss_table import LOSSES
 from clip_cid.overruling import OVERRULINGS
 from clip_cid.recipe import Recipe
@@ -139,7 +139,9 @@ def _evaluate(values: dict[str, Any]) -> None:
 
 def _without_secrets(value: Any) -> Any:
     """A place as records have it; those of earlier versions may hold what signs an address."""
-    return without_secrets(value) if isinstance(value, str) else [without_secrets(place) for place in value]
+    if not isinstance(value, str):
+        return [_without_secrets(place) for place in value]
+    return without_secrets(value) if is_remote(value) else value
 
 
 def _is_elsewhere(value: Any) -> bool:

@@ -163,17 +163,22 @@ def _as_text(path: Path) -> str:
     return os_errors.address_of(path) or str(path)
 
 
-def _all_without_secrets(places: tuple[str, ...]) -> list[str]:
-    return [without_secrets(place) for place in places]
+def _to_be_kept(place: str) -> str:
+    """A command stays as it is: without its words it would be another one."""
+    return without_secrets(place) if is_remote(place) else place
 
 
-_Place = Annotated[str, PlainSerializer(without_secrets, return_type=str, when_used="json")]
+def _all_to_be_kept(places: tuple[str, ...]) -> list[str]:
+    return [_to_be_kept(place) for place in places]
+
+
+_Place = Annotated[str, PlainSerializer(_to_be_kept, return_type=str, when_used="json")]
 """A path or an address. A run folder keeps an address without its password and without what signs it."""
 _Input = Annotated[
     Path, PlainSerializer(lambda path: without_secrets(_as_text(path)), return_type=str, when_used="json")
 ]
 """A path that may also be an address."""
-_Places = Annotated[_Texts, PlainSerializer(_all_without_secrets, return_type=list[str], when_used="json")]
+_Places = Annotated[_Texts, PlainSerializer(_all_to_be_kept, return_type=list[str], when_used="json")]
 """A list of these."""
 
 

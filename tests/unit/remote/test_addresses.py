@@ -56,7 +56,7 @@ def test_addresses_and_paths() -> None:
 def test_a_recipe_in_a_run_folder_has_no_secrets() -> None:
     signed = "https://ada:PASSWORD@host/x.tar?sig=SIGNED"
     values = {
-        "pairs": {"source": [signed, "s3://b/x.tar"]},
+        "pairs": {"source": [signed, "s3://b/x.tar", "pipe:curl https://host/x.tar?key=KEPT"]},
         "evaluate": {"sets": {"a": signed}, "retrieval": {"b": [signed]}},
     }
     recipe = parse_recipe(values, where="test")
@@ -64,6 +64,7 @@ def test_a_recipe_in_a_run_folder_has_no_secrets() -> None:
     assert "PASSWORD" not in text
     assert "SIGNED" not in text
     assert "s3://b/x.tar" in text
+    assert "pipe:curl https://host/x.tar?key=KEPT" in text  # a command without its words would be another one
     assert recipe.pairs.source[0] == recipe.model_dump()["pairs"]["source"][0] == signed  # it is read as it was given
 
     # Records of earlier versions hold what signs an address; that is no change.

@@ -10,6 +10,7 @@ All give one caption and either the bytes of the image or its pixels in RGB. Nee
 import argparse
 import contextlib
 import csv
+import importlib
 import io
 import tarfile
 import tempfile
@@ -18,17 +19,17 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-import webdataset
 from PIL import Image
+from webdataset.compat import WebDataset
 
 from clip_cid.data.pairs.images import decode_image
 from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.recipe import PairsConfig
 
+datasets: Any = importlib.import_module("datasets")  # which only this script needs
 SHARDS = 4
 Reader = Callable[[bool], Iterable[Any]]
 """Takes whether pixels are wanted, and gives every sample once."""
@@ -131,11 +132,11 @@ def ours(pairs: Pairs, rows: Iterable[int], pixels: bool) -> Iterator[Any]:
 
 
 def of_webdataset(tars: list[str], pixels: bool) -> Iterable[Any]:
-    samples = webdataset.WebDataset(tars, shardshuffle=False)
+    samples: Any = WebDataset(tars, shardshuffle=False)
     return (samples.decode("pil") if pixels else samples).to_tuple("jpg", "txt")
 
 
-def of_datasets(loaded: datasets.Dataset, rows: Iterable[int], pixels: bool) -> Iterator[Any]:
+def of_datasets(loaded: Any, rows: Iterable[int], pixels: bool) -> Iterator[Any]:
     table = loaded.cast_column("image", datasets.Image(decode=pixels))
     for row in rows:
         sample = table[row]

@@ -67,7 +67,7 @@ FORMS = {
     "columns of nullable numbers": lambda values: Columns(**{f"c{place}": values[:, place] for place in range(DIM)}),
     "array of pyarrow": lambda values: pa.array(list(values), type=pa.list_(pa.float32(), DIM)),
     "column of pyarrow": lambda values: pa.table({"e": list(values)})["e"],
-    "negative view": lambda values: torch._neg_view(-torch.from_numpy(values)),
+    "negative view": lambda values: torch.complex(torch.zeros(values.shape), -torch.from_numpy(values)).conj().imag,
     "Fortran order": np.asfortranarray,
     "big-endian": lambda values: values.astype(">f4"),
 }

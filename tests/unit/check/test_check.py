@@ -316,7 +316,7 @@ def test_chance_levels_are_the_losses_of_a_student_that_sees_nothing():
 
 def test_chance_of_several_labels():
     """log(1 + l (K - l)) where all logits are equal; unknown where near centers are left out."""
-    settings = DistillConfig.model_validate({"labels": 3, "logq": "both"})
+    settings = DistillConfig.model_validate({"batch_size": 64, "labels": 3, "logq": "both"})
     how: dict[str, Any] = {"width": 8, "num_centers": 100, "in_step": 10, "perplexity": 20.0, "logit_bias": None}
     assert chance_levels(settings, **how)["cluster_cls"] == pytest.approx(math.log(1 + 3 * 97))
     near = settings.model_copy(update={"ignore_near": 0.75})

@@ -136,7 +136,7 @@ def test_decisions_of_other_embeddings_are_refused_and_those_on_gone_rows_left_o
     ("lines", "problem"),
     [
         ([("keep", 0), ("remove_all", 0, 1)], "'rows/0' is both to be kept and to be removed"),
-        ([("remove_all", *range(8))], "its decisions remove every image"),
+        ([("remove_all", *range(8))], "decisions.jsonl: every image is removed"),
     ],
 )
 def test_decisions_that_cannot_be_obeyed_leave_the_results_as_they_are(run, capsys, lines, problem):

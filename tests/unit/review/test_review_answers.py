@@ -361,6 +361,25 @@ def test_a_recipe_that_obeys_the_decisions_can_be_reviewed_on(page, run):
         assert cli.main(["balance", str(run), "--balance.decisions", "None"]) == 0
 
 
+def test_protected_images_and_decisions_in_the_run_folder_are_obeyed_at_every_threshold(tmp_path):
+    run, lists = reviewed_run(tmp_path / "made"), tmp_path / "protected.txt"
+    lists.write_text(f"{NAMES[0]}\n{NAMES[3]}\n")
+    assert cli.main(["balance", str(run), "--balance.protect", str(lists)]) == 0
+    page = Page(run)
+    assert [image["row"] for image in page.set_of(1)["images"] if image["kept_for"] == image["row"]] == [0, 3]
+    assert page.sets()["kept"] == len(np.load(run / "balance" / "kept.npy"))
+    page.decide("not_duplicates", 1, 2)
+
+    at = squared(4.5)
+    shown = page.sets(squared=at)
+    flags = ["--balance.threshold", str(np.sqrt(at)), "--balance.decisions", str(run / "decisions.jsonl")]
+    assert cli.main(["balance", str(run), *flags]) == 0
+    kept = np.load(run / "balance" / "kept.npy").tolist()
+    assert shown["kept"] == len(kept)
+    assert all(set(card["kept"]) <= {*kept} for card in shown["sets"])
+    assert {0, 3} <= {*kept}
+
+
 def test_the_package_is_needed_for_the_page_alone(run, tmp_path):
     code = (
         "import sys; sys.modules['starlette'] = None; import importlib.util as u; find = u.find_spec;"

@@ -105,6 +105,7 @@ def start_node(node: int, environment: dict[str, str], work: Path) -> subprocess
         meets = ["--head", "--port", str(_PORT), "--include-dashboard", "false"]
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory", "80000000"]
     command = [*ray, *meets, "--node-ip-address", address(node), "--num-cpus", "1"]
+    said = work
     for attempt in range(_ATTEMPTS):
         said = work / f"node-{node}-{attempt}.log"
         with said.open("wb") as log:

@@ -100,7 +100,9 @@ def make_run(base: Path, recipe: Recipe) -> RunFolder:
         kept = result.kept if recipe.balance.enabled else good
         if recipe.balance.enabled:
             _balance(folder, recipe, embeddings[good], result)
-        clusters = spherical_kmeans(embeddings[kept], num_centers=recipe.cluster.num_centers)
+        num_centers = recipe.cluster.num_centers
+        assert num_centers != "auto"
+        clusters = spherical_kmeans(embeddings[kept], num_centers=num_centers)
         part = folder.begin("cluster", {"key": "key"}, resumable=False).part
         np.save(part / "centers.npy", clusters.centers)
         np.save(part / "labels.npy", clusters.labels)

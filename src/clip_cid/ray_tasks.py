@@ -249,8 +249,9 @@ class _Cluster:
         again = "then run the same command again; finished tasks are kept."
         if isinstance(error, kinds.RayTaskError):  # before our code began
             where = f"node {getattr(error, 'ip', 'of unknown address')}"
+            cause = getattr(error, "cause", None) or error
             return RunError(
-                f"{where}: cannot run clip-cid ({str(error.cause or error).strip().splitlines()[-1]}).",
+                f"{where}: cannot run clip-cid ({str(cause).strip().splitlines()[-1]}).",
                 fix=f"Install there what is installed here, clip-cid {_versions()['clip-cid']}; {again}",
             )
         if isinstance(error, kinds.OutOfMemoryError):

@@ -139,6 +139,8 @@ def curve(changes: dict[str, Any]) -> list[dict[str, float]]:
     model = Distillation(Student(), make_objective(settings))
     optimizers = make_optimizers(model.student, model.objective, settings, steps=STEPS)
 
+    assert settings.warmup_steps != "auto"
+
     lines: list[dict[str, float]] = []
     for step, (images, texts, targets) in enumerate(batches(cast(Any, model.objective.head).weight.shape[1])):
         set_learning_rate(optimizers, learning_rate_share(step, warmup_steps=settings.warmup_steps, steps=STEPS))

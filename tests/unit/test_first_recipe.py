@@ -27,6 +27,8 @@ def recipe_of(text: str) -> Recipe:
 def test_the_numbers_fit_whatever_balance_keeps_down_to_half(pairs: int, gpus: int, kept_share: float):
     recipe, kept = recipe_of(short_recipe(pairs, gpus)), int(kept_share * pairs)
     settings, centers = recipe.distill, recipe.cluster.num_centers
+    assert centers != "auto"
+    assert settings.batch_size != "auto"
     steps = count_steps(settings, kept)
     refuse_long_warmup(settings, steps)
     assert centers <= kept / 20

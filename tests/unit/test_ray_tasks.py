@@ -149,5 +149,5 @@ def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(extras, "absent", lambda extra: ("ray",))
     ray_tasks._connected.cache_clear()
     with pytest.raises(MissingExtraError) as error:
-        ray_tasks.run_tasks([1], functools.partial(id, 1), address="auto", folder=tmp_path, on_done=id)
+        ray_tasks.run_tasks([1], lambda: print, address="auto", folder=tmp_path, on_done=id)
     assert error.value.fix == 'pip install "clip-cid[ray]"'

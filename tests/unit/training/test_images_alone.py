@@ -27,6 +27,7 @@ from tiny_training import (
 from torch import Tensor
 
 from clip_cid.data.embeddings.files import STORE_FILE
+from clip_cid.data.embeddings.ok_rows import OkRows
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
 from clip_cid.data.pairs.pairs import open_pairs
@@ -35,7 +36,6 @@ from clip_cid.loss_table import LOSSES
 from clip_cid.method.distill.objective import weighted_sum
 from clip_cid.method.unit_rows import UnitRows
 from clip_cid.recipe import PairsConfig
-from clip_cid.stages.balance import _good, _texts
 from clip_cid.training.bank import Bank
 from clip_cid.training.batches import Batch, TrainingPairs
 from clip_cid.training.model import Distillation, backward_in_micro_batches
@@ -110,14 +110,18 @@ def test_joined_stores_know_it_too(tmp_path: Path):
 def test_of_equal_images_one_with_a_caption_is_kept(tmp_path: Path):
     store = sparse_pairs(tmp_path).store
     assert store is not None
-    texts = UnitRows(_texts(store), name="texts", any_length=False)
+    stored = OkRows.of(store)
+    assert stored.texts is not None
+    texts = UnitRows(stored.texts, name="texts", any_length=False)
     images = UnitRows(store.images, name="images", any_length=False)
     rows = np.array([3, 4, 5])
     cosines = (images[rows] * texts[rows]).sum(axis=1)
     assert np.allclose(cosines[:2], -1)
     assert cosines[2] > -0.99
-    assert np.array_equal(_texts(store)[2:5], _texts(store)[np.array([2, 3, 4])])
-    assert np.array_equal(_good(store, _texts(store))[rows], _texts(store)[rows])
+    assert np.array_equal(stored.texts[2:5], stored.texts[np.array([2, 3, 4])])
+    some = OkRows.of(store, np.array([1, 3, 4, 5]))
+    assert some.texts is not None
+    assert np.array_equal(some.texts[1:], stored.texts[rows])
 
 
 # Batches

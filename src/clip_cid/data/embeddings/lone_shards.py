@@ -99,7 +99,8 @@ def read_lone_shard(task: LoneShard, pairs: Pairs) -> EmbeddedShard:
     held = read_shards(task.store)
     try:
         remarks = collections.Counter[str](read_json(task.store / _REMARKS))
-        _, (shard,), skipped = held if held is not None else ({}, (), ())
+        _, shards, skipped = held if held is not None else ({}, [], ())
+        (shard,) = shards
     except (RunError, ValueError, TypeError) as error:
         raise DataError(
             f"{task.store}: not the store of one shard ({error}).",

@@ -145,7 +145,7 @@ def test_a_process_that_ends_during_the_meeting_is_told_as_ended(monkeypatch: py
     class Ended(HashStore):
         """Its process has ended: every call fails."""
 
-        def wait(self, *_: object) -> None:
+        def wait(self, *_: object) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
             raise dist.DistNetworkError("failed to recv, got 0 bytes")
 
         check = wait  # pyright: ignore[reportAssignmentType]

@@ -161,7 +161,8 @@ class Origins:
             return self._num_pairs
         which, count = (BALANCE, "kept") if BALANCE in self._active else (EMBED, "ok")
         record = whole_record(self._folder, which)
-        return None if record is None else int(record.summary[count])
+        kept = None if record is None else record.summary.get(count)
+        return None if kept is None else int(kept)
 
     @cached_property
     def _num_pairs(self) -> int | None:

@@ -218,8 +218,8 @@ def test_a_stage_reads_no_setting_of_machine_that_does_not_concern_it(
     for name in stages:
         read.clear()
         pipeline.run(RunFolder(tmp_path / "run"), recipe, only=name)
-        of_files = {"cache_dir"}  # where what a stage reads is looked for, before it runs
-        used = {f"machine.{setting}" for setting in read & {*MachineConfig.model_fields} - of_files}
+        around = {"cache_dir", "ray"}  # where what a stage reads is looked for; whether a cluster is to be left
+        used = {f"machine.{setting}" for setting in read & {*MachineConfig.model_fields} - around}
         assert all(map(pipeline.BY_NAME[name].concerns, used)), (name, used)
 
 

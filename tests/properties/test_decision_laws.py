@@ -22,19 +22,24 @@ SQUARED = st.floats(0.01, 3.9)
 
 @st.composite
 def decided_balance(draw, max_rows: int = 14):
-    """Rows, a rule, and decisions about some of the rows that do not contradict each other."""
+    """Rows, threshold and radius of a rule, and decisions about some rows that do not contradict each other."""
     dim = draw(st.integers(2, 4))
     row = st.lists(st.integers(-3, 3), min_size=dim, max_size=dim).filter(any)
     integers = np.array(draw(st.lists(row, min_size=2, max_size=max_rows)), dtype=np.float64)
-    images = UnitRows(integers, name="rows", any_length=True)
-    radius = draw(st.one_of(st.none(), st.floats(0.05, 1.9)))
-    rule = BalanceRule(draw(SQUARED), "squared_euclidean", 3.95, max_radius=radius)
+    radius, threshold = draw(st.one_of(st.none(), st.floats(0.05, 1.9))), draw(SQUARED)
 
     of = st.integers(0, len(integers) - 1)
     apart = draw(st.lists(st.tuples(of, of).filter(lambda pair: pair[0] < pair[1]), max_size=4))
     keep = draw(st.sets(of, max_size=3))
     remove = draw(st.sets(of, max_size=3)) - keep
-    return images, rule, apart, sorted(keep), sorted(remove)
+    return integers, threshold, radius, apart, sorted(keep), sorted(remove)
+
+
+def made(drawn):
+    """The same as rows and a rule; our own code is not to run within a strategy, where its checks draw at random."""
+    integers, threshold, radius, *decisions = drawn
+    images = UnitRows(integers, name="rows", any_length=True)
+    return images, BalanceRule(threshold, "squared_euclidean", 3.95, max_radius=radius), *decisions
 
 
 def decided(apart, keep, remove) -> DecidedRows:
@@ -52,7 +57,7 @@ def kept_for(balance: Balance) -> list[int]:
 
 @given(decided_balance())
 def test_decisions_hold_in_the_result(data):
-    images, rule, apart, keep, remove = data
+    images, rule, apart, keep, remove = made(data)
     result = balanced(images, rule, decided(apart, keep, remove))
     sets = result.joined.sets(result.squared_threshold)
     for one, other in apart:
@@ -64,7 +69,7 @@ def test_decisions_hold_in_the_result(data):
 
 @given(decided_balance())
 def test_every_row_is_kept_for_by_one_of_its_set_and_undecided_sets_are_as_ever(data):
-    images, rule, apart, keep, remove = data
+    images, rule, apart, keep, remove = made(data)
     result, plain = balanced(images, rule, decided(apart, keep, remove)), balanced(images, rule, None)
     sets, plain_sets = result.joined.sets(result.squared_threshold), plain.forest.sets(plain.squared_threshold)
     for row, own in enumerate(kept_for(result)):
@@ -81,7 +86,7 @@ def test_every_row_is_kept_for_by_one_of_its_set_and_undecided_sets_are_as_ever(
 
 @given(decided_balance())
 def test_no_decision_changes_nothing(data):
-    images, rule, *_ = data
+    images, rule, *_ = made(data)
     one, other = balanced(images, rule, DecidedRows()), balanced(images, rule, None)
     assert one.kept.tobytes() == other.kept.tobytes()
     assert one.set_of.tobytes() == other.set_of.tobytes()
@@ -89,7 +94,7 @@ def test_no_decision_changes_nothing(data):
 
 @given(decided_balance(), st.randoms(use_true_random=False))
 def test_the_order_of_the_rows_decided_about_does_not_count(data, random):
-    images, rule, apart, keep, remove = data
+    images, rule, apart, keep, remove = made(data)
     first = balanced(images, rule, decided(apart, keep, remove))
     for part in (apart, keep, remove):
         random.shuffle(part)
@@ -101,7 +106,7 @@ def test_the_order_of_the_rows_decided_about_does_not_count(data, random):
 @given(decided_balance())
 def test_the_cut_link_is_the_weakest_on_the_way(data):
     """The link without which the two are apart, and which is needed last when links are added nearest first."""
-    images, rule, apart, _, _ = data
+    images, rule, apart, _, _ = made(data)
     forest = balanced(images, rule, None).forest
     expected = {weakest(forest, one, other) for one, other in apart} - {-1}
     assert cut_links(forest, decided(apart, [], []).apart).tolist() == sorted(expected)
@@ -118,7 +123,7 @@ def weakest(forest: Forest, one: int, other: int) -> int:
 
 @given(decided_balance())
 def test_with_a_radius_whoever_is_not_to_be_removed_is_within_it(data):
-    images, rule, apart, keep, remove = data
+    images, rule, apart, keep, remove = made(data)
     result = balanced(images, rule, decided(apart, keep, remove))
     rows = images[0 : len(images)]
     if rule.squared_radius is not None:
@@ -129,7 +134,7 @@ def test_with_a_radius_whoever_is_not_to_be_removed_is_within_it(data):
 
 @given(decided_balance())
 def test_rows_without_a_kept_one_are_left_out_of_the_explanation(data):
-    images, rule, apart, keep, remove = data
+    images, rule, apart, keep, remove = made(data)
     result = balanced(images, rule, decided(apart, keep, remove))
     if len(result.kept):
         explanation = explain(images, result.kept, result.set_of, result.joined, result.squared_threshold)

@@ -263,7 +263,6 @@ def test_an_address_is_refused_wherever_a_folder_is_made(tmp_path: Path, monkeyp
         ["join", "a", "b", address],
         ["ablate", "losses", "r.yaml", address],
         ["sample", address],
-        ["balance", "run", "--embeddings", "s3://bucket/run"],
         ["run", "run", "--machine.cache-dir", "s3://bucket/run"],
     ]
     for command in commands:

@@ -24,14 +24,18 @@ from clip_cid.run_folder import now
 class ContradictionError(DataError):
     """A decision says the opposite of an earlier one, which holds; nothing was saved."""
 
-    def __init__(self, kind: Kind, earlier: Decision) -> None:
+    earlier: Decision
+
+    @classmethod
+    def of(cls, kind: Kind, earlier: Decision) -> "ContradictionError":
         what = {"remove_all": "removed", "keep": "kept", "keep_all": "kept"}[earlier.kind]
         key = earlier.images[0].key
-        super().__init__(
+        error = cls(
             f"{kind.replace('_', ' ')}: it was decided before that {key!r} is to be {what}.",
             fix="Undo that decision first.",
         )
-        self.earlier = earlier
+        error.earlier = earlier
+        return error
 
 
 class DecisionLog:
@@ -65,7 +69,7 @@ class DecisionLog:
             raise ValueError(f"images: {kind} needs {LEAST_IMAGES[kind]} or more different ones, got {len(images)}")
         with self._writing() as decisions:
             if (earlier := decisions.against(kind, images)) is not None:
-                raise ContradictionError(kind, earlier)
+                raise ContradictionError.of(kind, earlier)
             line = Decision(secrets.token_hex(8), kind, tuple(images), now())
             append_line(self.path, line.as_json())
             return line

@@ -325,7 +325,7 @@ def test_chance_of_several_labels():
 
 def test_chance_of_a_sample_of_centers():
     def level(logq: str) -> dict[str, float]:
-        settings = DistillConfig.model_validate({"logq": logq})
+        settings = DistillConfig.model_validate({"logq": logq, "batch_size": 64})
         return chance_levels(settings, width=8, num_centers=100, in_step=10, perplexity=20.0, logit_bias=None)
 
     assert level("none")["cluster_cls"] == level("kl")["cluster_cls"] == pytest.approx(math.log(10))

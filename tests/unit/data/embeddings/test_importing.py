@@ -293,15 +293,22 @@ def test_a_broken_npy_is_named(tmp_path: Path, name: str, array: np.ndarray, pro
     assert "--force" not in error.value.fix  # it is not a file of ours
 
 
-@pytest.mark.parametrize("name", ["x.csv", "nothing", "both"])
-def test_what_is_not_embeddings_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "problem", "fix"),
+    [
+        ("x.csv", "not read from files of this type", "rows of a .npy first: np.save"),
+        ("nothing", "neither an embedding store", "DataComp"),
+        ("both", r"both \.npy and \.npz", "DataComp"),
+    ],
+)
+def test_what_is_not_embeddings_is_refused(tmp_path: Path, name: str, problem: str, fix: str) -> None:
     (tmp_path / "x.csv").write_bytes(b"x")
     (tmp_path / "both").mkdir()
     np.save(tmp_path / "both" / "a.npy", unit(2, 0))
     np.savez(tmp_path / "both" / "a.npz", unit(2, 0))
-    with pytest.raises(DataError, match=r"neither an embedding store|both \.npy and \.npz") as error:
+    with pytest.raises(DataError, match=problem) as error:
         import_existing(tmp_path / name, tmp_path / "out")
-    assert "DataComp" in error.value.fix
+    assert fix in error.value.fix
 
 
 def test_the_folder_above_the_embeddings_is_told_where_they_are(tmp_path: Path) -> None:

@@ -185,7 +185,8 @@ def test_parts_in_tasks_change_nothing_and_their_progress_adds_up(
     ("kept", "set_of", "links", "message"),
     [
         ([0], [0, 0], 1, "must be of 3 rows, got 2 and 3"),
-        ([0, 1], [0, 2, 1], 1, "set_of must be 0 to 1, got 0 to 2"),
+        ([0, 1], [0, 2, 1], 1, "set_of must be -1 to 1, got 0 to 2"),
+        ([0, 1], [0, -2, 1], 1, "set_of must be -1 to 1, got -2 to 1"),
         ([0, 1], [1, 0, 0], 1, "kept must hold one row of each set"),
         ([0, 9], [0, 1, 1], 1, "kept must hold one row of each set"),
         ([0], [0, 0, 0], 1, "must join each row to the one kept for it at squared 0.04, not so row 2"),

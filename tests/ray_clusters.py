@@ -68,6 +68,13 @@ def workers(nodes: Any) -> list[int]:
     return found
 
 
+def _wait_for(path: Path) -> None:
+    """At most a minute: all processes may be waiting before any does what they wait for."""
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def open_work(folder: Path) -> Any:
     """Leaves the process in which it was called."""
     (folder / f"begun-{os.getpid()}").touch()
@@ -91,6 +98,9 @@ def write(folder: Path, task: str) -> None:
         case "takes memory":
             raise MemoryError
         case "waits":
+            time.sleep(0.5)
+        case "waits for 1":
+            _wait_for(folder / "tried-1")
             time.sleep(0.5)
     (folder / number).write_text(str(os.getpid()))
 

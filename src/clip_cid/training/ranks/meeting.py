@@ -156,7 +156,7 @@ def _who_is_missing(store: Store | None, names: list[str]) -> str:
     try:
         missing = [rank for rank, name in enumerate(names) if not store.check([name])]
     except RuntimeError:  # the store is in the process of rank 0, or in torchrun's own
-        return f"the process at {where} that the others meet through has ended"
+        return f"the process at {where} that all meet through has ended, before all had come {within}"
     if not missing:
         return f"lost the connection to {where}"
     return f"rank {', '.join(map(str, missing))} did not come {within}"

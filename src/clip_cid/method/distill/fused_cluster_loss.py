@@ -137,10 +137,7 @@ def cluster_losses(
     several = labels[:, None] if labels.ndim == 1 else labels
     _check(student, centers, several, scale, temperature, elsewhere=group is not None)
     _check_options(student, centers, teacher, log_inclusion, scale / temperature)
-    if logq not in get_args(LogQ):
-        raise ValueError(f"logq must be one of {', '.join(get_args(LogQ))}, got {logq!r}")
-    if block_centers is not None and block_centers < 1:
-        raise ValueError(f"block_centers must be at least 1, got {block_centers}")
+    _check_how(logq, block_centers)
 
     keep_freed_memory()
     with autocast_off(student):
@@ -305,6 +302,13 @@ def _check(
         raise ValueError(
             f"labels must be different centers for a row, but those of row {row} are {labels[row].tolist()}"
         )
+
+
+def _check_how(logq: LogQ, block_centers: int | None) -> None:
+    if logq not in get_args(LogQ):
+        raise ValueError(f"logq must be one of {', '.join(get_args(LogQ))}, got {logq!r}")
+    if block_centers is not None and block_centers < 1:
+        raise ValueError(f"block_centers must be at least 1, got {block_centers}")
 
 
 def _check_options(

@@ -14,6 +14,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from clip_cid.method.products import product
+from clip_cid.method.unit_rows import keep_freed_memory
 
 _CPU_CELLS, _DEVICE_CELLS = 1 << 22, 1 << 26  # logits at a time
 _LEAST_ROWS = 16
@@ -49,7 +50,8 @@ def mean_over_rows(
     """The mean of a loss of the logits `scale * queries @ keys.T + bias` over the queries.
 
     Gradients reach `queries`, `keys`, `scale` and `bias`, as far as they require them; they are computed with the loss.
-    Besides inputs and gradients it takes about 64 MiB on the CPU and 1 GiB on a device, for a batch of any size.
+    Besides inputs and gradients it takes a copy of the queries and some blocks of logits, of 16 MiB each on the CPU and
+    256 MiB on a device, for a batch of any size.
 
     Args:
         loss: Of a row.
@@ -60,6 +62,7 @@ def mean_over_rows(
         bias: One number.
         block_rows: Queries at a time; as many as suit a cache or a device when absent.
     """
+    keep_freed_memory()
     inputs = queries, keys, scale, bias
     if not torch.is_grad_enabled():  # else a gradient is computed
         inputs = tuple(None if value is None else value.detach() for value in inputs)

@@ -136,8 +136,7 @@ def cluster_losses(
     """
     several = labels[:, None] if labels.ndim == 1 else labels
     _check(student, centers, several, scale, temperature, elsewhere=group is not None)
-    _check_options(student, centers, teacher, log_inclusion, scale / temperature)
-    _check_how(logq, block_centers)
+    _check_options(student, centers, teacher, log_inclusion, scale / temperature, logq, block_centers)
 
     keep_freed_memory()
     with autocast_off(student):
@@ -304,21 +303,21 @@ def _check(
         )
 
 
-def _check_how(logq: LogQ, block_centers: int | None) -> None:
-    if logq not in get_args(LogQ):
-        raise ValueError(f"logq must be one of {', '.join(get_args(LogQ))}, got {logq!r}")
-    if block_centers is not None and block_centers < 1:
-        raise ValueError(f"block_centers must be at least 1, got {block_centers}")
-
-
 def _check_options(
     student: Tensor,
     centers: Tensor,
     teacher: Tensor | SoftCenters | None,
     log_inclusion: Tensor | None,
     sharpness: float,
+    logq: LogQ,
+    block_centers: int | None,
 ) -> None:
     """The teacher and the sample fit rows and centers; soft centers are of all centers, frozen, at this sharpness."""
+    if logq not in get_args(LogQ):
+        raise ValueError(f"logq must be one of {', '.join(get_args(LogQ))}, got {logq!r}")
+    if block_centers is not None and block_centers < 1:
+        raise ValueError(f"block_centers must be at least 1, got {block_centers}")
+
     target = teacher.mean if isinstance(teacher, SoftCenters) else teacher
     if target is not None and target.shape != student.shape:
         raise ValueError(f"teacher must have the shape {tuple(student.shape)} of student, got {tuple(target.shape)}")

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import os
 import resource
 import weakref
 from collections.abc import Callable
@@ -87,6 +88,16 @@ class KeptOpen(Generic[Key, Value]):
         if limit == resource.RLIM_INFINITY:
             return self._most
         return min(self._most, max(_FEWEST, (limit - _EVERYTHING_ELSE) // _CACHES_OF_FILES))
+
+
+class Descriptor:
+    """An open file that closes when it is no longer used. It is read by position, so threads and forks share it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
 
 
 @functools.cache

@@ -866,38 +866,57 @@ class Recipe(Config):
         return used.get(stage, True)
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> "Recipe":
-        # Some loss must be on, and distillation needs a teacher.
-        weights = self.distill.weights
-        if self.distill.keeps_text_tower and not self.has_teacher:
+    def _teacher_fits(self) -> "Recipe":
+        if self.has_teacher:
+            return self
+        if self.distill.keeps_text_tower:
             raise ValueError(
                 f"distill.text_tower: {self.distill.text_tower}, but embed.teacher: none, so there are no embeddings of"
                 " it to learn from; set distill.text_tower: own"
             )
-        if not self.has_teacher and (self.uses_clusters or self.uses_teacher_images or self.uses_teacher_texts):
+        if self.uses_clusters or self.uses_teacher_images or self.uses_teacher_texts:
             raise ValueError(
                 "embed.teacher: none, but distill.weights asks for distillation; set distill.weights: clip-only"
             )
-        if not self.has_teacher and self.distill.per_cluster is not None:
+        if self.distill.per_cluster is not None:
             raise ValueError(
                 "embed.teacher: none, but distill.per_cluster needs clusters of a teacher's embeddings; leave it out"
             )
-        if not self.has_teacher and self.pairs.captions == "optional":
+        if self.pairs.captions_are_optional:
             raise ValueError(
                 "embed.teacher: none, but pairs.captions: optional takes images that only a teacher can say something"
                 " of; set pairs.captions: required"
             )
-        if self.uses_texts and self.embed.existing is not None:
+        if self.embed.views:
+            raise ValueError(f"embed.views: {self.embed.views}, but embed.teacher: none, so nothing embeds them")
+        return self
+
+    @model_validator(mode="after")
+    def _embeddings_fit(self) -> "Recipe":
+        embed = self.embed
+        if self.uses_texts and embed.existing is not None:
             raise ValueError(
                 "distill.texts: the teacher embeds them, but embed.existing takes embeddings that were made elsewhere,"
                 " and no teacher is loaded; leave out one of the two"
             )
-        if self.embed.match == "order" and (self.embed.existing is None or not self.pairs.source):
+        if embed.match == "order" and (embed.existing is None or not self.pairs.source):
             raise ValueError(
                 "embed.match: order gives the rows of embed.existing to the pairs of pairs.source; name both, or leave"
                 " it out"
             )
-        if not weights.switched_on:
+
+        # Views are crops that a teacher embeds, and the only ones.
+        if embed.views and self.distill.crop_scale != DistillConfig().crop_scale:
+            raise ValueError(
+                f"distill.crop_scale: {self.distill.crop_scale:g} has no effect with embed.views: {embed.views},"
+                " whose crops the student sees; leave it out, and set embed.view_crop_scale"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _losses_fit(self) -> "Recipe":
+        switched_on = rows_of(self.distill.weights.switched_on)
+        if not switched_on:
             raise ValueError("distill.weights: all are 0, so there is nothing to learn")
 
         # An image has at most as many labels as there are clusters.
@@ -908,49 +927,43 @@ class Recipe(Config):
                 f"distill.labels: {labels:,} labels for an image, but cluster.num_centers is {of_number:,}"
             )
 
-        # Views are crops that a teacher embeds, and the only ones.
-        if self.embed.views and not self.has_teacher:
-            raise ValueError(f"embed.views: {self.embed.views}, but embed.teacher: none, so nothing embeds them")
-        if self.embed.views and self.distill.crop_scale != DistillConfig().crop_scale:
-            raise ValueError(
-                f"distill.crop_scale: {self.distill.crop_scale:g} has no effect with embed.views: {self.embed.views},"
-                " whose crops the student sees; leave it out, and set embed.view_crop_scale"
-            )
-
         # Clusters of texts are made only where they are asked for.
         if self.uses_text_clusters and not clusters.texts:
-            readers = ", ".join(loss.name for loss in rows_of(weights.switched_on) if "text_clusters" in loss.reads)
+            readers = ", ".join(loss.name for loss in switched_on if "text_clusters" in loss.reads)
             raise ValueError(f"distill.weights: {readers} read clusters of texts; set cluster.texts: true")
 
         # An image without a caption has no place in comparisons of texts with centers.
-        of_texts = [
-            loss.name for loss in rows_of(weights.switched_on) if loss.reads_captions and "clusters" in loss.reads
-        ]
+        of_texts = [loss.name for loss in switched_on if loss.reads_captions and "clusters" in loss.reads]
         if self.pairs.captions_are_optional and (clusters.texts or of_texts):
             asks = "cluster.texts" if clusters.texts else f"distill.weights.{of_texts[0]}"
             raise ValueError(
                 f"pairs.captions: optional, but {asks} needs a caption for every image; leave out one of them"
             )
+        return self
 
-        # Names that must refer to another setting.
-        if self.draw.images_of is not None and self.draw.images_of not in self.evaluate.sets:
-            raise ValueError(f"draw.images_of: {self.draw.images_of!r} is not among evaluate.sets")
+    @model_validator(mode="after")
+    def _balance_fits(self) -> "Recipe":
         balance = self.balance
         if LARGEST_FILE in balance.keep and not self.pairs.source:
             raise ValueError("balance.keep: largest_file reads the images; set pairs.source")
-        for rule in balance.keep:
-            if (name := rule.removeprefix(OF_FIELD)) != rule and name not in self.pairs.keep_fields:
-                raise ValueError(f"balance.keep: {name!r} is not among pairs.keep_fields, so it is not stored")
-        for section, field in ((BALANCE, balance.truth_field), (CLUSTER, self.cluster.truth_field)):
-            if field is not None and field not in self.pairs.keep_fields:
-                raise ValueError(
-                    f"{section}.truth_field: {field!r} is not among pairs.keep_fields, so it is not stored"
-                )
-
         if balance.max_threshold is not None and balance.target_removed is None:
             low, high = balance.threshold, balance.max_threshold
             if high < low:
                 raise ValueError(f"balance.max_threshold: {high:g} is below balance.threshold {low:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _names_refer(self) -> "Recipe":
+        if self.draw.images_of is not None and self.draw.images_of not in self.evaluate.sets:
+            raise ValueError(f"draw.images_of: {self.draw.images_of!r} is not among evaluate.sets")
+        fields: list[tuple[str, str | None]] = [
+            ("balance.truth_field", self.balance.truth_field),
+            ("cluster.truth_field", self.cluster.truth_field),
+            *(("balance.keep", rule.removeprefix(OF_FIELD)) for rule in self.balance.keep if rule not in KEEP_RULES),
+        ]
+        for setting, field in fields:
+            if field is not None and field not in self.pairs.keep_fields:
+                raise ValueError(f"{setting}: {field!r} is not among pairs.keep_fields, so it is not stored")
         return self
 
 

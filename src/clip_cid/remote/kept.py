@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clip_cid import log
-from clip_cid.open_files import KeptOpen
+from clip_cid.open_files import Descriptor, KeptOpen
 from clip_cid.remote import files
 from clip_cid.remote.contract import RemoteFile
 
@@ -119,7 +119,7 @@ class _Blocks:
             os.pwrite(opened.number, block, number * _BLOCK)
             os.pwrite(opened.number, _SUM.pack(_check(block)), self._sums + number * _SUM.size)
 
-    def _opened(self, *, for_writing: bool) -> "_Descriptor | None":
+    def _opened(self, *, for_writing: bool) -> Descriptor | None:
         try:
             return _open(self._path)
         except FileNotFoundError:
@@ -179,18 +179,8 @@ def _warn_of_cache(cache: Path, reason: str) -> None:
     )
 
 
-class _Descriptor:
-    """An open file that closes when it is no longer used. It is read by position, so threads share it."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        os.close(self.number)
-
-
-def _open_file(path: Path) -> _Descriptor:
-    return _Descriptor(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+def _open_file(path: Path) -> Descriptor:
+    return Descriptor(os.open(path, os.O_RDWR | os.O_CLOEXEC))
 
 
 _open = KeptOpen(_open_file)

@@ -134,6 +134,45 @@ class _Status(NamedTuple):
     version: int | str
 
 
+class _Found:
+    """The files under a folder, each where it belongs by the suffix of its name."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, _Status] = {}
+        self.texts: dict[str, _Status] = {}
+        self.others: collections.Counter[str] = collections.Counter()
+        """Files of other types, by suffix."""
+        self.linked_folders = 0
+
+    def add(self, name: str, status: _Status) -> None:
+        suffix = _suffix(name)
+        if suffix.removeprefix(".") in EXTENSIONS:
+            self.images[name] = status
+        elif suffix in (".txt", ".json"):
+            self.texts[name] = status
+        else:
+            self.others[suffix] += 1
+
+    def walk(self, root: Path, below: str = "") -> None:
+        """Collect the files under `root/below`; linked folders are left out and counted."""
+        with os.scandir(root / below) as entries:
+            for entry in entries:
+                name = below + entry.name
+                if entry.name.startswith("."):
+                    continue
+
+                if entry.is_dir(follow_symlinks=False):
+                    self.walk(root, name + "/")
+                elif entry.is_dir():
+                    self.linked_folders += 1
+                elif entry.is_file() or (entry.is_symlink() and _is_image(_suffix(name))):
+                    # A link to nowhere keeps its row and is counted as a broken image.
+                    status = entry.stat(follow_symlinks=entry.is_file())
+                    self.add(name, _Status(status.st_size, status.st_mtime_ns))
+                else:
+                    self.others[_suffix(name)] += 1
+
+
 def _key(source: SourceFile, file: _ListedImage, key_field: str | None) -> tuple[str, str | None]:
     """The key of an image, and what is wrong with it."""
     if key_field is None:
@@ -170,12 +209,12 @@ def _list_source(source: SourceFile, *, with_json: bool) -> _Listing:
     if source.remote is None:
         return _list_folder(source.path, with_json=with_json)
 
-    images, texts, others = dict[str, _Status](), dict[str, _Status](), collections.Counter[str]()
+    found = _Found()
     there = remote_files.at(source.remote.address)
     for name, file in there.items() if isinstance(there, dict) else ():
         if not any(part.startswith(".") for part in name.split("/")):
-            _sort(name, _Status(file.bytes, file.version), images, texts, others)
-    return _listing(images, texts, others, linked=0, with_json=with_json)
+            found.add(name, _Status(file.bytes, file.version))
+    return _listing(found, with_json=with_json)
 
 
 def _list_folder(path: Path, *, with_json: bool = False) -> _Listing:
@@ -188,27 +227,21 @@ def _list_folder(path: Path, *, with_json: bool = False) -> _Listing:
     Raises:
         DataError: A folder cannot be read.
     """
-    images, texts, others = dict[str, _Status](), dict[str, _Status](), collections.Counter[str]()
+    found = _Found()
     try:
-        linked = _walk(path, "", images, texts, others)
+        found.walk(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be listed ({error}).", fix="Check its permissions.") from error
-    return _listing(images, texts, others, linked=linked, with_json=with_json)
+    return _listing(found, with_json=with_json)
 
 
-def _listing(
-    images: dict[str, _Status],
-    texts: dict[str, _Status],
-    others: collections.Counter[str],
-    *,
-    linked: int,
-    with_json: bool,
-) -> _Listing:
+def _listing(found: _Found, *, with_json: bool) -> _Listing:
     """The images with what belongs to each."""
+    images, texts = found.images, found.texts
     listed: list[_ListedImage] = []
     same_letters = _by_letters(texts)
     beside = _beside_another(images)
-    others.update(os.path.splitext(image)[1].lower() for image in beside)
+    others = found.others + collections.Counter(map(_suffix, beside))
     for image in sorted(images.keys() - beside):
         stem = os.path.splitext(image)[0]
         caption_file, key_file = (
@@ -229,7 +262,7 @@ def _listing(
 
     used = {file.caption_file for file in listed}
     alone = sorted(text for text in texts if text not in used and not text.lower().endswith(".json"))
-    return _Listing(listed, linked, alone, others)
+    return _Listing(listed, found.linked_folders, alone, others)
 
 
 def _by_letters(names: Collection[str]) -> dict[str, str]:
@@ -242,56 +275,11 @@ def _version(versions: list[int | str]) -> int | list[str]:
     return max(times) if times else list(map(str, versions))
 
 
-def _sort(
-    name: str,
-    status: _Status,
-    images: dict[str, _Status],
-    texts: dict[str, _Status],
-    others: collections.Counter[str],
-) -> None:
-    """Put a file where it belongs by the suffix of its name."""
-    suffix = os.path.splitext(name)[1].lower()
-    if suffix.removeprefix(".") in EXTENSIONS:
-        images[name] = status
-    elif suffix in (".txt", ".json"):
-        texts[name] = status
-    else:
-        others[suffix] += 1
-
-
 def _beside_another(images: Collection[str]) -> set[str]:
     """Images of further types, such as previews, beside one of the same name that open_clip would take."""
     usual = {stem for stem, suffix in map(os.path.splitext, images) if suffix.lower()[1:] in IMAGE_EXTENSIONS}
     names = ((image, *os.path.splitext(image)) for image in images)
     return {image for image, stem, suffix in names if stem in usual and suffix.lower()[1:] not in IMAGE_EXTENSIONS}
-
-
-def _walk(
-    root: Path,
-    below: str,
-    images: dict[str, _Status],
-    texts: dict[str, _Status],
-    others: collections.Counter[str],
-) -> int:
-    """Collect the files under `root/below`; returns how many linked folders were left out."""
-    linked = 0
-    with os.scandir(root / below) as entries:
-        for entry in entries:
-            name = below + entry.name
-            if entry.name.startswith("."):
-                continue
-
-            if entry.is_dir(follow_symlinks=False):
-                linked += _walk(root, name + "/", images, texts, others)
-            elif entry.is_dir():
-                linked += 1
-            elif entry.is_file() or (entry.is_symlink() and _is_image(os.path.splitext(name)[1].lower())):
-                # A link to nowhere keeps its row and is counted as a broken image.
-                status = entry.stat(follow_symlinks=entry.is_file())
-                _sort(name, _Status(status.st_size, status.st_mtime_ns), images, texts, others)
-            else:
-                others[os.path.splitext(name)[1].lower()] += 1
-    return linked
 
 
 def _refuse_other_sources(name: str, listing: _Listing) -> None:
@@ -302,6 +290,10 @@ def _refuse_other_sources(name: str, listing: _Listing) -> None:
                 f"{name}: a folder without images; it holds {count:,} {suffix} files.",
                 fix=f"Give the files themselves: {name.rstrip('/')}/**/*{suffix}",
             )
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def _is_image(suffix: str) -> bool:

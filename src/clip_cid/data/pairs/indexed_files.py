@@ -6,7 +6,7 @@ from typing import BinaryIO, cast
 
 from clip_cid.data.pairs.format import SourceFile
 from clip_cid.errors import DataError
-from clip_cid.open_files import KeptOpen
+from clip_cid.open_files import Descriptor, KeptOpen
 from clip_cid.remote import kept
 from clip_cid.remote.contract import RemoteFile
 
@@ -45,19 +45,9 @@ def opened(source: SourceFile, *, in_order: bool = True) -> BinaryIO:
     return open(source.path, "rb")
 
 
-class _Descriptor:
-    """An open file that closes when it is no longer used. It is read by position, so threads and forks share it."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        os.close(self.number)
-
-
-def _open_file(source: SourceFile) -> _Descriptor:
+def _open_file(source: SourceFile) -> Descriptor:
     try:
-        opened = _Descriptor(os.open(source.path, os.O_RDONLY | os.O_CLOEXEC))
+        opened = Descriptor(os.open(source.path, os.O_RDONLY | os.O_CLOEXEC))
     except FileNotFoundError as error:
         raise _changed(source.name) from error
     except PermissionError as error:

@@ -120,7 +120,7 @@ def test_decisions_of_other_embeddings_are_refused_and_those_on_gone_rows_left_o
     np.save(run.parent / "rows.npy", rows(DEGREES[:-1]))
     caplog.clear()
     assert 0 in np.load(balance(run, "--balance.decisions", path) / "kept.npy")
-    assert "1 image of 2 decided about are not here, such as 'rows/7'" in caplog.text
+    assert "of 2 images decided about, 1 not found here, such as 'rows/7'" in caplog.text
 
     np.save(run.parent / "rows.npy", rows((20, 21, 22)))
     kept = contents(run / "balance")

@@ -318,7 +318,7 @@ def _decided(
         )
     if named.gone:
         log.warn(
-            f"balance.decisions: {units.counted(len(named.gone), 'image')} of {of:,} decided about are not here, such as"
+            f"balance.decisions: of {units.counted(of, 'image')} decided about, {len(named.gone):,} not found here, such as"
             f" {named.gone[0].key!r}; decisions hold for the others"
         )
     log.info(
@@ -344,8 +344,8 @@ def _with_protected(
     decided = decided or DecidedRows()
     if len(both := np.intersect1d(protected, decided.remove)):
         raise DataError(
-            f"{units.counted(len(both), 'image')} are protected by balance.protect and removed by {settings.decisions},"
-            f" such as {store.keys[int(stored.in_store(both)[0])]!r}.",
+            f"balance.protect and {settings.decisions}: the one keeps and the other removes"
+            f" {units.counted(len(both), 'image')}, such as {store.keys[int(stored.in_store(both)[0])]!r}.",
             fix="Undo that decision in `clip-cid review`, or leave them out of balance.protect.",
         )
     log.info(f"balance   {units.counted(len(protected), 'image')} protected by balance.protect")
@@ -409,7 +409,9 @@ def _write_against(
         for one, found in zip(sets, listed, strict=True)
     ]
     for one in compared:
-        log.info(f"balance   {one.near:,} images are within the threshold of one of the {one.images:,} of {one.name}")
+        log.info(
+            f"balance   {one.name}: {units.counted(one.near, 'image')} within the threshold of one of its {one.images:,}"
+        )
     return compared
 
 
@@ -443,8 +445,8 @@ def _balance(
         )
     except KeptAndNear as error:
         raise DataError(
-            f"{units.counted(len(error.rows), 'image')} to be kept, by balance.protect or balance.decisions, are within the"
-            " threshold of an image of balance.against.",
+            f"balance.against removes {units.counted(len(error.rows), 'image')} that balance.protect or balance.decisions"
+            " keeps.",
             fix="Leave them out of what is kept, or leave out that set; both cannot hold.",
         ) from error
     except ShareOutOfReach as error:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
-from clip_cid.errors import DataError
+from clip_cid.data.balance.tables import read_columns
 from clip_cid.run_folder import atomic_file
 
 AGAINST_FILE = "against.parquet"
@@ -66,12 +66,7 @@ def read_dropped(folder: Path) -> Dropped:
     path = folder / AGAINST_FILE
     if not path.is_file():
         return Dropped(np.zeros(0, dtype=np.int64), [], np.zeros(0))
-    try:
-        table = pq.read_table(path, columns=["row", "set", "distance"])
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}).", fix="Run the balance stage again, with --force."
-        ) from error
+    table = read_columns(path, ["row", "set", "distance"])
     rows, distances = table.column("row").to_numpy(), table.column("distance").to_numpy()
     order = np.lexsort((distances, rows))
     each, first = np.unique(rows[order], return_index=True)

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int
 from numpy import ndarray
 
-from clip_cid.errors import DataError
+from clip_cid.data.balance.tables import read_columns
 from clip_cid.run_folder import atomic_file
 
 CAPTIONS_FILE = "captions.parquet"
@@ -63,12 +63,7 @@ def read_captions(folder: Path) -> dict[int, list[str]]:
     path = folder / CAPTIONS_FILE
     if not path.is_file():
         return {}
-    try:
-        table = pq.read_table(path, columns=["row", "captions"])
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}).", fix="Run the balance stage again, with --force."
-        ) from error
+    table = read_columns(path, ["row", "captions"])
     return dict(zip(table.column("row").to_pylist(), table.column("captions").to_pylist(), strict=True))
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
-from clip_cid.errors import DataError
+from clip_cid.data.balance.tables import read_columns
 from clip_cid.run_folder import atomic_file
 
 DECIDED_FILE = "decided.parquet"
@@ -98,10 +98,5 @@ def _numbers(folder: Path, column: str, *decisions: str) -> Int[np.ndarray, " n"
     path = folder / DECIDED_FILE
     if not path.is_file():
         return np.zeros(0, dtype=np.int64)
-    try:
-        table = pq.read_table(path, columns=[column], filters=[("decision", "in", decisions)])
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}).", fix="Run the balance stage again, with --force."
-        ) from error
+    table = read_columns(path, [column], filters=[("decision", "in", decisions)])
     return np.sort(table.column(column).to_numpy())

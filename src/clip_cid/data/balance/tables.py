@@ -82,6 +82,18 @@ def write_tables(
     )
 
 
+def read_columns(path: Path, columns: list[str], *, filters: Any = None) -> pa.Table:
+    """Some columns of a Parquet table that the stage wrote.
+
+    Raises:
+        DataError: The table cannot be read.
+    """
+    try:
+        return pq.read_table(path, columns=columns, filters=filters)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read ({error}).", fix=_FIX) from error
+
+
 class BalanceTables:
     """Both tables of a run; a column is read when it is used.
 
@@ -104,24 +116,24 @@ class BalanceTables:
     @cached_property
     def sets(self) -> dict[str, np.ndarray]:
         """Every column but the keys, by name."""
-        return _columns(_read(self._sets, [name for name in _SETS if name != "kept_key"]))
+        return _columns(read_columns(self._sets, [name for name in _SETS if name != "kept_key"]))
 
     @cached_property
     def distances(self) -> Float[np.ndarray, " removed"]:
         """From each removed image to the kept one."""
-        columns = _columns(_read(self._members, ["kept", "distance"]))
+        columns = _columns(read_columns(self._members, ["kept", "distance"]))
         return columns["distance"][~columns["kept"]]
 
     @property
     def removed(self) -> dict[str, np.ndarray]:
         """Row, set and distance of every removed image."""
-        columns = _columns(_read(self._members, ["row", "set", "kept", "distance"]))
+        columns = _columns(read_columns(self._members, ["row", "set", "kept", "distance"]))
         return {name: columns[name][~columns["kept"]] for name in ("row", "set", "distance")}
 
     @cached_property
     def every_member(self) -> dict[str, np.ndarray]:
         """Row, set and kind (its place in `KINDS`) of every image of a set, set by set."""
-        table = _read(self._members, ["row", "set", "kind"])
+        table = read_columns(self._members, ["row", "set", "kind"])
         kinds = pc.call_function("index_in", [table["kind"]], pc.SetLookupOptions(value_set=pa.array(KINDS)))
         return {**_columns(table.select(["row", "set"])), "kind": kinds.to_numpy().astype(np.int8)}
 
@@ -134,7 +146,7 @@ class BalanceTables:
         return self._some(("kind", "=", kind))
 
     def _some(self, wanted: tuple[str, str, Any]) -> dict[str, np.ndarray]:
-        return _columns(_read(self._members, [name for name in _MEMBERS if name != "key"], filters=[wanted]))
+        return _columns(read_columns(self._members, [name for name in _MEMBERS if name != "key"], filters=[wanted]))
 
 
 def _write(
@@ -166,13 +178,6 @@ def _check(path: Path, types: Mapping[str, pa.DataType]) -> tuple[str, float]:
         raise DataError(f"{path}: not a whole Parquet file ({error}).", fix=_FIX) from error
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: its metadata does not name metric and threshold ({error!r}).", fix=_FIX) from error
-
-
-def _read(path: Path, columns: list[str], *, filters: Any = None) -> pa.Table:
-    try:
-        return pq.read_table(path, columns=columns, filters=filters)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read ({error}).", fix=_FIX) from error
 
 
 def _columns(table: pa.Table) -> dict[str, np.ndarray]:

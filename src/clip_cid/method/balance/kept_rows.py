@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,6 +14,11 @@ from clip_cid.method.distances import squared_distances
 from clip_cid.method.unit_rows import UnitRows
 
 Keep = Literal["nearest_centroid", "best_caption"]
+
+ChooseOfSets = Callable[[Int[np.ndarray, " members"], Int[np.ndarray, " sets"]], Int[np.ndarray, " sets"]]
+"""The row that each set keeps, of sets of two or more whose members are listed one set after the other."""
+DistancesTo = Callable[[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]], Float[np.ndarray, " rows"]]
+"""The squared distance from each row on the left to that on the right."""
 
 TIED = 1e-9  # far above the rounding of float64, far below any difference between two images
 _MEMBERS = 1 << 12  # rows of sets in memory as numbers
@@ -53,17 +58,37 @@ def keep_one_of_each(
     one row again, and so on until no row is left.
     """
     context = Context(images, texts, MemoryStore() if store is None else store, run_job)
+    return kept_in_rounds(
+        labels,
+        functools.partial(_choose, context, keep=keep),
+        functools.partial(_distances, context),
+        squared_radius=squared_radius,
+    )
+
+
+def kept_in_rounds(
+    labels: Int[np.ndarray, " rows"], choose: ChooseOfSets, distances: DistancesTo, *, squared_radius: float | None
+) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " rows"]]:
+    """Rows kept, ascending, and for each row its place among them.
+
+    Args:
+        labels: The set of each row.
+        choose: Which row a set keeps.
+        distances: From each row on the left to that on the right.
+        squared_radius: The rows of a set that are farther from the kept one form a new set, which chooses again, and
+            so on until no row is left.
+    """
     kept_for = np.arange(len(labels))
 
     # The rows of the sets that have several, one set after the other.
     members, sizes = _listed(np.arange(len(labels)), labels)
     while len(sizes):
-        chosen = np.repeat(_choose(context, members, sizes, keep), sizes)
+        chosen = np.repeat(choose(members, sizes), sizes)
         kept_for[members] = chosen
         if squared_radius is None:
             break
 
-        far = _distances(context, members, chosen) > squared_radius
+        far = distances(members, chosen) > squared_radius
         kept_for[members[far]] = members[far]
         members, sizes = _listed(members[far], np.repeat(np.arange(len(sizes)), sizes)[far])
 
@@ -184,13 +209,16 @@ def _choose_in_part(
     # Of tied rows the one whose caption fits best; of those that fit equally well the lowest.
     if texts is not None:
         cosines = np.full(len(members), -np.inf)
-        candidates = np.flatnonzero(tied)
-        for start in range(0, len(candidates), images.cached_rows):
-            part = candidates[start : start + images.cached_rows]
-            cosines[part] = (images[members[part]] * texts[members[part]]).sum(axis=1)
+        cosines[tied] = cosines_to_texts(images, texts, members[tied])
         tied &= cosines >= np.maximum.reduceat(cosines, starts)[owner] - TIED
     first_tied = np.minimum.reduceat(np.where(tied, np.arange(len(members)), len(members)), starts)
     return members[first_tied]
+
+
+def cosines_to_texts(images: UnitRows, texts: UnitRows, rows: Int[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
+    """The cosine of each of some rows and its caption; there is at least one."""
+    parts = (rows[start : start + images.cached_rows] for start in range(0, len(rows), images.cached_rows))
+    return np.concatenate([(images[part] * texts[part]).sum(axis=1) for part in parts])
 
 
 def from_centroid(

@@ -1,12 +1,21 @@
 """Choose the row that a set keeps by rules of preference in their order; the next rule decides between equals."""
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clip_cid.method.balance.kept_rows import TIED, Keep, from_centroid
-from clip_cid.method.distances import squared_distances
+from clip_cid.method.balance.jobs import counted_from, cut
+from clip_cid.method.balance.kept_rows import (
+    TIED,
+    Keep,
+    cosines_to_texts,
+    distances_to,
+    from_centroid,
+    kept_in_rounds,
+)
 from clip_cid.method.unit_rows import UnitRows
 
 Values = Callable[[Int[np.ndarray, " rows"]], Float[np.ndarray, " rows"]]
@@ -32,31 +41,12 @@ def keep_preferred(
     """
     paper: list[Rule] = ["nearest_centroid"] if texts is None else ["nearest_centroid", "best_caption"]
     order: list[Rule] = [*rules, *(rule for rule in paper if rule not in rules)]
-    kept_for = np.arange(len(labels))
-
-    members, sizes = _listed(kept_for, labels)
-    while len(sizes):
-        chosen = np.repeat(_choose(images, texts, members, sizes, order), sizes)
-        kept_for[members] = chosen
-        if squared_radius is None:
-            break
-
-        far = _squared_between(images, members, chosen) > squared_radius
-        kept_for[members[far]] = members[far]
-        members, sizes = _listed(members[far], np.repeat(np.arange(len(sizes)), sizes)[far])
-
-    kept, set_of = np.unique(kept_for, return_inverse=True)
-    return kept, set_of.astype(np.int64)
-
-
-def _listed(
-    rows: Int[np.ndarray, " rows"], labels: Int[np.ndarray, " rows"]
-) -> tuple[Int[np.ndarray, " members"], Int[np.ndarray, " sets"]]:
-    """The rows of sets of two or more, set by set and ascending in each, and the sizes of these sets."""
-    sizes = np.bincount(labels)
-    several = sizes[labels] > 1
-    members = rows[several]
-    return members[np.argsort(labels[several], kind="stable")], sizes[sizes > 1]
+    return kept_in_rounds(
+        labels,
+        functools.partial(_choose, images, texts, rules=order),
+        functools.partial(distances_to, images),
+        squared_radius=squared_radius,
+    )
 
 
 def _choose(
@@ -71,7 +61,7 @@ def _choose(
     starts = np.cumsum(sizes) - sizes
     for rule in rules:
         for part in _portions(sizes, np.add.reduceat(tied, starts) > 1):
-            inside = np.repeat(starts[part], sizes[part]) + _counted(sizes[part])
+            inside = counted_from(starts[part], sizes[part])
             tied[inside] = _best(images, texts, members[inside], sizes[part], tied[inside], rule)
 
     first = np.minimum.reduceat(np.where(tied, np.arange(len(members)), len(members)), starts)
@@ -81,14 +71,8 @@ def _choose(
 def _portions(sizes: Int[np.ndarray, " sets"], wanted: Bool[np.ndarray, " sets"]) -> Iterator[Int[np.ndarray, " part"]]:
     """The wanted sets in portions of about so many rows as are read at once."""
     open_sets = np.flatnonzero(wanted)
-    if len(open_sets):
-        numbers = np.cumsum(sizes[open_sets]) // _MEMBERS
-        yield from np.split(open_sets, np.flatnonzero(np.diff(numbers)) + 1)
-
-
-def _counted(sizes: Int[np.ndarray, " sets"]) -> Int[np.ndarray, " members"]:
-    """0, 1, ... up to each size."""
-    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    for start, stop in itertools.pairwise(cut(sizes[open_sets], _MEMBERS).tolist()):
+        yield open_sets[start:stop]
 
 
 def _best(
@@ -107,23 +91,8 @@ def _best(
         equal = TIED
     elif rule == "best_caption":
         assert texts is not None, "the rule was checked against the captions"
-        values[tied] = _cosines(images, texts, members[tied])
+        values[tied] = cosines_to_texts(images, texts, members[tied])
         equal = TIED
     else:
         values[tied] = np.nan_to_num(rule(members[tied]), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
     return tied & (values >= np.maximum.reduceat(values, starts)[owner] - equal)
-
-
-def _cosines(images: UnitRows, texts: UnitRows, rows: Int[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
-    parts = (rows[start : start + images.cached_rows] for start in range(0, len(rows), images.cached_rows))
-    return np.concatenate([(images[part] * texts[part]).sum(axis=1) for part in parts])
-
-
-def _squared_between(
-    images: UnitRows, left: Int[np.ndarray, " rows"], right: Int[np.ndarray, " rows"]
-) -> Float[np.ndarray, " rows"]:
-    squared = np.empty(len(left))
-    for start in range(0, len(left), images.cached_rows):
-        part = slice(start, start + images.cached_rows)
-        squared[part] = squared_distances(images[left[part]], images[right[part]])
-    return squared

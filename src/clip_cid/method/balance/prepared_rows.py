@@ -108,7 +108,10 @@ class PreparedRows:
         if (saved := store.load_all()) is None:
             return None
 
+        # Before tasks had tiles they compared two chunks, and the lengths of the rows lay here, too.
         arrays, facts = saved
+        arrays.pop("lengths", None)
+        facts.setdefault("tile_chunks", 1)
         if arrays.keys() | facts.keys() != {field.name for field in dataclasses.fields(cls)}:
             return None
         try:

@@ -21,7 +21,7 @@ from clip_cid.method.balance import (
 from clip_cid.method.balance.forest import Forest, Links, join_links
 from clip_cid.method.balance.jobs import Context
 from clip_cid.method.balance.known_pairs import KnownPairs
-from clip_cid.method.balance.near_pairs import near_forest, near_links
+from clip_cid.method.balance.near_pairs import near_forest, near_links, save_links
 from clip_cid.method.balance.pair_plan import Plan, lay_out
 from clip_cid.method.balance.prepared_rows import PreparedRows, Tile, prepare
 from clip_cid.method.unit_rows import UnitRows
@@ -415,3 +415,30 @@ def test_what_an_interrupted_call_left_is_used_only_where_as_much_is_known(tmp_p
     farther, _ = near_forest(images, 2 * limit, store=store)
     assert in_bytes(resumed) == in_bytes(anew) == in_bytes(forest_by(rows, limit))
     assert in_bytes(farther) == in_bytes(forest_by(rows, 2 * limit))
+
+
+def test_tasks_that_were_done_before_there_were_tiles_are_not_done_again(tmp_path):
+    rows, limit = KINDS["power law"](120, 48), 0.48
+    images, store = images_of(rows), ArrayFolder(tmp_path / "work")
+    prepare(Context(images, store=store), limit, lay_out(images, Plan(chunk_rows=20))).save(store)
+    saved = store.load_all()
+    assert saved is not None
+    arrays, facts = saved
+    assert facts.pop("tile_chunks") == 1
+    store.save_all({**arrays, "lengths": images.lengths}, facts)
+
+    prepared, asked = PreparedRows.load(store), []
+    assert prepared is not None
+    done, missing = prepared.tiles()[:4], prepared.tiles()[4:]
+    for tile in done:
+        save_links(store, prepared, images, tile)
+
+    def rest(job, tiles):
+        asked.extend(tiles)
+        do = job.open(store, images, None)
+        for tile in tiles:
+            do(tile)
+
+    resumed, _ = near_forest(images, limit, store=store, run_job=rest)
+    assert asked == missing
+    assert in_bytes(resumed) == in_bytes(forest_by(rows, limit))

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from clip_cid.data.balance.decisions import Decision
 from clip_cid.data.balance.kinds import KINDS
+from clip_cid.method.balance.decided_sets import DecidedRows
 from clip_cid.method.balance.forest import Forest, ShareOutOfReach
 from clip_cid.method.balance.kept_rows import distances_to
 from clip_cid.method.distances import LARGEST, Metric, threshold_on
@@ -122,8 +124,8 @@ class Answers:
     def _page(self, sets: Sets, wanted: Wanted) -> Answer:
         run = self._run
         page = page_of(run, sets, wanted)
-        kept_for = run.kept_for(sets, page.numbers)
-        cards = [self._card(sets, number, page.widths[number], kept_for) for number in page.numbers]
+        kept_for, named = run.kept_for(sets, page.numbers), run.decided.named
+        cards = [self._card(sets, number, page.widths[number], kept_for, named) for number in page.numbers]
         kept = run.kept_count(sets)
         return {
             "total": page.total,
@@ -161,7 +163,7 @@ class Answers:
         to_kept = np.where(owner >= 0, distances_to(images, np.arange(len(rows)), places), np.nan)
         order = np.lexsort((rows, -np.nan_to_num(to_kept, nan=-1.0), owner != rows))
         shown = order[page * MEMBERS : (page + 1) * MEMBERS]
-        view = run.decided.at
+        view, decided = run.decided.at, run.decided.rows
         links = view.links_among(rows, sets.squared) if number >= 0 else np.zeros(0, dtype=np.int64)
         return {
             "row": int(rows[0]),
@@ -171,7 +173,9 @@ class Answers:
             "width": None if math.isnan(width) else width,
             "weakest": float(sets.weakest[number]) if number >= 0 else None,
             "grows_at": _finite(float(sets.grows_at[number])) if number >= 0 else None,
-            "images": [self._member(int(rows[at]), int(owner[at]), float(to_kept[at])) for at in shown.tolist()],
+            "images": [
+                self._member(int(rows[at]), int(owner[at]), float(to_kept[at]), decided) for at in shown.tolist()
+            ],
             "links": [_link(view.forest, link) for link in links[:_TREE].tolist()],
             "all_links": len(links),
             "decisions": self._decisions_about(set(rows.tolist())),
@@ -194,7 +198,9 @@ class Answers:
     def _alone(self, row: int) -> dict[int, int]:
         return {row: -1 if row in self._run.decided.obeyed.remove else row}
 
-    def _card(self, sets: Sets, number: int, width: float, kept_for: dict[int, int]) -> Answer:
+    def _card(
+        self, sets: Sets, number: int, width: float, kept_for: dict[int, int], named: Bool[np.ndarray, " rows"]
+    ) -> Answer:
         rows = sets.members(number).tolist()
         kept = sorted({kept_for[row] for row in rows if kept_for.get(row, -1) >= 0})
         first = [*kept[:_FIRST], *(row for row in rows[: 2 * _FIRST] if row not in kept)][:_FIRST]
@@ -209,11 +215,10 @@ class Answers:
             "known": rows[0] in kept_for,
             "rows": first,
             "caption": self._caption(first[0]),
-            "decided": bool(self._run.decided.named[rows].any()),
+            "decided": bool(named[rows].any()),
         }
 
-    def _member(self, row: int, owner: int, to_kept: float) -> Answer:
-        decided = self._run.decided.rows
+    def _member(self, row: int, owner: int, to_kept: float, decided: DecidedRows) -> Answer:
         return {
             "row": row,
             "key": self._run.store.keys[row],

@@ -21,7 +21,7 @@ from clip_cid.data.balance.kept_file import KEPT_FILE, SET_FILE
 from clip_cid.data.balance.protected import protected_rows
 from clip_cid.data.balance.tables import BalanceTables
 from clip_cid.data.embeddings.store import EmbeddingStore
-from clip_cid.data.npy_files import read_npy
+from clip_cid.data.npy_files import read_array_of_stage
 from clip_cid.errors import RunError
 from clip_cid.method.balance.decided_sets import DecidedRows, cut_links
 from clip_cid.method.balance.forest import Forest
@@ -84,8 +84,8 @@ class OpenedRun:
 
         self.store = EmbeddingStore.open(folder.stage(EMBED))
         self.forest = Forest(*read_forest(balance / FOREST_FILE))
-        self.hashes: UInt64[np.ndarray, "rows 2"] = read_npy(balance / HASHES_FILE)
-        self._kept, self._set_of = read_npy(balance / KEPT_FILE), read_npy(balance / SET_FILE)
+        self.hashes: UInt64[np.ndarray, "rows 2"] = read_array_of_stage(balance / HASHES_FILE)
+        self._kept, self._set_of = (read_array_of_stage(balance / name) for name in (KEPT_FILE, SET_FILE))
         self._tables = BalanceTables(balance)
         self.metric: Metric = next(name for name in get_args(Metric) if name == self._tables.metric)
         self.squared = min(threshold_on(self.metric, self._tables.threshold, "squared_euclidean"), self.forest.limit)

@@ -2,9 +2,11 @@
 
 import json
 import threading
+from pathlib import Path
 
 import pytest
 
+from clip_cid.data.balance import decisions
 from clip_cid.data.balance.decisions import Image, read_decisions
 from clip_cid.errors import DataError
 from clip_cid.review.decision_log import ContradictionError, DecisionLog
@@ -22,6 +24,15 @@ def test_a_decision_is_in_the_file_when_it_is_confirmed_and_undone_by_a_line_mor
     assert log.undo() is None
     assert len(log.path.read_text().splitlines()) == 4
     assert not read_decisions(log.path)
+
+
+def test_the_first_decision_brings_the_name_of_its_file_to_the_disk_too(tmp_path, monkeypatch):
+    synced: list[Path] = []
+    monkeypatch.setattr(decisions, "sync", synced.append)
+    log = DecisionLog(tmp_path / "decisions.jsonl")
+    log.decide("keep", [A])
+    log.decide("keep", [B])
+    assert synced == [tmp_path]
 
 
 def test_a_decision_against_an_earlier_one_is_refused_and_nothing_is_written(tmp_path):

@@ -345,6 +345,14 @@ def test_a_run_without_a_balance_or_with_newer_embeddings_is_refused(tmp_path, c
         opened(run)
 
 
+def test_a_file_of_the_balance_that_was_cut_short_is_named(tmp_path):
+    run = reviewed_run(tmp_path)
+    hashes = run / "balance" / "row_hashes.npy"
+    hashes.write_bytes(hashes.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"row_hashes\.npy: cannot be read"):
+        opened(run)
+
+
 def test_a_recipe_that_obeys_the_decisions_can_be_reviewed_on(page, run):
     """Each new decision makes its balance stale, which must not end the review."""
     page.decide("keep", 0)

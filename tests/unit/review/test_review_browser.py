@@ -189,6 +189,24 @@ def test_marked_images_are_set_apart_and_a_pair_of_a_join_is_compared(tab):
     tab.waits_for("#saved", "^1 decision ")
 
 
+def test_a_decision_of_another_tab_is_told_and_undone_with_a_click(browser, served, tab):
+    other = Tab(browser, served, tab.made)
+    open_set(tab)
+    open_set(other)
+    other.keys("a")
+    other.waits_for("#saved", "^1 decision ")
+    other.page.close()
+
+    tab.keys("x")
+    tab.waits_for("#message", "it was decided before that .* is to be kept")
+    tab.waits_for("#saved", "^1 decision ")
+    tab.waits_for("#set-decisions", "^keep all: ")
+    tab.page.locator("#message button").click()
+    tab.waits_for("#saved", "^0 decisions")
+    assert tab.kinds == []
+    assert not other.wrong
+
+
 def test_a_reload_shows_the_same_set_threshold_and_decisions(tab):
     tab.page.locator("h1").click()
     tab.keys("[")

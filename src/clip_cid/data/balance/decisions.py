@@ -154,7 +154,6 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
         OSError: It cannot be written; what was there is whole.
     """
     encoded = json.dumps(line, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
-    is_new = not path.exists()
     with open(path, "ab+") as handle:
         size = handle.seek(0, os.SEEK_END)
         if size:
@@ -169,8 +168,8 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
         except OSError:
             os.truncate(path, size)
             raise
-    if is_new:
-        sync(path.parent)
+    if not size:
+        sync(path.parent)  # the file may be new
 
 
 def rows_named(decisions: Decisions, hashes: UInt64[np.ndarray, "rows 2"], key_of: Callable[[int], str]) -> RowsNamed:

@@ -108,7 +108,8 @@ function tell(text, action = null, act = null) {
   const message = $("message");
   message.replaceChildren(text);
   if (action !== null) message.append(element("button", { type: "button", onclick: act }, action));
-  message.popover = "manual"; // above an open dialog
+  (document.querySelector("dialog[open]") ?? document.body).append(message); // what is outside of an open dialog takes no click
+  message.popover = "manual"; // above the dialog
   message.hidden = false;
   message.hidePopover();
   message.showPopover();
@@ -435,9 +436,12 @@ async function decide(decision, rows) {
     tell(`Saved: ${DECISIONS[decision]}.`);
   } catch (error) {
     const earlier = error instanceof Refused ? error.body.undo : undefined;
-    if (earlier === undefined) tell(error.message);
-    else tell(error.message, "Undo that", () => inTurn(() => undo(earlier)));
-    return;
+    if (earlier === undefined) {
+      tell(error.message);
+      return;
+    }
+    tell(error.message, "Undo that", () => inTurn(() => undo(earlier)));
+    showDecisions(await ask("decisions")); // another page may have decided
   }
   await again();
 }

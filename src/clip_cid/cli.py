@@ -635,7 +635,7 @@ def ablate(
     return 0
 
 
-def export(run: Run, out: Out, onnx: bool = False) -> int:
+def export(run: Run, out: Out, onnx: bool = False, transformers: bool = False) -> int:
     """Copy the trained student to a folder that open_clip, CLIP_benchmark and the Hugging Face Hub load.
 
     Args:
@@ -643,26 +643,41 @@ def export(run: Run, out: Out, onnx: bool = False) -> int:
         out: The folder to create.
         onnx: Also write both towers as ONNX graphs, and compare each with PyTorch. Needs
             `pip install "clip-cid[onnx]"`.
+        transformers: Also write a folder for CLIPModel or SiglipModel of transformers, with processor and
+            tokenizer, and compare it with open_clip. Needs `pip install "clip-cid[transformers]"`.
     """
     os_errors.refuse_address(out)
     folder = _existing(run)
     extras.require("export", extras.DISTILL)
     folder.stage(DISTILL)  # refused before the libraries are loaded
     from clip_cid.models.export import copy_student, usage
+    from clip_cid.publish import onnx_export, transformers_export
     from clip_cid.publish.finished_student import finished_student, local_parts
-    from clip_cid.publish.onnx_export import export_onnx, require_onnx
 
+    student = finished_student(folder)
     if onnx:
-        require_onnx()
+        onnx_export.require_onnx()
+    if transformers:
+        transformers_export.require_transformers()
+        transformers_export.refuse_unmapped(student)
+
+    said: list[str] = []
     with os_errors.explained(out):
-        copy_student(finished_student(folder), out)
-        gaps = ", ".join(f"{tower} {gap:.2g}" for tower, gap in (export_onnx(out) if onnx else {}).items())
+        copy_student(student, out)
+        if onnx:
+            gaps = onnx_export.export_onnx(out)
+            said.append(f"# ONNX: {out / 'onnx'}; largest difference to PyTorch: {_listed(gaps)}")
+        if transformers:
+            gaps = transformers_export.export_transformers(out)
+            said.append(f"{transformers_export.usage(out)}# largest difference to open_clip: {_listed(gaps)}")
     if local := local_parts(out):
         log.warn(f"{out}: loads on this machine only, as its model_cfg names {', '.join(local)}")
-    log.say(usage(out))
-    if onnx:
-        log.say(f"# ONNX: {out / 'onnx'}; largest difference to PyTorch: {gaps}")
+    log.say("\n".join([usage(out), *said]))
     return 0
+
+
+def _listed(gaps: dict[str, float]) -> str:
+    return ", ".join(f"{name} {gap:.2g}" for name, gap in gaps.items())
 
 
 def push(

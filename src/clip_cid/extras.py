@@ -9,7 +9,7 @@ from collections.abc import Collection
 from clip_cid.errors import MissingExtraError
 
 DISTILL, EVALUATE, REPORT = "distill", "evaluate", "report"
-ONNX, TENSORBOARD, RAY, REVIEW = "onnx", "tensorboard", "ray", "review"
+ONNX, TRANSFORMERS, TENSORBOARD, RAY, REVIEW = "onnx", "transformers", "tensorboard", "ray", "review"
 S3, GS, AZ, HF, LANCE = "s3", "gs", "az", "hf", "lance"
 _MODELS = ("open_clip", "torchvision", "timm", "huggingface_hub", "jinja2")
 MODULES: dict[str, tuple[str, ...]] = {
@@ -17,6 +17,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     EVALUATE: (*_MODELS, "sklearn"),
     REPORT: ("matplotlib", "sklearn", "jinja2"),
     ONNX: ("onnx", "onnxruntime", "onnxscript"),
+    TRANSFORMERS: ("transformers",),
     TENSORBOARD: ("tensorboard",),
     RAY: ("ray",),
     REVIEW: ("starlette", "uvicorn"),

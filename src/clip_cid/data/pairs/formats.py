@@ -19,7 +19,6 @@ FORMATS: tuple[PairFormat, ...] = (FOLDER_FORMAT, URL_FORMAT, Tables())
 
 _READERS = (
     ((".json",), "a few lines (docs/data.md has those for COCO)"),
-    ((".jsonl", ".ndjson"), "pandas.read_json(FILE, lines=True).to_parquet('table.parquet')"),
     ((".xlsx", ".xls", ".ods"), "pandas.read_excel(FILE).to_parquet('table.parquet')"),
     ((".feather", ".arrow"), "pandas.read_feather(FILE).to_parquet('table.parquet')"),
     ((".csv.gz", ".csv.zip", ".csv.bz2", ".csv.xz"), "pandas.read_csv(FILE).to_parquet('table.parquet')"),

@@ -20,13 +20,13 @@ def bytes_at(source: SourceFile, at: int, size: int) -> bytes:
     if source.remote is not None and source.cache is not None:
         data = _kept((source.remote, source.cache)).read(at, size)
         if len(data) != size:
-            raise _changed(source.name)
+            raise changed(source.name)
         return data
 
     file = _open(source)  # held until it is read: threads that open others close it, and its number gets another file
     data = os.pread(file.number, size, at)
     if len(data) != size:
-        raise _changed(source.name)
+        raise changed(source.name)
     return data
 
 
@@ -49,13 +49,13 @@ def _open_file(source: SourceFile) -> Descriptor:
     try:
         opened = Descriptor(os.open(source.path, os.O_RDONLY | os.O_CLOEXEC))
     except FileNotFoundError as error:
-        raise _changed(source.name) from error
+        raise changed(source.name) from error
     except PermissionError as error:
         raise DataError(f"{source.name}: cannot be opened ({error.strerror}).", fix="Check its permissions.") from error
 
     status = os.fstat(opened.number)
     if (status.st_size, status.st_mtime_ns) != (source.bytes, source.mtime_ns):
-        raise _changed(source.name)
+        raise changed(source.name)
     return opened
 
 
@@ -67,7 +67,8 @@ _open = KeptOpen(_open_file)
 _kept = KeptOpen(_kept_file)
 
 
-def _changed(name: str) -> DataError:
+def changed(name: str) -> DataError:
+    """That a file is not as it was indexed."""
     return DataError(
         f"{name}: changed or went away after it was indexed.",
         fix="Leave the sources alone while they are used; run again.",

@@ -5,6 +5,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
+from urllib.parse import unquote
 
 from clip_cid.data.pairs.images import EXTENSIONS
 
@@ -39,6 +40,7 @@ def _simple_changes(path: str) -> Iterator[str]:
     folder, last = os.path.split(path)
     yield os.path.join(folder, last.strip())
     yield path.replace("\\", "/")
+    yield unquote(path)
     for form in ("NFC", "NFD"):
         yield unicodedata.normalize(form, path)
 

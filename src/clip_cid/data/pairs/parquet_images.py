@@ -1,21 +1,22 @@
-"""Images inside a Parquet file: a column of bytes, or the Hugging Face Hub's `struct<bytes, path>`.
+"""Images inside a Parquet file: a column of bytes or of lists of bytes, or the Hugging Face Hub's `struct<bytes, path>`.
 
 Nothing is unpacked beforehand: the index says in which page of the file an image lies, and the page is read when the
-image is. The images themselves are read for the index only where rows of the same image are merged.
+image is; of lists, which may run from page to page, it is the row group. The images themselves are read for the index
+only where rows of the same image are merged.
 """
 
 import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from clip_cid import log, units
 from clip_cid.data.pairs.format import SourceFile
-from clip_cid.data.pairs.indexed_files import bytes_at, opened
+from clip_cid.data.pairs.indexed_files import bytes_at, changed, opened
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.parquet_pages import Page, data_pages, read_page
 
@@ -23,18 +24,28 @@ BYTES, PATH = "bytes", "path"
 """The fields of the Hub's images."""
 COLUMNS = tuple((f"page_{name}", pa.int64()) for name in (*Page._fields, "place"))
 """Of the index: the page of an image, and its place there."""
+COLUMNS_OF_LISTS = tuple((f"group_{name}", pa.int64()) for name in ("number", "bytes", "place"))
+"""Of the index: the row group of an image that is a list, and its place there."""
 
 _LOOKED_AT = 64  # values of a column of bytes, which may also hold paths
 _LARGE_PAGE = 32 << 20  # bytes; each image that is drawn costs the reading of so many
 _DECODED_PAGES = 2  # kept by each process; one may have hundreds of megabytes
 
 
+class Group(NamedTuple):
+    """A row group, all of whose images are read together."""
+
+    number: int
+    bytes: int
+    """Of the images, as they are stored."""
+
+
 class Inside(NamedTuple):
     """Where the image of a row lies."""
 
-    page: Page
+    part: Page | Group
     place: int
-    """Of the row among those of the page."""
+    """Of the row among those of the page or the row group."""
     row: int
     """Of the table."""
     path: bytes | None
@@ -44,12 +55,26 @@ class Inside(NamedTuple):
 
     @property
     def columns(self) -> dict[str, int]:
-        return {name: value for (name, _), value in zip(COLUMNS, (*self.page, self.place), strict=True)}
+        names = COLUMNS if isinstance(self.part, Page) else COLUMNS_OF_LISTS
+        return {name: value for (name, _), value in zip(names, (*self.part, self.place), strict=True)}
+
+    @property
+    def bytes_read(self) -> int:
+        """How much of the file is read for the image alone."""
+        return self.part.bytes + (self.part.dictionary_bytes if isinstance(self.part, Page) else 0)
+
+
+def is_list_of_bytes(kind: pa.DataType) -> bool:
+    """Whether a type is a list of whole numbers of 8 bits, as which some tools write bytes."""
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list and kind.value_type in (pa.uint8(), pa.int8())
 
 
 def holds_images(file: pyarrow.parquet.ParquetFile, column: str, is_picture: Callable[[bytes], bool]) -> bool:
     """Whether a column holds images, and not their paths; of bytes the first values are looked at."""
     kind = file.schema_arrow.field(column).type
+    if is_list_of_bytes(kind):
+        return True
     if pa.types.is_struct(kind):
         has_bytes = BYTES in [field.name for field in kind] and _is_bytes(kind.field(BYTES).type)
         return has_bytes and not (path_type(kind) and _is_null(file, _leaf(file, column, BYTES)))
@@ -86,6 +111,9 @@ def images_inside(
         digests: Whether to read them for their digests.
     """
     kind = file.schema_arrow.field(column).type
+    if is_list_of_bytes(kind):
+        yield from _lists_inside(file, column, digests=digests)
+        return
     fields = [field.name for field in kind] if pa.types.is_struct(kind) else []
     names = _values(file, column, PATH) if PATH in fields else itertools.repeat(None)
     of_bytes = BYTES if fields else None
@@ -95,13 +123,34 @@ def images_inside(
         yield Inside(*place, row, name, of_image)
 
 
-def read_image(source: SourceFile, row: dict[str, Any]) -> bytes:
+def _lists_inside(file: pyarrow.parquet.ParquetFile, column: str, *, digests: bool) -> Generator[Inside]:
+    row = 0
+    for number in range(file.num_row_groups):
+        group = Group(number, file.metadata.row_group(number).column(_leaf(file, column, None)).total_compressed_size)
+        images = file.read_row_group(number, columns=[column], use_threads=False).column(0) if digests else None
+        for place in range(file.metadata.row_group(number).num_rows):
+            image = None if images is None else _bytes_of_list(images[place])
+            yield Inside(group, place, row, None, _digest(image))
+            row += 1
+
+
+def read_image(source: SourceFile, row: dict[str, Any], column: str) -> bytes:
     """The image of a row of the index.
+
+    Args:
+        source: The Parquet file.
+        row: Of the index.
+        column: That holds the images.
 
     Raises:
         BadSample: There is none, or its page is damaged.
         DataError: The file changed since it was indexed.
     """
+    if "group_number" in row:
+        image = _bytes_of_list(_group(source, row["group_number"], column)[row["group_place"]])
+        if image is None:
+            raise BadSample("no image (null)")
+        return image
     *page, place = (row[name] for name, _ in COLUMNS)
     image = _decoded(source, Page(*page))[place].as_py()
     if image is None:
@@ -145,7 +194,9 @@ def _leaf(file: pyarrow.parquet.ParquetFile, column: str, field: str | None) -> 
         before += [struct.field(number).type for number in range(struct.get_field_index(field))]
 
     number = sum(map(_leaves, before))
-    if (path := file.schema.column(number).path) != (column if field is None else f"{column}.{field}"):
+    name = column if field is None else f"{column}.{field}"
+    path = file.schema.column(number).path
+    if path != name and not (path.startswith(f"{name}.") and is_list_of_bytes(schema.field(at).type)):
         raise ValueError(f"column {path!r} in place of {column!r}")
     return number
 
@@ -175,6 +226,32 @@ def _places(source: SourceFile, file: pyarrow.parquet.ParquetFile, number: int) 
                 raise ValueError(f"{chunk.num_values:,} images in a row group of {group.num_rows:,} rows")
             for page in data_pages(handle, chunk, levels):
                 yield from ((page, place) for place in range(page.rows))
+
+
+def _bytes_of_list(image: pa.Scalar) -> bytes | None:
+    values = image.values  # pyright: ignore[reportAttributeAccessIssue]  # a list
+    if values is None or values.null_count:
+        return None
+    return values.to_numpy().tobytes()
+
+
+@functools.lru_cache(maxsize=_DECODED_PAGES)
+def _group(source: SourceFile, number: int, column: str) -> pa.ChunkedArray:
+    """The lists of a row group."""
+    try:
+        if not source.is_as_indexed():
+            raise changed(source.name)
+        with opened(source, in_order=False) as handle, _parquet(handle) as file:
+            return file.read_row_group(number, columns=[column], use_threads=False).column(0)
+    except FileNotFoundError as error:
+        raise changed(source.name) from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise BadSample(f"image is in a damaged row group of the Parquet file ({reason})") from error
+
+
+def _parquet(handle: BinaryIO) -> pyarrow.parquet.ParquetFile:
+    return pyarrow.parquet.ParquetFile(handle, page_checksum_verification=True)
 
 
 @functools.lru_cache(maxsize=_DECODED_PAGES)

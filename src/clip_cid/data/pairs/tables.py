@@ -1,4 +1,4 @@
-"""Tables (.csv, .tsv, .txt, .parquet) of captions and image paths; a Parquet file may hold the images themselves."""
+"""Tables (.csv, .tsv, .txt, .jsonl, .parquet) of captions and image paths; Parquet may hold the images themselves."""
 
 import contextlib
 import difflib
@@ -28,24 +28,36 @@ from clip_cid.data.pairs.delimited import (
 )
 from clip_cid.data.pairs.format import COMMON_COLUMNS, SHARD_ROWS, PairFormat, Scan, SourceFile
 from clip_cid.data.pairs.indexed_files import opened
+from clip_cid.data.pairs.json_lines import (
+    Odd,
+    captions_cell,
+    copy_lines,
+    is_json_lines,
+    json_rows,
+    key_cell,
+    text_cell,
+)
 from clip_cid.data.pairs.pair import NO_CAPTION, Pair
 from clip_cid.data.pairs.parquet_images import (
     COLUMNS,
+    COLUMNS_OF_LISTS,
     PATH,
     Inside,
     holds_images,
     images_inside,
+    is_list_of_bytes,
     path_type,
     read_image,
     warn_of_large_pages,
 )
+from clip_cid.data.pairs.parquet_pages import Page
 from clip_cid.data.pairs.sample_parts import clean_captions, field_text, key_hash, readable_key
 from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
 from clip_cid.remote.contract import RemoteFile
 
 _Cells = dict[str, list[Any]]
-"""The cells of some rows, by column: bytes of text tables, values of Parquet."""
+"""The cells of some rows, by column: bytes of text, values of Parquet and JSON; `Odd` is one of a type that is no use."""
 
 _UNREADABLE = (pa.ArrowException, OSError, ValueError)
 _LONGEST_PATH = 4096  # bytes; Linux has no longer ones
@@ -53,15 +65,15 @@ _LONGEST_NAME = 255  # of a file
 _COPIED_AT_ONCE = 65_536  # rows
 _BASE64_PICTURE = re.compile(rb"data:image/|/9j/|iVBORw0KGgo|UklGR|R0lGOD")  # JPEG, PNG, WebP, GIF
 _CELLS = (("captions", pa.list_(pa.binary())), ("fields", pa.list_(pa.string())))
-_WITH_IMAGES = pa.schema([*COMMON_COLUMNS, *COLUMNS, *_CELLS])
-"""Of the index of a table with the images inside."""
+_WITH_IMAGES, _WITH_LISTS = (pa.schema([*COMMON_COLUMNS, *own, *_CELLS]) for own in (COLUMNS, COLUMNS_OF_LISTS))
+"""Of the index of a table with the images inside, as bytes and as lists of bytes."""
 
 
 class Tables(PairFormat):
     """A pair is a row: an image, or its path relative to the table, and one caption or a list of them."""
 
     kind = "table"
-    examples = "a .csv, .tsv, .txt or .parquet table"
+    examples = "a .csv, .tsv, .txt, .jsonl or .parquet table"
     sample = (
         "Each row needs an image, a caption and a key of its own: check pairs.image_column, pairs.caption_column and"
         " pairs.key_column"
@@ -71,7 +83,7 @@ class Tables(PairFormat):
     schema = pa.schema([*COMMON_COLUMNS, ("image", pa.binary()), *_CELLS])
 
     def owns(self, path: Path, settings: PairsConfig) -> bool:
-        return path.name.lower().endswith((".csv", ".tsv", ".txt", ".parquet"))
+        return is_json_lines(path) or path.name.lower().endswith((".csv", ".tsv", ".txt", ".parquet"))
 
     def reads_ranges(self, name: str) -> bool:
         return name.lower().endswith(".parquet")  # what quotes mean is found by reading all of a text table
@@ -85,13 +97,13 @@ class Tables(PairFormat):
         columns = [settings.image_column, settings.caption_column, settings.key_column, settings.keep_fields]
         columns.append(settings.repeated_rows)
         identity = [*source.identity, *columns]
-        if _has_images_inside(source, settings):
-            return Scan([*identity, "images inside"], _scan_table(source, settings), _WITH_IMAGES)
+        if (schema := _schema_of_images_inside(source, settings)) is not None:
+            return Scan([*identity, "images inside"], _scan_table(source, settings), schema)
         return Scan(identity, _scan_table(source, settings))
 
     def read(self, source: SourceFile, row: dict[str, Any], settings: PairsConfig) -> Pair:
         path = row.get("image")
-        image = read_image(source, row) if path is None else read_beside(source, path, "image")
+        image = read_image(source, row, settings.image_column) if path is None else read_beside(source, path, "image")
         fields = dict(zip(settings.keep_fields, row["fields"], strict=True))
         captions = clean_captions(row["captions"], optional=settings.captions_are_optional)
         return Pair(row["key"], image, captions, fields)
@@ -116,16 +128,18 @@ class Tables(PairFormat):
             raise DataError(f"{changed} ({error}).", fix="Bring it back, or run the embed stage again.") from error
 
 
-def _has_images_inside(source: SourceFile, settings: PairsConfig) -> bool:
-    """Whether a table is a Parquet file that holds the images; not, if it cannot be read."""
+def _schema_of_images_inside(source: SourceFile, settings: PairsConfig) -> pa.Schema | None:
+    """Of the index of a Parquet file that holds the images; None for other tables, and if it cannot be read."""
     if source.path.suffix.lower() != ".parquet":
-        return False
+        return None
     try:
         with _opened_parquet(source) as file:
-            columns = file.schema_arrow.names
-            return columns.count(settings.image_column) == 1 and holds_images(file, settings.image_column, _is_picture)
+            column, schema = settings.image_column, file.schema_arrow
+            if schema.names.count(column) != 1 or not holds_images(file, column, _is_picture):
+                return None
+            return _WITH_LISTS if is_list_of_bytes(schema.field(column).type) else _WITH_IMAGES
     except _UNREADABLE:
-        return False
+        return None
 
 
 def _scan_table(source: SourceFile, settings: PairsConfig) -> Generator[pa.RecordBatch]:
@@ -134,11 +148,10 @@ def _scan_table(source: SourceFile, settings: PairsConfig) -> Generator[pa.Recor
     Raises:
         DataError: The table cannot be read, lacks a column, or a column is not of text.
     """
-    name, columns = source.name, _columns(settings)
-    read_table = _read_parquet if source.path.suffix.lower() == ".parquet" else _read_text
-    fix = "Check that it is whole, and of the kind its name says (.csv: commas, .tsv: tabs, .parquet)."
+    name = source.name
+    fix = "Check that it is whole, and of the kind its name says (.csv: commas, .tsv: tabs, .jsonl, .parquet)."
     try:
-        parts = read_table(source, columns, settings)
+        parts = _read_table(source, settings)
         parts = _without_pictures(parts, name, settings.image_column)
         for cells in _merged(parts, name, settings) if settings.repeated_rows == "merge" else parts:
             yield _index_rows(cells, source.stem, settings)
@@ -150,9 +163,7 @@ def _scan_table(source: SourceFile, settings: PairsConfig) -> Generator[pa.Recor
 
 def _places_of_rows(source: SourceFile, settings: PairsConfig) -> Generator[int]:
     """For each row of a table the place of its sample in the index: rows that are merged are one sample."""
-    columns = _columns(settings)
-    read_table = _read_parquet if source.path.suffix.lower() == ".parquet" else _read_text
-    parts = read_table(source, columns, settings)
+    columns, parts = _columns(settings), _read_table(source, settings)
     if settings.repeated_rows != "merge":
         yield from range(sum(len(cells[columns[0]]) for cells in parts))
         return
@@ -170,6 +181,9 @@ def _places_of_rows(source: SourceFile, settings: PairsConfig) -> Generator[int]
 def _copy(source: SourceFile, out: Path, wanted: Bool[np.ndarray, " rows"], settings: PairsConfig) -> None:
     if source.path.suffix.lower() == ".parquet":
         _copy_parquet(source, out, wanted)
+        return
+    if is_json_lines(source.path):
+        copy_lines(source.path, out, wanted.tolist())
         return
     delimiter, names = find_header(source.path, _delimiter(source.path), _columns(settings))
     reading = find_reading(source.path, delimiter, names, settings.image_column)
@@ -200,6 +214,32 @@ def _columns(settings: PairsConfig) -> list[str]:
 def _delimiter(path: Path) -> str:
     """The one that the name of a text table says."""
     return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def _read_table(source: SourceFile, settings: PairsConfig) -> Generator[_Cells]:
+    """The columns that are read, some rows at a time."""
+    columns = _columns(settings)
+    if is_json_lines(source.path):
+        return _read_json_lines(source, columns, settings)
+    read = _read_parquet if source.path.suffix.lower() == ".parquet" else _read_text
+    return read(source, columns, settings)
+
+
+def _read_json_lines(source: SourceFile, columns: list[str], settings: PairsConfig) -> Generator[_Cells]:
+    """A field that a row lacks is null; one that no row has is refused at the end."""
+    # A column may have two uses; then the stricter one of text comes last.
+    reads = {settings.key_column: key_cell, settings.caption_column: captions_cell, settings.image_column: text_cell}
+    names, rows = dict[str, None](), json_rows(source.path)
+    while some := list(itertools.islice(rows, SHARD_ROWS)):
+        for fields in some:
+            names.update(dict.fromkeys(fields))
+        yield {column: [reads.get(column, _as_it_is)(fields.get(column)) for fields in some] for column in columns}
+    if names:
+        _check_columns(source.name, list(names), columns, settings)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _read_text(source: SourceFile, columns: list[str], settings: PairsConfig) -> Generator[_Cells]:
@@ -256,7 +296,7 @@ def _read_images(
     with _opened_parquet(source) as beside:  # all that reads from one opened file reads as many rows at once
         batches = _rebatch(beside.iter_batches(batch_size=SHARD_ROWS, columns=others)) if others else None
         while some := list(itertools.islice(images, SHARD_ROWS)):
-            largest = max(largest, *(image.page.bytes + image.page.dictionary_bytes for image in some))
+            largest = max(largest, *(image.bytes_read for image in some))
             yield {settings.image_column: some} | ({} if batches is None else _cells_of(next(batches), others))
     warn_of_large_pages(source.name, file, settings.image_column, largest)
 
@@ -423,16 +463,20 @@ def _index_rows(cells: _Cells, stem: str, settings: PairsConfig) -> pa.RecordBat
     keys = None if settings.key_column is None else cells[settings.key_column]
     fields = [cells[column] for column in settings.keep_fields]
 
-    inside = any(isinstance(image, Inside) for image in images)
-    schema = _WITH_IMAGES if inside else Tables.schema
+    inside = next((image for image in images if isinstance(image, Inside)), None)
+    schema = Tables.schema
+    if inside is not None:
+        schema = _WITH_IMAGES if isinstance(inside.part, Page) else _WITH_LISTS
     columns: dict[str, list[object]] = {column: [] for column in schema.names}
     for row, (image, caption) in enumerate(zip(images, captions, strict=True)):
         place = _place(image, settings)
         name = (image.path or f"{stem}/{image.row}") if isinstance(image, Inside) else image
-        key, problem = readable_key(_bytes(name if keys is None else keys[row])[:_LONGEST_PATH])
-        texts = [_bytes(text) for text in (caption if isinstance(caption, list) else [caption]) if text is not None]
+        key, problem = _key(name if keys is None else keys[row])
+        texts, odd = _texts(caption if isinstance(caption, list) else [caption])
         if place.problem:
             problem = place.problem
+        elif odd is not None:
+            problem = problem or f"caption is {odd.what}, not text"
         elif not texts:
             problem = problem or f"{NO_CAPTION} (empty {settings.caption_column})"
 
@@ -453,9 +497,24 @@ class _Place(NamedTuple):
     problem: str | None = None
 
 
+def _key(value: object) -> tuple[str, str | None]:
+    """A key, and what is wrong with it."""
+    if isinstance(value, Odd):
+        return "", f"the key is {value.what}, not text or a whole number"
+    return readable_key(_bytes(value)[:_LONGEST_PATH])
+
+
+def _texts(captions: list[Any]) -> tuple[list[bytes], Odd | None]:
+    """The captions of a row that are text, and the first that is of another type."""
+    odd = next((caption for caption in captions if isinstance(caption, Odd)), None)
+    return [_bytes(text) for text in captions if not isinstance(text, Odd | None)], odd
+
+
 def _place(image: object, settings: PairsConfig) -> _Place:
     if isinstance(image, Inside):
         return _Place(image.columns)
+    if isinstance(image, Odd):
+        return _Place({"image": b""}, f"image is {image.what}, not a path")
     path, problem = _bytes(image), None
     if not path:
         problem = f"no image (empty {settings.image_column})"

@@ -16,15 +16,15 @@ from clip_cid.errors import DataError
 from clip_cid.recipe import PairsConfig
 
 
-class JsonLines(PairFormat):
+class Lines(PairFormat):
     """A pair is a line with the image inside; all that a new format has to say."""
 
     kind = "file of lines"
-    examples = "a .jsonl file"
+    examples = "a .lines file"
     schema = pa.schema([*COMMON_COLUMNS, ("line", pa.string())])
 
     def owns(self, path: Path, settings: PairsConfig) -> bool:
-        return path.suffix == ".jsonl"
+        return path.suffix == ".lines"
 
     def scan(self, source: SourceFile, settings: PairsConfig) -> Scan:
         lines = source.path.read_text().splitlines()
@@ -42,14 +42,14 @@ class JsonLines(PairFormat):
 def test_a_new_format_needs_its_class_and_its_place_in_the_list_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_index: bool
 ) -> None:
-    file, index = tmp_path / "pairs.jsonl", tmp_path / "index" if with_index else None
+    file, index = tmp_path / "pairs.lines", tmp_path / "index" if with_index else None
     lines = [{"key": key, "image": base64.b64encode(key.encode()).decode(), "caption": f" {key} "} for key in "ab"]
     file.write_text("\n".join(map(json.dumps, [*lines, lines[0]])))
     settings = PairsConfig(source=(str(file),))
     with pytest.raises(DataError, match="not a known format"):
         open_pairs(settings, index=index)
 
-    monkeypatch.setattr(formats, "FORMATS", (*FORMATS, JsonLines()))
+    monkeypatch.setattr(formats, "FORMATS", (*FORMATS, Lines()))
     pairs = open_pairs(settings, index=index)
     assert [pairs.read(row) for row in range(2)] == [Pair("a", b"a", ("a",), {}), Pair("b", b"b", ("b",), {})]
     assert pairs.known_bad == {2: "duplicate key, first used by row 0"}
@@ -62,7 +62,7 @@ def test_a_source_of_no_known_format_is_refused_with_all_that_can_be_given(tmp_p
     (tmp_path / "pairs.doc").write_text("")
     with pytest.raises(DataError, match=r"pairs.doc: not a known format of pairs") as error:
         open_pairs(PairsConfig(source=(str(tmp_path / "pairs.doc"),)))
-    for example in (".tar shards", ".csv, .tsv, .txt or .parquet", "a folder of images"):
+    for example in (".tar shards", ".csv, .tsv, .txt, .jsonl or .parquet", "a folder of images"):
         assert example in str(error.value)
 
 

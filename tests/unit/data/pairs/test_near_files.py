@@ -48,6 +48,7 @@ NFC, NFD = (unicodedata.normalize(form, "caf\u00e9.jpg") for form in ("NFC", "NF
         (NFD, NFC, f"but {NFD!r} is there"),
         (NFC, NFD, f"but {NFC!r} is there"),
         ("1.jpg", "https://x.y/1.jpg", "it is an address: fetch the image first"),
+        ("a b#1.jpg", "a%20b%231.jpg", "but 'a b#1.jpg' is there"),
         ("2.jpg", "1.jpg", "No such file or directory)"),
     ],
 )
@@ -78,7 +79,7 @@ def test_captions_in_a_txt_are_a_table(tmp_path: Path):
         ("1.jpg#0\ta\n", "token.txt", "the table has 1.jpg#0, a", "The first line of a text table names the columns"),
         ("image,caption\n1.jpg,a dog, big\n", "p.csv", "line 2: Expected 2 columns, got 3", "holds commas stands in"),
         ("image|caption\n1.jpg\n", "p.csv", "line 2: Expected 2 columns, got 1", "holds bars stands in quotes"),
-        ("{}", "p.jsonl", "not a known format", "pandas.read_json(FILE, lines=True).to_parquet('table.parquet')"),
+        ("{}", "p.jsonl.zst", "not a known format", ".jsonl or .parquet table"),
         ("x", "p.xlsx", "not a known format", "pandas.read_excel(FILE)"),
         ("{}", "captions_val2017.json", "not a known format", "docs/data.md has those for COCO"),
     ],

@@ -101,6 +101,51 @@ def test_every_image_is_read_as_pyarrow_reads_it_however_the_file_is_written(
     assert [pairs.known_bad.get(row) for row in range(len(images))] == [None] * len(images)
 
 
+@pytest.mark.parametrize("number", [pa.uint8(), pa.int8()])
+@pytest.mark.parametrize("of_lists", [pa.list_, pa.large_list])
+@pytest.mark.parametrize("merge", [None, "merge"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_lists_of_bytes_are_images(
+    tmp_path: Path, number: pa.DataType, of_lists: Any, merge: str | None, version: str
+) -> None:
+    images = [png(row % 5) if row % 4 else None for row in range(11)]
+    signed = [None if data is None else np.frombuffer(data, number.to_pandas_dtype()) for data in images]
+    table = pa.table({"image": pa.array(signed, of_lists(number)), "caption": [f"c{row}" for row in range(11)]})
+    path = tmp_path / "t.parquet"
+    pq.write_table(table, path, row_group_size=4, data_page_size=64, data_page_version=version)
+
+    index = tmp_path / "index"
+    pairs = open_pairs(config(path, repeated_rows=merge), index=index)
+    if merge is None:
+        assert images_of(pairs) == images
+        assert [pairs.key(row) for row in (0, 10)] == ["t/0", "t/10"]
+        assert images_of(open_pairs(config(path), index=index)) == images
+        return
+    assert len(pairs) == 3 + 5  # of those without an image none is another's
+    read = [pairs.read(row) for row, image in enumerate(images_of(pairs)) if image is not None]
+    assert {pair.image: pair.captions for pair in read} == {
+        png(seed): tuple(f"c{row}" for row in range(11) if row % 4 and row % 5 == seed) for seed in range(5)
+    }
+
+
+def test_lists_of_bytes_of_fixed_size_with_a_hole_or_in_a_damaged_or_changed_file(tmp_path: Path) -> None:
+    values = [list(png(0)), [*png(1)[:-1], None], list(png(2))]
+    size = min(map(len, values))
+    column = pa.array([value[:size] for value in values], pa.list_(pa.uint8(), size))
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": column, "caption": list("abc")}), path, row_group_size=1)
+    pairs = open_pairs(config(path))
+    assert images_of(pairs)[::2] == [bytes(values[0][:size]), bytes(values[2][:size])]
+
+    parquet_images._group.cache_clear()
+    path.touch()
+    with pytest.raises(DataError, match="changed or went away after it was indexed"):
+        pairs.read(0)
+    path.unlink()
+    with pytest.raises(DataError, match="changed or went away after it was indexed"):
+        pairs.read(0)
+
+
 def test_a_column_that_is_never_null_is_read(tmp_path: Path) -> None:
     schema = pa.schema([pa.field("image", pa.binary(), nullable=False), ("caption", pa.string())])
     pq.write_table(pa.table({"image": [png(0), png(1)], "caption": ["a", "b"]}, schema), tmp_path / "t.parquet")

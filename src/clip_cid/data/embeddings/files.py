@@ -30,6 +30,7 @@ from jaxtyping import Bool, Float
 
 from clip_cid.data.embeddings.files_behind import STORE_FILE
 from clip_cid.data.embeddings.lance_tables import is_lance, lance_rows, lance_schema, read_lance
+from clip_cid.data.embeddings.text_tables import is_text_table, read_text_table, text_rows, text_schema
 from clip_cid.data.pairs.crops import Views
 from clip_cid.errors import DataError
 from clip_cid.file_digests import sha256_file
@@ -248,12 +249,16 @@ def check_shard(root: Path, shard: StoreShard, *, dim: int, dtype: str, views: V
 def table_rows(path: Path) -> int:
     if is_lance(path):
         return lance_rows(path)
+    if is_text_table(path):
+        return text_rows(path)
     return read_arrow(path).num_rows if is_arrow(path) else _read_foot(path).num_rows
 
 
 def table_schema(path: Path) -> pa.Schema:
     if is_lance(path):
         return lance_schema(path)
+    if is_text_table(path):
+        return text_schema(path)
     return read_arrow(path).schema if is_arrow(path) else _read_foot(path).schema.to_arrow_schema()
 
 
@@ -299,6 +304,8 @@ def read_table(path: Path, *, without: Collection[str] = ()) -> pa.Table:
     names = [name for name in table_schema(path).names if name not in without] if without else None
     if is_lance(path):
         return read_lance(path, names)
+    if is_text_table(path):
+        return read_text_table(path, names)
     try:
         if is_arrow(path):
             return read_arrow(path).select(names) if names is not None else read_arrow(path)
@@ -333,6 +340,8 @@ def read_column(path: Path, name: str) -> pa.Array:
         check_column(path, table_schema(path), name)
         if is_lance(path):
             column = read_lance(path, [name]).column(name)
+        elif is_text_table(path):
+            column = read_text_table(path, [name]).column(name)
         elif is_arrow(path):
             column = read_arrow(path).column(name)
         else:

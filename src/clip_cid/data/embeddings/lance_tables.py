@@ -34,10 +34,10 @@ def read_lance(path: Path, names: Sequence[str] | None = None) -> pa.Table:
         return table.to_table(columns=None if names is None else list(names))
 
 
-def lance_batches(path: Path, name: str, *, rows: int) -> Iterator[pa.RecordBatch]:
-    """One column, at most `rows` at a time, in order."""
+def lance_batches(path: Path, names: Sequence[str], *, rows: int) -> Iterator[pa.RecordBatch]:
+    """Some columns, at most `rows` at a time, in order."""
     with _opened(path) as table:
-        yield from table.to_batches(columns=[name], batch_size=rows)
+        yield from table.to_batches(columns=list(names), batch_size=rows)
 
 
 @contextlib.contextmanager

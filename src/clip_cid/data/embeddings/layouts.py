@@ -6,6 +6,7 @@ X/image_embeddings.npy ...         the same without folders: text_embeddings.npy
 X/0a1b.npz ...                     DataComp: arrays such as l14_img and l14_txt, with or without 0a1b.parquet
 X/part1.npy ... or one X.npy       rows of images alone, with or without part1.parquet
 X/part1.parquet ... or one file    a column of vectors, such as `embedding`, beside the keys; also .arrow, .feather and .lance
+X/part1.csv ... or one file        a column for each dimension, such as emb_0 to emb_511, beside the keys; also .tsv and these
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import math
 import textwrap
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,13 +29,21 @@ from clip_cid.data.embeddings.files import ARROW, FOLDERS, array_header, read_ar
 from clip_cid.data.embeddings.lance_tables import SUFFIX as LANCE
 from clip_cid.data.embeddings.lance_tables import is_lance
 from clip_cid.data.embeddings.names import Name, Role, in_order, listed
-from clip_cid.data.embeddings.vector_columns import vector_blocks, vector_columns, vector_type
+from clip_cid.data.embeddings.text_tables import TEXT_TABLES, is_text_table
+from clip_cid.data.embeddings.vector_columns import (
+    spread_blocks,
+    spread_columns,
+    vector_blocks,
+    vector_columns,
+    vector_type,
+)
 from clip_cid.errors import DataError
 
 FIX = (
     "Give a store of ours; a clip-retrieval folder (img_emb/img_emb_*.npy, optionally text_emb/text_emb_*.npy"
     " and metadata/metadata_*.parquet with equal numbers); a folder of DataComp's .npz or of .npy files; one of"
-    " .parquet or .arrow files with a column of vectors (lists of float32, float16 or float64); or one such file."
+    " .parquet or .arrow files with a column of vectors (lists of float32, float16 or float64), or with a column for each"
+    " dimension (emb_0, emb_1 and so on), also .csv; or one such file."
 )
 _AGAIN = (
     "Fetch or write this file again: rows of float16, float32 or float64, one after the other (np.ascontiguousarray)."
@@ -49,14 +58,14 @@ _READ_BY = (
     ((".pt", ".pth"), "torch.load(FILE).float().cpu().numpy()"),
     ((".safetensors",), "safetensors.numpy.load_file(FILE)[NAME]"),
     ((".h5", ".hdf5"), "h5py.File(FILE)[NAME][:]"),
-    ((".csv", ".tsv", ".txt"), "np.loadtxt(FILE, delimiter=',', dtype='float32')"),
+    ((".txt",), "np.loadtxt(FILE, delimiter=',', dtype='float32')"),
     ((".json", ".jsonl"), "np.array(pandas.read_json(FILE, lines=True)['embedding'].to_list(), dtype='float32')"),
     ((".index", ".faiss"), "faiss.read_index(FILE).reconstruct_n(0, ROWS)"),
 )
 """Endings of files that often hold embeddings, and what reads them."""
 _PREFERRED = ("l", 14)
 _ARRAYS, _TABLE = (".npy", ".npz"), ".parquet"
-_TABLES = (_TABLE, *ARROW, LANCE)
+_TABLES = (_TABLE, *ARROW, LANCE, *TEXT_TABLES)
 _OF_ARRAYS: tuple[Role, ...] = ("image", "text")
 _BLOCK_ROWS = 4096
 _BROKEN = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -72,6 +81,8 @@ class Vectors:
     rows: int
     dim: int
     dtype: np.dtype[Any]
+    spread: tuple[str, ...] = ()
+    """The columns of a table, where each holds one dimension."""
 
     def __str__(self) -> str:
         return str(self.path) if self.member is None else f"{self.path} ({self.member})"
@@ -83,7 +94,10 @@ class Vectors:
             DataError: The file is damaged or cut short.
         """
         if self.member is not None and self.path.suffix in _TABLES:
-            yield from vector_blocks(self.path, self.member, dim=self.dim, rows=_BLOCK_ROWS)
+            if self.spread:
+                yield from spread_blocks(self.path, self.spread, self.dtype, rows=_BLOCK_ROWS)
+            else:
+                yield from vector_blocks(self.path, self.member, dim=self.dim, rows=_BLOCK_ROWS)
             return
         try:
             with _opened(self.path, self.member) as handle:
@@ -117,7 +131,10 @@ class LayoutShard:
     @property
     def vectors_beside_keys(self) -> list[str]:
         """The columns of vectors in the table with the keys, if it is the one that holds the embeddings."""
-        return vector_columns(self.image.path) if self.metadata == self.image.path else []
+        if self.metadata != self.image.path:
+            return []
+        spread = [name for vectors in self.vectors.values() for name in vectors.spread]
+        return spread or vector_columns(self.image.path)
 
 
 def find_embeddings(source: Path) -> list[LayoutShard]:
@@ -452,15 +469,12 @@ def _chosen_members(path: Path) -> _Members:
 
 def _of_vector_tables(source: Path, tables: list[Path]) -> list[LayoutShard]:
     """Tables with a column of vectors, and the keys beside it."""
-    try:
-        columns = {path: vector_columns(path) for path in tables}
-    except DataError as error:
-        raise DataError(error.problem, fix="Fetch or write this file again.") from error
+    columns = _columns_of_vectors(tables)
     holding = [path for path in tables if columns[path]]
     if not holding:
         raise _unknown(source, tables)
     holding = [path for path in holding if table_rows(path)] or holding  # Spark writes files without rows
-    image, text = _chosen_columns(holding[0], columns[holding[0]])
+    image, text = _chosen_columns(holding[0], [*columns[holding[0]]])
     _check_same_columns(holding, tables, columns, [name for name in (image, text) if name is not None])
 
     shards: list[LayoutShard] = []
@@ -468,9 +482,9 @@ def _of_vector_tables(source: Path, tables: list[Path]) -> list[LayoutShard]:
         shards.append(
             LayoutShard(
                 name=path.stem,
-                image=_column(path, image),
-                text=None if text is None else _column(path, text),
-                metadata=path if len(columns[path]) < len(table_schema(path)) else None,
+                image=_column(path, image, columns[path][image]),
+                text=None if text is None else _column(path, text, columns[path][text]),
+                metadata=path if _has_others(path, columns[path]) else None,
             )
         )
     _check_fit(shards)
@@ -479,8 +493,29 @@ def _of_vector_tables(source: Path, tables: list[Path]) -> list[LayoutShard]:
     return shards
 
 
+def _columns_of_vectors(tables: list[Path]) -> dict[Path, dict[str, tuple[str, ...]]]:
+    """For each table its columns of vectors by name; or, if none has any, the columns of their dimensions."""
+    try:
+        lists = {path: vector_columns(path) for path in tables if not is_text_table(path)}
+    except DataError as error:
+        raise DataError(error.problem, fix="Fetch or write this file again.") from error
+    for path, names in lists.items():
+        if len(set(names)) < len(names):
+            raise DataError(
+                f"{path}: two columns of vectors have one name, among {', '.join(names)}.", fix="Leave out one of them."
+            )
+    if any(lists.values()):
+        return {path: dict.fromkeys(lists.get(path, []), ()) for path in tables}
+    return {path: spread_columns(path) for path in tables}
+
+
+def _has_others(path: Path, columns: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether a table has columns beside those of vectors."""
+    return sum(len(spread) or 1 for spread in columns.values()) < len(table_schema(path))
+
+
 def _check_same_columns(
-    holding: list[Path], tables: list[Path], columns: dict[Path, list[str]], wanted: list[str]
+    holding: list[Path], tables: list[Path], columns: dict[Path, dict[str, tuple[str, ...]]], wanted: list[str]
 ) -> None:
     """Tables that hold embeddings have the same columns of them, and all or none have others.
 
@@ -498,7 +533,7 @@ def _check_same_columns(
                 f"{path}: column {name!r} {what}, and {first.name} has it.", fix="Give files with the same columns."
             )
         if path in holding:
-            has_others[path] = len(columns[path]) < len(schema)
+            has_others[path] = _has_others(path, columns[path])
 
     if without := [path for path in holding if has_others[path] != has_others[first]]:
         bare, other = (first, without[0]) if has_others[without[0]] else (without[0], first)
@@ -523,9 +558,9 @@ def _chosen_columns(path: Path, columns: list[str]) -> tuple[str, str | None]:
     return images[0], next(iter(texts), None)
 
 
-def _column(path: Path, name: str) -> Vectors:
+def _column(path: Path, name: str, spread: tuple[str, ...]) -> Vectors:
     rows = table_rows(path)
-    return Vectors(path, name, rows, *vector_type(path, name))
+    return Vectors(path, name, rows, *vector_type(path, name, spread), spread)
 
 
 def _text(file: _File, members: _Members | None, path: Path | None) -> Vectors | None:
@@ -608,6 +643,14 @@ def _unknown(source: Path, tables: Sequence[Path] = ()) -> DataError:
         return DataError(
             f"{source}: embeddings are not read from files of this type.",
             fix=f"Write them as rows of a .npy first: np.save('image_embeddings.npy', {how}).",
+        )
+
+    if is_text_table(source) and source.is_file():
+        names = textwrap.shorten(", ".join(table_schema(source).names), 400, placeholder=" ...")
+        return DataError(
+            f"{source}: has no column for each dimension, named by its number; there are {names}.",
+            fix="Name them emb_0, emb_1 and so on on the first line, with key, uid, image_path or id beside them. Without"
+            " names: np.save('image_embeddings.npy', np.loadtxt(FILE, delimiter=',', dtype='float32')).",
         )
 
     state = "" if source.exists() else " (nothing is there)"

@@ -2,10 +2,14 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 Role = Literal["image", "text", "metadata"]
+
+LEAST_NUMBERED = 8
+"""Fewer columns of numbers are no embedding."""
 
 _WORDS: dict[Role, str] = {
     "image": r"images?|imgs?|visions?|visuals?|pictures?|photos?",
@@ -55,6 +59,35 @@ class Name:
     @property
     def numbered(self) -> bool:
         return any(isinstance(part, int) for part in self.rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered:
+    """Names that differ in the number at their end alone, as those of the dimensions of a vector."""
+
+    names: tuple[str, ...]
+    """In the order of the numbers."""
+    is_whole: bool
+    """Whether each number from 0 or 1 on is there, once."""
+
+    def __str__(self) -> str:
+        return f"{self.names[0]} to {self.names[-1]}"
+
+
+def numbered(names: Sequence[str]) -> list[Numbered]:
+    """Groups of at least `LEAST_NUMBERED` names that differ in their number alone."""
+    groups: dict[str, list[tuple[int, str]]] = {}
+    for name in names:
+        if match := re.fullmatch(r"(.*?)([0-9]{1,9})", name, re.DOTALL):
+            groups.setdefault(match[1], []).append((int(match[2]), name))
+
+    found = list[Numbered]()
+    for group in groups.values():
+        if len(group) >= LEAST_NUMBERED:
+            numbers, ordered = zip(*sorted(group), strict=True)
+            first = numbers[0]
+            found.append(Numbered(ordered, first in (0, 1) and list(numbers) == list(range(first, first + len(group)))))
+    return found
 
 
 def in_order(path: Path) -> tuple[list[tuple[int, str]], str]:

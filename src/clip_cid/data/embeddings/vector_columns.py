@@ -1,6 +1,6 @@
-"""Embeddings in a column of a Parquet or Arrow file: a list of numbers in each row."""
+"""Embeddings in a table: a column with a list of numbers in each row, or a column for each dimension."""
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 
 from clip_cid.data.embeddings.files import BROKEN_TABLE, is_arrow, read_arrow, table_schema
 from clip_cid.data.embeddings.lance_tables import is_lance, lance_batches
+from clip_cid.data.embeddings.names import numbered
+from clip_cid.data.embeddings.text_tables import is_text_table, text_batches
 from clip_cid.errors import DataError
 
 _FLOATS = {pa.float16(): np.float16, pa.float32(): np.float32, pa.float64(): np.float64}
@@ -26,12 +28,34 @@ def vector_columns(path: Path) -> list[str]:
     return [field.name for field in table_schema(path) if _is_vector(field.type)]
 
 
-def vector_type(path: Path, name: str) -> tuple[int, np.dtype[Any]]:
-    """The width of the vectors in a column, and the type of their numbers.
+def spread_columns(path: Path) -> dict[str, tuple[str, ...]]:
+    """The columns that hold a dimension each, by a name for all of one vector: `emb_0 to emb_511`.
+
+    Raises:
+        DataError: The file cannot be read, or some of such columns are missing.
+    """
+    schema = table_schema(path)
+    floats = {field.name for field in schema if field.type in _FLOATS}
+    numbers = [field.name for field in schema if field.name in floats or pa.types.is_integer(field.type)]
+    groups = [group for group in numbered(numbers) if not floats.isdisjoint(group.names)]
+    if broken := [str(group) for group in groups if not group.is_whole]:
+        raise DataError(
+            f"{path}: of the columns {broken[0]} some are missing, named twice, or hold no numbers.",
+            fix="Embeddings with a column for each dimension have names with every number from 0 on, such as emb_0,"
+            " emb_1 and so on. Leave out other columns that are numbered so.",
+        )
+    return {str(group): group.names for group in groups}
+
+
+def vector_type(path: Path, name: str, spread: Sequence[str] = ()) -> tuple[int, np.dtype[Any]]:
+    """The width of the vectors in a column, or in the columns of their dimensions, and the type of their numbers.
 
     Raises:
         DataError: The file cannot be read, or there is no vector.
     """
+    if spread:
+        kinds = [table_schema(path).field(name).type for name in spread]
+        return len(spread), np.result_type(*(_FLOATS.get(kind, np.float16) for kind in kinds))
     kind = _list_of(table_schema(path).field(name).type)
     dtype = np.dtype(_FLOATS[kind.value_type])
     if pa.types.is_fixed_size_list(kind) and kind.list_size:
@@ -55,6 +79,15 @@ def vector_blocks(path: Path, name: str, *, dim: int, rows: int) -> Generator[Fl
         first += len(column)
 
 
+def spread_blocks(
+    path: Path, spread: Sequence[str], dtype: np.dtype[Any], *, rows: int
+) -> Generator[Float[np.ndarray, "some dim"]]:
+    """As `vector_blocks`, of a column for each dimension."""
+    for batch in _batches(path, spread, rows=rows):
+        columns = [batch.column(name).cast(pa.float64()).to_numpy(zero_copy_only=False) for name in spread]
+        yield np.stack(columns, axis=1).astype(dtype)
+
+
 def _list_of(kind: pa.DataType) -> pa.DataType:
     """The type as which Arrow stores a tensor of one dimension, else the type itself."""
     is_tensor = isinstance(kind, pa.FixedShapeTensorType) and len(kind.shape) == 1
@@ -68,16 +101,24 @@ def _is_vector(kind: pa.DataType) -> bool:
 
 
 def _columns(path: Path, name: str, *, rows: int) -> Generator[pa.Array]:
+    yield from (_stored(batch.column(name)) for batch in _batches(path, [name], rows=rows))
+
+
+def _batches(path: Path, names: Sequence[str], *, rows: int) -> Generator[pa.RecordBatch]:
+    """Some columns, at most so many rows at a time."""
     if is_lance(path):
-        yield from (_stored(batch.column(name)) for batch in lance_batches(path, name, rows=rows))
+        yield from lance_batches(path, names, rows=rows)
+        return
+    if is_text_table(path):
+        for batch in text_batches(path, names):
+            yield from (batch.slice(start, rows) for start in range(0, batch.num_rows, rows))
         return
     try:
         if is_arrow(path):
-            batches: Iterable[pa.RecordBatch] = read_arrow(path).select([name]).to_batches(max_chunksize=rows)
-            yield from (_stored(batch.column(name)) for batch in batches)
+            yield from read_arrow(path).select(list(names)).to_batches(max_chunksize=rows)
         else:
             with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
-                yield from (_stored(batch.column(name)) for batch in file.iter_batches(rows, columns=[name]))
+                yield from file.iter_batches(rows, columns=list(names))
     except BROKEN_TABLE as error:
         raise DataError(f"{path}: cannot be read ({error}).", fix="Fetch or write this file again.") from error
 

@@ -15,7 +15,7 @@ from clip_cid.errors import DataError
         ("all.pt", "torch.load(FILE)"),
         ("all.SAFETENSORS", "safetensors.numpy.load_file(FILE)"),
         ("all.h5", "h5py.File(FILE)"),
-        ("all.csv", "np.loadtxt(FILE"),
+        ("all.txt", "np.loadtxt(FILE"),
         ("all.index", "faiss.read_index(FILE)"),
     ],
 )

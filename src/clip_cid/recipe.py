@@ -35,7 +35,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from clip_cid import os_errors, plain_yaml, units
-from clip_cid.addresses import is_remote, without_secrets
+from clip_cid.addresses import is_remote, path_of, without_secrets
 from clip_cid.errors import ConfigError
 from clip_cid.loss_table import LOSSES, Reading, rows_of
 from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, EVALUATE, TEXTS
@@ -139,6 +139,11 @@ def _keep_rules(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
+def is_list_of_keys(entry: str) -> bool:
+    """Whether an entry of `balance.protect` is a file of keys, and not the name of a source."""
+    return (path_of(entry) if is_remote(entry) else entry).endswith(_LIST_OF_KEYS)
+
+
 def _text_tower(value: str) -> str:
     if value not in (OWN_TEXT_TOWER, TEACHERS_TEXT_TOWER) and not re.search(r"[:/]", value):
         raise PydanticCustomError(
@@ -186,12 +191,12 @@ class PairsConfig(Config):
     """Where the image-text pairs are."""
 
     source: _Places = ()
-    """WebDataset tars, CSV/TSV/Parquet tables, or folders of images with .txt files (one caption a
+    """WebDataset tars, CSV/TSV/JSONL/Parquet tables, or folders of images with .txt files (one caption a
     line), here or at an address (`s3://`, `gs://`, `az://`, `hf://`, `https://`). All must be of one
     kind. Brace ranges and wildcards are allowed. `pipe:COMMAND` reads a tar from a shell command, if `--allow-pipe` is given."""
     image_column: str = "image"
     """Table only: the column with the image paths, relative to the table. In Parquet it may also hold
-    the images themselves, as bytes or as the Hub's struct of bytes and path."""
+    the images themselves, as bytes, lists of bytes, or the Hub's struct of bytes and path."""
     caption_column: str | None = "caption"
     """Table only: the column with the caption, or with a list of captions. null for images alone,
     with `captions: optional`."""
@@ -256,8 +261,8 @@ class EmbedConfig(Config):
     stored as float16."""
     existing: _Input | None = None
     """Use these embeddings instead of computing them: a store of ours, a clip-retrieval or DataComp
-    folder, .npy files, or Parquet, Arrow or Lance tables with a column of vectors; a path or an
-    address. On the command line: `--embeddings`."""
+    folder, .npy files, Parquet, Arrow or Lance tables with a column of vectors, or tables (also CSV)
+    with a column for each dimension; a path or an address. On the command line: `--embeddings`."""
     match: Literal["key", "order"] = "key"
     """How the embeddings of `existing` belong to the pairs. order: the first row is of the first pair
     and so on, whatever keys they have. Nothing can check that, so only use it where keys are lost."""
@@ -278,7 +283,7 @@ class EmbedConfig(Config):
 class BalanceConfig(Config):
     """Image semantic balance: keep one image of each set of near-duplicates (paper section 3.1)."""
 
-    at_addresses = ("existing", "grow_from")
+    at_addresses = ("existing", "grow_from", "decisions")
 
     enabled: bool = True
     """Off keeps every pair, for comparisons."""
@@ -308,16 +313,16 @@ class BalanceConfig(Config):
     merge_captions: bool = False
     """Give the captions of the removed images of a set to the kept one: captions.parquet lists them,
     and `clip-cid subset` writes them. The training reads the captions of the kept pair, as before."""
-    protect: Annotated[_Texts, AfterValidator(_each_once)] = ()
+    protect: Annotated[_Places, AfterValidator(_each_once)] = ()
     """Images that are never removed: names of sources as in pairs.source, or a .txt with one key a
-    line. A set that holds some of them keeps all of these and no other."""
+    line, here or at an address. A set that holds some of them keeps all of these and no other."""
     against: dict[_SetName, _Place] = {}
     """Name -> evaluation set, as in evaluate.sets, or its embeddings (a .npy or a store). Images
     within the threshold of one of its test images are removed, and listed with it."""
-    decisions: Path | None = None
-    """A file of decisions that a person made with `clip-cid review`. Images that were said not to be
-    duplicates are parted, the weakest link between them is cut; images to keep are kept, those to
-    remove are removed."""
+    decisions: _Input | None = None
+    """A file of decisions that a person made with `clip-cid review`, here or at an address. Images that
+    were said not to be duplicates are parted, the weakest link between them is cut; images to keep
+    are kept, those to remove are removed."""
     grow_from: _Input | None = None
     """The balance folder of an earlier run on some of the same images: only pairs with a new image
     are compared. This run's own earlier results are always used."""
@@ -330,11 +335,11 @@ class BalanceConfig(Config):
     @property
     def protected_lists(self) -> tuple[Path, ...]:
         """The files of keys among `protect`; the other entries name sources."""
-        return tuple(Path(entry) for entry in self.protect if entry.endswith(_LIST_OF_KEYS))
+        return tuple(Path(entry) for entry in self.protect if is_list_of_keys(entry))
 
     @property
     def protected_sources(self) -> tuple[str, ...]:
-        return tuple(entry for entry in self.protect if not entry.endswith(_LIST_OF_KEYS))
+        return tuple(entry for entry in self.protect if not is_list_of_keys(entry))
 
 
 class ClusterConfig(Config):

@@ -13,7 +13,7 @@ from clip_cid import os_errors
 from clip_cid.addresses import is_remote, without_secrets
 from clip_cid.data.embeddings.files_behind import is_of_embeddings
 from clip_cid.errors import ClipCidError
-from clip_cid.recipe import Recipe
+from clip_cid.recipe import Recipe, is_list_of_keys
 from clip_cid.remote import copies
 from clip_cid.remote.cache import cache_folder
 from clip_cid.stage_names import BALANCE, CLUSTER, EMBED, TEXTS
@@ -22,7 +22,7 @@ METADATA_BESIDE = (".npy", ".npz")
 """Files of embeddings beside which a .parquet of the same name may lie."""
 _PLACES = {
     EMBED: (("embed", "existing"),),
-    BALANCE: (("balance", "existing"), ("balance", "grow_from"), ("balance", "against")),
+    BALANCE: tuple(("balance", name) for name in ("existing", "grow_from", "against", "decisions", "protect")),
     CLUSTER: (("cluster", "existing"),),
     TEXTS: (("distill", "texts"),),
 }
@@ -38,7 +38,11 @@ def brought_here(recipe: Recipe, stages: Collection[str]) -> Iterator[Recipe]:
     names: dict[str, str] = {}
     for section, setting in (place for stage in stages for place in _PLACES.get(stage, ())):
         settings = getattr(recipe, section)
-        place = _brought(getattr(settings, setting), recipe.machine.cache_dir, names)
+        place = getattr(settings, setting)
+        if setting == "protect":
+            place = tuple(_protecting(entry, recipe.machine.cache_dir, names) for entry in place)
+        else:
+            place = _brought(place, recipe.machine.cache_dir, names)
         recipe = recipe.model_copy(update={section: settings.model_copy(update={setting: place})})
     try:
         yield recipe
@@ -49,6 +53,12 @@ def brought_here(recipe: Recipe, stages: Collection[str]) -> Iterator[Recipe]:
         raise
 
 
+def path_here(path: Path, cache_dir: Path | None) -> Path:
+    """A path, or a copy of what is at the address that it was made from."""
+    address = os_errors.address_of(path)
+    return copy_of(address, cache_dir) if address else path
+
+
 def copy_of(address: str, cache_dir: Path | None) -> Path:
     """A copy of a file or folder of embeddings, kept rows, clusters or texts.
 
@@ -57,6 +67,11 @@ def copy_of(address: str, cache_dir: Path | None) -> Path:
     """
     beside = (".parquet",) if address.partition("?")[0].endswith(METADATA_BESIDE) else ()
     return copies.of_address(address, cache_folder(cache_dir), beside=beside)
+
+
+def _protecting(entry: str, cache_dir: Path | None, names: dict[str, str]) -> str:
+    """An entry of `balance.protect`, whose files alone are copied: a source is only named."""
+    return str(_brought(entry, cache_dir, names)) if is_list_of_keys(entry) else entry
 
 
 def _brought(place: Any, cache_dir: Path | None, names: dict[str, str]) -> Any:

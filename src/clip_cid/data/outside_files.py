@@ -22,6 +22,8 @@ from clip_cid.recipe import PairsConfig
 from clip_cid.remote import files as remote
 from clip_cid.remote.contract import RemoteFile
 
+_DECISIONS = "decisions"
+
 
 @dataclass(frozen=True)
 class Outside:
@@ -106,20 +108,33 @@ class Reader:
         return self._files(path, files)
 
     def decisions(self, path: Path) -> Outside | None:
-        """Decisions of a person: what they decide counts, and not their order; None for a file that decides nothing."""
+        """Decisions of a person: what they decide counts, and not their order; None for a file that decides nothing.
 
-        def decided() -> str:
+        Of a file at an address each version is read once.
+        """
+        address = os_errors.address_of(path)
+
+        def decided(file: Path = path) -> str:
             from clip_cid.data.balance.decisions import read_decisions  # numpy, which `clip-cid --help` does without
 
-            decisions = read_decisions(path)
+            decisions = read_decisions(file)
             return decisions.digest if decisions else ""
 
+        def version() -> str:
+            return digest([_DECISIONS, remote.ask(address).state])
+
+        def decided_elsewhere() -> str:
+            return self._known(version(), lambda: decided(copy_of(address, self.cache_dir)))
+
+        outside = Outside(decided, decided, (str(path),), path.is_file)
+        if address:
+            outside = Outside(version, decided_elsewhere, (without_secrets(address),), lambda: _answers(version))
         try:
-            if path.is_file() and not decided():
+            if outside.is_here() and not outside.contents():
                 return None
         except DataError:
             pass  # it is said where they are read
-        return Outside(decided, decided, (str(path),), path.is_file)
+        return outside
 
     def files(self, paths: Sequence[Path]) -> Outside:
         """Some files, whose order counts; perhaps at addresses."""

@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int, UInt64
 
+from clip_cid import os_errors
+from clip_cid.addresses import without_secrets
 from clip_cid.data.balance.against_file import read_dropped
 from clip_cid.data.balance.decided_file import read_decided
 from clip_cid.data.balance.decisions import Decision, Decisions, Image, Kind, hash_text, rows_named
@@ -21,8 +23,9 @@ from clip_cid.data.balance.kept_file import KEPT_FILE, SET_FILE
 from clip_cid.data.balance.protected import protected_rows
 from clip_cid.data.balance.tables import BalanceTables
 from clip_cid.data.embeddings.store import EmbeddingStore
+from clip_cid.data.inputs import path_here
 from clip_cid.data.npy_files import read_array_of_stage
-from clip_cid.errors import RunError
+from clip_cid.errors import DataError, RunError
 from clip_cid.method.balance.decided_sets import DecidedRows, cut_links
 from clip_cid.method.balance.forest import Forest
 from clip_cid.method.distances import Metric, threshold_for, threshold_on, to_squared
@@ -95,7 +98,7 @@ class OpenedRun:
         self._decided_then[np.concatenate([read_decided(balance), self._dropped, self._protected])] = True
         self.ok = int(self.store.ok.sum())
 
-        self.log = DecisionLog(decisions or recipe.balance.decisions or folder.path / DECISIONS_FILE)
+        self.log = DecisionLog(_file_of_decisions(folder, recipe, decisions))
         self._lock = threading.RLock()
         self._decided: Decided | None = None
         self._sets: dict[float, Sets] = {}
@@ -104,7 +107,8 @@ class OpenedRun:
         settings, shards = self.recipe.balance, [(shard.name, shard.rows) for shard in self.store.info.shards]
         if not settings.protect:
             return np.zeros(0, dtype=np.int64)
-        return protected_rows(settings.protected_sources, settings.protected_lists, shards, self.store.keys.packed)
+        lists = [path_here(path, self.recipe.machine.cache_dir) for path in settings.protected_lists]
+        return protected_rows(settings.protected_sources, lists, shards, self.store.keys.packed)
 
     def warm_up(self) -> None:
         """Read what the first page does without and the next ones need."""
@@ -283,6 +287,21 @@ def _source(shard: str) -> str:
     """A shard's file or folder without its number: `data/noto-00003.tar` is of noto."""
     name = re.sub(r"(\.\w+)+$", "", PurePath(shard.partition("#")[0]).name)
     return re.sub(r"[-_]?\d+$", "", name) or name
+
+
+def _file_of_decisions(folder: RunFolder, recipe: Recipe, named: Path | None) -> Path:
+    """The file that decisions are read from and added to.
+
+    Raises:
+        DataError: It is at an address, where nothing can be added.
+    """
+    path = named or recipe.balance.decisions or folder.path / DECISIONS_FILE
+    if address := os_errors.address_of(path):
+        raise DataError(
+            f"{without_secrets(address)}: decisions at an address can be obeyed, but not added to.",
+            fix=f"Fetch the file, and name the copy: `clip-cid review {folder.path} --decisions FILE`.",
+        )
+    return path
 
 
 def _check_same_embeddings(folder: RunFolder) -> None:

@@ -1,6 +1,7 @@
 """Embeddings, sets, kept rows and texts elsewhere: copied once, as if they lay here, changes noticed."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from remote_servers import Answers, Place, hub, needs_s3, place, s3, web
 from tiny_sets import tar_set
 
 from clip_cid import cli
+from clip_cid.data.balance.decisions import hash_text
 from clip_cid.data.inputs import brought_here, copy_of
 from clip_cid.data.outside_files import Reader
 from clip_cid.data.sets.evaluation_sets import MissingSetError, open_set
 from clip_cid.errors import DataError
 from clip_cid.file_digests import FileDigests, digest
 from clip_cid.recipe import PairsConfig, parse_recipe
+from clip_cid.remote.remembered import forget
+from clip_cid.run_folder import RunFolder
 
 __all__ = ["hub", "place", "s3", "web"]
 
@@ -129,6 +133,56 @@ def test_texts_and_kept_rows_may_be_elsewhere(place: Place, tmp_path: Path) -> N
     outside = reader(tmp_path).files(recipe.distill.text_files[:1])
     (tmp_path / "words.txt").write_text("a cat\n")
     assert outside.contents() == reader(tmp_path).files([tmp_path / "words.txt"]).contents()
+
+
+def circle(*degrees: float) -> np.ndarray:
+    angles = np.radians(degrees)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+@pytest.mark.slow
+def test_decisions_and_protected_keys_elsewhere_are_obeyed_and_each_version_read_once(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "rows.npy", circle(0, 1, 2, 90, 91))
+    run, cache = tmp_path / "run", str(tmp_path / "cache")
+    command = ["balance", str(run), "--embeddings", str(tmp_path / "rows.npy"), "--machine.cache-dir", cache]
+    assert cli.main(command) == 0
+    hashes = np.load(run / "balance" / "row_hashes.npy")
+    line = {"id": "1", "decision": "keep", "images": [{"hash": hash_text(hashes[2]), "key": "rows/2"}]}
+
+    decisions = place.put("d.jsonl", json.dumps(line).encode() + b"\n")
+    protect = place.put("keys.txt", b"rows/4\n")
+    flags = ["--balance.decisions", decisions, "--balance.protect", protect]
+    assert cli.main([*command, *flags]) == 0
+    assert np.load(run / "balance" / "kept.npy").tolist() == [2, 4]
+    record = RunFolder(run).record("balance")
+    forget()
+    assert cli.main(command) == 0
+    assert RunFolder(run).record("balance") == record
+
+    assert cli.main(["review", str(run), "--export", str(tmp_path / "out")]) == 1
+    assert "decisions at an address can be obeyed, but not added to" in capsys.readouterr().err
+    place.put("d.jsonl", b"")
+    assert cli.main(command) == 0
+    assert np.load(run / "balance" / "kept.npy").tolist() == [1, 4]
+    place.put("keys.txt", b"rows/3\n")
+    capsys.readouterr()
+    assert cli.main(["status", str(run)]) == 0
+    assert f"balance.protect ({protect}) changed on disk" in " ".join(capsys.readouterr().out.split())
+    gone = place.put("d.jsonl", b"") + ".gone"
+    assert cli.main([*command, "--balance.decisions", gone]) == 1
+    assert "d.jsonl.gone: not there" in capsys.readouterr().err
+
+
+def test_what_signs_the_address_of_protected_keys_is_not_kept() -> None:
+    entry = "https://host/keys.txt?X-Amz-Signature=0123"
+    recipe = parse_recipe({"balance": {"protect": [entry, "tars/*.tar"]}}, where="test")
+    assert (len(recipe.balance.protected_lists), recipe.balance.protected_sources) == (1, ("tars/*.tar",))
+    assert recipe.model_dump(mode="json")["balance"]["protect"] == [
+        "https://host/keys.txt?X-Amz-Signature=...",
+        "tars/*.tar",
+    ]
 
 
 def test_a_folder_on_the_web_is_told_to_be_none(web: tuple[str, Answers], tmp_path: Path) -> None:

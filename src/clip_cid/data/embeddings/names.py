@@ -78,7 +78,8 @@ def numbered(names: Sequence[str]) -> list[Numbered]:
     """Groups of at least `LEAST_NUMBERED` names that differ in their number alone."""
     groups: dict[str, list[tuple[int, str]]] = {}
     for name in names:
-        if match := re.fullmatch(r"(.*?)([0-9]{1,9})", name, re.DOTALL):
+        match = re.fullmatch(r"(.*?)([0-9]{1,9})", name, re.DOTALL)
+        if match and not re.fullmatch(r"[-+]?[0-9][-+.0-9eE]*", match[1]):  # a number stands where a file has no names
             groups.setdefault(match[1], []).append((int(match[2]), name))
 
     found = list[Numbered]()

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from clip_cid.data.pairs.delimited import TableFault
 
@@ -86,7 +86,7 @@ def copy_lines(path: Path, out: Path, wanted: Sequence[bool]) -> None:
         ValueError: It has more or fewer rows.
     """
     with contextlib.ExitStack() as stack:
-        target: IO[bytes] = stack.enter_context(open(out, "wb"))
+        target = stack.enter_context(open(out, "wb"))
         if _is_packed(path):
             target = stack.enter_context(gzip.GzipFile("", "wb", fileobj=target, mtime=0))
         for (_, line), is_wanted in zip(_lines(path), wanted, strict=True):

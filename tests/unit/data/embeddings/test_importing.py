@@ -296,7 +296,7 @@ def test_a_broken_npy_is_named(tmp_path: Path, name: str, array: np.ndarray, pro
 @pytest.mark.parametrize(
     ("name", "problem", "fix"),
     [
-        ("x.csv", "not read from files of this type", "rows of a .npy first: np.save"),
+        ("x.csv", "has no column for each dimension", "Without names: np.save"),
         ("nothing", "neither an embedding store", "DataComp"),
         ("both", r"both \.npy and \.npz", "DataComp"),
     ],

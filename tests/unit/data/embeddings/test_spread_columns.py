@@ -49,7 +49,7 @@ def taken(source: Path, out: Path, **options: Any) -> EmbeddingStore:
 
 
 @pytest.mark.parametrize("file", ["t.parquet", "t.feather", "t.csv", "t.tsv"])
-@pytest.mark.parametrize(("name", "first"), [("{}", 0), ("emb_{}", 0), ("V{}", 1), ("clip.{:04d}", 0)])
+@pytest.mark.parametrize(("name", "first"), [("{}", 0), ("emb_{}", 0), ("V{}", 1), ("e{}", 0), ("clip.{:04d}", 0)])
 def test_columns_of_dimensions_are_one_vector_in_the_order_of_their_numbers(
     tmp_path: Path, file: str, name: str, first: int
 ) -> None:

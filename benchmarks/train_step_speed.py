@@ -180,7 +180,7 @@ class Bench:
                     batch = online(batch)
                 if bank is not None:
                     batch = dataclasses.replace(batch, bank=bank)
-                measured = trainer._train_step(batch.to(self.device))
+                measured = trainer._train_step(batch.to(trainer._copies))
                 trainer.progress.step += 1
                 if trainer._is_recorded(trainer.step):
                     trainer._record(measured)

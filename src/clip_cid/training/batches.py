@@ -26,6 +26,7 @@ from clip_cid.data.pairs.images import decode_image
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.errors import ConfigError, DataError
+from clip_cid.method.devices import Copies
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.objective import Targets
 from clip_cid.method.unit_rows import Rows
@@ -198,18 +199,18 @@ class Batch:
             text_labels=self.text_labels,
         )
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, copies: Copies) -> "Batch":
+        """The batch where these copies go."""
         moved: dict[str, Tensor | SoftCenters | BankRows] = {
-            field.name: value.to(device, non_blocking=True)
+            field.name: copies(value)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         if self.soft_centers is not None:
-            moved["soft_centers"] = self.soft_centers.to(device)
+            moved["soft_centers"] = self.soft_centers.to(copies)
         if self.bank is not None:
-            moved["bank"] = BankRows(
-                self.bank.images.to(device), None if (texts := self.bank.texts) is None else texts.to(device)
-            )
+            texts = self.bank.texts
+            moved["bank"] = BankRows(copies(self.bank.images), None if texts is None else copies(texts))
         return dataclasses.replace(self, **moved)
 
 

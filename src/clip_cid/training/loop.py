@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clip_cid import log, tasks, units
 from clip_cid.errors import RunError
+from clip_cid.method.devices import Copies, one_ahead
 from clip_cid.method.distill.collapse import CollapseAlarm
 from clip_cid.recipe import DistillConfig, MachineConfig, settled
 from clip_cid.run_folder import write_json
@@ -63,6 +64,7 @@ class Trainer:
         self.learner = Learner(model, settings, steps=plan.steps, ranks=ranks, machine=self.machine)
         self.head_rows = HeadRows(model.objective.head, self.learner.optimizers, out / CHECKPOINTS, ranks)
 
+        self._copies = Copies(ranks.device)
         self.progress, self._in_succession = Progress(), 0
         self.watch = Stopwatch()
         self.best = Best(settings.validation.metric, settings.validation.patience)
@@ -96,9 +98,10 @@ class Trainer:
         with own_random, stop_requests() as stop, shown as bar, contextlib.ExitStack() as batches:
             self.learner.joint.train()
             waiting = self.watch.waiting(self.batches.between(self.step, self._last_step))
-            for batch in batches.enter_context(contextlib.closing(waiting)):
+            waiting = batches.enter_context(contextlib.closing(waiting))
+            for batch in one_ahead(waiting, lambda batch: batch.to(self._copies), device):
                 self.bad.note(batch.bad)
-                measured = self._train_step(batch.to(device))
+                measured = self._train_step(batch)
                 self.progress.step += 1
                 bar.advance(size, note=self._note(measured))
                 if self._is_recorded(self.step):
@@ -115,7 +118,7 @@ class Trainer:
         self._resume()
         self.learner.joint.train()
         while True:
-            yield self._train_step(batch.to(self.ranks.device))
+            yield self._train_step(batch.to(self._copies))
             self.progress.step = min(self.step + 1, self.plan.steps - 1)
 
     def student_state(self) -> dict[str, Tensor]:

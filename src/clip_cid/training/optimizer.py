@@ -176,16 +176,16 @@ def clip_gradients(parameters: Sequence[tuple[nn.Parameter, bool]], max_norm: fl
         ranks: Who hold the other rows.
     """
     # The norm of gradients that every rank has, and of those that are spread over the ranks.
-    squares = {False: torch.zeros(()), True: torch.zeros(())}
+    squares = {spread: torch.zeros((), device=ranks.device) for spread in (False, True)}
     gradients: list[Tensor] = []
     for parameter, spread in parameters:
         if (gradient := parameter.grad) is not None:
             gradients.append(gradient)
             values = gradient.coalesce().values() if gradient.is_sparse else gradient
-            squares[spread] = squares[spread].to(values.device) + torch.linalg.vector_norm(values).square()
+            squares[spread] = squares[spread] + torch.linalg.vector_norm(values).square()
     if any(spread for _, spread in parameters):
         squares[True] = ranks.sum(squares[True])
-    norm = (squares[True].to(squares[False].device) + squares[False]).sqrt()
+    norm = (squares[True] + squares[False]).sqrt()
 
     share = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:

@@ -113,12 +113,13 @@ class Learner:
         )
         grad_norm = self._clip_gradients()
 
-        # The same numbers on every rank, so that all decide alike.
-        own = torch.stack([part.detach().float() for part in parts.values()]).tolist()
+        # The same numbers on every rank, so that all decide alike. Here the host waits for the step's work, once.
+        found = [part.detach().float().to(grad_norm.dtype) for part in parts.values()]
+        *own, length = torch.stack([*found, grad_norm]).tolist()
         numbers = self.ranks.mean(dict(zip(parts, own, strict=True)))
         loss = sum(weights[name] * value for name, value in numbers.items())
         followed = {name: weights[name] for name in numbers} if self.gradient_norms is not None else {}
-        measured = Measured(loss, numbers, lr_share * self.settings.lr, grad_norm.item(), part_norms, followed)
+        measured = Measured(loss, numbers, lr_share * self.settings.lr, length, part_norms, followed)
         if not measured.is_finite:
             if self.gradient_norms is not None:
                 self.gradient_norms.mean = norms_before

@@ -15,6 +15,7 @@ from clip_cid.data.sets.evaluation_sets import EvaluationSet, LabelledImages
 from clip_cid.errors import DataError
 from clip_cid.evaluation.retrieval import retrieval
 from clip_cid.evaluation.zero_shot import prompt_classifier, zero_shot
+from clip_cid.method.devices import Copies
 from clip_cid.method.distill.objective import weighted_sum
 from clip_cid.method.mixed_words import MURMUR3, mix_words
 from clip_cid.models.clip import Clip
@@ -110,10 +111,11 @@ class Validation:
         self, model: nn.Module, distillation: Distillation, batches: Batches, precision: torch.dtype, note_bad: NoteBad
     ) -> Numbers:
         device, parts = self.ranks.device, list[Numbers]()
+        copies = Copies(device)
         images, texts = list[np.ndarray](), list[np.ndarray]()
         for batch in batches.in_order():
             note_bad(batch.bad)
-            batch = batch.to(device)
+            batch = batch.to(copies)
             outputs = model(batch.images, batch.texts, precision=precision)
             generator = torch.Generator(device).manual_seed(step_seed(self.seed, len(parts)))
             losses = distillation.objective(outputs, batch.targets, gather=self.ranks.gather, generator=generator)

@@ -3,14 +3,17 @@
 import copy
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from host_waits import HostWaits
 from tiny_training import make_settings, make_trainer
 from torch import Tensor, nn
 
+from clip_cid.method.distill import center_pass
 from clip_cid.models.clip import Clip, train_transform
 from clip_cid.recipe import ConfigError, parse_recipe
 from clip_cid.training import stopwatch
@@ -377,3 +380,42 @@ def parts_of(transform: Any) -> dict[str, Any]:
 def test_augmentation_that_would_do_nothing_or_fail_later_is_refused(augmentation: dict[str, float], says: str):
     with pytest.raises(ConfigError, match=says):
         parse_recipe({"distill": {"augmentation": augmentation}}, where="test")
+
+
+# What the host waits for
+
+
+WAITS = {
+    "the labels' limits": "tolist",
+    "rows far from the teacher": "nonzero",
+    "how many labels are distinct": "_unique2",
+    "which sampled rows have a gradient, for its norm": "_coalesce",
+    "and for their optimizer": "_coalesce",
+}
+LIMITS, FAR, DISTINCT, *SPARSE = WAITS
+
+
+@pytest.mark.parametrize(
+    ("options", "waits_for"),
+    [
+        ({"weights": "clip-only"}, []),
+        ({"weights": "clip-kd", "alignment": "linear"}, []),
+        ({"head_lr": 0.0}, [LIMITS, FAR]),
+        ({"head_lr": 0.0, "sample_rate": 0.1}, [LIMITS, FAR, DISTINCT]),
+        ({"head_lr": 1e-3, "sample_rate": 1.0}, [LIMITS]),
+        ({"head_lr": 1e-3, "sample_rate": 1.0, "micro_batch": 2}, [LIMITS]),
+        ({"head_lr": 1e-3}, [LIMITS, *SPARSE]),
+    ],
+)
+def test_a_step_waits_once_for_its_numbers_and_for_little_else(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], waits_for: list[str]
+):
+    monkeypatch.setattr(center_pass, "is_at_hand", lambda tensor: False)
+    settings = make_settings(**{name: value for name, value in options.items() if name != "micro_batch"})
+    trainer = make_trainer(folder, tmp_path, settings=settings, steps=9, micro_batch=options.get("micro_batch"))
+    batch = next(iter(trainer.batches.between(0, 1)))
+    trainer.learner.joint.train()
+    trainer._train_step(batch)  # whatever is made at first is made
+    with HostWaits() as waits:
+        trainer._train_step(batch)
+    assert waits.counts == Counter(["tolist", *(WAITS[one] for one in waits_for)])

@@ -2,7 +2,8 @@
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from clip_cid.method.balance.cpu_comparison import blocks
 from clip_cid.method.balance.exact_links import ExactLinks
 from clip_cid.method.balance.prepared_rows import ChunkPair, PreparedRows
+from clip_cid.method.devices import Begun, Beside, Copies, one_ahead
 from clip_cid.method.products import float32_sums
 
 _SIDE = 16_384  # rows of a block: half a GB of float16 products, long enough that starting one does not count
@@ -22,47 +24,63 @@ def compare_on_device(prepared: PreparedRows, pairs: Sequence[ChunkPair], links:
 
     The first chunks of all pairs stay on the device. So pairs in the order of their second chunks need one read a chunk.
     """
-    resident = {chunk: _on_device(prepared, chunk) for chunk in sorted({pair.first for pair in pairs})}
-    number, other = -1, None
+    device = torch.device(prepared.device)
+    beside = Beside(device)
 
+    def multiply(tile: _Tile) -> tuple[_Tile, Begun[torch.Tensor]]:
+        return tile, beside.begun(tile.left_codes @ tile.right_codes.T)
+
+    # The device multiplies the next tile while the host looks at one.
     with float32_sums(), _Background(links) as background:
-        for pair in pairs:
-            if pair.second != number:
-                number, other = pair.second, resident.get(pair.second)
-                other = _on_device(prepared, number) if other is None else other
-            assert other is not None
-            _compare(prepared, pair, (resident[pair.first], other), background)
+        for tile, products in one_ahead(_tiles(prepared, pairs, Copies(device)), multiply, device):
+            _collect(prepared, tile, products, background)
 
 
-def _on_device(prepared: PreparedRows, chunk: int) -> torch.Tensor:
-    return torch.from_numpy(prepared.codes[prepared.positions(chunk)]).to(prepared.device)
+@dataclass(frozen=True)
+class _Tile:
+    """Two runs of positions, and their codes on the device."""
+
+    left: slice
+    right: slice
+    left_codes: torch.Tensor
+    right_codes: torch.Tensor
 
 
-def _compare(
-    prepared: PreparedRows,
-    pair: ChunkPair,
-    codes: tuple[torch.Tensor, torch.Tensor],
-    background: "_Background",
-) -> None:
-    first, second = prepared.positions(pair.first), prepared.positions(pair.second)
+def _tiles(prepared: PreparedRows, pairs: Sequence[ChunkPair], copies: Copies) -> Iterator[_Tile]:
+    def on_device(chunk: int) -> torch.Tensor:
+        return copies(torch.from_numpy(prepared.codes[prepared.positions(chunk)]))
+
+    resident = {chunk: on_device(chunk) for chunk in sorted({pair.first for pair in pairs})}
+    number, other = -1, None
+    for pair in pairs:
+        if pair.second != number:
+            number, other = pair.second, resident.get(pair.second)
+            other = on_device(number) if other is None else other
+        assert other is not None
+
+        first, second = prepared.positions(pair.first), prepared.positions(pair.second)
+        for left in blocks(first, _SIDE):
+            for right in blocks(second, _SIDE):
+                if right.stop > left.start:
+                    codes = resident[pair.first][_within(left, first)], other[_within(right, second)]
+                    yield _Tile(left, right, *codes)
+
+
+def _collect(prepared: PreparedRows, tile: _Tile, products: "Begun[torch.Tensor]", background: "_Background") -> None:
+    """Hand the pairs of a tile that may be near to those who measure."""
     least = 1 - prepared.limit / 2
 
-    for left in blocks(first, _SIDE):
-        for right in blocks(second, _SIDE):
-            if right.stop <= left.start:
-                continue
+    # On the device by the lowest floor of the tile, then each pair by its own.
+    loosest = (_errors(prepared, positions).max(keepdims=True) for positions in (tile.left, tile.right))
+    floor = float(prepared.coding.floor(least, *loosest)[0])
+    with products.waited_for() as values:
+        i, j, values = above_on_device(values, floor)
+    i, j = i + tile.left.start, j + tile.right.start
+    floors = prepared.coding.floor(least, _errors(prepared, i), _errors(prepared, j))
+    near = (i < j) & (values >= floors)
 
-            # On the device by the lowest floor of the block, then each pair by its own.
-            loosest = (_errors(prepared, positions).max(keepdims=True) for positions in (left, right))
-            floor = float(prepared.coding.floor(least, *loosest)[0])
-            products = codes[0][_within(left, first)] @ codes[1][_within(right, second)].T
-            i, j, values = above_on_device(products, floor)
-            i, j = i + left.start, j + right.start
-            floors = prepared.coding.floor(least, _errors(prepared, i), _errors(prepared, j))
-            near = (i < j) & (values >= floors)
-
-            if near.any():
-                background.add(prepared.row_at[i[near]], prepared.row_at[j[near]])
+    if near.any():
+        background.add(prepared.row_at[i[near]], prepared.row_at[j[near]])
 
 
 def _errors(prepared: PreparedRows, positions: slice | Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from clip_cid.method.balance.decided_sets import DecidedRows
+from clip_cid.method.devices import Begun, Beside, Copies, one_ahead
 from clip_cid.method.distances import squared_distances
 from clip_cid.method.products import LeftRows
 from clip_cid.method.unit_rows import UnitRows
@@ -83,21 +85,29 @@ def near_targets(
         raise ValueError(f"targets must have the width of the rows, {images.dim}, got {targets.dim}")
     # Twice what float32 can be wrong by, in its inputs and in a sum of so many products in any order.
     slack = 2 * (images.dim + 8) * 2.0**-24
+    where = torch.device(device)
+    copies, beside = Copies(where), Beside(where)
     target_blocks = [
-        (start, torch.from_numpy(targets.float32(slice(start, start + _BLOCK))).to(device))
+        (start, copies(torch.from_numpy(targets.float32(slice(start, start + _BLOCK)))))
         for start in range(0, len(targets), _BLOCK)
     ]
 
     found: list[NearTargets] = []
     for first in range(0, len(images), _BLOCK):
         some = slice(first, min(first + _BLOCK, len(images)))
-        left = LeftRows(torch.from_numpy(images.float32(some)).to(device))
+        left = LeftRows(copies(torch.from_numpy(images.float32(some))))
         nearest, squared = np.full(some.stop - first, -1), np.full(some.stop - first, np.inf)
-        for start, block in target_blocks:
-            cosines = left.times(block)
-            least = cosines.amax(dim=1, keepdim=True).clamp_min(1 - limit / 2) - slack
-            row, target = (cosines >= least).nonzero(as_tuple=True)
-            _keep_nearest(images, targets, row.cpu().numpy(), target.cpu().numpy() + start, first, nearest, squared)
+
+        def multiply(start_and_block: tuple[int, Tensor], left: LeftRows = left) -> tuple[int, Begun[Tensor]]:
+            start, block = start_and_block
+            return start, beside.begun(left.times(block))
+
+        # A device multiplies the next block while the host looks at one.
+        for start, begun in one_ahead(target_blocks, multiply, where):
+            with begun.waited_for() as cosines:
+                least = cosines.amax(dim=1, keepdim=True).clamp_min(1 - limit / 2) - slack
+                row, target = (each.cpu().numpy() for each in (cosines >= least).nonzero(as_tuple=True))
+            _keep_nearest(images, targets, row, target + start, first, nearest, squared)
 
         near = np.flatnonzero(squared <= limit)
         found.append(NearTargets(first + near, nearest[near], squared[near]))

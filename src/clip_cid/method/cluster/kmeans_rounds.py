@@ -95,8 +95,7 @@ def _assign_and_add(
 ) -> None:
     """Update the labels and the sums: only rows that change their cluster are subtracted and added."""
     search = CenterSearch(UnitRows(centers, name="centers", any_length=True), device=device)
-    for block in images.blocks(BLOCK_ROWS):
-        nearest, unit = search.nearest(images, block)
+    for block, nearest, unit in search.over(images):
         moved = np.flatnonzero(nearest != labels[block])
         sums.move(unit[moved], labels[block][moved], nearest[moved])
         labels[block] = nearest

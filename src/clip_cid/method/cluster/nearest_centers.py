@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,19 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int, Int32
 
 from clip_cid.method.codes import LEVELS, ROUNDING, CodeType, Coding, encode
+from clip_cid.method.devices import Begun, Beside, Copies, is_at_hand, one_ahead
 from clip_cid.method.products import float32_sums, int8_product, int8_products_are_right
 from clip_cid.method.unit_rows import FLOAT32_ERROR, UnitRows, product_error
 
 TIED = 1e-9  # centers nearer to equal than this are decided by their number, not by rounding
 BLOCK_ROWS = 1024
-_CENTER_BLOCK = 2048
+_CPU_BLOCK, _DEVICE_BLOCK = (BLOCK_ROWS, 2048), (16_384, 65_536)  # rows and centers of a product
+_KEPT = 8  # products of a row that stay on a device until all centers are read
 _PAIRS = 256  # both sides of so many pairs stay in the cache
 _LEAST_GAIN = 1.6  # an orthogonal matrix pays for itself where it makes the steps of the codes smaller by this factor
 _INT8_FROM = 96  # centers; for fewer the codes of the rows cost more than int8 products save
 _WORD = 8  # comparisons that are tested at once
+_Pairs = tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]
 
 
 class CenterSearch:
@@ -40,7 +44,9 @@ class CenterSearch:
     """
 
     def __init__(self, centers: UnitRows, *, device: str = "cpu") -> None:
-        self._exact, self._device, self._block = centers, torch.device(device), _CENTER_BLOCK
+        self._exact, self._device = centers, torch.device(device)
+        self._copies, self._beside = Copies(self._device), Beside(self._device)
+        self.block_rows, self._block = _CPU_BLOCK if self._device.type == "cpu" else _DEVICE_BLOCK
         self._kind: CodeType = _fastest(self._device, len(centers))
 
         self._float32 = np.empty((len(centers), centers.dim), dtype=np.float32)
@@ -52,13 +58,13 @@ class CenterSearch:
         self._encode_centers(total / len(centers))
 
     def assign(
-        self, images: UnitRows, block_rows: int = BLOCK_ROWS, on_assigned: Callable[[int], Any] | None = None
+        self, images: UnitRows, block_rows: int | None = None, on_assigned: Callable[[int], Any] | None = None
     ) -> tuple[Int32[np.ndarray, " rows"], Float64[np.ndarray, " rows"]]:
         """The nearest center of each row and the exact cosine to it; `on_assigned` gets a block's row count."""
         labels = np.empty(len(images), dtype=np.int32)
         cosines = np.empty(len(images), dtype=np.float64)
-        for block in images.blocks(block_rows):
-            labels[block], _ = self.nearest(images, block)
+        for block, nearest, _ in self.over(images, block_rows):
+            labels[block] = nearest
             unit = images[block]
             cosines[block] = self._exact_dots(unit, np.arange(len(unit)), labels[block])
             if on_assigned is not None:
@@ -67,8 +73,22 @@ class CenterSearch:
 
     def nearest(self, images: UnitRows, block: slice) -> tuple[Int[np.ndarray, " n"], Float32[np.ndarray, "n dim"]]:
         """The nearest center of each row of a block, and the rows in float32."""
+        return self._decide(self._begin(images, block))[1:]
+
+    def over(
+        self, images: UnitRows, block_rows: int | None = None
+    ) -> Iterator[tuple[slice, Int[np.ndarray, " n"], Float32[np.ndarray, "n dim"]]]:
+        """Each block of rows, with what `nearest` gives of it; a device compares the next block meanwhile."""
+        blocks = images.blocks(block_rows or self.block_rows)
+        yield from map(self._decide, one_ahead(blocks, functools.partial(self._begin, images), self._device))
+
+    def _begin(self, images: UnitRows, block: slice) -> "_BegunBlock":
         unit = images.float32(block)
-        rows, columns = self._shortlist(unit)
+        return _BegunBlock(images, block, unit, self._shortlist(unit))
+
+    def _decide(self, begun: "_BegunBlock") -> tuple[slice, Int[np.ndarray, " n"], Float32[np.ndarray, "n dim"]]:
+        images, block, unit = begun.images, begun.block, begun.unit
+        rows, columns = begun.shortlist()
         labels = np.empty(len(unit), dtype=np.int64)
         labels[rows] = columns
 
@@ -88,7 +108,7 @@ class CenterSearch:
             left = np.flatnonzero(values >= _best_of_row(values, rows) - TIED)[::-1]
             labels[rows[left]] = columns[left]  # backwards, so that the lowest is written last
 
-        return labels, unit
+        return block, labels, unit
 
     def _encode_centers(self, mean: Float64[np.ndarray, " dim"]) -> None:
         """Codes of all centers in one step, the largest error of a code, and the greatest length."""
@@ -111,7 +131,7 @@ class CenterSearch:
         for block in blocks:
             short = self._less_mean(block)
             codes, errors = encode(short, torch.tensor(self._step), self._kind)
-            self._codes.append(codes.to(self._device))
+            self._codes.append(self._copies(codes))
             self._error = max(self._error, float(errors.max()))
             self._length = max(self._length, float(torch.linalg.vector_norm(short, dim=1).max()))
         self._product_error = Coding(self._kind, len(mean)).product_error
@@ -128,14 +148,12 @@ class CenterSearch:
     def _rotated(self, rows: Float32[torch.Tensor, "n dim"]) -> Float32[torch.Tensor, "n dim"]:
         return rows if self._rotation is None else self._rotation(rows)
 
-    def _shortlist(
-        self, unit: Float32[np.ndarray, "n dim"]
-    ) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
-        """Rows and centers of all pairs that may be the nearest, in order; each row has one at least."""
+    def _shortlist(self, unit: Float32[np.ndarray, "n dim"]) -> Callable[[], _Pairs]:
+        """Gives rows and centers of all pairs that may be the nearest, in order; each row has one at least."""
         rotated = self._rotated(torch.from_numpy(unit))
         step = rotated.abs().amax(dim=1, keepdim=True) / LEVELS if self._kind == "int8" else torch.ones(1)
         codes, errors = encode(rotated, step, self._kind)
-        codes = codes.to(self._device)
+        codes = self._copies(codes)
 
         # How far a product may be from the cosine, in units of a product.
         error = errors.numpy().astype(np.float64)
@@ -144,12 +162,19 @@ class CenterSearch:
         if self._kind == "int8":
             slack /= step[:, 0].numpy().astype(np.float64) * self._step * (1 - ROUNDING)
 
-        best = np.full(len(unit), -np.inf)
+        if is_at_hand(codes):
+            pairs = self._pairs_here(codes, slack)
+            return lambda: pairs
+        begun = self._beside.begun(self._largest_products(codes))
+        return lambda: self._pairs_there(codes, slack, begun)
+
+    def _pairs_here(self, codes: torch.Tensor, slack: Float64[np.ndarray, " n"]) -> _Pairs:
+        best = np.full(len(codes), -np.inf)
         of_blocks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for place, centers in enumerate(self._codes):
             scores = self._product(codes, centers)
-            best = np.maximum(best, scores.amax(dim=1).cpu().numpy())
-            rows, columns, values = _at_least(scores, best - 2 * slack)
+            best = np.maximum(best, scores.amax(dim=1).numpy())
+            rows, columns, values = _at_least(scores.numpy(), _floor_as(scores.dtype, best - 2 * slack))
             of_blocks.append((rows, columns + place * self._block, values))
         if len(of_blocks) == 1:
             return of_blocks[0][:2]
@@ -159,6 +184,37 @@ class CenterSearch:
         left = np.flatnonzero(values >= (best - 2 * slack)[rows])
         left = left[np.argsort(rows[left], kind="stable")]  # blocks are in order, so columns stay so
         return rows[left], columns[left]
+
+    def _largest_products(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest products of each row with all centers, in order, and these centers; nobody waits for them."""
+        values = torch.full((len(codes), _KEPT), -torch.inf, dtype=codes.dtype, device=codes.device)
+        columns = torch.zeros_like(values, dtype=torch.long)
+        for place, centers in enumerate(self._codes):
+            top = self._product(codes, centers).topk(min(_KEPT, len(centers)), dim=1)
+            values, kept = torch.cat([values, top.values], dim=1).topk(_KEPT, dim=1)
+            columns = torch.cat([columns, top.indices + place * self._block], dim=1).gather(1, kept)
+        return values, columns
+
+    def _pairs_there(
+        self, codes: torch.Tensor, slack: Float64[np.ndarray, " n"], begun: Begun[tuple[torch.Tensor, torch.Tensor]]
+    ) -> _Pairs:
+        with begun.waited_for() as largest:
+            values, columns = (each.cpu().numpy() for each in largest)
+        floor = values[:, 0] - 2 * slack
+        reaches = values >= floor[:, None]
+        of_rows, kept = np.nonzero(reaches)
+        found = [(of_rows, columns[of_rows, kept])]
+
+        # Rows of which more products may reach the floor than were kept are compared once more.
+        many = np.flatnonzero(reaches[:, -1])
+        if len(many):
+            again, limit = codes[torch.from_numpy(many).to(codes.device)], _floor_as(codes.dtype, floor[many])
+            for place, centers in enumerate(self._codes):
+                rows, others = _at_least_there(self._product(again, centers), limit)
+                found.append((many[rows], others + place * self._block))
+
+        pairs = np.unique(np.concatenate([np.stack(part, axis=1) for part in found]), axis=0)
+        return pairs[:, 0], pairs[:, 1]
 
     def _product(self, codes: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
         if self._kind == "int8":
@@ -177,6 +233,16 @@ class CenterSearch:
             pairs = slice(start, start + _PAIRS)
             values[pairs] = (unit[place[pairs]] * self._exact[columns[pairs]]).sum(axis=1)
         return values
+
+
+@dataclass(frozen=True)
+class _BegunBlock:
+    """Rows whose codes are being compared with the centers."""
+
+    images: UnitRows
+    block: slice
+    unit: Float32[np.ndarray, "n dim"]
+    shortlist: Callable[[], _Pairs]
 
 
 class _Rotation:
@@ -225,18 +291,12 @@ _int8_is_right = functools.cache(int8_products_are_right)
 
 
 def _at_least(
-    scores: torch.Tensor, floor: Float64[np.ndarray, " n"]
-) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"], np.ndarray]:
-    """Row, column and value of all scores that reach the floor of their row, in order."""
-    if scores.device.type != "cpu":
-        return _at_least_there(scores, floor)
-    return _at_least_here(scores.numpy(), _floor_as(scores.dtype, floor))
-
-
-def _at_least_here(
     scores: np.ndarray, floor: np.ndarray
 ) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"], np.ndarray]:
-    """Test eight comparisons as one word: nearly all are false, and one by one they take half the product's time."""
+    """Row, column and value of all scores that reach the floor of their row, in order.
+
+    Eight comparisons are tested as one word: nearly all are false, and one by one they take half the product's time.
+    """
     width = -(-scores.shape[1] // _WORD) * _WORD
     flags = np.zeros((len(scores), width), dtype=bool)
     np.greater_equal(scores, floor[:, None], out=flags[:, : scores.shape[1]])
@@ -246,13 +306,11 @@ def _at_least_here(
     return rows, columns, scores[rows, columns]
 
 
-def _at_least_there(
-    scores: torch.Tensor, floor: Float64[np.ndarray, " n"]
-) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"], np.ndarray]:
-    """The same on the device of the scores."""
-    limit = torch.from_numpy(_floor_as(scores.dtype, floor)).to(scores.device)
+def _at_least_there(scores: torch.Tensor, floor: np.ndarray) -> _Pairs:
+    """The same rows and columns, on the device of the scores."""
+    limit = torch.from_numpy(floor).to(scores.device)
     rows, columns = (scores >= limit[:, None]).nonzero(as_tuple=True)
-    return rows.cpu().numpy(), columns.cpu().numpy(), scores[rows, columns].cpu().numpy()
+    return rows.cpu().numpy(), columns.cpu().numpy()
 
 
 def _floor_as(dtype: torch.dtype, floor: Float64[np.ndarray, " n"]) -> np.ndarray:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from clip_cid.method.devices import Copies, is_at_hand
 from clip_cid.method.distill.running_sums import Comparison, LogSum
 from clip_cid.method.products import LeftRows, product
 
@@ -34,9 +35,8 @@ class SoftCenters:
     sharpness: float
     """The sigma / tau of both."""
 
-    def to(self, device: torch.device) -> "SoftCenters":
-        mean, entropy = (value.to(device, non_blocking=True) for value in (self.mean, self.entropy))
-        return SoftCenters(mean, entropy, self.sharpness)
+    def to(self, copies: Copies) -> "SoftCenters":
+        return SoftCenters(copies(self.mean), copies(self.entropy), self.sharpness)
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class Block:
     """sigma times cosines of the student."""
     gaps: Float[Tensor, "batch some"] | None
     """The teacher's logits less the student's, over tau."""
-    own: tuple[Int[Tensor, " here"], Int[Tensor, " here"]]
-    """The rows that have a label in this block, and its column."""
-    own_label: Int[Tensor, " here"]
-    """Which of the row's labels it is."""
+    own_column: Int[Tensor, "batch labels"]
+    """The column of each label of a row; any if the label is not in this block."""
+    has_own: Bool[Tensor, "batch labels"]
+    """Whether the label is in this block."""
     near: Bool[Tensor, "batch some"] | None
     """Centers that are no negatives; None if all are."""
 
@@ -113,6 +113,13 @@ class Block:
             return self.logits
         return self.logits.sub_(settings.cls_correction[self.columns])
 
+    def put_own(self, matrix: Float[Tensor, "batch some"], values: Float[Tensor, "batch labels"]) -> None:
+        """Write a value for each label of a row at its center, if that is in this block."""
+        # Every row writes something: which rows have a label here is known on the device only.
+        for label in range(values.shape[1]):
+            column, here, value = (each[:, label, None] for each in (self.own_column, self.has_own, values))
+            matrix.scatter_(1, column, torch.where(here, value, matrix.gather(1, column)))
+
 
 def blocks(
     student: Tensor, centers: Tensor, labels: Tensor, gap: Tensor | None, settings: PassSettings
@@ -128,10 +135,10 @@ def blocks(
         products = rows.times(block)
         gaps = None if gap is None else products[len(student) :]
 
-        rows_with_own, own_label = ((labels >= columns.start) & (labels < columns.stop)).nonzero(as_tuple=True)
-        own = rows_with_own, labels[rows_with_own, own_label] - start
+        has_own = (labels >= columns.start) & (labels < columns.stop)
+        own_column = (labels - start).clamp_(0, len(block) - 1)
         near = None if settings.near is None else settings.near.among(block)
-        yield Block(columns, block, products[: len(student)], gaps, own, own_label, near)
+        yield Block(columns, block, products[: len(student)], gaps, own_column, has_own, near)
 
 
 class SoftmaxMean:
@@ -268,9 +275,10 @@ class CenterPass:
 
         # The pass.
         best_other = student.new_full((len(student),), -math.inf)
+        nothing = student.new_full(labels.shape, -math.inf)
         for block in blocks(student, centers, labels, gap, settings):
             self._add_softened(block)
-            block.logits[block.own] = -math.inf
+            block.put_own(block.logits, nothing)
             if block.near is not None:
                 block.logits.masked_fill_(block.near, -math.inf)
             best = block.logits.amax(dim=1)
@@ -368,7 +376,7 @@ def cosine_slopes(
         softmax = (block.corrected(settings) - sums.others.to(dtype)[:, None]).exp_().mul_(others_share[:, None])
         if block.near is not None:
             softmax.masked_fill_(block.near, 0.0)
-        softmax[block.own] = -others_share[block.own[0]] * sums.pull[block.own[0], block.own_label].to(dtype)
+        block.put_own(softmax, -others_share[:, None] * sums.pull.to(dtype))
         slopes.addcmul_(softmax, of_cls.expand_as(softmax))
     return slopes
 
@@ -385,7 +393,7 @@ def _kl_slopes(block: Block, sums: RowSums, settings: PassSettings) -> Float[Ten
 
     far = v < -1  # a student's share of more than e times the teacher's: nothing cancels, and p may be 0
     near = torch.expm1(v.clamp_(min=-1).neg_()).to(dtype).mul_(p)
-    if not bool(far.any()):
+    if is_at_hand(far) and not bool(far.any()):
         return near
     return torch.where(far, (logits - sums.student_sum.to(dtype)[:, None]).exp_().sub_(p), near)
 
@@ -395,14 +403,18 @@ def _mean_gap(
 ) -> Float[Tensor, " batch"]:
     """An estimate of the teacher's mean of the gaps: from a sample of the centers, and each row's own."""
     # The own center, which may weigh most; only where it is on this rank.
-    logits = [student.new_full((len(student), 1), -math.inf)]
-    gaps = [student.new_zeros((len(student), 1))]
-    first = labels[:, 0]
-    here = (first >= 0).nonzero()[:, 0]
-    if len(here):
-        own = centers[first[here]].to(student.dtype)
-        gaps[0][here, 0] = (gap[here] * own).sum(dim=1)
-        logits[0][here, 0] = settings.scale / settings.temperature * (student[here] * own).sum(dim=1) + gaps[0][here, 0]
+    logits: list[Tensor] = []
+    gaps: list[Tensor] = []
+    if len(centers):
+        here = labels[:, :1] >= 0
+        own = _centers_of(labels[:, 0], centers).to(student.dtype)
+        of_own = (gap * own).sum(dim=1, keepdim=True)
+        own_logit = settings.scale / settings.temperature * (student * own).sum(dim=1, keepdim=True) + of_own
+        gaps.append(torch.where(here, of_own, 0.0))
+        logits.append(torch.where(here, own_logit, -math.inf))
+    else:
+        gaps.append(student.new_zeros((len(student), 1)))
+        logits.append(student.new_full((len(student), 1), -math.inf))
 
     # Every so many-th center, which stands for those between.
     if len(centers):
@@ -430,17 +442,19 @@ def _own_logits(
 ) -> tuple[Float64[Tensor, "batch labels"], Float64[Tensor, "batch labels"]]:
     """Logit of each of a row's labels, as it is and as the cross entropy reads it."""
     sums = student.new_zeros((3, *labels.shape), dtype=torch.float64)  # both logits, and on how many ranks it is
-    for label, centers_of_label in enumerate(labels.T):
-        here = (centers_of_label >= 0).nonzero()[:, 0]
-        own = centers_of_label[here]
-        sums[:2, here, label] = settings.scale * (student[here].double() * centers[own].double()).sum(dim=1)
+    for label, centers_of_label in enumerate(labels.T) if len(centers) else ():
+        here = centers_of_label >= 0
+        own = _centers_of(centers_of_label, centers)
+        logit = settings.scale * (student.double() * own.double()).sum(dim=1)
+        sums[:2, :, label] = torch.where(here, logit, 0.0)
         if settings.cls_correction is not None:
-            sums[1, here, label] -= settings.cls_correction[own].double()
-        sums[2, here, label] = 1
+            correction = _centers_of(centers_of_label, settings.cls_correction)
+            sums[1, :, label] -= torch.where(here, correction.double(), 0.0)
+        sums[2, :, label] = here
     reduce_over(settings.group, sums, dist.ReduceOp.SUM)
 
     own, own_corrected, ranks = sums
-    if not bool((ranks == 1).all()):
+    if settings.group is not None and not bool((ranks == 1).all()):
         row, label = (int(place) for place in (ranks != 1).nonzero()[0])
         raise ValueError(
             f"labels must name a center on exactly one rank, but row {row} has one on {int(ranks[row, label])}"
@@ -457,11 +471,15 @@ def _pulling_center(
 ) -> Float[Tensor, "batch dim"]:
     """The mean of the own centers of each row as they pull it, from whichever ranks have them."""
     own = torch.zeros_like(student)
-    for label, centers_of_label in enumerate(labels.T):
-        here = (centers_of_label >= 0).nonzero()[:, 0]
-        share = pull[here, label].to(student.dtype)
-        own[here] += share[:, None] * centers[centers_of_label[here]].to(student.dtype)
+    for label, centers_of_label in enumerate(labels.T) if len(centers) else ():
+        share = torch.where(centers_of_label >= 0, pull[:, label].to(student.dtype), 0.0)
+        own += share[:, None] * _centers_of(centers_of_label, centers).to(student.dtype)
     return reduce_over(settings.group, own, dist.ReduceOp.SUM)
+
+
+def _centers_of(labels: Int[Tensor, " batch"], values: Float[Tensor, "centers ..."]) -> Float[Tensor, "batch ..."]:
+    """The value of each row's center; any for a label of -1, whose center is on another rank."""
+    return values[labels.clamp(min=0)]
 
 
 def near_centers(
@@ -476,10 +494,12 @@ def near_centers(
     numbers = torch.where(labels >= 0, labels + (rank << 40), 0)
     distinct, place = reduce_over(group, numbers, dist.ReduceOp.SUM).unique(return_inverse=True)
 
-    own = centers.new_zeros((len(distinct), centers.shape[1]))
-    here = labels >= 0
-    own[place[here]] = centers[labels[here]]
-    return NearCenters(reduce_over(group, own, dist.ReduceOp.SUM), place, cosine)
+    # Those that are elsewhere go into one row too many.
+    own = centers.new_zeros((len(distinct) + 1, centers.shape[1]))
+    if len(centers):
+        here = torch.where(labels >= 0, place, len(distinct))
+        own[here.flatten()] = _centers_of(labels.flatten(), centers)
+    return NearCenters(reduce_over(group, own[:-1], dist.ReduceOp.SUM), place, cosine)
 
 
 def reduce_over(group: dist.ProcessGroup | None, values: Tensor, operation: Any) -> Tensor:

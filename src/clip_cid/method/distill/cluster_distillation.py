@@ -10,7 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from clip_cid.method.distill.center_pass import SoftCenters, suitable_block
-from clip_cid.method.distill.fused_cluster_loss import ClusterLosses, LogQ, cluster_losses, soft_centers
+from clip_cid.method.distill.fused_cluster_loss import (
+    ClusterLosses,
+    LogQ,
+    cluster_losses,
+    facts_of_labels,
+    refuse_repeated,
+    soft_centers,
+)
 from clip_cid.method.products import LeftRows, at_least_float32
 from clip_cid.unit_length import NORM_TOLERANCE, is_unit
 
@@ -144,6 +151,7 @@ class CenterHead(nn.Module):
             logq=logq,
             ignore_near=ignore_near,
             group=None if self.shard is None else self.shard.group,
+            labels_are_checked=True,
         )
 
     @torch.no_grad()
@@ -165,7 +173,7 @@ class SampledCenters:
     """The place of each image's own center, or of each of its centers, in `index`; -1 where another rank has it."""
     log_inclusion: Float[Tensor, " sampled"]
     """Logarithm of the chance to be in `index`: 0 for the batch's own centers."""
-    num_negatives: int
+    num_negatives: Int[Tensor, ""]
     """How many of `index` are random negatives."""
     complete: bool
     """Whether all centers take part, on every rank."""
@@ -194,29 +202,45 @@ def sample_centers(
     Raises:
         ValueError: A label is not a center, or `sample_rate` is out of its limits.
     """
-    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= num_centers:
-        raise ValueError(f"labels must be centers 0 to {num_centers - 1}, got {_extent(labels)}")
     if not 0 < sample_rate <= 1:
         raise ValueError(f"sample_rate must be above 0 and at most 1, got {sample_rate}")
-
+    if len(labels) == 0:
+        raise ValueError(f"labels must be centers 0 to {num_centers - 1}, got an empty batch")
     labels = labels.long()
-    positive = labels.unique()
-    others = num_centers - len(positive)
-    negatives = min(max(round(sample_rate * num_centers) - len(positive), 0), others)
+    several = labels.reshape(len(labels), -1)
+    low, high, has_repeated = facts_of_labels(several)
+    if low < 0 or high >= num_centers:
+        raise ValueError(f"labels must be centers 0 to {num_centers - 1}, got {low} to {high}")
+    if has_repeated:
+        refuse_repeated(several)
 
-    # The sample: all positives and, of the others, those with the highest random scores.
-    index = positive
-    if negatives > 0:
-        device = labels.device if generator is None else generator.device
-        score = torch.rand(num_centers, generator=generator, device=device)
-        score[positive.to(device)] = 2.0  # above every random score, so positives always rank first
-        index = score.topk(len(positive) + negatives).indices.sort().values.to(labels.device)
-
-    log_inclusion = torch.full((len(index),), math.log(negatives / others) if negatives else 0.0, device=labels.device)
-    log_inclusion[torch.searchsorted(index, positive)] = 0.0
+    # Fewer labels than the quota leave room for negatives, so the host knows the size of the sample. Only of more
+    # labels it has to ask how many are distinct.
+    quota = round(sample_rate * num_centers)
+    if labels.numel() >= quota and (distinct := labels.unique()).numel() >= quota:
+        index, log_inclusion = distinct, torch.zeros(len(distinct), device=labels.device)
+        negatives = torch.zeros((), dtype=torch.long)
+    else:
+        index, log_inclusion, negatives = _with_negatives(labels, num_centers, quota, generator)
 
     places = torch.searchsorted(index, labels)
     return SampledCenters(index, places, log_inclusion, negatives, complete=len(index) == num_centers)
+
+
+def _with_negatives(
+    labels: Int[Tensor, "batch ..."], num_centers: int, quota: int, generator: torch.Generator | None
+) -> tuple[Int[Tensor, " quota"], Float[Tensor, " quota"], Int[Tensor, ""]]:
+    """The batch's centers and, of the others, those with the highest random scores; with their logarithms of pi."""
+    device = labels.device if generator is None else generator.device
+    score = torch.rand(num_centers, generator=generator, device=device)
+    score[labels.flatten().to(device)] = 2.0  # above every random score, so positives always rank first
+    index = score.topk(quota).indices.sort().values
+
+    is_negative = score[index] < 2
+    negatives = is_negative.sum()
+    log_inclusion = (negatives / (num_centers - quota + negatives).double()).log().float()
+    log_inclusions = torch.where(is_negative, log_inclusion, 0.0)
+    return index.to(labels.device), log_inclusions.to(labels.device), negatives
 
 
 @torch.no_grad()
@@ -246,11 +270,12 @@ def nearest_labels(
     nearest = torch.zeros_like(cosines, dtype=torch.long)
     nearest[:, 0], cosines[:, 0] = labels, math.inf  # the cluster comes first, whatever rounding says
 
-    block = suitable_block(teacher)
+    block, own_label = suitable_block(teacher), labels.long()[:, None]
     for start in range(0, len(centers), block):
         found = rows.times(centers[start : start + block].to(cosines.dtype))
-        own = ((labels >= start) & (labels < start + block)).nonzero()[:, 0]
-        found[own, labels[own].long() - start] = -math.inf
+        column = (own_label - start).clamp(0, found.shape[1] - 1)
+        is_own = (own_label >= start) & (own_label < start + block)
+        found.scatter_(1, column, torch.where(is_own, -math.inf, found.gather(1, column)))
         best = found.topk(min(count, found.shape[1]), dim=1)
         cosines, places = torch.cat([cosines, best.values], dim=1).topk(count, dim=1)
         nearest = torch.cat([nearest, best.indices + start], dim=1).gather(1, places)
@@ -304,7 +329,3 @@ def _unit_centers(centers: Tensor) -> Tensor:
             f"centers must have unit rows (within {NORM_TOLERANCE}), but row {row} has length {float(norms[row]):.4g}"
         )
     return rows / norms[:, None]
-
-
-def _extent(labels: Tensor) -> str:
-    return f"{int(labels.min())} to {int(labels.max())}" if len(labels) else "an empty batch"

@@ -7,12 +7,12 @@ centers than rows.
 """
 
 import math
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, cast, get_args
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from clip_cid.method.distill.center_pass import (
@@ -99,6 +99,7 @@ def cluster_losses(
     ignore_near: float | None = None,
     group: dist.ProcessGroup | None = None,
     block_centers: int | None = None,
+    labels_are_checked: bool = False,
 ) -> ClusterLosses:
     r"""`L_cls` and `L_kl` in docs/method.md, over all centers or a sample, which may be spread over ranks.
 
@@ -129,13 +130,15 @@ def cluster_losses(
             reads all centers.
         group: Ranks whose centers together are the softmax. The gradient of `student` is whole on every rank.
         block_centers: Centers at a time; as many as suit a cache or a device when absent.
+        labels_are_checked: They are those of `sample_centers`, which has looked at them: the host need not wait for a
+            device to do it again.
 
     Raises:
         ValueError: Shapes do not fit, a label is not a center, a number is out of its limits, or soft centers meet
             centers that move or are a sample.
     """
     several = labels[:, None] if labels.ndim == 1 else labels
-    _check(student, centers, several, scale, temperature, elsewhere=group is not None)
+    _check(student, centers, None if labels_are_checked else several, scale, temperature, elsewhere=group is not None)
     _check_options(student, centers, teacher, log_inclusion, scale / temperature, logq, block_centers)
 
     keep_freed_memory()
@@ -289,18 +292,32 @@ def _check(
         return
 
     least = -1 if elsewhere else 0
-    if len(labels) != len(student) or int(labels.min()) < least or int(labels.max()) >= len(centers):
+    low, high, has_repeated = facts_of_labels(labels)
+    if len(labels) != len(student) or low < least or high >= len(centers):
         raise ValueError(
             f"labels must be {len(student)} centers of {least} to {len(centers) - 1},"
-            f" got {len(labels)} of {int(labels.min())} to {int(labels.max())}"
+            f" got {len(labels)} of {low} to {high}"
         )
+    if has_repeated:
+        refuse_repeated(labels)
+
+
+def facts_of_labels(labels: Int[Tensor, "batch labels"]) -> tuple[int, int, bool]:
+    """The least and the greatest label, and whether a row has one twice; the host waits for a device once."""
+    repeated = _repeated(labels).any()
+    low, high, has_repeated = torch.stack([labels.min(), labels.max(), repeated.to(labels.dtype)]).tolist()
+    return low, high, bool(has_repeated)
+
+
+def refuse_repeated(labels: Int[Tensor, "batch labels"]) -> NoReturn:
+    """Raises: ValueError, with the first row that has a label twice."""
+    row = int(_repeated(labels).nonzero()[0, 0])
+    raise ValueError(f"labels must be different centers for a row, but those of row {row} are {labels[row].tolist()}")
+
+
+def _repeated(labels: Int[Tensor, "batch labels"]) -> Bool[Tensor, " batch"]:
     ascending = labels.sort(dim=1).values
-    repeated = (ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)
-    if bool(repeated.any()):
-        row = int(repeated.any(dim=1).nonzero()[0, 0])
-        raise ValueError(
-            f"labels must be different centers for a row, but those of row {row} are {labels[row].tolist()}"
-        )
+    return ((ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)).any(dim=1)
 
 
 def _check_options(

@@ -273,7 +273,7 @@ class Objective(nn.Module):
         for name, (_, sample) in drawn.items():
             prefix = _prefix(name)
             self._last[f"{prefix}centers"] = torch.tensor(len(sample.index))
-            self._last[f"{prefix}negatives"] = torch.tensor(sample.num_negatives)
+            self._last[f"{prefix}negatives"] = sample.num_negatives
         return computed
 
     def _over_centers(
@@ -434,8 +434,10 @@ class _Captioned:
     """
 
     def __init__(self, captioned: Side) -> None:
-        self._own, self._all = captioned.own.nonzero().flatten(), captioned.all.nonzero().flatten()
-        self._first = int(captioned.all[: captioned.first].sum())
+        self._all = captioned.all.nonzero().flatten()
+        alone = captioned.own is captioned.all  # then the host waits for a device once
+        self._own = self._all if alone else captioned.own.nonzero().flatten()
+        self._first = 0 if alone else int(captioned.all[: captioned.first].sum())
         ranks = len(captioned.all) // len(captioned.own)
         self._share = len(self._own) * ranks / max(len(self._all), 1)
 

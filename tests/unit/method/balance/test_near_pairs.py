@@ -24,6 +24,7 @@ from clip_cid.method.balance.known_pairs import KnownPairs
 from clip_cid.method.balance.near_pairs import near_forest, near_links, save_links
 from clip_cid.method.balance.pair_plan import Plan, lay_out
 from clip_cid.method.balance.prepared_rows import PreparedRows, Tile, prepare
+from clip_cid.method.devices import one_ahead
 from clip_cid.method.unit_rows import UnitRows
 
 PLANS = [
@@ -315,9 +316,13 @@ def test_a_chain_of_three_thousand_steps_is_one_set(plan):
 @pytest.mark.parametrize("kind", ["float32", "float16"])
 @pytest.mark.parametrize("data", KINDS)
 @pytest.mark.parametrize("limit", [0.005, 0.14])
-def test_the_way_of_devices_finds_what_the_processor_finds(monkeypatch, kind, data, limit):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_way_of_devices_finds_what_the_processor_finds(monkeypatch, kind, data, limit, ahead):
     """`cpu:0` is a device like any other: chunks are put on it, and pairs come back to a thread that measures."""
     monkeypatch.setattr(device_comparison, "_SIDE", 30)
+    if ahead:
+        on_a_device = torch.device("meta")
+        monkeypatch.setattr(device_comparison, "one_ahead", lambda do, begin, _: one_ahead(do, begin, on_a_device))
     rows = KINDS[data](200, 48)
     expected = in_bytes(forest_by(rows, limit, Plan("float32", chunk_rows=70)))
     assert in_bytes(forest_by(rows, limit, Plan(kind, chunk_rows=70, device="cpu:0"))) == expected

@@ -248,7 +248,7 @@ def test_arguments_out_of_their_limits_are_refused(name, value, message):
 def test_assignment_over_many_blocks_of_centers_is_the_slow_one(monkeypatch):
     rows, _ = blobs(5, 10, 6, noise=0.8)
     centers, _ = blobs(40, 1, 6, noise=0.8, seed=1)
-    monkeypatch.setattr(nearest_centers, "_CENTER_BLOCK", 7)
+    monkeypatch.setattr(nearest_centers, "_CPU_BLOCK", (1024, 7))
     monkeypatch.setattr(nearest_centers, "_PAIRS", 5)
     labels, cosines = assign(rows, centers, block_rows=9)
     assert labels.tolist() == oracles.nearest(rows, centers)
@@ -258,7 +258,7 @@ def test_assignment_over_many_blocks_of_centers_is_the_slow_one(monkeypatch):
 def test_of_equally_near_centers_the_lowest_is_taken_across_blocks(monkeypatch):
     rows, _ = blobs(4, 5, 6, noise=0.1)
     centers = np.concatenate([np.eye(6)[:2], rows[::5], rows[::5], rows[::5][::-1]])
-    monkeypatch.setattr(nearest_centers, "_CENTER_BLOCK", 3)
+    monkeypatch.setattr(nearest_centers, "_CPU_BLOCK", (1024, 3))
     labels, _ = assign(rows, centers)
     assert labels.tolist() == oracles.nearest(rows, centers)
     assert labels.max() < 6

@@ -5,7 +5,7 @@ import oracles
 import pytest
 from mixtures import mixture
 
-from clip_cid.method.cluster import kmeans_rounds
+from clip_cid.method.cluster import kmeans_rounds, nearest_centers
 from clip_cid.method.cluster.kmeans_rounds import DirectionSums
 from clip_cid.method.unit_rows import UnitRows
 
@@ -34,6 +34,7 @@ def test_the_size_of_blocks_changes_no_bit(block_rows, monkeypatch):
     start = np.asarray(rows[:150], dtype=np.float32)
     whole = rounds_of(rows, start, 4)
     monkeypatch.setattr(kmeans_rounds, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(nearest_centers, "_CPU_BLOCK", (block_rows, 2048))
     for one, other in zip(whole, rounds_of(rows, start, 4), strict=True):
         assert one[0].tobytes() == other[0].tobytes()
         assert one[1] == other[1]

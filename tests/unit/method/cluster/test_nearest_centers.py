@@ -1,12 +1,15 @@
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import oracles
 import pytest
 import torch
+from host_waits import HostWaits
 
 from clip_cid.method.cluster import nearest_centers
 from clip_cid.method.cluster.nearest_centers import CenterSearch
+from clip_cid.method.devices import one_ahead
 from clip_cid.method.unit_rows import UnitRows
 
 KINDS = ("int8", "float32", "float16")
@@ -57,7 +60,7 @@ def test_the_label_is_the_nearest_center_in_float64_whatever_the_codes(case, kin
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block", [1, 8, 11])
 def test_blocks_of_centers_change_nothing(kind, block, monkeypatch):
-    monkeypatch.setattr(nearest_centers, "_CENTER_BLOCK", block)
+    monkeypatch.setattr(nearest_centers, "_CPU_BLOCK", (1024, block))
     for rows, centers in hard_cases().values():
         assert searched(rows, centers, kind=kind) == oracles.nearest(rows, centers)
 
@@ -88,7 +91,7 @@ def test_every_center_that_may_be_the_nearest_is_on_the_shortlist(kind):
     rng = np.random.default_rng(3)
     rows, centers = oracles.unit(rng.standard_normal((200, 32))), oracles.unit(rng.standard_normal((150, 32)))
     search = search_of(centers, kind)
-    found = set(zip(*(part.tolist() for part in search._shortlist(rows.astype(np.float32))), strict=True))
+    found = set(zip(*(part.tolist() for part in search._shortlist(rows.astype(np.float32))()), strict=True))
     cosines = rows @ centers.T
     assert {(row, int(cosines[row].argmax())) for row in range(200)} <= found
     assert len(found) < 200 * 150 / 10
@@ -108,9 +111,11 @@ def test_no_pair_that_reaches_its_floor_is_lost(dtype, width):
     scores = torch.from_numpy(rng.integers(-9, 9, (13, width))).to(dtype)
     floor = rng.integers(-9, 9, 13) - 0.5
     expected = np.argwhere(scores.numpy() >= floor[:, None])
-    for found in (nearest_centers._at_least(scores, floor), nearest_centers._at_least_there(scores, floor)):
-        np.testing.assert_array_equal(np.stack(found[:2], axis=1), expected)
-        np.testing.assert_array_equal(found[2], scores.numpy()[found[0], found[1]])
+    limit = nearest_centers._floor_as(dtype, floor)
+    rows, columns, values = nearest_centers._at_least(scores.numpy(), limit)
+    np.testing.assert_array_equal(np.stack([rows, columns], axis=1), expected)
+    np.testing.assert_array_equal(values, scores.numpy()[rows, columns])
+    np.testing.assert_array_equal(np.stack(nearest_centers._at_least_there(scores, limit), axis=1), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -122,10 +127,39 @@ def test_a_floor_is_never_rounded_up(dtype):
 @pytest.mark.parametrize("case", hard_cases())
 def test_the_way_of_a_device_finds_the_same(case, monkeypatch):
     """Codes, products and comparisons as on CUDA, with tensors of the CPU."""
-    monkeypatch.setattr(nearest_centers, "_at_least", nearest_centers._at_least_there)
-    monkeypatch.setattr(nearest_centers, "_CENTER_BLOCK", 16)
+    as_on_a_device(monkeypatch, center_block=16)
     rows, centers = hard_cases()[case]
     assert searched(rows, centers, kind="float16") == oracles.nearest(rows, centers)
+
+
+def one_ahead_on_the_processor(items: Any, begin: Any, device: torch.device) -> Any:
+    return one_ahead(items, begin, torch.device("meta"))
+
+
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch, *, center_block: int) -> None:
+    monkeypatch.setattr(nearest_centers, "is_at_hand", lambda tensor: False)
+    monkeypatch.setattr(nearest_centers, "one_ahead", one_ahead_on_the_processor)
+    monkeypatch.setattr(nearest_centers, "_CPU_BLOCK", (9, center_block))
+
+
+@pytest.mark.parametrize("kept", [1, 2, 500])
+def test_a_row_with_more_near_centers_than_a_device_keeps_is_compared_once_more(kept, monkeypatch):
+    as_on_a_device(monkeypatch, center_block=16)
+    monkeypatch.setattr(nearest_centers, "_KEPT", kept)
+    for rows, centers in hard_cases().values():
+        assert searched(rows, centers, kind="float16") == oracles.nearest(rows, centers)
+
+
+@pytest.mark.parametrize("center_block", [7, 1000])
+def test_a_device_is_waited_for_once_a_block_of_rows_whatever_the_blocks_of_centers(center_block, monkeypatch):
+    """For the largest products of a row and their centers, both at once there when the first is."""
+    as_on_a_device(monkeypatch, center_block=center_block)
+    rows, centers = hard_cases()["random"]
+    search, images = search_of(centers, "float16"), UnitRows(rows, name="rows", any_length=True)
+    with HostWaits("cpu", "numpy") as waits:
+        blocks = len(list(search.over(images)))
+    assert blocks == 8  # of nine rows
+    assert waits.counts["cpu"] == 2 * blocks
 
 
 def wild(rows: int, dim: int, *, seed: int, shift: float = 0.0) -> np.ndarray:

@@ -161,7 +161,9 @@ def test_a_sampled_sum_over_the_negatives_is_right_on_average():
         index = torch.tensor(sorted([0, 4, *negatives]))
         inclusion = torch.tensor([0.0 if int(center) in (0, 4) else math.log(2 / 5) for center in index])
         places = torch.searchsorted(index, labels)
-        found.append(summed(cluster_distillation.SampledCenters(index, places, inclusion, 2, complete=False)))
+        found.append(
+            summed(cluster_distillation.SampledCenters(index, places, inclusion, torch.tensor(2), complete=False))
+        )
     assert sum(found) / len(found) == pytest.approx(whole, rel=1e-6)
     assert whole > 0
 

@@ -4,7 +4,7 @@ import functools
 import json
 import tempfile
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,22 +135,23 @@ def _cluster_summary(kept: np.ndarray, clusters: Clusters) -> dict[str, Any]:
     }
 
 
-def publish(folder: RunFolder, stage: str, summary: dict[str, Any], *, settings: dict[str, Any] | None = None) -> None:
+def publish(
+    folder: RunFolder, stage: str, summary: dict[str, Any], *, settings: dict[str, Any] | None = None, **changed: Any
+) -> None:
     """Record what lies in `stage.part/` as the stage's result."""
-    folder.publish(
-        StageRecord(
-            stage=stage,
-            key=f"key-of-{stage}",
-            version=1,
-            settings=settings or {},
-            inputs={},
-            summary=summary,
-            versions={"numpy": "9.9.9"},
-            device="cpu",
-            started="2026-01-02T03:04:05+00:00",
-            seconds=61.5,
-        )
+    record = StageRecord(
+        stage=stage,
+        key=f"key-of-{stage}",
+        version=1,
+        settings=settings or {},
+        inputs={},
+        summary=summary,
+        versions={"numpy": "9.9.9"},
+        device="cpu",
+        started="2026-01-02T03:04:05+00:00",
+        seconds=61.5,
     )
+    folder.publish(replace(record, **changed))
 
 
 @functools.cache

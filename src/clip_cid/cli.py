@@ -5,11 +5,12 @@ import dataclasses
 import os
 import select
 import sys
+import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import Positional
@@ -35,6 +36,7 @@ from clip_cid.run_folder import RunFolder, atomic_file
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, DRAW, EMBED, EVALUATE, REPORT, TEXTS
 from clip_cid.stages.facts import Stage
 from clip_cid.tasks import torchrun_place
+from clip_cid.training.so_far import TrainingSoFar
 
 # No line begins with a sign or a digit: tyro would break the paragraph there.
 _ABOUT = """Distil a huge CLIP into a small one on your own image-text data.
@@ -68,6 +70,7 @@ _STAGE_HELP = {
 }
 
 
+_Seen = TypeVar("_Seen")
 Run = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
 Out = Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
 File = Annotated[Positional[Path], tyro.conf.arg(metavar="FILE")]
@@ -135,6 +138,12 @@ _OF_REPORT: tuple[tuple[str, Any, str], ...] = (
         "Same as --report.blur: blur every picture of the data until the pointer is on it or it is clicked.",
     ),
     ("no_images", bool, "Same as --report.no-images: numbers only, no picture, caption or key of the data."),
+    (
+        "watch",
+        bool,
+        "Only the page of the training, training.html: write it every 10 seconds until the training ends, or until"
+        " Ctrl-C. The page in the browser loads itself again.",
+    ),
 )
 _EXTRAS = {
     "check": (),
@@ -157,6 +166,7 @@ _SHORT = {
 
 _LONGEST_ARGUMENT = 8_192
 _MOST_CHARACTERS = 10_000  # of an error
+_STATUS_SECONDS = 2.0  # between two looks of `status --watch`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -417,6 +427,8 @@ def _run(name: str, flags: Any, recipe: Recipe) -> None:
     for flag in ("sweep", "suggest"):
         if getattr(flags, flag, False):
             extras.require(f"--{flag}", extras.REPORT)
+    if name == REPORT and _show_training(flags, recipe):
+        return
     only, until = None if name == "run" else name, getattr(flags, "until", None)
     pipeline.run(RunFolder(flags.run), recipe, only=only, until=until, force=flags.force)
     if getattr(flags, "sweep", False):
@@ -429,6 +441,19 @@ def _run(name: str, flags: Any, recipe: Recipe) -> None:
         found = suggestion.suggest(RunFolder(flags.run), recipe)
         log.table(*found.table())
         log.say("\n".join([*found.sentences, f"The pairs are in {flags.run / suggestion.PAGE}."]))
+
+
+def _show_training(flags: Any, recipe: Recipe) -> bool:
+    """Write the page of an unfinished training; returns whether there is nothing else to report now."""
+    folder = RunFolder(flags.run)
+    if flags.watch:
+        extras.require("report --watch", extras.DISTILL, extras.REPORT)
+        with contextlib.suppress(KeyboardInterrupt):
+            return pipeline.show_training(folder, recipe, watch=True)
+        return True
+    if not flags.run.is_dir() or any(map(extras.absent, (extras.DISTILL, extras.REPORT))):
+        return False  # which is refused with its reason
+    return pipeline.show_training(folder, recipe)
 
 
 def _check(_: str, flags: Any, recipe: Recipe) -> None:
@@ -461,32 +486,68 @@ def _flags(section: Config, prefix: str, shown: Stage | None) -> tuple[Any, Any]
     return flags, dataclasses.field(default_factory=flags)
 
 
-def status(run: Run, recipe: Path | None = None) -> int:
+def status(run: Run, recipe: Path | None = None, watch: bool = False) -> int:
     """Show the state of each stage of a run, and why.
 
     Args:
         run: The run folder.
         recipe: Compare with this recipe instead of the one stored in the run.
+        watch: Keep it up to date until Ctrl-C; without a terminal, print a line for each change.
     """
     folder = _existing(run)
-    rows: list[list[str]] = []
-    work = folder.at_work()
-    if recipe is None:
-        wanted = read_run_recipe(run / pipeline.RECIPE_FILE)
-    else:
-        wanted = _with_defaults_of_run(read_recipe(recipe), run)
-    for state in pipeline.states(folder, wanted):
-        record = state.record
-        made = f"{record.started}, {units.duration(record.seconds)}" if record else ""
-        status, reason = state.status, f"{state.reason}; can resume" if state.resumes else state.reason
-        if work is not None and work.stage == state.stage.name:
-            status, reason = "running", f"since {work.since}"
-        rows.append([state.stage.name, status, reason, made, pipeline.headline(record)])
-    title = str(folder.path) if work is None else f"{folder.path} (in use by {work.holder})"
-    log.table(["stage", "status", "reason", "made", "result"], rows, title=title)
+    columns = ("stage", "status", "reason", "made", "result")
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            log.live_table(columns, _watched(lambda: _table_of_states(RunFolder(run), recipe)))
+        return 0
+
+    title, rows = _table_of_states(folder, recipe)
+    log.table(columns, rows, title=title)
     if asides := [str(aside) for stage in pipeline.STAGES for aside in folder.asides(stage.name)]:
         log.say(f"Of other settings, which bring it back: {', '.join(asides)}. Delete what you do not need.")
     return 0
+
+
+def _table_of_states(folder: RunFolder, recipe: Path | None) -> tuple[str, list[list[str]]]:
+    """Title and rows of `status`."""
+    work = folder.at_work()
+    if recipe is None:
+        wanted = read_run_recipe(folder.path / pipeline.RECIPE_FILE)
+    else:
+        wanted = _with_defaults_of_run(read_recipe(recipe), folder.path)
+
+    rows: list[list[str]] = []
+    for state in pipeline.states(folder, wanted):
+        record, running = state.record, work is not None and work.stage == state.stage.name
+        made = f"{record.started}, {units.duration(record.seconds)}" if record else ""
+        status, reason = state.status, f"{state.reason}; can resume" if state.resumes else state.reason
+        if work is not None and running:
+            status, reason = "running", f"since {work.since}"
+        result = pipeline.headline(record)
+        if state.stage.name == DISTILL and (running or state.resumes):
+            result = str(TrainingSoFar.unfinished(folder) or result)
+        rows.append([state.stage.name, status, reason, made, result])
+    return str(folder.path) if work is None else f"{folder.path} (in use by {work.holder})", rows
+
+
+def _watched(look: Callable[[], _Seen]) -> Generator[_Seen]:
+    """What `look` gives, again and again; it takes a tenth of the time at most.
+
+    A look at a folder in the moment in which it is replaced may fail; one that fails twice running is an error.
+    """
+    failed = False
+    while True:
+        began = time.monotonic()
+        try:
+            seen = look()
+        except (ClipCidError, OSError):
+            if failed:
+                raise
+            failed = True
+        else:
+            failed = False
+            yield seen
+        time.sleep(max(_STATUS_SECONDS, 9 * (time.monotonic() - began)))
 
 
 def verify(run: Run) -> int:

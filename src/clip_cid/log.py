@@ -5,11 +5,12 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
@@ -116,13 +117,44 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str |
     out = _plain_console()
     if not out.is_terminal:
         out = _plain_console(width=_FILE_WIDTH)
+    with _standard_output():
+        out.print(_grid(columns, rows, title))
+
+
+def live_table(columns: Sequence[str], states: Iterable[tuple[str, Sequence[Sequence[str]]]]) -> None:
+    """Show a table that changes, to standard output: in its place on a terminal, elsewhere a line for each new row.
+
+    Args:
+        columns: Its head.
+        states: Title and rows, each time they are to be shown. Whoever gives them decides how long to wait.
+    """
+    out = _plain_console()
+    if not out.is_terminal:
+        out = _plain_console(width=_FILE_WIDTH)
+        _say_new_rows(out, states)
+        return
+    with _standard_output(), Live(console=out, auto_refresh=False) as live:
+        for title, rows in states:
+            live.update(_grid(columns, rows, title), refresh=True)
+
+
+def _say_new_rows(out: Console, states: Iterable[tuple[str, Sequence[Sequence[str]]]]) -> None:
+    shown: list[Sequence[str]] = []
+    for title, rows in states:
+        for row in ([title], *rows):
+            if row not in shown:
+                with _standard_output():
+                    out.print(printable("  ".join(filter(None, row))), soft_wrap=True)
+        shown = [[title], *rows]
+
+
+def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None) -> Table:
     grid = Table(title=None if title is None else printable(title), title_justify="left", header_style="bold")
     for column in columns:
         grid.add_column(printable(column), overflow="fold")
     for row in rows:
         grid.add_row(*map(printable, row))
-    with _standard_output():
-        out.print(grid)
+    return grid
 
 
 def say(text: str) -> None:

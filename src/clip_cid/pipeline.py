@@ -24,15 +24,19 @@ from clip_cid.file_digests import digest
 from clip_cid.made_from import Origins, whole_record
 from clip_cid.recipe import Recipe, dump_recipe
 from clip_cid.run_folder import Begun, RunFolder, StageRecord, atomic_file, now, own_mark
-from clip_cid.stage_names import BALANCE, EVALUATE
+from clip_cid.stage_names import BALANCE, DISTILL, EVALUATE, REPORT
 from clip_cid.stages.facts import BY_NAME, STAGES, Stage
 from clip_cid.summaries import BalanceSummary, EvaluateSummary, as_json, read_summary
 from clip_cid.tasks import torchrun_place
+from clip_cid.training.so_far import TrainingSoFar
 
 if TYPE_CHECKING:
+    from clip_cid.report.training_page import Standing
     from clip_cid.training.ranks.distributed import Ranks
 
 RECIPE_FILE = "recipe.yaml"
+WATCH_SECONDS = 10
+"""Between two writings of a page that is watched."""
 _PACKAGES = ("clip-cid", "torch", "open_clip_torch", "numpy", "scipy", "scikit-learn", "pillow", "pyarrow")
 
 
@@ -207,6 +211,94 @@ def _show_balance(folder: RunFolder, recipe: Recipe) -> None:
     with os_errors.explained(folder.path, kept="The balance itself is whole."):
         if (page := write_balance_page(folder, recipe)) is not None:
             log.info(f"balance   {page} shows it")
+
+
+def show_training(folder: RunFolder, recipe: Recipe, *, watch: bool = False) -> bool:
+    """Write the page of a training that has not finished, also beside the process that trains; it takes no lock.
+
+    A page that is there of a training that has finished meanwhile is written once more, and says so.
+
+    Args:
+        folder: The run folder.
+        recipe: The settings.
+        watch: Write it again and again until nobody trains any more, or until Ctrl-C; the page loads itself again.
+
+    Returns:
+        Whether it shows all that there is to show now: a process trains, or no stage has finished yet.
+
+    Raises:
+        RunError: It is to be watched, and nobody trains here nor is about to.
+    """
+    from clip_cid.report.training_page import PAGE
+
+    if watch:
+        _watch_training(folder, recipe)
+        return True
+    standing = _standing(folder, recipe)
+    if standing is None or (standing == "finished" and not (folder.path / PAGE).is_file()):
+        return False
+
+    with os_errors.explained(folder.path, kept="The training is not touched."):
+        standing = _write_training_page(folder, recipe)
+    if standing == "finished":
+        return False
+    log.info(f"report    {folder.path / PAGE} shows the unfinished training: {TrainingSoFar.unfinished(folder)}")
+    return standing == "running" or not any(folder.has(name) for name in BY_NAME[REPORT].needs)
+
+
+def _watch_training(folder: RunFolder, recipe: Recipe) -> None:
+    from clip_cid.report.training_page import PAGE
+
+    standing, waits, page = _standing(folder, recipe), False, folder.path / PAGE
+    try:
+        while (work := folder.at_work()) is not None and standing != "finished":
+            if standing == "running":
+                _write_training_page(folder, recipe, refresh=WATCH_SECONDS)
+                log.info(f"report    {page}: {TrainingSoFar.unfinished(folder)}")
+            elif not waits:
+                waits = True
+                log.info(f"report    waiting for the training to begin; {work.stage or work.holder} is at work")
+            time.sleep(WATCH_SECONDS)
+            standing = _standing(folder, recipe)
+    finally:  # the page must not wait for a command that has ended
+        standing = _write_training_page(folder, recipe)
+
+    if standing is None:
+        raise RunError(
+            f"{folder.path}: nobody trains here, and no training waits to be resumed.",
+            fix=f"Start it in another terminal: clip-cid run {folder.path}.",
+        )
+    log.info(f"report    {page}: the training {'has finished' if standing == 'finished' else 'has stopped'}")
+
+
+def _write_training_page(folder: RunFolder, recipe: Recipe, *, refresh: int | None = None) -> "Standing | None":
+    """Write the page of the training as it stands, which is returned; None if there is none."""
+    from clip_cid.report.training_page import write_training_page
+
+    for may_have_ended in (True, False):
+        standing = _standing(folder, recipe)
+        if standing is None:
+            return None
+        try:
+            write_training_page(folder, recipe, standing, refresh=refresh)
+            return standing
+        except (RunError, FileNotFoundError):  # its folder has just got its final name
+            if not may_have_ended:
+                raise
+    return None
+
+
+def _standing(folder: RunFolder, recipe: Recipe) -> "Standing | None":
+    """How the training of a run stands; None if it has not begun."""
+    begun, work = folder.unfinished(DISTILL) is not None, folder.at_work()
+    if begun and work is not None and work.stage == DISTILL:
+        return "running"
+    if not recipe.uses(DISTILL) or not (begun or folder.has(DISTILL)):
+        return None
+    state = next(state for state in states(folder, recipe) if state.stage.name == DISTILL)
+    if state.status == "done":
+        return "finished"
+    return "stopped" if begun else None
 
 
 def require_extras(

@@ -1,22 +1,20 @@
 """The page of a balance: `balance.html` in the run folder, which needs no other stage after it and no student."""
 
 import contextlib
-import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from clip_cid.errors import RunError
 from clip_cid.file_digests import digest
 from clip_cid.models.public_names import PublicWords, public_settings
-from clip_cid.new_folder import drop_left
 from clip_cid.recipe import Recipe, as_yaml
 from clip_cid.report import galleries, page
 from clip_cid.report.cards import balance_cards
 from clip_cid.report.drawing import of_balance
 from clip_cid.report.drawing.stored_inputs import LeftOut, StoredInputs
-from clip_cid.report.parts import by_stratum, page_pictures, place_figures
-from clip_cid.run_folder import RunFolder, StageRecord, atomic_file, own_mark
+from clip_cid.report.parts import by_stratum, page_pictures, place_figures, place_to_draw
+from clip_cid.run_folder import RunFolder, StageRecord, atomic_file
 from clip_cid.stage_names import BALANCE
 from clip_cid.summaries import BalanceSummary, read_summary
 
@@ -42,7 +40,7 @@ def write_balance_page(folder: RunFolder, recipe: Recipe) -> Path | None:
 
     folder.verify(BALANCE)
     words = PublicWords(recipe.model_dump(mode="json"), folder.path)
-    with _place_to_draw(path) as drawn:
+    with place_to_draw(path) as drawn:
         text = page.render(PAGE, _values(folder, record, recipe, drawn, words), words)
     with atomic_file(path) as temporary:
         temporary.write_text(f"{text}\n{mark}", encoding="utf-8")
@@ -61,18 +59,6 @@ def _ends_with(path: Path, mark: str) -> bool:
     with path.open("rb") as handle:
         handle.seek(max(0, path.stat().st_size - _LONGEST_MARK))
         return handle.read().endswith(mark.encode())
-
-
-@contextlib.contextmanager
-def _place_to_draw(path: Path) -> Generator[Path]:
-    """A folder beside `path` while the block lasts; those of killed processes are removed."""
-    drop_left(path)
-    drawn = path.with_name(f".{path.name}.part-{own_mark()}")
-    drawn.mkdir()
-    try:
-        yield drawn
-    finally:
-        shutil.rmtree(drawn, ignore_errors=True)
 
 
 def _values(folder: RunFolder, record: StageRecord, recipe: Recipe, drawn: Path, words: PublicWords) -> dict[str, Any]:

@@ -1,17 +1,20 @@
 """The parts that pages share: their pictures, the sets and clusters they show, their figures."""
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import shutil
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clip_cid.data.pairs.pictures import NoPicturesError, Pictures, open_pictures
 from clip_cid.models.public_names import PublicWords
+from clip_cid.new_folder import drop_left
 from clip_cid.recipe import Recipe
 from clip_cid.report import galleries, page
 from clip_cid.report.drawing.figure import Figure
 from clip_cid.report.thumbnails import Thumbnails
-from clip_cid.run_folder import RunFolder
+from clip_cid.run_folder import RunFolder, own_mark
 
 WITH_PICTURES = ("removed_sets", "removed_pairs", "clusters")
 """Tables of the draw stage that hold keys and captions."""
@@ -26,6 +29,18 @@ class PagePictures:
     opened: Pictures | None
     missing: str | None
     """Why there are none, if there are none."""
+
+
+@contextlib.contextmanager
+def place_to_draw(path: Path) -> Generator[Path]:
+    """A folder beside the page `path` while the block lasts; those of killed processes are removed."""
+    drop_left(path)
+    drawn = path.with_name(f".{path.name}.part-{own_mark()}")
+    drawn.mkdir()
+    try:
+        yield drawn
+    finally:
+        shutil.rmtree(drawn, ignore_errors=True)
 
 
 def page_pictures(folder: RunFolder, drawn: Path, recipe: Recipe) -> PagePictures:

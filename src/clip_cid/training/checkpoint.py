@@ -64,6 +64,11 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}.pt"
 
 
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint; None when there is none."""
+    return next((step for step, _ in _newest_first(folder)), None)
+
+
 def load(path: Path) -> dict[str, Any]:
     """The state of a checkpoint that `load_newest` has found whole in another process, on the CPU."""
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -22,6 +22,7 @@ from clip_cid.training.model import Distillation
 from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.training.ranks.head_rows import HeadRows
 from clip_cid.training.records import EMPTY, BadPairs, Records, make_listeners
+from clip_cid.training.so_far import METRICS
 from clip_cid.training.state import Part, Progress, learner_parts
 from clip_cid.training.step import Learner, Measured
 from clip_cid.training.stop_requests import stop_requests
@@ -359,7 +360,7 @@ class Trainer:
             listeners = make_listeners(
                 self.machine.callbacks, self.machine.tensorboard, self.out / "tensorboard", step=step or 0
             )
-            self.records = Records(self.out / "metrics.jsonl", listeners)
+            self.records = Records(self.out / METRICS, listeners)
         elif step is not None:
             state = checkpoint.load(self.ranks.find(checkpoint.path_of(folder, step)))
 

@@ -1,5 +1,6 @@
 """Figures of the training and of the trained weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from clip_cid.report.drawing.stored_inputs import LeftOut
 _WITHOUT_LAYER = "image tower has no mlp.c_proj"
 
 
-def _losses(inputs: RunInputs, out: Path) -> Numbers:
-    if not losses.loss_parts(inputs.metrics):
+def draw_losses(metrics: Mapping[str, np.ndarray], out: Path) -> Numbers:
+    """Of the columns of a log; raises `LeftOut` where there is nothing to draw."""
+    if not losses.loss_parts(metrics):
         raise LeftOut("no step of the training's log has a finite loss")
-    return losses.draw(inputs.metrics, out)
+    return losses.draw(metrics, out)
 
 
 def _losses_caption(numbers: Numbers) -> str:
@@ -30,10 +32,11 @@ def _losses_caption(numbers: Numbers) -> str:
     return caption
 
 
-def _throughput(inputs: RunInputs, out: Path) -> Numbers:
-    if not set(throughput.COLUMNS) <= inputs.metrics.keys():
+def draw_throughput(metrics: Mapping[str, np.ndarray], out: Path) -> Numbers:
+    """Of the columns of a log; raises `LeftOut` where it has no speed."""
+    if not set(throughput.COLUMNS) <= metrics.keys():
         raise LeftOut("the training's log has no speed")
-    return throughput.draw(inputs.metrics, out)
+    return throughput.draw(metrics, out)
 
 
 def _weights(inputs: RunInputs, out: Path) -> Numbers:
@@ -59,22 +62,24 @@ def _weights(inputs: RunInputs, out: Path) -> Numbers:
     return {"layers": layers, "models": weights.draw(models, out), "left_out": left_out}
 
 
+LOSSES = Figure(
+    "losses",
+    lambda inputs, out: draw_losses(inputs.metrics, out),
+    section="training",
+    description="Each loss part by training step",
+    caption=_losses_caption,
+)
+THROUGHPUT = Figure(
+    "throughput",
+    lambda inputs, out: draw_throughput(inputs.metrics, out),
+    section="training",
+    description="Pairs a second and share of the time spent waiting for data, by training step",
+    caption="Between two lines of the log. If a training waits for data, the reading and decoding of the pairs slow"
+    " it down (machine.workers), not the model.",
+)
 FIGURES = (
-    Figure(
-        "losses",
-        _losses,
-        section="training",
-        description="Each loss part by training step",
-        caption=_losses_caption,
-    ),
-    Figure(
-        "throughput",
-        _throughput,
-        section="training",
-        description="Pairs a second and share of the time spent waiting for data, by training step",
-        caption="Between two lines of the log. If a training waits for data, the reading and decoding of the pairs slow"
-        " it down (machine.workers), not the model.",
-    ),
+    LOSSES,
+    THROUGHPUT,
     Figure(
         "weights",
         _weights,

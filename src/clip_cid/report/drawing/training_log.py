@@ -12,10 +12,14 @@ from clip_cid.errors import DataError
 from clip_cid.figures import losses
 
 
-def read_metrics(path: Path) -> dict[str, Float[np.ndarray, " lines"]]:
+def read_metrics(path: Path, *, grows: bool = False) -> dict[str, Float[np.ndarray, " lines"]]:
     """The columns of a metrics.jsonl: `step`, `loss`, its parts, `lr`, ...; a value a line lacks, or null, is NaN.
 
     A line with nothing but `val/` is a validation's, and may be of the same step as a training's.
+
+    Args:
+        path: The log.
+        grows: A process may be writing its last line now: one that is not whole is left out.
 
     Raises:
         DataError: A line is not a JSON object, a loss is not finite, parts come or go, or the steps do not rise.
@@ -23,7 +27,9 @@ def read_metrics(path: Path) -> dict[str, Float[np.ndarray, " lines"]]:
     lines: list[dict[str, Any]] = []
     parts: set[str] | None = None
     last = {True: -math.inf, False: -math.inf}  # training, validation -> step
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    content = path.read_bytes()
+    whole = (content[: content.rfind(b"\n") + 1] if grows else content).decode()
+    for number, text in enumerate(whole.splitlines(), start=1):
         try:
             line = json.loads(text)
             values = {name: line[name] for name in line if losses.is_loss(name)}

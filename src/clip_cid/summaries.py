@@ -312,6 +312,32 @@ class DistillSummary(Summary):
         return f"{self.steps:,} steps, {self.pairs_seen:,} pairs seen"
 
 
+@dataclass(frozen=True)
+class Latency:
+    """The time of a batch, in milliseconds."""
+
+    batch: int
+    image_ms: float
+    text_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCost:
+    """What a model takes: parameters, floating-point operations, and time on one machine."""
+
+    model: str
+    key: str
+    """Of its weights and of the machine: equal keys need no new measurement."""
+    machine: str
+    image_parameters: int
+    text_parameters: int
+    image_flops: int | None
+    """Of the forward pass of an image; None if a part of the model cannot be counted."""
+    text_flops: int | None
+    latency: list[Latency]
+    """By batch; one that does not fit into the memory is absent."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSummary(Summary):
     stage = EVALUATE
@@ -323,6 +349,8 @@ class EvaluateSummary(Summary):
     missing: dict[str, str]
     """Set -> why it was not measured."""
     headline: str
+    costs: list[ModelCost] | None = None
+    """Of each model; None in results of before it was measured."""
 
     def __str__(self) -> str:
         return self.headline
@@ -375,6 +403,21 @@ def read_summary(kind: type[AnySummary], values: dict[str, Any]) -> AnySummary:
         raise RunError(
             f"the summary of the {kind.stage} stage is not of this version ({type(error).__name__}: {error}).",
             fix=f"Run `clip-cid {kind.stage} RUN --force` to make the stage again.",
+        ) from error
+
+
+def costs_in(values: dict[str, Any]) -> list[ModelCost]:
+    """The costs in the summary of an evaluation; none in one of an older version.
+
+    Raises:
+        RunError: They are of another version.
+    """
+    try:
+        return [_typed(ModelCost, cost) for cost in values.get("costs") or []]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RunError(
+            f"the costs in the summary of the {EVALUATE} stage are not of this version ({error}).",
+            fix=f"Run `clip-cid {EVALUATE} RUN --force` to make the stage again.",
         ) from error
 
 

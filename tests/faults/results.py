@@ -13,7 +13,7 @@ _NOT_COMPARED = re.compile(
 _CACHE = re.compile(r"(^|/)features/[^./][^/]*(/[^./][^/]*)?$")  # what it holds may differ, but not what a file says
 _OF_TIMES = {
     *("seconds", "started", "mtime_ns", "data_wait_share", "memory_gib", "bytes"),
-    *("peak_memory_gib", "sha256", "key", "inputs"),
+    *("peak_memory_gib", "sha256", "key", "inputs", "latency"),
 }
 _PAGE_PARTS = re.compile(rb"<svg.*?</svg>|<[^>]*>|[\d.,:]+", re.DOTALL)
 

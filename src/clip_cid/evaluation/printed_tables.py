@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from clip_cid import units
 from clip_cid.evaluation.scores import Difference, Score, score_rows
 from clip_cid.evaluation.tables import Table
+from clip_cid.summaries import ModelCost
 
 Printed = tuple[list[str], list[list[str]]]
 """Columns and lines."""
@@ -60,6 +61,31 @@ def difference_lines(differences: Iterable[Difference], models: Sequence[str]) -
             lines.setdefault(place, {})[one.other] = f"{lead} ({low} to {high})"
     columns = ["set", "metric", *(f"{first} - {other}" for other in others)]
     return columns, [[*place, *(cells[other] for other in others)] for place, cells in lines.items()]
+
+
+def cost_lines(costs: Sequence[ModelCost]) -> Printed:
+    """The cost of each model: parameters, operations of a forward pass, and times in milliseconds."""
+    batches = list(dict.fromkeys(one.batch for cost in costs for one in cost.latency))
+    towers = ("image", "text")
+    columns = ["model", *(f"{tower} parameters" for tower in towers), *(f"GFLOPs an {tower}" for tower in towers)]
+    columns = [column.replace("an text", "a text") for column in columns]
+    columns += [f"ms of {units.counted(batch, tower)}" for batch in batches for tower in towers]
+
+    lines: list[list[str]] = []
+    for cost in costs:
+        flops = [cost.image_flops, cost.text_flops]
+        times = {one.batch: one for one in cost.latency}
+        lines.append([cost.model, f"{cost.image_parameters:,}", f"{cost.text_parameters:,}"])
+        lines[-1] += ["-" if value is None else f"{value / 1e9:.3g}" for value in flops]
+        for batch in batches:
+            one = times.get(batch)
+            lines[-1] += ["-", "-"] if one is None else [f"{one.image_ms:.3g}", f"{one.text_ms:.3g}"]
+    return columns, lines
+
+
+def machines(costs: Sequence[ModelCost]) -> str:
+    """Where the times were measured."""
+    return "; ".join(dict.fromkeys(cost.machine for cost in costs))
 
 
 def _cell(score: Score | None) -> str:

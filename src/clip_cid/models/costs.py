@@ -1,12 +1,25 @@
 """The cost of a model: its parameters, and the floating-point operations of a pair."""
 
 import copy
+import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from clip_cid.file_digests import digest
+from clip_cid.models.architectures import build_skeleton
+from clip_cid.models.clip import Clip
+from clip_cid.models.device import hardware_of
+from clip_cid.summaries import Latency, ModelCost
+
+BATCHES = (1, 64)
+"""Of the measured latency."""
+_REPEATS, _SECONDS = 20, 0.1  # of a measurement, whichever ends first
 _BACKWARD = 2  # a backward pass has two products for each one of the forward pass
 
 
@@ -69,6 +82,68 @@ def count_costs(model: torch.nn.Module, *, context_length: int) -> Costs | None:
     except (RuntimeError, NotImplementedError):
         return None
     return Costs(*flops, parameters=sum(value.numel() for value in model.parameters()))
+
+
+def cost_key(clip: Clip, weights: str) -> str:
+    """What the cost of a model depends on: the model, and the machine it runs on."""
+    return digest([weights, clip.model_cfg, machine_of(clip)])
+
+
+def machine_of(clip: Clip) -> str:
+    """The hardware a model is on, in words."""
+    hardware = hardware_of(clip.device)
+    return hardware if clip.device.type == "cuda" else f"{hardware}, {torch.get_num_threads()} threads"
+
+
+def measure_cost(name: str, clip: Clip, *, weights: str) -> ModelCost:
+    """Count the parameters and operations of a model, and take the time of its towers in float32.
+
+    Args:
+        name: As the evaluation has it.
+        clip: The model.
+        weights: A digest of its weights.
+    """
+    parameters, length = count_parameters(clip.model), clip.model_cfg["text_cfg"].get("context_length", 77)
+    bare = build_skeleton(clip.model_cfg)
+    counted = count_costs(clip.model if bare is None else bare, context_length=length)
+    latency = [one for batch in BATCHES if (one := _latency(clip, batch)) is not None]
+    return ModelCost(
+        model=name,
+        key=cost_key(clip, weights),
+        machine=machine_of(clip),
+        image_parameters=parameters["image"],
+        text_parameters=parameters["text"],
+        image_flops=None if counted is None else counted.image_flops,
+        text_flops=None if counted is None else counted.text_flops,
+        latency=latency,
+    )
+
+
+def _latency(clip: Clip, batch: int) -> Latency | None:
+    """The median time of a batch; None if it does not fit into the memory of the GPU."""
+    model: Any = clip.model
+    size = clip.preprocess_cfg["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        pixels = torch.zeros(batch, 3, height, width, device=clip.device)
+        tokens = clip.tokenizer(["a photo of a cat"] * batch).to(clip.device)
+        return Latency(batch, _milliseconds(model.encode_image, pixels), _milliseconds(model.encode_text, tokens))
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _milliseconds(tower: Callable[[Tensor], Tensor], rows: Tensor) -> float:
+    def once() -> float:
+        begun = time.perf_counter()
+        tower(rows)[0, 0].item()  # waits for the device
+        return time.perf_counter() - begun
+
+    with torch.inference_mode():
+        once()  # the first pass chooses kernels and allocates
+        times = [once()]
+        while len(times) < _REPEATS and sum(times) < _SECONDS:
+            times.append(once())
+    return 1_000 * statistics.median(times)
 
 
 def _flops(tower: Any, rows: torch.Tensor) -> int:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from clip_cid import log, units
 from clip_cid.errors import RunError
+from clip_cid.evaluation.printed_tables import cost_lines, machines
 from clip_cid.evaluation.protocols import PROTOCOLS
 from clip_cid.evaluation.scores import (
     RESULTS,
@@ -27,7 +28,7 @@ from clip_cid.models.references import CONFIG_FILE
 from clip_cid.recipe import OWN_TEXT_TOWER, as_yaml
 from clip_cid.run_folder import RunFolder, StageRecord, read_json
 from clip_cid.stage_names import BALANCE, CLUSTER, DISTILL, EMBED, EVALUATE
-from clip_cid.summaries import BalanceSummary, ClusterSummary, DistillSummary, EmbedSummary, read_summary
+from clip_cid.summaries import BalanceSummary, ClusterSummary, DistillSummary, EmbedSummary, costs_in, read_summary
 
 _SETTINGS = (
     *("batch_size", "lr", "warmup_steps", "weight_decay", "ema_decay", "lock", "temperature", "sample_rate"),
@@ -102,7 +103,7 @@ def _render(values: Mapping[str, Any], words: PublicWords) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["verbatim"] = Markup
+    environment.filters |= {"verbatim": Markup, "cost_lines": cost_lines, "machines": machines}
     text = environment.get_template("model_card.md").render(values)
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -150,6 +151,7 @@ def _values(
         "weights": [(name, f"{weight:g}") for name, weight in recipe["distill"]["weights"].items() if weight],
         "scores": scores,
         "compared": _compared(records.get(EVALUATE), scores),
+        "costs": costs_in(records[EVALUATE].summary) if scores else [],
         "versions": list(record.versions.items()),
         "recipe": text,
         "fence": "`" * max(3, longest_fence + 1),

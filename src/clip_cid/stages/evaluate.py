@@ -19,18 +19,26 @@ from clip_cid.evaluation.comparison import differences
 from clip_cid.evaluation.features import Encoder, UnmeasurableError, drop_unfinished, prune
 from clip_cid.evaluation.measure import split_features
 from clip_cid.evaluation.measurements import Measurement, PairSet, measurements_of, retrieval_measurement
-from clip_cid.evaluation.printed_tables import difference_lines, same_class_lines, table_lines, variant_notes
+from clip_cid.evaluation.printed_tables import (
+    cost_lines,
+    difference_lines,
+    machines,
+    same_class_lines,
+    table_lines,
+    variant_notes,
+)
 from clip_cid.evaluation.protocols import PROTOCOLS, RETRIEVAL, ZERO_SHOT
 from clip_cid.evaluation.results import Results
 from clip_cid.evaluation.scores import RESULTS, STUDENT, Difference, Score, read_scores
 from clip_cid.evaluation.tables import Group, Table, retrieval_table, score_table
+from clip_cid.models.costs import cost_key, measure_cost
 from clip_cid.models.device import resolve_device
 from clip_cid.models.loading import load_clip
 from clip_cid.models.references import files_beside_weights
 from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.run_folder import RunFolder, write_json
 from clip_cid.stage_names import DISTILL, EVALUATE
-from clip_cid.summaries import EvaluateSummary
+from clip_cid.summaries import EvaluateSummary, ModelCost, costs_in
 
 
 class _Split(NamedTuple):
@@ -98,7 +106,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> EvaluateSummary:
     _say_plan(models, sets, measurements)
     folder.accept()
 
-    results = Results(out, earlier)
+    results, costs = Results(out, earlier), list[ModelCost]()
     for name, reference in models.items():
         encoder = _encoder(name, reference, folder, recipe)
         if recipe.machine.ray is not None:
@@ -107,6 +115,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> EvaluateSummary:
                 name, reference, sets.splits(measured), folder, recipe, gpu=encoder.device.type == "cuda"
             )
         _measure(encoder, measurements, results, sets.failed)
+        costs.append(_cost(encoder, folder))
     if sets.failed and not results.scores:
         raise DataError(
             f"evaluate: nothing could be measured: {next(iter(sets.failed.values()))}",
@@ -122,9 +131,10 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> EvaluateSummary:
     write_clip_benchmark(out / "clip_benchmark", results.scores, models)
 
     _print(list(models), tables, results.scores)
+    log.table(*cost_lines(costs), title=f"Cost, measured on {machines(costs)}")
     for name, reason in sets.not_measured().items():
         log.say(f"{name}: {reason}" if name not in sets.missing else f"{name} was not measured: {reason}")
-    return _summary(list(models), tables, sets.not_measured())
+    return _summary(list(models), tables, sets.not_measured(), costs)
 
 
 def _models(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
@@ -305,6 +315,16 @@ def _measure(
         log.info(f"evaluate: {known} of {len(measurements)} measurements of {encoder.name} were made before")
 
 
+def _cost(encoder: Encoder, folder: RunFolder) -> ModelCost:
+    """The cost of a model; that of the results to be replaced, if it was measured with these weights on this machine."""
+    record = None if folder.forgets(EVALUATE) else folder.record(EVALUATE)
+    key = cost_key(encoder.clip, encoder.digest)
+    for known in [] if record is None else costs_in(record.summary):
+        if known.key == key:
+            return replace(known, model=encoder.name)
+    return measure_cost(encoder.name, encoder.clip, weights=encoder.digest)
+
+
 def _groups(task: str, recipe: Recipe) -> list[Group]:
     """The sets whose scores may be averaged: CLIP's, the shifted ImageNets (test images only), all others."""
     named = list(recipe.evaluate.sets)
@@ -363,7 +383,9 @@ def _print(models: list[str], tables: Mapping[str, Table], scores: Sequence[Scor
         log.say(note)
 
 
-def _summary(models: list[str], tables: Mapping[str, Table], missing: dict[str, str]) -> EvaluateSummary:
+def _summary(
+    models: list[str], tables: Mapping[str, Table], missing: dict[str, str], costs: list[ModelCost]
+) -> EvaluateSummary:
     means = {name: table.summary.mean for name, table in tables.items()}
     keys = {name: name if name == RETRIEVAL else f"{name}_mean" for name in tables}
     words = [
@@ -375,4 +397,5 @@ def _summary(models: list[str], tables: Mapping[str, Table], missing: dict[str, 
         mean_of={name: mean.of for name, mean in means.items()},
         missing=missing,
         headline=f"{models[0]}: {', '.join(words)}",
+        costs=costs,
     )

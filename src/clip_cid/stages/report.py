@@ -10,6 +10,7 @@ from pathlib import Path
 from clip_cid import log
 from clip_cid.data.pairs.pair import reason_kind
 from clip_cid.errors import DataError, RunError
+from clip_cid.evaluation.printed_tables import Printed, cost_lines, machines
 from clip_cid.evaluation.scores import (
     RESULTS,
     STUDENT,
@@ -31,7 +32,7 @@ from clip_cid.report.run_records import RunRecords
 from clip_cid.report.score_tables import ScoreTable, score_tables
 from clip_cid.run_folder import RunFolder, StageRecord, atomic_file
 from clip_cid.stage_names import DISTILL, DRAW, EMBED, EVALUATE, REPORT
-from clip_cid.summaries import DistillSummary, ReportSummary, read_summary
+from clip_cid.summaries import DistillSummary, ModelCost, ReportSummary, costs_in, read_summary
 
 PAGE = "report.html"
 _SAMPLE_PAIRS = 12
@@ -46,6 +47,16 @@ class _Scores:
     models: list[str]
     others: list[str]
     """The models beside the student."""
+    costs: list[ModelCost]
+    """None in results of before it was measured."""
+
+    @property
+    def cost_table(self) -> Printed:
+        return cost_lines(self.costs)
+
+    @property
+    def machines(self) -> str:
+        return machines(self.costs)
 
 
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> ReportSummary:
@@ -123,7 +134,9 @@ def _scores(folder: RunFolder, recipe: Recipe, tables: Path) -> _Scores | None:
 
     models = models_of(scores)
     others = [model for model in models if model != STUDENT]
-    return _Scores(score_tables(summaries, scores, differences), models, others)
+    record = folder.record(EVALUATE)
+    costs = [] if record is None else costs_in(record.summary)
+    return _Scores(score_tables(summaries, scores, differences), models, others, costs)
 
 
 def _story(records: RunRecords, measured: _Scores | None, recipe: Recipe) -> list[story.Statement]:

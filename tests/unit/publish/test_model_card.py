@@ -100,6 +100,23 @@ def test_every_number_comes_from_the_records(card: str) -> None:
     assert {key: found[key] for key in expected} == expected
 
 
+def test_the_cost_of_each_model_is_a_table_and_an_older_evaluation_shows_none(run: RunFolder, tmp_path: Path) -> None:
+    assert "### Cost" not in model_card(run, "me/x", license=None)
+    shutil.copytree(run.path, tmp_path / "run")
+    manifest = tmp_path / "run/evaluate/manifest.json"
+    values = json.loads(manifest.read_text())
+    cost = {"model": "student", "key": "k", "machine": "a | machine", "image_parameters": 20_000}
+    cost |= {"text_parameters": 400_000, "image_flops": 2_500_000, "text_flops": None}
+    values["summary"]["costs"] = [{**cost, "latency": [{"batch": 64, "image_ms": 12.5, "text_ms": 3.25}]}]
+    manifest.write_text(json.dumps(values))
+
+    card = model_card(RunFolder(tmp_path / "run"), "me/x", license=None)
+    (table,) = [table for table in tables(card) if "GFLOPs an image" in table[0]]
+    assert table[1] == ["student", "20,000", "400,000", "0.0025", "-", "12.5", "3.25"]
+    assert table[0][-2:] == ["ms of 64 images", "ms of 64 texts"]
+    assert "times measured on a &#124; machine." in card
+
+
 def test_the_weights_are_those_of_the_recipe_whatever_their_names(run: RunFolder, card: str) -> None:
     config = json.loads((run.path / "distill/student/open_clip_config.json").read_text())
     weights = config["clip_cid"]["recipe"]["distill"]["weights"]

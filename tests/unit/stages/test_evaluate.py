@@ -26,7 +26,7 @@ from clip_cid.models.loading import load_clip
 from clip_cid.recipe import Recipe, parse_recipe
 from clip_cid.run_folder import RunFolder, StageRecord, read_json, write_json
 from clip_cid.stages import evaluate
-from clip_cid.summaries import as_json
+from clip_cid.summaries import as_json, costs_in
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,17 @@ def recipe(**evaluate: Any) -> Recipe:
 
 def run(folder: Path, out: Path, **settings: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     out.mkdir()
-    summary = as_json(evaluate.run(RunFolder(folder), out, recipe(**settings)))
+    summary = without_times(evaluate.run(RunFolder(folder), out, recipe(**settings)))
     json.dumps(summary, allow_nan=False)
     return summary, [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def without_times(summary: evaluate.EvaluateSummary) -> dict[str, Any]:
+    """As in the manifest, but for what no two measurements share."""
+    values = as_json(summary)
+    for cost in values["costs"]:
+        del cost["latency"]
+    return values
 
 
 @pytest.mark.slow
@@ -126,6 +134,39 @@ def test_cached_features_of_sets_no_longer_asked_for_are_deleted(run_folder: Pat
         run(run_folder, tmp_path / name, sets={name: str(tar_set(tmp_path / f"{name}-set"))})
     cached = {path.name.rpartition("-")[0] for path in (run_folder / "features").iterdir()}
     assert cached == {"second-train", "second-test", "second-prompts"}
+
+
+@pytest.mark.slow
+def test_the_cost_of_each_model_stands_beside_its_scores_and_is_measured_once(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {
+        "sets": {"colors": str(tar_set(tmp_path / "colors"))},
+        "compare": {"other": f"local-dir:{run_folder / 'other'}"},
+    }
+    for folder in (out := tmp_path / "out", again := tmp_path / "again"):
+        folder.mkdir()
+    costs = evaluate.run(RunFolder(run_folder), out, recipe(**settings)).costs
+    printed = capsys.readouterr().out
+
+    clip = load_clip(f"local-dir:{run_folder / 'distill' / 'student'}")
+    parameters = sum(value.numel() for value in clip.model.parameters())
+    assert costs is not None
+    assert [cost.model for cost in costs] == ["student", "other"]
+    for cost in costs:
+        assert cost.image_parameters + cost.text_parameters == parameters
+        assert [one.batch for one in cost.latency] == [1, 64]
+        assert all(one.image_ms > 0 and one.text_ms > 0 for one in cost.latency)
+    assert f"{costs[0].image_parameters:,}" in printed
+    assert costs[0].machine in printed
+
+    summary = as_json(evaluate.EvaluateSummary(models={}, mean_of={}, missing={}, headline="", costs=costs))
+    record = StageRecord("evaluate", "k", 2, {}, {}, summary, {}, "cpu", "", 0.0)
+    folder = RunFolder(run_folder)
+    monkeypatch.setattr(folder, "record", lambda stage: record)
+    monkeypatch.setattr(evaluate, "measure_cost", None)  # cannot be called
+    assert evaluate.run(folder, again, recipe(**settings)).costs == costs
+    assert costs_in({"models": {}}) == []  # as an older version wrote it
 
 
 @pytest.mark.slow
@@ -297,7 +338,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_one_that_was_not(
     assert [*first, *measured] == [
         (model, name) for model in ("student", "other") for name in TASKS_OF_COLORS_AND_PAIRS
     ]
-    assert as_json(again) == whole[0]
+    assert without_times(again) == whole[0]
     files = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for name, content in files.items():
         assert (tmp_path / "whole" / name).read_bytes() == content

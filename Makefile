@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # The tests of numbers: what another processor's kernels could change.
 NUMBERS := tests/golden tests/properties tests/unit/method tests/unit/evaluation tests/unit/training
 
-.PHONY: help setup quick test test-elsewhere faults check format demo clean
+.PHONY: help setup quick test test-elsewhere faults check format docs release-check demo clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -48,6 +48,23 @@ check: setup  ## format, lint, types, and who imports whom
 format: setup  ## mend what the formatter and the linter can
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
+
+docs: setup  ## the docs as a site, in build/site; a broken link ends it
+	$(BIN)/mkdocs build --strict
+
+# What a user of the package index meets: the built wheel, an environment of its own, the README's first commands.
+RELEASE := build/release
+
+release-check: setup  ## build the package, check it, install it afresh, deduplicate with it; uploads nothing (PyTorch is large)
+	rm -rf $(RELEASE)
+	$(BIN)/python -m build --outdir $(RELEASE)/dist
+	$(BIN)/twine check --strict $(RELEASE)/dist/*
+	$(PYTHON) -m venv $(RELEASE)/fresh
+	$(RELEASE)/fresh/bin/pip install --quiet -c constraints.txt $(RELEASE)/dist/*.whl
+	cd $(RELEASE) && fresh/bin/python -c "import numpy; a = numpy.random.default_rng(0).normal(size=(500, 64)); a /= numpy.linalg.norm(a, axis=1, keepdims=True); numpy.save('embeddings.npy', numpy.concatenate([a, a]))"
+	cd $(RELEASE) && fresh/bin/clip-cid balance runs/dedup --embeddings embeddings.npy
+	cd $(RELEASE) && fresh/bin/clip-cid subset runs/dedup out
+	cd $(RELEASE) && fresh/bin/clip-cid init small-gpu.yaml --from small-gpu
 
 demo: setup  ## the whole pipeline on the embedded sample, about five minutes on 2 cores
 	$(BIN)/clip-cid sample data/demo

@@ -18,7 +18,7 @@ from tyro.conf import Positional
 from clip_cid import extras, log, open_files, os_errors, pipeline, units
 from clip_cid.auto_numbers import as_before
 from clip_cid.errors import ClipCidError, ConfigError, RunError
-from clip_cid.first_recipe import choose, full_recipe, short_recipe
+from clip_cid.first_recipe import choose, full_recipe, shipped_recipe, short_recipe
 from clip_cid.new_folder import drop_left
 from clip_cid.overruling import let_flags_count, settings_given
 from clip_cid.recipe import (
@@ -772,7 +772,13 @@ def push(
     return 0
 
 
-def init(file: File = Path("recipe.yaml"), pairs: int | None = None, gpus: int | None = None, all: bool = False) -> int:
+def init(
+    file: File = Path("recipe.yaml"),
+    pairs: int | None = None,
+    gpus: int | None = None,
+    all: bool = False,
+    from_: Annotated[str | None, tyro.conf.arg(name="from", metavar="NAME")] = None,
+) -> int:
     """Write a recipe: with --pairs a short one whose numbers fit, each with its reason; else every setting.
 
     Args:
@@ -780,14 +786,23 @@ def init(file: File = Path("recipe.yaml"), pairs: int | None = None, gpus: int |
         pairs: How many pairs there are, roughly. Numbers of clusters, batch, epochs and warm-up follow.
         gpus: GPUs to train on. Default: none, so the CPU.
         all: Write every setting with its limits and its explanation, also with --pairs.
+        from_: Write one of the recipes that come with clip-cid, as it is: small-gpu (a million pairs and one GPU),
+            demo, mixed, laion400m-b32 (the paper's) and others. An unknown name lists them all.
     """
     os_errors.refuse_address(file)
     if file.exists():
         raise ConfigError(f"{file}: exists already.", fix="Give another name, or delete it first.")
+    if from_ is not None and (pairs is not None or gpus is not None or all):
+        raise ConfigError(
+            "--from: such a recipe is written as it is.", fix="Leave out --pairs, --gpus and --all, or --from."
+        )
     if pairs is None and gpus is not None:
         raise ConfigError("--gpus: what fits depends on the number of pairs, too.", fix="Add --pairs N.")
     chosen = [] if pairs is None else choose(pairs, gpus or 0)
-    text = commented_recipe() if pairs is None else (full_recipe if all else short_recipe)(pairs, gpus or 0)
+    if from_ is not None:
+        text = shipped_recipe(from_)
+    else:
+        text = commented_recipe() if pairs is None else (full_recipe if all else short_recipe)(pairs, gpus or 0)
 
     file.parent.mkdir(parents=True, exist_ok=True)
     drop_left(file)

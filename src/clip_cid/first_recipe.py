@@ -1,6 +1,7 @@
-"""A recipe to begin with: numbers that fit so many pairs and GPUs, each with the reason behind it."""
+"""A recipe to begin with: numbers that fit so many pairs and GPUs, each with the reason, or one that comes with us."""
 
 from collections.abc import Iterator
+from importlib import resources
 from itertools import groupby
 from typing import Any
 
@@ -35,6 +36,19 @@ def short_recipe(pairs: int, gpus: int) -> str:
             f"  {choice.setting.partition('.')[2]}: {_as_yaml(choice.value)}  # {choice.why}" for choice in of_section
         ]
     return "\n".join([*lines, ""])
+
+
+def shipped_recipe(name: str) -> str:
+    """The recipe of this name that comes with the package, with its comments.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    folder = resources.files("clip_cid") / "recipes"
+    names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    if name not in names:
+        raise ConfigError(f"--from: there is no recipe {name!r}.", fix=f"Give one of: {', '.join(names)}.")
+    return (folder / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def full_recipe(pairs: int, gpus: int) -> str:

@@ -72,7 +72,7 @@ def known_flags() -> set[str]:
     rows = [*cli._COMMON, *cli._FORCE, *(row for rows in cli._EXTRAS.values() for row in rows)]
     names = {name for name, *_ in rows}
     names |= {name for command in cli._commands().values() for name in inspect.signature(command).parameters}
-    return {name.replace("_", "-") for name in names}
+    return {name.rstrip("_").replace("_", "-") for name in names}  # `from_`, as `from` is a word of Python
 
 
 def is_flag(name: str) -> bool:

@@ -12,7 +12,7 @@ from clip_cid import cli
 from clip_cid.check import likely_mistakes
 from clip_cid.errors import ConfigError
 from clip_cid.first_recipe import choose, full_recipe, short_recipe
-from clip_cid.recipe import Recipe, parse_recipe
+from clip_cid.recipe import Recipe, parse_recipe, read_recipe
 from clip_cid.training.assemble import count_steps
 from clip_cid.training.optimizer import refuse_long_warmup
 
@@ -98,3 +98,38 @@ def test_the_command_writes_it_and_says_why(tmp_path: Path, monkeypatch, capsys:
     assert cli.main(["init", "no.yaml", "--gpus", "1"]) == 2
     assert cli.main(["init", "no.yaml", "--pairs", "5"]) == 2
     assert not Path("no.yaml").exists()
+
+
+SHIPPED = sorted(path.stem for path in (Path(cli.__file__).parent / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_recipe_that_comes_with_the_package_is_written_as_it_is(tmp_path: Path, name: str):
+    written = tmp_path / "mine.yaml"
+    assert cli.main(["init", str(written), "--from", name]) == 0
+    assert written.read_text() == (Path(cli.__file__).parent / "recipes" / f"{name}.yaml").read_text()
+    assert read_recipe(written).pairs.source
+
+
+def test_there_are_recipes_and_the_folder_beside_the_readme_is_the_same_one():
+    assert {"demo", "demo-teacher", "small-gpu", "laion400m-b32"} <= {*SHIPPED}
+    assert (Path(__file__).parents[2] / "recipes").resolve() == Path(cli.__file__).parent.resolve() / "recipes"
+
+
+@pytest.mark.parametrize("name", ["large-gpu", "", "../recipe", "demo.yaml"])
+def test_an_unknown_recipe_is_refused_with_the_names_of_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+):
+    assert cli.main(["init", str(tmp_path / "mine.yaml"), "--from", name]) == 2
+    problem, fix = capsys.readouterr().err.splitlines()
+    assert repr(name) in problem
+    assert fix == f"Give one of: {', '.join(SHIPPED)}."
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [["--pairs", "2000"], ["--gpus", "1"], ["--all"]])
+def test_a_recipe_as_it_is_has_no_numbers_that_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+):
+    assert cli.main(["init", str(tmp_path / "mine.yaml"), "--from", "demo", *flags]) == 2
+    assert "--from: such a recipe is written as it is." in capsys.readouterr().err

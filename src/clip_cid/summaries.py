@@ -55,7 +55,9 @@ class EmbedSummary(Summary):
     def __str__(self) -> str:
         alone = f", {self.without_caption:,} without a caption" if self.without_caption else ""
         views = f", with {self.views:,} views of each" if self.views else ""
-        return f"{self.ok:,} of {self.images:,} images embedded in {self.dim} dimensions{alone}{views}"
+        reasons = ", ".join(f"{count:,} for {reason!r}" for reason, count in self.skipped.items())
+        left_out = f"; left out, as skipped.jsonl lists: {reasons}" if reasons else ""
+        return f"{self.ok:,} of {self.images:,} images embedded in {self.dim} dimensions{alone}{views}{left_out}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -231,6 +231,7 @@ def _warnings(report: Report, folder: RunFolder, tried: trial.Tried) -> list[str
         ),
         *likely_mistakes.of_machine(settings, machine, report.device),
         *likely_mistakes.of_time(report.duration, machine),
+        *likely_mistakes.of_absent_captions(settings, report.sights),
         *likely_mistakes.of_pairs(report.sights, report.reading, max_bad_share=recipe.pairs.max_bad_share),
         *likely_mistakes.of_room(
             report.disk, folder.path, memory=report.waiting_bytes, available=tasks.available_memory()

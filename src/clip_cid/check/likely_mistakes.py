@@ -10,7 +10,7 @@ from clip_cid import tasks, units
 from clip_cid.check.captions import Sights
 from clip_cid.check.estimates import Disk, Duration
 from clip_cid.check.rehearsal import Reading
-from clip_cid.loss_table import LOSSES
+from clip_cid.loss_table import LOSSES, rows_of
 from clip_cid.recipe import DistillConfig, EmbedConfig, MachineConfig, settled
 from clip_cid.training.step import resolve_precision
 
@@ -121,6 +121,17 @@ def of_time(duration: Duration, machine: MachineConfig) -> Iterator[str]:
         yield (
             f"machine.checkpoint_minutes: {machine.checkpoint_minutes:g}, but the run takes about "
             f"{duration.seconds / 60:,.0f}: a kill would cost most of it"
+        )
+
+
+def of_absent_captions(settings: DistillConfig, sights: Sights) -> Iterator[str]:
+    """Losses that read captions, and images alone."""
+    losses = rows_of(settings.weights.switched_on)
+    readers = [loss.name for loss in losses if loss.reads_captions or loss.reads_teacher_texts]
+    if readers and sights.without_caption == sights.pairs - sights.unreadable > 0:
+        yield (
+            f"none of the {sights.without_caption:,} pairs looked at has a caption, but {', '.join(readers)} read one:"
+            " if no pair has one, the training is refused"
         )
 
 

@@ -40,7 +40,7 @@ from clip_cid.training.assemble import (
     refuse_too_many_labels,
     split_off,
 )
-from clip_cid.training.join import plain_pairs, read_kept
+from clip_cid.training.join import plain_pairs, read_kept, refuse_readers_of_captions
 from clip_cid.training.kept_texts import text_tower_reference
 from clip_cid.training.optimizer import refuse_long_warmup
 from clip_cid.training.ranks.distributed import ALONE
@@ -176,7 +176,11 @@ def _different(found: Sequence[ClipCidError]) -> list[ClipCidError]:
 def _check_pairs(folder: RunFolder, recipe: Recipe, found: list[ClipCidError]) -> None:
     """The numbers of a training on all pairs; balance leaves fewer."""
     with noted(found):
-        training = plain_pairs(open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir))
+        pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
+        if not pairs.may_have_captions:
+            with noted(found):
+                refuse_readers_of_captions(recipe, len(pairs))
+        training = plain_pairs(pairs)
         with noted(found):
             training, _ = split_off(training, recipe.distill, ALONE)
         _check_length(recipe.distill, largest_epoch(recipe, len(training)))

@@ -224,15 +224,23 @@ def _check_absent_captions(recipe: Recipe, num_captions: Int[np.ndarray, " rows"
             f"{absent:,} of {len(num_captions):,} pairs have no embedding of a caption.",
             fix="Set pairs.captions: optional, so that they teach the image tower alone.",
         )
-    readers = [
-        loss for loss in rows_of(recipe.distill.weights.switched_on) if loss.reads_captions or loss.reads_teacher_texts
-    ]
-    if absent == len(num_captions) and readers:
+    if absent == len(num_captions):
+        refuse_readers_of_captions(recipe, absent)
+    log.info(f"distill   {absent:,} of {len(num_captions):,} images have no caption and teach the image tower alone")
+
+
+def refuse_readers_of_captions(recipe: Recipe, pairs: int) -> None:
+    """For pairs without a single caption.
+
+    Raises:
+        DataError: A loss reads captions, or the teacher's embeddings of them.
+    """
+    losses = rows_of(recipe.distill.weights.switched_on)
+    if readers := [loss.name for loss in losses if loss.reads_captions or loss.reads_teacher_texts]:
         raise DataError(
-            f"None of {absent:,} pairs has a caption, but {', '.join(loss.name for loss in readers)} read one.",
+            f"None of {pairs:,} pairs has a caption, but {', '.join(readers)} read one.",
             fix="Set the weights of these losses to 0; cluster_cls, cluster_kl and cosine_image need no caption.",
         )
-    log.info(f"distill   {absent:,} of {len(num_captions):,} images have no caption and teach the image tower alone")
 
 
 def _compare_captions(

@@ -407,6 +407,26 @@ def test_embeddings_without_texts_do_not_serve_a_loss_that_reads_them(case: Case
     assert "best_caption needs embeddings of captions" in error.value.problem
 
 
+def test_images_alone_do_not_serve_losses_that_read_captions(case: Case, tmp_path: Path):
+    (tmp_path / "alone").mkdir()
+    for image in (case.path / "pairs").glob("*.png"):
+        (tmp_path / "alone" / image.name).write_bytes(image.read_bytes())
+    pairs = {"source": [str(tmp_path / "alone")], "captions": "optional"}
+    recipe = case.recipe(pairs=pairs)
+    with pytest.raises(
+        DataError, match=r"None of 40 pairs has a caption, but clip, instance_image, instance_text read"
+    ):
+        check(RunFolder(tmp_path / "new"), recipe)
+
+    for image in (tmp_path / "alone").glob("*.png"):
+        image.with_suffix(".txt").write_text(" ")  # that nothing is in it, only reading tells
+    of_images = {"weights": {"clip": 0, "instance_image": 0, "instance_text": 0, "cluster_cls": 1, "cluster_kl": 1}}
+    says = "none of the 40 pairs looked at has a caption, but clip, instance_image, instance_text read one"
+    assert says in " ".join(check(RunFolder(tmp_path / "new"), recipe).warnings)
+    told = check(RunFolder(tmp_path / "new"), case.recipe(pairs=pairs, distill=of_images)).warnings
+    assert "looked at has a caption" not in " ".join(told)
+
+
 def test_all_that_does_not_fit_is_listed_at_once(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     recipe = case.recipe(
         cluster={"num_centers": 5_000_000},

@@ -292,6 +292,10 @@ class PairIndex:
         for shard in range(len(self.batches)):
             yield self.batch(shard).column("key_hash").to_numpy()
 
+    def may_have_captions(self) -> bool:
+        """Whether a row has no problem, and so files or cells with captions, which may still be empty."""
+        return any(self.batch(shard).column("problem").null_count for shard in range(len(self.batches)))
+
     def known_bad(self, index: Path | None, *, captions_are_optional: bool) -> dict[int, str]:
         """Rows that cannot be used, and why, as the index alone shows; the list is kept in the folder `index`."""
         if index is None:

@@ -22,6 +22,8 @@ def near_file(path: str, name: str) -> str:
     """
     if _ADDRESS.match(name):
         return "it is an address: fetch the image first, or give tars"
+    if os.path.islink(path):
+        return f"it is a link to {os.readlink(path)!r}"
     for other in _simple_changes(path):
         if os.path.isfile(other):
             return f"but {_from(other, path)!r} is there"

@@ -59,6 +59,11 @@ class Pairs:
         """Whether a pair may be an image alone."""
         return self._settings.captions_are_optional
 
+    @property
+    def may_have_captions(self) -> bool:
+        """Whether the index leaves it open that a pair has a caption."""
+        return self._index.may_have_captions()
+
     def key(self, row: int) -> str:
         return self._index.key(self._checked(row))
 

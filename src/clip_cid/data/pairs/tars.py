@@ -169,7 +169,8 @@ def _row(key: str, problem: str | None, members: dict[str, tarfile.TarInfo]) -> 
     image = next((members[extension] for extension in EXTENSIONS if extension in members), None)
     text, described = members.get("txt"), members.get("json")
     if image is None:
-        problem = f"no image (.{', .'.join(EXTENSIONS)})"
+        holds = ", ".join(f".{extension}" for extension in members)
+        problem = f"no image (holds {holds}; images are .{', .'.join(EXTENSIONS)})"
     elif text is None and described is None:
         problem = problem or f"{NO_CAPTION} (.txt or .json)"
 

@@ -53,6 +53,13 @@ class SampleSummary:
     sets: dict[str, int]
     """Labelled set -> its number of classes."""
 
+    def __str__(self) -> str:
+        sets = ", ".join(f"{name} ({classes:,} classes)" for name, classes in self.sets.items())
+        return (
+            f"{self.pairs:,} pairs: {self.originals:,} scenes, {self.perceptual:,} times one saved again and"
+            f" {self.semantic:,} times one drawn anew; {self.heldout:,} more in heldout; labelled sets {sets}"
+        )
+
 
 @dataclass(frozen=True)
 class _Entry:

@@ -60,6 +60,13 @@ def test_the_file_that_was_meant_is_told(tmp_path: Path, on_disk: str, named: st
     assert reason_kind(error.value.reason) == "image ... cannot be read"
 
 
+def test_a_link_that_leads_nowhere_is_told(tmp_path: Path):
+    pairs = pairs_of(tmp_path, [], "image,caption\n1.jpg,a dog\n")
+    (tmp_path / "1.jpg").symlink_to("/gone/1.jpg")
+    with pytest.raises(BadSample, match=r"it is a link to '/gone/1\.jpg'"):
+        pairs.read(0)
+
+
 def test_of_two_files_that_look_alike_none_is_told(tmp_path: Path):
     pairs = pairs_of(tmp_path, ["01.jpg", "001.jpg"], "image,caption\n1,a\n")
     with pytest.raises(BadSample, match="No such file or directory"):

@@ -49,7 +49,10 @@ def json_rows(path: Path) -> Generator[dict[str, Any]]:
         text = line.removeprefix(_MARK).decode(errors="surrogateescape")
         try:
             fields = json.loads(text, parse_constant=lambda name: None)  # NaN, as pandas has it for no value
-        except (ValueError, RecursionError) as error:
+        except json.JSONDecodeError as error:
+            problem = f"no JSON object ({error.msg} at character {error.pos + 1:,})"
+            raise TableFault(number, problem, fix=_FIX) from error
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, or too deep
             raise TableFault(number, f"no JSON object ({error})", fix=_FIX) from error
         if not isinstance(fields, dict):
             raise TableFault(number, f"{_KINDS.get(type(fields), 'a text')}, not a JSON object", fix=_FIX)

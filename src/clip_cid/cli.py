@@ -239,6 +239,8 @@ def _commands(arguments: Sequence[str] = ()) -> dict[str, Callable[..., Any]]:
         "review": review,
         "join": join,
         "ablate": ablate,
+        "compare": compare,
+        "sets": sets,
         "export": export,
         "push": push,
         "init": init,
@@ -693,6 +695,42 @@ def ablate(
     start = runs.preview if dry_run else runs.run
     with _pipes(allow_pipe), os_errors.explained(out, kept="Finished runs are kept."):
         start(plan, page, out, seeds=seeds)
+    return 0
+
+
+def compare(
+    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN ...")],
+    out: Path = Path("comparison"),
+    common: bool = False,
+) -> int:
+    """Compare the models of several runs on one page: scores with paired intervals, cost, training curves.
+
+    The first model is the one that all others are compared with. Nothing is measured again. Intervals are paired
+    where the records show that the images are the same.
+
+    Args:
+        runs: Run folders, or folders that `clip-cid evaluate --model` made; their evaluations must have finished.
+        out: The folder of compare.html, compare.csv and compare.json.
+        common: Leave out the sets that some of them lack, and list them. Without it they are refused.
+    """
+    os_errors.refuse_address(out)
+    extras.require("compare", extras.EVALUATE, extras.REPORT)
+    from clip_cid.report.comparison.page import compare as write
+
+    with os_errors.explained(out):
+        log.say(write(runs, out, common=common))
+    return 0
+
+
+def sets(group: Positional[Literal["clip", "datacomp"]] = "clip") -> int:
+    """List the evaluation sets that have names: CLIP's with the shifted ImageNets, or DataComp's 38.
+
+    Args:
+        group: Which list. Of DataComp's it says how each is measured here, and what is missing.
+    """
+    from clip_cid.data.sets.groups import table_of
+
+    log.table(*table_of(group))
     return 0
 
 

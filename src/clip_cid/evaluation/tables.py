@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clip_cid.evaluation.protocols import RETRIEVAL
+from clip_cid.data.sets.known_sets import find_known_set, known_sets
+from clip_cid.evaluation.protocols import RETRIEVAL, ZERO_SHOT
 from clip_cid.evaluation.scores import Difference, GroupMean, Score, TaskSummary
 
 MEAN_RECALL = "mean_recall"
@@ -24,6 +25,27 @@ class Group:
     def title(self, measured: int) -> str:
         """`mean of 11/14`, never only `mean`."""
         return f"mean of {measured}/{self.of}" + (f" ({self.name})" if self.name else "")
+
+
+def groups_of(task: str, names: Sequence[str]) -> list[Group]:
+    """The sets whose scores may be averaged: CLIP's, the shifted ImageNets (test images only), all others."""
+    others = tuple(name for name in names if find_known_set(name) is None)
+    shifted = tuple(name for name in names if is_shifted(name))
+    clip = tuple(name for name in names if name not in {*others, *shifted})
+    of_shifted = sum(entry.shifted for entry in known_sets().values())
+
+    groups = [Group("CLIP's sets", clip, len(known_sets()) - of_shifted)] if clip else []
+    if others:
+        groups.append(Group("other sets" if clip or shifted else "", others, len(others)))
+    if shifted and task == ZERO_SHOT:
+        groups.append(Group("shifted ImageNets", shifted, of_shifted))
+    return groups
+
+
+def is_shifted(name: str) -> bool:
+    """Whether this is one of the five robustness sets."""
+    entry = find_known_set(name)
+    return entry is not None and entry.shifted
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from clip_cid import engine, log, units
 from clip_cid.data.pairs.pairs import open_pairs
 from clip_cid.data.pairs.sources import find_sources
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, MissingSetError, open_set
-from clip_cid.data.sets.known_sets import IMAGENET, few, find_known_set, known_sets
+from clip_cid.data.sets.known_sets import IMAGENET, few
 from clip_cid.data.sets.readers import tars
 from clip_cid.errors import DataError
 from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
@@ -30,7 +30,7 @@ from clip_cid.evaluation.printed_tables import (
 from clip_cid.evaluation.protocols import PROTOCOLS, RETRIEVAL, ZERO_SHOT
 from clip_cid.evaluation.results import Results
 from clip_cid.evaluation.scores import RESULTS, STUDENT, Difference, Score, read_scores
-from clip_cid.evaluation.tables import Group, Table, retrieval_table, score_table
+from clip_cid.evaluation.tables import Group, Table, groups_of, is_shifted, retrieval_table, score_table
 from clip_cid.models.costs import cost_key, measure_cost
 from clip_cid.models.device import resolve_device
 from clip_cid.models.loading import load_clip
@@ -165,7 +165,7 @@ def _open_all(recipe: Recipe, digest_of: Callable[[Path], str]) -> _Sets:
         except MissingSetError as error:
             _leave_out(sets, name, error)
             continue
-        if trained and "train" not in labelled.splits and not _is_shifted(name):
+        if trained and "train" not in labelled.splits and not is_shifted(name):
             log.warn(f"{name}: no train split at {where}, so no linear probe and no neighbors on it")
         sets.labelled.append(labelled)
 
@@ -325,27 +325,6 @@ def _cost(encoder: Encoder, folder: RunFolder) -> ModelCost:
     return measure_cost(encoder.name, encoder.clip, weights=encoder.digest)
 
 
-def _groups(task: str, recipe: Recipe) -> list[Group]:
-    """The sets whose scores may be averaged: CLIP's, the shifted ImageNets (test images only), all others."""
-    named = list(recipe.evaluate.sets)
-    others = tuple(name for name in named if find_known_set(name) is None)
-    shifted = tuple(name for name in named if _is_shifted(name))
-    clip = tuple(name for name in named if name not in {*others, *shifted})
-    of_shifted = sum(entry.shifted for entry in known_sets().values())
-
-    groups = [Group("CLIP's sets", clip, len(known_sets()) - of_shifted)] if clip else []
-    if others:
-        groups.append(Group("other sets" if clip or shifted else "", others, len(others)))
-    if shifted and task == ZERO_SHOT:
-        groups.append(Group("shifted ImageNets", shifted, of_shifted))
-    return groups
-
-
-def _is_shifted(name: str) -> bool:
-    entry = find_known_set(name)
-    return entry is not None and entry.shifted
-
-
 def _tables(results: Results, sets: _Sets, recipe: Recipe) -> dict[str, Table]:
     """One table for each protocol the recipe asks for, with the models' differences."""
     settings, scores = recipe.evaluate, results.scores
@@ -355,7 +334,7 @@ def _tables(results: Results, sets: _Sets, recipe: Recipe) -> dict[str, Table]:
         if task == RETRIEVAL or not getattr(settings, task):
             continue
         missing = sets.reasons(task) | (untrained if protocol.needs_training_images else {})
-        if groups := _groups(task, recipe):
+        if groups := groups_of(task, list(recipe.evaluate.sets)):
             gaps = _differences(results, task, groups, recipe)
             tables[task] = score_table(scores, task, groups=groups, missing=missing, differences=gaps)
     if settings.retrieval:

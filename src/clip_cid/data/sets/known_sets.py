@@ -72,13 +72,15 @@ def known_sets() -> dict[str, KnownSet]:
 
 def find_known_set(name: str) -> KnownSet | None:
     """The known set of a name in any spelling (`wds/vtab/cifar10`, `CIFAR-10`); None for a user's own set."""
-    plain = spelled(name)
-    for prefix in ("wds", "vtab"):
-        plain = plain.removeprefix(prefix)
     names = {
         spelled(alias): known for known in known_sets().values() for alias in (known.key, known.title, *known.aliases)
     }
-    return names.get(plain)
+    return names.get(without_prefixes(name))
+
+
+def without_prefixes(name: str) -> str:
+    """A name as `spelled`, without what CLIP_benchmark puts before it."""
+    return spelled(name).removeprefix("wds").removeprefix("vtab")
 
 
 def metric_of(name: str) -> MetricName:

@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # The tests of numbers: what another processor's kernels could change.
 NUMBERS := tests/golden tests/properties tests/unit/method tests/unit/evaluation tests/unit/training
 
-.PHONY: help setup quick test test-elsewhere faults check format docs release-check demo clean
+.PHONY: help setup quick test test-elsewhere faults device-check check format docs release-check demo clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -38,6 +38,9 @@ SEED ?= 0
 
 faults: setup  ## kill commands at file operations, let these fail, cut the power, damage files: hours
 	$(BIN)/python tests/faults --kills $(KILLS) --kills-in-time $(KILLS) --power-cuts $(KILLS) --failures $(KILLS) --mutants $(MUTANTS) --seed $(SEED)
+
+device-check: setup  ## on a machine with a CUDA device: tests, results beside the CPU's, speed (eight minutes)
+	$(BIN)/python benchmarks/device_check.py
 
 check: setup  ## format, lint, types, and who imports whom
 	$(BIN)/ruff format --check $(SOURCES)

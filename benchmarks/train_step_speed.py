@@ -25,7 +25,7 @@ import statistics
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -244,13 +244,8 @@ class _Rows:
         return self._rows
 
 
-def main(options: Options) -> None:
-    """Measure, print a table and write the numbers."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    names = ["open_clip", "open_clip, fused", "clip", "clip-cid", "best", "best, bank", "clip-cid, all centers"]
-    names += ["clip, in 4 pieces"]
-    names += ["online teacher"] if options.teacher else []
+def interleaved(options: Options, names: Sequence[str]) -> dict[str, list[float]]:
+    """Seconds a step of each variant in each round; the variants take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))
@@ -261,16 +256,29 @@ def main(options: Options) -> None:
                 began = time.perf_counter()
                 bench.run(name)
                 seconds[name].append((time.perf_counter() - began) / options.steps)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
+    """The median of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+
+def main(options: Options) -> None:
+    """Measure, print a table and write the numbers."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    names = ["open_clip", "open_clip, fused", "clip", "clip-cid", "best", "best, bank", "clip-cid, all centers"]
+    names += ["clip, in 4 pieces"]
+    names += ["online teacher"] if options.teacher else []
+    seconds = interleaved(options, names)
     print(
         f"\nbatch {options.batch}, {options.student}, width {options.dim}, K = {options.centers:,}, {options.precision}"
     )
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.device}, {options.rounds} rounds\n")
     print("| variant | ms a step | / clip | / open_clip |\n|---|---|---|---|")
     for name in names:
-        ratios = [
-            statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
-            for base in ("clip", "open_clip")
-        ]
+        ratios = [ratio(seconds, name, base) for base in ("clip", "open_clip")]
         print(f"| {name} | {1000 * statistics.median(seconds[name]):.1f} | {ratios[0]:.3f} | {ratios[1]:.3f} |")
     if options.out is not None:
         options.out.write_text(json.dumps({"options": str(options), "seconds": seconds}, indent=1))

@@ -285,6 +285,7 @@ def make_model(settings: DistillConfig, *, patch_dropout: float = 0.0, ranks: Ra
         bank_scale=settings.bank_scale,
         share_scale=settings.share_scale,
         stored_texts=settings.keeps_text_tower,
+        precision=settings.loss_precision,
     )
     bias = settings.weights.any_reads("logit_bias")
     student = make_student(seed=settings.seed, patch_dropout=patch_dropout, with_bias=bias)

@@ -42,6 +42,7 @@ _ADDED = {
         "bank_size",
         "bank_scale",
         "weigh_gradients_every",
+        "loss_precision",
     ),
 }
 """Settings that came after runs were made. At their defaults, which must therefore stay, they change nothing: left

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _LEAST_STEP, _SIZES = 32, 8
+_ADDS_IN_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype")  # from torch 2.8 on CUDA multiplies bfloat16 into float32
 
 
 class LeftRows:
@@ -24,23 +25,41 @@ class LeftRows:
     Only the library differs from `rows @ others.T`, and only the type and the device choose it: equal inputs
     give equal bits for a number of threads (docs/decisions.md, D33). oneDNN keeps a kernel of more than half
     a MB for every shape, so rows are padded with zeros to a few shapes.
+
+    Args:
+        rows: Floats.
+        rounded_to: A type of less precision to which both sides are rounded before they are multiplied; products and
+            sums are in float32.
     """
 
-    def __init__(self, rows: Float[Tensor, "rows dim"]) -> None:
-        self._count = len(rows)
+    def __init__(self, rows: Float[Tensor, "rows dim"], *, rounded_to: torch.dtype | None = None) -> None:
+        self._count, self._rounded_to = len(rows), rounded_to
+        rows = self._rounded(rows)
         self._rows = _in_room(rows).to_mkldnn() if _by_onednn(rows) else rows
 
     def times(self, others: Float[Tensor, "others dim"]) -> Float[Tensor, "rows others"]:
         """Each row with each of the others."""
+        others = self._rounded(others)
         if self._rows.is_mkldnn:
             products = F.linear(self._rows, _in_room(others).contiguous()).to_dense()
             return products[: self._count, : len(others)]
+        if self._rows.dtype == self._rounded_to:
+            return torch.mm(self._rows, others.T, out_dtype=torch.float32)
         return self._rows @ others.T
 
+    def _rounded(self, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
+        if self._rounded_to is None:
+            return rows
+        rounded = rows.to(self._rounded_to)
+        # Elsewhere the product of rounded values is computed in float32: the same number, and not faster.
+        return rounded if rows.device.type == "cuda" and _ADDS_IN_FLOAT32 else rounded.float()
 
-def product(left: Float[Tensor, "n k"], right: Float[Tensor, "k m"]) -> Float[Tensor, "n m"]:
-    """`left @ right`."""
-    return LeftRows(left).times(right.T)
+
+def product(
+    left: Float[Tensor, "n k"], right: Float[Tensor, "k m"], *, rounded_to: torch.dtype | None = None
+) -> Float[Tensor, "n m"]:
+    """`left @ right`; `rounded_to` as in `LeftRows`."""
+    return LeftRows(left, rounded_to=rounded_to).times(right.T)
 
 
 def _by_onednn(rows: Tensor) -> bool:

@@ -343,6 +343,7 @@ def make_objective(
             bank_scale=settings.bank_scale,
             share_scale=settings.share_scale,
             stored_texts=settings.keeps_text_tower,
+            precision=settings.loss_precision,
         )
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from clip_cid.method.devices import Copies, is_at_hand
+from clip_cid.method.distill.arithmetic import Arithmetic
 from clip_cid.method.distill.running_sums import Comparison, LogSum
 from clip_cid.method.products import LeftRows, product
 
@@ -50,6 +51,7 @@ class PassSettings:
     soft: SoftCenters | None
     group: dist.ProcessGroup | None
     block_centers: int
+    arithmetic: Arithmetic
     near: "NearCenters | None" = None
     """Centers that are no negatives."""
 
@@ -126,7 +128,8 @@ def blocks(
 ) -> Iterator[Block]:
     """The centers in blocks, each with its logits and, if `gap` is given, its gaps."""
     scaled = settings.scale * student
-    rows = LeftRows(scaled if gap is None else torch.cat([scaled, gap]))  # one product reads the centers once
+    both = scaled if gap is None else torch.cat([scaled, gap])  # one product reads the centers once
+    rows = LeftRows(both, rounded_to=settings.arithmetic.rounded_to)
 
     for start in range(0, len(centers), settings.block_centers):
         columns = slice(start, min(start + settings.block_centers, len(centers)))
@@ -146,10 +149,12 @@ class SoftmaxMean:
 
     Args:
         like: The rows.
+        arithmetic: Of the mean.
         with_mean: Whether the mean is added up too.
     """
 
-    def __init__(self, like: Float[Tensor, "batch dim"], *, with_mean: bool) -> None:
+    def __init__(self, like: Float[Tensor, "batch dim"], arithmetic: Arithmetic, *, with_mean: bool) -> None:
+        self._rounded_to = arithmetic.rounded_to
         self.sums = LogSum.empty(len(like), like.device)
         self._total = torch.zeros_like(like) if with_mean else None
 
@@ -162,7 +167,7 @@ class SoftmaxMean:
         """The logits are overwritten; `largest` as in `LogSum.add`."""
         rescale = self.sums.add(logits, largest)
         if self._total is not None:
-            self._total.mul_(rescale).add_(product(logits, centers))
+            self._total.mul_(rescale).add_(product(logits, centers, rounded_to=self._rounded_to))
 
     def finish(self, group: dist.ProcessGroup | None) -> Float64[Tensor, " batch"]:
         """The logarithm of the sum of exp(logit) over all ranks."""
@@ -190,9 +195,14 @@ class _Divergence:
     """
 
     def __init__(
-        self, like: Float[Tensor, "batch dim"], reference: Float[Tensor, " batch"], *, with_gradient: bool
+        self,
+        like: Float[Tensor, "batch dim"],
+        reference: Float[Tensor, " batch"],
+        arithmetic: Arithmetic,
+        *,
+        with_gradient: bool,
     ) -> None:
-        self.sums = Comparison(reference)
+        self.sums, self._rounded_to = Comparison(reference, arithmetic), arithmetic.rounded_to
         self._total = torch.zeros_like(like) if with_gradient else None
 
     def add(self, logits: Float[Tensor, "batch some"], block: Block) -> None:
@@ -200,7 +210,8 @@ class _Divergence:
         excess, rescale = self.sums.add(logits, cast(Tensor, block.gaps))
         if self._total is not None:
             dtype = self._total.dtype
-            self._total.mul_(rescale.to(dtype)).add_(product(excess.to(dtype), block.centers))
+            term = product(excess.to(dtype), block.centers, rounded_to=self._rounded_to)
+            self._total.mul_(rescale.to(dtype)).add_(term)
 
     def finish(self, group: dist.ProcessGroup | None) -> Comparison:
         top_here = self.sums.top
@@ -266,12 +277,12 @@ class CenterPass:
         # What is added up: the negatives for the cross entropy, all centers for the divergence if these and the own one
         # are not its softmax, and the teacher's side.
         one_softmax = settings.one_softmax and settings.near is None and labels.shape[1] == 1
-        self._others = SoftmaxMean(student, with_mean=with_gradient)
-        self._student = None if one_softmax else SoftmaxMean(student, with_mean=with_gradient)
+        self._others = SoftmaxMean(student, settings.arithmetic, with_mean=with_gradient)
+        self._student = None if one_softmax else SoftmaxMean(student, settings.arithmetic, with_mean=with_gradient)
         self._divergence = None
         if gap is not None:
             reference = _mean_gap(student, centers, labels, gap, settings)
-            self._divergence = _Divergence(student, reference, with_gradient=with_gradient)
+            self._divergence = _Divergence(student, reference, settings.arithmetic, with_gradient=with_gradient)
 
         # The pass.
         best_other = student.new_full((len(student),), -math.inf)
@@ -356,7 +367,8 @@ class CenterPass:
             exact = torch.zeros_like(student[again])
             settings = replace(self._settings, near=None)  # the divergence reads all centers
             for block in blocks(student[again], centers, labels[again], cast(Tensor, gap)[again], settings):
-                exact += product(cosine_slopes(block, sums, settings, None, one), block.centers)
+                slopes_again = cosine_slopes(block, sums, settings, None, one)
+                exact += product(slopes_again, block.centers, rounded_to=settings.arithmetic.rounded_to)
             reduce_over(self._settings.group, exact, dist.ReduceOp.SUM)
             slopes[again] = exact * self._settings.temperature
         return slopes
@@ -384,18 +396,28 @@ def cosine_slopes(
 def _kl_slopes(block: Block, sums: RowSums, settings: PassSettings) -> Float[Tensor, "batch some"]:
     """Slopes q - p as p expm1(-v) with v = gap - mean + KL.
 
-    v is float64: where p is nearly 1 the gap is nearly the mean.
+    v keeps its digits where p is nearly 1 and the gap is nearly the mean: the mean is not rounded.
     """
     dtype = block.logits.dtype
     logits = block.softened(settings)
     p = (logits + cast(Tensor, block.gaps)).sub_(sums.teacher_sum.to(dtype)[:, None]).exp_()
-    v = cast(Tensor, block.gaps).double().sub_((sums.mean_gap - sums.kl)[:, None])
+    v = _less(cast(Tensor, block.gaps), sums.mean_gap - sums.kl, settings.arithmetic)
 
     far = v < -1  # a student's share of more than e times the teacher's: nothing cancels, and p may be 0
     near = torch.expm1(v.clamp_(min=-1).neg_()).to(dtype).mul_(p)
     if is_at_hand(far) and not bool(far.any()):
         return near
     return torch.where(far, (logits - sums.student_sum.to(dtype)[:, None]).exp_().sub_(p), near)
+
+
+def _less(
+    values: Float[Tensor, "batch some"], of_rows: Float64[Tensor, " batch"], arithmetic: Arithmetic
+) -> Float[Tensor, "batch some"]:
+    """The values of each row less a number of the row, which has more digits than they may have; they are overwritten."""
+    kind = arithmetic.per_logit
+    rounded = of_rows.to(kind)
+    left = values.to(kind).sub_(rounded[:, None])
+    return left if kind == torch.float64 else left.sub_((of_rows - rounded.double()).to(kind)[:, None])
 
 
 def _mean_gap(

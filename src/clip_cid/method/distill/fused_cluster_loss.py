@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
+from clip_cid.method.distill.arithmetic import arithmetic_of
 from clip_cid.method.distill.center_pass import (
     CenterPass,
     PassSettings,
@@ -155,6 +156,8 @@ def cluster_losses(
             near = near_centers(centers.detach().to(rows.dtype), several.long(), ignore_near, group)
 
         correction = None if log_inclusion is None or logq == "none" else log_inclusion.to(rows.dtype)
+        # What soft centers give is a difference of nearly equal numbers.
+        arithmetic = arithmetic_of(rows)
         settings = PassSettings(
             scale=scale,
             temperature=temperature,
@@ -163,6 +166,7 @@ def cluster_losses(
             soft=teacher if isinstance(teacher, SoftCenters) else None,
             group=group,
             block_centers=block_centers or suitable_block(rows, near),
+            arithmetic=arithmetic.unrounded if isinstance(teacher, SoftCenters) else arithmetic,
             near=near,
         )
         weights = centers.to(rows.dtype) if centers.requires_grad else centers
@@ -205,10 +209,11 @@ def soft_centers(
     _check(teacher, centers, None, scale, temperature, elsewhere=False)
     with torch.no_grad(), autocast_off(teacher):
         rows = at_least_float32(teacher)
-        settings = PassSettings(scale / temperature, 1.0, None, None, None, None, suitable_block(rows))
+        arithmetic = arithmetic_of(rows).unrounded
+        settings = PassSettings(scale / temperature, 1.0, None, None, None, None, suitable_block(rows), arithmetic)
         no_labels = rows.new_full((len(rows), 1), -1, dtype=torch.long)
 
-        means = SoftmaxMean(rows, with_mean=True)
+        means = SoftmaxMean(rows, arithmetic, with_mean=True)
         for block in blocks(rows, centers, no_labels, None, settings):
             means.add(block.logits, block.centers)
         log_sum = means.finish(None)
@@ -255,11 +260,12 @@ class _FusedLosses(torch.autograd.Function):
         settings, sums = cast(PassSettings, ctx.settings), cast(RowSums, ctx.sums)
         of_cls, of_kl = (None if grad is None else grad * settings.scale / len(student) for grad in grad_outputs[:2])
         of_kl = None if gap is None else of_kl
+        rounded_to = settings.arithmetic.rounded_to
         to_student, to_centers = torch.zeros_like(student), torch.empty_like(centers)
         for block in blocks(student, centers, labels, None if of_kl is None else gap, settings):
             slopes = cosine_slopes(block, sums, settings, of_cls, of_kl)
-            to_student += product(slopes, block.centers)
-            to_centers[block.columns] = product(slopes.T, student)
+            to_student += product(slopes, block.centers, rounded_to=rounded_to)
+            to_centers[block.columns] = product(slopes.T, student, rounded_to=rounded_to)
         reduce_over(settings.group, to_student, dist.ReduceOp.SUM)
         return to_student, to_centers, None, None, None
 

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from clip_cid.loss_table import Loss, Reading, rows_of
+from clip_cid.method.distill.arithmetic import LossPrecision, loss_precision
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.cluster_distillation import CenterHead, SampledCenters, Shard
 from clip_cid.method.distill.cluster_passes import ClusterPass, passes_of
@@ -82,6 +83,7 @@ class Objective(nn.Module):
             their own.
         stored_texts: Whether the student's text tower is the teacher's, so that its text embeddings are the stored
             ones; `L_clip` is then that of locked-text tuning. `text_tower` in docs/method.md.
+        precision: Of the products in the losses; `loss_precision` in docs/method.md.
 
     Raises:
         ValueError: There are no losses, one is unknown, or what a loss reads is missing or of another width.
@@ -109,6 +111,7 @@ class Objective(nn.Module):
         bank_scale: float = 16.0,
         share_scale: bool = False,
         stored_texts: bool = False,
+        precision: LossPrecision = "auto",
     ) -> None:
         super().__init__()
         self.losses = rows_of(losses)
@@ -119,7 +122,7 @@ class Objective(nn.Module):
         self.sample_rate, self.logq, self.temperature = sample_rate, logq, temperature
         self.ignore_near = ignore_near
         self.teacher_scale, self.affinity_scale, self.bank_scale = teacher_scale, affinity_scale, bank_scale
-        self.stored_texts = stored_texts
+        self.stored_texts, self.precision = stored_texts, precision
         if stored_texts and (alignment != "native" or any(loss.trains_text_only for loss in self.losses)):
             raise ValueError("stored_texts needs alignment native and no loss that trains the text tower alone")
         self._last: dict[str, Tensor] = {}
@@ -203,7 +206,7 @@ class Objective(nn.Module):
         Raises:
             ValueError: What a loss reads is missing.
         """
-        with autocast_off(outputs["image"]):
+        with autocast_off(outputs["image"]), loss_precision(self.precision):
             batch = _Batch(
                 outputs,
                 targets,

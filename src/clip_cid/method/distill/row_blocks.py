@@ -6,13 +6,14 @@ once: the logits are computed once, and used up. What stays in memory is of the 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from clip_cid.method.distill.arithmetic import Arithmetic, arithmetic_of
 from clip_cid.method.products import product
 from clip_cid.method.unit_rows import keep_freed_memory
 
@@ -23,6 +24,9 @@ _LARGEST_EXPONENT = 60.0  # beyond it a weight of the one distribution is nothin
 
 class RowLoss(ABC):
     """What a loss makes of the logits of some rows with all keys."""
+
+    rounds: ClassVar[bool] = True
+    """Whether the rows may be rounded before they are multiplied, as `loss_precision` says."""
 
     @abstractmethod
     def of(
@@ -87,15 +91,16 @@ class _MeanOverRows(torch.autograd.Function):
         to_keys = None
         to_bias = queries.new_zeros(()) if of_bias else None
 
+        rounded_to = arithmetic_of(queries).rounded_to if loss.rounds else None
         scaled = scale * queries
         for rows in _blocks(len(queries), block_rows):
-            logits = product(scaled[rows], keys.T)
+            logits = product(scaled[rows], keys.T, rounded_to=rounded_to)
             own = slice(first + rows.start, first + rows.stop)
             losses[rows], slopes = loss.of(logits if bias is None else logits.add_(bias), rows, own)
             if to_queries is not None:
-                to_queries[rows] = product(slopes, keys)
+                to_queries[rows] = product(slopes, keys, rounded_to=rounded_to)
             if of_keys:
-                term = product(slopes.T, scaled[rows])
+                term = product(slopes.T, scaled[rows], rounded_to=rounded_to)
                 to_keys = term if to_keys is None else to_keys.add_(term)
             if to_bias is not None:
                 to_bias += slopes.sum()
@@ -167,7 +172,8 @@ class Divergence(RowLoss):
         q_j - p_j = p_j \frac{expm1(c - g_j) - E_p[expm1(c - g)]}{1 + E_p[expm1(c - g)]}
 
     In float32 a difference of two log-softmaxes is noise once the divergence is small; here what cancels is of the
-    order of the gaps' spread. Sums of a row are in float64.
+    order of the gaps' spread. Sums of a row are in float64 on the CPU. Products are not rounded: two that are nearly
+    equal, of rows of different widths, are subtracted.
 
     Args:
         queries: The teacher's rows, in the order of the student's.
@@ -175,27 +181,31 @@ class Divergence(RowLoss):
         scale: The teacher's factor from cosines to logits.
     """
 
+    rounds = False
+
     def __init__(
         self, queries: Float[Tensor, "rows teacher"], keys: Float[Tensor, "batch teacher"], scale: Float[Tensor, ""]
     ) -> None:
         self._queries, self._keys = scale.detach() * queries.detach(), keys.detach()
+        self._arithmetic = arithmetic_of(self._keys)
 
     def of(self, logits: Tensor, rows: slice, own: slice) -> tuple[Tensor, Tensor]:
         """See `RowLoss`."""
         teacher = product(self._queries[rows], self._keys.T)
-        p, log_p = _softmax(teacher)
-        q, log_q = _softmax(logits)
+        row_sums = self._arithmetic.row_sums
+        p, log_p = _softmax(teacher, self._arithmetic)
+        q, log_q = _softmax(logits, self._arithmetic)
 
         # The gaps less their mean.
         gaps = teacher.sub_(logits)
-        mean = (p * gaps).sum(dim=1, dtype=torch.float64)
+        mean = row_sums(p * gaps)
         below = gaps.neg_().add_(mean.to(gaps.dtype)[:, None])
         is_near = below.amax(dim=1) <= _LARGEST_EXPONENT
 
         # Its terms, which are small where the two are near.
-        shift = (p * below).sum(dim=1, dtype=torch.float64)
+        shift = row_sums(p * below)
         terms = below.clamp_(max=_LARGEST_EXPONENT).expm1_().mul_(p)
-        excess = terms.sum(dim=1, dtype=torch.float64)
+        excess = row_sums(terms)
 
         losses = torch.where(is_near, excess.log1p() - shift, mean + log_q - log_p).clamp_(min=0)
         rate, whole = (value.to(p.dtype)[:, None] for value in (excess, 1 + excess))
@@ -203,12 +213,14 @@ class Divergence(RowLoss):
         return losses.to(p.dtype), slopes
 
 
-def _softmax(logits: Float[Tensor, "some batch"]) -> tuple[Float[Tensor, "some batch"], Float64[Tensor, " some"]]:
+def _softmax(
+    logits: Float[Tensor, "some batch"], arithmetic: Arithmetic
+) -> tuple[Float[Tensor, "some batch"], Float64[Tensor, " some"]]:
     """The distribution of each row, and the logarithm of its sum of exponentials."""
     top = logits.amax(dim=1, keepdim=True)
     weights = (logits - top).exp_()
-    total = weights.sum(dim=1, keepdim=True, dtype=torch.float64)
-    return weights.div_(total.to(weights.dtype)), (top.double() + total.log())[:, 0]
+    total = arithmetic.row_sums(weights)
+    return weights.div_(total.to(weights.dtype)[:, None]), top[:, 0].double() + total.log()
 
 
 def _softplus(values: Tensor) -> Tensor:

@@ -8,6 +8,10 @@ import torch.distributed as dist
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from clip_cid.method.distill.arithmetic import Arithmetic
+
+_FAR = 30.0  # beyond it -1 is nothing beside the exponential
+
 
 @dataclass
 class LogSum:
@@ -58,15 +62,16 @@ class Comparison:
 
     for any c, here one near the mean gap. In float32 a difference of two log-softmaxes is wrong by 0.6 % to
     several times the value once the divergence is below 1e-3. Here the terms that cancel are of the order of
-    the gaps' spread. They are summed in float64, from the same weights on both sides.
+    the gaps' spread. They come from the same weights on both sides.
 
     Args:
         reference: c of each row.
+        arithmetic: Of each logit; sums over blocks are in float64.
     """
 
-    def __init__(self, reference: Float[Tensor, " batch"]) -> None:
+    def __init__(self, reference: Float[Tensor, " batch"], arithmetic: Arithmetic) -> None:
         rows, device = len(reference), reference.device
-        self._reference = reference
+        self._reference, self._arithmetic = reference, arithmetic
         self.top: Float64[Tensor, " batch"] = _filled(rows, -math.inf, device)
         self.total: Float64[Tensor, " batch"] = _filled(rows, 0.0, device)
         self._gap: Float64[Tensor, " batch"] = _filled(rows, 0.0, device)
@@ -74,7 +79,7 @@ class Comparison:
 
     def add(
         self, logits: Float[Tensor, "batch some"], gaps: Float[Tensor, "batch some"]
-    ) -> tuple[Float64[Tensor, "batch some"], Float64[Tensor, "batch 1"]]:
+    ) -> tuple[Float[Tensor, "batch some"], Float64[Tensor, "batch 1"]]:
         """Add a block, which is overwritten.
 
         Returns:
@@ -83,14 +88,23 @@ class Comparison:
         highest = torch.maximum(self.top, logits.amax(dim=1).double())
         rescale = torch.where(self.total > 0, (self.top - highest).exp(), 0.0)
 
-        # In float64: a center that weighs e^-90 in p may weigh much in q.
-        weights = logits.double().sub_(highest[:, None]).exp_()
-        below = gaps.neg_().add_(self._reference[:, None]).double()  # c - g
+        kind, row_sums = self._arithmetic.per_logit, self._arithmetic.row_sums
+        shifted = logits.to(kind).sub_(highest.to(kind)[:, None])
+        below = gaps.neg_().add_(self._reference[:, None]).to(kind)  # c - g
 
-        self.top, self.total = highest, self.total * rescale + weights.sum(dim=1)
-        self._gap = self._gap * rescale - torch.linalg.vecdot(weights, below)
-        excess = below.expm1_().mul_(weights)
-        self._excess = self._excess * rescale + excess.sum(dim=1)
+        # A center that weighs e^-90 in p, which is nothing in float32, may weigh much in q.
+        far = None
+        if kind != torch.float64:
+            far = torch.where(below > _FAR, (shifted + below).exp_(), 0.0)
+
+        weights = shifted.exp_()
+        self.top, self.total = highest, self.total * rescale + row_sums(weights)
+        self._gap = self._gap * rescale - torch.linalg.vecdot(weights, below).double()
+        if far is None:
+            excess = below.expm1_().mul_(weights)
+        else:
+            excess = torch.where(far > 0, far, below.clamp_(max=_FAR).expm1_().mul_(weights))
+        self._excess = self._excess * rescale + row_sums(excess)
         return excess, rescale[:, None]
 
     def across(self, group: dist.ProcessGroup | None) -> None:

@@ -25,10 +25,10 @@ from balance_memory import status
 from clip_cid import cli
 from clip_cid.method.balance import near_pairs
 from clip_cid.method.balance.forest import Links
-from clip_cid.method.balance.jobs import Context
 from clip_cid.method.balance.pair_plan import Plan, lay_out
 from clip_cid.method.balance.prepared_rows import PreparedRows
 from clip_cid.method.distances import squared_distances
+from clip_cid.method.jobs import Context
 from clip_cid.method.unit_rows import UnitRows
 
 _GROUP, _BLOCK = 5, 1 << 16  # rows; of groups

@@ -24,6 +24,7 @@ def run_tasks(
     on_done: Callable[[Task], Any],
     leaves: Callable[[Task], Path] | None = None,
     gpus: int = 0,
+    stay: bool = False,
 ) -> None:
     """Do every task, in any order. The first error stops those that have not begun, and is raised unchanged.
 
@@ -38,12 +39,14 @@ def run_tasks(
         leaves: The file or folder that a task leaves. On a cluster a task counts as done when this host sees it: a
             host that has looked for a file before may remember for a minute that it is not there.
         gpus: That a task needs, on a cluster; without any it takes one core.
+        stay: Of this machine, the processes wait for the next such call, until `released`: for many short calls. Those
+            of a cluster always do.
 
     Raises:
         ClipCidError: As a task raised it; or processes died, or the cluster cannot be used.
     """
     if machine.ray is None:
-        on_this_machine.run_tasks(tasks, begin, processes=processes, on_done=on_done)
+        on_this_machine.run_tasks(tasks, begin, processes=processes, on_done=on_done, stay=stay)
         return
     from clip_cid import ray_tasks
 
@@ -52,10 +55,11 @@ def run_tasks(
 
 @contextlib.contextmanager
 def released(machine: MachineConfig) -> Generator[None]:
-    """Around a stage: when it ends, the cluster's processes that worked for it end, too."""
+    """Around a stage: when it ends, the processes that worked for it end, too."""
     try:
         yield
     finally:
+        on_this_machine.end_workers()
         if machine.ray is not None:
             from clip_cid import ray_tasks
 

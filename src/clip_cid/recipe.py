@@ -779,12 +779,12 @@ class MachineConfig(Config):
     distance_block: PositiveInt = 4096
     """Removed images in a batch that draw compares with the centers."""
     balance_processes: NonNegativeInt = 0
-    """Processes that share the balance's tasks. 0 is one for each core where the work is expected
-    to be long, else one."""
+    """Processes that share the tasks of balance and cluster. 0 is one for each core where the work is
+    expected to be long (for cluster as far as their memory goes), else one."""
     ray: str | None = None
-    """A Ray cluster that does the tasks of embed, balance and evaluate: HOST:PORT, or auto for the
-    one of this host. Every node must see the run folder and the pairs at the same path. When absent:
-    processes of this machine. Needs `pip install "clip-cid[ray]"`; docs/scale.md starts a cluster."""
+    """A Ray cluster that does the tasks of embed, balance, cluster and evaluate: HOST:PORT, or auto for
+    the one of this host. Every node must see the run folder and the pairs at the same path. When
+    absent: processes of this machine. Needs `pip install "clip-cid[ray]"`; docs/scale.md starts a cluster."""
     micro_batch: PositiveInt | None = None
     """Pairs of a step that are in the student at once, for batches that do not fit into memory. The
     gradient is that of the whole batch; a step takes about a third longer."""

@@ -3,6 +3,8 @@
 A task is small and pure, and leaves a file of its own: whole, or not at all.
 """
 
+import functools
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -25,11 +27,18 @@ Task = TypeVar("Task")
 DoTask = Callable[[Any], None]
 """Does a task and leaves its file."""
 
-_do_task: DoTask | Exception | None = None  # of a worker process: what `begin` returned or raised
+_calls = itertools.count()
+_waiting: tuple[int, ProcessPoolExecutor] | None = None  # how many processes, and those that wait for the next call
+_opened: tuple[int, DoTask] | None = None  # of a worker process: the call, and what `begin` returned
 
 
 def run_tasks(
-    tasks: Sequence[Task], begin: Callable[[], DoTask], *, processes: int, on_done: Callable[[Task], Any]
+    tasks: Sequence[Task],
+    begin: Callable[[], DoTask],
+    *,
+    processes: int,
+    on_done: Callable[[Task], Any],
+    stay: bool = False,
 ) -> None:
     """Do every task, in any order, on this machine.
 
@@ -38,6 +47,7 @@ def run_tasks(
         begin: Opens what the tasks read and returns the function that does one; it must be picklable.
         processes: With 1 the tasks are done in this process; with more, each process has one thread.
         on_done: Called in this process with each finished task.
+        stay: The processes wait for the next such call, until `end_workers`: for many short calls.
 
     Raises:
         RunError: Memory ran out in a process, or it died, most often for the same reason.
@@ -49,11 +59,11 @@ def run_tasks(
             on_done(task)
         return
 
-    pool = ProcessPoolExecutor(
-        min(processes, len(tasks)), multiprocessing.get_context("spawn"), initializer=_begin, initargs=(begin,)
-    )
+    pool = _pool(processes) if stay else _new_pool(min(processes, len(tasks)))
+    done = False
     try:
-        _drain(pool, list(tasks), 2 * processes, on_done)
+        _drain(pool, functools.partial(_do, next(_calls), pickle.dumps(begin)), list(tasks), 2 * processes, on_done)
+        done = True
     except (BrokenProcessPool, MemoryError) as error:
         died = "a worker process died, probably because memory ran out."
         raise RunError(
@@ -61,7 +71,33 @@ def run_tasks(
             fix="Run the same command again (finished tasks are kept), with a smaller machine.balance_processes.",
         ) from error
     finally:
+        if not stay:
+            pool.shutdown(wait=True, cancel_futures=True)
+        elif not done:
+            end_workers()
+
+
+def end_workers() -> None:
+    """End the processes that wait for the next call, if there are any."""
+    global _waiting
+    if _waiting is not None:
+        _, pool = _waiting
+        _waiting = None
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    """So many processes that stay: those of an earlier call, or new ones."""
+    global _waiting
+    if _waiting is not None and _waiting[0] != processes:
+        end_workers()
+    if _waiting is None:
+        _waiting = processes, _new_pool(processes)
+    return _waiting[1]
+
+
+def _new_pool(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_begin)
 
 
 def available_cores() -> int:
@@ -98,14 +134,20 @@ def peak_memory(whose: int = resource.RUSAGE_SELF) -> float:
     return resource.getrusage(whose).ru_maxrss * unit
 
 
-def _drain(pool: ProcessPoolExecutor, tasks: list[Any], ahead: int, on_done: Callable[[Any], Any]) -> None:
+def _drain(
+    pool: ProcessPoolExecutor,
+    do: Callable[[Any], None],
+    tasks: list[Any],
+    ahead: int,
+    on_done: Callable[[Any], Any],
+) -> None:
     """Hand out a few tasks at a time, so that an error or an interrupt stops the rest."""
     tasks.reverse()
     running: dict[Future[None], Any] = {}
     while tasks or running:
         while tasks and len(running) < ahead:
             task = tasks.pop()
-            running[pool.submit(_do, task)] = task
+            running[pool.submit(do, task)] = task
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in finished:
             future.result()
@@ -121,22 +163,19 @@ def sendable(error: Exception) -> Exception:
     return error
 
 
-def _begin(begin: Callable[[], DoTask]) -> None:
-    global _do_task
+def _begin() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     threadpoolctl.threadpool_limits(1)
-    try:
-        _do_task = begin()
-    except Exception as error:  # raised by the first task: here it would look like the death of this process
-        _do_task = error
 
 
-def _do(task: Any) -> None:
-    assert _do_task is not None, "the pool has called _begin"
+def _do(call: int, begin: bytes, task: Any) -> None:
+    """Do a task of a call; what its tasks read is opened with the first one."""
+    global _opened
     try:
-        if isinstance(_do_task, Exception):
-            raise _do_task
-        _do_task(task)
+        if _opened is None or _opened[0] != call:
+            _opened = None
+            _opened = call, pickle.loads(begin)()
+        _opened[1](task)
     except Exception as error:
         if (known := sendable(error)) is error:
             raise

@@ -83,8 +83,8 @@ def test_an_interrupted_balance_does_only_what_is_missing(tmp_path, small_chunks
     done: list[tuple[int, int]] = []
     original = tasks.run_tasks
 
-    def interrupted(tasks, begin, *, processes, on_done):
-        original(tasks[:4], begin, processes=processes, on_done=on_done)
+    def interrupted(tasks, begin, *, on_done, **rest):
+        original(tasks[:4], begin, on_done=on_done, **rest)
         done.extend(tasks[:4])
         raise KeyboardInterrupt
 
@@ -92,10 +92,10 @@ def test_an_interrupted_balance_does_only_what_is_missing(tmp_path, small_chunks
     assert cli.main(["balance", str(tmp_path / "cut"), "--embeddings", source(tmp_path / "cut", rows)]) == 130
     assert not (tmp_path / "cut" / "balance").exists()
 
-    def watched(tasks, begin, *, processes, on_done):
+    def watched(tasks, begin, *, on_done, **rest):
         assert len(tasks) > 4
         assert not set(tasks) & set(done)
-        original(tasks, begin, processes=processes, on_done=on_done)
+        original(tasks, begin, on_done=on_done, **rest)
 
     monkeypatch.setattr(tasks, "run_tasks", watched)
     assert_equal(balance(tmp_path / "cut", rows), whole)
@@ -109,8 +109,8 @@ def test_what_an_older_version_left_is_named_and_done_again(tmp_path, small_chun
     whole = balance(tmp_path / "whole", rows)
     original = tasks.run_tasks
 
-    def interrupted(tasks, begin, *, processes, on_done):
-        original(tasks[:4], begin, processes=processes, on_done=on_done)
+    def interrupted(tasks, begin, *, on_done, **rest):
+        original(tasks[:4], begin, on_done=on_done, **rest)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tasks, "run_tasks", interrupted)
@@ -131,7 +131,7 @@ def killed(left: int, command: list[str]) -> None:
     plan_choice._LEAST_CHUNK = 50
     original = tasks.run_tasks
 
-    def killing(tasks: Any, begin: Any, *, processes: Any, on_done: Any) -> None:
+    def killing(tasks: Any, begin: Any, *, on_done: Any, **rest: Any) -> None:
         def count(task: Any) -> None:
             nonlocal left
             left -= 1
@@ -139,7 +139,7 @@ def killed(left: int, command: list[str]) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             on_done(task)
 
-        original(tasks, begin, processes=processes, on_done=count)
+        original(tasks, begin, on_done=count, **rest)
 
     tasks.run_tasks = killing
     sys.exit(cli.main(command))
@@ -230,13 +230,13 @@ def test_damaged_work_is_done_again_and_never_trusted(tmp_path, small_chunks, mo
     whole = balance(tmp_path / "whole", rows)
     original, counts = tasks.run_tasks, []
 
-    def interrupted(tasks, begin, *, processes, on_done):
-        original(tasks[:4], begin, processes=processes, on_done=on_done)
+    def interrupted(tasks, begin, *, on_done, **rest):
+        original(tasks[:4], begin, on_done=on_done, **rest)
         raise KeyboardInterrupt
 
-    def counted(tasks, begin, *, processes, on_done):
+    def counted(tasks, begin, *, on_done, **rest):
         counts.append(len(tasks))
-        original(tasks, begin, processes=processes, on_done=on_done)
+        original(tasks, begin, on_done=on_done, **rest)
 
     for name, again in (
         ("links-00000-00001.npy", 18),  # of 21 tasks
@@ -324,9 +324,9 @@ def test_growing_looks_at_new_pairs_only(tmp_path, small_chunks, monkeypatch):
     seen: list[tuple[int, int]] = []
     original = tasks.run_tasks
 
-    def watched(tasks, begin, *, processes, on_done):
+    def watched(tasks, begin, *, on_done, **rest):
         seen.extend(tasks)
-        original(tasks, begin, processes=processes, on_done=on_done)
+        original(tasks, begin, on_done=on_done, **rest)
 
     monkeypatch.setattr(tasks, "run_tasks", watched)
     balance(tmp_path / "grown", rows, "--balance.grow-from", str(earlier))

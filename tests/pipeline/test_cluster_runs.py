@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_cid import cli
+from clip_cid import cli, tasks
+from clip_cid.method.cluster import range_tasks
 from clip_cid.run_folder import RunFolder
 from clip_cid.stages import cluster as stage
 
@@ -116,6 +117,97 @@ def test_a_training_killed_in_the_last_assignment_does_no_round_again(tmp_path, 
         assert cli.main(["cluster", str(tmp_path / "cut"), *given]) == 130
     monkeypatch.setattr(stage._Progress, "round", None)
     assert_equal(cluster(tmp_path / "cut", given), whole)
+
+
+def of_tasks(monkeypatch) -> None:
+    """Ranges of some rows, as more rows have by themselves."""
+    monkeypatch.setattr(range_tasks, "_LEAST_ROWS", 40)
+    monkeypatch.setattr(range_tasks, "_ROWS_PER_CENTER", 1)
+
+
+def killed_by_tasks(left: int, command: list[str]) -> None:
+    """The command, in a process that is killed when it is told of so many tasks."""
+    range_tasks._LEAST_ROWS, range_tasks._ROWS_PER_CENTER = 40, 1
+    original = tasks.run_tasks
+
+    def killing(tasks: Any, begin: Any, *, on_done: Any, **rest: Any) -> None:
+        def count(task: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                kill()
+            on_done(task)
+
+        original(tasks, begin, on_done=count, **rest)
+
+    tasks.run_tasks = killing
+    sys.exit(cli.main(command))
+
+
+@pytest.mark.slow
+@pytest.mark.resume
+def test_tasks_of_several_processes_leave_the_bytes_of_one_also_after_kills(tmp_path, given, monkeypatch):
+    of_tasks(monkeypatch)
+    whole = cluster(tmp_path / "whole", given)
+    two = [*given, "--machine.balance-processes", "2"]
+    assert_equal(cluster(tmp_path / "two", two), whole)
+    for after in (3, 20):
+        command = ["cluster", str(tmp_path / "cut"), *two]
+        assert processes.exit_code(killed_by_tasks, after, command) == -signal.SIGKILL
+    assert_equal(cluster(tmp_path / "cut", two), whole)
+    said = (tmp_path / "cut" / "run.log").read_text()
+    assert "tasks were done before" in said
+    assert "resumes after round" in said
+
+
+@pytest.mark.slow
+@pytest.mark.resume
+def test_what_tasks_began_one_process_ends_and_the_other_way_round(tmp_path, given, monkeypatch):
+    """As before there were tasks, whose state a later version goes on from."""
+    of_tasks(monkeypatch)
+    whole = cluster(tmp_path / "whole", given)
+    two = [*given, "--machine.balance-processes", "2"]
+    assert processes.exit_code(killed_by_tasks, 24, ["cluster", str(tmp_path / "one"), *two]) == -signal.SIGKILL
+    assert_equal(cluster(tmp_path / "one", given, "--machine.balance-processes", "1"), whole)
+    assert "resumes after round" in (tmp_path / "one" / "run.log").read_text()
+    assert_killed(3, "after", tmp_path / "other", given)
+    assert_equal(cluster(tmp_path / "other", two), whole)
+    assert "resumes after round 2" in (tmp_path / "other" / "run.log").read_text()
+
+
+@pytest.mark.slow
+def test_captions_are_clustered_by_tasks_to_the_same_bytes(tmp_path, monkeypatch):
+    of_tasks(monkeypatch)
+    rng = np.random.default_rng(1)
+    folder = tmp_path / "given"
+    for kind in ("img_emb", "text_emb"):
+        (folder / kind).mkdir(parents=True)
+        np.save(folder / kind / f"{kind}_0.npy", oracles.unit(rng.standard_normal((300, 12))).astype(np.float16))
+    np.save(tmp_path / "kept.npy", np.arange(20, 300))
+    flags = ["--embeddings", str(folder), "--kept", str(tmp_path / "kept.npy"), "--cluster.num-centers", "70"]
+    flags += ["--cluster.texts", "--cluster.num-text-centers", "70", "--cluster.iterations", "2"]
+    one, two = (cluster(tmp_path / n, flags, "--machine.balance-processes", n) for n in ("1", "2"))
+    for name in (*FILES, *(f"text_{name}" for name in FILES)):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert summary_of(tmp_path / "1") == summary_of(tmp_path / "2")
+
+
+def test_more_processes_share_long_work_as_far_as_their_memory_goes(tmp_path, given, monkeypatch):
+    monkeypatch.setattr(stage.tasks, "available_cores", lambda: 8)
+    found = []
+
+    class Noted(stage._Work):
+        def shared(self, on_assigned=None):
+            found.append(self._processes)
+
+    monkeypatch.setattr(stage, "_Work", Noted)
+    cluster(tmp_path / "short", given)
+    monkeypatch.setattr(stage, "_LONG", 0.0)
+    cluster(tmp_path / "long", given)
+    monkeypatch.setattr(stage.tasks, "available_memory", lambda: 3.5 * 64 * 12 * 25 / stage._MEMORY_SHARE)
+    cluster(tmp_path / "narrow", given)
+    cluster(tmp_path / "threads", given, "--machine.threads", "2")
+    assert found[::2] == [1, 8, 3, 2]
 
 
 @pytest.mark.slow

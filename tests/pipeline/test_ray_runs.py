@@ -22,6 +22,7 @@ from clip_cid.data.pairs import index
 from clip_cid.evaluation import features
 from clip_cid.file_digests import sha256_file
 from clip_cid.method.balance import plan_choice
+from clip_cid.method.cluster import range_tasks
 from clip_cid.models.export import export_student
 from clip_cid.models.student import build_student
 
@@ -30,6 +31,7 @@ pytestmark = [
     pytest.mark.skipif(bool(extras.absent(extras.RAY)), reason="needs clip-cid[ray]"),
 ]
 LEAST_CHUNK = 20
+LEAST_ROWS = 40
 TINY = {
     "embed_dim": 12,
     "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8},
@@ -57,6 +59,25 @@ def balance(rows, tmp_path, monkeypatch) -> Callable[..., dict[str, str]]:
         return digests(tmp_path / name / "balance")
 
     return balance
+
+
+@pytest.fixture
+def cluster(rows, tmp_path, monkeypatch) -> Callable[..., dict[str, str]]:
+    """As `balance`, of clusters."""
+    monkeypatch.setattr(range_tasks, "_LEAST_ROWS", LEAST_ROWS)
+    monkeypatch.setattr(range_tasks, "_ROWS_PER_CENTER", 0)
+
+    def cluster(name: str, *flags: str) -> dict[str, str]:
+        assert cli.main(["cluster", str(tmp_path / name), *clustering(rows), *flags]) == 0
+        return digests(tmp_path / name / "cluster")
+
+    return cluster
+
+
+def clustering(rows: str) -> list[str]:
+    """The flags: 64 centers, which start in groups."""
+    np.save(kept := Path(rows).with_name("kept.npy"), np.arange(160))
+    return ["--embeddings", rows, "--kept", str(kept), "--cluster.num-centers", "64", "--cluster.iterations", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +166,18 @@ def test_balance_leaves_the_same_bytes_when_a_process_and_then_a_node_dies(balan
 
 
 @pytest.mark.resume
+def test_clusters_have_the_same_bytes_on_1_and_2_nodes_and_when_a_process_and_then_a_node_dies(cluster, nodes, after):
+    here = cluster("here")
+    for count in (1, 2):
+        ray_clusters.grow(nodes, count)
+        assert cluster(f"on {count}", "--ray", nodes.address) == here
+    after(12, lambda: os.kill(ray_clusters.workers(nodes)[0], signal.SIGKILL))
+    assert cluster("process", "--ray", nodes.address) == here
+    after(12, lambda: nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False))
+    assert cluster("node", "--ray", nodes.address) == here
+
+
+@pytest.mark.resume
 def test_embed_leaves_the_same_bytes_when_a_process_and_then_a_node_dies(embed, nodes, after, tmp_path, monkeypatch):
     ray_clusters.grow(nodes, 3)
     here = embed("here")
@@ -173,6 +206,7 @@ def test_evaluate_finds_the_features_that_nodes_have_computed(embedding, nodes, 
 def killed(left: int, command: list[str]) -> None:
     """The command, in a process that is killed when it is told of so many tasks."""
     plan_choice._LEAST_CHUNK = LEAST_CHUNK
+    range_tasks._LEAST_ROWS, range_tasks._ROWS_PER_CENTER = LEAST_ROWS, 0
     original = ray_tasks.run_tasks
 
     def killing(tasks: Any, begin: Any, *, on_done: Any, **rest: Any) -> None:
@@ -195,6 +229,16 @@ def test_a_killed_command_on_ray_goes_on_with_the_tasks_that_are_missing(balance
     assert processes.exit_code(killed, 5, command) == -signal.SIGKILL
     assert balance("cut", "--ray", nodes.address) == balance("here")
     assert "tasks were done before" in capsys.readouterr().err
+
+
+@pytest.mark.resume
+def test_a_killed_clustering_on_ray_goes_on_with_the_tasks_that_are_missing(cluster, nodes, rows, tmp_path):
+    ray_clusters.grow(nodes, 2)
+    command = ["cluster", str(tmp_path / "cut"), *clustering(rows), "--ray", nodes.address]
+    for tasks in (2, 14):  # in the start, and in a round
+        assert processes.exit_code(killed, tasks, command) == -signal.SIGKILL
+    assert cluster("cut", "--ray", nodes.address) == cluster("here")
+    assert "tasks were done before" in (tmp_path / "cut" / "run.log").read_text()
 
 
 @pytest.mark.resume

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from clip_cid.data.balance.array_folder import ArrayFolder
-from clip_cid.method.balance.jobs import Job
+from clip_cid.data.array_folder import ArrayFolder
 from clip_cid.method.balance.known_pairs import EarlierForest, KnownPairs, known_pairs
 from clip_cid.method.balance.pair_agreement import agreement
 from clip_cid.method.balance.pair_plan import Plan, lay_out
 from clip_cid.method.balance.semantic_balance import Balance, BalanceRule, balance, balance_rows
 from clip_cid.method.distances import threshold_on
+from clip_cid.method.jobs import Job
 from clip_cid.method.unit_rows import UnitRows
 
 pytestmark = pytest.mark.filterwarnings("ignore:the threshold .* is a distance")  # drawn at random, not meant otherwise

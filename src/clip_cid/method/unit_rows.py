@@ -82,7 +82,7 @@ class UnitRows:
                 self._lengths[block] = self._checked_lengths(block, any_length=any_length)
 
         # Of rows much longer or shorter float32 may lose numbers before they are scaled.
-        self._fits_float32 = bool(self._lengths.min() > 0.5 and self._lengths.max() < 2)
+        self.fit_float32 = bool(self._lengths.min() > 0.5 and self._lengths.max() < 2)
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -95,20 +95,32 @@ class UnitRows:
     def float32(self, rows: slice | Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n dim"]:
         """The rows rounded: no number is off by more than `FLOAT32_ERROR` times itself (or 2^-140)."""
         values = np.asarray(self._rows[rows])
-        if values.dtype != np.float16 and not (values.dtype == np.float32 and self._fits_float32):
+        if values.dtype != np.float16 and not (values.dtype == np.float32 and self.fit_float32):
             return self[rows].astype(np.float32)
         units = _to_float32(values)
         units /= self._lengths[rows][:, None].astype(np.float32)
         return units
 
-    def part(self, rows: Int[np.ndarray, " n"]) -> "UnitRows":
-        """Some of the rows, in this order; nothing is read or checked again."""
-        return UnitRows(_Part(self._rows, rows), name=self.name, any_length=True, lengths=self._lengths[rows])
+    def part(self, rows: Int[np.ndarray, " n"], *, fit_float32: bool | None = None) -> "UnitRows":
+        """Some of the rows, in this order; nothing is read or checked again.
+
+        Args:
+            rows: Their numbers.
+            fit_float32: As of rows of which these are a part, so that they have the same bits as there.
+        """
+        part = UnitRows(_Part(self._rows, rows), name=self.name, any_length=True, lengths=self._lengths[rows])
+        if fit_float32 is not None:
+            part.fit_float32 = fit_float32
+        return part
 
     def gathered(self, rows: Int[np.ndarray, " n"]) -> "UnitRows":
         """As `part`, with the rows read now, in one go, unless they are in memory already or very many."""
         if type(self._rows) is np.ndarray or len(rows) > 2 * self.gathered_rows:
             return self.part(rows)
+        return self.read(rows)
+
+    def read(self, rows: Int[np.ndarray, " n"]) -> "UnitRows":
+        """As `part`, with the rows read now, in one go."""
         return UnitRows(self.raw(rows), name=self.name, any_length=True, lengths=self._lengths[rows])
 
     @property

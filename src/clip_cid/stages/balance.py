@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Int
 
 from clip_cid import engine, log, tasks, units
+from clip_cid.data.array_folder import ArrayFolder
 from clip_cid.data.balance.against_file import NearSet, write_against
-from clip_cid.data.balance.array_folder import ArrayFolder
 from clip_cid.data.balance.captions_file import write_captions
 from clip_cid.data.balance.decided_file import write_decided
 from clip_cid.data.balance.decisions import read_decisions, rows_named
@@ -30,7 +30,6 @@ from clip_cid.evaluation.near_sets import SetRows, open_sets
 from clip_cid.method.balance.chaining import chain_summary, giant_warning
 from clip_cid.method.balance.decided_sets import DecidedRows
 from clip_cid.method.balance.forest import Forest, ShareOutOfReach
-from clip_cid.method.balance.jobs import Job, NotPrepared, Progress
 from clip_cid.method.balance.kept_rows import Keep, check_keep
 from clip_cid.method.balance.known_pairs import EarlierForest, KnownPairs, known_pairs
 from clip_cid.method.balance.near_targets import KeptAndNear, NearTargets, near_targets
@@ -41,6 +40,7 @@ from clip_cid.method.balance.row_hashes import all_row_hashes
 from clip_cid.method.balance.semantic_balance import Balance, BalanceRule, balance_rows, choose_kept, similarity_warning
 from clip_cid.method.balance.set_explanation import Explanation, explain
 from clip_cid.method.distances import from_squared, threshold_for
+from clip_cid.method.jobs import Job, NotPrepared, Progress
 from clip_cid.method.unit_rows import UnitRows
 from clip_cid.models.device import resolve_device
 from clip_cid.recipe import LARGEST_FILE, OF_FIELD, BalanceConfig, MachineConfig, Metric, Recipe
@@ -184,7 +184,7 @@ class _Work:
         return _shared_rows(self._store_path, self._rows)
 
     def run_job(self, job: Job, missing: Sequence[Any]) -> None:
-        """Do what is missing of a job: a `clip_cid.method.balance.jobs.RunJob`."""
+        """Do what is missing of a job: a `clip_cid.method.jobs.RunJob`."""
         if done := len(job.tasks) - len(missing):
             log.info(f"{job.title:<9} {done:,} of {len(job.tasks):,} tasks were done before")
         progress = Progress(job, missing)

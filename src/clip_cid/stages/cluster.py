@@ -1,22 +1,28 @@
 """Spherical k-means over the kept teacher image embeddings (paper section 3.2, Eq. 1), and over their captions'."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clip_cid import log, units
+from clip_cid import engine, log, tasks, units
+from clip_cid.data.array_folder import ArrayFolder
 from clip_cid.data.embeddings.caption_rows import CaptionRows
+from clip_cid.data.embeddings.files import read_info
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.npy_files import read_npy
-from clip_cid.errors import ConfigError, DataError
-from clip_cid.method.cluster.cluster_quality import cluster_quality, gini, margin_quantiles, purity, size_quantiles
-from clip_cid.method.cluster.clustering import Clusters, KMeansState, spherical_kmeans
-from clip_cid.method.unit_rows import Rows
+from clip_cid.errors import ConfigError, DataError, RunError
+from clip_cid.method.cluster.cluster_quality import gini, margin_quantiles, purity, quality_of_rows, size_quantiles
+from clip_cid.method.cluster.clustering import Clusters, KMeansState, cluster_rows
+from clip_cid.method.cluster.range_tasks import LAST_ASSIGNMENT, Shared
+from clip_cid.method.jobs import Job, Progress
+from clip_cid.method.unit_rows import Rows, UnitRows
 from clip_cid.models.device import resolve_device
 from clip_cid.recipe import Recipe, settled
 from clip_cid.run_folder import WORK, RunFolder, atomic_file
@@ -28,6 +34,11 @@ from clip_cid.unit_length import is_unit
 _OF_IMAGES, OF_TEXTS = "", "text_"
 """How the names of files begin that belong to the images and to their captions."""
 _STATE_FILE = "training.npz"
+_DIGITS = 16  # of the fingerprint, in the names of what tasks leave
+_LONG = 60.0  # expected seconds from which more processes are worth their start
+_ROW_SECONDS, _PRODUCT_SECONDS = 5e-6, 1e-11  # of one core, for a row and for each number of it and center
+_CENTER_BYTES = 25  # of a process that does tasks, for each number of a center
+_MEMORY_SHARE = 0.5  # of what is left, that all of them may take
 _ONLY_OF_TEXTS = {"texts", "num_text_centers"}
 """Settings that say nothing of the clusters of images."""
 
@@ -42,7 +53,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ClusterSummary:
     settings = recipe.cluster
     store = EmbeddingStore.open(folder.stage(EMBED))
     kept = read_kept(folder, store) if recipe.balance.enabled else np.flatnonzero(store.ok)
-    images, texts = store.images.select(kept), CaptionRows(store, kept) if settings.texts else None
+    texts = CaptionRows(store, kept) if settings.texts else None
 
     # What does not fit is refused before anything old is touched.
     num_centers = settled(settings.num_centers)
@@ -52,11 +63,10 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ClusterSummary:
             _check_centers("num_text_centers", settings.text_centers, len(texts), "captions of kept images")
         folder.accept()
 
-    centers, labels, origin = _clusters(images, num_centers, _OF_IMAGES, store, kept, out, recipe)
+    centers, labels, made = _clusters(_Work(_OF_IMAGES, num_centers, store, kept, out, recipe))
     of_texts = None
     if texts is not None:
-        found = _clusters(texts, settings.text_centers, OF_TEXTS, store, kept, out, recipe)
-        of_texts = _text_summary(texts, *found)
+        of_texts = _text_summary(*_clusters(_Work(OF_TEXTS, settings.text_centers, store, kept, out, recipe)))
 
     truth = None
     if settings.truth_field is not None:
@@ -67,9 +77,8 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ClusterSummary:
         images=len(kept),
         centers=len(centers),
         **size_summary(labels, len(centers)),
-        **_quality(images, centers, labels),
         **({} if settings.existing is None else {"from_": str(settings.existing)}),
-        **origin,
+        **made,
         truth=truth,
         texts=of_texts,
     )
@@ -85,54 +94,151 @@ def _check_centers(setting: str, centers: int, rows: int, what: str) -> None:
         )
 
 
-def _clusters(
-    rows: Rows, num_centers: int, prefix: str, store: EmbeddingStore, kept: np.ndarray, out: Path, recipe: Recipe
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Centers and labels of all rows, written as `centers.npy` and `labels.npy` after `prefix`; and how they were made.
+class _Work:
+    """The rows of images, or of captions, and who clusters them: this process, or tasks in several.
+
+    Args:
+        prefix: Of the names of its files.
+        num_centers: K.
+        store: The embeddings.
+        kept: The images.
+        out: The work folder of the stage.
+        recipe: The settings.
+    """
+
+    def __init__(
+        self, prefix: str, num_centers: int, store: EmbeddingStore, kept: np.ndarray, out: Path, recipe: Recipe
+    ) -> None:
+        self.prefix, self.num_centers, self.store, self.out, self.recipe = prefix, num_centers, store, out, recipe
+        self.fingerprint = _fingerprint(store, kept, recipe, prefix)
+        self.device = str(resolve_device(recipe.machine.device))
+        self._kept = kept
+        self._arrays = ArrayFolder(out / WORK / f"{prefix}tasks")
+
+    @functools.cached_property
+    def rows(self) -> UnitRows:
+        """Read once, to measure them."""
+        try:
+            return UnitRows(_stored(self.store, self._kept, self.prefix), name="embeddings", any_length=True)
+        except ValueError as error:
+            raise DataError(f"{self.store.path}: {error}", fix="Run the embed stage again, with --force.") from error
+
+    @functools.cached_property
+    def _measured(self) -> ArrayFolder:
+        """What other processes need to open the rows without reading them."""
+        folder = ArrayFolder(self.out / WORK / f"{self.prefix}rows")
+        folder.save_all({"kept": self._kept, "lengths": self.rows.lengths}, {})
+        return folder
+
+    def shared(self, on_assigned: Callable[[int], Any] | None = None) -> Shared | None:
+        """Who does the tasks; None where this process does everything.
+
+        Args:
+            on_assigned: Called with the number of rows that were assigned at last.
+        """
+        if self.recipe.cluster.existing is not None or (self.recipe.machine.ray is None and self._processes <= 1):
+            return None
+        return Shared(self._arrays, functools.partial(self._run_job, on_assigned), self.fingerprint[:_DIGITS])
+
+    def _run_job(self, on_assigned: Callable[[int], Any] | None, job: Job, missing: Sequence[Any]) -> None:
+        """Do what is missing of a job: a `clip_cid.method.jobs.RunJob`."""
+        if done := len(job.tasks) - len(missing):
+            log.info(f"cluster   {job.title}: {done:,} of {len(job.tasks):,} tasks were done before")
+        progress = Progress(job, missing)
+        tell = on_assigned if job.title == LAST_ASSIGNMENT else None
+        if tell is not None:
+            tell(progress.rows)
+        engine.run_tasks(
+            missing,
+            functools.partial(_open_job, job, self._arrays, self.store.path, self._measured, self.prefix),
+            machine=self.recipe.machine,
+            folder=self._arrays.path,
+            processes=self._processes,
+            leaves=lambda task: self._arrays.file(job.array(task)),
+            gpus=0 if job.device == "cpu" else 1,
+            on_done=lambda task: None if tell is None else tell(progress.finish(task)),
+            stay=True,
+        )
+
+    @functools.cached_property
+    def _processes(self) -> int:
+        """Processes of this machine: several where the work is long, as far as their memory goes."""
+        machine, settings = self.recipe.machine, self.recipe.cluster
+        if self.device != "cpu":
+            return 1
+        if machine.balance_processes:
+            return machine.balance_processes
+
+        size = self.num_centers * self.rows.dim
+        trained = min(len(self.rows), settings.max_points_per_center * self.num_centers)
+        seconds = (settings.iterations * trained + len(self.rows)) * (_ROW_SECONDS + size * _PRODUCT_SECONDS)
+        if seconds < _LONG:
+            return 1
+        by_memory = int(_MEMORY_SHARE * tasks.available_memory() / (_CENTER_BYTES * size))
+        return max(1, min(machine.threads or tasks.available_cores(), by_memory))
+
+
+def _stored(store: EmbeddingStore, kept: np.ndarray, prefix: str) -> Rows:
+    return CaptionRows(store, kept) if prefix == OF_TEXTS else store.images.select(kept)
+
+
+def _open_job(
+    job: Job, arrays: ArrayFolder, store_path: Path, shared: ArrayFolder, prefix: str
+) -> Callable[[Any], None]:
+    """Open what the tasks read; in each process once."""
+    if (saved := shared.load_all()) is None:
+        raise RunError(
+            f"{shared.path}: what was prepared for the tasks cannot be read any more.",
+            fix="Check the disk, then run the same command again; what is missing is done again.",
+        )
+    store = EmbeddingStore(store_path, read_info(store_path))
+    kept, lengths = (saved[0][name] for name in ("kept", "lengths"))
+    rows = UnitRows(_stored(store, kept, prefix), name="embeddings", any_length=True, lengths=lengths)
+    return job.open(arrays, rows, None)
+
+
+def _clusters(work: _Work) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Centers and labels of all rows, written as `centers.npy` and `labels.npy` after the prefix; and what is said of them.
 
     They are computed, or read from where they were made.
     """
     origin: dict[str, Any] = {}
-    if (existing := recipe.cluster.existing) is not None:
-        centers, labels = read_clusters(existing, dim=store.dim, kept=rows.shape[0], prefix=prefix)
+    if (existing := work.recipe.cluster.existing) is not None:
+        centers, labels = read_clusters(existing, dim=work.store.dim, kept=len(work.rows), prefix=work.prefix)
     else:
-        clusters = _cluster(rows, num_centers, prefix, store, kept, out, recipe)
+        clusters = _cluster(work)
         centers, labels = clusters.centers, clusters.labels
         origin = {"objective": clusters.objective, "history": [KmeansRound(**stats) for stats in clusters.history]}
 
-    np.save(out / f"{prefix}centers.npy", centers)
-    np.save(out / f"{prefix}labels.npy", labels)
-    return centers, labels, origin
+    np.save(work.out / f"{work.prefix}centers.npy", centers)
+    np.save(work.out / f"{work.prefix}labels.npy", labels)
+    return centers, labels, {**_quality(work, centers, labels), **origin}
 
 
-def _cluster(
-    rows: Rows, num_centers: int, prefix: str, store: EmbeddingStore, kept: np.ndarray, out: Path, recipe: Recipe
-) -> Clusters:
+def _cluster(work: _Work) -> Clusters:
     """Cluster the rows, from the state that an earlier attempt left if there is one."""
-    settings = recipe.cluster
-    (out / WORK).mkdir(exist_ok=True)
-    file = _StateFile(out / WORK / f"{prefix}{_STATE_FILE}", _fingerprint(store, kept, recipe, prefix))
+    settings = work.recipe.cluster
+    (work.out / WORK).mkdir(exist_ok=True)
+    file = _StateFile(work.out / WORK / f"{work.prefix}{_STATE_FILE}", work.fingerprint)
     start = file.read()
-    with _Progress(settings.iterations, rows.shape[0], start, texts=prefix == OF_TEXTS) as progress:
+    with _Progress(settings.iterations, len(work.rows), start, texts=work.prefix == OF_TEXTS) as progress:
 
         def on_state(state: KMeansState) -> None:
             file.write(state)
             progress.round(state)
 
-        try:
-            return spherical_kmeans(
-                rows,
-                num_centers=num_centers,
-                iterations=settings.iterations,
-                seed=settings.seed,
-                max_points_per_center=settings.max_points_per_center,
-                device=str(resolve_device(recipe.machine.device)),
-                start=start,
-                on_state=on_state,
-                on_assigned=progress.assigned,
-            )
-        except ValueError as error:
-            raise DataError(f"{store.path}: {error}", fix="Run the embed stage again, with --force.") from error
+        return cluster_rows(
+            work.rows,
+            num_centers=work.num_centers,
+            iterations=settings.iterations,
+            seed=settings.seed,
+            max_points_per_center=settings.max_points_per_center,
+            device=work.device,
+            start=start,
+            on_state=on_state,
+            on_assigned=progress.assigned,
+            shared=work.shared(progress.assigned),
+        )
 
 
 class _Progress:
@@ -225,9 +331,9 @@ def _fingerprint(store: EmbeddingStore, kept: np.ndarray, recipe: Recipe, prefix
     return digest.hexdigest()
 
 
-def _quality(rows: Rows, centers: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def _quality(work: _Work, centers: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """How similar the rows of a cluster are, and how clearly they belong to it."""
-    quality = cluster_quality(rows, centers, labels)
+    quality = quality_of_rows(work.rows, centers, labels, work.shared())
     return {
         "size_quantiles": size_quantiles(np.bincount(labels, minlength=len(centers))),
         "within_cosine": quality.within_cosine,
@@ -237,14 +343,8 @@ def _quality(rows: Rows, centers: np.ndarray, labels: np.ndarray) -> dict[str, A
     }
 
 
-def _text_summary(texts: CaptionRows, centers: np.ndarray, labels: np.ndarray, origin: dict[str, Any]) -> TextClusters:
-    return TextClusters(
-        texts=len(texts),
-        centers=len(centers),
-        **size_summary(labels, len(centers)),
-        **_quality(texts, centers, labels),
-        **origin,
-    )
+def _text_summary(centers: np.ndarray, labels: np.ndarray, made: dict[str, Any]) -> TextClusters:
+    return TextClusters(texts=len(labels), centers=len(centers), **size_summary(labels, len(centers)), **made)
 
 
 def _against_truth(classes: np.ndarray, labels: np.ndarray, field: str) -> ClusterTruth | None:

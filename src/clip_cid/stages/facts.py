@@ -220,7 +220,7 @@ STAGES = (
         outside=_outside_cluster,
         resumable=True,
         costly=True,
-        machine=("device",),
+        machine=("device", "balance_processes", "ray"),
     ),
     Stage(
         summaries.TextsSummary,

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int, UInt64
 
-from clip_cid.data.balance.array_folder import save_array
+from clip_cid.data.array_folder import save_array
 from clip_cid.data.npy_files import read_npy
 from clip_cid.errors import DataError
 from clip_cid.file_digests import sha256_file

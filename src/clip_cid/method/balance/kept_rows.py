@@ -8,9 +8,9 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float, Int
 
-from clip_cid.method.balance.array_store import ArrayStore, MemoryStore
-from clip_cid.method.balance.jobs import Context, RunJob, counted_from, cut, in_parts
+from clip_cid.method.array_store import ArrayStore, MemoryStore
 from clip_cid.method.distances import squared_distances
+from clip_cid.method.jobs import Context, RunJob, counted_from, cut, in_parts
 from clip_cid.method.unit_rows import UnitRows
 
 Keep = Literal["nearest_centroid", "best_caption"]

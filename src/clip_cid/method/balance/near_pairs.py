@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt64
 
-from clip_cid.method.balance.array_store import ArrayStore, MemoryStore
+from clip_cid.method.array_store import ArrayStore, MemoryStore
 from clip_cid.method.balance.cpu_comparison import compare_on_cpu
 from clip_cid.method.balance.device_comparison import compare_on_device
 from clip_cid.method.balance.exact_links import ExactLinks
 from clip_cid.method.balance.forest import Forest, Links, join_links, merged_links, whole_forest
-from clip_cid.method.balance.jobs import Context, NotPrepared, Progress, RunJob
 from clip_cid.method.balance.known_pairs import KnownPairs, nothing_known
 from clip_cid.method.balance.pair_plan import Layout
 from clip_cid.method.balance.plan_choice import make_plan
 from clip_cid.method.balance.prepared_rows import PreparedRows, Tile, prepare
 from clip_cid.method.balance.union_find import UnionFind
+from clip_cid.method.jobs import Context, NotPrepared, Progress, RunJob
 from clip_cid.method.unit_rows import UnitRows
 
 _MERGED_TOGETHER = 64  # forests
@@ -98,7 +98,7 @@ def near_links(prepared: PreparedRows, images: UnitRows, tile: Tile) -> Links:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """The tasks that compare: a `clip_cid.method.balance.jobs.Job`."""
+    """The tasks that compare: a `clip_cid.method.jobs.Job`."""
 
     tasks: Sequence[Tile]
     amounts: dict[Tile, float]
@@ -123,7 +123,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Merger:
-    """The tasks that merge forests, each some of them: a `clip_cid.method.balance.jobs.Job`."""
+    """The tasks that merge forests, each some of them: a `clip_cid.method.jobs.Job`."""
 
     level: int
     names: tuple[str, ...]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clip_cid.method.balance.jobs import counted_from, cut
 from clip_cid.method.balance.kept_rows import (
     TIED,
     Keep,
@@ -16,6 +15,7 @@ from clip_cid.method.balance.kept_rows import (
     from_centroid,
     kept_in_rounds,
 )
+from clip_cid.method.jobs import counted_from, cut
 from clip_cid.method.unit_rows import UnitRows
 
 Values = Callable[[Int[np.ndarray, " rows"]], Float[np.ndarray, " rows"]]

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8, UInt64
 
-from clip_cid.method.balance.array_store import ArrayStore
+from clip_cid.method.array_store import ArrayStore
 from clip_cid.method.balance.forest import Links, equal_links
-from clip_cid.method.balance.jobs import Context
 from clip_cid.method.balance.pair_plan import Layout
 from clip_cid.method.balance.row_hashes import identical_rows
 from clip_cid.method.balance.row_scan import ScannedRows, scan
 from clip_cid.method.codes import Coding
+from clip_cid.method.jobs import Context
 
 _TURNED = 4096  # positions put in order together; a multiple of 8
 _ASCENDING = 1 << 24  # bytes of a window of rows that are read in order anyway

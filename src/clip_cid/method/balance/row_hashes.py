@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Bool, Int, UInt64
 
-from clip_cid.method.balance.jobs import Context, in_parts
+from clip_cid.method.jobs import Context, in_parts
 from clip_cid.method.mixed_words import SPLITMIX64, mix_words
 from clip_cid.method.unit_rows import UnitRows
 

@@ -8,11 +8,11 @@ import numpy as np
 from jaxtyping import Int
 
 from clip_cid.method.balance.cell_windows import Windows
-from clip_cid.method.balance.jobs import Context, in_parts
 from clip_cid.method.balance.pair_plan import Layout, Plan
 from clip_cid.method.balance.row_hashes import row_hashes
 from clip_cid.method.balance.sketch import Sketch
 from clip_cid.method.codes import Coding
+from clip_cid.method.jobs import Context, in_parts
 from clip_cid.method.unit_rows import UnitRows
 
 _PART_BYTES = 1 << 27  # of what a part makes

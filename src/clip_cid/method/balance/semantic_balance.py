@@ -13,10 +13,9 @@ from scipy.sparse.csgraph import breadth_first_order
 
 from clip_cid import units
 from clip_cid.method.array_likes import ArrayLike, as_whole_number
-from clip_cid.method.balance.array_store import ArrayStore
+from clip_cid.method.array_store import ArrayStore
 from clip_cid.method.balance.decided_sets import DecidedRows, cut_links, keep_decided
 from clip_cid.method.balance.forest import Forest
-from clip_cid.method.balance.jobs import RunJob
 from clip_cid.method.balance.kept_rows import Keep, check_keep, keep_one_of_each
 from clip_cid.method.balance.known_pairs import KnownPairs
 from clip_cid.method.balance.near_pairs import near_forest
@@ -24,6 +23,7 @@ from clip_cid.method.balance.near_targets import NearTargets, without_near
 from clip_cid.method.balance.pair_plan import Layout, Plan, lay_out
 from clip_cid.method.balance.preferred_rows import Rule, keep_preferred
 from clip_cid.method.distances import LARGEST, Metric, from_squared, threshold_for, threshold_on
+from clip_cid.method.jobs import RunJob
 from clip_cid.method.unit_rows import Rows, UnitRows
 
 _MOST_NAMED = 10  # rows

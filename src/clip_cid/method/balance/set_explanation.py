@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clip_cid.method.balance.array_store import ArrayStore, MemoryStore
+from clip_cid.method.array_store import ArrayStore, MemoryStore
 from clip_cid.method.balance.forest import Forest
-from clip_cid.method.balance.jobs import Context, RunJob, counted_from, cut, in_parts
 from clip_cid.method.distances import from_squared, squared_distances
+from clip_cid.method.jobs import Context, RunJob, counted_from, cut, in_parts
 from clip_cid.method.unit_rows import UnitRows
 
 EXACT_SIZE = 4096

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
-from clip_cid.method.cluster.kmeans_rounds import DirectionSums
-from clip_cid.method.unit_rows import BLOCK_ROWS, Rows, UnitRows
+from clip_cid.method.cluster.kmeans_rounds import DirectionSums, add_rows
+from clip_cid.method.cluster.range_tasks import Shared, add_by_tasks
+from clip_cid.method.unit_rows import Rows, UnitRows
 
 _SEED = 0
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -41,11 +42,20 @@ def cluster_quality(
     Raises:
         ValueError: Labels are not of these rows and centers, or a row is zero or not finite.
     """
-    rows = UnitRows(embeddings, name="embeddings", any_length=True)
+    return quality_of_rows(UnitRows(embeddings, name="embeddings", any_length=True), centers, labels)
+
+
+def quality_of_rows(
+    rows: UnitRows,
+    centers: Float[np.ndarray, "centers dim"],
+    labels: Int[np.ndarray, " rows"],
+    shared: Shared | None = None,
+) -> Quality:
+    """As `cluster_quality`, of rows that are open; by tasks where `shared` says so."""
     if len(labels) != len(rows) or labels.min() < 0 or labels.max() >= len(centers):
         raise ValueError(f"labels must be of {len(rows)} rows and {len(centers)} centers, got {len(labels)}")
 
-    within, overall = _mean_cosines(rows, labels, len(centers))
+    within, overall = _mean_cosines(rows, labels, len(centers), shared)
     return Quality(within, overall, _margins(rows, centers, labels))
 
 
@@ -109,12 +119,13 @@ def _share_of_most_frequent(labels: Int[np.ndarray, " rows"], classes: Int[np.nd
 
 
 def _mean_cosines(
-    rows: UnitRows, labels: Int[np.ndarray, " rows"], num_centers: int
+    rows: UnitRows, labels: Int[np.ndarray, " rows"], num_centers: int, shared: Shared | None
 ) -> tuple[float | None, float | None]:
-    sums = DirectionSums(num_centers, rows.dim)
-    for block in rows.blocks(BLOCK_ROWS):
-        unit = rows.float32(block)
-        sums.move(unit, np.full(len(unit), -1), labels[block])
+    if shared is not None:
+        sums = add_by_tasks(shared, rows, labels, num_centers)
+    else:
+        sums = DirectionSums(num_centers, rows.dim)
+        add_rows(rows, labels, sums)
 
     # The squared length of a sum is the sum of the cosines of all pairs, a row with itself among them.
     own_total, total = 0.0, np.zeros(rows.dim)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int32
+from jaxtyping import Float, Float32, Float64, Int, Int32
 
 from clip_cid import units
 from clip_cid.method.array_likes import ArrayLike, as_whole_number
@@ -13,6 +13,7 @@ from clip_cid.method.unit_rows import BLOCK_ROWS, Rows, UnitRows
 
 if TYPE_CHECKING:
     from clip_cid.method.cluster.nearest_centers import CenterSearch
+    from clip_cid.method.cluster.range_tasks import Shared
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,6 @@ def spherical_kmeans(
     Raises:
         ValueError: An argument is out of its limits, there are more centers than rows, or a row is zero or not finite.
     """
-    from clip_cid.method.cluster.kmeans_rounds import kmeans_rounds  # torch, which `import clip_cid` does without
-    from clip_cid.method.cluster.starting_centers import two_level_start
-
     for name, value, least in (
         ("num_centers", num_centers, 1),
         ("iterations", iterations, 1),
@@ -112,21 +110,64 @@ def spherical_kmeans(
     if num_centers > len(rows):
         raise ValueError(f"num_centers must be at most the number of rows, {len(rows)}, got {num_centers}")
     _check_start(start, num_centers, rows.dim, iterations)
+    return cluster_rows(
+        rows,
+        num_centers=num_centers,
+        iterations=iterations,
+        seed=seed,
+        max_points_per_center=max_points_per_center,
+        device=device,
+        start=start,
+        on_state=on_state,
+        on_assigned=on_assigned,
+    )
 
-    sample = _training_sample(rows, num_centers * max_points_per_center, seed)
+
+def cluster_rows(
+    rows: UnitRows,
+    *,
+    num_centers: int,
+    iterations: int,
+    seed: int,
+    max_points_per_center: int,
+    device: str,
+    start: KMeansState | None,
+    on_state: Callable[[KMeansState], Any] | None,
+    on_assigned: Callable[[int], Any] | None,
+    shared: "Shared | None" = None,
+) -> Clusters:
+    """As `spherical_kmeans`, of rows that are open and arguments that are checked; by tasks where `shared` says so.
+
+    The result is the same bits. With tasks `on_assigned` is not called.
+    """
+    from clip_cid.method.cluster.kmeans_rounds import kmeans_rounds  # torch, which `import clip_cid` does without
+    from clip_cid.method.cluster.range_tasks import RoundsByTasks, assign_by_tasks, ranges_of
+    from clip_cid.method.cluster.starting_centers import two_level_start
+
+    chosen = _training_sample(len(rows), num_centers * max_points_per_center, seed)
+    sample = rows if chosen is None else rows.part(chosen)
     state = start
     if state is None:
-        state = KMeansState(two_level_start(sample, num_centers, seed=seed, device=device))
+        first = two_level_start(sample, num_centers, seed=seed, device=device, numbers=chosen, shared=shared)
+        state = KMeansState(first)
         if on_state is not None:
             on_state(state)
 
+    work = None
+    if shared is not None:
+        shared.store.drop(shared.scratch)
+        ranges = ranges_of(shared, sample, chosen, num_centers)
+        work = RoundsByTasks(shared, ranges, rows.dim, done=len(state.history), device=device)
     rounds = iterations - len(state.history)
-    for centers, stats in kmeans_rounds(sample, state.centers, rounds=rounds, device=device):
+    for centers, stats in kmeans_rounds(sample, state.centers, rounds=rounds, device=device, work=work):
         state = KMeansState(centers, [*state.history, stats])
         if on_state is not None:
             on_state(state)
 
-    labels, cosines = _search(state.centers, rows, device).assign(rows, on_assigned=on_assigned)
+    if shared is not None:
+        labels, cosines = assign_by_tasks(shared, rows, state.centers, device)
+    else:
+        labels, cosines = _search(state.centers, rows, device).assign(rows, on_assigned=on_assigned)
     return Clusters(state.centers, labels, float(np.mean(2 - 2 * cosines)), state.history)
 
 
@@ -166,7 +207,8 @@ def _check_start(start: KMeansState | None, num_centers: int, dim: int, iteratio
         raise ValueError(f"start must have done at most {iterations} iterations, got {len(start.history)}")
 
 
-def _training_sample(rows: UnitRows, size: int, seed: int) -> UnitRows:
-    if size >= len(rows):
-        return rows
-    return rows.part(np.sort(np.random.default_rng(seed).choice(len(rows), size=size, replace=False)))
+def _training_sample(rows: int, size: int, seed: int) -> Int[np.ndarray, " sample"] | None:
+    """Some of the rows, in their order; None for all."""
+    if size >= rows:
+        return None
+    return np.sort(np.random.default_rng(seed).choice(rows, size=size, replace=False))

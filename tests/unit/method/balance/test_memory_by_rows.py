@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_cid.data.balance.array_folder import ArrayFolder
+from clip_cid.data.array_folder import ArrayFolder
 from clip_cid.method.balance import forest, set_explanation, union_find
 from clip_cid.method.balance.forest import Links, whole_forest
-from clip_cid.method.balance.jobs import Context
 from clip_cid.method.balance.kept_rows import keep_one_of_each
 from clip_cid.method.balance.pair_plan import Plan, lay_out
 from clip_cid.method.balance.prepared_rows import prepare
 from clip_cid.method.balance.set_explanation import explain
+from clip_cid.method.jobs import Context
 from clip_cid.method.unit_rows import UnitRows
 
 ROWS = 240_000

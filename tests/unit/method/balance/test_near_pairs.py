@@ -8,7 +8,7 @@ import pytest
 import torch
 from hard_rows import KINDS, links_of, slow_forest, spanning_forest, squared_matrix, unit
 
-from clip_cid.data.balance.array_folder import ArrayFolder
+from clip_cid.data.array_folder import ArrayFolder
 from clip_cid.method.balance import (
     cpu_comparison,
     dense_crowds,
@@ -19,12 +19,12 @@ from clip_cid.method.balance import (
     row_scan,
 )
 from clip_cid.method.balance.forest import Forest, Links, join_links
-from clip_cid.method.balance.jobs import Context
 from clip_cid.method.balance.known_pairs import KnownPairs
 from clip_cid.method.balance.near_pairs import near_forest, near_links, save_links
 from clip_cid.method.balance.pair_plan import Plan, lay_out
 from clip_cid.method.balance.prepared_rows import PreparedRows, Tile, prepare
 from clip_cid.method.devices import one_ahead
+from clip_cid.method.jobs import Context
 from clip_cid.method.unit_rows import UnitRows
 
 PLANS = [

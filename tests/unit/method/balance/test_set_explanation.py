@@ -4,13 +4,13 @@ import numpy as np
 import oracles
 import pytest
 
+from clip_cid.method.array_store import MemoryStore
 from clip_cid.method.balance import set_explanation
-from clip_cid.method.balance.array_store import MemoryStore
 from clip_cid.method.balance.chaining import chain_summary, giant_warning
 from clip_cid.method.balance.forest import Forest
-from clip_cid.method.balance.jobs import Job, Progress
 from clip_cid.method.balance.set_explanation import Explanation, explain
 from clip_cid.method.distances import from_squared
+from clip_cid.method.jobs import Job, Progress
 from clip_cid.method.unit_rows import UnitRows
 from clip_cid.summaries import Chains
 

@@ -43,8 +43,8 @@ def test_the_size_of_blocks_changes_no_bit(block_rows, monkeypatch):
 def test_rounds_after_convergence_repeat_the_last_one_without_work(monkeypatch):
     rows = mixture(60, 8, clusters=3, noise=0.05)
     calls: list[int] = []
-    original = kmeans_rounds._assign_and_add
-    monkeypatch.setattr(kmeans_rounds, "_assign_and_add", lambda *arguments: (calls.append(1), original(*arguments)))
+    original = kmeans_rounds.assign_and_add
+    monkeypatch.setattr(kmeans_rounds, "assign_and_add", lambda *arguments: (calls.append(1), original(*arguments)))
     rounds = rounds_of(rows, rows[:3], 30)
     assert len(rounds) == 30
     assert len(calls) < 20

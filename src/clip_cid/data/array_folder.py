@@ -6,7 +6,7 @@ for the work that was done.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ _WINDOW_SHARE, _LARGEST_WINDOW = 1 / 8, 1 << 30  # of the memory that is left; b
 
 @dataclass(frozen=True)
 class ArrayFolder:
-    """Arrays as `NAME.npy`; a `clip_cid.method.balance.array_store.ArrayStore`.
+    """Arrays as `NAME.npy`; a `clip_cid.method.array_store.ArrayStore`.
 
     It can be sent to another process, which opens the same files.
     """
@@ -107,11 +107,30 @@ class ArrayFolder:
         """
         values = self._read(name)
         if values is None:
-            raise DataError(
-                f"{self.file(name)}: changed since it was written.",
-                fix="Run the same command again; what is missing is done again.",
-            )
+            raise self._changed(name)
         return values
+
+    def view(self, name: str) -> np.ndarray:
+        """As `load`, without a look at the digest, which would read the whole file.
+
+        Raises:
+            DataError: It is not there any more, or cut short.
+        """
+        try:
+            return read_npy(self.file(name), mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise self._changed(name) from error
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Remove arrays, those that are there."""
+        for name in names:
+            self.file(name).unlink(missing_ok=True)
+
+    def _changed(self, name: str) -> DataError:
+        return DataError(
+            f"{self.file(name)}: changed since it was written.",
+            fix="Run the same command again; what is missing is done again.",
+        )
 
     def clear(self) -> None:
         """Remove all arrays; the facts first, so that a kill in the middle leaves nothing that counts."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from clip_cid.method.balance.array_store import ArrayStore, MemoryStore
+from clip_cid.method.array_store import ArrayStore, MemoryStore
 from clip_cid.method.unit_rows import UnitRows
 
 
@@ -166,7 +166,7 @@ def in_parts(
             yield make(arrays, context.images, context.texts, part)
         return
 
-    store, key = context.store, _digest(decided_by, tuple(sizes), arrays)
+    store, key = context.store, digest_of(arrays, decided_by, tuple(sizes))
     job = Parts(title, make, tuple(arrays), key, tuple(sizes), row_seconds * sum(sizes))
     for name, values in arrays.items():
         if not store.has(job.read(name)):
@@ -191,8 +191,9 @@ def counted_from(starts: Int[np.ndarray, " n"], sizes: Int[np.ndarray, " n"]) ->
     return np.repeat(starts - before, sizes) + np.arange(int(sizes.sum()))
 
 
-def _digest(decided_by: object, sizes: tuple[int, ...], arrays: Mapping[str, np.ndarray]) -> str:
-    sha256 = hashlib.sha256(repr((decided_by, sizes)).encode())
+def digest_of(arrays: Mapping[str, np.ndarray], *decided_by: object) -> str:
+    """A digest of arrays by name and of what else decides a job, with a `repr` that says all."""
+    sha256 = hashlib.sha256(repr(decided_by).encode())
     for name, values in arrays.items():
         sha256.update(repr((name, values.dtype.str, values.shape)).encode())
         sha256.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_cid.data.balance import array_folder
-from clip_cid.data.balance.array_folder import ArrayFolder
+from clip_cid.data import array_folder
+from clip_cid.data.array_folder import ArrayFolder
 from clip_cid.errors import DataError
 
 

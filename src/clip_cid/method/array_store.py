@@ -1,6 +1,6 @@
-"""The store of a balance's arrays: in memory, or in a folder that stays after the process ends."""
+"""The store of a stage's arrays: in memory, or in a folder that stays after the process ends."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -10,7 +10,7 @@ _WINDOW_BYTES = 1 << 27
 
 @runtime_checkable
 class ArrayStore(Protocol):
-    """Arrays by name. `clip_cid.data.balance.array_folder.ArrayFolder` keeps them on the disk."""
+    """Arrays by name. `clip_cid.data.array_folder.ArrayFolder` keeps them on the disk."""
 
     @property
     def window_bytes(self) -> int:
@@ -36,6 +36,14 @@ class ArrayStore(Protocol):
     def has(self, name: str) -> bool: ...
 
     def load(self, name: str) -> np.ndarray: ...
+
+    def view(self, name: str) -> np.ndarray:
+        """As `load`, of an array whose contents were compared before or are too large for that: a part is read."""
+        ...
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget arrays that `save` got, those that are there."""
+        ...
 
     def clear(self) -> None: ...
 
@@ -67,6 +75,12 @@ class MemoryStore:
 
     def load(self, name: str) -> np.ndarray:
         return self._arrays[name]
+
+    view = load
+
+    def drop(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._arrays.pop(name, None)
 
     def clear(self) -> None:
         self._arrays.clear()

@@ -16,7 +16,8 @@ import numpy as np
 from clip_cid import tasks
 from clip_cid.data.npy_files import new_npy, read_npy
 from clip_cid.errors import ClipCidError, DataError
-from clip_cid.run_folder import atomic_file, digest, read_json, write_json
+from clip_cid.file_digests import digest
+from clip_cid.run_folder import atomic_file, read_json, write_json
 
 _FACTS, _DIGEST = "arrays.json", "sha256"
 _WINDOW_SHARE, _LARGEST_WINDOW = 1 / 8, 1 << 30  # of the memory that is left; bytes

@@ -13,7 +13,9 @@ from clip_cid.method.array_store import ArrayStore, MemoryStore
 from clip_cid.method.cluster import kmeans_rounds, range_tasks, starting_centers
 from clip_cid.method.cluster.cluster_quality import cluster_quality, quality_of_rows
 from clip_cid.method.cluster.clustering import Clusters, KMeansState, cluster_rows, spherical_kmeans
-from clip_cid.method.cluster.range_tasks import RangeJob, Shared
+from clip_cid.method.cluster.range_tasks import Shared
+from clip_cid.method.jobs import Job
+from clip_cid.method.packed_arrays import unpacked
 from clip_cid.method.unit_rows import UnitRows
 
 SETTINGS: dict[str, Any] = {"num_centers": 70, "iterations": 4, "seed": 1, "max_points_per_center": 9}
@@ -31,7 +33,7 @@ class Tasks:
         self.shared, self.left = Shared(store, self.run_job, "key"), stop_after
         self.done: list[str] = []
 
-    def run_job(self, job: RangeJob, missing: Sequence[int]) -> None:
+    def run_job(self, job: Job, missing: Sequence[int]) -> None:
         do = job.open(self.shared.store, self.rows, None)
         for task in np.random.default_rng(len(self.done)).permutation(list(missing)).tolist():
             if not self.left:
@@ -146,7 +148,7 @@ def damage(path: Path) -> None:
 def test_what_other_centers_have_left_under_the_same_name_is_not_taken(small):
     rows, store = rows_of("float16"), MemoryStore()
     with pytest.raises(Stop):
-        Tasks(rows, store, stop_after=3).cluster(start=KMeansState(np.float32(np.eye(12)[np.arange(70) % 12])))
+        Tasks(rows, store, stop_after=3).cluster(start=KMeansState(np.eye(12, dtype=np.float32)[np.arange(70) % 12]))
     expected = spherical_kmeans(rows, **SETTINGS)
     states: list[KMeansState] = []
     spherical_kmeans(rows, **SETTINGS, on_state=states.append)
@@ -166,8 +168,8 @@ def test_a_range_leaves_sums_of_the_rows_that_moved_only(small):
     work = Tasks(rows, MemoryStore())
     work.cluster()
     for task in range(2):
-        labels, centers, counts, sums = range_tasks.unpacked(work.shared.store.load(f"moves-key-0003-{task:06d}"))
-        before = range_tasks.unpacked(work.shared.store.load(f"moves-key-0002-{task:06d}"))[0]
+        labels, centers, counts, sums = unpacked(work.shared.store.load(f"moves-key-0003-{task:06d}"))
+        before = unpacked(work.shared.store.load(f"moves-key-0002-{task:06d}"))[0]
         moved = labels != before
         assert centers.tolist() == sorted({*labels[moved].tolist(), *before[moved].tolist()})
         assert len(counts) == len(sums) == len(centers)

@@ -525,7 +525,7 @@ def _table_of_states(folder: RunFolder, recipe: Path | None) -> tuple[str, list[
         status, reason = state.status, f"{state.reason}; can resume" if state.resumes else state.reason
         if work is not None and running:
             status, reason = "running", f"since {work.since}"
-        result = pipeline.headline(record)
+        result = pipeline.headline(record, folder.path)
         if state.stage.name == DISTILL and (running or state.resumes):
             result = str(TrainingSoFar.unfinished(folder) or result)
         rows.append([state.stage.name, status, reason, made, result])

@@ -26,7 +26,7 @@ from clip_cid.recipe import Recipe, dump_recipe
 from clip_cid.run_folder import Begun, RunFolder, StageRecord, atomic_file, now, own_mark
 from clip_cid.stage_names import BALANCE, DISTILL, EVALUATE, REPORT
 from clip_cid.stages.facts import BY_NAME, STAGES, Stage
-from clip_cid.summaries import BalanceSummary, EvaluateSummary, as_json, read_summary
+from clip_cid.summaries import BalanceSummary, EvaluateSummary, ReportSummary, as_json, read_summary
 from clip_cid.tasks import torchrun_place
 from clip_cid.training.so_far import TrainingSoFar
 
@@ -377,11 +377,14 @@ def verify(folder: RunFolder) -> list[str]:
     return changes
 
 
-def headline(record: StageRecord | None) -> str:
-    """The summary of a stage in one line, and how long it took."""
+def headline(record: StageRecord | None, run: Path) -> str:
+    """The summary of a stage of a run in one line, and how long it took."""
     if record is None:
         return ""
-    return f"{read_summary(BY_NAME[record.stage].summary, record.summary)} in {units.duration(record.seconds)}"
+    summary = read_summary(BY_NAME[record.stage].summary, record.summary)
+    if isinstance(summary, ReportSummary):  # where the run is now
+        summary = dataclasses.replace(summary, page=str(run / REPORT / Path(summary.page).name))
+    return f"{summary} in {units.duration(record.seconds)}"
 
 
 def _say_outcome(folder: RunFolder, active: tuple[Stage, ...]) -> None:
@@ -425,7 +428,7 @@ def _bring_up_to_date(
     origins = Origins(folder, recipe, active)
     state = next(state for state in states(folder, recipe, active) if state.stage is stage)
     if state.status == "done" and not forced:
-        log.info(f"{stage.name:<9} up to date   {headline(state.record)}")
+        log.info(f"{stage.name:<9} up to date   {headline(state.record, folder.path)}")
         if not stage.resumable:  # what a killed --force has left is of no use to anybody
             folder.drop_unfinished(stage.name)
         return
@@ -442,7 +445,7 @@ def _bring_up_to_date(
         for aside, record in folder.finished_asides(stage.name):
             if not origins.difference(stage, record):
                 folder.take_back(stage.name, aside)
-                log.info(f"{stage.name:<9} back from {aside}   {headline(record)}")
+                log.info(f"{stage.name:<9} back from {aside}   {headline(record, folder.path)}")
                 return _bring_up_to_date(stage, folder, recipe, active, forced=False, call=call)
 
     if forced:
@@ -507,7 +510,7 @@ def _run_stage(
             equals=before.results if before is not None and folder.holds_the_same(stage.name) else None,
         )
         keep_old = stage.costly and not folder.forgets(stage.name) and not folder.holds_all_of_before(stage.name)
-        log.info(f"{stage.name:<9} {headline(folder.publish(record, keep_old=keep_old))}")
+        log.info(f"{stage.name:<9} {headline(folder.publish(record, keep_old=keep_old), folder.path)}")
 
 
 def _begin(stage: Stage, folder: RunFolder, origins: Origins) -> Begun:

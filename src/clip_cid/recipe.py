@@ -302,8 +302,8 @@ class BalanceConfig(Config):
         "nearest_centroid",
     )
     """Which image of a set is kept: nearest_centroid (the paper's rule), best_caption (nearest to its
-    image for the teacher), most_pixels, largest_file, or field:NAME (the highest number of a kept
-    field). Of several rules the next decides between equals, and at last the paper's."""
+    image for the teacher), most_pixels, largest_file, or field:NAME (the highest number of one of
+    pairs.keep_fields, or of a column beside imported embeddings). Of several rules the next decides between equals, and at last the paper's."""
     max_radius: PositiveFloat | None = None
     """Keep more images of a set, until every removed image is within this distance of the one kept
     for it. The paper does not do this."""
@@ -971,7 +971,8 @@ class Recipe(Config):
             *(("balance.keep", rule.removeprefix(OF_FIELD)) for rule in self.balance.keep if rule not in KEEP_RULES),
         ]
         for setting, field in fields:
-            if field is not None and field not in self.pairs.keep_fields:
+            # Embeddings made elsewhere keep all columns of their metadata.
+            if field is not None and field not in self.pairs.keep_fields and self.embed.existing is None:
                 raise ValueError(f"{setting}: {field!r} is not among pairs.keep_fields, so it is not stored")
         return self
 

@@ -55,7 +55,7 @@ class EmbedSummary(Summary):
     def __str__(self) -> str:
         alone = f", {self.without_caption:,} without a caption" if self.without_caption else ""
         views = f", with {self.views:,} views of each" if self.views else ""
-        reasons = ", ".join(f"{count:,} for {reason!r}" for reason, count in self.skipped.items())
+        reasons = ", ".join(f"{count:,} for {reason!r}" for reason, count in self.skipped.items() if count)
         left_out = f"; left out, as skipped.jsonl lists: {reasons}" if reasons else ""
         return f"{self.ok:,} of {self.images:,} images embedded in {self.dim} dimensions{alone}{views}{left_out}"
 
@@ -376,6 +376,7 @@ class ReportSummary(Summary):
     stage = REPORT
 
     page: str
+    """Its place in the run folder; earlier versions wrote the whole path."""
     bytes: int
     picture_bytes: int
     no_pictures: str | None

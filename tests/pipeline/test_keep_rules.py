@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import oracles
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from clip_cid import cli
 from clip_cid.data.balance.captions_file import read_captions
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
 from clip_cid.deciding_settings import deciding
@@ -85,6 +87,30 @@ def test_with_a_radius_the_far_images_choose_by_the_same_rule(run: RunFolder) ->
 def test_a_field_without_numbers_is_named(run: RunFolder) -> None:
     with pytest.raises(DataError, match="the field 'word' of 'a' is 'x', not a number"):
         kept(run, "field:word")
+
+
+@pytest.mark.slow
+def test_columns_beside_imported_embeddings_are_fields(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    angles = np.array([0, 1, 2, 90, 91]) * np.pi / 180
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    columns = {"key": list("abcde"), "score": [1.0, 3.0, None, None, 0.5], "none": [None] * 5}
+    pq.write_table(pa.table({**columns, "embedding": pa.array(vectors.tolist())}), tmp_path / "e.parquet")
+
+    def kept_with(*keep: str, code: int = 0) -> str:
+        command = ["balance", str(tmp_path / "run"), "--embeddings", str(tmp_path / "e.parquet"), "--balance.keep"]
+        assert cli.main([*command, *keep]) == code
+        rows = np.load(tmp_path / "run" / "balance" / "kept.npy") if not code else []
+        return "".join("abcde"[row] for row in rows)
+
+    assert kept_with("field:score", "nearest_centroid") == "be"
+    assert "2 images of 5 without 'score'" in capfd.readouterr().err
+    for rule, problem in (
+        ("field:none", "no image has a number in 'none'"),
+        ("field:nope", "no column 'nope'; there are key, score, none"),
+        ("most_pixels", "the sizes of the images are not known here"),
+    ):
+        kept_with(rule, code=1)
+        assert problem in " ".join(capfd.readouterr().err.split())
 
 
 @pytest.mark.slow

@@ -127,6 +127,13 @@ def test_what_another_version_wrote_beside_is_passed_over():
     assert read_summary(EmbedSummary, EMBED | {"later": 1}) == read_summary(EmbedSummary, EMBED)
 
 
+def test_the_embeddings_say_why_rows_were_left_out():
+    one = {**EMBED, "images": 9, "ok": 6, "skipped": {"no caption": 2, "duplicate key": 1, "nothing": 0}}
+    said = str(read_summary(EmbedSummary, one))
+    assert said.endswith("; left out, as skipped.jsonl lists: 2 for 'no caption', 1 for 'duplicate key'")
+    assert "left out" not in str(read_summary(EmbedSummary, EMBED | {"skipped": {}}))
+
+
 def test_a_summary_without_a_number_it_must_have_names_it_and_the_stage_to_run_again():
     with pytest.raises(RunError, match=r"embed stage.*KeyError: 'dim'") as error:
         read_summary(EmbedSummary, {name: value for name, value in EMBED.items() if name != "dim"})

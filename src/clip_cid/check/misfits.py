@@ -23,6 +23,7 @@ from clip_cid.data.pairs.sources import find_sources
 from clip_cid.data.sets.evaluation_sets import MissingSetError, open_set
 from clip_cid.data.text_files import read_text_lines
 from clip_cid.errors import ClipCidError, ConfigError, DataError
+from clip_cid.evaluation.near_sets import find_sets
 from clip_cid.made_from import Origins
 from clip_cid.method.balance.semantic_balance import BalanceRule
 from clip_cid.models.loading import known_architecture
@@ -274,6 +275,7 @@ def _check_balance(folder: RunFolder, recipe: Recipe, images: _Images, *, embedd
         read_decisions(settings.decisions)
     for path in settings.protected_lists:
         read_text_lines([path])
+    find_sets(settings.against, recipe)
     if settings.grow_from is not None and not settings.grow_from.is_dir():
         raise DataError(
             f"balance.grow_from: {settings.grow_from} is no folder.", fix="Name the folder RUN/balance of a run."

@@ -9,7 +9,8 @@ import numpy as np
 from clip_cid.data.embeddings.files_behind import is_of_embeddings
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.npy_files import read_npy
-from clip_cid.data.sets.evaluation_sets import open_set
+from clip_cid.data.sets.evaluation_sets import open_test_images
+from clip_cid.data.sets.labelled_images import LabelledImages
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.method.unit_rows import Rows, UnitRows
 from clip_cid.recipe import Recipe
@@ -48,14 +49,7 @@ def open_sets(
         ConfigError: A set has images, and the embeddings were made elsewhere.
         DataError: A set is not there, or its embeddings are of another width.
     """
-    of_images = [name for name, where in sets.items() if not is_of_embeddings(where)]
-    if of_images and recipe.embed.existing is not None:
-        raise ConfigError(
-            f"balance.against: {of_images[0]} has images, but the embeddings were made elsewhere (embed.existing), and"
-            " no teacher is known to embed them.",
-            fix="Give embeddings of that set by the same teacher: a .npy, or an embedding store.",
-        )
-    loaded = encoder() if of_images else None
+    loaded = encoder() if _of_images(sets, recipe) else None
     opened = [
         _of_embeddings(name, Path(where))
         if loaded is None or is_of_embeddings(where)
@@ -69,6 +63,43 @@ def open_sets(
                 fix="Give embeddings by the teacher that embedded the images.",
             )
     return opened
+
+
+def find_sets(sets: Mapping[str, str], recipe: Recipe) -> None:
+    """Look that every set is there; nothing is embedded.
+
+    Raises:
+        ConfigError: As `open_sets`.
+        DataError: A set is not there, or no set.
+    """
+    of_images = _of_images(sets, recipe)
+    for name, where in sets.items():
+        if name in of_images:
+            _images(name, where, recipe)
+        else:
+            _of_embeddings(name, Path(where))
+
+
+def _of_images(sets: Mapping[str, str], recipe: Recipe) -> list[str]:
+    """The names of sets whose images are to be embedded."""
+    of_images = [name for name, where in sets.items() if not is_of_embeddings(where)]
+    if of_images and recipe.embed.existing is not None:
+        raise ConfigError(
+            f"balance.against: {of_images[0]} has images, but the embeddings were made elsewhere (embed.existing), and"
+            " no teacher is known to embed them.",
+            fix="Give embeddings of that set by the same teacher: a .npy, or an embedding store.",
+        )
+    return of_images
+
+
+def _images(name: str, where: str, recipe: Recipe) -> LabelledImages:
+    return open_test_images(
+        name,
+        where,
+        setting="balance.against",
+        max_pixels=recipe.pairs.max_pixels,
+        cache_dir=recipe.machine.cache_dir,
+    )
 
 
 def _of_embeddings(name: str, path: Path) -> SetRows:
@@ -87,10 +118,7 @@ def _of_embeddings(name: str, path: Path) -> SetRows:
 
 
 def _embed(name: str, where: str, recipe: Recipe, encoder: EmbedsImages) -> SetRows:
-    labelled = open_set(
-        name, where, max_pixels=recipe.pairs.max_pixels, splits=("test",), cache_dir=recipe.machine.cache_dir
-    )
-    images = labelled.split("test")
+    images = _images(name, where, recipe)
     features = encoder.images(images, before=False)
     return SetRows(
         name,

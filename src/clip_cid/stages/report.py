@@ -116,7 +116,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> ReportSummary:
         temporary.write_text(page.render("report.html", values, words), encoding="utf-8")
 
     return ReportSummary(
-        page=str(folder.path / REPORT / PAGE),
+        page=f"{REPORT}/{PAGE}",
         bytes=(out / PAGE).stat().st_size,
         picture_bytes=thumbnails.bytes_used,
         no_pictures=no_pictures,

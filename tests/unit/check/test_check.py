@@ -368,6 +368,8 @@ def test_what_the_run_would_refuse_is_refused(case: Case, changed: dict[str, Any
         ({"balance": {"threshold": 3.0}}, ConfigError, "balance: .*3.0"),
         ({"balance": {"existing": "no.npy"}}, DataError, "no.npy: cannot be read"),
         ({"balance": {"grow_from": "no/run"}}, DataError, "no/run is no folder"),
+        ({"balance": {"against": {"mine": "no/set.npy"}}}, DataError, "balance.against: mine, no/set.npy, cannot be"),
+        ({"balance": {"against": {"mine": "no/set"}}}, ConfigError, "mine has images, but the embeddings were made"),
         ({"embed": {"existing": "no/store"}}, DataError, "no/store"),
         ({"embed": {"views": 2}}, DataError, r"embed\.views: 2, but these embeddings are of whole images only"),
         ({"cluster": {"texts": True, "num_text_centers": 41}}, ConfigError, "41 centers, but at most 40 captions are"),

@@ -228,6 +228,12 @@ def _rows_of(
     return row_of
 
 
+@functools.cache
+def _warn_of_cut(where: str, size: int) -> None:
+    """Once for a file of this size, which one command reads several times."""
+    log.warn(f"{where}: its last line was cut short, so it does not count")
+
+
 def _entries(content: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
     lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -237,7 +243,7 @@ def _entries(content: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]
             entry = json.loads(line)
         except ValueError as error:
             if number == len(lines):  # without a line break: torn by a kill, and never confirmed
-                log.warn(f"{where}: its last line was cut short, so it does not count")
+                _warn_of_cut(where, len(content))
                 return
             raise DataError(f"{where}, line {number:,}: not JSON ({error}).", fix=_FIX) from error
         if not isinstance(entry, dict):
@@ -292,7 +298,7 @@ def _refuse_contradictions(decisions: Decisions, where: str) -> None:
     raise DataError(
         f"{where}: {first.key!r} is both to be kept and to be removed ({len(both):,} such images; lines with the ids"
         f" {', '.join(lines[:_MOST_NAMED])}).",
-        fix='Undo one of them in `clip-cid review`, or add a line {"decision": "undo", "of": ID}.',
+        fix='Add a line {"decision": "undo", "of": ID} for one of them; `clip-cid review` opens the file then.',
     )
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Int
 
+from clip_cid import log, units
 from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs.pair import BadSample
@@ -16,13 +17,17 @@ def pixels(store: EmbeddingStore) -> Float[np.ndarray, " rows"]:
     Raises:
         DataError: The store does not say, as one made elsewhere.
     """
-    sizes = store.sizes.astype(np.float64)
+    unknown = DataError(
+        f"{store.path}: the sizes of the images are not known here, as the embeddings were made elsewhere.",
+        fix="Take another rule for balance.keep, such as largest_file with pairs.source, or field:NAME.",
+    )
+    try:
+        sizes = store.sizes.astype(np.float64)
+    except DataError as error:  # without columns of these names
+        raise unknown from error
     found = sizes[:, 0] * sizes[:, 1]
     if not found[store.ok].any():
-        raise DataError(
-            f"{store.path}: the sizes of the images are not known here, as the embeddings were made elsewhere.",
-            fix="Take another rule for balance.keep, such as largest_file with pairs.source, or field:NAME.",
-        )
+        raise unknown
     return found
 
 
@@ -43,6 +48,14 @@ def field_numbers(store: EmbeddingStore, name: str) -> Float[np.ndarray, " rows"
                 f"balance.keep: the field {name!r} of {store.keys[row]!r} is {text!r}, not a number.",
                 fix="Name a field of numbers, of which the highest is kept.",
             ) from error
+
+    missing = int(np.isnan(numbers).sum())
+    if missing == store.rows:
+        raise DataError(f"balance.keep: no image has a number in {name!r}.", fix="Name another field.")
+    if missing:
+        log.info(
+            f"balance   {units.counted(missing, 'image')} of {store.rows:,} without {name!r}: kept if no other has it"
+        )
     return numbers
 
 

@@ -141,28 +141,55 @@ def open_set(
     if where.startswith("builtin:"):
         opened = _open_digits(name, where)
     else:
-        known = find_known_set(name)
-        root = _brought(name, where, wanted, cache_dir) if is_url(where) else Path(where)
-        if root.is_file():
-            raise DataError(
-                f"evaluate.sets.{name}: {root} is a file; a set is a folder.", fix=_layouts(known, root.parent)
-            )
-        if not root.is_dir():
-            raise MissingSetError(f"evaluate.sets.{name}: nothing at {root}.", fix=_layouts(known, root))
-        request = Request(name, root, known, wanted, max_pixels, digest_of)
+        root = _folder(f"evaluate.sets.{name}", name, where, wanted, cache_dir)
+        request = Request(name, root, find_known_set(name), wanted, max_pixels, digest_of)
         files = _read(request)
+        known = request.known_set
         opened = _own_set(request, files) if known is None else _in_table(request, known, files)
 
     _check_classes(opened)
     return opened
 
 
-def _brought(name: str, where: str, splits: Sequence[str], cache_dir: Path | None) -> Path:
-    """The folder of a copy of a set at an address."""
+def open_test_images(
+    name: str, where: str, *, setting: str, max_pixels: int, cache_dir: Path | None = None
+) -> LabelledImages:
+    """The test images of a set, whatever its classes and prompts are.
+
+    Args:
+        name: As in `open_set`.
+        where: As in `open_set`.
+        setting: That names the set, for errors.
+        max_pixels: As in `open_set`.
+        cache_dir: As in `open_set`.
+
+    Raises:
+        MissingSetError: Nothing exists at `where`.
+        DataError: The layout is not known, or there is no image.
+        ConfigError: No such built-in set.
+    """
+    if where.startswith("builtin:"):
+        return _open_digits(name, where).split("test")
+    known, wanted = find_known_set(name), ("test",)
+    root = _folder(f"{setting}.{name}", name, where, wanted, cache_dir)
+    images = _read(Request(name, root, known, wanted, max_pixels, sha256_file)).splits["test"]
+    if not len(images):
+        raise DataError(f"{images.title}: the split has no image.", fix=f"Look at {where}.")
+    return images if known is None else cropped(images, known.crop)
+
+
+def _folder(what: str, name: str, where: str, splits: Sequence[str], cache_dir: Path | None) -> Path:
+    """The folder of a set, perhaps of a copy of one at an address; `what` names it in errors."""
+    known = find_known_set(name)
     try:
-        return fetch_set(where, splits, cache_dir)
+        root = fetch_set(where, splits, cache_dir) if is_url(where) else Path(where)
     except AbsentError as error:
-        raise MissingSetError(f"evaluate.sets.{name}: {error.problem}", fix=error.fix) from error
+        raise MissingSetError(f"{what}: {error.problem}", fix=error.fix) from error
+    if root.is_file():
+        raise DataError(f"{what}: {root} is a file; a set is a folder.", fix=_layouts(known, root.parent))
+    if not root.is_dir():
+        raise MissingSetError(f"{what}: nothing at {root}.", fix=_layouts(known, root))
+    return root
 
 
 def _layouts(known: KnownSet | None, root: Path) -> str:

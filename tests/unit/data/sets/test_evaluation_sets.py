@@ -12,7 +12,14 @@ import pytest
 from tiny_sets import CLASSES, COLORS, TEMPLATES, folder_set, image, samples, tar_set, write_tar
 
 from clip_cid.data.pairs.pair import BadSample
-from clip_cid.data.sets.evaluation_sets import DIGITS, EvaluationSet, MissingSetError, metric_of, open_set
+from clip_cid.data.sets.evaluation_sets import (
+    DIGITS,
+    EvaluationSet,
+    MissingSetError,
+    metric_of,
+    open_set,
+    open_test_images,
+)
 from clip_cid.errors import ConfigError, DataError
 
 
@@ -46,6 +53,18 @@ def test_rows_follow_the_tars_in_number_order_not_in_name_order(tmp_path: Path) 
     assert train.labels.tolist() == [number % 3 for number in range(11)]
     reds = [np.asarray(train.load(row))[..., 0].mean() for row in range(11)]
     assert reds == sorted(reds)
+
+
+def test_images_are_read_whatever_the_classes_are(tmp_path: Path) -> None:
+    root = tar_set(tmp_path)
+    with pytest.raises(DataError, match="of its own are missing"):
+        opened(root, "cifar10")
+    images = open_test_images("cifar10", str(root), setting="balance.against", max_pixels=10_000)
+    ours = opened(root).split("test")
+    assert len(images) == len(ours)
+    assert all(np.array_equal(images.load(row), ours.load(row)) for row in range(len(ours)))
+    with pytest.raises(MissingSetError, match=r"balance\.against\.colors: nothing at"):
+        open_test_images("colors", str(tmp_path / "no"), setting="balance.against", max_pixels=10_000)
 
 
 def test_prompts_fill_in_the_class_name(tmp_path: Path) -> None:

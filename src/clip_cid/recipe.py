@@ -793,6 +793,9 @@ class MachineConfig(Config):
     memory, and a step takes about a third longer."""
     compile: bool = False
     """torch.compile for the student; worth it for long runs."""
+    loss_kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What computes the losses from their logits: operations of PyTorch, or Triton kernels, each one
+    pass over memory for a dozen. auto takes Triton on CUDA where it is installed."""
     checkpoint_minutes: PositiveFloat = 10.0
     """Minutes between two checkpoints of the training."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2

@@ -251,6 +251,7 @@ STAGES = (
             "micro_batch",
             "grad_checkpointing",
             "compile",
+            "loss_kernels",
             "checkpoint_minutes",
             "keep_checkpoints",
             "tensorboard",

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from clip_cid.errors import ConfigError
+from clip_cid.method.distill.arithmetic import LossKernels, why_no_triton
 from clip_cid.method.distill.gradient_weights import weights_by_gradients
 from clip_cid.method.distill.objective import weighted_sum
 from clip_cid.recipe import DistillConfig, MachineConfig, Precision, settled
@@ -57,12 +59,17 @@ class Learner:
         settings: Of the training.
         steps: Of the whole run.
         ranks: Who train together.
-        machine: Whether to compile, and how many pairs the student takes at once.
+        machine: Whether to compile, how many pairs the student takes at once, and what computes the losses.
+
+    Raises:
+        ConfigError: Triton kernels were asked for by name and cannot be used.
     """
 
     def __init__(
         self, model: Distillation, settings: DistillConfig, *, steps: int, ranks: Ranks, machine: MachineConfig
     ) -> None:
+        refuse_absent_kernels(machine.loss_kernels, ranks.device)
+        model.objective.kernels = machine.loss_kernels
         self.model = model.to(ranks.device)
         self.settings, self.steps, self.ranks, self.micro_batch = settings, steps, ranks, machine.micro_batch
         self.precision = resolve_precision(settings.precision, ranks.device)
@@ -202,6 +209,20 @@ class Learner:
             self.scaler.unscale_(optimizer)
         max_norm = self.settings.grad_clip_norm
         return clip_gradients(with_spread(self.model), math.inf if max_norm is None else max_norm, self.ranks)
+
+
+def refuse_absent_kernels(kernels: LossKernels, device: torch.device) -> None:
+    """Refuse kernels that were asked for by name, before anything is computed.
+
+    Raises:
+        ConfigError: They cannot be used here.
+    """
+    reason = why_no_triton(device) if kernels == "triton" else None
+    if reason is not None:
+        raise ConfigError(
+            f"machine.loss_kernels: triton, but {reason}.",
+            fix="Set machine.loss_kernels: auto, which takes Triton only where it can be used.",
+        )
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:

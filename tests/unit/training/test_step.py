@@ -385,6 +385,16 @@ def test_augmentation_that_would_do_nothing_or_fail_later_is_refused(augmentatio
 # What the host waits for
 
 
+def test_kernels_asked_for_by_name_are_refused_where_they_cannot_be_used(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match=r"machine\.loss_kernels: triton, but ") as error:
+        make_trainer(folder, tmp_path, loss_kernels="triton")
+    assert "Set machine.loss_kernels: auto" in str(error.value)
+    assert make_trainer(folder, tmp_path, loss_kernels="torch").model.objective.kernels == "torch"
+
+
 WAITS = {
     "the labels' limits": "tolist",
     "rows far from the teacher": "nonzero",

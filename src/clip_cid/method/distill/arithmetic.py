@@ -1,9 +1,12 @@
 """In which precision the losses multiply, and in which they look at a logit."""
 
 import contextlib
+import functools
+import importlib.util
+import os
 from collections.abc import Generator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,8 +14,10 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 LossPrecision = Literal["auto", "fp32", "bf16"]
+LossKernels = Literal["auto", "torch", "triton"]
 
-_chosen: ContextVar[LossPrecision] = ContextVar("loss_precision", default="auto")
+_precision: ContextVar[LossPrecision] = ContextVar("loss_precision", default="auto")
+_kernels: ContextVar[LossKernels] = ContextVar("loss_kernels", default="auto")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Arithmetic:
     """What rows, centers and slopes are rounded to before they are multiplied; sums are in float32. None is not at all."""
     per_logit: torch.dtype
     """The type of what is computed from each logit and of its sums: float64 on the CPU, where it costs little."""
+    triton: bool = False
+    """Whether a block of logits is one Triton kernel's work, and not that of a dozen operations of PyTorch."""
 
     def row_sums(self, values: Float[Tensor, "batch some"]) -> Float64[Tensor, " batch"]:
         return values.sum(dim=1, dtype=self.per_logit).double()
@@ -33,29 +40,55 @@ class Arithmetic:
     @property
     def unrounded(self) -> "Arithmetic":
         """For products that cancel afterwards."""
-        return Arithmetic(None, self.per_logit)
+        return replace(self, rounded_to=None)
 
 
 @contextlib.contextmanager
-def loss_precision(precision: LossPrecision) -> Generator[None]:
-    """The losses computed in the block have this precision.
+def loss_precision(precision: LossPrecision, kernels: LossKernels = "auto") -> Generator[None]:
+    """The losses computed in the block have this precision, and come from these kernels.
 
     Args:
         precision: `fp32`; `bf16` for products of rows rounded to bfloat16, added up in float32; `auto` for `bf16` on
             CUDA and `fp32` elsewhere. Rows in float64 stay in it.
+        kernels: What computes from logits: `torch`, `triton`, or `auto` for Triton on CUDA where it is installed.
     """
-    before = _chosen.set(precision)
+    before = _precision.set(precision), _kernels.set(kernels)
     try:
         yield
     finally:
-        _chosen.reset(before)
+        _precision.reset(before[0])
+        _kernels.reset(before[1])
 
 
 def arithmetic_of(rows: Tensor) -> Arithmetic:
-    """The arithmetic of losses of these rows, by their type, their device and `loss_precision`."""
+    """The arithmetic of losses of these rows, by their type, their device and `loss_precision`.
+
+    Raises:
+        ValueError: Triton was asked for by name and cannot be used.
+    """
     if rows.dtype == torch.float64:
         return Arithmetic(None, torch.float64)
-    rounds = _chosen.get() == "bf16" or (_chosen.get() == "auto" and rows.device.type == "cuda")
+    precision, kernels, on_cuda = _precision.get(), _kernels.get(), rows.device.type == "cuda"
+    rounds = precision == "bf16" or (precision == "auto" and on_cuda)
     # float64 is slow on a device (1/64 of float32's rate on many), and of no use beside rounded products.
     of_logits = torch.float32 if rounds or rows.device.type != "cpu" else torch.float64
-    return Arithmetic(torch.bfloat16 if rounds else None, of_logits)
+
+    reason = None if kernels == "torch" else why_no_triton(rows.device)
+    if kernels == "triton" and reason is not None:
+        raise ValueError(f"kernels must not be triton: {reason}")
+    by_triton = kernels == "triton" or (kernels == "auto" and on_cuda and reason is None)
+    return Arithmetic(torch.bfloat16 if rounds else None, torch.float32 if by_triton else of_logits, by_triton)
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot be used; None if they can."""
+    if not _has_triton():
+        return "the package triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":  # as its tests do on a CPU
+        return f"it needs CUDA, and the device is {device}"
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -155,7 +155,7 @@ class SoftmaxMean:
 
     def __init__(self, like: Float[Tensor, "batch dim"], arithmetic: Arithmetic, *, with_mean: bool) -> None:
         self._rounded_to = arithmetic.rounded_to
-        self.sums = LogSum.empty(len(like), like.device)
+        self.sums = LogSum.empty(len(like), like.device, by_triton=arithmetic.triton)
         self._total = torch.zeros_like(like) if with_mean else None
 
     def add(
@@ -399,9 +399,16 @@ def _kl_slopes(block: Block, sums: RowSums, settings: PassSettings) -> Float[Ten
     v keeps its digits where p is nearly 1 and the gap is nearly the mean: the mean is not rounded.
     """
     dtype = block.logits.dtype
-    logits = block.softened(settings)
+    logits, mean = block.softened(settings), sums.mean_gap - sums.kl
+    if settings.arithmetic.triton:
+        from clip_cid.method.distill import triton_kernels  # not installed everywhere
+
+        shift = mean.to(dtype), (mean - mean.to(dtype).double()).to(dtype)
+        of_rows = sums.teacher_sum.to(dtype), sums.student_sum.to(dtype)
+        return triton_kernels.kl_slopes(logits, cast(Tensor, block.gaps), *of_rows, shift)
+
     p = (logits + cast(Tensor, block.gaps)).sub_(sums.teacher_sum.to(dtype)[:, None]).exp_()
-    v = _less(cast(Tensor, block.gaps), sums.mean_gap - sums.kl, settings.arithmetic)
+    v = _less(cast(Tensor, block.gaps), mean, settings.arithmetic)
 
     far = v < -1  # a student's share of more than e times the teacher's: nothing cancels, and p may be 0
     near = torch.expm1(v.clamp_(min=-1).neg_()).to(dtype).mul_(p)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from clip_cid.loss_table import Loss, Reading, rows_of
-from clip_cid.method.distill.arithmetic import LossPrecision, loss_precision
+from clip_cid.method.distill.arithmetic import LossKernels, LossPrecision, loss_precision
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.cluster_distillation import CenterHead, SampledCenters, Shard
 from clip_cid.method.distill.cluster_passes import ClusterPass, passes_of
@@ -122,7 +122,10 @@ class Objective(nn.Module):
         self.sample_rate, self.logq, self.temperature = sample_rate, logq, temperature
         self.ignore_near = ignore_near
         self.teacher_scale, self.affinity_scale, self.bank_scale = teacher_scale, affinity_scale, bank_scale
-        self.stored_texts, self.precision = stored_texts, precision
+        self.stored_texts = stored_texts
+        self.precision: LossPrecision = precision
+        self.kernels: LossKernels = "auto"
+        """Of whoever trains: they are a matter of the machine."""
         if stored_texts and (alignment != "native" or any(loss.trains_text_only for loss in self.losses)):
             raise ValueError("stored_texts needs alignment native and no loss that trains the text tower alone")
         self._last: dict[str, Tensor] = {}
@@ -206,7 +209,7 @@ class Objective(nn.Module):
         Raises:
             ValueError: What a loss reads is missing.
         """
-        with autocast_off(outputs["image"]), loss_precision(self.precision):
+        with autocast_off(outputs["image"]), loss_precision(self.precision, self.kernels):
             batch = _Batch(
                 outputs,
                 targets,

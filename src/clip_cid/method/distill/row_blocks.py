@@ -134,6 +134,11 @@ class CrossEntropy(RowLoss):
 
     def of(self, logits: Tensor, rows: slice, own: slice) -> tuple[Tensor, Tensor]:
         """See `RowLoss`."""
+        if arithmetic_of(logits).triton:
+            from clip_cid.method.distill import triton_kernels  # not installed everywhere
+
+            return _softplus(triton_kernels.cross_entropy(logits, own.start)), logits
+
         ours = logits[:, own].diagonal()
         own_logits = ours.clone()
         ours.fill_(torch.finfo(logits.dtype).min)  # not -inf: a batch of one has no negatives

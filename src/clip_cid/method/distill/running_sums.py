@@ -19,10 +19,11 @@ class LogSum:
 
     top: Float64[Tensor, " batch"]
     total: Float64[Tensor, " batch"]
+    by_triton: bool = False
 
     @classmethod
-    def empty(cls, rows: int, device: torch.device) -> "LogSum":
-        return cls(_filled(rows, -math.inf, device), _filled(rows, 0.0, device))
+    def empty(cls, rows: int, device: torch.device, *, by_triton: bool = False) -> "LogSum":
+        return cls(_filled(rows, -math.inf, device), _filled(rows, 0.0, device), by_triton)
 
     def add(
         self, logits: Float[Tensor, "batch some"], largest: Float[Tensor, " batch"] | None = None
@@ -36,6 +37,11 @@ class LogSum:
         Returns:
             The factor by which sums relative to the older `top` must be multiplied.
         """
+        if self.by_triton:
+            from clip_cid.method.distill import triton_kernels  # not installed everywhere
+
+            return triton_kernels.add_to_log_sum(logits, self.top, self.total)[:, None]
+
         largest = logits.amax(dim=1) if largest is None else largest
         least = torch.finfo(logits.dtype).min  # a row without logits: -inf - -inf would be no number
         highest = torch.maximum(self.top, largest.clamp(min=least).double())
@@ -79,12 +85,18 @@ class Comparison:
 
     def add(
         self, logits: Float[Tensor, "batch some"], gaps: Float[Tensor, "batch some"]
-    ) -> tuple[Float[Tensor, "batch some"], Float64[Tensor, "batch 1"]]:
+    ) -> tuple[Float[Tensor, "batch some"], Float[Tensor, "batch 1"]]:
         """Add a block, which is overwritten.
 
         Returns:
             w expm1(c - g) with w = exp(a - top), and the factor by which older sums of it must be multiplied.
         """
+        if self._arithmetic.triton:
+            from clip_cid.method.distill import triton_kernels  # not installed everywhere
+
+            sums = self.top, self.total, self._gap, self._excess
+            return gaps, triton_kernels.add_to_comparison(logits, gaps, self._reference, sums)[:, None]
+
         highest = torch.maximum(self.top, logits.amax(dim=1).double())
         rescale = torch.where(self.total > 0, (self.top - highest).exp(), 0.0)
 

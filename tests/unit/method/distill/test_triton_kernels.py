@@ -1,0 +1,79 @@
+"""Triton kernels of the losses: run by its interpreter, compiled for GPUs that are not here, chosen and refused.
+
+They never ran on a GPU.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clip_cid.method.distill import arithmetic
+from clip_cid.method.distill.arithmetic import Arithmetic, arithmetic_of, loss_precision, why_no_triton
+
+triton = pytest.importorskip("triton")
+
+
+@pytest.mark.slow
+def test_by_the_interpreter_they_give_what_pytorch_gives():
+    """Triton is an interpreter or a compiler for a whole process."""
+    tests = Path(__file__).with_name("kernels_by_interpreter.py")
+    how = ["-q", "-n", "0", "-p", "no:cacheprovider", "--no-showlocals"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *how, tests], env=environment, capture_output=True, text=True, check=False
+    )
+    assert re.search(r"^2\d passed in", done.stdout, re.MULTILINE), done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_it_is_refused_by_name_with_its_reason_and_not_chosen_on_a_processor(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    rows = torch.zeros(1)
+    assert not arithmetic_of(rows).triton
+    with loss_precision("fp32", "triton"), pytest.raises(ValueError, match="it needs CUDA, and the device is cpu"):
+        arithmetic_of(rows)
+    monkeypatch.setattr(arithmetic, "_has_triton", lambda: False)
+    assert why_no_triton(torch.device("cuda")) == "the package triton is not installed"
+
+
+def test_it_is_chosen_on_cuda_unless_pytorch_is_asked_for():
+    class OnCuda:
+        dtype, device = torch.float32, torch.device("cuda")
+
+    rows: Any = OnCuda()
+    undecorated: Any = getattr(arithmetic_of, "__wrapped__", arithmetic_of)
+    assert undecorated(rows) == Arithmetic(torch.bfloat16, torch.float32, True)
+    with loss_precision("fp32", "torch"):
+        assert undecorated(rows) == Arithmetic(None, torch.float32)
+
+
+SIGNATURES = {
+    "_log_sum": "*fp32 *fp64 *fp64 *fp32 i32 i32",
+    "_comparison": "*fp32 *fp32 *fp32 *fp64 *fp64 *fp64 *fp64 *fp32 i32 i32 i32",
+    "_kl_slopes": "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32",
+    "_cross_entropy": "*fp32 *fp32 i32 i32 i32",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_each_kernel_compiles_for_a_gpu(name: str, capability: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
+    """To the machine code of an A100 and an H100, without either."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from clip_cid.method.distill import triton_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # its default, said to be what is meant
+    kernel = getattr(triton_kernels, name)
+    arguments = dict(zip(kernel.arg_names, [*SIGNATURES[name].split(), "constexpr"], strict=True))
+    source = ASTSource(kernel, arguments, {(len(arguments) - 1,): 1024})
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert made.asm["cubin"]

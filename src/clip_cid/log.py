@@ -135,7 +135,15 @@ def live_table(columns: Sequence[str], states: Iterable[tuple[str, Sequence[Sequ
         return
     with _standard_output(), Live(console=out, auto_refresh=False) as live:
         for title, rows in states:
-            live.update(_grid(columns, rows, title), refresh=True)
+            live.update(_fitting(out, columns, rows, title), refresh=True)
+
+
+def _fitting(out: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table | Text:
+    """The table; where the terminal is too low for it, a line for each row, as elsewhere than on a terminal."""
+    whole = _grid(columns, rows, title)
+    if len(out.render_lines(whole)) < out.height:
+        return whole
+    return Text("\n".join(map(_line, ([title], *rows))), no_wrap=True, overflow="ellipsis")
 
 
 def _say_new_rows(out: Console, states: Iterable[tuple[str, Sequence[Sequence[str]]]]) -> None:
@@ -144,8 +152,12 @@ def _say_new_rows(out: Console, states: Iterable[tuple[str, Sequence[Sequence[st
         for row in ([title], *rows):
             if row not in shown:
                 with _standard_output():
-                    out.print(printable("  ".join(filter(None, row))), soft_wrap=True)
+                    out.print(_line(row), soft_wrap=True)
         shown = [[title], *rows]
+
+
+def _line(row: Sequence[str]) -> str:
+    return printable("  ".join(filter(None, row)))
 
 
 def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None) -> Table:

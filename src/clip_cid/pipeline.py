@@ -268,7 +268,8 @@ def _watch_training(folder: RunFolder, recipe: Recipe) -> None:
             f"{folder.path}: nobody trains here, and no training waits to be resumed.",
             fix=f"Start it in another terminal: clip-cid run {folder.path}.",
         )
-    log.info(f"report    {page}: the training {'has finished' if standing == 'finished' else 'has stopped'}")
+    end = "the training has finished" if standing == "finished" else "nobody holds the run folder any more"
+    log.info(f"report    {page}: {end}")
 
 
 def _write_training_page(folder: RunFolder, recipe: Recipe, *, refresh: int | None = None) -> "Standing | None":

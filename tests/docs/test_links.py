@@ -107,3 +107,13 @@ def test_the_extras_that_texts_name_exist():
         for names in re.findall(r"clip-cid\[([\w,]+)\]|'\.\[([\w,]+)\]'", page.read_text()):
             for extra in "".join(names).split(","):
                 assert extra in PROJECT["optional-dependencies"], f"{page}: {extra}"
+
+
+def test_the_wheel_has_every_file_of_the_package():
+    """Files that are no modules come along only if `package-data` names them."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    package = ROOT / "src" / "clip_cid"
+    named = {path for pattern in settings["package-data"]["clip_cid"] for path in package.glob(pattern)}
+    others = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others - named == set()
+    assert {path.parent for path in package.rglob("*.py")} == {path.parent for path in package.rglob("__init__.py")}

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_names_in_messages import is_flag
 
 from clip_cid import cli
 from clip_cid.recipe import Recipe
@@ -38,3 +39,12 @@ def test_every_target_of_the_makefile_that_the_documents_name_exists():
     for document in DOCUMENTS:
         for name in re.findall(r"[`\n]make ([a-z-]+)", document.read_text()):
             assert name in targets, f"{document.name}: make {name}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_flag_of_a_command_that_is_printed_exists(document: Path):
+    blocks = re.findall(r"(?ms)^```bash\n(.*?)^```", document.read_text())
+    for line in "".join(blocks).replace("\\\n", " ").splitlines():
+        for command in re.split(r"clip[-_]cid ", line.partition("#")[0])[1:]:
+            for flag in re.findall(r"(?<=\s)--([a-z][\w.-]*)", command):
+                assert is_flag(flag), line

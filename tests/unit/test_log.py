@@ -146,3 +146,14 @@ def test_the_time_left_is_not_told_before_there_is_a_speed(monkeypatch: pytest.M
     with log.progress("embed", 10, start=5) as bar:
         bar.advance(0, note="reading")
     assert "-:--:-- left" in shown.getvalue()
+
+
+@pytest.mark.parametrize(("width", "height", "whole"), [(200, 50, True), (80, 24, False), (60, 14, False)])
+def test_a_table_that_changes_fits_a_low_terminal_with_every_row(width: int, height: int, whole: bool):
+    rows = [[f"stage-{number}", "done", "", "2026-11-30T22:39:41+00:00, 30.0s", "words " * 20] for number in range(8)]
+    out = Console(file=io.StringIO(), force_terminal=True, width=width, height=height)
+    shown = log._fitting(out, ["stage", "status", "reason", "made", "result"], rows, "RUN")
+    lines = ["".join(part.text for part in line) for line in out.render_lines(shown)]
+    assert len(lines) < height
+    assert all(any(f"stage-{number}" in line and "done" in line for line in lines) for number in range(8))
+    assert any("reason" in line for line in lines) == whole

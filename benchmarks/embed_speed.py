@@ -72,7 +72,7 @@ class Options:
     out: Path | None = None
     """JSON of all numbers."""
     apart: bool = True
-    """Whether each run is a process of its own; if not, the first one loads what the others use, too."""
+    """Whether each run is a process of its own; if not, runs that do not count come first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +133,9 @@ def measure(options: Options) -> dict[str, list[Run]]:
     """Runs of the command and of the forwards; they take turns."""
     make(options)
     runs: dict[str, list[Run]] = {"embed": [], "forwards": []}
+    if not options.apart:
+        for name in runs:
+            run_job(name, options.pairs[0], options)
     for number in range(options.rounds):
         for count in options.pairs:
             for name in list(runs)[:: 1 if number % 2 else -1]:

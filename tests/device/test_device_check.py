@@ -190,6 +190,15 @@ def test_lines_that_are_not_asked_for_are_named(tmp_path: Path, monkeypatch: pyt
     assert device_check.main(dataclasses.replace(options, only=("clusters",))) == 2
 
 
+def test_a_device_that_is_not_here_is_named_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert device_check.main(device_check.Options(device="cuda:99", out=out)) == 1
+    assert "machine.device is cuda:99" in capsys.readouterr().err
+    assert not out.exists()
+
+
 # Wrong results
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import os
 import select
 import sys
@@ -10,7 +11,7 @@ import traceback
 from collections.abc import Callable, Generator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 from tyro.conf import Positional
@@ -176,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments = _with_precision([argument for argument in arguments if argument != "--debug"])
     if arguments == ["--version"]:
         log.say(f"clip-cid {metadata.version('clip-cid')}")
         return 0
@@ -247,6 +248,15 @@ def _commands(arguments: Sequence[str] = ()) -> dict[str, Callable[..., Any]]:
         "plan": plan,
         "sample": sample,
     }
+
+
+def _with_precision(arguments: Sequence[str]) -> list[str]:
+    """`--onnx` without a precision means float32, as it did when there was no other."""
+    known = get_args(get_args(inspect.signature(export).parameters["onnx"].annotation)[0])
+    spelled: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        spelled += [argument, known[0]] if argument == "--onnx" and following not in known else [argument]
+    return spelled
 
 
 def _refuse_long(arguments: Sequence[str]) -> None:
@@ -734,14 +744,22 @@ def sets(group: Positional[Literal["clip", "datacomp"]] = "clip") -> int:
     return 0
 
 
-def export(run: Run, out: Out, onnx: bool = False, transformers: bool = False) -> int:
+def export(
+    run: Run,
+    out: Out,
+    onnx: Literal["fp32", "fp16", "int8"] | None = None,
+    max_drop: float | None = None,
+    transformers: bool = False,
+) -> int:
     """Copy the trained student to a folder that open_clip, CLIP_benchmark and the Hugging Face Hub load.
 
     Args:
         run: The run folder; its distill stage must have finished.
         out: The folder to create.
-        onnx: Also write both towers as ONNX graphs, and compare each with PyTorch. Needs
+        onnx: Also write both towers as ONNX graphs. --onnx alone means fp32: each is compared with PyTorch.
+            fp16 and int8 are measured on the evaluation sets of the run, beside the student. Needs
             `pip install "clip-cid[onnx]"`.
+        max_drop: Points that a score of fp16 or int8 may drop by; with more, nothing is written. Default: 1.
         transformers: Also write a folder for CLIPModel or SiglipModel of transformers, with processor and
             tokenizer, and compare it with open_clip. Needs `pip install "clip-cid[transformers]"`.
     """
@@ -754,16 +772,31 @@ def export(run: Run, out: Out, onnx: bool = False, transformers: bool = False) -
     from clip_cid.publish.finished_student import finished_student, local_parts
 
     student = finished_student(folder)
-    if onnx:
+    if max_drop is not None and (onnx in (None, "fp32") or not max_drop >= 0):
+        raise ConfigError(
+            f"--max-drop {max_drop:g}: is the number of points that --onnx fp16 or int8 may lose, 0 or more.",
+            fix="Give it with one of them.",
+        )
+    if onnx is not None:
         onnx_export.require_onnx()
     if transformers:
         transformers_export.require_transformers()
         transformers_export.refuse_unmapped(student)
 
     said: list[str] = []
-    with os_errors.explained(out):
-        copy_student(student, out)
-        if onnx:
+    with os_errors.explained(out), contextlib.ExitStack() as stack:
+        if onnx in ("fp16", "int8"):
+            from clip_cid.publish import onnx_precision
+
+            recipe = read_run_recipe(run / pipeline.RECIPE_FILE)
+            onnx_precision.require(onnx, recipe)
+            allowed = onnx_precision.ALLOWED if max_drop is None else max_drop
+            graphs = stack.enter_context(onnx_precision.converted(folder, student, recipe, onnx, allowed=allowed))
+            copy_student(student, out)
+            said.append(onnx_precision.place(graphs, out, onnx))
+        else:
+            copy_student(student, out)
+        if onnx == "fp32":
             gaps = onnx_export.export_onnx(out)
             said.append(f"# ONNX: {out / 'onnx'}; largest difference to PyTorch: {_listed(gaps)}")
         if transformers:

@@ -59,7 +59,9 @@ class _TextTower(torch.nn.Module):
 
 
 @dataclass(frozen=True)
-class _Tower:
+class Tower:
+    """A tower to export, with rows to compare it on."""
+
     name: str
     module: torch.nn.Module
     input: str
@@ -107,24 +109,24 @@ def export_onnx(folder: Path) -> dict[str, float]:
     clip = load_clip(f"local-dir:{folder}")
     gaps: dict[str, float] = {}
     with new_folder(folder / FOLDER) as part:
-        for tower in _towers(clip):
-            _write_graph(tower, part / tower.file)
-            gaps[tower.name] = _compare(tower, part / tower.file)
-        write_json(part / ABOUT, _about(clip, gaps))
+        for tower in towers(clip):
+            write_graph(tower, part / tower.file)
+            gaps[tower.name] = compare(tower, part / tower.file)
+        write_json(part / ABOUT, about(clip, gaps))
     return gaps
 
 
-def _towers(clip: Clip) -> tuple[_Tower, _Tower]:
+def towers(clip: Clip) -> tuple[Tower, Tower]:
     size = clip.preprocess_cfg["size"]
     height, width = (size, size) if isinstance(size, int) else size
     pixels = torch.randn(len(_CAPTIONS), 3, height, width, generator=torch.Generator().manual_seed(0))
     return (
-        _Tower("image", _ImageTower(clip.model).eval(), "pixels", pixels),
-        _Tower("text", _TextTower(clip.model).eval(), "tokens", clip.tokenizer(list(_CAPTIONS))),
+        Tower("image", _ImageTower(clip.model).eval(), "pixels", pixels),
+        Tower("text", _TextTower(clip.model).eval(), "tokens", clip.tokenizer(list(_CAPTIONS))),
     )
 
 
-def _write_graph(tower: _Tower, path: Path) -> None:
+def write_graph(tower: Tower, path: Path) -> None:
     with _quiet(), torch.inference_mode(False), torch.no_grad():
         program = torch.onnx.export(
             tower.module,
@@ -152,14 +154,26 @@ def _forget_sources(model: Any) -> None:
             node.doc_string = None
 
 
-def _compare(tower: _Tower, path: Path) -> float:
-    """The largest difference to PyTorch over all batches.
+def session(path: Path, level: str = "ORT_ENABLE_ALL") -> Any:
+    """A graph in onnxruntime, on the CPU.
 
-    Raises:
-        RunError: It is above `TOLERANCE`, or not a number, or onnxruntime refuses the graph.
+    Args:
+        path: The graph.
+        level: How much onnxruntime optimizes it.
     """
     import onnxruntime
 
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def compare(tower: Tower, path: Path, *, tolerance: float = TOLERANCE, level: str = "ORT_ENABLE_ALL") -> float:
+    """The largest difference to PyTorch over all batches.
+
+    Raises:
+        RunError: It is above `tolerance`, or not a number, or onnxruntime refuses the graph.
+    """
     fix = "No ONNX is written; the versions this release was tested with are in constraints.txt."
     largest = 0.0
     for rows in _BATCHES:
@@ -167,17 +181,16 @@ def _compare(tower: _Tower, path: Path) -> float:
         with torch.inference_mode():
             ours = tower.module(batch)
         try:
-            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-            theirs = torch.from_numpy(session.run([tower.output], {tower.input: batch.numpy()})[0])
+            theirs = torch.from_numpy(session(path, level).run([tower.output], {tower.input: batch.numpy()})[0])
         except Exception as error:  # its errors share no class but this
             reason = " ".join(str(error).split())[:300]
             raise RunError(f"{path.name}: onnxruntime cannot run {rows} rows ({reason}).", fix=fix) from error
         if theirs.shape != ours.shape:
             raise RunError(f"{path.name}: gives {tuple(theirs.shape)}, not {tuple(ours.shape)}.", fix=fix)
         gap = float((theirs - ours).abs().max())
-        if not gap <= TOLERANCE:  # also true for NaN
+        if not gap <= tolerance:  # also true for NaN
             raise RunError(
-                f"{path.name}: onnxruntime and PyTorch differ by up to {gap:.3g} for {rows} rows; {TOLERANCE:g}"
+                f"{path.name}: onnxruntime and PyTorch differ by up to {gap:.3g} for {rows} rows; {tolerance:g}"
                 " is allowed.",
                 fix=fix,
             )
@@ -185,10 +198,10 @@ def _compare(tower: _Tower, path: Path) -> float:
     return largest
 
 
-def _about(clip: Clip, gaps: dict[str, float]) -> dict[str, Any]:
+def about(clip: Clip, gaps: dict[str, float]) -> dict[str, Any]:
     """The description of the graphs' inputs, for users without open_clip."""
     model: Any = clip.model
-    towers = _towers(clip)
+    both = towers(clip)
     bias = getattr(model, "logit_bias", None)
 
     return {
@@ -203,7 +216,7 @@ def _about(clip: Clip, gaps: dict[str, float]) -> dict[str, Any]:
                 "output": {"name": tower.output, "type": "float32", "shape": ["batch", clip.dim], "unit_length": True},
                 "largest_difference_to_pytorch": gaps[tower.name],
             }
-            for tower in towers
+            for tower in both
         },
         "preprocess": clip.preprocess_cfg,
         "tokenizer": "open_clip.get_tokenizer of the folder above this one",

@@ -2,23 +2,19 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from clip_cid import engine, log, units
-from clip_cid.data.pairs.pairs import open_pairs
-from clip_cid.data.pairs.sources import find_sources
-from clip_cid.data.sets.evaluation_sets import EvaluationSet, MissingSetError, open_set
-from clip_cid.data.sets.known_sets import IMAGENET, few
-from clip_cid.data.sets.readers import tars
+from clip_cid.data.sets.known_sets import few
 from clip_cid.errors import DataError
 from clip_cid.evaluation.clip_benchmark import write_clip_benchmark
 from clip_cid.evaluation.comparison import differences
 from clip_cid.evaluation.features import Encoder, UnmeasurableError, drop_unfinished, prune
 from clip_cid.evaluation.measure import split_features
-from clip_cid.evaluation.measurements import Measurement, PairSet, measurements_of, retrieval_measurement
+from clip_cid.evaluation.measurements import Measurement
+from clip_cid.evaluation.opened_sets import OpenedSets, Split, open_sets_of
 from clip_cid.evaluation.printed_tables import (
     cost_lines,
     difference_lines,
@@ -30,63 +26,15 @@ from clip_cid.evaluation.printed_tables import (
 from clip_cid.evaluation.protocols import PROTOCOLS, RETRIEVAL, ZERO_SHOT
 from clip_cid.evaluation.results import Results
 from clip_cid.evaluation.scores import RESULTS, STUDENT, Difference, Score, read_scores
-from clip_cid.evaluation.tables import Group, Table, groups_of, is_shifted, retrieval_table, score_table
+from clip_cid.evaluation.tables import Group, Table, groups_of, retrieval_table, score_table
 from clip_cid.models.costs import cost_key, measure_cost
 from clip_cid.models.device import resolve_device
 from clip_cid.models.loading import load_clip
 from clip_cid.models.references import files_beside_weights
-from clip_cid.recipe import PairsConfig, Recipe
+from clip_cid.recipe import Recipe
 from clip_cid.run_folder import RunFolder, write_json
 from clip_cid.stage_names import DISTILL, EVALUATE
 from clip_cid.summaries import EvaluateSummary, ModelCost, costs_in
-
-
-class _Split(NamedTuple):
-    """Images whose features are computed together: those of a split, or of a set of pairs."""
-
-    set: str
-    split: str | None
-
-
-@dataclass(frozen=True)
-class _Sets:
-    """The sets that every model is measured on, and those that are not measured."""
-
-    labelled: list[EvaluationSet]
-    retrieval: list[PairSet]
-    missing: dict[str, str]
-    """Set -> why it is left out of everything."""
-    failed: dict[tuple[str, str], str] = field(default_factory=dict[tuple[str, str], str])
-    """Set and protocol -> why it turned out not to be measurable."""
-
-    def reasons(self, task: str) -> dict[str, str]:
-        """Set -> why this protocol has no score of it."""
-        failed = {name: reason for (name, of_task), reason in self.failed.items() if of_task == task}
-        return {**self.missing, **failed}
-
-    def not_measured(self) -> dict[str, str]:
-        """Set -> why it has no score, or which ones it lacks and why."""
-        lacks: dict[tuple[str, str], list[str]] = {}
-        for (name, task), reason in self.failed.items():
-            lacks.setdefault((name, reason), []).append(PROTOCOLS[task].short)
-        reasons: dict[str, list[str]] = {}
-        for (name, reason), protocols in lacks.items():
-            reasons.setdefault(name, []).append(f"no {', no '.join(protocols)}: {reason}")
-        return {**self.missing, **{name: " ".join(parts) for name, parts in reasons.items()}}
-
-    def splits(self, names: Collection[str]) -> list["_Split"]:
-        """The splits of these sets."""
-        of_labelled = [_Split(labelled.name, split) for labelled in self.labelled for split in labelled.splits]
-        of_pairs = [_Split(pairs.name_of_set, None) for pairs in self.retrieval]
-        return [split for split in (*of_labelled, *of_pairs) if split.set in names]
-
-    def measurements(self, recipe: Recipe) -> list[Measurement]:
-        settings = recipe.evaluate
-        imagenet = next((labelled for labelled in self.labelled if labelled.known_key == IMAGENET), None)
-        measurements: list[Measurement] = []
-        for labelled in self.labelled:
-            measurements += measurements_of(labelled, settings, recipe.machine, imagenet=imagenet)
-        return measurements + [retrieval_measurement(pairs, seed=settings.seed) for pairs in self.retrieval]
 
 
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> EvaluateSummary:
@@ -100,7 +48,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> EvaluateSummary:
         log.info(f"evaluate: forced, so {units.counted(dropped, 'cached feature')} of this run are made again")
     models = _models(folder, recipe)
     earlier = folder.earlier(EVALUATE)
-    sets = _open_all(recipe, folder.digests.of)
+    sets = open_sets_of(recipe, folder.digests.of)
     _check_none_lost(sets.missing, earlier)
     measurements = sets.measurements(recipe)
     _say_plan(models, sets, measurements)
@@ -145,47 +93,6 @@ def _models(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
     return {STUDENT: f"local-dir:{folder.stage(DISTILL) / 'student'}", **compare}
 
 
-def _open_all(recipe: Recipe, digest_of: Callable[[Path], str]) -> _Sets:
-    """Index and check all sets before the first model runs; missing ones are left out and named."""
-    settings = recipe.evaluate
-    sets = _Sets([], [], {})
-    trained = settings.linear_probe or settings.knn
-    splits = ("train", "val", "test") if trained else ("test",)
-
-    for name, where in settings.sets.items():
-        try:
-            labelled = open_set(
-                name,
-                where,
-                max_pixels=recipe.pairs.max_pixels,
-                splits=splits,
-                cache_dir=recipe.machine.cache_dir,
-                digest_of=digest_of,
-            )
-        except MissingSetError as error:
-            _leave_out(sets, name, error)
-            continue
-        if trained and "train" not in labelled.splits and not is_shifted(name):
-            log.warn(f"{name}: no train split at {where}, so no linear probe and no neighbors on it")
-        sets.labelled.append(labelled)
-
-    for name, source in settings.retrieval.items():
-        try:
-            sets.retrieval.append(
-                _open_pairs(name, recipe.pairs.model_copy(update={"source": source, "captions": "required"}), recipe)
-            )
-        except _MissingPairsError as error:
-            _leave_out(sets, name, error)
-
-    if not sets.labelled and not sets.retrieval:
-        raise DataError(
-            f"evaluate: none of {len(sets.missing)} sets exists"
-            f" ({'; '.join(sets.missing.values()) or 'none is named'}).",
-            fix="Name sets that exist in evaluate.sets or evaluate.retrieval; builtin:digits always does.",
-        )
-    return sets
-
-
 def _check_none_lost(missing: Mapping[str, str], earlier: Path | None) -> None:
     """Scores that replace others are of at least their sets: one that is out of reach now does not lose its scores."""
     path = earlier / RESULTS if earlier is not None else None
@@ -197,30 +104,6 @@ def _check_none_lost(missing: Mapping[str, str], earlier: Path | None) -> None:
             fix=f"Bring it back (paths are taken from {Path.cwd()}), or take it out of the recipe; --force goes on"
             " without it.",
         )
-
-
-class _MissingPairsError(DataError):
-    """The pairs of a retrieval set do not exist."""
-
-
-def _leave_out(sets: _Sets, name: str, error: DataError) -> None:
-    sets.missing[name] = f"{error.problem} {error.fix}"
-    log.warn(f"{error.problem} Left out. {error.fix}")
-
-
-def _open_pairs(name: str, settings: PairsConfig, recipe: Recipe) -> PairSet:
-    try:
-        find_sources(settings)
-    except DataError as error:
-        raise _MissingPairsError(f"evaluate.retrieval.{name}: {error.problem}", fix=error.fix) from error
-    for folder in map(Path, settings.source):
-        if (folder / "test" / tars.SHARDS).is_file():
-            raise DataError(
-                f"evaluate.retrieval.{name}: {folder} is a folder of CLIP_benchmark's, and pairs are read from its tars.",
-                fix=f"Name them: {folder}/test/*.tar",
-            )
-    pairs = open_pairs(settings, cache_dir=recipe.machine.cache_dir)
-    return PairSet(f"{name}/pairs", pairs, settings.max_pixels)
 
 
 def _cache(folder: RunFolder) -> Path:
@@ -243,7 +126,7 @@ def _encoder(name: str, reference: str, folder: RunFolder, recipe: Recipe) -> En
 
 
 def _compute_on_cluster(
-    name: str, reference: str, splits: Sequence[_Split], folder: RunFolder, recipe: Recipe, *, gpu: bool
+    name: str, reference: str, splits: Sequence[Split], folder: RunFolder, recipe: Recipe, *, gpu: bool
 ) -> None:
     """Have a cluster compute the features of splits that are not cached yet; the measurements read the cache."""
     device = "cuda" if gpu else "cpu"
@@ -260,14 +143,14 @@ def _compute_on_cluster(
         )
 
 
-def _open_split(name: str, reference: str, run: Path, recipe: Recipe) -> Callable[[_Split], None]:
+def _open_split(name: str, reference: str, run: Path, recipe: Recipe) -> Callable[[Split], None]:
     """Open what the tasks read; in each process once."""
     folder = RunFolder(run, read_only=True)
-    sets = _open_all(recipe, folder.digests.of)
+    sets = open_sets_of(recipe, folder.digests.of)
     return functools.partial(_compute, _encoder(name, reference, folder, recipe), sets, recipe)
 
 
-def _compute(encoder: Encoder, sets: _Sets, recipe: Recipe, wanted: _Split) -> None:
+def _compute(encoder: Encoder, sets: OpenedSets, recipe: Recipe, wanted: Split) -> None:
     """A task: put the features of a split into the cache."""
     with contextlib.suppress(UnmeasurableError):  # it is said when it is measured
         if wanted.split is None:
@@ -277,7 +160,7 @@ def _compute(encoder: Encoder, sets: _Sets, recipe: Recipe, wanted: _Split) -> N
             split_features(encoder, labelled, wanted.split, recipe.evaluate)
 
 
-def _say_plan(models: Mapping[str, str], sets: _Sets, measurements: Sequence[Measurement]) -> None:
+def _say_plan(models: Mapping[str, str], sets: OpenedSets, measurements: Sequence[Measurement]) -> None:
     images = sum(len(split) for labelled in sets.labelled for split in labelled.splits.values())
     images += sum(len(pairs) for pairs in sets.retrieval)
     log.info(
@@ -325,7 +208,7 @@ def _cost(encoder: Encoder, folder: RunFolder) -> ModelCost:
     return measure_cost(encoder.name, encoder.clip, weights=encoder.digest)
 
 
-def _tables(results: Results, sets: _Sets, recipe: Recipe) -> dict[str, Table]:
+def _tables(results: Results, sets: OpenedSets, recipe: Recipe) -> dict[str, Table]:
     """One table for each protocol the recipe asks for, with the models' differences."""
     settings, scores = recipe.evaluate, results.scores
     untrained = {labelled.name: "no train split" for labelled in sets.labelled if "train" not in labelled.splits}

@@ -242,7 +242,7 @@ def show_training(folder: RunFolder, recipe: Recipe, *, watch: bool = False) -> 
         standing = _write_training_page(folder, recipe)
     if standing == "finished":
         return False
-    log.info(f"report    {folder.path / PAGE} shows the unfinished training: {TrainingSoFar.unfinished(folder)}")
+    log.info(f"report    {folder.path / PAGE} shows the unfinished training: {_so_far(folder)}")
     return standing == "running" or not any(folder.has(name) for name in BY_NAME[REPORT].needs)
 
 
@@ -254,7 +254,7 @@ def _watch_training(folder: RunFolder, recipe: Recipe) -> None:
         while (work := folder.at_work()) is not None and standing != "finished":
             if standing == "running":
                 _write_training_page(folder, recipe, refresh=WATCH_SECONDS)
-                log.info(f"report    {page}: {TrainingSoFar.unfinished(folder)}")
+                log.info(f"report    {page}: {_so_far(folder)}")
             elif not waits:
                 waits = True
                 log.info(f"report    waiting for the training to begin; {work.stage or work.holder} is at work")
@@ -287,6 +287,10 @@ def _write_training_page(folder: RunFolder, recipe: Recipe, *, refresh: int | No
             if not may_have_ended:
                 raise
     return None
+
+
+def _so_far(folder: RunFolder) -> str:
+    return str(TrainingSoFar.unfinished(folder) or "it has just ended")
 
 
 def _standing(folder: RunFolder, recipe: Recipe) -> "Standing | None":

@@ -152,6 +152,16 @@ def _text_tower(value: str) -> str:
     return value
 
 
+def _not_at_an_address(value: str) -> str:
+    if not value.startswith("run:") and re.search(r"(?:^|[:/])[a-z0-9]+://", value, re.IGNORECASE):
+        raise PydanticCustomError(
+            "model_address",
+            "models are not read from addresses ({it}): fetch the file or the folder, or name hf-hub:ORG/NAME",
+            {"it": without_secrets(value)},
+        )
+    return value
+
+
 def _printable(value: str) -> str:
     if not (value.strip() and value.isprintable()):
         raise PydanticCustomError("name", "a name should be of characters that can be printed")
@@ -159,6 +169,8 @@ def _printable(value: str) -> str:
 
 
 _ModelName = Annotated[str, AfterValidator(_printable)]
+_Model = Annotated[str, AfterValidator(_not_at_an_address)]
+"""A model or its weights, by name or path."""
 _SetName = Annotated[str, Field(max_length=100), AfterValidator(_printable)]  # a part of names of files
 _Texts = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 """A list of texts; one text alone is a list of one."""
@@ -250,10 +262,10 @@ class EmbedConfig(Config):
 
     at_addresses = ("existing",)
 
-    teacher: str = "ViT-bigG-14"
+    teacher: _Model = "ViT-bigG-14"
     """An open_clip model name, `hf-hub:org/name`, `local-dir:path`, `run:path` for the student of a
     finished run, or `none` to train without a teacher."""
-    pretrained: str | None = "laion2b_s39b_b160k"
+    pretrained: _Model | None = "laion2b_s39b_b160k"
     """The open_clip tag of the weights, or a checkpoint of open_clip's training (.pt); ignored for
     hf-hub:, local-dir: and run:."""
     precision: Precision = "auto"
@@ -465,16 +477,16 @@ class ValidationConfig(Config):
 class DistillConfig(Config):
     """Train the student: CLIP loss, cluster-level and instance-level distillation (paper sections 3.2 and 3.3)."""
 
-    student: str = "ViT-B-32"
+    student: _Model = "ViT-B-32"
     """An open_clip model name, one of our small models (`cid-tiny`, `cid-small`, `cid-conv`,
     `cid-resnet`), or the path of a model config in JSON."""
-    pretrained: str | None = None
+    pretrained: _Model | None = None
     """Start from these weights: an open_clip tag, a checkpoint of open_clip's training (.pt), the
     folder of an exported student, `run:path`, or `hf-hub:org/name`."""
     lock: Literal["none", "image", "text"] = "none"
     """Freeze one tower as it was loaded by `pretrained`: neither its weights nor its statistics
     change, and it has no dropout."""
-    text_tower: Annotated[str, AfterValidator(_text_tower)] = OWN_TEXT_TOWER
+    text_tower: Annotated[_Model, AfterValidator(_text_tower)] = OWN_TEXT_TOWER
     """Whose text tower the student has. `own`: it trains one. `teacher`: it keeps the teacher's as it
     is, and only its image tower learns, against the stored text embeddings. The student then fits an
     index of the teacher's text embeddings. Embeddings made elsewhere do not name their teacher: give
@@ -719,7 +731,7 @@ class EvaluateConfig(Config):
     student: bool = True
     """Off for a recipe without a student of its own: nothing is trained, and only the models of
     compare are measured."""
-    compare: dict[_ModelName, str] = {}
+    compare: dict[_ModelName, _Model] = {}
     """Name -> model evaluated beside the student: `run:path`, `local-dir:path`, `hf-hub:org/name`,
     or `name/tag` of open_clip, where the tag may be a checkpoint (.pt)."""
     seed: NonNegativeInt = 0
@@ -888,7 +900,7 @@ class Recipe(Config):
             )
         if self.uses_clusters or self.uses_teacher_images or self.uses_teacher_texts:
             raise ValueError(
-                "embed.teacher: none, but distill.weights asks for distillation; set distill.weights: clip-only"
+                "embed.teacher: none, but distill.weights asks for distillation; set distill.weights: clip-only in a recipe"
             )
         if self.distill.per_cluster is not None:
             raise ValueError(
@@ -1177,7 +1189,7 @@ def _describe(problem: Any) -> str:
         got = units.shortened(repr(problem["input"]), 200)
     except ValueError:
         got = "a number of more digits than Python writes"
-    return f"{name or 'recipe'}: {message[:1].lower()}{units.shortened(message[1:], 500)}{or_auto}, got {got}"
+    return f"{name or 'recipe'}: {message[:1].lower()}{units.shortened(message[1:], 500)}{or_auto}, got {without_secrets(got)}"
 
 
 def _names_at(location: tuple[str, ...]) -> list[str]:

@@ -446,3 +446,25 @@ def test_images_without_a_caption_need_a_teacher_and_no_clusters_of_texts():
     ):
         with pytest.raises(ConfigError, match=words):
             parse_recipe({**optional, **more}, where="test")
+
+
+@pytest.mark.parametrize(
+    ("section", "setting"),
+    [
+        ("embed", {"teacher": "s3://bucket/teacher"}),
+        ("embed", {"teacher": "ViT-B-32/https://user:pw@host/x.pt"}),
+        ("embed", {"teacher": "local-dir:hf://org/name"}),
+        ("embed", {"pretrained": "https://user:pw@host/x.pt?sig=1"}),
+        ("distill", {"student": "gs://bucket/student.json"}),
+        ("distill", {"pretrained": "s3://bucket/x.pt"}),
+        ("distill", {"text_tower": "local-dir:s3://bucket/x"}),
+        ("evaluate", {"compare": {"old": "s3://bucket/x"}}),
+    ],
+)
+def test_a_model_at_an_address_is_refused_with_what_to_do(section: str, setting: dict[str, object]):
+    with pytest.raises(ConfigError, match="models are not read from addresses") as error:
+        parse_recipe({section: setting}, where="test")
+    assert "hf-hub:ORG/NAME" in str(error.value)
+    assert "pw" not in str(error.value)
+    for name in ("hf-hub:org/name", "local-dir:/a/b", "ViT-B-32/./x.pt", "hf-hub:timm/ViT-B-16-SigLIP"):
+        parse_recipe({"embed": {"teacher": name}}, where="test")

@@ -23,11 +23,12 @@ from clip_cid.errors import ClipCidError, ConfigError, RunError
 from clip_cid.file_digests import digest
 from clip_cid.made_from import Origins, whole_record
 from clip_cid.recipe import Recipe, dump_recipe
-from clip_cid.run_folder import Begun, RunFolder, StageRecord, atomic_file, now, own_mark
+from clip_cid.run_folder import MANIFEST, Begun, RunFolder, StageRecord, atomic_file, now, own_mark
 from clip_cid.stage_names import BALANCE, DISTILL, EVALUATE, REPORT
 from clip_cid.stages.facts import BY_NAME, STAGES, Stage
 from clip_cid.summaries import BalanceSummary, EvaluateSummary, ReportSummary, as_json, read_summary
 from clip_cid.tasks import torchrun_place
+from clip_cid.training.so_far import PAGE as TRAINING_PAGE
 from clip_cid.training.so_far import TrainingSoFar
 
 if TYPE_CHECKING:
@@ -185,6 +186,8 @@ def _run(
             _bring_up_to_date(stage, folder, recipe, active, forced=forced, call=call)
             if stage.name == BALANCE:
                 _show_balance(folder, recipe)
+            elif stage.name == DISTILL:
+                _end_training_page(folder, recipe)
         folder.accept()
 
         if only is None:
@@ -213,6 +216,17 @@ def _show_balance(folder: RunFolder, recipe: Recipe) -> None:
             log.info(f"balance   {page} shows it")
 
 
+def _end_training_page(folder: RunFolder, recipe: Recipe) -> None:
+    """A page of the training from before its end must not go on saying that it is unfinished."""
+    page, record = folder.path / TRAINING_PAGE, folder.path / DISTILL / MANIFEST
+    if not page.is_file() or page.stat().st_mtime_ns > record.stat().st_mtime_ns or extras.absent(extras.REPORT):
+        return
+    from clip_cid.report.training_page import write_training_page
+
+    with os_errors.explained(folder.path, kept="The training itself is whole."):
+        write_training_page(folder, recipe, "finished")
+
+
 def show_training(folder: RunFolder, recipe: Recipe, *, watch: bool = False) -> bool:
     """Write the page of a training that has not finished, also beside the process that trains; it takes no lock.
 
@@ -229,27 +243,23 @@ def show_training(folder: RunFolder, recipe: Recipe, *, watch: bool = False) -> 
     Raises:
         RunError: It is to be watched, and nobody trains here nor is about to.
     """
-    from clip_cid.report.training_page import PAGE
-
     if watch:
         _watch_training(folder, recipe)
         return True
     standing = _standing(folder, recipe)
-    if standing is None or (standing == "finished" and not (folder.path / PAGE).is_file()):
+    if standing is None or (standing == "finished" and not (folder.path / TRAINING_PAGE).is_file()):
         return False
 
     with os_errors.explained(folder.path, kept="The training is not touched."):
         standing = _write_training_page(folder, recipe)
     if standing == "finished":
         return False
-    log.info(f"report    {folder.path / PAGE} shows the unfinished training: {_so_far(folder)}")
+    log.info(f"report    {folder.path / TRAINING_PAGE} shows the unfinished training: {_so_far(folder)}")
     return standing == "running" or not any(folder.has(name) for name in BY_NAME[REPORT].needs)
 
 
 def _watch_training(folder: RunFolder, recipe: Recipe) -> None:
-    from clip_cid.report.training_page import PAGE
-
-    standing, waits, page = _standing(folder, recipe), False, folder.path / PAGE
+    standing, waits, page = _standing(folder, recipe), False, folder.path / TRAINING_PAGE
     try:
         while (work := folder.at_work()) is not None and standing != "finished":
             if standing == "running":

@@ -28,9 +28,8 @@ from clip_cid.run_folder import RunFolder, atomic_file
 from clip_cid.stage_names import DISTILL
 from clip_cid.training import checkpoint
 from clip_cid.training.loop import CHECKPOINTS
-from clip_cid.training.so_far import METRICS, TrainingSoFar
+from clip_cid.training.so_far import METRICS, PAGE, TrainingSoFar
 
-PAGE = "training.html"
 Standing = Literal["running", "stopped", "finished"]
 """How a training stands: a process is at it; none is, and it can be resumed; its student is there."""
 

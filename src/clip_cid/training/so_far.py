@@ -16,6 +16,8 @@ from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import DISTILL
 
 METRICS = "metrics.jsonl"
+PAGE = "training.html"
+"""Of the run folder: the page that shows a training while it goes on."""
 _LINES_OF_SPEED = 10  # the last ones: a speed of hours ago says nothing of the time left
 
 

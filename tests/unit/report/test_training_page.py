@@ -12,8 +12,9 @@ from fabricated_run import TRAINED, publish
 
 from clip_cid import cli, pipeline
 from clip_cid.recipe import Recipe, dump_recipe, parse_recipe
-from clip_cid.report.training_page import PAGE, write_training_page
+from clip_cid.report.training_page import write_training_page
 from clip_cid.run_folder import RunFolder
+from clip_cid.training.so_far import PAGE
 
 pytestmark = pytest.mark.slow
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -152,6 +153,20 @@ def test_the_page_of_a_training_that_has_finished_meanwhile_says_so(folder: RunF
     pipeline.show_training(folder, recipe)
     assert "The training has ended" in page(folder)
     assert "nfinished" not in page(folder)
+
+
+@pytest.mark.parametrize("command", [["run", "--until", "distill"], ["distill"]])
+def test_the_command_that_ends_the_training_ends_its_page(folder: RunFolder, recipe: Recipe, command: list[str]):
+    write_training_page(folder, recipe, "running", refresh=10)
+    finish(folder, recipe)
+    assert cli.main([command[0], str(folder.path), *command[1:]]) == 0
+    ended = page(folder)
+    assert "The training has ended" in ended
+    assert 'http-equiv="refresh"' not in ended
+
+    (folder.path / PAGE).write_text("not written again")
+    assert cli.main([command[0], str(folder.path), *command[1:]]) == 0
+    assert page(folder) == "not written again"
 
 
 def finish(folder: RunFolder, recipe: Recipe) -> None:

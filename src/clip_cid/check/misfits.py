@@ -13,12 +13,13 @@ from clip_cid.auto_numbers import Settled, settle
 from clip_cid.data.balance.decisions import read_decisions
 from clip_cid.data.balance.kept_file import read_kept_elsewhere
 from clip_cid.data.embeddings.files import STORE_FILE, read_info
-from clip_cid.data.embeddings.importing import check_views, in_order_of
+from clip_cid.data.embeddings.importing import check_views, in_order_of, keys_of
 from clip_cid.data.embeddings.layouts import find_embeddings
+from clip_cid.data.embeddings.rows_of_pairs import KeysOf, refuse_other_keys, rows_in_store
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.npy_files import read_npy
 from clip_cid.data.pairs.crops import views_of
-from clip_cid.data.pairs.pairs import open_pairs
+from clip_cid.data.pairs.pairs import Pairs, open_pairs
 from clip_cid.data.pairs.sources import find_sources
 from clip_cid.data.sets.evaluation_sets import MissingSetError, open_set
 from clip_cid.data.text_files import read_text_lines
@@ -46,6 +47,8 @@ from clip_cid.training.kept_texts import text_tower_reference
 from clip_cid.training.optimizer import refuse_long_warmup
 from clip_cid.training.ranks.distributed import ALONE
 from clip_cid.training.ranks.parallel import with_joint_statistics
+
+_MOST_KEYS = 1 << 24  # that are compared in memory, at some 100 bytes each
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def find_misfits(folder: RunFolder, recipe: Recipe, missing: Sequence[State]) ->
     if names:
         _check_pairs(folder, recipe, found)
         with noted(found):
-            images = _images(folder, recipe, names)
+            images = _images(folder, recipe, names, found)
 
     # Each stage that is to run.
     if images is not None and EMBED in names:
@@ -177,7 +180,7 @@ def _different(found: Sequence[ClipCidError]) -> list[ClipCidError]:
 def _check_pairs(folder: RunFolder, recipe: Recipe, found: list[ClipCidError]) -> None:
     """The numbers of a training on all pairs; balance leaves fewer."""
     with noted(found):
-        pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
+        pairs = _pairs(folder, recipe)
         if not pairs.may_have_captions:
             with noted(found):
                 refuse_readers_of_captions(recipe, len(pairs))
@@ -191,8 +194,10 @@ def _check_length(settings: DistillConfig, epoch_pairs: int) -> None:
     refuse_long_warmup(settings, count_steps(settings, epoch_pairs))
 
 
-def _images(folder: RunFolder, recipe: Recipe, missing: set[str]) -> _Images | None:
-    """None without a teacher."""
+def _images(
+    folder: RunFolder, recipe: Recipe, missing: set[str], found: list[ClipCidError] | None = None
+) -> _Images | None:
+    """None without a teacher. Keys that do not match are noted, if `found` is given."""
     if not recipe.has_teacher:
         return None
 
@@ -204,20 +209,34 @@ def _images(folder: RunFolder, recipe: Recipe, missing: set[str]) -> _Images | N
 
     existing = recipe.embed.existing
     if existing is None:
-        pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
+        pairs = _pairs(folder, recipe)
         return _Images(len(pairs), len(plain_pairs(pairs)), has_texts=True)
     if (existing / STORE_FILE).is_file():
         store = EmbeddingStore.open(existing)
         check_views(existing, store.info.views, views_of(recipe.embed))
+        if found is not None and recipe.pairs.source:
+            with noted(found):
+                rows_in_store(_pairs(folder, recipe), store, max_absent_share=recipe.pairs.max_bad_share)
         return _of_store(store, np.flatnonzero(store.ok), not recipe.balance.enabled)
     check_views(existing, None, views_of(recipe.embed))
     shards = find_embeddings(existing)
-    if recipe.embed.match == "order":
-        pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
-        shards = in_order_of(shards, pairs, existing)
     rows = sum(shard.image.rows for shard in shards)
+    if recipe.embed.match == "order":
+        in_order_of(shards, _pairs(folder, recipe), existing)
+    elif found is not None and recipe.pairs.source and rows <= _MOST_KEYS:
+        with noted(found):
+            _check_keys(_pairs(folder, recipe), keys_of(existing, shards), recipe)
     has_texts = all(shard.text is not None for shard in shards)
     return _Images(rows, rows, has_texts, captions=rows if has_texts else None)
+
+
+def _pairs(folder: RunFolder, recipe: Recipe) -> Pairs:
+    return open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
+
+
+def _check_keys(pairs: Pairs, keys: KeysOf, recipe: Recipe) -> None:
+    if len(pairs) <= _MOST_KEYS:
+        refuse_other_keys(pairs, keys, max_absent_share=recipe.pairs.max_bad_share)
 
 
 def _of_store(store: EmbeddingStore, kept: Int[np.ndarray, " kept"], are_kept: bool) -> _Images:

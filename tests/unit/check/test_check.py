@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -407,6 +409,30 @@ def test_embeddings_without_texts_do_not_serve_a_loss_that_reads_them(case: Case
         check(RunFolder(tmp_path / "new"), recipe)
     assert "a loss reads the teacher's texts" in error.value.problem
     assert "best_caption needs embeddings of captions" in error.value.problem
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (
+            [str(number) for number in range(COUNT)],
+            "10 of 40 pairs .* without zeros at the start of a number, 10 of them would match",
+        ),
+        ([f"x{number}" for number in range(COUNT)], "40 of 40 pairs have no embedding here, such as '00'"),
+        (None, "file and row, because these embeddings came without metadata"),
+    ],
+)
+def test_keys_that_do_not_match_are_told_before_anything_is_taken_over(
+    case: Case, tmp_path: Path, keys: list[str] | None, says: str
+):
+    rows = pa.array(unit_rows(COUNT, seed=1).tolist(), pa.list_(pa.float32()))
+    texts = pa.array(unit_rows(COUNT, seed=2).tolist(), pa.list_(pa.float32()))
+    columns = {"image_embedding": rows, "text_embedding": texts}
+    beside = {} if keys is None else {"key": keys, "caption": ["a"] * COUNT}
+    pq.write_table(pa.table({**columns, **beside}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=says) as error:
+        check(RunFolder(tmp_path / "new"), case.recipe(embed={"existing": str(tmp_path / "rows.parquet")}))
+    assert error.value.problem.startswith(str(tmp_path / "rows.parquet"))
 
 
 def test_images_alone_do_not_serve_losses_that_read_captions(case: Case, tmp_path: Path):

@@ -38,6 +38,7 @@ from clip_cid.data.embeddings.files import (
     write_table,
 )
 from clip_cid.data.embeddings.layouts import FIX, LayoutShard, Vectors, find_embeddings
+from clip_cid.data.embeddings.rows_of_pairs import KeysOf
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs.crops import Views
 from clip_cid.data.pairs.pairs import Pairs
@@ -151,6 +152,13 @@ def in_order_of(layout: Sequence[LayoutShard], pairs: Pairs, source: Path) -> li
         shards.append(dataclasses.replace(shard, keys=pa.array(keys, pa.large_string())))
         first += len(keys)
     return shards
+
+
+def keys_of(source: Path, layout: Sequence[LayoutShard]) -> KeysOf:
+    """The keys that a store of these embeddings would have."""
+    column = _columns(layout).key
+    keys = [_keys(shard, column).cast(pa.large_string()) for shard in layout]
+    return KeysOf(str(source), pa.concat_arrays(keys), column, made=layout[0].metadata is None)
 
 
 def _without_views(info: StoreInfo) -> StoreInfo:

@@ -1,6 +1,7 @@
 """Which row of a store each pair has."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -96,7 +97,7 @@ def _join(
 
     absent = np.flatnonzero(rows < 0)
     if len(absent) > max_absent_share * count or len(absent) == count:
-        raise _absent(_first_keys(absent, count, keys_between), len(absent), count, store)
+        raise _absent(_first_keys(absent, count, keys_between), len(absent), count, _keys_of(store))
 
     # Backwards, so that the first place of a row is the last one written.
     places = np.arange(count, dtype=row_type(count))
@@ -116,15 +117,43 @@ def _first_keys(rows: Int[np.ndarray, " rows"], count: int, keys_between: _KeysB
     return pa.concat_arrays(parts)
 
 
-def _absent(missing: pa.LargeStringArray, absent: int, total: int, store: EmbeddingStore) -> DataError:
+class KeysOf(NamedTuple):
+    """The keys of embeddings, as far as errors speak of them."""
+
+    where: str
+    """The embeddings."""
+    first: pa.LargeStringArray
+    """Some of the keys, or all."""
+    column: str
+    made: bool
+    """Whether they are file and row, for want of others."""
+
+
+def refuse_other_keys(pairs: Pairs, keys: KeysOf, *, max_absent_share: float) -> None:
+    """As `rows_in_store`, before the embeddings are taken over; `keys` has all of them.
+
+    Raises:
+        DataError: The keys do not match.
+    """
+    ours, wanted = pairs.packed_keys(0, len(pairs)), pc.SetLookupOptions(value_set=keys.first)
+    absent = ours.filter(pc.call_function("invert", [pc.call_function("is_in", [ours], wanted)]))
+    if len(absent) > max_absent_share * len(ours) or len(absent) == len(ours):
+        raise _absent(absent[:TRIED_KEYS], len(absent), len(ours), keys)
+
+
+def _keys_of(store: EmbeddingStore) -> KeysOf:
+    return KeysOf(str(store.path), store.first_keys(TRIED_KEYS), store.info.key_column, store.has_made_keys)
+
+
+def _absent(missing: pa.LargeStringArray, absent: int, total: int, keys: KeysOf) -> DataError:
     """The error, with what the keys would have to lose to match, if that is known."""
-    first, stored = missing[0].as_py() if len(missing) else None, store.first_keys(TRIED_KEYS)
+    first, stored = missing[0].as_py() if len(missing) else None, keys.first[:TRIED_KEYS]
     problem = (
-        f"{store.path}: {absent:,} of {total:,} pairs have no embedding here, such as {first!r}; "
-        f"the store's keys look like {stored[0].as_py() if store.rows else None!r}"
+        f"{keys.where}: {absent:,} of {total:,} pairs have no embedding here, such as {first!r}; "
+        f"the store's keys look like {stored[0].as_py() if len(stored) else None!r}"
     )
 
-    if store.has_made_keys:
+    if keys.made:
         return DataError(
             f"{problem}, file and row, because these embeddings came without metadata.",
             fix="Give them a metadata.parquet (or one .parquet for each file, with its name): a column key that holds"
@@ -141,6 +170,6 @@ def _absent(missing: pa.LargeStringArray, absent: int, total: int, store: Embedd
     return DataError(
         f"{problem}; {mismatch}.",
         fix=f"Keys must be equal: write {mismatch.pair_key!r} for {mismatch.store_key!r} and so on into column"
-        f" {store.info.key_column!r} of the metadata of the embeddings. For pairs in a table, pairs.key_column can name"
+        f" {keys.column!r} of the metadata of the embeddings. For pairs in a table, pairs.key_column can name"
         f" a column with {mismatch.store_key!r} instead; for tars and folders, pairs.key_field a field of their .json.",
     )

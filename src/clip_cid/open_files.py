@@ -17,6 +17,7 @@ _USUAL_MAPS = 65_530
 _CACHES_OF_FILES = 2  # at one time: tars, and whatever comes
 _CACHES_OF_MAPS = 8  # indexes and their batches, embeddings of images, texts and further captions, views
 _FEWEST = 4
+_CROWDED = 0.75  # of what may be kept
 MANY = 16_384
 """More than this are not kept, whatever the system allows: each takes about a kilobyte."""
 
@@ -49,12 +50,14 @@ class KeptOpen(Generic[Key, Value]):
     def __init__(self, open_file: Callable[[Key], Value], *, most: int = MANY, maps: bool = False) -> None:
         self._open_file, self._most, self._maps = open_file, most, maps
         self._kept: dict[Key, Value] = {}
+        self._crowded = False  # before, it need not be known what was used when
         _caches.add(self)
 
     def __call__(self, key: Key) -> Value:
-        value = self._kept.pop(key, None)
+        value = self._kept.get(key)
         if value is not None:
-            self._kept[key] = value  # at the end, so that the first is the least recently used
+            if self._crowded:
+                self._kept[key] = self._kept.pop(key, value)  # at the end: the first is the least recently used
             return value
 
         value = self._kept[key] = self._opened(key)
@@ -77,6 +80,7 @@ class KeptOpen(Generic[Key, Value]):
 
     def _close_the_least_used(self) -> None:
         capacity = self._capacity()
+        self._crowded = len(self._kept) > _CROWDED * capacity
         while len(self._kept) > capacity:
             with contextlib.suppress(RuntimeError, StopIteration):  # another thread has changed it
                 self._kept.pop(next(iter(self._kept)), None)

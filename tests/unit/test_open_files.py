@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from clip_cid import open_files
+from clip_cid.data.embeddings import sharded_rows
 from clip_cid.data.embeddings.sharded_rows import ShardedRows
 from clip_cid.data.pairs import index, indexed_files
 from clip_cid.data.pairs.pairs import open_pairs
@@ -212,3 +213,19 @@ def test_the_command_line_raises_the_limit_to_what_the_system_allows() -> None:
         "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 1 << 20), hard)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_rows_in_order_are_those_of_the_shards_wherever_they_begin_and_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(sharded_rows, "_AT_ONCE", at_once)
+    counts = [0, 2, 0, 3, 1, 0, 0, 4, 0]
+    rows, files = np.arange(20, dtype=np.float16).reshape(10, 2), []
+    for shard, part in enumerate(np.split(rows, np.cumsum(counts)[:-1])):
+        files.append(tmp_path / f"{shard}.npy")
+        np.save(files[-1], part)
+    store = ShardedRows(files, counts, dim=2, dtype=rows.dtype)
+    for start in range(11):
+        for stop in range(11):
+            np.testing.assert_array_equal(store[start:stop], rows[start:stop])

@@ -1,6 +1,5 @@
 """Rows of embeddings, and of other numbers, over memory-mapped .npy shards."""
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from jaxtyping import Int, Integer, Num
 from clip_cid.open_files import KeptOpen
 
 _FEW = 8  # rows of a shard: up to so many are read faster one by one
+_AT_ONCE = 2048  # shards whose maps are held at the same time, beside those that are kept
 
 
 def row_type(rows: int) -> type[np.int32] | type[np.int64]:
@@ -99,12 +99,18 @@ class ShardedRows:
     def _range(self, start: int, stop: int) -> np.ndarray:
         out = np.empty((stop - start, self._dim), dtype=self.dtype)
 
-        first, last = (int(np.searchsorted(self._starts, row, side="right")) for row in (start, stop - 1))
-        starts = self._starts[first - 1 : last + 1].tolist()
-        for shard, (begins, ends) in enumerate(itertools.pairwise(starts), first - 1):
-            since, until = max(start, begins), min(stop, ends)
-            if until > since:
-                out[since - start : until - start] = self._maps(shard)[since - begins : until - begins]
+        first, last = (int(np.searchsorted(self._starts, row, side="right")) - 1 for row in (start, stop - 1))
+        for begin in range(first, last + 1, _AT_ONCE):
+            shards = range(begin, min(begin + _AT_ONCE, last + 1))
+            parts = [self._maps(shard) for shard in shards if self._counts[shard]]
+            since, until = max(start, int(self._starts[begin])), min(stop, int(self._starts[shards.stop]))
+            if not parts:
+                continue
+
+            # The first and the last may be cut.
+            parts[-1] = parts[-1][: len(parts[-1]) - int(self._starts[shards.stop]) + until]
+            parts[0] = parts[0][since - int(self._starts[begin]) :]
+            np.concatenate(parts, out=out[since - start : until - start])
         return out
 
     def _gather(self, rows: np.ndarray) -> np.ndarray:
@@ -123,7 +129,9 @@ class ShardedRows:
 
         for shard, first, stop in zip(visited, edges, edges[1:], strict=False):
             stored = self._maps(shard)
-            if stop - first > _FEW:
+            if stop - first == 1:
+                out[places[first]] = stored[one_by_one[first]]
+            elif stop - first > _FEW:
                 out[order[first:stop]] = stored[local[first:stop]]
             else:
                 for at in range(first, stop):

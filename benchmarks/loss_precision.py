@@ -54,7 +54,7 @@ def exact(student: Tensor, teacher: Tensor, centers: Tensor, labels: Tensor, sca
 
 def at_divergence(wanted: float, teacher: Tensor, centers: Tensor, labels: Tensor, scale: float) -> Tensor:
     """A student whose divergence is near this one."""
-    noise = unit_rows(*teacher.shape, 3)
+    noise = unit_rows(len(teacher), teacher.shape[1], 3)
     few = slice(0, 8)
     low, high = 0.0, 1.0
     for _ in range(30):  # the share of what is not the teacher: noise, and beyond it another center

@@ -228,9 +228,12 @@ def _columns(layout: Sequence[LayoutShard]) -> _Columns:
     if first.keys is not None:
         key = "key"
     if key is None or (caption is None and first.text is not None):
+        vectors = first.vectors_beside_keys
+        others = units.shortened(", ".join(name or repr(name) for name in names if name not in vectors), 400)
         raise DataError(
-            f"{first.metadata}: no column key, uid, image_path or id, or no caption or text, among {', '.join(names)}.",
-            fix="Keys join embeddings to pairs; add the column, or leave the metadata out.",
+            f"{first.metadata}: no column key, uid, image_path or id, or no caption or text, among {others}.",
+            fix="Keys join embeddings to pairs; add the column, or leave"
+            f" {'the other columns out (pandas: index=False)' if vectors else 'the metadata out'}.",
         )
 
     # Before anything is converted, which can take hours.

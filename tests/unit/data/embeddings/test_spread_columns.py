@@ -168,3 +168,12 @@ def test_text_tables_without_such_columns_say_what_is_needed(tmp_path: Path) -> 
         ) as error:
             find_embeddings(path)
         assert "np.loadtxt(FILE" in error.value.fix
+
+
+def test_columns_that_are_no_keys_are_named_without_those_of_the_vectors(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", {"": ["0", "1", "2", "3"], **spread(unit(4, 0), "{}")})  # as pandas writes it
+    with pytest.raises(
+        DataError, match="no column key, uid, image_path or id, or no caption or text, among ''"
+    ) as error:
+        import_existing(path, tmp_path / "out")
+    assert error.value.fix.endswith("leave the other columns out (pandas: index=False).")

@@ -11,6 +11,7 @@ from clip_cid.data.sets.known_sets import few
 from clip_cid.errors import DataError, RunError
 from clip_cid.evaluation.results import ANSWERS, Answers
 from clip_cid.evaluation.scores import RESULTS, STUDENT, Score, read_scores
+from clip_cid.models.public_names import unique_public_names
 from clip_cid.models.references import CONFIG_FILE
 from clip_cid.run_folder import RunFolder, StageRecord
 from clip_cid.stage_names import DISTILL, EVALUATE
@@ -62,6 +63,22 @@ class Evaluation:
         if contents is None or not self.record.by_contents:
             return None
         return f"{contents}, at most {settings.get('pairs', {}).get('max_pixels')} pixels"
+
+    def keys(self, row: Row) -> set[str]:
+        """The keys of its measurements on a row."""
+        return {
+            score.key for by_row in self.scores.values() if row in by_row and (score := by_row[row]).key is not None
+        }
+
+    def has_images_of(self, other: "Evaluation", row: Row) -> bool:
+        """Whether the records show that both measured the same images.
+
+        Either a model of equal weights is in both with an equal key, or the files of the set had equal contents.
+        """
+        if self.keys(row) & other.keys(row):
+            return True
+        images = self.images_of(row.set)
+        return images is not None and images == other.images_of(row.set)
 
     def answers(self, score: Score) -> Answers | None:
         """What a score is made of, if it is there."""
@@ -141,7 +158,9 @@ def _labels(places: Sequence[Path]) -> list[str]:
 
 def contenders(evaluations: Sequence[Evaluation]) -> tuple[list[Contender], dict[str, str]]:
     """Every model, students first; and those left out, because they are one that is there, with the reason."""
-    found = [_contender(one, model) for one in evaluations for model in one.scores]
+    found = [
+        _contender(one, model, name) for one in evaluations for model, name in unique_public_names(one.scores).items()
+    ]
     found.sort(key=lambda one: one.model != STUDENT)
 
     chosen: list[Contender] = []
@@ -155,16 +174,18 @@ def contenders(evaluations: Sequence[Evaluation]) -> tuple[list[Contender], dict
     return chosen, left_out
 
 
-def _contender(evaluation: Evaluation, model: str) -> Contender:
-    label = evaluation.label if model == STUDENT else f"{evaluation.label}: {model}"
+def _contender(evaluation: Evaluation, model: str, name: str) -> Contender:
+    """A model under a name without local paths."""
+    label = evaluation.label if model == STUDENT else f"{evaluation.label}: {name}"
     costs = [cost for cost in costs_in(evaluation.record.summary) if cost.model == model]
     return Contender(label, evaluation, model, costs[0] if costs else None)
 
 
 def _same_model(one: Contender, other: Contender) -> bool:
-    """Whether every measurement of one is one of the other: the key covers weights, images and settings."""
-    keys = {score.key for score in other.scores.values()}
-    return None not in keys and all(score.key in keys for score in one.scores.values())
+    """Whether they agree in the key of every measurement that both have: it covers weights, images and settings."""
+    shared = [row for row in one.scores if row in other.scores]
+    keys = [(one.scores[row].key, other.scores[row].key) for row in shared]
+    return bool(keys) and all(ours is not None and ours == theirs for ours, theirs in keys)
 
 
 def common_rows(evaluations: Sequence[Evaluation], *, common: bool) -> tuple[list[Row], dict[str, str]]:

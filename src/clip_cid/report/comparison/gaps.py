@@ -78,10 +78,8 @@ def _differences(
 def _answers(one: Contender, first: Contender, row: Row) -> tuple[Answers, Answers] | None:
     """The answers of both, if they are to the same images in the same order."""
     ours, theirs = one.scores[row], first.scores[row]
-    if one.evaluation is not first.evaluation:
-        images = one.evaluation.images_of(row.set)
-        if images is None or images != first.evaluation.images_of(row.set):
-            return None
+    if one.evaluation is not first.evaluation and not one.evaluation.has_images_of(first.evaluation, row):
+        return None
     if ours.details.get("bad_images") != theirs.details.get("bad_images"):
         return None
     pair = one.evaluation.answers(ours), first.evaluation.answers(theirs)

@@ -168,7 +168,7 @@ def _columns(comparison: _Comparison) -> dict[str, list[Any]]:
 
 def _as_json(comparison: _Comparison) -> dict[str, Any]:
     models = [
-        {"name": one.label, "model": one.model, "cost": None if one.cost is None else asdict(one.cost)}
+        {"name": one.label, "cost": None if one.cost is None else asdict(replace(one.cost, model=one.label))}
         for one in comparison.models
     ]
     columns = _columns(comparison)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 _COLUMNS = 1024  # at a time
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}  # said, because the default changes with Triton 3.10
 
 
 @triton.jit
@@ -200,4 +201,5 @@ def _run(kernel: Any, blocks: Tensor | tuple[Tensor, ...], of_rows: tuple[Any, .
     if not all(block.stride(1) == 1 and block.dtype == torch.float32 for block in blocks):
         raise ValueError("blocks of logits must be float32 and whole in a row")
     columns = min(_COLUMNS, triton.next_power_of_2(count))
-    kernel[(rows,)](*blocks, *of_rows, count, *(block.stride(0) for block in blocks), columns=columns)
+    strides = (block.stride(0) for block in blocks)
+    kernel[(rows,)](*blocks, *of_rows, count, *strides, columns=columns, **OPTIONS)

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from clip_cid.method.distill import arithmetic
 from clip_cid.method.distill.arithmetic import Arithmetic, arithmetic_of, loss_precision, why_no_triton
+from clip_cid.method.distill.contrastive import Side, contrastive_loss
+from clip_cid.method.distill.fused_cluster_loss import cluster_losses
 
 triton = pytest.importorskip("triton")
 
@@ -71,9 +74,30 @@ def test_each_kernel_compiles_for_a_gpu(name: str, capability: int, tmp_path: An
     from clip_cid.method.distill import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # its default, said to be what is meant
     kernel = getattr(triton_kernels, name)
     arguments = dict(zip(kernel.arg_names, [*SIGNATURES[name].split(), "constexpr"], strict=True))
     source = ASTSource(kernel, arguments, {(len(arguments) - 1,): 1024})
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=triton_kernels.OPTIONS)
     assert made.asm["cubin"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("trained", [False, True])
+def test_on_cuda_kernels_and_operations_give_the_same(trained: bool):
+    def losses_and_gradients(kernels: Any) -> list[torch.Tensor]:
+        student, centers = rows[0].clone().requires_grad_(), rows[2].repeat(30, 1).add(noise).requires_grad_(trained)
+        with loss_precision("bf16", kernels):
+            found = cluster_losses(student, centers, labels, teacher=rows[1], scale=16.0, block_centers=900)
+            batch = contrastive_loss(Side.whole(student), Side.whole(rows[1]), torch.tensor(20.0, device="cuda"))
+        assert found.kl is not None
+        values = [found.cls, found.kl, batch]
+        wanted = [student, centers] if trained else [student]
+        return [*(value.detach() for value in values), *torch.autograd.grad(torch.stack(values).sum(), wanted)]
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows = F.normalize(torch.randn(3, 100, 64, device="cuda", generator=generator), dim=2)
+    noise = 0.1 * torch.randn(3000, 64, device="cuda", generator=generator)
+    labels = torch.arange(100, device="cuda")
+    for one, other in zip(losses_and_gradients("triton"), losses_and_gradients("torch"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))

@@ -15,6 +15,7 @@ CPU seconds of all processes beside it, which other work on the machine hardly c
 import dataclasses
 import io
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -146,7 +147,10 @@ def measure(options: Options) -> dict[str, list[Run]]:
 
 def _in_a_process(name: str, count: int, options: Options) -> Run:
     job = json.dumps([name, count, dataclasses.asdict(options)], default=str)
-    done = subprocess.run([sys.executable, __file__, "--job", job], stdout=subprocess.PIPE, text=True, check=True)
+    # As the command itself does: threads that spin would count as CPU seconds.
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, __file__, "--job", job]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return Run(**json.loads(done.stdout.splitlines()[-1]))
 
 

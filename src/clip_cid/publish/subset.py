@@ -501,7 +501,7 @@ class _MadeSamples:
     """The files of pairs from a table or folder: the image as it is, the first caption, and a json with the rest."""
 
     def __init__(self, pairs: Pairs, captions_field: str, merged: Mapping[str, Sequence[str]]) -> None:
-        """`merged` has the captions of the sets of some keys, in place of those of their pair."""
+        """`merged` has the captions of the sets of some keys; imported embeddings know one of each image only."""
         self._pairs, self._captions_field, self._merged = pairs, captions_field, merged
         self._unusual: list[str] = []
 
@@ -519,8 +519,10 @@ class _MadeSamples:
             if extension not in IMAGE_EXTENSIONS:
                 self._unusual.append(pair.key)
             stem = member_stem(pair.key)
-            captions = self._merged.get(pair.key) or pair.captions
-            described = {**pair.fields, self._captions_field: list(captions), "key": pair.key}
+            captions = list(pair.captions)
+            if merged := self._merged.get(pair.key):
+                captions = list(dict.fromkeys([*captions, *merged]))
+            described = {**pair.fields, self._captions_field: captions, "key": pair.key}
             yield [
                 (f"{stem}.{extension}", pair.image),
                 *((f"{stem}.txt", caption.encode()) for caption in pair.captions[:1]),

@@ -669,6 +669,18 @@ def test_merged_captions_are_listed_and_stand_in_the_json_of_made_samples(tmp_pa
     assert files["c%2Epng.txt"] == b"three"
 
 
+def test_merged_captions_take_none_of_the_kept_pair_away(tmp_path: Path) -> None:
+    """As where imported embeddings know only the first caption of each image."""
+    images_and_table(tmp_path, ["a.png"])
+    pq.write_table(pa.table({"image": ["a.png"], "caption": [["one", "two", "three"]]}), tmp_path / "t.parquet")
+    recipe = write_run(tmp_path / "run", ["a.png"], [0], tmp_path / "t.parquet")
+    merged = pa.table({"row": [0], "key": pa.array(["a.png"], pa.large_string()), "captions": [["one", "other"]]})
+    pq.write_table(merged, tmp_path / "run" / "balance" / "captions.parquet")
+    export_subset(RunFolder(tmp_path / "run"), recipe, tmp_path / "out", shard_size=10)
+    files = dict(members(tmp_path / "out" / "shards" / "00000.tar"))
+    assert json.loads(files["a%2Epng.json"])["captions"] == ["one", "two", "three", "other"]
+
+
 def test_a_folder_becomes_tars_whose_keys_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "data" / "sub").mkdir(parents=True)
     for number, name in enumerate(("b", "sub/a", "sub/c")):

@@ -39,6 +39,7 @@ _LATE = 3.0  # times the median
 _UNSEEN_SECONDS = 90.0  # longer than a host remembers that a file is not there
 _ANSWER_SECONDS = 10.0
 _WITHOUT_NODES_SECONDS = 120.0
+_WITHOUT_HEAD_SECONDS, _HEAD_EVERY = 30.0, 2.0  # Ray ends this process, in words of its own, after 60
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_task_oom_retries": str(_RETRIES),  # by default without end
@@ -202,13 +203,34 @@ class _Cluster:
         self._ray, self._address = _ray(), address
         self._remote = self._ray.remote(_do)
         self._without_nodes_since: float | None = None
+        self._slots: dict[int, tuple[float, int]] = {}
 
     def slots(self, gpus: int) -> int:
-        """Tasks that the nodes can do at once now; at least 1.
+        """Tasks that the nodes can do at once, as of some seconds ago at most; at least 1.
 
         Raises:
-            RunError: For some time no node could do any.
+            RunError: For some time no node could do any, or the head node did not answer.
         """
+        since, slots = self._slots.get(gpus, (-_HEAD_EVERY, 0))
+        if not slots or time.monotonic() - since > _HEAD_EVERY:
+            slots = self._slots_now(gpus)
+            self._slots[gpus] = time.monotonic(), slots
+        return slots
+
+    def _check_head(self) -> None:
+        """Without its head node Ray's calls wait for a minute, and then end this process."""
+        deadline = time.monotonic() + _WITHOUT_HEAD_SECONDS
+        while why := _no_server(self._address):
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"{self._address}: the head node of this Ray cluster does not answer any more ({why}).",
+                    fix="Start the cluster again (`ray start --head --port 6379`), or take --machine.ray None, then run"
+                    " the same command again; finished tasks are kept.",
+                )
+            time.sleep(_HEAD_EVERY)
+
+    def _slots_now(self, gpus: int) -> int:
+        self._check_head()
         resource, needed = ("GPU", gpus) if gpus else ("CPU", 1)
         slots = int(self._ray.cluster_resources().get(resource, 0)) // needed
         if slots:
@@ -340,22 +362,26 @@ def _look_for_server(address: str) -> None:
     Raises:
         RunError: Nobody answers, or something else does.
     """
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS) as connection:
-            if os.environ.get("RAY_USE_TLS") in ("1", "true"):
-                return
-            connection.sendall(_HTTP2)
-            frame = connection.recv(9)
-        why = "" if len(frame) > 3 and frame[3] == _SETTINGS_FRAME else "something else answers"
-    except (OSError, OverflowError) as error:
-        why = str(error)
-    if why:
+    if why := _no_server(address):
         raise RunError(
             f"machine.ray: no Ray cluster at {address} ({why}).",
             fix="Start it (`ray start --head --port 6379`) or correct the address, then run the same command again;"
             " finished tasks are kept.",
         )
+
+
+def _no_server(address: str) -> str:
+    """Why no server like Ray's answers there; empty if one does."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS") in ("1", "true"):
+                return ""
+            connection.sendall(_HTTP2)
+            frame = connection.recv(9)
+    except (OSError, OverflowError) as error:
+        return str(error)
+    return "" if len(frame) > 3 and frame[3] == _SETTINGS_FRAME else "something else answers"
 
 
 def _has_token() -> bool:

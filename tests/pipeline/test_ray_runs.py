@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -249,6 +250,42 @@ def test_a_killed_embed_on_ray_goes_on_there_or_on_this_machine(embed, embedding
         assert processes.exit_code(killed, 3, command) == -signal.SIGKILL
         assert len(list((tmp_path / name / "embed.part" / "work" / "shards").glob("[0-9a-f]*"))) >= 2
         assert embed(name, *flags) == embed("here")
+
+
+def losing(servers: list[int], command: list[str]) -> None:
+    """The command, in a process that kills these servers when it is told of eight tasks."""
+    range_tasks._LEAST_ROWS, range_tasks._ROWS_PER_CENTER = LEAST_ROWS, 0
+    original, left = ray_tasks.run_tasks, 8
+
+    def watching(tasks: Any, begin: Any, *, on_done: Any, **rest: Any) -> None:
+        def counting(task: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                for server in servers:
+                    os.kill(server, signal.SIGKILL)
+            on_done(task)
+
+        original(tasks, begin, on_done=counting, **rest)
+
+    ray_tasks.run_tasks, ray_tasks._WITHOUT_HEAD_SECONDS = watching, 1.0
+    sys.exit(cli.main(command))
+
+
+@pytest.mark.resume
+def test_a_head_node_that_dies_is_told_in_two_lines_and_the_same_command_goes_on_without(
+    cluster, rows, tmp_path, capfd
+):
+    run = tmp_path / "run"
+    with ray_clusters.cluster(1) as nodes:
+        kinds = nodes.head_node.all_processes
+        servers = [server.process.pid for kind in ("gcs_server", "raylet") for server in kinds[kind]]
+        command = ["cluster", str(run), *clustering(rows), "--ray", nodes.address]
+        assert processes.exit_code(losing, servers, command) == 1
+    said = capfd.readouterr().err.splitlines()
+    assert "the head node of this Ray cluster does not answer any more" in said[-2]
+    assert "run the same command again; finished tasks are kept" in said[-1]
+    assert cluster("run", "--machine.ray", "None") == cluster("here")
 
 
 def test_the_command_line_names_what_is_wrong_in_two_lines_and_the_same_command_goes_on(

@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -64,12 +65,9 @@ def measure(run: Path, flags: list[str]) -> tuple[float, float, tuple[str, ...]]
         write(file, state)
         moments.append((time.perf_counter(), processor_seconds()))
 
-    cluster._StateFile.write = noting
-    try:
+    with mock.patch.object(cluster._StateFile, "write", noting):
         if code := cli.main(["cluster", str(run), *flags]):
             sys.exit(code)
-    finally:
-        cluster._StateFile.write = write
     (began, spent), (ended, spent_then) = moments[1], moments[-1]  # the first is the start
     rounds = len(moments) - 2
     results = tuple(sha256_file(run / "cluster" / name) for name in ("centers.npy", "labels.npy"))

@@ -85,6 +85,8 @@ def print_table(folders: Sequence[Path], against: str) -> None:
     for results in sorted(path for folder in folders for path in folder.glob("runs/*/evaluate/results.jsonl")):
         label, _, seed = results.parents[1].name.rpartition("-seed")
         runs[label][seed] = scores(results)
+    if not runs or (against and against not in runs):
+        raise SystemExit(f"no finished run of {against or 'any variant'}; there are {', '.join(runs) or 'none'}")
     every = [one for seeds in runs.values() for one in seeds.values()]
     columns = [name for name in every[0] if all(name in one for one in every)]
     print("| variant | seeds | " + " | ".join(columns) + " |\n|" + "---|" * (2 + len(columns)))

@@ -7,7 +7,7 @@ def test_arrays_of_all_types_and_shapes_come_back_as_they_were():
     arrays = [
         np.arange(7, dtype=np.int32),
         np.empty((0, 5), dtype=np.int64),
-        np.float64([[0.1, -np.inf], [np.nan, 3]]),
+        np.array([[0.1, -np.inf], [np.nan, 3]]),
         np.zeros((3, 0, 2), dtype=np.float16),
         np.asfortranarray(np.arange(6, dtype=np.int64).reshape(2, 3)),
         np.array(5.0),

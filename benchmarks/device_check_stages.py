@@ -58,7 +58,7 @@ def recipes(place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
     }  # fmt: skip
     student = {
         "student": "cid-tiny", "weights": "clip-cid", "batch_size": 8 if place.tiny else 32, "warmup_steps": 1,
-        "log_every": 1, "alignment": "linear", "sample_rate": 1.0, "precision": "fp32",
+        "log_every": 1, "alignment": "linear", "sample_rate": 1.0, "loss_precision": "fp32", "precision": "fp32",
         "steps": 4 if place.tiny else 20,
     }  # fmt: skip
     return (
@@ -195,7 +195,7 @@ def to_the_report(place: Place) -> Outcome:
     cpu, run = _cpu_run(place), place.work / "to-the-report"
     shutil.copytree(cpu, run, ignore=lambda folder, _: [*STAGES[3:], "features"] if Path(folder) == cpu else [])
     recipe = recipes(place)[1]
-    recipe["distill"]["precision"] = "auto"
+    recipe["distill"] |= {"precision": "auto", "loss_precision": "auto"}
     Path("auto.yaml").write_text(yaml.safe_dump(recipe))
     _command("run", str(run), "--recipe", "auto.yaml", *_on(place))
     _command("verify", str(run))

@@ -457,6 +457,11 @@ def test_a_command_of_the_documents_is_accepted_twice_with_the_same_settings(
         Path(name).write_text(shipped.read_text() if shipped.is_file() else "pairs: {source: [a.tar]}")
     monkeypatch.setattr("clip_cid.check.check", lambda folder, recipe: pipeline.run(folder, recipe))
     monkeypatch.setattr("clip_cid.check.printout.say", lambda report: None)
+    monkeypatch.setattr(
+        pipeline,
+        "show_training",
+        lambda folder, recipe, watch=False: watch and pipeline.run(folder, recipe) is None,
+    )
     monkeypatch.setattr("clip_cid.report.sweep.sweep", lambda folder: (("threshold",), (("0.1",),)))
     first = settings_of_run(monkeypatch, command[0], Path(command[1]), *command[2:])
     assert settings_of_run(monkeypatch, command[0], Path(command[1]), *command[2:]) == first

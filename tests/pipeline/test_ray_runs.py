@@ -252,8 +252,9 @@ def test_a_killed_embed_on_ray_goes_on_there_or_on_this_machine(embed, embedding
         assert embed(name, *flags) == embed("here")
 
 
-def losing(servers: list[int], command: list[str]) -> None:
-    """The command, in a process that kills these servers when it is told of eight tasks."""
+def losing(servers: list[int], command: list[str], said: Path) -> None:
+    """The command, in a process that kills these servers when it is told of eight tasks; what it says is in a file."""
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
     range_tasks._LEAST_ROWS, range_tasks._ROWS_PER_CENTER = LEAST_ROWS, 0
     original, left = ray_tasks.run_tasks, 8
 
@@ -273,16 +274,14 @@ def losing(servers: list[int], command: list[str]) -> None:
 
 
 @pytest.mark.resume
-def test_a_head_node_that_dies_is_told_in_two_lines_and_the_same_command_goes_on_without(
-    cluster, rows, tmp_path, capfd
-):
-    run = tmp_path / "run"
+def test_a_head_node_that_dies_is_told_in_two_lines_and_the_same_command_goes_on_without(cluster, rows, tmp_path):
+    run, stderr = tmp_path / "run", tmp_path / "stderr.txt"
     with ray_clusters.cluster(1) as nodes:
         kinds = nodes.head_node.all_processes
         servers = [server.process.pid for kind in ("gcs_server", "raylet") for server in kinds[kind]]
         command = ["cluster", str(run), *clustering(rows), "--ray", nodes.address]
-        assert processes.exit_code(losing, servers, command) == 1
-    said = capfd.readouterr().err.splitlines()
+        assert processes.exit_code(losing, servers, command, stderr) == 1
+    said = stderr.read_text().splitlines()
     assert "the head node of this Ray cluster does not answer any more" in said[-2]
     assert "run the same command again; finished tasks are kept" in said[-1]
     assert cluster("run", "--machine.ray", "None") == cluster("here")

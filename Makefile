@@ -23,7 +23,7 @@ setup: .venv/ready  ## a virtual environment with the package and the developer 
 quick: setup  ## the quick tests, for while you work, without the checks of shapes (about two minutes on 2 cores)
 	HYPOTHESIS_PROFILE=quick $(PYTEST) -o addopts=--strict-markers -m 'not slow'
 
-test: setup  ## all tests (about eight minutes on 2 cores)
+test: setup  ## all tests (about a quarter of an hour on 2 cores)
 	$(PYTEST)
 
 test-elsewhere: setup  ## the tests of numbers as another processor would run them, and on other made-up data

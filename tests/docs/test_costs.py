@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pytest
+from model_costs import costs
 
 from clip_cid import units
 from clip_cid.check import estimates
-from clip_cid.models.architectures import architecture, build_skeleton
-from clip_cid.models.costs import Costs, count_costs
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 FAQ = (Path(__file__).parents[2] / "docs" / "faq.md").read_text()
@@ -17,14 +16,6 @@ TERAFLOPS, KEPT, EPOCHS = 1e14, 0.563, 32
 def row(pairs: str) -> list[str]:
     line = next(line for line in README.splitlines() if line.startswith(f"| {pairs} |"))
     return [cell.strip() for cell in line.strip("|").split("|")]
-
-
-def costs(name: str) -> Costs:
-    skeleton = build_skeleton(architecture(name)[0])
-    assert skeleton is not None
-    counted = count_costs(skeleton, context_length=77)
-    assert counted is not None
-    return counted
 
 
 def test_every_cost_says_how_it_is_known():

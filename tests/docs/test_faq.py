@@ -4,12 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+from model_costs import costs
 
 from clip_cid import units
 from clip_cid.check import estimates
 from clip_cid.first_recipe import choose
-from clip_cid.models.architectures import architecture, build_skeleton
-from clip_cid.models.costs import Costs, count_costs
 
 PAGE = (Path(__file__).parents[2] / "docs" / "faq.md").read_text()
 PAIRS, TERAFLOPS = 10_000_000, 1e14
@@ -18,14 +17,6 @@ PAIRS, TERAFLOPS = 10_000_000, 1e14
 def row(stage: str) -> list[str]:
     line = next(line for line in PAGE.splitlines() if line.startswith(f"| {stage} |"))
     return [cell.strip() for cell in line.strip("|").split("|")]
-
-
-def costs(name: str) -> Costs:
-    skeleton = build_skeleton(architecture(name)[0])
-    assert skeleton is not None
-    counted = count_costs(skeleton, context_length=77)
-    assert counted is not None
-    return counted
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,13 @@ def draw(trainings: Mapping[str, Mapping[str, Float[np.ndarray, " lines"]]], out
     """
     parts = _shared(trainings)
     table: dict[str, list[object]] = {"training": [], "step": [], "loss": [], "value": []}
+
     rows = math.ceil(len(parts) / 2)
     with style.new_figure(1.75 * rows + 0.4) as figure:
         grid = figure.subplots(rows, min(2, len(parts)), squeeze=False)
         for axes in grid.flat[len(parts) :]:
             axes.set_visible(False)
+
         for axes, part in zip(grid.flat, parts, strict=False):
             for place, (name, metrics) in enumerate(trainings.items()):
                 if part not in metrics:
@@ -47,6 +49,7 @@ def draw(trainings: Mapping[str, Mapping[str, Float[np.ndarray, " lines"]]], out
             axes.xaxis.set_major_formatter(style.plain_ticks())
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
             axes.set_xlabel("step")
+
         names = list(trainings)
         handles = [
             Line2D([], [], color=_color(place), linestyle=_dash(place), label=name) for place, name in enumerate(names)

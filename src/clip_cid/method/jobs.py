@@ -102,8 +102,25 @@ MakePart = Callable[[Mapping[str, np.ndarray], UnitRows, UnitRows | None, int], 
 """Makes the array of a part from arrays by name, the rows, and the number of the part; it must be picklable."""
 
 
+class SizedTasks:
+    """The part of a `Job` that follows from the size of each task."""
+
+    sizes: tuple[int, ...]
+
+    @property
+    def tasks(self) -> Sequence[int]:
+        return range(len(self.sizes))
+
+    @property
+    def rows(self) -> int:
+        return sum(self.sizes)
+
+    def work(self, task: int) -> float:
+        return float(self.sizes[task])
+
+
 @dataclass(frozen=True, eq=False)
-class Parts:
+class Parts(SizedTasks):
     """A computation in parts, each of which makes one array."""
 
     title: str
@@ -116,17 +133,6 @@ class Parts:
     """The rows of each part."""
     seconds: float
     device: str = "cpu"
-
-    @property
-    def tasks(self) -> Sequence[int]:
-        return range(len(self.sizes))
-
-    @property
-    def rows(self) -> int:
-        return sum(self.sizes)
-
-    def work(self, task: int) -> float:
-        return float(self.sizes[task])
 
     def array(self, task: int) -> str:
         return f"{self.title}-{self.key}-{task:06d}"

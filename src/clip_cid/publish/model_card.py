@@ -183,6 +183,7 @@ def _data(records: dict[str, StageRecord], distill: DistillSummary) -> list[tupl
         rows += [("image-text pairs", f"{embed.images:,}"), ("of them usable", f"{embed.ok:,}")]
         if embed.views:
             rows.append(("embedded crops of an image, one of which it saw in an epoch", f"{embed.views:,}"))
+
     if BALANCE in records:
         balance = read_summary(BalanceSummary, records[BALANCE].summary)
         thresholds = (balance.threshold or {}).items()
@@ -193,6 +194,7 @@ def _data(records: dict[str, StageRecord], distill: DistillSummary) -> list[tupl
             ("kept", f"{balance.kept:,}"),
             ("compared with evaluation sets", _against(balance)),
         ]
+
     if CLUSTER in records:
         clusters = read_summary(ClusterSummary, records[CLUSTER].summary).centers
         rows.append(("clusters of the kept images", f"{clusters:,}"))

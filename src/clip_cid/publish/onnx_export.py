@@ -180,11 +180,13 @@ def compare(tower: Tower, path: Path, *, tolerance: float = TOLERANCE, level: st
         batch = tower.example[:rows]
         with torch.inference_mode():
             ours = tower.module(batch)
+
         try:
             theirs = torch.from_numpy(session(path, level).run([tower.output], {tower.input: batch.numpy()})[0])
         except Exception as error:  # its errors share no class but this
             reason = " ".join(str(error).split())[:300]
             raise RunError(f"{path.name}: onnxruntime cannot run {rows} rows ({reason}).", fix=fix) from error
+
         if theirs.shape != ours.shape:
             raise RunError(f"{path.name}: gives {tuple(theirs.shape)}, not {tuple(ours.shape)}.", fix=fix)
         gap = float((theirs - ours).abs().max())

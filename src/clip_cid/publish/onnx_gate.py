@@ -177,6 +177,7 @@ def _drops(measurement: Measurement, ours: Measured, theirs: Measured, *, seed: 
     of_graphs = {score.metric: score.score for score in theirs[0]}
     gaps = differences(scores, lambda score: answers[score.model], groups=[], seed=seed)
     by_metric = {gap.metric: gap for gap in gaps}
+
     return [
         Drop(
             measurement.task,

@@ -106,10 +106,12 @@ def spherical_kmeans(
         ("max_points_per_center", max_points_per_center, 1),
     ):
         as_whole_number(value, name=name, least=least)
+
     rows = UnitRows(embeddings, name="embeddings", any_length=True)
     if num_centers > len(rows):
         raise ValueError(f"num_centers must be at most the number of rows, {len(rows)}, got {num_centers}")
     _check_start(start, num_centers, rows.dim, iterations)
+
     return cluster_rows(
         rows,
         num_centers=num_centers,

@@ -24,7 +24,7 @@ from clip_cid.method.cluster.kmeans_rounds import (
     own_cosines,
 )
 from clip_cid.method.cluster.nearest_centers import CenterSearch
-from clip_cid.method.jobs import RunJob, digest_of
+from clip_cid.method.jobs import RunJob, SizedTasks, digest_of
 from clip_cid.method.packed_arrays import packed, unpacked
 from clip_cid.method.unit_rows import UnitRows
 
@@ -38,7 +38,7 @@ MakeArrays = Callable[[int], Sequence[np.ndarray]]
 
 
 @dataclass(frozen=True, eq=False)
-class RangeJob:
+class RangeJob(SizedTasks):
     """Tasks of one kind, each over a range: a `clip_cid.method.jobs.Job`."""
 
     title: str
@@ -50,17 +50,6 @@ class RangeJob:
     """Opens what the tasks read; returns the function that makes the arrays of one."""
     device: str = "cpu"
     seconds: float = 0.0
-
-    @property
-    def tasks(self) -> Sequence[int]:
-        return range(len(self.sizes))
-
-    @property
-    def rows(self) -> int:
-        return sum(self.sizes)
-
-    def work(self, task: int) -> float:
-        return float(self.sizes[task])
 
     def array(self, task: int) -> str:
         return f"{self.name}-{task:06d}"

@@ -131,8 +131,7 @@ def cluster_losses(
             reads all centers.
         group: Ranks whose centers together are the softmax. The gradient of `student` is whole on every rank.
         block_centers: Centers at a time; as many as suit a cache or a device when absent.
-        labels_are_checked: They are those of `sample_centers`, which has looked at them: the host need not wait for a
-            device to do it again.
+        labels_are_checked: By `sample_centers`: the host need not wait for a device to do it again.
 
     Raises:
         ValueError: Shapes do not fit, a label is not a center, a number is out of its limits, or soft centers meet
@@ -145,11 +144,7 @@ def cluster_losses(
     keep_freed_memory()
     with autocast_off(student):
         rows = at_least_float32(student if torch.is_grad_enabled() else student.detach())  # else a gradient is computed
-
-        # The teacher's logits less the student's, from the difference of the rows: nothing cancels afterwards.
-        gap = None
-        if isinstance(teacher, Tensor):
-            gap = (scale / temperature) * (teacher.detach().to(rows.dtype) - rows.detach())
+        gap = _gap(rows, teacher, scale / temperature)
 
         near = None
         if ignore_near is not None and ignore_near < 1:  # at 1 rounding would decide which centers are equal
@@ -173,6 +168,16 @@ def cluster_losses(
         cls, kl, own_center = _FusedLosses.apply(rows, weights, several.long(), gap, settings)
 
     return ClusterLosses(cls, None if teacher is None else kl, own_center)
+
+
+def _gap(rows: Tensor, teacher: Tensor | SoftCenters | None, sharpness: float) -> Tensor | None:
+    """The teacher's logits less the student's, before the product with the centers.
+
+    It is of the difference of the rows, so nothing cancels afterwards.
+    """
+    if not isinstance(teacher, Tensor):
+        return None
+    return sharpness * (teacher.detach().to(rows.dtype) - rows.detach())
 
 
 def bank_divergence(

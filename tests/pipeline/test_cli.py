@@ -431,8 +431,9 @@ def commands_of_the_documents() -> list[list[str]]:
     stages = {"run", "check", *(stage.name for stage in pipeline.STAGES)}
     commands: list[list[str]] = []
     for document in [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]:
+        whole_lines = document.read_text().replace("\\\n", " ")  # as a shell continues a line
         for line in re.findall(
-            r"^\s*(?:\S*/clip-cid|clip-cid|torchrun .*-m clip_cid) (.+)", document.read_text(), re.M
+            r"^\s*(?:\S*/clip-cid|clip-cid|torchrun .*-m clip_cid) (.+)", whole_lines, re.M
         ):
             words = shlex.split(line, comments=True)
             if words and words[0] in stages and len(words) > 1:

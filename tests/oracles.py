@@ -107,6 +107,15 @@ def spherical_kmeans(embeddings: np.ndarray, centers: np.ndarray, iterations: in
     return centers, (rows @ centers.T).argmax(axis=1)
 
 
+def even_shares(total: int, sizes: list[int]) -> list[int]:
+    """A row after the other is given by one that has given least so far and has rows left; sorted."""
+    given = [0] * len(sizes)
+    for _ in range(min(total, sum(sizes))):
+        node = min((node for node, size in enumerate(sizes) if given[node] < size), key=lambda node: given[node])
+        given[node] += 1
+    return sorted(given)
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Each row by itself, summed without rounding."""
     out = np.empty_like(logits, dtype=np.float64)

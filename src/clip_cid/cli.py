@@ -583,6 +583,8 @@ def subset(
     shards: bool = False,
     shard_size: int = 10_000,
     per_cluster: int | None = None,
+    total: int | None = None,
+    levels: tuple[int, ...] = (),
     allow_pipe: bool = False,
 ) -> int:
     """Write the balanced list of a run: keys, rows, tables, what was removed and why; with --shards also tars.
@@ -599,17 +601,23 @@ def subset(
         shard_size: Pairs in a tar.
         per_cluster: List at most this many images of a cluster, drawn at random: the long tail is kept, the
             head is cut. The run must have clusters.
+        total: List this many images, shared evenly by the clusters: one that has fewer than its share gives
+            all, and the others share the rest. With --per-cluster no cluster gives more than that.
+        levels: Share the total by a hierarchy (Vo et al. 2024): the centers are clustered into this many
+            clusters of clusters, these into the next number, and so on, as in `--levels 1000 100`. The total
+            is shared evenly by the last ones, each share by the clusters within, down to the images. So a
+            theme that fills many clusters gives no more than one that fills few.
         allow_pipe: Let a source `pipe:COMMAND` of the recipe run its shell command.
     """
     os_errors.refuse_address(out)
-    from clip_cid.publish.subset import export_subset
+    from clip_cid.publish.subset import ClusterDraw, export_subset
 
+    draw = ClusterDraw(per_cluster, total, levels)
     folder = _existing(run)
     recipe = read_run_recipe(run / pipeline.RECIPE_FILE)
     with _pipes(allow_pipe), os_errors.explained(out, kept="Finished tars are kept."):
-        pipeline.require_current(folder, recipe, BALANCE if per_cluster is None else CLUSTER)
-        size = shard_size if shards else None
-        said = export_subset(folder, recipe, out, shard_size=size, per_cluster=per_cluster)
+        pipeline.require_current(folder, recipe, CLUSTER if draw.reads_clusters else BALANCE)
+        said = export_subset(folder, recipe, out, shard_size=shard_size if shards else None, draw=draw)
     log.say(said)
     return 0
 

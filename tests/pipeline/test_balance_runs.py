@@ -470,3 +470,26 @@ def test_the_list_of_a_stale_balance_is_not_exported(tmp_path, small_chunks, cap
     np.save(tmp_path / "run-data" / "rows.npy", planted(300, seed=1))
     assert export("stale") == 1
     assert "balance is stale (embed runs again)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_even_sample_is_of_clusters_that_are_current(tmp_path, small_chunks, capsys):
+    run = tmp_path / "run"
+    balance(run, planted(100))
+
+    def export(name: str, *flags: str) -> int:
+        capsys.readouterr()
+        return cli.main(["subset", str(run), str(tmp_path / name), "--total", "20", "--levels", "4", "2", *flags])
+
+    assert export("before") == 1
+    assert "cluster" in capsys.readouterr().err
+    assert cli.main(["cluster", str(run), "--cluster.num_centers", "12"]) == 0
+    assert export("list") == 0
+    assert "20 images, 10 to 10 (median 10) of each of 2 clusters of clusters" in capsys.readouterr().err
+    assert len((tmp_path / "list" / "keys.txt").read_text().splitlines()) == 20
+
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("num_centers: 12", "num_centers: 13"))
+    assert export("stale") == 1
+    assert "cluster is stale (cluster.num_centers 12 -> 13)" in capsys.readouterr().err
+    assert not (tmp_path / "stale").exists()

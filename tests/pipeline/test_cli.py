@@ -432,9 +432,7 @@ def commands_of_the_documents() -> list[list[str]]:
     commands: list[list[str]] = []
     for document in [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md")]:
         whole_lines = document.read_text().replace("\\\n", " ")  # as a shell continues a line
-        for line in re.findall(
-            r"^\s*(?:\S*/clip-cid|clip-cid|torchrun .*-m clip_cid) (.+)", whole_lines, re.M
-        ):
+        for line in re.findall(r"^\s*(?:\S*/clip-cid|clip-cid|torchrun .*-m clip_cid) (.+)", whole_lines, re.M):
             words = shlex.split(line, comments=True)
             if words and words[0] in stages and len(words) > 1:
                 commands.append(words)

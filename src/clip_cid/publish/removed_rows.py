@@ -23,12 +23,13 @@ NOT_LISTED = "not in the list of kept rows"
 """Of rows that a list made elsewhere leaves out."""
 DECIDED = "decision"
 """Of rows that a person has removed."""
-CAPPED = "beyond the cap of its cluster"
+CAPPED, SHARED = "beyond the cap of its cluster", "beyond the share of its cluster"
 EVALUATION = "near an image of "
 """Of rows that are within the threshold of an evaluation set; its name follows."""
 NO_EMBEDDING = "no embedding"
 
 _ROWS_AT_ONCE = 1 << 17
+_NONE = np.empty(0, dtype=np.int64)
 _SCHEMA = pa.schema(
     [
         pa.field("key", pa.large_string(), nullable=False),
@@ -59,17 +60,24 @@ def removed_rows(
     store: EmbeddingStore,
     kept: Int[np.ndarray, " kept"],
     *,
-    capped: Int[np.ndarray, " capped"] | None = None,
+    capped: Int[np.ndarray, " capped"] = _NONE,
+    why: str = CAPPED,
 ) -> Removed:
-    """What the balance of a run removed, what has no embedding, and of the kept rows those that a cap leaves out.
+    """What the balance of a run removed, what has no embedding, and of the kept rows those left out of their cluster.
+
+    Args:
+        folder: The run.
+        store: Its embeddings.
+        kept: What the balance kept.
+        capped: Those of these that are left out.
+        why: The reason for it.
 
     Raises:
         DataError: A table of the balance cannot be read.
     """
     is_kept = np.zeros(store.rows, dtype=bool)
     is_kept[kept] = True
-    if capped is not None:
-        is_kept[capped] = False
+    is_kept[capped] = False
     rows = np.flatnonzero(~is_kept)
     distances, kept_for = np.full(len(rows), np.nan), np.full(len(rows), -1)
     head: dict[str, str] = {}
@@ -89,8 +97,7 @@ def removed_rows(
     places = np.searchsorted(rows, dropped.rows)
     reasons[places] = [f"{EVALUATION}{name}" for name in dropped.sets]
     distances[places], kept_for[places] = dropped.distances, -1
-    if capped is not None:
-        reasons[np.isin(rows, capped)] = CAPPED
+    reasons[np.isin(rows, capped)] = why
     skipped = _skipped(folder.stage(EMBED) / "skipped.jsonl")
     for place in np.flatnonzero(~store.ok[rows]).tolist():
         reasons[place] = skipped.get(int(rows[place]), NO_EMBEDDING)

@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int, Int64
 
 from clip_cid import log, os_errors, units
 from clip_cid.data.balance.captions_file import CAPTIONS_FILE, read_captions
@@ -46,9 +46,9 @@ from clip_cid.data.pairs.tars import METADATA
 from clip_cid.errors import ConfigError, DataError, RunError
 from clip_cid.file_digests import digest, sha256_file
 from clip_cid.journal import Journal
-from clip_cid.method.cluster.even_sample import cap_clusters
+from clip_cid.method.cluster.even_sample import cap_clusters, clusters_of_clusters, draw_of_clusters, even_shares
 from clip_cid.models.public_names import public_name
-from clip_cid.publish.removed_rows import REMOVED_TABLE, Removed, removed_rows, write_removed
+from clip_cid.publish.removed_rows import CAPPED, REMOVED_TABLE, SHARED, Removed, removed_rows, write_removed
 from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.run_folder import RunFolder, atomic_file, write_json
 from clip_cid.stage_names import BALANCE, CLUSTER, EMBED
@@ -70,6 +70,40 @@ File = tuple[str, bytes]
 """A member of a tar: name and contents."""
 _Samples = Callable[[Int64[np.ndarray, " rows"]], Generator[list[File]]]
 """Gives the files of each of some rows of the pairs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterDraw:
+    """What a list takes of the clusters; everything, as it stands."""
+
+    per_cluster: int | None = None
+    """At most so many images of a cluster."""
+    total: int | None = None
+    """So many images, shared evenly by the clusters."""
+    levels: tuple[int, ...] = ()
+    """The total is shared by clusters of clusters first: so many at each level, the lowest first."""
+
+    @property
+    def reads_clusters(self) -> bool:
+        return self != ClusterDraw()
+
+    def check(self) -> None:
+        """Refuse numbers out of their limits.
+
+        Raises:
+            ConfigError: One is.
+        """
+        for flag, value, what in (
+            ("--per-cluster", self.per_cluster, "the most images of a cluster"),
+            ("--total", self.total, "the number of images to list"),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag}: must be at least 1, got {value:,}.", fix=f"Give {what}.")
+        if self.levels and self.total is None:
+            raise ConfigError(
+                "--levels: there is no total to share among the clusters of clusters.",
+                fix="Give --total NUMBER too, or --per-cluster NUMBER alone for the same cap on every cluster.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,17 +144,18 @@ class _Plan:
 
 
 def export_subset(
-    folder: RunFolder, recipe: Recipe, out: Path, *, shard_size: int | None, per_cluster: int | None = None
+    folder: RunFolder, recipe: Recipe, out: Path, *, shard_size: int | None, draw: ClusterDraw = ClusterDraw()
 ) -> str:
     """Write the kept list of a run and, with `shard_size`, its pairs as tars of that many; finished tars are kept.
 
-    With `per_cluster`, of a cluster only so many.
+    With `draw`, only what it takes of the clusters.
 
     Returns:
         A line that says what is there now.
 
     Raises:
-        ConfigError: `shard_size` is out of its limits or not what `out` was begun with, or there are no pairs to write.
+        ConfigError: `shard_size` or `draw` is out of its limits, `shard_size` is not what `out` was begun with, or
+            there are no pairs to write.
         RunError: The balance stage has not finished, its files changed, or it is older than the embeddings.
         DataError: `out` holds something else, kept keys are not among the pairs, or a pair cannot be read.
     """
@@ -129,12 +164,9 @@ def export_subset(
         raise ConfigError(
             f"--shard-size: must be at least 1, got {shard_size}.", fix="Give the number of pairs in a tar."
         )
-    if per_cluster is not None and per_cluster < 1:
-        raise ConfigError(
-            f"--per-cluster: must be at least 1, got {per_cluster}.", fix="Give the most images of a cluster."
-        )
+    draw.check()
 
-    kept = _read_kept(folder, per_cluster)
+    kept = _read_kept(folder, recipe, draw)
     plan = _plan(folder, recipe.pairs, kept, shard_size)
     _check_out(out, kept, plan)
     with RunFolder(out).lock():
@@ -204,8 +236,8 @@ def key_of_stem(stem: str) -> str:
     return unquote(stem, errors="strict")
 
 
-def _read_kept(folder: RunFolder, per_cluster: int | None = None) -> _Kept:
-    """The kept rows and their keys, as the balance stage left them; of a cluster so many."""
+def _read_kept(folder: RunFolder, recipe: Recipe, draw: ClusterDraw) -> _Kept:
+    """The kept rows and their keys, as the balance stage left them; of the clusters what the draw takes."""
     balance, again = folder.stage(BALANCE), f"Run `clip-cid balance {folder.path} --force` and repeat this command."
     if changed := folder.changed_files(BALANCE, digests=False):
         raise RunError(f"{balance}: not as the stage left it ({'; '.join(changed)}).", fix=again)
@@ -229,12 +261,12 @@ def _read_kept(folder: RunFolder, per_cluster: int | None = None) -> _Kept:
             " kept.parquet there.",
         )
 
-    stays = None if per_cluster is None else _capped(folder, len(rows), per_cluster)
-    listed = rows if stays is None else rows[stays]
     store = EmbeddingStore.open(folder.stage(EMBED))
     _check_same_store(folder, store, rows, keys)
-    removed = removed_rows(folder, store, rows, capped=None if stays is None else rows[~stays])
-    rows, keys = listed, keys if stays is None else keys.filter(pa.array(stays))
+    stays = _drawn(folder, recipe, store, len(rows), draw) if draw.reads_clusters else np.ones(len(rows), bool)
+    left_out = SHARED if draw.total is not None else CAPPED
+    removed = removed_rows(folder, store, rows, capped=rows[~stays], why=left_out)
+    rows, keys = rows[stays], keys.filter(pa.array(stays))
 
     of_keys = hashlib.sha256()
     for line in _lines(keys):
@@ -247,8 +279,10 @@ def _read_kept(folder: RunFolder, per_cluster: int | None = None) -> _Kept:
     return _Kept(rows, keys, identity, removed, store)
 
 
-def _capped(folder: RunFolder, kept: int, most: int) -> Bool[np.ndarray, " kept"]:
-    """Which of the kept rows stay under a cap on each cluster."""
+def _drawn(
+    folder: RunFolder, recipe: Recipe, store: EmbeddingStore, kept: int, draw: ClusterDraw
+) -> Bool[np.ndarray, " kept"]:
+    """Which of the kept rows the draw takes."""
     clusters = folder.stage(CLUSTER)
     folder.verify(CLUSTER)
     labels = read_array_of_stage(clusters / "labels.npy")
@@ -257,7 +291,54 @@ def _capped(folder: RunFolder, kept: int, most: int) -> Bool[np.ndarray, " kept"
             f"{clusters}: labels of {len(labels):,} rows, but {kept:,} are kept.",
             fix=f"Run `clip-cid cluster {folder.path}` and repeat this command.",
         )
-    return cap_clusters(labels, most)
+
+    if draw.total is None:
+        assert draw.per_cluster is not None, "a draw takes a total, or so many of a cluster"
+        return cap_clusters(labels, draw.per_cluster)
+
+    # Of the clusters that have images, renumbered.
+    used, labels = np.unique(labels, return_inverse=True)
+    most = np.bincount(labels)
+    if draw.per_cluster is not None:
+        most = np.minimum(most, draw.per_cluster)
+    parents = _hierarchy(folder, recipe, store, used, draw.levels) if draw.levels else []
+    shares = even_shares(draw.total, most, parents)
+    _say_shares(shares, parents)
+    return draw_of_clusters(labels, shares)
+
+
+def _hierarchy(
+    folder: RunFolder, recipe: Recipe, store: EmbeddingStore, used: Int[np.ndarray, " used"], levels: Sequence[int]
+) -> list[Int[np.ndarray, " _"]]:
+    """The hierarchy over these clusters, as `clusters_of_clusters`.
+
+    Raises:
+        ConfigError: A level has not fewer clusters than there are below.
+    """
+    from clip_cid.models.device import resolve_device  # torch, which the lists do without
+    from clip_cid.training.join import read_centers
+
+    device = str(resolve_device(recipe.machine.device))
+    try:
+        return clusters_of_clusters(read_centers(folder, store)[used], levels, device=device)
+    except ValueError as error:
+        raise ConfigError(
+            f"--levels {' '.join(map(str, levels))}: {error}.",
+            fix=f"Give numbers that fall, the first below {len(used):,}, the clusters of this run that have images;"
+            " a tenth from level to level is usual.",
+        ) from error
+
+
+def _say_shares(shares: Int64[np.ndarray, " clusters"], parents: Sequence[Int[np.ndarray, " _"]]) -> None:
+    """How evenly the top level gives."""
+    of_top = shares
+    for above in parents:
+        of_top = np.bincount(above, of_top).astype(np.int64)
+    what = "cluster" if not parents else "cluster of clusters"
+    log.info(
+        f"subset    {shares.sum():,} images, {of_top.min():,} to {of_top.max():,} (median {np.median(of_top):,.0f}) of"
+        f" each of {len(of_top):,} {what if len(of_top) == 1 else what.replace('cluster', 'clusters', 1)}"
+    )
 
 
 def _check_same_store(

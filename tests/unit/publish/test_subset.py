@@ -31,7 +31,7 @@ from clip_cid.errors import ClipCidError, ConfigError, DataError, RunError
 from clip_cid.file_digests import sha256_file
 from clip_cid.publish import subset
 from clip_cid.publish.removed_rows import removed_rows, write_removed
-from clip_cid.publish.subset import export_subset, image_extension, key_of_stem, member_stem
+from clip_cid.publish.subset import ClusterDraw, export_subset, image_extension, key_of_stem, member_stem
 from clip_cid.recipe import PairsConfig, Recipe
 from clip_cid.run_folder import RunFolder, StageRecord
 
@@ -202,7 +202,7 @@ def test_the_manifest_holds_no_secret_and_no_local_path(tmp_path: Path, run: tup
     folder, recipe = run
     secret = "pipe:curl -H 'Authorization: SECRET' https://user:SECRET@host/a.tar?token=SECRET"
     sources = (*recipe.pairs.source, secret)
-    kept = subset._read_kept(folder)
+    kept = subset._read_kept(folder, recipe, ClusterDraw())
     plan = subset._plan(folder, recipe.pairs.model_copy(update={"source": sources}), kept, 3)
     other = subset._plan(folder, recipe.pairs.model_copy(update={"source": (*sources[:-1], secret + "2")}), kept, 3)
     assert plan is not None
@@ -534,7 +534,7 @@ def test_of_a_cluster_so_many_are_listed_and_the_others_have_their_reason(
     labels = np.array([0, 0, 0, 1, 0, 0, 2], dtype=np.int32)
     np.save(part / "labels.npy", labels)
     publish(folder, "cluster")
-    export_subset(folder, recipe, tmp_path / "out", shard_size=10, per_cluster=2)
+    export_subset(folder, recipe, tmp_path / "out", shard_size=10, draw=ClusterDraw(per_cluster=2))
     rows = np.load(tmp_path / "out" / "rows.npy")
     assert sorted(labels[np.isin(KEPT, rows)].tolist()) == [0, 0, 1, 2]
     assert len(members(tmp_path / "out" / "shards" / "00000.tar")) == 4 * len(sample("x", 0))
@@ -546,7 +546,49 @@ def test_of_a_cluster_so_many_are_listed_and_the_others_have_their_reason(
     with pytest.raises(DataError, match="a subset of another run or of another balance"):
         export_subset(folder, recipe, tmp_path / "out", shard_size=10)
     with pytest.raises(ConfigError, match="--per-cluster: must be at least 1, got 0"):
-        export_subset(folder, recipe, tmp_path / "none", shard_size=None, per_cluster=0)
+        export_subset(folder, recipe, tmp_path / "none", shard_size=None, draw=ClusterDraw(per_cluster=0))
+
+
+def test_a_total_is_shared_by_clusters_of_clusters_and_what_they_are_is_said(
+    tmp_path: Path, run: tuple[RunFolder, Recipe], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Clusters 0 and 1 are of one theme, 3 is of another, and 2 has no image: half of the total for each theme."""
+    folder, recipe = run
+    part = folder.begin("cluster", {"key": "k"}, resumable=False).part
+    labels = np.array([0, 0, 1, 1, 3, 3, 3], dtype=np.int32)
+    np.save(part / "labels.npy", labels)
+    np.save(part / "centers.npy", np.array([[1, 0, 0, 0], [0.8, 0.6, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], np.float32))
+    publish(folder, "cluster")
+
+    def counts(**draw: Any) -> list[int]:
+        out = tmp_path / "-".join(map(str, draw.values()))
+        export_subset(folder, recipe, out, shard_size=None, draw=ClusterDraw(**draw))
+        left_out = pq.read_table(out / "removed.parquet").to_pylist()
+        rows = np.load(out / "rows.npy")
+        assert {line["row"] for line in left_out if line["reason"] == "beyond the share of its cluster"} == set(
+            KEPT
+        ) - set(rows.tolist())
+        return np.bincount(labels[np.isin(KEPT, rows)], minlength=4).tolist()
+
+    assert counts(total=6) == [2, 2, 0, 2]
+    assert counts(total=4, levels=(2,)) == [1, 1, 0, 2]
+    assert "4 images, 2 to 2 (median 2) of each of 2 clusters of clusters" in caplog.text
+    assert counts(total=6, levels=(2,)) == [2, 1, 0, 3] or counts(total=6, levels=(2,)) == [1, 2, 0, 3]
+    assert counts(total=6, levels=(2,), per_cluster=2) == [2, 2, 0, 2]
+    assert counts(total=100, levels=(2, 1)) == [2, 2, 0, 3]
+
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"total": 0}, "--total: must be at least 1, got 0"),
+        ({"levels": (2,)}, "--levels: there is no total to share"),
+        ({"levels": (2,), "per_cluster": 1}, "--levels: there is no total to share"),
+        ({"levels": (3,), "total": 4}, "--levels 3: 3 clusters of the 3 below; there must be fewer"),
+        ({"levels": (1, 2), "total": 4}, "--levels 1 2: 2 clusters of the 1 below"),
+        ({"levels": (0,), "total": 4}, "--levels 0: 0 clusters of the 3 below; there must be fewer, and at least 1"),
+    ]
+    for draw, words in refused:
+        with pytest.raises(ConfigError, match=words):
+            export_subset(folder, recipe, tmp_path / "none", shard_size=None, draw=ClusterDraw(**draw))
+        assert not (tmp_path / "none").exists()
 
 
 CSV = (

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import clip_cid
-from clip_cid import cli, recipe
+from clip_cid import cli
 from clip_cid.recipe import Config, Recipe
+from clip_cid.recipe.reading import _REMOVED
 
 SOURCE = Path(clip_cid.__file__).parent
 
@@ -96,7 +97,7 @@ def offenders(names_in: Callable[[str], set[str]], known: Callable[[str], bool])
 
 
 def test_every_setting_named_in_a_string_exists() -> None:
-    named = [*NOT_SETTINGS, *recipe._REMOVED]
+    named = [*NOT_SETTINGS, *_REMOVED]
     assert offenders(settings_in, lambda name: name in named or is_setting(name)) == []
 
 

@@ -13,9 +13,10 @@ from host_waits import HostWaits
 from tiny_training import make_settings, make_trainer
 from torch import Tensor, nn
 
+from clip_cid.errors import ConfigError
 from clip_cid.method.distill import center_pass
 from clip_cid.models.clip import Clip, train_transform
-from clip_cid.recipe import ConfigError, parse_recipe
+from clip_cid.recipe import parse_recipe
 from clip_cid.training import stopwatch
 from clip_cid.training.batches import Batch
 from clip_cid.training.loop import Trainer

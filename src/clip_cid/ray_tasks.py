@@ -79,8 +79,10 @@ def run_tasks(
     """
     if not tasks:
         return
+
     cluster = _connected(address)
     with _shared_sign(folder) as sign:
+        # What each node needs, in order to work as this process would.
         order = _Order(
             sign=str(sign),
             patience=_UNSEEN_SECONDS,
@@ -90,6 +92,8 @@ def run_tasks(
             threads=0 if gpus else 1,
             begin=pickle.dumps(begin),
         )
+
+        # A task counts once this host sees what it leaves: a shared disk may show it late.
         with contextlib.closing(_Round(cluster, order, tasks, gpus)) as work:
             for task in work.finished():
                 if leaves is not None and not _appears(leaves(task), _UNSEEN_SECONDS):

@@ -35,6 +35,7 @@ _ADDED = {
     "cluster": ("texts", "num_text_centers"),
     "distill": (
         "per_cluster",
+        "merged_captions",
         "shuffle_window",
         "text_tower",
         "labels",

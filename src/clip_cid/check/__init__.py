@@ -52,6 +52,8 @@ class Report:
     held_out: int
     texts: int
     """Without images, to be read beside the pairs."""
+    given_captions: int
+    """Of removed near-duplicates, read with the pairs that were kept for them; 0 before a balance."""
     sights: captions.Sights
     parameters: dict[str, int]
     student: Costs | None
@@ -183,6 +185,7 @@ def _measure(
         epoch_pairs=largest_epoch(recipe, pairs) if tried.invented else trainer.batches.epoch_size,
         held_out=tried.held_out,
         texts=texts,
+        given_captions=0 if (merged := tried.training.inputs.pairs.merged) is None else int(merged.counts.sum()),
         sights=sights,
         parameters={**count_parameters(clip.model), "head": in_head},
         student=student,

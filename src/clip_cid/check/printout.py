@@ -59,6 +59,12 @@ def _pairs(report: Report) -> Iterator[Row]:
     if report.texts:
         a_step = report.recipe.distill.lines_per_step
         yield "texts without images", f"{report.texts:,}; {a_step:,} in a step", _COUNTED
+    if report.given_captions:
+        yield (
+            "captions of removed near-duplicates",
+            f"{report.given_captions:,}",
+            f"{_COUNTED}; distill.merged_captions",
+        )
     looked = f"{sights.pairs:,} pairs looked at"
     if sights.unreadable:
         yield "unreadable", f"{sights.unreadable:,}", looked

@@ -221,6 +221,8 @@ def _training(settings: dict[str, Any], distill: DistillSummary, device: str) ->
         known = {name.removeprefix("weight/"): weight for name, weight in distill.weights.items() if weight is not None}
         last = ", ".join(f"{name} {weight:.3g}" for name, weight in known.items())
         rows.append(("weights above", f"are proportions of the gradients; in the last step they meant {last}"))
+    if settings.get("merged_captions"):
+        rows.append(("captions read", "of each pair, and of the near-duplicates that were removed for it"))
     if distill.head_scale is not None:
         rows.append(("scale of the cluster logits (sigma)", f"{distill.head_scale:.4g}"))
     if settings.get("pretrained"):

@@ -66,8 +66,7 @@ class BalanceConfig(Config):
     perceptual from semantic duplicates. 0 compares none."""
     merge_captions: bool = False
     """Give the captions of the removed images of a set to the kept one: captions.parquet lists them,
-    and `clip-cid subset` writes them. The training reads the captions of the kept pair alone; of pairs
-    in tables and folders, `subset --shards` makes tars with all, to be the pairs of another run."""
+    `clip-cid subset` writes them, and the training reads them with distill.merged_captions."""
     protect: Annotated[Places, AfterValidator(each_once)] = ()
     """Images that are never removed: names of sources as in pairs.source, or a .txt with one key a
     line, here or at an address. A set that holds some of them keeps all of these and no other."""

@@ -60,6 +60,10 @@ class DistillConfig(Config):
     per_cluster: PositiveInt | None = None
     """Take at most this many pairs of a cluster in an epoch, so that large clusters no longer lead. The
     pairs of a cluster take turns from epoch to epoch, and an epoch is shorter. When absent: all."""
+    merged_captions: bool = False
+    """Read the captions of removed near-duplicates beside those of the pair that was kept for them: in
+    an epoch one of all, with the teacher's embedding of that very caption. Needs
+    balance.merge_captions. Held-out pairs are measured on their own captions."""
     shuffle_window: PositiveInt | None = None
     """Read a shared disk in runs: shards (tars; 10,000 rows of a table or folder) come in a random
     order, pairs are shuffled among so many that follow each other there, and a batch is read front to

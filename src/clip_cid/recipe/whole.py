@@ -115,6 +115,18 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _captions_fit(self) -> "Recipe":
+        balance = self.balance
+        balanced = self.has_teacher and balance.enabled and balance.existing is None
+        if self.distill.merged_captions and not (balanced and balance.merge_captions):
+            why = "balance.merge_captions: false" if balanced else "nothing is balanced here"
+            raise ValueError(
+                f"distill.merged_captions: true, but {why}, so no pair is given captions of others; balance with"
+                " balance.merge_captions: true, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _embeddings_fit(self) -> "Recipe":
         embed = self.embed
         if self.uses_texts and embed.existing is not None:
@@ -154,6 +166,14 @@ class Recipe(Config):
         if self.uses_text_clusters and not clusters.texts:
             readers = ", ".join(loss.name for loss in switched_on if "text_clusters" in loss.reads)
             raise ValueError(f"distill.weights: {readers} read clusters of texts; set cluster.texts: true")
+
+        # Clusters of texts are of the captions of kept pairs alone.
+        if self.distill.merged_captions and self.uses_text_clusters:
+            readers = ", ".join(loss.name for loss in switched_on if "text_clusters" in loss.reads)
+            raise ValueError(
+                f"distill.merged_captions: {readers} read the cluster of each caption, which those of removed images do"
+                " not have; leave it out, or set the weights of these losses to 0"
+            )
 
         # An image without a caption has no place in comparisons of texts with centers.
         of_texts = [loss.name for loss in switched_on if loss.reads_captions and "clusters" in loss.reads]

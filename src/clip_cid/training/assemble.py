@@ -522,6 +522,8 @@ def _key(
             add_rows(digest, values)
         else:
             digest.update(np.ascontiguousarray(values).data)  # not a copy: centers may be gigabytes
+    if training.merged is not None:
+        training.merged.add_to(digest)
     if training.lines is not None:
         digest.update(training.lines.digest)
     if training.views is not None:

@@ -32,6 +32,7 @@ from clip_cid.method.distill.objective import Targets
 from clip_cid.method.unit_rows import Rows
 from clip_cid.training.batch_order import ClusterTurns, Place, Windows, batch_places, epoch_size
 from clip_cid.training.lines import Line, LineItem, Lines
+from clip_cid.training.merged_captions import MergedCaptions
 from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.unit_length import is_unit
 
@@ -51,7 +52,7 @@ class Item:
     index: int
     """The pair it is, as an index among the training rows."""
     caption: int
-    """Which of the pair's captions it is; `NO_CAPTION` if it has none."""
+    """Which of the pair's captions it is, those it was given after its own; `NO_CAPTION` if it has none."""
     view: int
     """Which of the embedded views the image is; 0 without views."""
     bad: list[tuple[int, str]]
@@ -110,6 +111,8 @@ class TrainingPairs:
     """Where the store has each of `rows`."""
     num_captions: Int[np.ndarray, " rows"] | None = None
     """How many captions of each the teacher has read: one of these is chosen."""
+    merged: MergedCaptions | None = None
+    """The captions of removed near-duplicates, which are chosen from as well; None where they are not read."""
     text_labels: Int[np.ndarray, " captions"] | None = None
     """The cluster of each caption, of all kept pairs."""
     first_texts: Int[np.ndarray, " rows"] | None = None
@@ -150,7 +153,8 @@ class TrainingPairs:
             name: None if (values := getattr(self, name)) is None else values[index]
             for name in ("rows", "labels", "store_rows", "num_captions", "sizes", "first_texts")
         }
-        return dataclasses.replace(self, **taken)
+        merged = None if self.merged is None else self.merged.take(index)
+        return dataclasses.replace(self, merged=merged, **taken)
 
 
 def add_rows(digest: Any, rows: Int[np.ndarray, " rows"]) -> None:
@@ -227,7 +231,7 @@ class PairDataset:
         seed: int,
     ) -> None:
         self._pairs, self._rows, self._num_captions = training.pairs, training.rows, training.num_captions
-        self._lines = training.lines
+        self._merged, self._lines = training.merged, training.lines
         self._views, self._sizes = training.views, training.sizes
         self._transform, self._tokenizer = transform, tokenizer
         self._max_pixels, self._seed = max_pixels, seed
@@ -262,10 +266,7 @@ class PairDataset:
         pair = self._pairs.read(row)
         picture = decode_image(pair.image, max_pixels=self._max_pixels)
         crop, draw = _seeds(self._seed, epoch, row)
-        choices = len(pair.captions)
-        if self._num_captions is not None:
-            choices = min(choices, int(self._num_captions[index]))
-        caption = draw % choices if choices else NO_CAPTION
+        text, caption = self._caption(pair.captions, index, draw)
         view = 0
         if self._views is not None:
             view = view_number(self._views.count, self._seed, epoch, row)
@@ -273,8 +274,21 @@ class PairDataset:
             picture = self._views.crop(picture, pair.key, view)
         with _drawing_from(crop):
             image = self._transform(picture)
-        text = pair.captions[caption] if choices else ""
         return Item(image, self._tokenizer([text])[0], index, caption, view, bad)
+
+    def _caption(self, captions: Sequence[str], index: int, draw: int) -> tuple[str, int]:
+        """One of the pair's captions, or of those it was given, and its number."""
+        own = embedded = len(captions)
+        if self._num_captions is not None:
+            embedded = int(self._num_captions[index])
+            own = min(own, embedded)
+        given = 0 if self._merged is None else int(self._merged.counts[index])
+        if not own + given:
+            return "", NO_CAPTION
+        chosen = draw % (own + given)
+        if chosen < own or self._merged is None:
+            return captions[chosen], chosen
+        return self._merged.text(index, chosen - own), embedded + chosen - own
 
     def _check_size(self, picture: Image.Image, key: str, index: int) -> None:
         assert self._sizes is not None
@@ -413,9 +427,10 @@ class Batches:
             )
             batch = dataclasses.replace(batch, teacher_image=unit_teacher_rows(images, rows, "image"))
             if training.num_captions is not None:
-                batch = dataclasses.replace(
-                    batch, teacher_text=_teacher_texts(training.store, rows, items.captions.numpy())
-                )
+                captions = items.captions.numpy()
+                if training.merged is not None:
+                    rows, captions = training.merged.embedded_at(index, rows, captions, training.num_captions[index])
+                batch = dataclasses.replace(batch, teacher_text=_teacher_texts(training.store, rows, captions))
 
         if training.text_labels is not None and training.first_texts is not None:
             chosen = training.text_labels[training.first_texts[index] + items.captions.numpy()]

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clip_cid import log
+from clip_cid import log, units
+from clip_cid.data.balance.captions_file import read_given_captions
 from clip_cid.data.embeddings.caption_rows import CaptionRows
 from clip_cid.data.embeddings.of_texts import open_texts
 from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
@@ -22,6 +23,7 @@ from clip_cid.run_folder import RunFolder
 from clip_cid.stage_names import BALANCE, CLUSTER, TEXTS
 from clip_cid.training.batches import TrainingPairs
 from clip_cid.training.lines import Lines
+from clip_cid.training.merged_captions import MergedCaptions
 from clip_cid.training.ranks.distributed import ALONE, Ranks
 from clip_cid.unit_length import is_unit
 
@@ -72,8 +74,9 @@ def distilled_pairs(
             " leaves them out"
         )
 
+    merged = _merged_captions(folder, store, store_rows, texts=texts) if recipe.distill.merged_captions else None
     if texts or (recipe.pairs.captions_are_optional and store.has_texts):
-        _check_absent_captions(recipe, store.num_captions[store_rows])
+        _check_absent_captions(recipe, store.num_captions[store_rows], merged)
 
     # The targets from clustering and teacher, as far as they are read.
     labels = read_labels(folder, len(kept))[places] if recipe.uses_labels else None
@@ -82,11 +85,13 @@ def distilled_pairs(
         _check_views(store, views)
         sizes = store.sizes[store_rows]
     if not (recipe.uses_teacher_images or texts or recipe.distill.head_perplexity or recipe.uses_several_labels):
-        return TrainingPairs(pairs, rows, labels=labels, views=views, sizes=sizes)
+        return TrainingPairs(pairs, rows, labels=labels, merged=merged, views=views, sizes=sizes)
     num_captions = store.num_captions[store_rows] if texts else None
     if texts:
         _compare_captions(pairs, rows, store, store_rows)
-    training = TrainingPairs(pairs, rows, labels, store, store_rows, num_captions, views=views, sizes=sizes)
+    training = TrainingPairs(
+        pairs, rows, labels, store, store_rows, num_captions, merged=merged, views=views, sizes=sizes
+    )
     return _with_text_labels(training, folder, store, kept, places) if recipe.uses_text_clusters else training
 
 
@@ -102,6 +107,23 @@ def _true_rows(chosen: Bool[np.ndarray, " rows"]) -> Int[np.ndarray, " chosen"]:
         rows[filled : filled + len(some)] = some + start
         filled += len(some)
     return rows
+
+
+def _merged_captions(
+    folder: RunFolder, store: EmbeddingStore, store_rows: Int[np.ndarray, " rows"], *, texts: bool
+) -> MergedCaptions:
+    """The captions that these pairs were given by the balance; with `texts` those that have an embedding.
+
+    Raises:
+        DataError: They cannot be read, or do not say whose they are.
+    """
+    given = read_given_captions(folder.stage(BALANCE))
+    merged = MergedCaptions.of(given, store_rows, store.num_captions if texts else None)
+    log.info(
+        f"distill   {np.count_nonzero(merged.counts):,} of {len(store_rows):,} pairs also read"
+        f" {units.counted(int(merged.counts.sum()), 'caption')} of their removed near-duplicates"
+    )
+    return merged
 
 
 def _with_text_labels(
@@ -210,12 +232,16 @@ def _centers_file(texts: bool) -> str:
     return "text_centers.npy" if texts else "centers.npy"
 
 
-def _check_absent_captions(recipe: Recipe, num_captions: Int[np.ndarray, " rows"]) -> None:
-    """Say how many pairs have no caption.
+def _check_absent_captions(
+    recipe: Recipe, num_captions: Int[np.ndarray, " rows"], merged: MergedCaptions | None
+) -> None:
+    """Say how many pairs have no caption, nor were given one.
 
     Raises:
-        DataError: They must have one, or none has one and a loss reads texts.
+        DataError: They must have one of their own, or none has one and a loss reads texts.
     """
+    if merged is not None and recipe.pairs.captions_are_optional:
+        num_captions = num_captions + merged.counts
     absent = int((num_captions == 0).sum())
     if not absent:
         return

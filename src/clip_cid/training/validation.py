@@ -64,7 +64,8 @@ def hold_out(training: TrainingPairs, share: float, *, batch_size: int, ranks: i
             fix="Hold out more, or set it to 0.",
         )
     measured = np.sort(own[np.argsort(mixed[own], kind="stable")[:count]])
-    plain = dataclasses.replace(training.take(measured), views=None, sizes=None)  # measured on the whole images
+    # Measured on the whole images, and on their own captions.
+    plain = dataclasses.replace(training.take(measured), views=None, sizes=None, merged=None)
     return training.take(np.flatnonzero(~chosen)), HeldOut(plain, each)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_training import power_cut
 
+from clip_cid.data.balance.captions_file import write_captions
 from clip_cid.data.embeddings.rows_of_pairs import rows_in_store
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import ShardRows, StoreWriter
@@ -97,6 +98,7 @@ class Case:
         teacher: str = "noise",
         max_bad_share: float = 0.1,
         machine: dict[str, Any] | None = None,
+        balance: dict[str, Any] | None = None,
         **changes: Any,
     ) -> Recipe:
         settings = {
@@ -110,6 +112,7 @@ class Case:
         values = {
             "pairs": {"source": [str(self.path / "pairs")], "max_bad_share": max_bad_share},
             "embed": {"teacher": teacher},
+            "balance": balance or {},
             "distill": settings | changes,
             "machine": {"device": "cpu", "threads": 1, "workers": 0, "tensorboard": "off", **(machine or {})},
         }
@@ -170,6 +173,33 @@ def test_a_killed_stage_gives_the_student_of_an_uninterrupted_one(case: Case, th
         for out in ("whole", "distill.part")
     ]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+@pytest.mark.resume
+def test_captions_of_removed_images_are_learned_from_and_a_kill_changes_nothing(
+    case: Case, caplog: pytest.LogCaptureFixture
+):
+    write_captions(
+        case.folder.path / "balance",
+        kept=np.array([2, 8]),
+        rows=np.array([1, 2, 4, 8, 9]),
+        owner=np.array([0, 0, 0, 1, 1]),
+        key=str,
+        captions=EmbeddingStore.open(case.folder.stage("embed")).captions,
+    )
+    asked: dict[str, Any] = {"balance": {"merge_captions": True}, "merged_captions": True}
+    plain, whole = case.run("plain", balance={"merge_captions": True}), case.run("whole", **asked)
+    assert "2 of 16 pairs also read 6 captions of their removed near-duplicates" in caplog.text
+    with power_cut(5):
+        case.run(**asked)
+    case.run(**asked)
+    of_whole, of_resumed, of_plain = (
+        (case.folder.path / out / "student" / "open_clip_model.safetensors").read_bytes()
+        for out in ("whole", "distill.part", "plain")
+    )
+    assert of_whole == of_resumed != of_plain
+    assert whole["pairs"] == plain["pairs"]
 
 
 @pytest.mark.slow

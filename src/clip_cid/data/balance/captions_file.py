@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Int
 from numpy import ndarray
 
 from clip_cid.data.balance.tables import read_columns
+from clip_cid.errors import DataError
 from clip_cid.run_folder import atomic_file
 
 CAPTIONS_FILE = "captions.parquet"
@@ -19,8 +23,22 @@ _SCHEMA = pa.schema(
         pa.field("row", pa.int64(), nullable=False),
         pa.field("key", pa.large_string(), nullable=False),
         pa.field("captions", pa.list_(pa.large_string()), nullable=False),
+        pa.field("from_rows", pa.list_(pa.int64()), nullable=False),  # of each caption: whose it is
+        pa.field("numbers", pa.list_(pa.int32()), nullable=False),  # and which of its captions, from 0
     ]
 )
+
+
+class GivenCaptions(NamedTuple):
+    """The captions of removed rows, one after the other, by the row they were given to."""
+
+    texts: pa.LargeStringArray
+    kept: Int[ndarray, " captions"]
+    """The row that each was given to, ascending."""
+    rows: Int[ndarray, " captions"]
+    """The row that each is of."""
+    numbers: Int[ndarray, " captions"]
+    """Which caption of that row."""
 
 
 def write_captions(
@@ -50,8 +68,10 @@ def write_captions(
         merged = _merged(kept, rows, owner, captions)
         for start in range(0, max(len(kept), 1), _AT_ONCE):
             some = kept[start : start + _AT_ONCE].tolist()
-            columns = [some, [key(row) for row in some], [next(merged) for _ in some]]
-            writer.write_table(pa.table(columns, schema=_SCHEMA))
+            of_sets = [next(merged) for _ in some]
+            texts = [list(captions) for captions in of_sets]
+            origins = ([[origin[part] for origin in captions.values()] for captions in of_sets] for part in (0, 1))
+            writer.write_table(pa.table([some, [key(row) for row in some], texts, *origins], schema=_SCHEMA))
 
 
 def read_captions(folder: Path) -> dict[int, list[str]]:
@@ -67,17 +87,49 @@ def read_captions(folder: Path) -> dict[int, list[str]]:
     return dict(zip(table.column("row").to_pylist(), table.column("captions").to_pylist(), strict=True))
 
 
+def read_given_captions(folder: Path) -> GivenCaptions:
+    """The captions that rows were given besides their own; without spaces around them, and empty ones left out.
+
+    Raises:
+        DataError: The table cannot be read, or an older version wrote it, which did not say whose each caption is.
+    """
+    path = folder / CAPTIONS_FILE
+    if "from_rows" not in pq.read_schema(path).names:
+        raise DataError(
+            f"{path}: an older version wrote it, without the row that each caption is of.",
+            fix=f"Run `clip-cid balance {folder.parent} --force`; it compares no pair anew.",
+        )
+    table = read_columns(path, ["row", "captions", "from_rows", "numbers"])
+    texts = pc.call_function("utf8_trim_whitespace", [_values(table, "captions")])
+    kept = table.column("row").to_numpy().repeat(pc.call_function("list_value_length", [table.column("captions")]))
+    rows, numbers = (_values(table, name).to_numpy() for name in ("from_rows", "numbers"))
+    given = np.flatnonzero((kept != rows) & (pc.call_function("binary_length", [texts]).to_numpy() > 0))
+    given = given[np.argsort(kept[given], kind="stable")]
+    return GivenCaptions(texts.take(pa.array(given)), kept[given], rows[given], numbers[given])
+
+
+def _values(table: pa.Table, name: str) -> pa.Array:
+    """The entries of a column of lists, in their order."""
+    values = pc.call_function("list_flatten", [table.column(name)])
+    return pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
+
+
 def _merged(
     kept: Int[ndarray, " sets"],
     rows: Int[ndarray, " members"],
     owner: Int[ndarray, " members"],
     captions: Callable[[int], Sequence[str]],
-) -> Iterator[list[str]]:
-    """The captions of set after set."""
+) -> Iterator[dict[str, tuple[int, int]]]:
+    """The captions of set after set, each with its row and its number there."""
     at = 0
     for place, first in enumerate(kept.tolist()):
-        texts = dict.fromkeys(captions(first))
+        texts: dict[str, tuple[int, int]] = {}
+        members = [first]
         while at < len(rows) and owner[at] == place:
-            texts |= dict.fromkeys(captions(int(rows[at])))
+            members.append(int(rows[at]))
             at += 1
-        yield [text for text in texts if text]
+        for row in members:
+            for number, text in enumerate(captions(row)):
+                if text:
+                    texts.setdefault(text, (row, number))
+        yield texts

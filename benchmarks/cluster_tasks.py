@@ -4,24 +4,30 @@ Each clusters the same made-up rows; they take turns. Told is a round: the time 
 those of Ray's node among them, from the second round to the last, by the number of rounds. Processor time does not
 depend on what else the machine does. The results are compared byte for byte.
 
+With --seconds each task waits until so much time has gone by since it began. The time of a round then tells what an
+engine adds, whatever else the machine does, as long as the work of a task is shorter.
+
     python benchmarks/cluster_tasks.py --rows 150000 --centers 3000
+    python benchmarks/cluster_tasks.py --rows 262144 --dim 64 --centers 200 --seconds 1 --engines processes Ray
 """
 
 import argparse
 import contextlib
+import functools
 import importlib
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
-from clip_cid import cli, ray_tasks
+from clip_cid import cli, engine, ray_tasks
 from clip_cid.file_digests import sha256_file
 from clip_cid.stages import cluster
 
@@ -56,6 +62,28 @@ def processor_seconds() -> float:
     return sum(ticks[process] for process in parents if is_ours(process)) / os.sysconf("SC_CLK_TCK")
 
 
+def open_filled(begin: Callable[[], Callable[[Any], None]], seconds: float) -> Callable[[Any], None]:
+    """Opens tasks that take at least so long."""
+    do_task = begin()
+
+    def do(task: Any) -> None:
+        began = time.perf_counter()
+        do_task(task)
+        time.sleep(max(0.0, seconds - (time.perf_counter() - began)))
+
+    return do
+
+
+def fill_tasks(seconds: float) -> None:
+    tasks_of = importlib.import_module(Path(__file__).stem)  # by a name that workers can import, too
+    original = engine.run_tasks
+
+    def run_tasks(tasks: Any, begin: Any, **rest: Any) -> None:
+        original(tasks, functools.partial(tasks_of.open_filled, begin, seconds), **rest)
+
+    engine.run_tasks = run_tasks
+
+
 def measure(run: Path, flags: list[str]) -> tuple[float, float, tuple[str, ...]]:
     """Seconds and processor seconds of a round, and the digests of the results."""
     moments: list[tuple[float, float]] = []
@@ -81,11 +109,15 @@ def main() -> None:
     parser.add_argument("--centers", type=int, default=2_000)
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=0.0, help="that a task takes at least")
+    parser.add_argument("--engines", nargs="+", default=["one process", "processes", "Ray"])
     options = parser.parse_args()
+    if options.seconds:
+        fill_tasks(options.seconds)
 
     os.environ |= {**ray_tasks.SETTINGS, "PYTHONPATH": os.pathsep.join(sys.path)}
     nodes: Any = importlib.import_module("ray.cluster_utils").Cluster()
-    found: dict[str, list[tuple[float, float]]] = {"one process": [], "processes": [], "Ray": []}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in options.engines}
     results: set[tuple[str, ...]] = set()
     try:
         nodes.add_node(num_cpus=_CORES, object_store_memory=80 * 2**20, include_dashboard=False)
@@ -99,8 +131,8 @@ def main() -> None:
                 "Ray": ["--ray", nodes.address],
             }
             for turn in range(options.rounds):
-                for name, how in own.items():
-                    *times, result = measure(Path(folder) / f"{name}-{turn}", [*flags, *how])
+                for name in options.engines:
+                    *times, result = measure(Path(folder) / f"{name}-{turn}", [*flags, *own[name]])
                     found[name].append((times[0], times[1]))
                     results.add(result)
     finally:
@@ -110,13 +142,18 @@ def main() -> None:
     print(
         f"{options.rows:,} x {options.dim}, {options.centers:,} centers, {options.iterations} rounds; one thread, {_CORES} processes, a node of {_CORES} cores"
     )
+    first = options.engines[0]
     for name, times in found.items():
-        ratios = [own / alone for (_, own), (_, alone) in zip(times, found["one process"], strict=True)]
         print(
-            f"{name}: a round {', '.join(f'{wall:.2f}' for wall, _ in times)} s, of processors"
-            f" {', '.join(f'{cpu:.2f}' for _, cpu in times)} s; as against one process in its turn"
-            f" {', '.join(f'{one:.3f}' for one in ratios)}, median {statistics.median(ratios):.3f}"
+            f"{name}: a round {', '.join(f'{wall:.3f}' for wall, _ in times)} s,"
+            f" of processors {', '.join(f'{cpu:.3f}' for _, cpu in times)} s"
         )
+        for what, which in (("time", 0), ("processor time", 1)):
+            ratios = [own[which] / other[which] for own, other in zip(times, found[first], strict=True)]
+            print(
+                f"  {what}, as against {first} in its turn: {', '.join(f'{one:.3f}' for one in ratios)},"
+                f" median {statistics.median(ratios):.3f}"
+            )
     print(f"equal bytes: {'yes' if len(results) == 1 else 'NO'}")
 
 

@@ -1,6 +1,7 @@
 """Small Ray clusters of this host, and tasks that their workers can import."""
 
 import contextlib
+import errno
 import functools
 import importlib
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import clip_cid
-from clip_cid.errors import DataError
+from clip_cid.errors import DataError, MissingExtraError
 
 _STORE_BYTES = 80 * 2**20  # no data pass through it
 _WITHOUT = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
@@ -97,6 +98,13 @@ def write(folder: Path, task: str) -> None:
             raise DataError(f"Row {number} is broken.", fix="Embed again.")
         case "takes memory":
             raise MemoryError
+        case "finds a full disk":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/there/x")
+        case "may not read":
+            denied = DataError("s3://bucket/x: access is denied (Forbidden).", fix="Give it rights.")
+            raise denied from OSError(errno.EACCES, "Forbidden")
+        case "lacks an extra":
+            raise MissingExtraError("s3://", "s3", ["s3fs"])
         case "waits":
             time.sleep(0.5)
         case "waits for 1":

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import math
 import os
 import pickle
 import platform
@@ -24,8 +25,8 @@ from typing import Any, NamedTuple
 
 import threadpoolctl
 
-from clip_cid import extras, log
-from clip_cid.errors import ClipCidError, ConfigError, RunError
+from clip_cid import extras, log, os_errors
+from clip_cid.errors import ClipCidError, ConfigError, MissingExtraError, RunError
 from clip_cid.run_folder import own_mark
 from clip_cid.tasks import DoTask, Task, sendable
 
@@ -37,6 +38,7 @@ _ENVIRONMENT = "CLIP_CID_"
 _RETRIES = 3
 _LATE = 3.0  # times the median
 _UNSEEN_SECONDS = 90.0  # longer than a host remembers that a file is not there
+_LOOK_SECONDS = 2.0  # that a task waits for the folder, before another node may have it
 _ANSWER_SECONDS = 10.0
 _WITHOUT_NODES_SECONDS = 120.0
 _WITHOUT_HEAD_SECONDS, _HEAD_EVERY = 30.0, 2.0  # Ray ends this process, in words of its own, after 60
@@ -135,6 +137,8 @@ class _Attempt(NamedTuple):
 
     number: int
     since: float
+    nodes: frozenset[str]
+    """One of these has it."""
 
 
 class _Round:
@@ -148,18 +152,20 @@ class _Round:
         """From the handing out to the end, of each finished task."""
         self._doubled: set[int] = set()
         self._done: set[int] = set()
+        self._unseen: dict[str, float] = {}
+        """Nodes that did not see the folder, and since when."""
 
     def finished(self) -> Iterator[Any]:
         """Each task, when it is done."""
         while len(self._done) < len(self._tasks):
-            slots = self._cluster.slots(self._gpus)
-            while self._waiting and len(self._attempts) < 2 * slots:
-                self._hand_out(self._waiting.popleft())
-            if not self._waiting and len(self._attempts) < slots:
-                self._double_late()
+            slots, nodes = self._cluster.slots(self._gpus)
+            while self._waiting and self._safe(nodes) < 2 * slots:
+                self._hand_out(self._waiting.popleft(), nodes)
+            if not self._waiting and self._safe(nodes) < slots:
+                self._double_late(nodes)
 
             for attempt, outcome in self._cluster.ended(self._attempts):
-                number, since = self._attempts.pop(attempt)
+                number, since, _ = self._attempts.pop(attempt)
                 if number in self._done or not self._counts(number, outcome):
                     continue
                 self._done.add(number)
@@ -170,19 +176,28 @@ class _Round:
         """End what still runs: second copies, or all after an error."""
         self._cluster.end(list(self._attempts))
 
-    def _hand_out(self, number: int) -> None:
+    def _hand_out(self, number: int, nodes: frozenset[str]) -> None:
         attempt = self._cluster.start(self._order, pickle.dumps(self._tasks[number]), self._gpus)
-        self._attempts[attempt] = _Attempt(number, time.monotonic())
+        self._attempts[attempt] = _Attempt(number, time.monotonic(), nodes)
 
-    def _double_late(self) -> None:
-        """Hand out again, once, what takes much longer than others did: its node may be slow, or cut off."""
-        if not self._seconds:
-            return
-        late = time.monotonic() - _LATE * statistics.median(self._seconds)
-        for number, since in list(self._attempts.values()):
-            if since < late and number not in self._doubled:
+    def _safe(self, nodes: frozenset[str]) -> int:
+        """How many attempts are on these nodes. One that was handed out before a node was lost may be on that one."""
+        return sum(attempt.nodes <= nodes for attempt in self._attempts.values())
+
+    def _double_late(self, nodes: frozenset[str]) -> None:
+        """Hand out again, once, what takes much longer than others did: its node may be slow, or cut off.
+
+        And what may be on a lost node, copies included: where the network was cut, Ray may wait for minutes before it
+        does such a task again.
+        """
+        late = time.monotonic() - _LATE * statistics.median(self._seconds) if self._seconds else -math.inf
+        safe = {attempt.number for attempt in self._attempts.values() if attempt.nodes <= nodes}
+        for number, since, had in list(self._attempts.values()):
+            is_late, may_be_lost = since < late and number not in self._doubled, not had <= nodes
+            if is_late or (may_be_lost and number not in safe):
                 self._doubled.add(number)
-                self._hand_out(number)
+                safe.add(number)
+                self._hand_out(number, nodes)
 
     def _counts(self, number: int, outcome: bytes | Exception | None) -> bool:
         """Whether the task is done; another copy may be when this one has died.
@@ -192,12 +207,26 @@ class _Round:
             RunError: Its process died, again and again.
         """
         if isinstance(outcome, bytes):
-            raise pickle.loads(outcome)
+            error = pickle.loads(outcome)
+            if isinstance(error, _UnseenError) and self._may_appear(error):
+                if not self._is_on_a_node(number):
+                    self._waiting.append(number)
+                return False
+            raise error
         if outcome is None:
             return True
-        if any(attempt.number == number for attempt in self._attempts.values()):
+        if self._is_on_a_node(number):
             return False
         raise self._cluster.explained(outcome, self._tasks[number])
+
+    def _is_on_a_node(self, number: int) -> bool:
+        return any(attempt.number == number for attempt in self._attempts.values())
+
+    def _may_appear(self, error: "_UnseenError") -> bool:
+        """Whether a node may see the folder soon. Others do its tasks meanwhile, so it is named in any case."""
+        since = self._unseen.setdefault(error.node, time.monotonic())
+        self._cluster.warn_once(f"{error.problem.removesuffix('.')}; other nodes do its tasks")
+        return time.monotonic() - since <= self._order.patience
 
 
 class _Cluster:
@@ -207,19 +236,26 @@ class _Cluster:
         self._ray, self._address = _ray(), address
         self._remote = self._ray.remote(_do)
         self._without_nodes_since: float | None = None
-        self._slots: dict[int, tuple[float, int]] = {}
+        self._warned: set[str] = set()
+        self._slots: dict[int, tuple[float, int, frozenset[str]]] = {}
 
-    def slots(self, gpus: int) -> int:
-        """Tasks that the nodes can do at once, as of some seconds ago at most; at least 1.
+    def slots(self, gpus: int) -> tuple[int, frozenset[str]]:
+        """Tasks that the nodes can do at once, at least 1, and the nodes; as of some seconds ago at most.
 
         Raises:
             RunError: For some time no node could do any, or the head node did not answer.
         """
-        since, slots = self._slots.get(gpus, (-_HEAD_EVERY, 0))
+        since, slots, nodes = self._slots.get(gpus, (-_HEAD_EVERY, 0, frozenset()))
         if not slots or time.monotonic() - since > _HEAD_EVERY:
             slots = self._slots_now(gpus)
-            self._slots[gpus] = time.monotonic(), slots
-        return slots
+            nodes = frozenset(node["NodeID"] for node in self._ray.nodes() if node["Alive"])
+            self._slots[gpus] = time.monotonic(), slots, nodes
+        return slots, nodes
+
+    def warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warn(text)
 
     def _check_head(self) -> None:
         """Without its head node Ray's calls wait for a minute, and then end this process."""
@@ -327,7 +363,8 @@ def _connected(address: str) -> _Cluster:
             " its token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH); docs/scale.md has an example.",
         ) from error
     cores, own_gpus = (int(ray.cluster_resources().get(name, 0)) for name in ("CPU", "GPU"))
-    log.info(f"ray       {found}: {len(ray.nodes())} nodes, {cores} CPUs, {own_gpus} GPUs")
+    alive = sum(node["Alive"] for node in ray.nodes())  # lost ones are listed, too
+    log.info(f"ray       {found}: {alive} nodes, {cores} CPUs, {own_gpus} GPUs")
     return _Cluster(found)
 
 
@@ -412,6 +449,15 @@ def _ray() -> Any:
 
 # The processes on the nodes.
 
+
+class _UnseenError(RunError):
+    """A node does not see the folder, or not yet."""
+
+    def __init__(self, folder: Path, node: str, *, fix: str) -> None:
+        super().__init__(f"{folder}: node {node} does not see what the command has written there.", fix=fix)
+        self.node = node
+
+
 _opened: tuple[str, DoTask] | None = None  # of this process: the round, and what `begin` returned
 
 
@@ -420,7 +466,7 @@ def _do(order: _Order, task: bytes) -> bytes | None:
     try:
         _open(order)(pickle.loads(task))
     except Exception as error:
-        return pickle.dumps(sendable(_with_advice(error)))
+        return pickle.dumps(sendable(_of_this_node(error)))
     return None
 
 
@@ -437,14 +483,21 @@ def _open(order: _Order) -> DoTask:
     return _opened[1]
 
 
-def _with_advice(error: Exception) -> Exception:
-    if not isinstance(error, MemoryError):
-        return error
-    return RunError(
-        f"memory ran out on node {_own_node()}.",
-        fix="Start nodes that do fewer tasks at once (`ray start --num-cpus N`), then run the same command again;"
-        " finished tasks are kept.",
-    )
+def _of_this_node(error: Exception) -> Exception:
+    """Name this node where the fault may be its own: its memory, its disk, its rights, what is installed."""
+    if isinstance(error, MemoryError):
+        return RunError(
+            f"memory ran out on node {_own_node()}.",
+            fix="Start nodes that do fewer tasks at once (`ray start --num-cpus N`), then run the same command again;"
+            " finished tasks are kept.",
+        )
+    if known := os_errors.explain(error, what=f", seen from node {_own_node()}", kept="Finished tasks are kept."):
+        return known
+    if isinstance(error, MissingExtraError) or (
+        isinstance(error, ClipCidError) and isinstance(error.__cause__, OSError)
+    ):
+        error.problem = f"node {_own_node()}: {error.problem}"
+    return error
 
 
 def _check_node(order: _Order) -> None:
@@ -465,10 +518,8 @@ def _check_node(order: _Order) -> None:
     # The folder that holds the results: seen, and the same one; and written.
     sign = Path(order.sign)
     shared = "Give a path at which every node has the same folder, then run the same command again."
-    if not _appears(sign, order.patience):
-        raise RunError(
-            f"{sign.parent}: node {_own_node()} does not see what the command has written there.", fix=shared
-        )
+    if not _appears(sign, min(order.patience, _LOOK_SECONDS)):
+        raise _UnseenError(sign.parent, _own_node(), fix=shared)
     try:
         own_sign = sign.with_name(f".shared.tmp-{own_mark()}")
         own_sign.touch()

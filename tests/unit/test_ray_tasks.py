@@ -1,8 +1,10 @@
 import contextlib
 import functools
 import http.server
+import pickle
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray_clusters
@@ -63,6 +65,37 @@ def test_a_task_that_hangs_is_handed_out_twice_and_told_once(run, tmp_path):
     assert numbers(tmp_path) == {"1", "2", "3"}
 
 
+class LosesNode:
+    """A cluster of two nodes with a core each. The first attempts go to `b`, of which nothing is heard any more."""
+
+    def __init__(self, on_lost: int) -> None:
+        self.on_lost, self.alive, self.started = on_lost, frozenset("ab"), list[bytes]()
+
+    def slots(self, gpus: int) -> tuple[int, frozenset[str]]:
+        return len(self.alive), self.alive
+
+    def start(self, order: object, task: bytes, gpus: int) -> int:
+        self.started.append(task)
+        return len(self.started) - 1
+
+    def ended(self, attempts: dict[int, object]) -> list[tuple[int, bytes | None]]:
+        here = [attempt for attempt in attempts if attempt >= self.on_lost]
+        if not here:
+            assert self.alive == frozenset("ab"), "nothing is left to wait for"
+            self.alive = frozenset("a")
+        return [(attempt, None) for attempt in here]
+
+
+@pytest.mark.parametrize(("tasks", "on_lost"), [(1, 1), (3, 3), (4, 4), (9, 4), (4, 2)])
+def test_what_was_on_a_lost_node_is_handed_out_again_though_ray_says_nothing_of_it(tasks, on_lost):
+    """As when the network of a node is cut: all that is in flight may be there, and no task need have ended before."""
+    nodes: Any = LosesNode(on_lost)
+    order = ray_tasks._Order("", 0.0, "", {}, {}, 1, b"")
+    work = ray_tasks._Round(nodes, order, range(tasks), 0)
+    assert sorted(work.finished()) == [*range(tasks)]
+    assert len(nodes.started) == tasks + on_lost
+
+
 @needs_ray
 @pytest.mark.slow
 def test_errors_come_back_as_they_were_and_stop_the_rest(run, tmp_path):
@@ -75,6 +108,19 @@ def test_errors_come_back_as_they_were_and_stop_the_rest(run, tmp_path):
     with pytest.raises(RunError, match="memory ran out on node") as memory:
         run("1", "2 takes memory")
     assert "--num-cpus" in memory.value.fix
+
+
+@needs_ray
+@pytest.mark.slow
+def test_what_may_be_the_fault_of_a_node_names_it(run, tmp_path):
+    with pytest.raises(RunError, match=r"/there/x: the disk is full, seen from node \S+ \(\d+\..*\)") as disk:
+        run("1", "2 finds a full disk")
+    assert "Finished tasks are kept" in disk.value.fix
+    with pytest.raises(DataError, match=r"^node \S+ \(\d+\..*\): s3://bucket/x: access is denied") as bucket:
+        run("1", "2 may not read")
+    assert bucket.value.fix == "Give it rights."
+    with pytest.raises(MissingExtraError, match=r"^node \S+ \(\d+\..*\): s3:// needs an optional part"):
+        run("1", "2 lacks an extra")
 
 
 @needs_ray
@@ -105,6 +151,32 @@ def test_a_node_that_does_not_see_the_folder_is_named(run, tmp_path, monkeypatch
         run("1", "2")
     assert "every node has the same folder" in error.value.fix
     assert not numbers(tmp_path)
+
+
+class OneSeesNothing(LosesNode):
+    """A cluster of two nodes: all tasks that the second one gets come back, as it does not see the folder."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.warnings: list[str] = []
+
+    def warn_once(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def ended(self, attempts: dict[int, object]) -> list[tuple[int, bytes | None]]:
+        unseen = ray_tasks._UnseenError(Path("/run"), "second (10.0.0.2)", fix="Share it.")
+        return [(attempt, pickle.dumps(unseen) if attempt % 2 else None) for attempt in attempts]
+
+
+def test_the_tasks_of_a_node_that_does_not_see_the_folder_are_done_by_others_and_it_is_named():
+    nodes: Any = OneSeesNothing()
+    order = ray_tasks._Order("", 60.0, "", {}, {}, 1, b"")
+    assert sorted(ray_tasks._Round(nodes, order, range(9), 0).finished()) == [*range(9)]
+    assert {*nodes.warnings} == {
+        "/run: node second (10.0.0.2) does not see what the command has written there; other nodes do its tasks"
+    }
+    with pytest.raises(RunError, match=r"^/run: node second \(10.0.0.2\) does not see .* there\.\nShare it\."):
+        list(ray_tasks._Round(nodes, order._replace(patience=0.0), range(9), 0).finished())
 
 
 @needs_ray

@@ -117,7 +117,8 @@ def test_columns_beside_imported_embeddings_are_fields(tmp_path: Path, capfd: py
 def test_the_captions_of_removed_images_go_to_the_kept_one_each_once(run: RunFolder) -> None:
     kept(run, "largest_file", merge_captions=True)
     table = pq.read_table(run.part("balance") / "captions.parquet").to_pylist()
-    assert table == [{"row": 3, "key": "d", "captions": ["a sock", "black", "shoe"]}]
+    origins = {"from_rows": [3, 1, 2], "numbers": [0, 1, 0]}
+    assert table == [{"row": 3, "key": "d", "captions": ["a sock", "black", "shoe"], **origins}]
     assert read_captions(run.part("balance")) == {3: ["a sock", "black", "shoe"]}
     kept(run, "most_pixels")
     assert not (run.part("balance") / "captions.parquet").exists()
@@ -129,6 +130,7 @@ def test_a_rule_that_cannot_be_followed_is_refused_with_the_recipe() -> None:
             "biggest",
             "a rule should be nearest_centroid, best_caption, most_pixels, largest_file or field:NAME, not biggest",
         ),
+        ("field:", "most_pixels, largest_file or field:NAME, not field:"),
         ("field:score", "'score' is not among pairs.keep_fields"),
         ("largest_file", "largest_file reads the images; set pairs.source"),
         (["most_pixels", "most_pixels"], "most_pixels is named twice"),

@@ -104,7 +104,7 @@ def find_misfits(folder: RunFolder, recipe: Recipe, missing: Sequence[State]) ->
             _check_labels(recipe)
     if TEXTS in names:
         with noted(found):
-            read_text_lines(recipe.distill.text_files)
+            read_text_lines(recipe.distill.text_files, setting="distill.texts")
     with noted(found):
         require_extras(RunFolder(folder.path, read_only=True), recipe)
     left_out = _check_evaluation(recipe, found)
@@ -293,7 +293,7 @@ def _check_balance(folder: RunFolder, recipe: Recipe, images: _Images, *, embedd
     if settings.decisions is not None:
         read_decisions(settings.decisions)
     for path in settings.protected_lists:
-        read_text_lines([path])
+        read_text_lines([path], setting="balance.protect")
     find_sets(settings.against, recipe)
     if settings.grow_from is not None and not settings.grow_from.is_dir():
         raise DataError(

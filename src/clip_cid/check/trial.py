@@ -142,7 +142,7 @@ def with_random_targets(folder: RunFolder, out: Path, recipe: Recipe, ranks: Ran
     pairs = open_pairs(recipe.pairs, index=folder.index, cache_dir=recipe.machine.cache_dir)
     inputs = Inputs(*split_off(plain_pairs(pairs), recipe.distill, ranks))
     if recipe.uses_texts:
-        texts = read_text_lines(recipe.distill.text_files).texts
+        texts = read_text_lines(recipe.distill.text_files, setting="distill.texts").texts
         lines = Lines(texts, None, recipe.distill.lines_per_step)
         inputs = dataclasses.replace(inputs, pairs=dataclasses.replace(inputs.pairs, lines=lines))
     steps = count_steps(recipe.distill, largest_epoch(recipe, len(inputs.pairs)))

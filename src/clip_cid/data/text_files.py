@@ -1,4 +1,4 @@
-"""Files with a text a line, for texts that need no image: vocabularies, class names in prompts, captions alone."""
+"""Files with a text a line: vocabularies, class names in prompts, captions alone; keys of images."""
 
 import gzip
 import itertools
@@ -27,8 +27,12 @@ class TextLines:
     """Lines whose text an earlier one has."""
 
 
-def read_text_lines(paths: Sequence[Path]) -> TextLines:
+def read_text_lines(paths: Sequence[Path], *, setting: str) -> TextLines:
     """Read UTF-8 files, one text a line; those that end in `.gz` are unpacked.
+
+    Args:
+        paths: The files.
+        setting: The one that names them.
 
     Raises:
         DataError: A file is missing, unreadable or no such file, or there is no text in any.
@@ -36,7 +40,7 @@ def read_text_lines(paths: Sequence[Path]) -> TextLines:
     blocks: list[pa.Array] = []
     empty = filled = 0
     for path in paths:
-        lines = _texts(path)
+        lines = _texts(path, setting)
         while block := list(itertools.islice(lines, _BLOCK)):
             texts = [text for text in block if text]
             empty += len(block) - len(texts)
@@ -45,15 +49,16 @@ def read_text_lines(paths: Sequence[Path]) -> TextLines:
 
     if not filled:
         raise DataError(
-            f"{', '.join(map(str, paths))}: no text, {empty:,} empty lines.", fix="Give files with a text a line."
+            f"{', '.join(map(str, paths))}: no text, {empty:,} empty lines.",
+            fix=f"Give files with a text a line in {setting}.",
         )
     texts = pa.chunked_array(blocks).unique()
     return TextLines(texts, empty, filled - len(texts))
 
 
-def _texts(path: Path) -> Generator[str]:
+def _texts(path: Path, setting: str) -> Generator[str]:
     """The text of every line, which may be empty."""
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(_lines(path, setting), start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -68,7 +73,7 @@ def _texts(path: Path) -> Generator[str]:
         yield text.strip()
 
 
-def _lines(path: Path) -> Generator[bytes]:
+def _lines(path: Path, setting: str) -> Generator[bytes]:
     packed = path.suffix == ".gz"
     try:
         with gzip.open(path, "rb") if packed else path.open("rb") as handle:
@@ -84,7 +89,7 @@ def _lines(path: Path) -> Generator[bytes]:
                     return
                 yield line
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file.", fix="Name a file with a text a line in distill.texts.") from error
+        raise DataError(f"{path}: no such file.", fix=f"Name a file with a text a line in {setting}.") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a whole .gz ({error}).", fix="Fetch or pack it again.") from error
     except OSError as error:

@@ -19,7 +19,8 @@ _LIST_OF_KEYS = ".txt"
 
 
 def _keep_rules(values: tuple[str, ...]) -> tuple[str, ...]:
-    unknown = [value for value in values if value not in KEEP_RULES and not value.startswith(OF_FIELD)]
+    of_field = [value for value in values if value.startswith(OF_FIELD) and value != OF_FIELD]
+    unknown = [value for value in values if value not in (*KEEP_RULES, *of_field)]
     if unknown:
         raise PydanticCustomError(
             "keep",

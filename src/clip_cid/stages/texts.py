@@ -13,7 +13,7 @@ from clip_cid.summaries import TextsSummary
 
 def run(folder: RunFolder, out: Path, recipe: Recipe) -> TextsSummary:
     """Embed every text once; writes `texts.parquet`, `texts.npy` and `texts.json`."""
-    lines = read_text_lines(recipe.distill.text_files)
+    lines = read_text_lines(recipe.distill.text_files, setting="distill.texts")
     if lines.empty or lines.repeated:
         log.warn(f"texts: {lines.empty:,} empty lines are left out, and {lines.repeated:,} that repeat another")
 

@@ -14,23 +14,23 @@ def test_each_text_comes_once_in_the_order_of_the_files_and_what_is_left_out_is_
     first, second = tmp_path / "b.txt", tmp_path / "a.txt"
     first.write_bytes("\ufeffa dog \r\n\r\n  \nein Käse\na dog\n".encode())
     second.write_text("the last\na dog\nno line break")
-    lines = read_text_lines([first, second])
+    lines = read_text_lines([first, second], setting="distill.texts")
     assert lines.texts.to_pylist() == ["a dog", "ein Käse", "the last", "no line break"]
     assert (lines.empty, lines.repeated) == (2, 2)
 
 
 def test_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "words.txt").write_text("".join(f"{number % 7}\n\n" for number in range(20)))
-    whole = read_text_lines([tmp_path / "words.txt"])
+    whole = read_text_lines([tmp_path / "words.txt"], setting="distill.texts")
     monkeypatch.setattr(text_files, "_BLOCK", 3)
-    blocks = read_text_lines([tmp_path / "words.txt"])
+    blocks = read_text_lines([tmp_path / "words.txt"], setting="distill.texts")
     assert (blocks.texts, blocks.empty, blocks.repeated) == (whole.texts, whole.empty, whole.repeated)
     assert (len(whole.texts), whole.empty, whole.repeated) == (7, 20, 13)
 
 
 def test_a_packed_file_is_the_file(tmp_path: Path):
     (tmp_path / "words.txt.gz").write_bytes(gzip.compress(b"one\ntwo\n"))
-    assert read_text_lines([tmp_path / "words.txt.gz"]).texts.to_pylist() == ["one", "two"]
+    assert read_text_lines([tmp_path / "words.txt.gz"], setting="distill.texts").texts.to_pylist() == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_what_is_no_file_with_a_text_a_line_is_refused_in_words(tmp_path: Path, 
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match=words) as error:
-        read_text_lines([path])
+        read_text_lines([path], setting="distill.texts")
     assert str(path) in error.value.problem
 
 
@@ -58,9 +58,9 @@ def test_what_is_no_file_with_a_text_a_line_is_refused_in_words(tmp_path: Path, 
 def test_a_packed_file_that_is_not_whole_is_refused(tmp_path: Path, content: bytes):
     (tmp_path / "words.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"not a whole \.gz"):
-        read_text_lines([tmp_path / "words.gz"])
+        read_text_lines([tmp_path / "words.gz"], setting="distill.texts")
 
 
 def test_a_folder_is_no_file(tmp_path: Path):
     with pytest.raises(DataError, match="cannot be read"):
-        read_text_lines([tmp_path])
+        read_text_lines([tmp_path], setting="distill.texts")

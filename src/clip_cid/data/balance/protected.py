@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from braceexpand import braceexpand
 from jaxtyping import Bool, Int
 
+from clip_cid import log, units
 from clip_cid.data.text_files import read_text_lines
 from clip_cid.errors import DataError
 
@@ -33,8 +34,7 @@ def protected_rows(
     """
     named: dict[str, Bool[np.ndarray, " rows"]] = {}
     for path in lists:
-        wanted = pc.SetLookupOptions(read_text_lines([path]).texts)
-        named[str(path)] = pc.call_function("is_in", [keys], wanted).to_numpy(zero_copy_only=False)
+        named[str(path)] = _listed(path, keys)
 
     of_shards = [name.partition("#")[0] for name, _ in shards]
     shard_of_row = np.repeat(np.arange(len(shards)), [rows for _, rows in shards])
@@ -52,3 +52,22 @@ def protected_rows(
                 " a line.",
             )
     return np.flatnonzero(np.any([np.zeros(len(keys), dtype=bool), *named.values()], axis=0))
+
+
+def _listed(path: Path, keys: pa.LargeStringArray) -> Bool[np.ndarray, " rows"]:
+    """The rows whose keys the file has; spaces around a key do not count. Says which keys no row has."""
+    wanted, own = (
+        read_text_lines([path], setting="balance.protect").texts,
+        pc.call_function("utf8_trim_whitespace", [keys]),
+    )
+    unknown = wanted.filter(pc.call_function("invert", [_is_in(wanted, own)]))
+    if 0 < len(unknown) < len(wanted):
+        log.warn(
+            f"balance.protect: {units.counted(len(unknown), 'key')} of {len(wanted):,} in {path}"
+            f" {'names' if len(unknown) == 1 else 'name'} no image, such as {unknown[0].as_py()!r}"
+        )
+    return _is_in(own, wanted).to_numpy(zero_copy_only=False)
+
+
+def _is_in(values: pa.Array, those: pa.Array) -> pa.Array:
+    return pc.call_function("is_in", [values], pc.SetLookupOptions(those))

@@ -1,5 +1,8 @@
 """Numbers of the rows of a store, by which one of several equal images is preferred."""
 
+from collections.abc import Sequence
+from decimal import Decimal
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -9,6 +12,8 @@ from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.pairs import Pairs
 from clip_cid.errors import DataError
+
+_EXACT_BELOW = 2.0**53  # whole numbers, in float64
 
 
 def pixels(store: EmbeddingStore) -> Float[np.ndarray, " rows"]:
@@ -37,8 +42,8 @@ def field_numbers(store: EmbeddingStore, name: str) -> Float[np.ndarray, " rows"
     Raises:
         DataError: The store does not have the field, or it holds something else than numbers.
     """
-    numbers = np.full(store.rows, np.nan)
-    for row, text in enumerate(store.field(name)):
+    texts, numbers = store.field(name), np.full(store.rows, np.nan)
+    for row, text in enumerate(texts):
         if not text.strip():
             continue
         try:
@@ -56,6 +61,17 @@ def field_numbers(store: EmbeddingStore, name: str) -> Float[np.ndarray, " rows"
         log.info(
             f"balance   {units.counted(missing, 'image')} of {store.rows:,} without {name!r}: kept if no other has it"
         )
+    return _in_order(texts, numbers)
+
+
+def _in_order(texts: Sequence[str], numbers: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
+    """The numbers, but those that float64 cannot tell apart, as long identifiers, by their place among the like."""
+    large = np.flatnonzero(np.isfinite(numbers) & (np.abs(numbers) >= _EXACT_BELOW))
+    exact = [Decimal(texts[row].strip()) for row in large.tolist()]
+    above, below = sorted({value for value in exact if value > 0}), sorted({value for value in exact if value < 0})
+    number_of = {value: _EXACT_BELOW + 2 * place for place, value in enumerate(above)}
+    number_of |= {value: -_EXACT_BELOW - 2 * place for place, value in enumerate(reversed(below))}
+    numbers[large] = [number_of[value] for value in exact]
     return numbers
 
 

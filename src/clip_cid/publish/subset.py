@@ -300,7 +300,7 @@ def _drawn(
     used, labels = np.unique(labels, return_inverse=True)
     most = np.bincount(labels)
     if draw.per_cluster is not None:
-        most = np.minimum(most, draw.per_cluster)
+        most = np.minimum(most, min(draw.per_cluster, len(labels)))
     parents = _hierarchy(folder, recipe, store, used, draw.levels) if draw.levels else []
     shares = even_shares(draw.total, most, parents)
     _say_shares(shares, parents)
@@ -408,7 +408,8 @@ def _check_out(out: Path, kept: _Kept, plan: _Plan | None) -> dict[str, Any]:
 
     if differ:
         raise DataError(
-            f"{out}: a subset of another run or of another balance ({before['count']:,} keys there, "
+            f"{out}: a subset of another run or of another balance, or another share of its clusters"
+            f" ({before['count']:,} keys there, "
             f"{len(kept.keys):,} now; {', '.join(differ)} differ).",
             fix=other,
         )

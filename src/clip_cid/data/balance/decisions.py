@@ -242,7 +242,8 @@ def _entries(content: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]
         try:
             entry = json.loads(line)
         except ValueError as error:
-            if number == len(lines):  # without a line break: torn by a kill, and never confirmed
+            # Without a line break: torn by a kill, and never confirmed. Zeros are what a power cut may leave of it.
+            if number == len(lines) and line.lstrip(b"\0 ")[:1] in (b"", b"{"):
                 _warn_of_cut(where, len(content))
                 return
             raise DataError(f"{where}, line {number:,}: not JSON ({error}).", fix=_FIX) from error

@@ -23,7 +23,7 @@ def cap_clusters(labels: Int[np.ndarray, " rows"], most: int) -> Bool[np.ndarray
     """
     if most < 1:
         raise ValueError(f"most must be at least 1, got {most}")
-    return draw_of_clusters(labels, np.minimum(np.bincount(labels), most))
+    return draw_of_clusters(labels, np.minimum(np.bincount(labels), min(most, len(labels))))
 
 
 def draw_of_clusters(

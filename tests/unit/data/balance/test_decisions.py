@@ -53,6 +53,17 @@ def test_what_is_no_decision_is_named_with_its_line(entry, problem):
         parsed(entry)
 
 
+@pytest.mark.parametrize("content", [b"notes of mine", b"\xff\xfen\0", b'{"id"\n"n'])
+def test_what_never_was_a_line_of_ours_is_refused_and_not_taken_for_a_torn_one(content: bytes):
+    with pytest.raises(DataError, match=r"where, line \d: not JSON"):
+        parse_decisions(content, where="where")
+
+
+@pytest.mark.parametrize("torn", [b'{"id": "5f', b"{", b"\0\0\0", b'\0\0{"id"'])
+def test_what_a_kill_or_a_power_cut_leaves_of_a_line_does_not_count(torn: bytes):
+    assert not parse_decisions(torn, where="where")
+
+
 def test_a_line_that_is_not_json_is_refused_and_a_torn_last_one_left_out(caplog):
     good = json.dumps(line("keep", A)).encode()
     with pytest.raises(DataError, match="line 1: not JSON"):

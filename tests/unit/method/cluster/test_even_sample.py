@@ -30,6 +30,11 @@ def test_what_stays_of_a_large_cluster_is_from_all_of_it() -> None:
     assert abs(stays.mean() / 10_000 - 0.5) < 0.05  # five standard deviations
 
 
+def test_a_cap_above_all_sizes_takes_everything() -> None:
+    assert cap_clusters(np.array([0, 0, 1]), 10**30).all()
+    assert even_shares(10**30, np.array([2, 1])).tolist() == [2, 1]
+
+
 def test_a_cap_of_no_row_is_refused() -> None:
     with pytest.raises(ValueError, match="most must be at least 1, got 0"):
         cap_clusters(np.zeros(3, dtype=np.int64), 0)

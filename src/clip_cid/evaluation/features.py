@@ -20,6 +20,7 @@ from clip_cid import log, units
 from clip_cid.data.npy_files import new_npy
 from clip_cid.data.pairs.decoding import decoded_batches
 from clip_cid.data.pairs.pair import BadSample
+from clip_cid.devices import Copies, Returning, one_ahead
 from clip_cid.errors import DataError, RunError
 from clip_cid.evaluation.towers import after_only, both_features
 from clip_cid.file_digests import sha256_file
@@ -101,7 +102,7 @@ class Encoder:
     ) -> None:
         self.name, self.clip, self.device, self.batch_size = name, clip, device, batch_size
         self.digest = weights_sha256(clip.model)
-        self._cache, self._workers = cache, workers
+        self._cache, self._workers, self._copies = cache, workers, Copies(device)
         self._tokenizer = dict(tokenizer or {})
         self._used: set[str] = set()
         self._unmeasurable: dict[Path, UnmeasurableError] = {}
@@ -193,14 +194,17 @@ class Encoder:
             )
 
     def _encode(self, title: str, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
-        blocks: list[np.ndarray] = []
         model: Any = self.clip.model
+
+        def begin(batch: list[str]) -> Returning:
+            return Returning(model.encode_text(self._copies(self.clip.tokenizer(batch)), normalize=True).float())
+
+        starts, blocks = range(0, len(texts), self.batch_size), list[np.ndarray]()
+        batches = (list(texts[start : start + self.batch_size]) for start in starts)
         with log.progress(f"texts {self.name} {title}", len(texts), unit="texts") as bar, torch.inference_mode():
-            for start in range(0, len(texts), self.batch_size):
-                batch = list(texts[start : start + self.batch_size])
-                vectors = model.encode_text(self.clip.tokenizer(batch).to(self.device), normalize=True)
-                blocks.append(vectors.float().cpu().numpy())
-                bar.advance(len(batch))
+            for begun in one_ahead(batches, begin, self.device):
+                blocks.append(begun.here().numpy())
+                bar.advance(len(blocks[-1]))
 
         vectors = np.concatenate(blocks)
         wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
@@ -241,23 +245,24 @@ class Encoder:
             stack.enter_context(torch.inference_mode())
             batches = stack.enter_context(contextlib.closing(self._batches(source)))
 
+            def begin(batch: _Batch) -> tuple[list[int], dict[str, Returning], dict[int, str]]:
+                rows, pixels, broken = batch
+                tapped = zip(("before", "after"), taps(self._copies(pixels)), strict=True) if rows else ()
+                return rows, {kind: Returning(values.float()) for kind, values in tapped if kind in kinds}, broken
+
             arrays: dict[str, np.memmap] = {}
-            for rows, pixels, broken in batches:
+            for rows, begun, broken in one_ahead(batches, begin, self.device):
                 bad.update(broken)
                 if len(bad) > limit:
                     raise _too_many_bad(source, bad)
 
-                if len(rows):
-                    tapped: dict[str, Tensor] = dict(
-                        zip(("before", "after"), taps(pixels.to(self.device)), strict=True)
-                    )
-                    for kind, path in paths.items():
-                        values = tapped[kind].float().cpu().numpy()
-                        if kind not in arrays:
-                            arrays[kind] = new_npy(path, np.float32, (len(source), values.shape[1]))
-                            arrays[kind][:] = np.nan  # what is read by mistake cannot pass for a feature
-                        _check_finite(self.name, source, rows, values)
-                        arrays[kind][rows] = values
+                for kind, returning in begun.items():
+                    values = returning.here().numpy()
+                    if kind not in arrays:
+                        arrays[kind] = new_npy(paths[kind], np.float32, (len(source), values.shape[1]))
+                        arrays[kind][:] = np.nan  # what is read by mistake cannot pass for a feature
+                    _check_finite(self.name, source, rows, values)
+                    arrays[kind][rows] = values
                 bar.advance(len(rows) + len(broken))
 
             for array in arrays.values():
@@ -273,6 +278,7 @@ class Encoder:
             _stack,
             workers=self._workers if len(starts) > 1 else 0,
             smaller_batch="machine.embed_batch",
+            pin=self.device.type == "cuda",
         )
 
 

@@ -33,16 +33,22 @@ class LeftRows:
     """
 
     def __init__(self, rows: Float[Tensor, "rows dim"], *, rounded_to: torch.dtype | None = None) -> None:
-        self._count, self._rounded_to = len(rows), rounded_to
+        self._shape, self._rounded_to = rows.shape, rounded_to
         rows = self._rounded(rows)
         self._rows = _in_room(rows).to_mkldnn() if _by_onednn(rows) else rows
 
     def times(self, others: Float[Tensor, "others dim"]) -> Float[Tensor, "rows others"]:
-        """Each row with each of the others."""
+        """Each row with each of the others.
+
+        Raises:
+            ValueError: The widths differ.
+        """
+        if others.shape[1] != self._shape[1]:  # zeros beside the narrower would hide it
+            raise ValueError(f"others must have the width {self._shape[1]} of the rows, got {others.shape[1]}")
         others = self._rounded(others)
         if self._rows.is_mkldnn:
             products = F.linear(self._rows, _in_room(others).contiguous()).to_dense()
-            return products[: self._count, : len(others)]
+            return products[: self._shape[0], : len(others)]
         if self._rows.dtype == self._rounded_to:
             return torch.mm(self._rows, others.T, out_dtype=torch.float32)
         return self._rows @ others.T

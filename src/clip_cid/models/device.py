@@ -14,7 +14,8 @@ def resolve_device(name: str) -> torch.device:
     """The device a recipe names; `auto` is CUDA where there is one and the CPU elsewhere.
 
     It also turns TF32 off. PyTorch allows TF32 in convolutions, and some systems in all products. TF32 keeps
-    11 bits, so scores and cluster losses would differ from those of the CPU.
+    11 bits, so scores and cluster losses would differ from those of the CPU. A device that is named by its number
+    becomes the current one, on which Triton runs, and for which memory is pinned.
 
     Raises:
         ConfigError: The name is not a device, or this machine does not have it.
@@ -23,6 +24,8 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
+        if device.index is not None:
+            torch.cuda.set_device(device)
     return device
 
 

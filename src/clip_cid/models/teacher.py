@@ -1,17 +1,20 @@
 """The teacher: a frozen CLIP whose unit embeddings are computed once."""
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Float16
 from PIL import Image
 from torch import Tensor
 
+from clip_cid.devices import Copies, Returning
 from clip_cid.errors import ConfigError, DataError
 from clip_cid.models.clip import Clip, count_truncated, crop_transform
 from clip_cid.models.loading import NEEDS_ARCHITECTURE, load_clip
@@ -53,10 +56,9 @@ class Teacher:
         Raises:
             DataError: An embedding is not finite, or zero.
         """
-        model: Any = self.clip.model
-        with self._arithmetic():
-            features = model.encode_image(images.to(self.clip.device, non_blocking=True))
-        return self._unit(features, "image")
+        unit, bad = self._images(images)
+        self._refuse(bad, len(unit), "image")
+        return unit
 
     def encode_texts(self, captions: list[str]) -> Float[Tensor, "batch dim"]:
         """`u_t` of docs/method.md: unit text embeddings, on the teacher's device.
@@ -64,10 +66,17 @@ class Teacher:
         Raises:
             DataError: An embedding is not finite, or zero.
         """
-        model: Any = self.clip.model
-        with self._arithmetic():
-            features = model.encode_text(self.clip.tokenizer(captions).to(self.clip.device, non_blocking=True))
-        return self._unit(features, "text")
+        unit, bad = self._texts(captions)
+        self._refuse(bad, len(unit), "text")
+        return unit
+
+    def begin_images(self, images: Float[Tensor, "batch 3 height width"]) -> "Embedding":
+        """As `encode_images`, of which the host waits for nothing before it asks for the rows."""
+        return self._begun(*self._images(images), "image")
+
+    def begin_texts(self, captions: list[str]) -> "Embedding":
+        """As `encode_texts`, likewise."""
+        return self._begun(*self._texts(captions), "text")
 
     def count_truncated(self, captions: list[str]) -> int:
         """How many captions are longer than its context."""
@@ -79,16 +88,51 @@ class Teacher:
         with torch.inference_mode(), torch.autocast(self.clip.device.type, dtype=dtype, enabled=dtype is not None):
             yield
 
-    def _unit(self, features: Tensor, kind: str) -> Tensor:
-        features = features.float()
-        norms = features.norm(dim=-1)
-        bad = int((~(torch.isfinite(norms) & (norms > 0))).sum())
-        if bad:
+    @functools.cached_property
+    def _copies(self) -> Copies:
+        return Copies(self.clip.device)
+
+    def _images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        model: Any = self.clip.model
+        with self._arithmetic():
+            features = model.encode_image(self._copies(images))
+        return _unit(features)
+
+    def _texts(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        model: Any = self.clip.model
+        with self._arithmetic():
+            features = model.encode_text(self._copies(self.clip.tokenizer(captions)))
+        return _unit(features)
+
+    def _begun(self, unit: Tensor, bad: Tensor, kind: str) -> "Embedding":
+        rows, of_them = Returning(unit.half()), Returning(bad)
+
+        def finished() -> Float16[np.ndarray, "batch dim"]:
+            self._refuse(of_them.here(), len(unit), kind)
+            return rows.here().numpy()
+
+        return finished
+
+    def _refuse(self, bad: Tensor, rows: int, kind: str) -> None:
+        if count := int(bad):
             raise DataError(
-                f"{self.identity['reference']}: {bad} of {len(features)} {kind} embeddings are zero or not finite.",
+                f"{self.identity['reference']}: {count} of {rows} {kind} embeddings are zero or not finite.",
                 fix=f"Set embed.precision: fp32 (it was {self.identity['precision']}), or use another teacher.",
             )
-        return F.normalize(features, dim=-1)
+
+
+Embedding = Callable[[], Float16[np.ndarray, "batch dim"]]
+"""Gives unit rows on the host that a device was told to compute, and waits for them.
+
+Raises: DataError, if one is not finite, or zero.
+"""
+
+
+def _unit(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of length one in float32, and how many cannot have it."""
+    features = features.float()
+    norms = features.norm(dim=-1)
+    return F.normalize(features, dim=-1), (~(torch.isfinite(norms) & (norms > 0))).sum()
 
 
 def load_teacher(embed: EmbedConfig, *, device: str) -> Teacher:

@@ -25,8 +25,8 @@ from clip_cid.data.pairs.decoding import decoded_batches
 from clip_cid.data.pairs.images import decode_image
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.pairs.pairs import Pairs
+from clip_cid.devices import Copies
 from clip_cid.errors import ConfigError, DataError
-from clip_cid.method.devices import Copies
 from clip_cid.method.distill.center_pass import SoftCenters
 from clip_cid.method.distill.objective import Targets
 from clip_cid.method.unit_rows import Rows

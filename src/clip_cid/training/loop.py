@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from clip_cid import log, tasks, units
+from clip_cid.devices import Copies, one_ahead
 from clip_cid.errors import RunError
-from clip_cid.method.devices import Copies, one_ahead
 from clip_cid.method.distill.collapse import CollapseAlarm
 from clip_cid.recipe import DistillConfig, MachineConfig, settled
 from clip_cid.run_folder import write_json

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from clip_cid import log
 from clip_cid.errors import ConfigError
 from clip_cid.method.distill.arithmetic import LossKernels, why_no_triton
 from clip_cid.method.distill.gradient_weights import weights_by_gradients
@@ -212,17 +213,21 @@ class Learner:
 
 
 def refuse_absent_kernels(kernels: LossKernels, device: torch.device) -> None:
-    """Refuse kernels that were asked for by name, before anything is computed.
+    """Refuse kernels that were asked for by name, before anything is computed; say so if auto cannot take them on CUDA.
 
     Raises:
         ConfigError: They cannot be used here.
     """
-    reason = why_no_triton(device) if kernels == "triton" else None
-    if reason is not None:
+    reason = None if kernels == "torch" else why_no_triton(device)
+    if reason is None:
+        return
+    if kernels == "triton":
         raise ConfigError(
             f"machine.loss_kernels: triton, but {reason}.",
             fix="Set machine.loss_kernels: auto, which takes Triton only where it can be used.",
         )
+    if device.type == "cuda":
+        log.info(f"distill   PyTorch computes the losses, not Triton: {reason}")
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from clip_cid.data.pairs.pair import BadSample
 from clip_cid.data.sets.evaluation_sets import EvaluationSet, LabelledImages
+from clip_cid.devices import Copies
 from clip_cid.errors import DataError
 from clip_cid.evaluation.retrieval import retrieval
 from clip_cid.evaluation.zero_shot import prompt_classifier, zero_shot
-from clip_cid.method.devices import Copies
 from clip_cid.method.distill.objective import weighted_sum
 from clip_cid.method.mixed_words import MURMUR3, mix_words
 from clip_cid.models.clip import Clip

@@ -14,7 +14,9 @@ from tiny_sets import tiny_clip
 from torch import nn
 
 from clip_cid.data.pairs.pair import BadSample
+from clip_cid.devices import Returning, one_ahead
 from clip_cid.errors import ConfigError, DataError
+from clip_cid.evaluation import features
 from clip_cid.evaluation.features import Encoder, UnmeasurableError, prune
 from clip_cid.evaluation.towers import both_features
 from clip_cid.models.clip import Clip
@@ -298,3 +300,30 @@ def test_pruning_deletes_what_was_not_asked_for(tmp_path: Path) -> None:
     assert prune(tmp_path / "cache", frozenset(used)) == 0
     assert [path.name for path in (tmp_path / "cache").rglob("*.npy")] == ["texts.npy"]
     assert prune(tmp_path / "nothing", frozenset()) == 0
+
+
+def test_on_a_device_a_batch_is_waited_for_when_the_next_one_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, source = tiny_clip(tmp_path), Noise(20, frozenset({3}))
+    plain = encoder(clip, tmp_path / "plain").images(source, before=True)
+
+    happened: list[str] = []
+
+    class Told(Returning):
+        def __init__(self, values: torch.Tensor) -> None:
+            happened.append("begin")
+            super().__init__(values)
+
+        def here(self) -> torch.Tensor:
+            happened.append("wait")
+            return super().here()
+
+    monkeypatch.setattr(features, "Returning", Told)
+    monkeypatch.setattr(
+        features, "one_ahead", lambda batches, begin, _: one_ahead(batches, begin, torch.device("meta"))
+    )
+    ahead = encoder(clip, tmp_path / "ahead").images(source, before=True)
+    assert happened == ["begin"] * 2 + (["begin"] * 2 + ["wait"] * 2) * 2 + ["wait"] * 2
+    assert np.array_equal(plain.after, ahead.after)
+    assert np.array_equal(plain.rows, ahead.rows)

@@ -28,6 +28,13 @@ def test_rows_meet_blocks_of_any_size() -> None:
         np.testing.assert_allclose(found.numpy(), rows @ others.T, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_rows_of_another_width_are_refused(kind: torch.dtype) -> None:
+    """Both are filled up with zeros to the same few widths, which gave products of what was there."""
+    with pytest.raises(ValueError, match="others must have the width 20 of the rows, got 19"):
+        LeftRows(torch.ones(3, 20, dtype=kind)).times(torch.ones(4, 19, dtype=kind))
+
+
 @given(st.integers(1, 1 << 20))
 def test_there_is_room_for_every_size_and_at_most_an_eighth_more(size: int) -> None:
     room = products._room(size)

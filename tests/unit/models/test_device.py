@@ -21,8 +21,11 @@ def test_a_device_that_is_not_here_is_refused(name: str) -> None:
         resolve_device(name)
 
 
-def test_float32_on_cuda_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cuda_device_becomes_the_current_one_and_its_float32_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the current one memory is pinned, and on it Triton runs; a context on device 0 would take its memory."""
+    current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     flags: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [flag.allow_tf32 for flag in flags]
     try:
@@ -30,6 +33,9 @@ def test_float32_on_cuda_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
             flag.allow_tf32 = True
         assert resolve_device("cuda:1") == torch.device("cuda:1")
         assert [flag.allow_tf32 for flag in flags] == [False, False]
+        assert current == [torch.device("cuda:1")]
+        assert resolve_device("cuda") == torch.device("cuda")
+        assert len(current) == 1
     finally:
         for flag, value in zip(flags, before, strict=True):
             flag.allow_tf32 = value

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from host_waits import HostWaits
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from clip_cid import pipeline
+from clip_cid import devices, pipeline
+from clip_cid.data.embeddings import from_pairs
 from clip_cid.data.embeddings.store import EmbeddingStore
 from clip_cid.data.embeddings.writer import StoreWriter
 from clip_cid.data.pairs.crops import Views, crop_box
@@ -51,13 +53,13 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Images and texts that the teacher has read."""
     counts = {"images": 0, "texts": 0}
     for kind in counts:
-        real: Callable[..., Any] = getattr(Teacher, f"encode_{kind}")
+        real: Callable[..., Any] = getattr(Teacher, f"begin_{kind}")
 
         def counting(self: Teacher, rows: Any, *, kind: str = kind, real: Callable[..., Any] = real) -> Any:
             counts[kind] += len(rows)
             return real(self, rows)
 
-        monkeypatch.setattr(Teacher, f"encode_{kind}", counting)
+        monkeypatch.setattr(Teacher, f"begin_{kind}", counting)
     return counts
 
 
@@ -152,9 +154,9 @@ def test_neither_batch_nor_workers_change_the_views(tmp_path: Path, teacher: str
 
 def test_a_batch_holds_no_more_images_than_it_may(tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch):
     sizes: list[int] = []
-    real = Teacher.encode_images
+    real = Teacher.begin_images
     monkeypatch.setattr(
-        Teacher, "encode_images", lambda self, images: (sizes.append(len(images)), real(self, images))[1]
+        Teacher, "begin_images", lambda self, images: (sizes.append(len(images)), real(self, images))[1]
     )
     embed(tmp_path / "six", recipe(write_tars(tmp_path / "data"), teacher, views=2, batch=7))
     assert max(sizes) == 6
@@ -358,3 +360,37 @@ def test_embeddings_from_elsewhere_have_no_views(tmp_path: Path, teacher: str):
 def test_settings_that_contradict_views_are_refused(sections: dict[str, Any], message: str):
     with pytest.raises(ClipCidError, match=message):
         parse_recipe(sections, where="test")
+
+
+# What the host waits for
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_on_a_device_a_batch_is_waited_for_when_the_next_one_is_begun(
+    tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch, views: int
+):
+    """Nothing else is waited for, shards or not, and the store is the same."""
+    settings = recipe(write_tars(tmp_path / "data"), teacher, views=views, batch=4 * (1 + views))
+    plain = embed(tmp_path / "plain", settings)
+
+    happened: list[str] = []
+    for kind in ("images", "texts"):
+        real: Callable[..., Any] = getattr(Teacher, f"begin_{kind}")
+
+        def begin(self: Teacher, rows: Any, *, kind: str = kind, real: Callable[..., Any] = real) -> Any:
+            with HostWaits("nothing"):
+                embedding = real(self, rows)
+            happened.append(f"begin {kind}")
+            return lambda: (happened.append(f"wait for {kind}"), embedding())[1]
+
+        monkeypatch.setattr(Teacher, f"begin_{kind}", begin)
+    monkeypatch.setattr(
+        from_pairs, "one_ahead", lambda batches, do, _: devices.one_ahead(batches, do, torch.device("meta"))
+    )
+    ahead = embed(tmp_path / "ahead", settings)
+
+    begun, waited = ([f"{what} images", f"{what} texts"] for what in ("begin", "wait for"))
+    assert happened == begun + 2 * (begun + waited) + waited  # shards of 3, 2 and 4 rows
+    arrays = sorted(path.relative_to(plain.path) for path in plain.path.rglob("*.npy"))
+    assert len(arrays) >= 3 * (2 + bool(views))
+    assert all((plain.path / name).read_bytes() == (ahead.path / name).read_bytes() for name in arrays)

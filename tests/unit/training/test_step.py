@@ -17,7 +17,7 @@ from clip_cid.errors import ConfigError
 from clip_cid.method.distill import center_pass
 from clip_cid.models.clip import Clip, train_transform
 from clip_cid.recipe import parse_recipe
-from clip_cid.training import stopwatch
+from clip_cid.training import step, stopwatch
 from clip_cid.training.batches import Batch
 from clip_cid.training.loop import Trainer
 from clip_cid.training.model import step_seed
@@ -394,6 +394,16 @@ def test_kernels_asked_for_by_name_are_refused_where_they_cannot_be_used(
         make_trainer(folder, tmp_path, loss_kernels="triton")
     assert "Set machine.loss_kernels: auto" in str(error.value)
     assert make_trainer(folder, tmp_path, loss_kernels="torch").model.objective.kernels == "torch"
+
+
+def test_where_triton_cannot_be_used_on_cuda_it_is_said(monkeypatch: pytest.MonkeyPatch, caplog: Any):
+    monkeypatch.setattr(step, "why_no_triton", lambda device: "it needs a C compiler")
+    with caplog.at_level("INFO"):
+        step.refuse_absent_kernels("auto", torch.device("cpu"))
+        step.refuse_absent_kernels("torch", torch.device("cuda"))
+        assert not caplog.messages
+        step.refuse_absent_kernels("auto", torch.device("cuda"))
+    assert caplog.messages == ["distill   PyTorch computes the losses, not Triton: it needs a C compiler"]
 
 
 WAITS = {

@@ -2,13 +2,14 @@
 
 import collections
 import contextlib
+import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float16
 from PIL import Image
 from torch import Tensor
 
@@ -29,9 +30,13 @@ from clip_cid.data.pairs.decoding import decoded_batches
 from clip_cid.data.pairs.images import decode_image
 from clip_cid.data.pairs.pair import BadSample, reason_kind, remedy
 from clip_cid.data.pairs.pairs import Pairs, Shard
+from clip_cid.devices import one_ahead
 from clip_cid.errors import DataError
 from clip_cid.file_digests import FileDigests
 from clip_cid.recipe import STORE_COLUMNS, MachineConfig, PairsConfig
+
+_Embedding = Callable[[], Float16[np.ndarray, "rows dim"]]
+"""Waits for embeddings that have begun, and gives them."""
 
 
 @runtime_checkable
@@ -53,9 +58,9 @@ class Encoder(Protocol):
     @property
     def preprocess_crop(self) -> Callable[[Image.Image], Tensor]: ...
 
-    def encode_images(self, images: Tensor) -> Tensor: ...
+    def begin_images(self, images: Tensor) -> _Embedding: ...
 
-    def encode_texts(self, captions: list[str]) -> Tensor: ...
+    def begin_texts(self, captions: list[str]) -> _Embedding: ...
 
 
 def embed_pairs(
@@ -89,15 +94,15 @@ def embed_pairs(
     todo = [_work_on(shard, reused.get(number), writer.views) for number, shard in enumerate(pairs.shards)][first:]
     _say_reused(pairs, reused, todo)
 
-    batches = _batches(todo, pairs, encoder, writer.views, settings, machine)
+    decoded = _batches(todo, pairs, encoder, writer.views, settings, machine)
+    batches = _begun_batches(decoded, encoder, machine.embed_batch)
     remarks = collections.Counter[str]()
     progress = log.progress("embed", len(pairs), unit="images", start=writer.rows)
-    with contextlib.closing(batches), progress as bar:
+    with contextlib.closing(decoded), progress as bar:
         for number, shard in enumerate(pairs.shards[first:], start=first):
             if number in reused:
                 work = todo[number - first]
-                embedding = _Embedding(encoder, machine.embed_batch, bar.advance)
-                views = _views_of(reused[number], work, writer.views, batches, embedding)
+                views = _views_of(reused[number], work, writer.views, batches, encoder.dim, bar.advance)
                 _take(writer, reused[number], pairs, number, digests, settings.keep_fields, views)
                 check_bad_share(writer, [], len(pairs), settings)
                 bar.advance(0 if work.views else shard.rows)
@@ -106,7 +111,7 @@ def embed_pairs(
             part = _ShardInProgress(pairs, shard, dim=encoder.dim, fields=settings.keep_fields, views=writer.views)
             while part.filled < shard.rows:
                 batch = next(batches)
-                part.add(batch, encoder, machine.embed_batch)
+                part.add(batch)
                 remarks.update(reason_kind(item.remark) for item in batch.items if item.remark)
                 check_bad_share(writer, part.skipped, len(pairs), settings)
                 bar.advance(len(batch.items))
@@ -132,9 +137,10 @@ def embed_shard(
     """One shard alone, with the same bits as `embed_pairs`; and how many of its pairs have which remark."""
     shard, remarks = pairs.shards[number], collections.Counter[str]()
     part = _ShardInProgress(pairs, shard, dim=encoder.dim, fields=settings.keep_fields, views=views)
-    with contextlib.closing(_batches([_work_on(shard, None, views)], pairs, encoder, views, settings, machine)) as all:
-        for batch in all:
-            part.add(batch, encoder, machine.embed_batch)
+    decoded = _batches([_work_on(shard, None, views)], pairs, encoder, views, settings, machine)
+    with contextlib.closing(decoded):
+        for batch in _begun_batches(decoded, encoder, machine.embed_batch):
+            part.add(batch)
             remarks.update(reason_kind(item.remark) for item in batch.items if item.remark)
     return part.finished(part.contents.of_shard, made_on), remarks
 
@@ -162,16 +168,6 @@ def _batches(
         smaller_batch="machine.embed_batch",
         pin=encoder.device.type == "cuda",
     )
-
-
-class _Embedding(NamedTuple):
-    """How views are embedded."""
-
-    encoder: Encoder
-    chunk: int
-    """Images at a time."""
-    advance: Callable[[int], None]
-    """Is told the rows that are done."""
 
 
 class _Work(NamedTuple):
@@ -238,21 +234,28 @@ def _shards_to_reuse(
 
 
 def _views_of(
-    finished: FinishedShard, work: _Work, wanted: Views | None, batches: Iterator["_Batch"], embedding: _Embedding
+    finished: FinishedShard,
+    work: _Work,
+    wanted: Views | None,
+    batches: Iterator["_BegunBatch"],
+    dim: int,
+    advance: Callable[[int], None],
 ) -> Float[np.ndarray, "rows views dim"] | None:
     """The views of a finished shard, those that it lacks computed now; None if its own are all and only those wanted.
+
+    `advance` is told the rows that are done.
 
     Raises:
         DataError: The images are no longer those that were embedded.
     """
     if wanted is None or finished.views == wanted:
         return None
-    views = np.zeros((work.shard.rows, wanted.count, embedding.encoder.dim), dtype=np.float16)
+    views = np.zeros((work.shard.rows, wanted.count, dim), dtype=np.float16)
     if held := work.views.start:
         stored = np.load(finished.store / finished.shard.files["view"].path, mmap_mode="r", allow_pickle=False)
         views[:, :held] = stored[:, :held]
     if work.views:
-        _embed_views(views[:, held:], finished, work.shard, batches, embedding)
+        _embed_views(views[:, held:], finished, work.shard, batches, advance)
     return views
 
 
@@ -260,8 +263,8 @@ def _embed_views(
     out: Float[np.ndarray, "rows views dim"],
     finished: FinishedShard,
     shard: Shard,
-    batches: Iterator["_Batch"],
-    embedding: _Embedding,
+    batches: Iterator["_BegunBatch"],
+    advance: Callable[[int], None],
 ) -> None:
     """Fill in the views of the rows that are ok in a finished shard."""
     ok = np.ones(shard.rows, dtype=bool)
@@ -275,11 +278,11 @@ def _embed_views(
         if lost := np.flatnonzero(ok[rows] & ~readable).tolist():
             raise _changed(shard, f"row {filled + lost[0]:,} cannot be used any more: {batch.items[lost[0]].reason}")
         if readable.any():
-            out[rows][readable] = _encoded(batch, embedding.encoder, embedding.chunk)
+            out[rows][readable] = batch.images()
         for item in batch.items:
             contents.add(item.digest)
         filled += len(readable)
-        embedding.advance(len(readable))
+        advance(len(readable))
 
     out[~ok] = 0
     if contents.of_rows != finished.shard.contents:
@@ -336,6 +339,8 @@ class _Item(NamedTuple):
     row: int
     pixels: Tensor | None
     """Preprocessed: the image if it is wanted, then its crops; None when the row cannot be used."""
+    whole: bool
+    """Whether its captions are wanted, too."""
     captions: tuple[str, ...]
     fields: dict[str, str]
     size: tuple[int, int]
@@ -372,9 +377,9 @@ class _PairImages:
             captions, fields, digest = pair.captions, pair.fields, digest_of_pair(pair.key, pair)
             image = decode_image(pair.image, max_pixels=self._max_pixels, side=self._side)
             pixels = self._pixels(image, place)
-            return _Item(row, pixels, captions, fields, image.size, "", digest, pair.remark)
+            return _Item(row, pixels, place.whole, captions, fields, image.size, "", digest, pair.remark)
         except BadSample as error:
-            return _Item(row, None, captions, fields, (0, 0), error.reason, digest)
+            return _Item(row, None, place.whole, captions, fields, (0, 0), error.reason, digest)
 
     def _pixels(self, image: Image.Image, place: _Place) -> Tensor:
         images = [self._preprocess(image)] if place.whole else []
@@ -401,11 +406,50 @@ def _places_of_batches(todo: Sequence[_Work], size: int) -> Generator[list[_Plac
             yield [_Place(row, whole, views) for row in range(start, min(start + rows, end))]
 
 
-def _encoded(batch: _Batch, encoder: Encoder, chunk: int) -> Float[np.ndarray, "rows images dim"]:
-    """The embeddings of all images of the usable rows, `chunk` images at a time."""
+class _BegunBatch(NamedTuple):
+    """A batch that is being embedded."""
+
+    items: list[_Item]
+    """One for each row."""
+    shape: tuple[int, int, int]
+    """Usable rows, images of each, and the width of an embedding."""
+    of_images: list[_Embedding]
+    of_texts: list[_Embedding]
+    """Of all captions of the usable rows, if these are wanted."""
+
+    def images(self) -> Float16[np.ndarray, "rows images dim"]:
+        """The embeddings of all images of the usable rows, waited for."""
+        return _joined(self.of_images, self.shape[2]).reshape(self.shape)
+
+    def texts(self) -> Float16[np.ndarray, "captions dim"]:
+        """Likewise of the captions."""
+        return _joined(self.of_texts, self.shape[2])
+
+
+def _joined(parts: list[_Embedding], dim: int) -> Float16[np.ndarray, "rows dim"]:
+    return np.concatenate([np.zeros((0, dim), dtype=np.float16), *(part() for part in parts)])
+
+
+def _begun_batches(batches: Iterator[_Batch], encoder: Encoder, chunk: int) -> Iterator[_BegunBatch]:
+    """Each batch as soon as its work is begun; on a device when that of the next one is, too.
+
+    So the device has work while the host waits for the embeddings of a batch, and writes them.
+    """
+    return one_ahead(batches, functools.partial(_begin, encoder, chunk), encoder.device)
+
+
+def _begin(encoder: Encoder, chunk: int, batch: _Batch) -> _BegunBatch:
+    """Embed a batch, `chunk` images or captions at a time."""
     rows, images = batch.images.shape[:2]
-    parts = [_half(encoder.encode_images(part)) for part in batch.images.flatten(0, 1).split(chunk)]
-    return np.concatenate(parts).reshape(rows, images, encoder.dim)
+    pixels = batch.images.flatten(0, 1).split(chunk) if rows else ()
+    captions = [caption for item in batch.items if item.whole and not item.reason for caption in item.captions]
+    chunks = [captions[at : at + chunk] for at in range(0, len(captions), chunk)]
+    return _BegunBatch(
+        batch.items,
+        (rows, images, encoder.dim),
+        [encoder.begin_images(some) for some in pixels],
+        [encoder.begin_texts(some) for some in chunks],
+    )
 
 
 class _ShardInProgress:
@@ -425,22 +469,19 @@ class _ShardInProgress:
         self.skipped: list[dict[str, Any]] = []
         self.contents = ContentsInProgress()
 
-    def add(self, batch: _Batch, encoder: Encoder, chunk: int) -> None:
-        """Embed a batch, `chunk` images or captions at a time, and put its rows behind those that are there."""
+    def add(self, batch: _BegunBatch) -> None:
+        """Put the embeddings of a batch behind those that are there."""
         ok = np.array([not item.reason for item in batch.items], dtype=bool)
         rows = slice(self.filled, self.filled + len(ok))
         self.ok[rows] = ok
 
         if ok.any():
             usable = [item for item in batch.items if not item.reason]
-            images = _encoded(batch, encoder, chunk)
+            images, texts = batch.images(), batch.texts()
             self.images[rows][ok] = images[:, 0]
             if self.views is not None:
                 self.views[rows][ok] = images[:, 1:]
 
-            captions = [caption for item in usable for caption in item.captions]
-            chunks = [captions[at : at + chunk] for at in range(0, len(captions), chunk)]
-            texts = np.concatenate([self.texts[:0], *(_half(encoder.encode_texts(some)) for some in chunks)])
             counts = np.array([len(item.captions) for item in usable])
             captioned = counts > 0  # the texts of the others stay all zeros
             first = (np.cumsum(counts) - counts)[captioned]
@@ -478,10 +519,6 @@ class _ShardInProgress:
             views=self.views,
             made_on=made_on,
         )
-
-
-def _half(embeddings: Tensor) -> np.ndarray:
-    return embeddings.half().cpu().numpy()
 
 
 def check_known_bad(pairs: Pairs, writer: StoreWriter, settings: PairsConfig) -> None:

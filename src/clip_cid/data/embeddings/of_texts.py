@@ -7,17 +7,19 @@ texts.json     the teacher; written last
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float
-from torch import Tensor
+import torch
+from jaxtyping import Float, Float16
 
 from clip_cid import log
 from clip_cid.data.embeddings.files import check_unit, read_texts, write_table
 from clip_cid.data.npy_files import new_npy, read_array_of_stage
+from clip_cid.devices import one_ahead
 from clip_cid.errors import DataError
 from clip_cid.file_digests import digest
 from clip_cid.run_folder import WORK, read_json, write_json
@@ -36,7 +38,10 @@ class TextEncoder(Protocol):
     @property
     def identity(self) -> dict[str, Any]: ...
 
-    def encode_texts(self, captions: list[str]) -> Tensor: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def begin_texts(self, captions: list[str]) -> Callable[[], Float16[np.ndarray, "texts dim"]]: ...
 
     def count_truncated(self, captions: list[str]) -> int: ...
 
@@ -81,11 +86,13 @@ def embed_texts(out: Path, texts: pa.LargeStringArray, encoder: TextEncoder, *, 
     with log.progress("texts", len(texts), unit="texts", start=done) as bar:
         for start in range(done, len(texts), _BLOCK):
             block: list[str] = texts.slice(start, _BLOCK).to_pylist()
-            for at in range(0, len(block), batch):
-                some = block[at : at + batch]
-                rows = encoder.encode_texts(some).half().cpu().numpy()
-                check_unit(rows, np.ones(len(rows), dtype=bool), where="the teacher's texts", first_row=start + at)
-                vectors[start + at : start + at + len(rows)] = rows
+            batches = (block[at : at + batch] for at in range(0, len(block), batch))
+            filled = start
+            for begun in one_ahead(batches, encoder.begin_texts, encoder.device):
+                rows = begun()
+                check_unit(rows, np.ones(len(rows), dtype=bool), where="the teacher's texts", first_row=filled)
+                vectors[filled : filled + len(rows)] = rows
+                filled += len(rows)
             truncated += encoder.count_truncated(block)
             vectors.flush()  # only what is on the disk counts as done
             write_json(work / _DONE, {"key": key, "texts": start + len(block), "truncated": truncated})

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from clip_cid.devices import Begun, Beside, Copies, one_ahead
 from clip_cid.method.balance.cpu_comparison import blocks
 from clip_cid.method.balance.exact_links import ExactLinks
 from clip_cid.method.balance.prepared_rows import ChunkPair, PreparedRows
-from clip_cid.method.devices import Begun, Beside, Copies, one_ahead
 from clip_cid.method.products import float32_sums
 
 _SIDE = 16_384  # rows of a block: half a GB of float16 products, long enough that starting one does not count

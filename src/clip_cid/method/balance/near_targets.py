@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from clip_cid.devices import Begun, Beside, Copies, one_ahead
 from clip_cid.method.balance.decided_sets import DecidedRows
-from clip_cid.method.devices import Begun, Beside, Copies, one_ahead
 from clip_cid.method.distances import squared_distances
 from clip_cid.method.products import LeftRows
 from clip_cid.method.unit_rows import UnitRows

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64, Int, Int32
 
+from clip_cid.devices import Begun, Beside, Copies, is_at_hand, one_ahead
 from clip_cid.method.codes import LEVELS, ROUNDING, CodeType, Coding, encode
-from clip_cid.method.devices import Begun, Beside, Copies, is_at_hand, one_ahead
 from clip_cid.method.products import float32_sums, int8_product, int8_products_are_right
 from clip_cid.method.unit_rows import FLOAT32_ERROR, UnitRows, product_error
 

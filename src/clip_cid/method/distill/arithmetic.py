@@ -4,9 +4,12 @@ import contextlib
 import functools
 import importlib.util
 import os
+import shutil
+import sysconfig
 from collections.abc import Generator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -86,9 +89,20 @@ def why_no_triton(device: torch.device) -> str | None:
         return "the package triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":  # as its tests do on a CPU
         return f"it needs CUDA, and the device is {device}"
-    return None
+    return _what_triton_cannot_build() if device.type == "cuda" else None
 
 
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _what_triton_cannot_build() -> str | None:
+    """What is missing for the C code that Triton compiles before it first runs a kernel; None if nothing is."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "it needs a C compiler: gcc, clang, or one that CC names"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does on Debian
+    if not (header := Path(sysconfig.get_path("include", scheme)) / "Python.h").is_file():
+        return f"it needs {header}, which is in the package python3-dev"
+    return None

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from clip_cid.method.devices import Copies, is_at_hand
+from clip_cid.devices import Copies, is_at_hand
 from clip_cid.method.distill.arithmetic import Arithmetic
 from clip_cid.method.distill.running_sums import Comparison, LogSum
 from clip_cid.method.products import LeftRows, product

@@ -88,14 +88,18 @@ def mean_over_batch(
 ) -> Float[Tensor, ""]:
     """The mean over this rank's queries of a loss of their logits with all keys.
 
-    The logits are in float32 at least, whatever the precision of autocast, and never in memory as a whole.
+    The logits are in float32 at least, whatever the precision of autocast, and never in memory as a whole. The type of
+    the queries decides.
 
     Raises:
-        ValueError: The sides are not of the same rows of a batch.
+        ValueError: The sides are not of the same rows of a batch, have no rows, or have different widths.
     """
     check_same_rows(queries, keys)
+    if queries.own.shape[1] != keys.all.shape[1]:
+        raise ValueError(f"sides must have one width, got {queries.own.shape[1]} and {keys.all.shape[1]}")
     with autocast_off(queries.own):
-        rows, others = at_least_float32(queries.own), at_least_float32(keys.all)
+        rows = at_least_float32(queries.own)
+        others = keys.all.to(rows.dtype)
         shift = None if bias is None else bias.to(rows.dtype)
         return mean_over_rows(loss, rows, others, queries.first, scale.to(rows.dtype), shift)
 
@@ -104,9 +108,11 @@ def check_same_rows(*sides: Side) -> None:
     """Row i must be of one pair in all sides; shapes alone would not show it.
 
     Raises:
-        ValueError: The sides are not of the same rows of a batch.
+        ValueError: The sides are not of the same rows of a batch, or have none: a mean of them would be no number.
     """
     rows = [(side.first, len(side.own), len(side.all)) for side in sides]
     first, own, batch = rows[0]
     if rows.count(rows[0]) != len(rows) or not 0 <= first <= batch - own:
         raise ValueError(f"sides must be of the same rows of a batch, got (first, rows, batch) {rows}")
+    if own == 0:
+        raise ValueError(f"sides must have rows, got none of a batch of {batch}")

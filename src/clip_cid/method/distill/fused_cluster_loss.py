@@ -267,10 +267,11 @@ class _FusedLosses(torch.autograd.Function):
         of_kl = None if gap is None else of_kl
         rounded_to = settings.arithmetic.rounded_to
         to_student, to_centers = torch.zeros_like(student), torch.empty_like(centers)
-        for block in blocks(student, centers, labels, None if of_kl is None else gap, settings):
-            slopes = cosine_slopes(block, sums, settings, of_cls, of_kl)
-            to_student += product(slopes, block.centers, rounded_to=rounded_to)
-            to_centers[block.columns] = product(slopes.T, student, rounded_to=rounded_to)
+        with autocast_off(student):  # as in the forward pass, if this is within the same region
+            for block in blocks(student, centers, labels, None if of_kl is None else gap, settings):
+                slopes = cosine_slopes(block, sums, settings, of_cls, of_kl)
+                to_student += product(slopes, block.centers, rounded_to=rounded_to)
+                to_centers[block.columns] = product(slopes.T, student, rounded_to=rounded_to)
         reduce_over(settings.group, to_student, dist.ReduceOp.SUM)
         return to_student, to_centers, None, None, None
 

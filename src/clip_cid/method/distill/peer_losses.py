@@ -169,4 +169,5 @@ def _mean_square(student: Side, teacher: Side) -> Float[Tensor, ""]:
 
 def _divergence(queries: Side, keys: Side, scale: Tensor) -> Divergence:
     """From the teacher's distribution."""
-    return Divergence(at_least_float32(queries.own), at_least_float32(keys.all), at_least_float32(scale))
+    rows = at_least_float32(queries.own)
+    return Divergence(rows, keys.all.to(rows.dtype), scale.to(rows.dtype))

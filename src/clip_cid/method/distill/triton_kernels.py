@@ -44,6 +44,7 @@ def _raise_top(top_ptr, total_ptr, rescale_ptr, row, best):
     top, total = tl.load(top_ptr + row), tl.load(total_ptr + row)
     highest = tl.maximum(top.to(tl.float32), tl.maximum(best, -3.0e38))  # of a row without logits, too
     rescale = tl.where(total > 0, tl.exp(tl.where(total > 0, top.to(tl.float32) - highest, 0.0)), 0.0)
+    tl.debug_barrier()  # every thread has read the older top
     tl.store(top_ptr + row, highest.to(tl.float64))
     tl.store(rescale_ptr + row, rescale)
     return highest, rescale
@@ -130,18 +131,29 @@ def _kl_slopes(
 
 @triton.jit
 @no_type_check
+def _negatives(row_ptr, at, own, count):
+    """The logits of a row, without that of its own key."""
+    logits = tl.load(row_ptr + at, mask=at < count, other=float("-inf"))
+    return tl.where(at == own, -3.0e38, logits)  # not -inf: a batch of one has no negatives
+
+
+@triton.jit
+@no_type_check
 def _cross_entropy(logits_ptr, excess_ptr, first, count, stride, columns: tl.constexpr):
+    # Nothing is written before the last pass: the threads of a program do not wait for each other between a read and a
+    # write, and the one who writes would take a number from those who have not read it yet.
     row = tl.program_id(0).to(tl.int64)
     logits, own = logits_ptr + row * stride, first + row
     own_logit = tl.load(logits + own)
-    tl.store(logits + own, -3.0e38)  # not -inf: a batch of one has no negatives
-    tl.debug_barrier()
-    highest = _largest(logits, count, columns)
+
+    best = tl.full([columns], float("-inf"), tl.float32)
+    for start in range(0, count, columns):
+        best = tl.maximum(best, _negatives(logits, start + tl.arange(0, columns), own, count))
+    highest = tl.max(best, axis=0)
 
     total = tl.zeros([columns], tl.float32)
     for start in range(0, count, columns):
-        at = start + tl.arange(0, columns)
-        total += tl.exp(tl.load(logits + at, mask=at < count, other=float("-inf")) - highest)
+        total += tl.exp(_negatives(logits, start + tl.arange(0, columns), own, count) - highest)
     whole = tl.sum(total, axis=0)
     excess = highest - own_logit + tl.log(whole)
     less = tl.exp(-tl.abs(excess))
@@ -150,7 +162,7 @@ def _cross_entropy(logits_ptr, excess_ptr, first, count, stride, columns: tl.con
 
     for start in range(0, count, columns):
         at = start + tl.arange(0, columns)
-        weight = tl.exp(tl.load(logits + at, mask=at < count, other=float("-inf")) - highest)
+        weight = tl.exp(_negatives(logits, at, own, count) - highest)
         tl.store(logits + at, tl.where(at == own, -lost, weight / whole * lost), mask=at < count)
 
 
@@ -202,4 +214,5 @@ def _run(kernel: Any, blocks: Tensor | tuple[Tensor, ...], of_rows: tuple[Any, .
         raise ValueError("blocks of logits must be float32 and whole in a row")
     columns = min(_COLUMNS, triton.next_power_of_2(count))
     strides = (block.stride(0) for block in blocks)
-    kernel[(rows,)](*blocks, *of_rows, count, *strides, columns=columns, **OPTIONS)
+    with torch.cuda.device_of(blocks[0]):  # Triton runs on the current device, wherever its arguments are
+        kernel[(rows,)](*blocks, *of_rows, count, *strides, columns=columns, **OPTIONS)

@@ -9,6 +9,7 @@ import torch
 from hard_rows import KINDS, links_of, slow_forest, spanning_forest, squared_matrix, unit
 
 from clip_cid.data.array_folder import ArrayFolder
+from clip_cid.devices import one_ahead
 from clip_cid.method.balance import (
     cpu_comparison,
     dense_crowds,
@@ -23,7 +24,6 @@ from clip_cid.method.balance.known_pairs import KnownPairs
 from clip_cid.method.balance.near_pairs import near_forest, near_links, save_links
 from clip_cid.method.balance.pair_plan import Plan, lay_out
 from clip_cid.method.balance.prepared_rows import PreparedRows, Tile, prepare
-from clip_cid.method.devices import one_ahead
 from clip_cid.method.jobs import Context
 from clip_cid.method.unit_rows import UnitRows
 

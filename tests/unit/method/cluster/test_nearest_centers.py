@@ -7,9 +7,9 @@ import pytest
 import torch
 from host_waits import HostWaits
 
+from clip_cid.devices import one_ahead
 from clip_cid.method.cluster import nearest_centers
 from clip_cid.method.cluster.nearest_centers import CenterSearch
-from clip_cid.method.devices import one_ahead
 from clip_cid.method.unit_rows import UnitRows
 
 KINDS = ("int8", "float32", "float16")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_cid.method.distill.contrastive import Side, contrastive_loss, instance_loss
+from clip_cid.method.distill.contrastive import Side, contrastive_loss, instance_loss, one_way_loss
 
 
 def unit_rows(rows: int, dim: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -87,6 +87,25 @@ def test_rows_beyond_the_batch_are_refused():
     side = Side(unit_rows(2, 3, 0), unit_rows(4, 3, 0), 3)
     with pytest.raises(ValueError, match=r"sides must be of the same rows of a batch, got .*\(3, 2, 4\)"):
         contrastive_loss(side, side, torch.tensor(1.0))
+
+
+def test_a_rank_without_rows_is_refused():
+    """The mean of its losses would be no number, in silence."""
+    side = Side(torch.zeros(0, 3), unit_rows(4, 3, 0), 2)
+    with pytest.raises(ValueError, match="sides must have rows, got none of a batch of 4"):
+        contrastive_loss(side, side, torch.tensor(1.0))
+
+
+def test_sides_of_different_widths_are_refused():
+    with pytest.raises(ValueError, match="sides must have one width, got 3 and 2"):
+        loss(unit_rows(4, 3, 0), unit_rows(4, 2, 0), torch.tensor(1.0))
+
+
+def test_the_type_of_the_queries_decides_whatever_the_keys_are_stored_in():
+    rows, keys, scale = unit_rows(4, 3, 0), unit_rows(4, 3, 1), torch.tensor(9.0)
+    plain = one_way_loss(Side.whole(rows), Side.whole(keys), scale)
+    found = one_way_loss(Side.whole(rows), Side.whole(keys.double()), scale)
+    assert torch.equal(found, plain)
 
 
 def test_the_instance_loss_is_the_slow_version_in_both_directions():

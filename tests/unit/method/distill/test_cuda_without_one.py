@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clip_cid.method.distill import cluster_distillation
 from clip_cid.method.distill.arithmetic import loss_precision
 from clip_cid.method.distill.cluster_distillation import nearest_labels
-from clip_cid.method.distill.contrastive import Side, contrastive_loss
+from clip_cid.method.distill.contrastive import Side, contrastive_loss, one_way_loss
 from clip_cid.method.distill.fused_cluster_loss import cluster_losses, soft_centers
 from clip_cid.method.distill.peer_losses import affinity_loss, siglip_loss
 from clip_cid.training.optimizer import clip_gradients
@@ -82,6 +82,27 @@ def cluster(**options: Any) -> Callable[[], Any]:
     return run
 
 
+def moving_centers() -> Any:
+    """Of the losses against teacher rows, the node of their gradient."""
+    labels = torch.zeros(ROWS, 2, dtype=torch.long, device=CUDA)
+    found = cluster_losses(
+        rows(learns=True),
+        rows(CENTERS, learns=True),
+        labels,
+        teacher=rows(),
+        scale=9.0,
+        labels_are_checked=True,
+    )
+    return found.cls.grad_fn
+
+
+def backward(node: Any) -> None:
+    """By hand: autograd itself looks for the device."""
+    with torch.no_grad():
+        gradients = node.apply(number(), number(), None) if "Fused" in node.name() else node.apply(number())
+    assert any(gradient is not None for gradient in gradients)
+
+
 ROUNDED, WHOLE = {(torch.bfloat16, torch.float32)}, {(torch.float32, torch.float32)}
 WAYS: dict[str, tuple[Callable[[], Any], set[tuple[torch.dtype, torch.dtype]]]] = {
     "cross entropy": (cluster(), ROUNDED),
@@ -106,6 +127,11 @@ WAYS: dict[str, tuple[Callable[[], Any], set[tuple[torch.dtype, torch.dtype]]]] 
             torch.empty(ROWS, dtype=torch.long, device=CUDA), CENTERS, 30, None
         ),
         set(),
+    ),
+    "centers that move": (lambda: backward(moving_centers()), ROUNDED),
+    "contrastive, backwards": (
+        lambda: backward(one_way_loss(side(learns=True), side(learns=True), number()).grad_fn),
+        ROUNDED,
     ),
     "nearest labels": (
         lambda: nearest_labels(rows(), rows(CENTERS), torch.empty(ROWS, dtype=torch.long, device=CUDA), 3),

@@ -269,6 +269,17 @@ def test_autocast_does_not_change_anything(trained):
     assert torch.equal(soft.mean, soft_centers(plain.teacher, plain.centers.detach(), scale=16.0).mean)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_backward_pass_within_autocast_gives_the_same_gradients(trained, dtype):
+    """PyTorch advises against it, and many do it; the second pass of centers that move multiplies in it."""
+    plain, under = (a_case(5, 23).to(torch.float32).copied(trained=trained) for _ in range(2))
+    expected = gradients(torch.stack(fused(plain, scale=16.0)).sum(), plain)
+    with torch.autocast("cpu", dtype=dtype):
+        found = gradients(torch.stack(fused(under, scale=16.0)).sum(), under)
+    assert all(map(torch.equal, found, expected))
+
+
 # Laws
 
 SEEDS = st.integers(0, 10_000)

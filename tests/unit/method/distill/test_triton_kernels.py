@@ -44,6 +44,48 @@ def test_it_is_refused_by_name_with_its_reason_and_not_chosen_on_a_processor(mon
     assert why_no_triton(torch.device("cuda")) == "the package triton is not installed"
 
 
+def test_it_is_not_chosen_where_it_cannot_build_its_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As in images of Docker without a compiler, and with Debian's Python without its headers."""
+    device, what_is_missing = torch.device("cuda"), arithmetic._what_triton_cannot_build.__wrapped__
+    monkeypatch.setattr(arithmetic, "_what_triton_cannot_build", what_is_missing)
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(arithmetic.sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert why_no_triton(device) == f"it needs {tmp_path / 'Python.h'}, which is in the package python3-dev"
+    (tmp_path / "Python.h").touch()
+    assert why_no_triton(device) is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert why_no_triton(device) == "it needs a C compiler: gcc, clang, or one that CC names"
+
+
+def test_a_kernel_runs_where_its_logits_are(monkeypatch: pytest.MonkeyPatch):
+    """Triton takes the current device, and the logits may be on another."""
+    from clip_cid.method.distill import triton_kernels
+
+    happened: list[Any] = []
+
+    class Current:
+        def __init__(self, logits: torch.Tensor) -> None:
+            self._logits = logits
+
+        def __enter__(self) -> None:
+            happened.append(self._logits)
+
+        def __exit__(self, *error: Any) -> None:
+            happened.append("left")
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return lambda *arguments, **options: happened.append(grid)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Current)
+    monkeypatch.setattr(triton_kernels, "_cross_entropy", Kernel())
+    logits = torch.zeros(3, 5)
+    triton_kernels.cross_entropy(logits, 0)
+    assert happened[0] is logits
+    assert happened[1:] == [(3,), "left"]
+
+
 def test_it_is_chosen_on_cuda_unless_pytorch_is_asked_for():
     class OnCuda:
         dtype, device = torch.float32, torch.device("cuda")
@@ -79,6 +121,9 @@ def test_each_kernel_compiles_for_a_gpu(name: str, capability: int, tmp_path: An
     source = ASTSource(kernel, arguments, {(len(arguments) - 1,): 1024})
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=triton_kernels.OPTIONS)
     assert made.asm["cubin"]
+    if name != "_kl_slopes":  # there each thread writes what it alone has read
+        before = made.asm["ptx"].partition("st.global")[0]
+        assert "bar.sync" in before.rpartition("ld.global")[2], "a thread may write what another has not read yet"
 
 
 @pytest.mark.gpu

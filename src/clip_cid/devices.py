@@ -1,4 +1,4 @@
-"""Work on a device: what the host must not wait for, and copies that the device does not wait for.
+"""Work on a device: what the host must not wait for, and copies that neither waits for.
 
 The host gives a device its work long before it is done. Whoever asks for a value (`.item()`, `nonzero`, a copy
 back) waits for all work before it, and the device is then idle until the host has given it more.
@@ -42,6 +42,26 @@ class Copies:
         now.wait_stream(self._stream)
         there.record_stream(now)  # else its memory is given away on the stream of copies while it is read on this one
         return there
+
+
+class Returning:
+    """A tensor on its way to the host: on CUDA to pinned memory, as soon as it is computed.
+
+    Elsewhere it is copied when it is asked for.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._copied = values, None
+        if values.device.type == "cuda":
+            here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values = here.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.current_stream(values.device).record_event()
+
+    def here(self) -> Tensor:
+        """The values on the host, which waits for them, and not for what the device was told since."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.cpu()
 
 
 class Begun(Generic[_Result]):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clip_cid.method.devices import Copies, one_ahead
+from clip_cid.devices import Copies, Returning, one_ahead
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -27,6 +27,26 @@ def test_on_a_device_the_next_item_is_begun_before_one_is_given(device: str, cou
 def test_what_is_there_is_not_copied():
     values = torch.arange(3.0)
     assert Copies(torch.device("cpu"))(values) is values
+
+
+def test_what_comes_back_from_the_processor_is_not_copied():
+    values = torch.arange(3.0)
+    assert Returning(values).here() is values
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_comes_back_from_cuda_is_whole_while_the_device_works():
+    busy = torch.randn(4096, 4096, device="cuda")
+    returning: list[Returning] = []
+    for number in range(20):
+        busy = busy @ busy / 64
+        values = torch.full((1 << 20,), float(number), device="cuda")
+        returning.append(Returning(values))
+        values.fill_(-1.0)  # what was sent must not follow
+        del values
+    for number, values in enumerate(returning):
+        assert bool((values.here() == number).all())
 
 
 @pytest.mark.gpu

@@ -107,7 +107,7 @@ def run(folder: RunFolder, out: Path, recipe: Recipe) -> BalanceSummary:
     kinds = _kinds(folder, recipe, store, explanation)
     _write_tables(out, store, explanation, balance, kinds)
     if settings.merge_captions:
-        _write_captions(out, store, explanation)
+        _write_captions(out, store, explanation, work.arrays)
 
     truth = None if settings.truth_field is None else _against_truth(store, set_of, settings.truth_field)
     shares = None if kinds is None else kinds.summary()
@@ -566,15 +566,15 @@ def _write_tables(
     )
 
 
-def _write_captions(out: Path, store: EmbeddingStore, explanation: Explanation) -> None:
+def _write_captions(out: Path, store: EmbeddingStore, explanation: Explanation, work: ArrayFolder) -> None:
     """The captions of each set, for its kept image."""
     write_captions(
         out,
         kept=explanation.kept,
         rows=explanation.row,
         owner=explanation.owner,
-        key=store.keys.__getitem__,
-        captions=store.captions,
+        keys=store.keys.packed,
+        captions=store.mapped_captions(work.path),
     )
 
 

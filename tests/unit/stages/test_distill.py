@@ -178,15 +178,16 @@ def test_a_killed_stage_gives_the_student_of_an_uninterrupted_one(case: Case, th
 @pytest.mark.slow
 @pytest.mark.resume
 def test_captions_of_removed_images_are_learned_from_and_a_kill_changes_nothing(
-    case: Case, caplog: pytest.LogCaptureFixture
+    case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
+    store = EmbeddingStore.open(case.folder.stage("embed"))
     write_captions(
         case.folder.path / "balance",
         kept=np.array([2, 8]),
         rows=np.array([1, 2, 4, 8, 9]),
         owner=np.array([0, 0, 0, 1, 1]),
-        key=str,
-        captions=EmbeddingStore.open(case.folder.stage("embed")).captions,
+        keys=store.keys.packed,
+        captions=store.mapped_captions(tmp_path),
     )
     asked: dict[str, Any] = {"balance": {"merge_captions": True}, "merged_captions": True}
     plain, whole = case.run("plain", balance={"merge_captions": True}), case.run("whole", **asked)

@@ -31,8 +31,8 @@ def write(folder: Path, captions: Mapping[int, Sequence[str]], sets: Mapping[int
         kept=np.array([*sets], dtype=np.int64),
         rows=np.array([row for kept, removed in sets.items() for row in sorted([kept, *removed])], dtype=np.int64),
         owner=np.repeat(np.arange(len(sets)), [len(removed) + 1 for removed in sets.values()] or 0),
-        key=str,
-        captions=captions.__getitem__,
+        keys=pa.array(map(str, range(21)), pa.large_string()),
+        captions=pa.array([captions.get(row, []) for row in range(21)], pa.large_list(pa.large_string())),
     )
 
 

@@ -1,6 +1,7 @@
 """`captions.parquet`: of each set that holds several images, all captions, for the image that was kept."""
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from clip_cid.run_folder import atomic_file
 CAPTIONS_FILE = "captions.parquet"
 
 _AT_ONCE = 1 << 14  # sets
+_ROWS_AT_ONCE = 1 << 17  # whose captions are read together, in the order of the store
 _SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -47,8 +49,8 @@ def write_captions(
     kept: Int[ndarray, " sets"],
     rows: Int[ndarray, " members"],
     owner: Int[ndarray, " members"],
-    key: Callable[[int], str],
-    captions: Callable[[int], Sequence[str]],
+    keys: pa.LargeStringArray,
+    captions: pa.LargeListArray,
 ) -> None:
     """Write the captions of the kept row, then those of the removed ones in their order, each text once.
 
@@ -57,21 +59,24 @@ def write_captions(
         kept: The kept row of each set.
         rows: Of every row of these sets, set by set.
         owner: The place of its set.
-        key: Of a row.
-        captions: Of a row; empty ones are left out.
+        keys: Of every row of the store.
+        captions: Likewise; empty ones are left out.
     """
     with (
         atomic_file(out / CAPTIONS_FILE) as temporary,
         temporary.open("wb") as handle,
         pq.ParquetWriter(handle, _SCHEMA) as writer,
     ):
-        merged = _merged(kept, rows, owner, captions)
         for start in range(0, max(len(kept), 1), _AT_ONCE):
-            some = kept[start : start + _AT_ONCE].tolist()
-            of_sets = [next(merged) for _ in some]
-            texts = [list(captions) for captions in of_sets]
-            origins = ([[origin[part] for origin in captions.values()] for captions in of_sets] for part in (0, 1))
-            writer.write_table(pa.table([some, [key(row) for row in some], texts, *origins], schema=_SCHEMA))
+            some = kept[start : start + _AT_ONCE]
+            members = slice(*np.searchsorted(owner, [start, start + len(some)]))
+            sizes = np.bincount(owner[members] - start, minlength=len(some))
+            merged = list(_merged(some, rows[members], sizes, captions))
+
+            texts = [list(of_set) for of_set in merged]
+            origins = ([[origin[part] for origin in of_set.values()] for of_set in merged] for part in (0, 1))
+            numbers = pa.array(some)
+            writer.write_table(pa.table([numbers, keys.take(numbers), texts, *origins], schema=_SCHEMA))
 
 
 def read_captions(folder: Path) -> dict[int, list[str]]:
@@ -117,19 +122,25 @@ def _values(table: pa.Table, name: str) -> pa.Array:
 def _merged(
     kept: Int[ndarray, " sets"],
     rows: Int[ndarray, " members"],
-    owner: Int[ndarray, " members"],
-    captions: Callable[[int], Sequence[str]],
+    sizes: Int[ndarray, " sets"],
+    captions: pa.LargeListArray,
 ) -> Iterator[dict[str, tuple[int, int]]]:
     """The captions of set after set, each with its row and its number there."""
-    at = 0
-    for place, first in enumerate(kept.tolist()):
+    kept_first = np.insert(rows, np.cumsum(sizes) - sizes, kept)
+    of_rows = _captions_of(kept_first, captions)
+    for size in sizes.tolist():
         texts: dict[str, tuple[int, int]] = {}
-        members = [first]
-        while at < len(rows) and owner[at] == place:
-            members.append(int(rows[at]))
-            at += 1
-        for row in members:
-            for number, text in enumerate(captions(row)):
+        for row, own in itertools.islice(of_rows, size + 1):
+            for number, text in enumerate(own):
                 if text:
                     texts.setdefault(text, (row, number))
         yield texts
+
+
+def _captions_of(rows: Int[ndarray, " n"], captions: pa.LargeListArray) -> Iterator[tuple[int, list[str]]]:
+    """Row after row with its captions; a portion of them is read in the order of the store."""
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        some = rows[start : start + _ROWS_AT_ONCE]
+        each, places = np.unique(some, return_inverse=True)
+        texts = captions.take(pa.array(each)).to_pylist()
+        yield from ((row, texts[place]) for row, place in zip(some.tolist(), places.tolist(), strict=True))

@@ -22,6 +22,7 @@ from clip_cid.data.embeddings.files import (
     read_texts,
 )
 from clip_cid.data.embeddings.sharded_rows import ShardedRows, checked_rows
+from clip_cid.data.npy_files import new_npy
 from clip_cid.errors import DataError
 from clip_cid.loss_table import LOSSES
 
@@ -149,7 +150,7 @@ class EmbeddingStore:
         Raises:
             DataError: A key is missing or repeated.
         """
-        packed = _on_disk((keys for _, keys in self.key_blocks(1)), self.rows, folder)
+        packed = _on_disk((keys for _, keys in self.key_blocks(1)), folder / "keys")
         self._check_unique(packed)
         self.keys = Keys(packed)
 
@@ -189,6 +190,34 @@ class EmbeddingStore:
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
         captions = self._shard_captions(shard)[row - int(self._starts[shard])].as_py()
         return tuple(caption or "" for caption in captions) if isinstance(captions, list) else (captions or "",)
+
+    def mapped_captions(self, folder: Path) -> pa.LargeListArray:
+        """The captions of every row, in files of a folder and not in memory; an absent text is an empty one.
+
+        Rows at random are so read at the same cost, however many shards there are.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        ends = new_npy(folder / "captions.npy", np.int64, (self.rows + 1,))
+
+        def texts() -> Iterator[pa.LargeStringArray]:
+            for index, first in enumerate(self._starts[:-1].tolist()):
+                counts, column = self._flat_captions(index)
+                ends[first + 1 : first + 1 + len(counts)] = ends[first] + np.cumsum(counts)
+                yield column
+
+        packed = _on_disk(texts(), folder / "captions")
+        return pa.LargeListArray.from_arrays(pa.array(ends), packed)
+
+    def _flat_captions(self, shard: int) -> tuple[Int[np.ndarray, " rows"], pa.LargeStringArray]:
+        """How many captions each row of a shard has, and all of them."""
+        if self.info.captions_column is None:
+            captions = pa.array([""] * self.info.shards[shard].rows, pa.large_string())
+        else:
+            captions = read_captions(self._file(shard, "metadata"), self.info.captions_column)
+        if not pa.types.is_list(captions.type):
+            return np.ones(len(captions), dtype=np.int64), captions.fill_null("")
+        counts = captions.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        return counts, captions.flatten().cast(pa.large_string()).fill_null("")
 
     def first_captions(self) -> pa.LargeStringArray:
         """The first caption of each row, packed; empty where there is none."""
@@ -423,10 +452,11 @@ def _digests(keys: pa.LargeStringArray) -> Int[np.ndarray, " keys"]:
     return digests
 
 
-def _on_disk(parts: Iterable[pa.LargeStringArray], rows: int, folder: Path) -> pa.LargeStringArray:
-    """The texts of all parts as one array whose buffers are mapped files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts, offsets = folder / "keys.texts", folder / "keys.offsets"
+def _on_disk(parts: Iterable[pa.LargeStringArray], path: Path) -> pa.LargeStringArray:
+    """The texts of all parts as one array whose buffers are mapped files, which begin with this path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts, offsets = path.with_suffix(".texts"), path.with_suffix(".offsets")
+    count = 0
     with texts.open("wb") as text_file, offsets.open("wb") as offset_file:
         end = 0
         offset_file.write(np.int64(end).tobytes())
@@ -437,6 +467,7 @@ def _on_disk(parts: Iterable[pa.LargeStringArray], rows: int, folder: Path) -> p
                 text_file.write(letters.slice(int(bounds[0]), int(bounds[-1] - bounds[0])))
             offset_file.write((bounds[1:] - bounds[0] + end).tobytes())
             end += int(bounds[-1] - bounds[0])
+            count += len(part)
 
     mapped = [pa.memory_map(str(path)).read_buffer() if path.stat().st_size else None for path in (offsets, texts)]
-    return pa.LargeStringArray.from_buffers(rows, *mapped)
+    return pa.LargeStringArray.from_buffers(count, *mapped)

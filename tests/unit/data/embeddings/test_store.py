@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
+from clip_cid.data.embeddings import store as store_module
+from clip_cid.data.embeddings.files import read_captions
 from clip_cid.data.embeddings.importing import import_existing
 from clip_cid.data.embeddings.rows_of_pairs import join
 from clip_cid.data.embeddings.sharded_rows import ShardedRows
@@ -371,6 +373,25 @@ def test_keys_on_the_disk_are_those_in_memory(path: Path, tmp_path: Path) -> Non
     change_column(path, "key", ["k1", "k5"])
     with pytest.raises(DataError, match="1 rows repeat the key of another, such as 'k1'"):
         EmbeddingStore.open(path).map_keys(tmp_path / "keys")
+
+
+def test_captions_on_the_disk_are_those_of_each_row_and_each_shard_is_read_once(
+    path: Path, clip_retrieval: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_column(path, "captions", [["e0", None, "e2"], None])
+    import_existing(clip_retrieval, tmp_path / "a caption or none")
+    stores = [EmbeddingStore.open(path), EmbeddingStore.open(tmp_path / "a caption or none")]
+    expected = [[[text for text in store.captions(row) if text] for row in range(store.rows)] for store in stores]
+
+    reads: list[Path] = []
+    monkeypatch.setattr(
+        store_module, "read_captions", lambda file, name: reads.append(file) or read_captions(file, name)
+    )
+    for number, store in enumerate(stores):
+        mapped = store.mapped_captions(tmp_path / str(number)).to_pylist()
+        assert [[text for text in captions if text] for captions in mapped] == expected[number]
+    assert len(reads) == len(set(reads)) == sum(len(store.info.shards) for store in stores)
+    assert EmbeddingStore.open(path).mapped_captions(tmp_path / "2")[4].as_py() == ["e0", "", "e2"]
 
 
 def test_a_column_that_is_not_there_is_named(finished: Path) -> None:

@@ -7,7 +7,7 @@
 The lines and their bars are in `device_check_lines.py`; `--only` takes their names. Each line is a process of its own
 with a time limit: a crash, a lack of memory or a hang of one loses no other. Results are written after each line, to
 `device_check.json` and `device_check.md` in --out (default runs/device-check); the table is to be pasted into
-docs/results.md. What a line has said is in `logs/` beside them.
+docs/results.md. What a line has said is in `logs/` beside them. Results of an earlier check are moved to `earlier-TIME`.
 
 passed: the number meets the bar, and all else that the line asks for holds. failed: it does not, or the line raised an
 error or took too long. skipped: it could not be judged, for the reason given; with --tiny these are all bars of speed.
@@ -28,6 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,7 @@ _SECONDS = 470  # of all lines
 _LEAST_SECONDS = 5  # a line is not begun with less
 _TINY_LIMIT = 300
 _PATIENCE = 20  # seconds for the system to end a process
+_JSON, _TABLE, _LOGS = "device_check.json", "device_check.md", "logs"
 Verdict = Literal["passed", "failed", "skipped"]
 
 
@@ -201,12 +203,14 @@ def main(options: Options) -> int:
         print(f"{error}\nNothing was checked; --device cpu --tiny tries the check itself.", file=sys.stderr)
         return 1
 
-    logs = options.out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    _set_aside_earlier(options.out)
+    logs = options.out / _LOGS
+    logs.mkdir(parents=True)
     place = Place(options.device, options.tiny, Path(tempfile.mkdtemp(prefix="work-", dir=options.out)).absolute())
     about = machine() | {"device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"}
     about["tiny"] = options.tiny
     results: list[Result] = []
+    _write(results, about, options.out)
     end = time.monotonic() + _SECONDS
     try:
         for line in LINES:
@@ -223,7 +227,7 @@ def main(options: Options) -> int:
     finally:
         shutil.rmtree(place.work, ignore_errors=True)
     word = verdict_on_all(results)
-    print(f"\n{word}: {options.out / 'device_check.md'} has the table, {logs} what each line said")
+    print(f"\n{word}: {options.out / _TABLE} has the table, {logs} what each line said")
     return 1 if word == "failed" else 0
 
 
@@ -241,9 +245,26 @@ def _left_out(line: Line, reason: str) -> Result:
 def _write(results: Sequence[Result], about: dict[str, Any], out: Path) -> None:
     lines = [dataclasses.asdict(result) for result in results]
     everything = {"verdict": verdict_on_all(results), "machine": about, "lines": lines}
-    (out / "device_check.json").write_text(json.dumps(everything, indent=1))
-    (out / "device_check.md").write_text(table(results, about))
+    finite = json.loads(json.dumps(everything), parse_constant=str)  # JSON has no NaN
+    for name, text in ((_JSON, json.dumps(finite, indent=1)), (_TABLE, table(results, about))):
+        part = out / f"{name}.part"
+        part.write_text(text)
+        part.replace(out / name)
+
+
+def _set_aside_earlier(out: Path) -> None:
+    """Move the results of an earlier check away, so that nobody takes them for those of this one, and say what is left."""
+    earlier = [path for name in (_JSON, _TABLE, _LOGS) if (path := out / name).exists()]
+    if earlier:
+        aside = out / f"earlier-{datetime.fromtimestamp(earlier[0].stat().st_mtime):%Y-%m-%d-%H%M%S-%f}"
+        aside.mkdir()
+        for path in earlier:
+            path.replace(aside / path.name)
+        print(f"The results of an earlier check are in {aside}.")
+    for work in sorted(out.glob("work-*")):
+        print(f"{work} is of a check that was killed, or that still runs; remove it if none does.")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # after the line that runs is ended, and its files removed
     sys.exit(main(tyro.cli(Options, description=__doc__)))

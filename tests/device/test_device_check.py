@@ -172,6 +172,35 @@ def test_results_are_written_after_each_line(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.glob("work-*"))
 
 
+def test_results_of_an_earlier_check_are_not_taken_for_those_of_one_that_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def passed(line: Line, *_: Any) -> device_check.Result:
+        return device_check.Result(line.name, line.what, "", "passed", details={"error": math.nan})
+
+    def stopped(*_: Any) -> device_check.Result:
+        raise KeyboardInterrupt
+
+    options = device_check.Options(device="cpu", tiny=True, out=tmp_path)
+    monkeypatch.setattr(device_check, "run", passed)
+    assert device_check.main(options) == 0
+    first = (tmp_path / "device_check.json").read_text()
+    assert json.loads(first, parse_constant=pytest.fail)["verdict"] == "passed"
+    assert "earlier check" not in capsys.readouterr().out
+
+    (tmp_path / "work-left").mkdir()
+    monkeypatch.setattr(device_check, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        device_check.main(options)
+    assert json.loads((tmp_path / "device_check.json").read_text())["verdict"] == "failed"
+    (aside,) = tmp_path.glob("earlier-*")
+    assert (aside / "device_check.json").read_text() == first
+    assert {path.name for path in aside.iterdir()} == {"device_check.json", "device_check.md", "logs"}
+    said = capsys.readouterr().out
+    assert f"The results of an earlier check are in {aside}." in said
+    assert f"{tmp_path / 'work-left'} is of a check that was killed" in said
+
+
 def test_lines_that_are_not_asked_for_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 

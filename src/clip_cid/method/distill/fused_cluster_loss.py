@@ -195,7 +195,7 @@ def bank_divergence(
         ValueError: Shapes do not fit, or the scale is out of its limits.
     """
     any_row = torch.zeros(len(student), dtype=torch.long, device=student.device)  # only `cls` depends on it
-    losses = cluster_losses(student, bank.detach(), any_row, teacher=teacher, scale=scale)
+    losses = cluster_losses(student, bank.detach(), any_row, teacher=teacher, scale=scale, labels_are_checked=True)
     return cast(Tensor, losses.kl)
 
 

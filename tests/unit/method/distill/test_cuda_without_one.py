@@ -13,11 +13,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clip_cid.method.distill import cluster_distillation
+from clip_cid.loss_table import LOSSES
+from clip_cid.method.distill import cluster_distillation, fused_cluster_loss
 from clip_cid.method.distill.arithmetic import loss_precision
 from clip_cid.method.distill.cluster_distillation import nearest_labels
 from clip_cid.method.distill.contrastive import Side, contrastive_loss, one_way_loss
 from clip_cid.method.distill.fused_cluster_loss import cluster_losses, soft_centers
+from clip_cid.method.distill.objective import Objective, Targets
 from clip_cid.method.distill.peer_losses import affinity_loss, siglip_loss
 from clip_cid.training.optimizer import clip_gradients
 from clip_cid.training.ranks.distributed import Ranks
@@ -37,7 +39,7 @@ class _Made(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for one in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(one, Tensor):
+            if isinstance(one, Tensor) and func is not torch.ops.aten.lift_fresh.default:  # a number of the host
                 assert one.device == CUDA, f"{func} made a tensor on {one.device}"
                 if one.dtype == torch.float64:
                     self.largest_float64 = max(self.largest_float64, one.numel())
@@ -147,6 +149,36 @@ def test_nothing_is_asked_for_left_on_the_host_or_wide_of_a_logit(way: str):
         run()
     assert made.products == products
     assert made.largest_float64 <= max(ROWS * DIM, CENTERS if "drawn" in way else 0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"train_head": True, "temperature": 2.0}, {"sample_rate": 0.2, "logq": "both"}, {"share_scale": True}],
+    ids=str,
+)
+def test_every_loss_of_the_table_stays_on_its_device(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """What a step asks for once (the labels' limits, rows to compute again) is given here."""
+    for module in (cluster_distillation, fused_cluster_loss):
+        monkeypatch.setattr(module, "facts_of_labels", lambda labels: (0, CENTERS - 1, False))
+    monkeypatch.setattr(cluster_distillation, "_unit_centers", lambda centers: centers)
+    monkeypatch.setattr(Tensor, "nonzero", lambda mask: torch.empty(2, 1, dtype=torch.long, device=mask.device))
+    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda weight: weight)
+
+    names = [loss.name for loss in LOSSES]
+    with FakeTensorMode(), torch.device(CUDA):
+        objective = Objective(
+            losses=names, student_dim=12, teacher_dim=DIM, alignment="linear", centers=rows(CENTERS),
+            text_centers=rows(CENTERS), **settings,
+        )  # fmt: skip
+        objective.kernels = "torch"
+        outputs = {name: torch.empty(ROWS, 12, requires_grad=True) for name in ("image", "text")}
+        outputs |= {name: torch.empty((), requires_grad=True) for name in ("logit_scale", "logit_bias")}
+        labels = [torch.empty(ROWS, dtype=torch.long) for _ in range(2)]
+        stored = Targets(rows(), rows(), labels[0], bank_images=rows(), bank_texts=rows(), text_labels=labels[1])
+    with FakeTensorMode(allow_non_fake_inputs=True), _Made():
+        found = objective(outputs | objective.read(outputs["image"], outputs["text"]), stored)
+    assert found.keys() == set(names)
+    assert all(loss.device == CUDA for loss in found.values())
 
 
 def test_gradients_are_clipped_without_a_number_from_the_host():

@@ -11,7 +11,7 @@ from torch import Tensor
 from clip_cid.method.distill import center_pass, row_blocks
 from clip_cid.method.distill.cluster_distillation import CenterHead, nearest_labels, sample_centers
 from clip_cid.method.distill.contrastive import Side, contrastive_loss
-from clip_cid.method.distill.fused_cluster_loss import cluster_losses, soft_centers
+from clip_cid.method.distill.fused_cluster_loss import bank_divergence, cluster_losses, soft_centers
 from clip_cid.method.distill.peer_losses import affinity_loss, siglip_loss
 
 ROWS, CENTERS, DIM = 12, 40, 8
@@ -77,6 +77,13 @@ def test_a_device_computes_what_the_processor_computes(case: str, monkeypatch: p
     there = step(7, **options_of(case))
     monkeypatch.undo()
     assert all(torch.equal(*pair) for pair in zip(there, step(7, **options_of(case)), strict=True))
+
+
+def test_a_bank_has_no_labels_to_look_at():
+    student = unit_rows(ROWS, 1).requires_grad_()
+    with HostWaits() as waits:
+        bank_divergence(student, unit_rows(ROWS, 3), unit_rows(CENTERS, 2), scale=9.0).backward()
+    assert waits.counts == AGAIN
 
 
 def test_rows_far_from_their_teacher_are_computed_again_without_asking_for_more():

@@ -12,7 +12,7 @@ import oracles
 import processes
 import pytest
 
-from clip_cid import cli, tasks
+from clip_cid import cli, pipeline, tasks
 from clip_cid.data.balance.forest_file import read_forest
 from clip_cid.data.balance.tables import BalanceTables
 from clip_cid.method.balance import plan_choice
@@ -36,6 +36,14 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_choice, "_LEAST_CHUNK", 50)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The balance of `planted(300)`, never interrupted. Only to be read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_choice, "_LEAST_CHUNK", 50)
+        return balance(tmp_path_factory.mktemp("balance") / "whole", planted(300))
+
+
 def source(run: Path, rows: np.ndarray) -> str:
     """The rows on disk, by one name in all runs: keys are made of it."""
     folder = run.with_name(f"{run.name}-data")
@@ -46,8 +54,12 @@ def source(run: Path, rows: np.ndarray) -> str:
     return str(path)
 
 
-def balance(run: Path, rows: np.ndarray, *flags: str) -> Path:
-    assert cli.main(["balance", str(run), "--embeddings", source(run, rows), *flags]) == 0
+def balance(run: Path, rows: np.ndarray, *flags: str, page: bool = True) -> Path:
+    """The folder that the command leaves. The page takes longer than the balance: for the same bytes one is enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not page:
+            patch.setattr(pipeline, "_show_balance", lambda *_: None)
+        assert cli.main(["balance", str(run), "--embeddings", source(run, rows), *flags]) == 0
     return run / "balance"
 
 
@@ -77,9 +89,8 @@ def test_a_threshold_that_removes_nearly_all_is_warned_of(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.resume
-def test_an_interrupted_balance_does_only_what_is_missing(tmp_path, small_chunks, monkeypatch):
+def test_an_interrupted_balance_does_only_what_is_missing(tmp_path, small_chunks, whole, monkeypatch):
     rows = planted(300)
-    whole = balance(tmp_path / "whole", rows)
     done: list[tuple[int, int]] = []
     original = tasks.run_tasks
 
@@ -98,15 +109,14 @@ def test_an_interrupted_balance_does_only_what_is_missing(tmp_path, small_chunks
         original(tasks, begin, on_done=on_done, **rest)
 
     monkeypatch.setattr(tasks, "run_tasks", watched)
-    assert_equal(balance(tmp_path / "cut", rows), whole)
+    assert_equal(balance(tmp_path / "cut", rows, page=False), whole)
 
 
 @pytest.mark.slow
 @pytest.mark.resume
-def test_what_an_older_version_left_is_named_and_done_again(tmp_path, small_chunks, monkeypatch, capsys):
+def test_what_an_older_version_left_is_named_and_done_again(tmp_path, small_chunks, whole, monkeypatch, capsys):
     """It did not record the known rows; links of its tasks must not be taken for ours."""
     rows = planted(300)
-    whole = balance(tmp_path / "whole", rows)
     original = tasks.run_tasks
 
     def interrupted(tasks, begin, *, on_done, **rest):
@@ -122,7 +132,7 @@ def test_what_an_older_version_left_is_named_and_done_again(tmp_path, small_chun
     written["arrays"].remove("known")
     facts.write_text(json.dumps(written))
     capsys.readouterr()
-    assert_equal(balance(tmp_path / "cut", rows), whole)
+    assert_equal(balance(tmp_path / "cut", rows, page=False), whole)
     assert "of another version; its tasks run again" in capsys.readouterr().err
 
 
@@ -147,14 +157,13 @@ def killed(left: int, command: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.resume
-def test_a_killed_balance_ends_byte_identical(tmp_path, small_chunks):
+def test_a_killed_balance_ends_byte_identical(tmp_path, small_chunks, whole):
     rows = planted(300)
-    whole = balance(tmp_path / "whole", rows)
     command = ["balance", str(tmp_path / "cut"), "--embeddings", source(tmp_path / "cut", rows)]
     for after in (1, 3):
         assert processes.exit_code(killed, after, command) == -signal.SIGKILL
         assert len(list((tmp_path / "cut" / "balance.part" / "work").glob("links-*"))) == (1 if after == 1 else 4)
-    assert_equal(balance(tmp_path / "cut", rows), whole)
+    assert_equal(balance(tmp_path / "cut", rows, page=False), whole)
 
 
 def killed_while_removing(left: int, command: list[str]) -> None:
@@ -180,21 +189,20 @@ def killed_while_removing(left: int, command: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.resume
-def test_a_balance_killed_while_it_removes_its_work_ends_byte_identical(tmp_path, small_chunks):
+def test_a_balance_killed_while_it_removes_its_work_ends_byte_identical(tmp_path, small_chunks, whole):
     """`strace -e inject=unlinkat:signal=SIGKILL`: once what is left was taken for whole, and every command failed."""
     rows = planted(300)
-    whole = balance(tmp_path / "whole", rows)
     for after in (1, 5, 12):
         cut = tmp_path / f"cut{after}"
         command = ["balance", str(cut), "--embeddings", source(cut, rows)]
         assert processes.exit_code(killed_while_removing, after, command) == -signal.SIGKILL
         assert not (cut / "balance").exists()
-        assert_equal(balance(cut, rows), whole)
+        assert_equal(balance(cut, rows, page=False), whole)
 
     for after in (1, 4):  # of the forced one
         assert processes.exit_code(killed_while_removing, after, [*command, "--force"]) == -signal.SIGKILL
         assert_equal(cut / "balance", whole)
-    assert_equal(balance(cut, rows, "--force"), whole)
+    assert_equal(balance(cut, rows, "--force", page=False), whole)
 
 
 def nothing(path: Path) -> None:
@@ -225,9 +233,8 @@ def header_damaged(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.resume
 @pytest.mark.parametrize("damage", [nothing, emptied, cut_short, zeroed, header_damaged])
-def test_damaged_work_is_done_again_and_never_trusted(tmp_path, small_chunks, monkeypatch, damage):
+def test_damaged_work_is_done_again_and_never_trusted(tmp_path, small_chunks, whole, monkeypatch, damage):
     rows = planted(300)
-    whole = balance(tmp_path / "whole", rows)
     original, counts = tasks.run_tasks, []
 
     def interrupted(tasks, begin, *, on_done, **rest):
@@ -250,22 +257,21 @@ def test_damaged_work_is_done_again_and_never_trusted(tmp_path, small_chunks, mo
         assert cli.main(["balance", str(cut), "--embeddings", source(cut, rows)]) == 130
         damage(cut / "balance.part" / "work" / name)
         monkeypatch.setattr(tasks, "run_tasks", counted)
-        assert_equal(balance(cut, rows), whole)
+        assert_equal(balance(cut, rows, page=False), whole)
         assert counts.pop() == again, name
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(tmp_path, small_chunks):
+def test_two_processes_share_the_work(tmp_path, small_chunks, whole):
     rows = planted(300)
-    alone = balance(tmp_path / "alone", rows)
-    assert_equal(balance(tmp_path / "shared", rows, "--machine.balance-processes", "2"), alone)
+    assert_equal(balance(tmp_path / "shared", rows, "--machine.balance-processes", "2", page=False), whole)
 
 
 @pytest.mark.slow
 def test_another_threshold_looks_at_no_pair_again(tmp_path, small_chunks, monkeypatch):
     rows = planted(300)
     balance(tmp_path / "run", rows, "--balance.max-threshold", "0.2")
-    fresh = balance(tmp_path / "fresh", rows, "--balance.threshold", "0.15")
+    fresh = balance(tmp_path / "fresh", rows, "--balance.threshold", "0.15", page=False)
     monkeypatch.setattr(tasks, "run_tasks", None)
     again = balance(tmp_path / "run", rows, "--balance.threshold", "0.15", "--balance.max-threshold", "0.15")
     assert_equal(again, fresh)
@@ -276,7 +282,7 @@ def test_a_larger_threshold_than_is_known_looks_again(tmp_path, small_chunks):
     rows = planted(300)
     balance(tmp_path / "run", rows, "--balance.threshold", "0.05")
     again = balance(tmp_path / "run", rows, "--balance.threshold", "0.15")
-    assert_equal(again, balance(tmp_path / "fresh", rows, "--balance.threshold", "0.15"))
+    assert_equal(again, balance(tmp_path / "fresh", rows, "--balance.threshold", "0.15", page=False))
 
 
 @pytest.mark.slow
@@ -292,27 +298,25 @@ def test_a_larger_threshold_than_is_known_looks_again(tmp_path, small_chunks):
 )
 def test_rows_that_come_and_go_give_what_a_run_from_scratch_gives(tmp_path, small_chunks, before, after):
     rows = planted(300)
-    earlier = balance(tmp_path / "earlier", rows[before])
+    earlier = balance(tmp_path / "earlier", rows[before], page=False)
     grown = balance(tmp_path / "grown", rows[after], "--balance.grow-from", str(earlier))
-    assert_equal(grown, balance(tmp_path / "fresh", rows[after]))
+    assert_equal(grown, balance(tmp_path / "fresh", rows[after], page=False))
 
 
 @pytest.mark.slow
-def test_a_changed_row_is_a_new_row(tmp_path, small_chunks):
-    rows = planted(300)
-    earlier = balance(tmp_path / "earlier", rows)
-    changed = rows.copy()
+def test_a_changed_row_is_a_new_row(tmp_path, small_chunks, whole):
+    changed = planted(300)
     changed[7] = changed[250]
-    grown = balance(tmp_path / "grown", changed, "--balance.grow-from", str(earlier))
-    assert_equal(grown, balance(tmp_path / "fresh", changed))
+    grown = balance(tmp_path / "grown", changed, "--balance.grow-from", str(whole))
+    assert_equal(grown, balance(tmp_path / "fresh", changed, page=False))
 
 
 @pytest.mark.slow
 def test_new_rows_that_are_all_copies_of_known_ones_need_no_comparison(tmp_path, small_chunks, monkeypatch):
     rows = planted(200)
     more = np.concatenate([rows, rows[[3, 3, 150]]])
-    fresh = balance(tmp_path / "fresh", more)
-    earlier = balance(tmp_path / "earlier", rows)
+    fresh = balance(tmp_path / "fresh", more, page=False)
+    earlier = balance(tmp_path / "earlier", rows, page=False)
     monkeypatch.setattr(tasks, "run_tasks", None)
     assert_equal(balance(tmp_path / "grown", more, "--balance.grow-from", str(earlier)), fresh)
 
@@ -337,14 +341,14 @@ def test_growing_looks_at_new_pairs_only(tmp_path, small_chunks, monkeypatch):
 @pytest.mark.slow
 def test_a_tampered_forest_is_not_built_upon(tmp_path, small_chunks, capfd):
     rows = planted(200)
-    earlier = balance(tmp_path / "earlier", rows[:150])
+    earlier = balance(tmp_path / "earlier", rows[:150], page=False)
     path = earlier / "forest.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     flags = ["--embeddings", source(tmp_path / "grown", rows), "--balance.grow-from", str(earlier)]
     assert cli.main(["balance", str(tmp_path / "grown"), *flags]) == 1
     assert "forest.parquet: missing, or changed since a balance stage wrote it" in capfd.readouterr().err
     again = balance(tmp_path / "earlier", rows[:150])  # its own results: made anew
-    assert_equal(again, balance(tmp_path / "fresh", rows[:150]))
+    assert_equal(again, balance(tmp_path / "fresh", rows[:150], page=False))
 
 
 @pytest.mark.slow
@@ -380,17 +384,16 @@ def test_the_target_share_is_met_by_the_smallest_threshold(tmp_path, small_chunk
 
 
 @pytest.mark.slow
-def test_a_threshold_given_after_a_share_or_a_list_counts(tmp_path, small_chunks, capfd):
+def test_a_threshold_given_after_a_share_or_a_list_counts(tmp_path, small_chunks, whole, capfd):
     rows = planted(300)
-    fresh = balance(tmp_path / "fresh", rows, "--balance.threshold", "0.07")
     out = balance(tmp_path / "run", rows, "--target-removed", "0.1", "--balance.max-threshold", "0.2")
     assert len(np.load(out / "kept.npy")) == 270
-    assert_equal(balance(tmp_path / "run", rows, "--balance.threshold", "0.07"), fresh, ("kept.npy", "set_of.npy"))
+    assert_equal(balance(tmp_path / "run", rows, "--balance.threshold", "0.07"), whole, ("kept.npy", "set_of.npy"))
     assert "balance.threshold given, so balance.target_removed: 0.1" in capfd.readouterr().err
 
     np.save(tmp_path / "k.npy", np.arange(5))
     assert len(np.load(balance(tmp_path / "run", rows, "--kept", str(tmp_path / "k.npy")) / "kept.npy")) == 5
-    assert_equal(balance(tmp_path / "run", rows, "--balance.threshold", "0.07"), fresh, ("kept.npy", "set_of.npy"))
+    assert_equal(balance(tmp_path / "run", rows, "--balance.threshold", "0.07"), whole, ("kept.npy", "set_of.npy"))
 
 
 @pytest.mark.slow

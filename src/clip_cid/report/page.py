@@ -1,5 +1,6 @@
 """The report's page: one file, no script, nothing fetched; every word from the data is escaped."""
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.runtime import Context
 from markupsafe import Markup, escape
 
 from clip_cid import units
@@ -42,16 +44,23 @@ class Placed:
 
 def render(template: str, values: Mapping[str, Any], words: PublicWords) -> str:
     """The page of a template with these values, every text cut by `words`; a value that is needed but missing is an error."""
+    style_sheet = Markup((resources.files("clip_cid") / "report" / "report.css").read_text(encoding="utf-8"))
+    return _templates().get_template(template).render(style_sheet=style_sheet, public_words=words, **values)
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    """Shared by all pages of a process: to compile a template takes longer than to fill it."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("clip_cid", "report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=lambda value: words(value) if type(value) is str else value,
+        finalize=_cut,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "caption": lambda value: escape(words.data(value)),
+        "caption": _caption,
         "number": lambda value: f"{value:,}",
         "percent": unbroken_percent,
         "points": units.signed_points,
@@ -59,8 +68,17 @@ def render(template: str, values: Mapping[str, Any], words: PublicWords) -> str:
         "columns": columns,
         "sections": sections,
     }
-    style_sheet = Markup((resources.files("clip_cid") / "report" / "report.css").read_text(encoding="utf-8"))
-    return environment.get_template(template).render(style_sheet=style_sheet, **values)
+    return environment
+
+
+@jinja2.pass_context
+def _cut(context: Context, value: Any) -> Any:
+    return context["public_words"](value) if type(value) is str else value
+
+
+@jinja2.pass_context
+def _caption(context: Context, value: str) -> Markup:
+    return escape(context["public_words"].data(value))
 
 
 def columns(pictures: int, most: int, together: int = 1) -> int:

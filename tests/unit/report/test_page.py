@@ -1,6 +1,7 @@
 import csv
 import re
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pytest
@@ -9,6 +10,7 @@ from clip_cid import units
 from clip_cid.figures import style
 from clip_cid.models.public_names import PublicWords
 from clip_cid.report import galleries, page
+from clip_cid.report.suggestion import Suggestion
 from clip_cid.report.thumbnails import Thumbnails
 
 WORDS = PublicWords({})
@@ -61,6 +63,23 @@ def test_every_color_of_a_figure_is_one_that_the_page_knows() -> None:
 def test_a_value_that_the_page_lacks_is_an_error() -> None:
     with pytest.raises(jinja2.UndefinedError):
         page.render("report.html", {"title": "only this"}, WORDS)
+
+
+def test_pages_of_one_process_are_each_cut_by_their_own_words() -> None:
+    """They share their templates, and nothing else."""
+    values: dict[str, Any] = {
+        "title": "a TOKEN1 and a TOKEN2",
+        "run": "run",
+        "blur": False,
+        "side": 0,
+        "no_pictures": None,
+    }
+    values["suggestion"] = Suggestion([], [])
+    for own, other in (("TOKEN1", "TOKEN2"), ("TOKEN2", "TOKEN1")):
+        words = PublicWords({"pairs": {"source": [f"https://host.example/x.tar?token={own}"]}})
+        text = page.render("suggest.html", values, words)
+        assert own not in text
+        assert other in text
 
 
 def test_columns_of_unequal_length_are_refused(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import html.parser
 import json
@@ -5,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,13 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Recipe]:
     return drawn(tmp_path_factory.mktemp("full"))
 
 
+@pytest.fixture(scope="module")
+def written(full: tuple[RunFolder, Recipe], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Its report, with its summary. Only to be read; it lies where no other report of the run takes its place."""
+    out, summary = write(*full)
+    return shutil.copytree(out, tmp_path_factory.mktemp("written") / "report"), summary
+
+
 def drawn(base: Path, **changed: dict[str, Any]) -> tuple[RunFolder, Recipe]:
     recipe = make_recipe(base, **changed)
     folder = make_run(base, recipe)
@@ -95,13 +104,26 @@ def write(folder: RunFolder, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
     return out, as_json(report.run(folder, out, recipe))
 
 
+@contextlib.contextmanager
+def rotten(path: Path, content: bytes) -> Iterator[None]:
+    """For a while the file has other bytes, with the time of writing that it had: as when a disk rots."""
+    whole, time = path.read_bytes(), path.stat().st_mtime_ns
+    try:
+        path.write_bytes(content)
+        os.utime(path, ns=(time, time))
+        yield
+    finally:
+        path.write_bytes(whole)
+        os.utime(path, ns=(time, time))
+
+
 def read(out: Path) -> Page:
     return Page((out / "report.html").read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
-def test_nothing_on_the_page_is_fetched_and_nothing_runs(full: tuple[RunFolder, Recipe]) -> None:
-    out, _ = write(*full)
+def test_nothing_on_the_page_is_fetched_and_nothing_runs(written: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = written
     text = (out / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     for tag, attributes in page.elements:
@@ -116,8 +138,8 @@ def test_nothing_on_the_page_is_fetched_and_nothing_runs(full: tuple[RunFolder, 
     assert not re.findall(r"https?://", text)
 
 
-def test_every_address_inside_the_page_leads_somewhere(full: tuple[RunFolder, Recipe]) -> None:
-    out, _ = write(*full)
+def test_every_address_inside_the_page_leads_somewhere(written: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = written
     text = (out / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
@@ -131,16 +153,16 @@ def test_every_address_inside_the_page_leads_somewhere(full: tuple[RunFolder, Re
     assert linked == {f"tables/{path.name}" for path in (out / "tables").iterdir()}
 
 
-def test_every_picture_says_what_it_shows(full: tuple[RunFolder, Recipe]) -> None:
-    out, _ = write(*full)
+def test_every_picture_says_what_it_shows(written: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = written
     page = read(out)
     assert len(page.all("img")) >= GROUPS * COPIES
     assert all(attributes.get("alt") for attributes in page.all("img"))
     assert all(a.get("aria-label") for a in page.all("svg"))
 
 
-def test_captions_are_text_and_never_markup(full: tuple[RunFolder, Recipe]) -> None:
-    out, _ = write(*full)
+def test_captions_are_text_and_never_markup(written: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = written
     text = (out / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert "<script" not in text
@@ -153,9 +175,11 @@ def test_captions_are_text_and_never_markup(full: tuple[RunFolder, Recipe]) -> N
     assert "<b>three</b>" in page.text
 
 
-def test_the_numbers_are_those_of_the_summaries(full: tuple[RunFolder, Recipe]) -> None:
-    folder, recipe = full
-    out, _ = write(folder, recipe)
+def test_the_numbers_are_those_of_the_summaries(
+    full: tuple[RunFolder, Recipe], written: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, _ = full
+    out, _ = written
     text = read(out).text
     record = folder.record("balance")
     assert record is not None
@@ -177,9 +201,11 @@ def test_the_numbers_are_those_of_the_summaries(full: tuple[RunFolder, Recipe]) 
     assert "numpy 9.9.9" in text
 
 
-def test_the_clusters_have_their_objective_by_round_and_their_purity(full: tuple[RunFolder, Recipe]) -> None:
-    folder, recipe = full
-    out, _ = write(folder, recipe)
+def test_the_clusters_have_their_objective_by_round_and_their_purity(
+    full: tuple[RunFolder, Recipe], written: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, _ = full
+    out, _ = written
     text = read(out).text
     record = folder.record("cluster")
     assert record is not None
@@ -199,8 +225,8 @@ def test_the_clusters_have_their_objective_by_round_and_their_purity(full: tuple
     assert [float(line["objective"]) for line in rounds] == [entry["objective"] for entry in summary["history"]]
 
 
-def test_what_the_models_look_at_is_told_with_pictures_and_without_markup(full: tuple[RunFolder, Recipe]) -> None:
-    out, _ = write(*full)
+def test_what_the_models_look_at_is_told_with_pictures_and_without_markup(written: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = written
     page = read(out)
     shown = {attributes.get("id") for attributes in page.all("figure")}
     assert {"activation_maps", "patch_pca", "single_linkage", "embedding_map"} <= shown
@@ -264,9 +290,9 @@ def test_models_without_patches_are_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert "shared with student" in text
 
 
-def test_the_bar_is_to_scale(full: tuple[RunFolder, Recipe]) -> None:
-    folder, recipe = full
-    out, _ = write(folder, recipe)
+def test_the_bar_is_to_scale(full: tuple[RunFolder, Recipe], written: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = full
+    out, _ = written
     widths = re.findall(r'<span class="(\w+)" style="width: ([\d.]+)%"', (out / "report.html").read_text())
     kept = len(np.load(folder.stage("balance") / "kept.npy"))
     expected = {"kept": kept, "removed": ROWS - 1 - kept, "skipped": 1}
@@ -275,8 +301,8 @@ def test_the_bar_is_to_scale(full: tuple[RunFolder, Recipe]) -> None:
     )
 
 
-def test_scores_deltas_and_chance_are_in_the_table(full: tuple[RunFolder, Recipe]) -> None:
-    out, _ = write(*full)
+def test_scores_deltas_and_chance_are_in_the_table(written: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = written
     text = read(out).text
     assert "set metric images classes chance student baseline teacher vs baseline vs teacher" in text
     plain = text.replace("\N{EN DASH}", "to").replace("\N{MINUS SIGN}", "-")
@@ -288,22 +314,26 @@ def test_scores_deltas_and_chance_are_in_the_table(full: tuple[RunFolder, Recipe
     assert (float(first["student"]), float(first["delta_to_baseline"])) == (0.3, pytest.approx(-0.07))
 
 
-def test_settings_are_all_there_and_so_are_the_commands(full: tuple[RunFolder, Recipe]) -> None:
+def test_settings_are_all_there_and_so_are_the_commands(
+    full: tuple[RunFolder, Recipe], written: tuple[Path, dict[str, Any]]
+) -> None:
     folder, recipe = full
-    out, _ = write(folder, recipe)
+    out, _ = written
     page = read(out)
     assert as_yaml(public_settings(recipe.model_dump(mode="json"))) in page.words
     assert f"clip-cid verify {folder.path.name}" in page.text
 
 
-def test_equal_runs_give_equal_bytes(full: tuple[RunFolder, Recipe]) -> None:
-    first = (write(*full)[0] / "report.html").read_bytes()
+def test_equal_runs_give_equal_bytes(full: tuple[RunFolder, Recipe], written: tuple[Path, dict[str, Any]]) -> None:
+    first = (written[0] / "report.html").read_bytes()
     assert first == (write(*full)[0] / "report.html").read_bytes()
 
 
-def test_every_csv_of_a_figure_is_a_table_of_the_report(full: tuple[RunFolder, Recipe]) -> None:
-    folder, recipe = full
-    out, _ = write(folder, recipe)
+def test_every_csv_of_a_figure_is_a_table_of_the_report(
+    full: tuple[RunFolder, Recipe], written: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, _ = full
+    out, _ = written
     for path in folder.stage("draw").glob("*.csv"):
         assert (out / "tables" / path.name).read_bytes() == path.read_bytes()
     assert {"scores", "skipped", "stages"} < {path.stem for path in (out / "tables").iterdir()}
@@ -337,8 +367,8 @@ def test_no_secret_and_no_local_path_of_the_recipe_is_published(tmp_path: Path, 
         assert not [secret for secret in planted if secret in text], path
 
 
-def test_a_command_behind_a_pipe_is_not_published(tmp_path: Path) -> None:
-    folder, recipe = drawn(tmp_path)
+def test_a_command_behind_a_pipe_is_not_published(full: tuple[RunFolder, Recipe]) -> None:
+    folder, recipe = full
     command = "pipe:curl -H 'Authorization: Bearer HEADER' https://host.example/{00..03}.tar?key=KEY"
     changed = recipe.model_copy(update={"pairs": recipe.pairs.model_copy(update={"source": (command,)})})
     with pytest.MonkeyPatch.context() as patch:
@@ -380,9 +410,9 @@ def test_pairs_that_are_gone_leave_a_page_that_says_so(full: tuple[RunFolder, Re
 
 @pytest.mark.slow
 def test_pictures_stop_at_the_budget_and_are_counted(
-    full: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch
+    full: tuple[RunFolder, Recipe], written: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    everything = write(*full)[1]["picture_bytes"]
+    everything = written[1]["picture_bytes"]
     monkeypatch.setattr(parts, "_THUMBNAIL_BUDGET", everything // 2)
     out, summary = write(*full)
     assert 0 < summary["picture_bytes"] <= everything // 2
@@ -390,10 +420,10 @@ def test_pictures_stop_at_the_budget_and_are_counted(
 
 
 @pytest.mark.slow
-def test_a_picture_lost_since_is_an_empty_place_and_counted(tmp_path: Path) -> None:
-    folder, recipe = drawn(tmp_path)
-    (tmp_path / "pairs" / "001.png").write_bytes(b"no longer an image")
-    out, _ = write(folder, recipe)
+def test_a_picture_lost_since_is_an_empty_place_and_counted(full: tuple[RunFolder, Recipe]) -> None:
+    folder, recipe = full
+    with rotten(folder.path.parent / "pairs" / "001.png", b"no longer an image"):
+        out, _ = write(folder, recipe)
     text = read(out).text
     assert "no picture" in text
     assert "1 pictures could not be read" in text
@@ -434,8 +464,8 @@ def test_a_run_without_a_student_has_a_page_of_what_is_there(
     assert "losses: distill has not run" in page.text
 
 
-def test_the_contents_name_every_section_with_its_heading(full: tuple[RunFolder, Recipe]) -> None:
-    out, _ = write(*full)
+def test_the_contents_name_every_section_with_its_heading(written: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = written
     text = (out / "report.html").read_text(encoding="utf-8")
     contents = text[text.index('<nav class="contents"') : text.index("</nav>")]
     linked = re.findall(r'<a href="#([^"]*)">([^<]*)</a>', contents)
@@ -455,9 +485,11 @@ def test_kept_rows_made_elsewhere_are_named(full: tuple[RunFolder, Recipe], monk
 
 
 @pytest.mark.slow
-def test_sets_that_keep_more_than_one_image_are_told(full: tuple[RunFolder, Recipe]) -> None:
+def test_sets_that_keep_more_than_one_image_are_told(
+    full: tuple[RunFolder, Recipe], written: tuple[Path, dict[str, Any]]
+) -> None:
     folder, recipe = full
-    assert "keeps more than one" not in read(write(folder, recipe)[0]).text
+    assert "keeps more than one" not in read(written[0]).text
     within = recipe.model_copy(update={"balance": recipe.balance.model_copy(update={"max_radius": 0.125})})
     text = read(write(folder, within)[0]).text
     assert "and a set keeps more than one where a removed image would be farther than 0.125 from the kept one." in text
@@ -474,9 +506,10 @@ def test_pairs_that_the_balance_removed_are_not_called_used(
 
 def test_the_shares_of_perceptual_and_semantic_duplicates_are_told_with_examples(
     full: tuple[RunFolder, Recipe],
+    written: tuple[Path, dict[str, Any]],
 ) -> None:
-    folder, recipe = full
-    out, _ = write(folder, recipe)
+    folder, _ = full
+    out, _ = written
     page = read(out)
     assert (
         "Of 4 removed images drawn at random and compared, 50.0 % (15.0 \N{EN DASH} 85.0) have nearly the same pixels"
@@ -501,13 +534,15 @@ def test_a_run_balanced_without_kinds_or_chains_has_a_page(
 
 
 @pytest.mark.slow
-def test_chained_sets_are_warned_of(full: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chained_sets_are_warned_of(
+    full: tuple[RunFolder, Recipe], written: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, recipe = full
     giant = {"set": 3, "size": 5000, "share_of_rows": 0.25, "beyond_threshold_share": 0.97, "farthest": 1.134}
     giant["widest"] = 1.5
     chains = {"beyond_threshold_share": 0.9, "distance": {"0.99": 0.9876}, "largest": 5000, "top_sizes": [5000]}
     chains["giants"] = [giant]
-    assert "chained images" not in read(write(folder, recipe)[0]).text
+    assert "chained images" not in read(written[0]).text
     with_summary(monkeypatch, folder, {"chains": chains})
     text = read(write(folder, recipe)[0]).text
     assert "1 set of chained images. Linked one by one" in text
@@ -565,9 +600,9 @@ def test_a_run_that_was_not_drawn_is_named_with_the_command_to_run(tmp_path: Pat
 
 
 def test_the_first_screen_says_what_was_removed_how_the_clusters_changed_and_who_is_ahead(
-    full: tuple[RunFolder, Recipe],
+    written: tuple[Path, dict[str, Any]],
 ) -> None:
-    out, _ = write(*full)
+    out, _ = written
     page = read(out)
     first = page.text.split("What went in")[0].replace("\N{MINUS SIGN}", "-")
     assert f"{100 * GROUPS * (COPIES - 1) / (ROWS - 1):.1f} % removed as duplicates" in first
@@ -608,10 +643,10 @@ def test_without_a_baseline_nothing_is_said_of_a_gain(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_training_tells_its_speed_its_waiting_and_what_it_skipped(
-    full: tuple[RunFolder, Recipe], monkeypatch: pytest.MonkeyPatch
+    full: tuple[RunFolder, Recipe], written: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, recipe = full
-    text = read(write(folder, recipe)[0]).text
+    text = read(written[0]).text
     # The log's lines are steps 10 to 300, at 1000 + step pairs a second and 1 / step of the time waiting.
     assert "pairs a second, median 1,155 slowest and fastest 1,010 and 1,300" in text
     assert "at most 10.0 % steps skipped 0 pairs that could not be read 3" in text
@@ -621,7 +656,9 @@ def test_the_training_tells_its_speed_its_waiting_and_what_it_skipped(
 
 
 @pytest.mark.slow
-def test_robustness_and_sets_unlike_clips_are_told(full: tuple[RunFolder, Recipe], tmp_path: Path) -> None:
+def test_robustness_and_sets_unlike_clips_are_told(
+    full: tuple[RunFolder, Recipe], written: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     folder, recipe = full
     results = folder.stage("evaluate") / "results.jsonl"
     before = results.read_text()
@@ -635,15 +672,16 @@ def test_robustness_and_sets_unlike_clips_are_told(full: tuple[RunFolder, Recipe
         results.write_text(before)
     assert "one this set 43.8 43.8 43.8 ImageNet, same classes 81.2 81.2 81.2" in text
     assert "* one: <half> of it" in text
-    assert "Robustness" not in read(write(folder, recipe)[0]).text
+    assert "Robustness" not in read(written[0]).text
 
 
 @pytest.mark.slow
 def test_blurred_pictures_are_shown_by_pointer_keyboard_or_tap_and_never_on_paper(
     full: tuple[RunFolder, Recipe],
+    written: tuple[Path, dict[str, Any]],
 ) -> None:
     folder, _ = full
-    plain = read(write(folder, make_recipe(folder.path.parent))[0])
+    plain = read(written[0])
     assert not [a for _, a in plain.elements if "tabindex" in a]
     assert "blur" not in (plain.all("body")[0].get("class") or "")
     out, _ = write(folder, make_recipe(folder.path.parent, report={"blur": True}))
@@ -700,9 +738,9 @@ needs_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium 
 @needs_a_browser
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_opens_the_page_without_complaint_or_request(
-    full: tuple[RunFolder, Recipe], tmp_path: Path, width: int
+    written: tuple[Path, dict[str, Any]], tmp_path: Path, width: int
 ) -> None:
-    out, _ = write(*full)
+    out, _ = written
     pixels, said, asked = browse(out / "report.html", tmp_path, width=width)
     assert "CONSOLE" not in said
     assert asked == set()
@@ -711,8 +749,10 @@ def test_a_browser_opens_the_page_without_complaint_or_request(
 
 @needs_a_browser
 @pytest.mark.parametrize("width", [390, 1200])
-def test_the_page_is_never_wider_than_the_window(full: tuple[RunFolder, Recipe], tmp_path: Path, width: int) -> None:
-    out, _ = write(*full)
+def test_the_page_is_never_wider_than_the_window(
+    written: tuple[Path, dict[str, Any]], tmp_path: Path, width: int
+) -> None:
+    out, _ = written
     assert scroll_width(out / "report.html", tmp_path, width=width) == width
 
 
@@ -750,13 +790,11 @@ def test_blurred_pictures_have_no_edges(full: tuple[RunFolder, Recipe], tmp_path
 
 
 @pytest.mark.parametrize("name", ["draw/losses.csv", "draw/removed_sets.csv", "evaluate/results.jsonl"])
-def test_a_file_that_is_not_as_it_was_written_is_named_and_not_shown(tmp_path: Path, name: str) -> None:
-    folder, recipe = drawn(tmp_path / "made")
+def test_a_file_that_is_not_as_it_was_written_is_named_and_not_shown(full: tuple[RunFolder, Recipe], name: str) -> None:
+    folder, recipe = full
     path = folder.path / name
-    content, time = bytearray(path.read_bytes()), path.stat().st_mtime_ns
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    os.utime(path, ns=(time, time))  # as when a disk rots
-    with pytest.raises(RunError, match=f"{path.name} has other contents") as error:
+    with rotten(path, bytes(content)), pytest.raises(RunError, match=f"{path.name} has other contents") as error:
         write(RunFolder(folder.path), recipe)
     assert f"`clip-cid {name.partition('/')[0]} {folder.path} --force`" in error.value.fix

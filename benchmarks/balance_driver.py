@@ -2,11 +2,11 @@
 
     python benchmarks/balance_driver.py --rows 100000 1000000 4000000 10000000 --dim 64
 
-Made-up rows: of every five two are near the third one, and a fifth of these equal it bit for bit. Everything is
-`clip-cid balance` on them, from their import to the page of the balance, with tasks in two processes more (which are
-not counted), but for one step: the links of near pairs are known from how the rows were made, and are written in the
-place of what a comparison would leave. So millions of rows take minutes. Anonymous memory (RssAnon, sampled every
-20 ms) is what the system cannot take back; the slope is that between a number of rows and the one before it.
+Made-up rows, a million a file: of every five two are near the third one, and a fifth of these equal it bit for bit.
+Everything is `clip-cid balance` on them, from their import to the page of the balance, with tasks in two processes
+more, but for one step: the links of near pairs are known from how the rows were made, and are written in the place of
+what a comparison would leave. So millions of rows take minutes. Anonymous memory (RssAnon, sampled every 20 ms) is what
+the system cannot take back; the slope is that between a number of rows and the one before it.
 """
 
 import itertools
@@ -32,15 +32,21 @@ from clip_cid.method.jobs import Context
 from clip_cid.method.unit_rows import UnitRows
 
 _GROUP, _BLOCK = 5, 1 << 16  # rows; of groups
+_FILE = 1_000_000  # rows
 _NOISE = 0.02
 _MIB = 1 << 20
 
 
-def make_rows(path: Path, rows: int, dim: int) -> None:
+def make_rows(folder: Path, rows: int, dim: int) -> None:
     """Groups of five rows: the last two are near the third, or equal it in every fifth group."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(rows, dim))
+    folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
+    for start in range(0, rows, _FILE):
+        _make_file(folder / f"{start // _FILE:03d}.npy", min(_FILE, rows - start), dim, random)
+
+
+def _make_file(path: Path, rows: int, dim: int, random: np.random.Generator) -> None:
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(rows, dim))
     for start in range(0, rows // _GROUP, _BLOCK):
         groups = random.standard_normal((min(_BLOCK, rows // _GROUP - start), _GROUP, dim), dtype=np.float32)
         groups[:, 3:] = groups[:, 2:3] + _NOISE * groups[:, 3:]
@@ -78,10 +84,10 @@ def drive(run: str, rows: str) -> int:
     return cli.main(["balance", run, "--embeddings", rows, *flags])
 
 
-def measure(run: Path, rows: Path) -> tuple[float, float, float]:
-    """MiB of anonymous and of mapped memory, and seconds."""
+def measure(run: Path, rows: Path) -> tuple[float, float, float, float]:
+    """MiB of anonymous and of mapped memory, of anonymous memory in the largest other process, and seconds."""
     shutil.rmtree(run, ignore_errors=True)
-    started, anonymous, mapped = time.monotonic(), 0.0, 0.0
+    started, anonymous, mapped, others = time.monotonic(), 0.0, 0.0, 0.0
     words = run.with_name("words.txt")
     with words.open("wb") as said:
         process = subprocess.Popen([sys.executable, __file__, "drive", str(run), str(rows)], stderr=said)
@@ -89,26 +95,35 @@ def measure(run: Path, rows: Path) -> tuple[float, float, float]:
         now = status(process.pid)
         anonymous = max(anonymous, now.get("RssAnon", 0) / 1024)
         mapped = max(mapped, (now.get("RssFile", 0) + now.get("RssShmem", 0)) / 1024)
+        others = max([others, *(status(child).get("RssAnon", 0) / 1024 for child in _children(process.pid))])
         time.sleep(0.02)
     if process.returncode:
         raise SystemExit(words.read_text())
-    return anonymous, mapped, time.monotonic() - started
+    return anonymous, mapped, others, time.monotonic() - started
+
+
+def _children(process: int) -> list[int]:
+    try:
+        return [*map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())]
+    except OSError:  # it has ended meanwhile
+        return []
 
 
 def main(
     rows: tuple[int, ...] = (100_000, 1_000_000, 4_000_000), dim: int = 64, work: Path = Path("data/balance-driver")
 ) -> None:
     """Print a table."""
-    print("| rows | anonymous, MiB | bytes a row | mapped, MiB | s |\n|---|---|---|---|---|", flush=True)
+    print("| rows | anonymous, MiB | bytes a row | mapped, MiB | largest task process, MiB | s |", flush=True)
+    print("|---|---|---|---|---|---|", flush=True)
     before: tuple[int, float] | None = None
     for count in rows:
-        path = work / f"{count}x{dim}" / "rows.npy"
+        path = work / f"{count}x{dim}"
         make_rows(path, count, dim)
-        anonymous, mapped, seconds = measure(work / "run", path.resolve())
+        anonymous, mapped, others, seconds = measure(work / "run", path.resolve())
         slope = "-" if before is None else f"{_MIB * (anonymous - before[1]) / (count - before[0]):.0f}"
-        print(f"| {count:,} | {anonymous:,.0f} | {slope} | {mapped:,.0f} | {seconds:.0f} |", flush=True)
+        print(f"| {count:,} | {anonymous:,.0f} | {slope} | {mapped:,.0f} | {others:,.0f} | {seconds:.0f} |", flush=True)
         before = count, anonymous
-        shutil.rmtree(path.parent)
+        shutil.rmtree(path)
     shutil.rmtree(work / "run")
 
 

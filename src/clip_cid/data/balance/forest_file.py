@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int, UInt64
 
 from clip_cid.data.array_folder import save_array
+from clip_cid.data.balance.tables import read_numbers
 from clip_cid.data.npy_files import read_npy
 from clip_cid.errors import DataError
 from clip_cid.file_digests import sha256_file
@@ -70,17 +71,17 @@ def read_forest(path: Path) -> StoredForest:
             schema = file.schema_arrow
             if schema.remove_metadata() != pa.schema(_COLUMNS):
                 raise DataError(f"{path}: has the columns {_described(schema)}, not {_described(_COLUMNS)}.", fix=_FIX)
-            table = file.read()
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing.", fix=_FIX) from error
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a whole Parquet file ({error}).", fix=_FIX) from error
 
     rows, limit = _head(schema.metadata or {}, path)
-    left, right, squared = (column.to_numpy() for column in table.columns)
+    columns = read_numbers(path, {field.name: field.type.to_pandas_dtype() for field in _COLUMNS})
+    left, right, squared = columns.values()
     if len(left) and not (left.min() >= 0 and right.max() < rows and (left < right).all()):
         raise DataError(f"{path}: a link does not join rows 0 <= left < right < {rows:,}.", fix=_FIX)
-    if len(left) and not ((np.diff(squared) >= 0).all() and squared[0] >= 0 and squared[-1] <= limit):
+    if len(left) and not ((squared[1:] >= squared[:-1]).all() and squared[0] >= 0 and squared[-1] <= limit):
         raise DataError(f"{path}: squared_distance does not ascend from 0 to the limit {limit:g}.", fix=_FIX)
     return StoredForest(rows, left, right, squared, limit)
 

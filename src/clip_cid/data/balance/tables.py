@@ -1,6 +1,6 @@
 """Readable tables of a balance: `sets.parquet`, a line a set; `members.parquet`, a line an image of a set."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
+from numpy.typing import DTypeLike
 
 from clip_cid.data.balance.kinds import KINDS
 from clip_cid.errors import DataError
@@ -94,6 +95,27 @@ def read_columns(path: Path, columns: list[str], *, filters: Any = None) -> pa.T
         raise DataError(f"{path}: cannot be read ({error}).", fix=_FIX) from error
 
 
+def read_numbers(path: Path, types: Mapping[str, DTypeLike]) -> dict[str, np.ndarray]:
+    """Columns of numbers of a Parquet table that the stage wrote, of these types.
+
+    A row group is read at a time, so that beside the numbers themselves little is in memory.
+
+    Raises:
+        DataError: The table cannot be read.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = {name: np.empty(file.metadata.num_rows, dtype=kind) for name, kind in types.items()}
+            start = 0
+            for batch in file.iter_batches(_ROW_GROUP, columns=[*columns]):
+                for name, values in columns.items():
+                    values[start : start + len(batch)] = batch.column(name).to_numpy(zero_copy_only=False)
+                start += len(batch)
+            return columns
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read ({error}).", fix=_FIX) from error
+
+
 class BalanceTables:
     """Both tables of a run; a column is read when it is used.
 
@@ -116,18 +138,18 @@ class BalanceTables:
     @cached_property
     def sets(self) -> dict[str, np.ndarray]:
         """Every column but the keys, by name."""
-        return _columns(read_columns(self._sets, [name for name in _SETS if name != "kept_key"]))
+        return _numbers(self._sets, _SETS, [name for name in _SETS if name != "kept_key"])
 
     @cached_property
     def distances(self) -> Float[np.ndarray, " removed"]:
         """From each removed image to the kept one."""
-        columns = _columns(read_columns(self._members, ["kept", "distance"]))
+        columns = _numbers(self._members, _MEMBERS, ["kept", "distance"])
         return columns["distance"][~columns["kept"]]
 
     @property
     def removed(self) -> dict[str, np.ndarray]:
         """Row, set and distance of every removed image."""
-        columns = _columns(read_columns(self._members, ["row", "set", "kept", "distance"]))
+        columns = _numbers(self._members, _MEMBERS, ["row", "set", "kept", "distance"])
         return {name: columns[name][~columns["kept"]] for name in ("row", "set", "distance")}
 
     @cached_property
@@ -178,6 +200,10 @@ def _check(path: Path, types: Mapping[str, pa.DataType]) -> tuple[str, float]:
         raise DataError(f"{path}: not a whole Parquet file ({error}).", fix=_FIX) from error
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: its metadata does not name metric and threshold ({error!r}).", fix=_FIX) from error
+
+
+def _numbers(path: Path, types: Mapping[str, pa.DataType], names: Sequence[str]) -> dict[str, np.ndarray]:
+    return read_numbers(path, {name: types[name].to_pandas_dtype() for name in names})
 
 
 def _columns(table: pa.Table) -> dict[str, np.ndarray]:

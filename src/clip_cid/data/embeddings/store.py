@@ -1,6 +1,7 @@
 """Reading teacher embeddings: the store knows the key, the captions and the vectors of each row."""
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -172,6 +173,15 @@ class EmbeddingStore:
             if end - first >= rows or end == self.rows:
                 yield first, _joined(waiting)
                 waiting, first = [], end
+
+    def keys_of(self, rows: Sequence[int]) -> list[str]:
+        """The keys of some rows, ascending; only their shards are read, and nobody looks whether one is repeated."""
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        keys: list[str] = []
+        for shard, own in itertools.groupby(zip(shards.tolist(), rows, strict=True), operator.itemgetter(0)):
+            column = read_texts(self._file(shard, "metadata"), self.info.key_column)
+            keys += [column[row - int(self._starts[shard])].as_py() for _, row in own]
+        return keys
 
     def first_keys(self, rows: int) -> pa.LargeStringArray:
         """The keys of the first rows, at most so many."""

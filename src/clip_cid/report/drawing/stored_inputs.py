@@ -76,6 +76,8 @@ class StoredInputs:
     def joined_forest(self) -> StoredForest:
         """The forest without the links that decisions cut."""
         forest, cut = self.forest, read_cut(self.folder.stage(BALANCE))
+        if not len(cut):
+            return forest
         left, right, squared = (np.delete(column, cut) for column in (forest.left, forest.right, forest.squared))
         return forest._replace(left=left, right=right, squared=squared)
 
@@ -83,7 +85,7 @@ class StoredInputs:
         """Key and captions of each row."""
         distinct = sorted(set(rows))
         captions = {row: " / ".join(self.store.captions(row)) for row in distinct}
-        return {row: self.store.keys[row] for row in distinct}, captions
+        return dict(zip(distinct, self.store.keys_of(distinct), strict=True)), captions
 
     def pictures(self, keys: dict[int, str]) -> Pictures:
         try:

@@ -1,3 +1,4 @@
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_cid.data.balance.tables import BalanceTables, write_tables
+from clip_cid.data.balance.tables import BalanceTables, read_numbers, write_tables
 from clip_cid.errors import DataError
 from clip_cid.method.balance.forest import Forest
 from clip_cid.method.balance.set_explanation import explain
@@ -108,6 +109,26 @@ def test_nothing_removed_gives_empty_tables(tmp_path: Path) -> None:
     write_tables(tmp_path, KEYS, *columns, metric="euclidean", threshold=0.3)
     tables = BalanceTables(tmp_path)
     assert (len(tables.sets["size"]), len(tables.distances), len(tables.of_kind("semantic")["row"])) == (0, 0, 0)
+
+
+def test_numbers_that_are_read_take_their_own_bytes_and_a_row_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups, group = 60, 1 << 12
+    column = pa.array(np.random.default_rng(0).random(groups * group))
+    pq.write_table(pa.table({"a": column, "b": column}), tmp_path / "t", row_group_size=group, use_dictionary=False)
+    monkeypatch.setattr("clip_cid.data.balance.tables._ROW_GROUP", group)
+    usual, counted = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(counted)
+    tracemalloc.start()
+    try:
+        found = read_numbers(tmp_path / "t", {"a": np.float64, "b": np.float64})
+        peak = tracemalloc.get_traced_memory()[1] + (counted.max_memory() or 0)
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(usual)
+    assert all(np.array_equal(values, column) for values in found.values())
+    assert peak < 1.25 * 2 * column.nbytes
 
 
 def test_broken_tables_are_named_with_their_remedy(tmp_path: Path) -> None:

@@ -375,6 +375,14 @@ def test_keys_on_the_disk_are_those_in_memory(path: Path, tmp_path: Path) -> Non
         EmbeddingStore.open(path).map_keys(tmp_path / "keys")
 
 
+def test_keys_of_some_rows_are_read_from_their_shards_alone(path: Path) -> None:
+    store = EmbeddingStore.open(path)
+    every = list(EmbeddingStore.open(path).keys)
+    (path / "metadata" / "metadata_0001.parquet").unlink()
+    assert store.keys_of([0, 3, 3, 6, 7]) == [every[row] for row in (0, 3, 3, 6, 7)]
+    assert store.keys_of([]) == []
+
+
 def test_captions_on_the_disk_are_those_of_each_row_and_each_shard_is_read_once(
     path: Path, clip_retrieval: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

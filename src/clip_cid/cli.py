@@ -775,49 +775,26 @@ def export(
     folder = _existing(run)
     extras.require("export", extras.DISTILL)
     folder.stage(DISTILL)  # refused before the libraries are loaded
-    from clip_cid.models.export import copy_student, usage
-    from clip_cid.publish import onnx_export, transformers_export
-    from clip_cid.publish.finished_student import finished_student, local_parts
+    from clip_cid.publish.export_folder import export_folder
+    from clip_cid.publish.onnx_precision import ALLOWED
 
-    student = finished_student(folder)
-    if max_drop is not None and (onnx in (None, "fp32") or not max_drop >= 0):
+    if max_drop is not None and (onnx in (None, "fp32") or not 0 <= max_drop <= 100):
         raise ConfigError(
-            f"--max-drop {max_drop:g}: is the number of points that --onnx fp16 or int8 may lose, 0 or more.",
+            f"--max-drop {max_drop:g}: is the number of points that --onnx fp16 or int8 may lose, from 0 to 100.",
             fix="Give it with one of them.",
         )
-    if onnx is not None:
-        onnx_export.require_onnx()
-    if transformers:
-        transformers_export.require_transformers()
-        transformers_export.refuse_unmapped(student)
-
-    said: list[str] = []
-    with os_errors.explained(out), contextlib.ExitStack() as stack:
-        if onnx in ("fp16", "int8"):
-            from clip_cid.publish import onnx_precision
-
-            recipe = read_run_recipe(run / pipeline.RECIPE_FILE)
-            onnx_precision.require(onnx, recipe)
-            allowed = onnx_precision.ALLOWED if max_drop is None else max_drop
-            graphs = stack.enter_context(onnx_precision.converted(folder, student, recipe, onnx, allowed=allowed))
-            copy_student(student, out)
-            said.append(onnx_precision.place(graphs, out, onnx))
-        else:
-            copy_student(student, out)
-        if onnx == "fp32":
-            gaps = onnx_export.export_onnx(out)
-            said.append(f"# ONNX: {out / 'onnx'}; largest difference to PyTorch: {_listed(gaps)}")
-        if transformers:
-            gaps = transformers_export.export_transformers(out)
-            said.append(f"{transformers_export.usage(out)}# largest difference to open_clip: {_listed(gaps)}")
-    if local := local_parts(out):
-        log.warn(f"{out}: loads on this machine only, as its model_cfg names {', '.join(local)}")
-    log.say("\n".join([usage(out), *said]))
+    less = None if onnx == "fp32" else onnx
+    said = export_folder(
+        folder,
+        out,
+        Recipe() if less is None else read_run_recipe(run / pipeline.RECIPE_FILE),
+        exact_onnx=onnx == "fp32",
+        less=less,
+        allowed=ALLOWED if max_drop is None else max_drop,
+        hf=transformers,
+    )
+    log.say(said)
     return 0
-
-
-def _listed(gaps: dict[str, float]) -> str:
-    return ", ".join(f"{name} {gap:.2g}" for name, gap in gaps.items())
 
 
 def push(

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_cid.new_folder import drop_left, new_folder
+from clip_cid.errors import RunError
+from clip_cid.new_folder import drop_left, new_folder, refuse_foreign
 from clip_cid.run_folder import own_host
 
 pytestmark = pytest.mark.resume
@@ -72,3 +73,46 @@ def test_only_what_dead_processes_have_left_of_this_name_is_removed(tmp_path: Pa
     (tmp_path / f".out.tmp-{DEAD}").touch()
     drop_left(tmp_path / "out")
     assert names(tmp_path) == sorted(kept)
+
+
+def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
+    for words in ("one", "two"):
+        fill(tmp_path / "out", words)
+        assert (tmp_path / "disk" / "out" / "inner" / "file").read_text() == words
+    assert (tmp_path / "out").is_symlink()
+    assert names(tmp_path) == ["disk", "out"]
+    assert names(tmp_path / "disk") == ["out"]
+
+
+def test_only_a_folder_of_the_same_kind_without_files_of_others_may_be_replaced(tmp_path: Path):
+    def refuse(out: Path) -> None:
+        refuse_foreign(out, "a thing", mark="mark", names={"mark", "part"})
+
+    out = tmp_path / "out"
+    refuse(out)
+    out.mkdir()
+    refuse(out)
+    (out / "part").touch()
+    with pytest.raises(RunError, match="out: exists and is not a thing"):
+        refuse(out)
+    (out / "mark").touch()
+    refuse(out)
+    for name in (".git", "a", "b", "c"):
+        (out / name).touch()
+    with pytest.raises(RunError, match=r"would be replaced, but holds \.git, a, b and 1 more too"):
+        refuse(out)
+    with pytest.raises(RunError, match="mark: exists and is not a thing"):
+        refuse(out / "mark")
+
+
+def test_no_folder_of_a_stage_is_a_place_for_one(tmp_path: Path):
+    stage = tmp_path / "run" / "distill"
+    stage.mkdir(parents=True)
+    refuse_foreign(stage / "student", "a thing", mark="mark", names={"mark"})  # no run's: a name only
+    (stage / "manifest.json").touch()
+    for out in (stage / "student", stage / "student" / "deeper"):
+        with pytest.raises(RunError, match="is in the folder of a stage"):
+            refuse_foreign(out, "a thing", mark="mark", names={"mark"})
+    refuse_foreign(tmp_path / "run" / "student", "a thing", mark="mark", names={"mark"})

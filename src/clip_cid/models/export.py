@@ -19,9 +19,15 @@ from clip_cid.models.loading import load_clip
 from clip_cid.models.open_clip_errors import open_clip_warnings
 from clip_cid.models.public_names import public_provenance
 from clip_cid.models.references import CONFIG_FILE, WEIGHTS_FILE
-from clip_cid.new_folder import new_folder
+from clip_cid.new_folder import new_folder, refuse_foreign
 
 HEAD_FILE = "cid_head.safetensors"
+_OF_TOKENIZERS = {
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja"),
+}
+PARTS = ("onnx", "onnx-fp16", "onnx-int8", "transformers")
+"""Folders that an export may have."""
 
 
 def export_student(clip: Clip, out: Path, *, head_state: Mapping[str, Tensor], provenance: dict[str, Any]) -> None:
@@ -38,14 +44,25 @@ def export_student(clip: Clip, out: Path, *, head_state: Mapping[str, Tensor], p
             without secrets and local paths.
 
     Raises:
-        RunError: `out` holds something else, or the reloaded model differs.
+        RunError: As `refuse_no_place`, or the reloaded model differs.
     """
-    if out.exists() and not _is_ours(out):
-        raise RunError(f"{out}: exists and is not an export of clip-cid.", fix="Give another folder, or remove it.")
-
+    refuse_no_place(out)
     with new_folder(out) as part:
         _write(clip, part, head_state, provenance)
         _self_test(clip, part)
+
+
+def refuse_no_place(out: Path) -> None:
+    """Refuse a folder in whose place no export may stand: only an earlier export is replaced.
+
+    Raises:
+        RunError: `out` holds something else, or files of others, or is a part of a run's stage.
+    """
+    what = "an export of clip-cid"
+    names = {CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE, *PARTS, *_OF_TOKENIZERS}
+    refuse_foreign(out, what, mark=CONFIG_FILE, names=names)
+    if (out / CONFIG_FILE).is_file() and not _is_ours(out):
+        raise RunError(f"{out}: exists and is not {what}.", fix="Give another folder, or remove it.")
 
 
 def usage(out: Path) -> str:
@@ -96,9 +113,7 @@ def _write(clip: Clip, folder: Path, head_state: Mapping[str, Tensor], provenanc
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether the folder may be replaced: it is an export, or empty."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return folder.is_dir()
+    """Whether clip-cid wrote the model of a folder."""
     try:
         return "clip_cid" in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,5 +1,6 @@
 """How much ONNX graphs of lower precision lose on the evaluation sets of the run: the same images, both models."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -70,14 +71,14 @@ class Drops:
         Raises:
             RunError: A score drops by more.
         """
-        worst = max(self.rows, key=lambda row: row.drop)
-        if worst.drop * 100 <= allowed + _ROUNDING:
+        more = [row for row in self.rows if not row.drop * 100 <= allowed + _ROUNDING]  # also true for NaN
+        if not more:
             return
-        more = sum(row.drop * 100 > allowed + _ROUNDING for row in self.rows)
+        worst = max(more, key=lambda row: math.inf if math.isnan(row.drop) else row.drop)
         raise RunError(
             f"--onnx {precision}: {PROTOCOLS[worst.task].short} on {worst.set} ({worst.metric}) drops by"
             f" {100 * worst.drop:.1f} points, from {100 * worst.student:.1f} to {100 * worst.graphs:.1f} %;"
-            f" {more} of {len(self.rows)} scores drop by more than {allowed:g}.",
+            f" {len(more)} of {len(self.rows)} scores drop by more than {allowed:g}.",
             fix=f"Nothing is written. Use {'--onnx fp16 or --onnx' if precision == 'int8' else '--onnx'}, or allow more"
             " with --max-drop POINTS.",
         )

@@ -12,7 +12,6 @@ from typing import Any, Literal
 from clip_cid import extras
 from clip_cid.errors import RunError
 from clip_cid.models.loading import load_clip
-from clip_cid.new_folder import new_folder
 from clip_cid.publish import onnx_export
 from clip_cid.publish.model_card import markdown_text
 from clip_cid.publish.onnx_gate import Drop, Drops, measure_drops, refuse_without_sets
@@ -90,12 +89,11 @@ def converted(
         yield folder
 
 
-def place(folder: Path, out: Path, precision: Precision) -> str:
-    """Put what `converted` made into an export; says where it is and what it loses."""
-    target = out / f"{onnx_export.FOLDER}-{precision}"
-    with new_folder(target) as part:
-        shutil.copytree(folder, part, dirs_exist_ok=True)
-    return f"# ONNX in {precision}: {target}; the drop of each score is in {target / CARD}"
+def place(graphs: Path, part: Path, out: Path, precision: Precision) -> str:
+    """Put what `converted` made into an export that will be at `out`; says where it is and what it loses."""
+    name = f"{onnx_export.FOLDER}-{precision}"
+    shutil.copytree(graphs, part / name)
+    return f"# ONNX in {precision}: {out / name}; the drop of each score is in {out / name / CARD}"
 
 
 def _convert(exact: Path, path: Path, precision: Precision) -> None:

@@ -78,14 +78,15 @@ def export_transformers(folder: Path) -> dict[str, float]:
         return _compare(clip, target, part)
 
 
-def usage(folder: Path) -> str:
+def usage(folder: Path, out: Path) -> str:
     """The lines to paste.
 
     Args:
         folder: The exported student.
+        out: Where it will be.
     """
-    path = (folder / FOLDER).resolve()
-    (name,) = read_json(path / "config.json")["architectures"]
+    path = (out / FOLDER).resolve()
+    (name,) = read_json(folder / FOLDER / "config.json")["architectures"]
     return f"""\
 # transformers: pip install transformers torchvision pillow
 from transformers import AutoProcessor, {name}

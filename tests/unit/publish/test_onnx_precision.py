@@ -127,6 +127,12 @@ def test_more_than_is_allowed_is_refused_with_the_worst_score() -> None:
     assert len(str(error.value).splitlines()) == 2
 
 
+@pytest.mark.parametrize("values", [(float("nan"), 0.0), (0.0, float("nan")), (0.5, float("nan"), 0.0)])
+def test_a_drop_that_is_no_number_is_refused_wherever_it_stands(values: tuple[float, ...]) -> None:
+    with pytest.raises(RunError, match="drops by nan points"):
+        drops(*values).refuse("int8", allowed=100)
+
+
 @pytest.mark.slow
 def test_a_refused_export_leaves_nothing(
     run: tuple[RunFolder, Recipe],
@@ -181,11 +187,13 @@ def test_the_flag_alone_still_means_float32(given: Sequence[str], meant: Sequenc
     assert cli._with_precision(given) == meant
 
 
-@pytest.mark.parametrize("flags", [[], ["--onnx"], ["--onnx", "int8"]])
-def test_a_limit_without_a_precision_or_below_zero_is_refused(
-    run: tuple[RunFolder, Recipe], tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("flags", "limit"),
+    [([], "2"), (["--onnx"], "2"), *((["--onnx", "int8"], limit) for limit in ("-1", "101", "inf", "nan"))],
+)
+def test_a_limit_without_a_precision_or_that_is_no_number_of_points_is_refused(
+    run: tuple[RunFolder, Recipe], tmp_path: Path, flags: list[str], limit: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limit = "-1" if "int8" in flags else "2"
     command = ["export", str(run[0].path), str(tmp_path / "out"), *flags, f"--max-drop={limit}"]
     assert cli.main(command) == 2
     assert "is the number of points" in capsys.readouterr().err

@@ -268,6 +268,32 @@ def test_the_command_prints_the_lines_that_load_it(
     assert not [path.name for path in files if str(tmp_path) in path.read_text()]
 
 
+def test_a_form_that_is_refused_leaves_the_earlier_export_and_files_of_others_are_kept(
+    transformers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: Any) -> None:
+        raise RunError("transformers: differs.", fix="Nothing.")
+
+    run, out = finished_run(tmp_path / "run"), tmp_path / "out"
+    assert cli.main(["export", str(run.path), str(out)]) == 0
+    (out / "onnx").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(transformers_export, "_compare", refused)
+    assert cli.main(["export", str(run.path), str(out), "--transformers"]) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+    capsys.readouterr()
+    assert cli.main(["export", str(run.path), str(out)]) == 0
+    assert "the earlier export is replaced, and its onnx with it" in capsys.readouterr().err
+
+    (out / "NOTES.md").write_text("mine")
+    assert cli.main(["export", str(run.path), str(out)]) == 1
+    assert "but holds NOTES.md too" in capsys.readouterr().err
+    assert (out / "NOTES.md").read_text() == "mine"
+    assert cli.main(["export", str(run.path), str(run.path / "distill" / "student")]) == 1
+    assert "is in the folder of a stage" in capsys.readouterr().err
+
+
 def test_without_the_extra_the_command_says_what_to_install_before_it_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

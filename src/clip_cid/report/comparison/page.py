@@ -13,7 +13,7 @@ from clip_cid.evaluation.protocols import PROTOCOLS
 from clip_cid.evaluation.scores import Difference
 from clip_cid.figures import curves
 from clip_cid.models.public_names import PublicWords
-from clip_cid.new_folder import new_folder
+from clip_cid.new_folder import new_folder, refuse_foreign
 from clip_cid.report import page
 from clip_cid.report.comparison.contenders import Contender, Row, common_rows, contenders, open_evaluations
 from clip_cid.report.comparison.gaps import Gap, gaps, groups_for
@@ -53,8 +53,7 @@ def compare(places: Sequence[Path], out: Path, *, common: bool) -> str:
         RunError: As `open_evaluations` and `common_rows`; there is one model only; or `out` holds something else.
         DataError: Results cannot be read.
     """
-    if out.exists() and not (out / NUMBERS).is_file():
-        raise RunError(f"{out}: exists and is not a comparison.", fix="Give another folder: --out FOLDER.")
+    refuse_foreign(out, "a comparison", mark=NUMBERS, names={PAGE, TABLE, NUMBERS, "curves.csv"})
     evaluations = open_evaluations(places)
     models, same = contenders(evaluations)
     if len(models) < 2:

@@ -30,7 +30,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also of a process that is started with this file
 from process_costs import machine as this_machine
 
-_NODES, _BRIDGE, _PORT, _ATTEMPTS = 3, "clipcid0", 6379, 8
+_NODES, _PORT, _ATTEMPTS = 3, 6379, 8
+_MARK = f"cc{os.getpid()}"  # of names of this process: the system forgets those of an earlier one after a while
+_BRIDGE = f"{_MARK}b"
+INTERFACE = "net0"
 _AFTER = {"balance": 5, "cluster": 12, "embed": 3}  # tasks that are done when something happens
 _COMMAND = """
 import sys, time
@@ -66,7 +69,12 @@ def address(node: int) -> str:
 
 
 def name(node: int) -> str:
-    return f"clipcid{node}"
+    return f"{_MARK}n{node}"
+
+
+def outside(node: int) -> str:
+    """The end of its cable."""
+    return f"{_MARK}o{node}"
 
 
 @contextlib.contextmanager
@@ -76,12 +84,11 @@ def namespaces() -> Generator[None]:
         ip("link", "add", _BRIDGE, "type", "bridge")
         ip("link", "set", _BRIDGE, "up")
         for node in range(_NODES):
-            inside, outside = f"cc{node}in", f"cc{node}out"
             ip("netns", "add", name(node))
-            ip("link", "add", outside, "type", "veth", "peer", "name", inside, "netns", name(node))
-            ip("link", "set", outside, "master", _BRIDGE, "up")
-            ip("-n", name(node), "addr", "add", f"{address(node)}/24", "dev", inside)
-            for device in ("lo", inside):
+            ip("link", "add", outside(node), "type", "veth", "peer", "name", INTERFACE, "netns", name(node))
+            ip("link", "set", outside(node), "master", _BRIDGE, "up")
+            ip("-n", name(node), "addr", "add", f"{address(node)}/24", "dev", INTERFACE)
+            for device in ("lo", INTERFACE):
                 ip("-n", name(node), "link", "set", device, "up")
         yield
     finally:
@@ -146,7 +153,7 @@ def start_node(
 
 def traffic() -> list[tuple[int, int]]:
     """Bytes that each node has read and sent so far."""
-    folders = (Path("/sys/class/net") / f"cc{node}out" / "statistics" for node in range(_NODES))
+    folders = (Path("/sys/class/net") / outside(node) / "statistics" for node in range(_NODES))
     return [(int((at / "tx_bytes").read_text()), int((at / "rx_bytes").read_text())) for at in folders]
 
 
@@ -170,7 +177,7 @@ class Work(NamedTuple):
         """The exit code of the stage, in the first namespace if it has flags; after some tasks something happens."""
         (sign := self.folder / "sign").unlink(missing_ok=True)
         with (
-            (self.folder / f"{run}.log").open("ab") as log,
+            self.log(run).open("ab") as log,
             subprocess.Popen(
                 self.command(stage, run, *flags), env=self.environment, cwd=self.folder, stderr=log
             ) as process,
@@ -182,6 +189,10 @@ class Work(NamedTuple):
                     sign.unlink()
                 time.sleep(0.02)
         return process.returncode
+
+    def log(self, run: str) -> Path:
+        """What the command says."""
+        return self.folder / f"{run.replace('/', '-')}.log"
 
     def digests(self, stage: str, run: str) -> dict[str, str]:
         """Of its result files."""
@@ -206,7 +217,7 @@ def kill_node() -> None:
 
 
 def cut() -> None:
-    ip("link", "set", f"cc{_NODES - 1}out", "down")
+    ip("link", "set", outside(_NODES - 1), "down")
 
 
 def kill_command() -> None:
@@ -223,7 +234,7 @@ _HAPPENS: dict[str, Callable[[], None] | None] = {
 }
 
 
-def compare(stage: str, work: Work) -> bool:
+def compare(stage: str, work: Work, happens: Sequence[str]) -> bool:
     """Whether the stage leaves the bytes of one process, whatever happens."""
     began = time.perf_counter()
     if work.run(stage, f"{stage}-here"):
@@ -232,7 +243,8 @@ def compare(stage: str, work: Work) -> bool:
     print(f"{stage}, one process: {time.perf_counter() - began:.0f} s, {len(here)} files", flush=True)
 
     whole = True
-    for number, (what, act) in enumerate(_HAPPENS.items()):
+    for number, what in enumerate(happens):
+        act = _HAPPENS[what]
         run, began, before = f"{stage}-{number}", time.perf_counter(), traffic()
         flags = "--ray", f"{address(0)}:{_PORT}"
         code = work.run(stage, run, *flags, act=act)
@@ -247,7 +259,7 @@ def compare(stage: str, work: Work) -> bool:
 
         if act in (cut, kill_node):
             kill_node()
-            ip("link", "set", f"cc{_NODES - 1}out", "up")
+            ip("link", "set", outside(_NODES - 1), "up")
             start_node(_NODES - 1, work.environment, work.folder)
     return whole
 
@@ -309,6 +321,7 @@ def make_pairs(work: Work, pairs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=list(_AFTER), default=list(_AFTER))
+    parser.add_argument("--happens", nargs="+", choices=list(_HAPPENS), default=list(_HAPPENS))
     parser.add_argument("--rows", type=int, default=6_000)
     parser.add_argument("--chunk", type=int, default=600, help="rows in a chunk of balance, at least")
     parser.add_argument("--range", type=int, default=1_000, help="rows in a range of cluster, at least")
@@ -321,7 +334,7 @@ def main() -> None:
         if "embed" in options.stages:
             make_pairs(work, options.pairs)
         with namespaces(), cluster(work.environment, work.folder):
-            whole = [compare(stage, work) for stage in options.stages]
+            whole = [compare(stage, work, options.happens) for stage in options.stages]
     sys.exit(not all(whole))
 
 

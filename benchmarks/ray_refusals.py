@@ -51,10 +51,10 @@ def refused(work: Work, run: str, stage: str, *flags: str, words: Sequence[str])
     """The command must end with 1, and its last two lines hold these words."""
     began = time.perf_counter()
     code = work.run(stage, run, *flags)
-    said = (work.folder / f"{run}.log").read_text().rstrip().splitlines()
+    said = work.log(run).read_text().rstrip().splitlines()
     two = said[-2:]
     print(f"  {time.perf_counter() - began:.0f} s, exit code {code}", *two, sep="\n  | ", flush=True)
-    whole = two[0].startswith("clip-cid: ") and not any("Traceback" in line for line in said)
+    whole = len(two) == 2 and two[0].startswith("clip-cid: ") and not any("Traceback" in line for line in said)
     lacking = [word for word in words if word not in "\n".join(two)]
     if code != 1 or not whole or lacking:
         raise Failed(f"exit code {code}; two lines: {whole}; without {lacking}")
@@ -64,7 +64,7 @@ def goes_on(work: Work, run: str, stage: str, *flags: str) -> None:
     """The same command ends with 0, and leaves the bytes of one process."""
     code = work.run(stage, run, *flags)
     equal = not code and work.digests(stage, run) == work.digests(stage, f"{stage}-here")
-    said = (work.folder / f"{run}.log").read_text()
+    said = work.log(run).read_text()
     kept = [line.strip() for line in said.splitlines() if "done before" in line or "taken over" in line][-1:]
     print(f"  the same command: exit code {code}, equal bytes: {equal} {kept or ''}", flush=True)
     if not equal:
@@ -112,7 +112,7 @@ def unseen(work: Work) -> None:
     hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(work.folder / "runs")]
     restarted(work, _LAST, before=hide)
     goes_on(work, "runs/unseen", "balance", *there())
-    said = (work.folder / "runs/unseen.log").read_text()
+    said = work.log("runs/unseen").read_text()
     print(*(f"  | {line}" for line in said.splitlines() if "does not see" in line), sep="\n", flush=True)
     if "(10.77.0.3) does not see" not in said:
         raise Failed("the node is not named")
@@ -131,7 +131,7 @@ def dies(work: Work) -> None:
     act: Callable[[], None] = lambda: kill(inside(1))  # noqa: E731
     began = time.perf_counter()
     code = work.run("balance", "runs/dies", *there(), act=act)
-    two = (work.folder / "runs/dies.log").read_text().rstrip().splitlines()[-2:]
+    two = work.log("runs/dies").read_text().rstrip().splitlines()[-2:]
     print(f"  {time.perf_counter() - began:.0f} s, exit code {code}", *two, sep="\n  | ", flush=True)
     if code != 1 or "no node of this Ray cluster has a CPU" not in two[0] or "same command" not in two[1]:
         raise Failed("; ".join(two))
@@ -153,7 +153,7 @@ def disk(work: Work) -> None:
             print(f" full for {who}", flush=True)
             if who == "one node":
                 fill(small, before=_WITHOUT_GROUP)
-                all_restarted(work)
+                all_restarted(work, 0, head_cores=0)
                 restarted(work, _LAST, before=_WITHOUT_GROUP)
                 words = ["10.77.0.3", "the disk is full", "same command"]
             else:
@@ -180,28 +180,30 @@ def fill(folder: Path, before: Sequence[str] = ()) -> None:
 def bucket(work: Work) -> None:
     """A bucket that the command may read and the nodes may not: with keys of another account, and with none at all."""
     with s3_server(work) as (keys_of, give_rights):
-        mine = Work(work.folder, {**work.environment, **keys_of("may")}, work.least, work.flags)
-        nobody_there = Work(work.folder, {**work.environment, **keys_of("")}, work.least, work.flags)
         source = ["--pairs.source", "s3://bucket/{00000,00025,00050,00075,00100}.tar"]
-        if mine.run("embed", "runs/s3-here", *source, "--machine.ray", "None"):
-            raise Failed("in one process")
+        flags = {"embed": [*source, *work.flags["embed"][2:]]}
+        mine, others, nobody_there = (
+            Work(work.folder, {**work.environment, **keys_of(user)}, work.least, flags)
+            for user in ("may", "may-not", "")
+        )
+        if mine.run("embed", "runs/s3-here", "--machine.ray", "None"):
+            raise Failed(mine.log("runs/s3-here").read_text()[-1500:])
 
         print(" the command itself", flush=True)
-        others = Work(work.folder, {**work.environment, **keys_of("may-not")}, work.least, work.flags)
         words = ["s3://bucket/", "access is denied", "same command"]
-        refused(others, "runs/denied", "embed", *source, *there(), words=words)
+        refused(others, "runs/denied", "embed", *there(), words=words)
 
         for who, of_nodes in (("keys without rights", others), ("no keys", nobody_there)):
             print(f" nodes: {who}", flush=True)
             all_restarted(of_nodes)
             run = f"runs/{who.replace(' ', '-')}"
             words = ["s3://bucket/", "access is denied", "10.77.0.", "same command"]
-            refused(mine, run, "embed", *source, *there(), words=words)
+            refused(mine, run, "embed", *there(), words=words)
             if of_nodes is others:
                 give_rights("may-not")
             else:
                 all_restarted(mine)
-            same(mine, run, source)
+            same(mine, run)
 
         print(" a node without s3fs", flush=True)
         (work.folder / "without").mkdir()
@@ -209,18 +211,18 @@ def bucket(work: Work) -> None:
         path = f"{work.folder / 'without'}{os.pathsep}{work.environment['PYTHONPATH']}"
         restarted(mine, _LAST, PYTHONPATH=path)
         words = ["10.77.0.3", "s3fs", 'pip install "clip-cid[s3]"']
-        refused(mine, "runs/without", "embed", *source, *there(), words=words)
+        refused(mine, "runs/without", "embed", *there(), words=words)
         restarted(mine, _LAST)
-        same(mine, "runs/without", source)
+        same(mine, "runs/without")
     all_restarted(work)
 
 
-def same(work: Work, run: str, source: list[str]) -> None:
-    code = work.run("embed", run, *source, *there())
+def same(work: Work, run: str) -> None:
+    code = work.run("embed", run, *there())
     equal = not code and work.digests("embed", run) == work.digests("embed", "runs/s3-here")
     print(f"  the same command: exit code {code}, equal bytes: {equal}", flush=True)
     if not equal:
-        raise Failed((work.folder / f"{run}.log").read_text()[-1500:])
+        raise Failed(work.log(run).read_text()[-1500:])
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also of a process that is started with this file
 from process_costs import machine as this_machine
-from ray_namespaces import Work, address, inside, ip, kill, make_pairs, name, namespaces, prepare
+from ray_namespaces import INTERFACE, Work, address, inside, ip, kill, make_pairs, name, namespaces, prepare
 
 _NODES = 2
 _STAND_INS = {
@@ -28,7 +28,7 @@ _STAND_INS = {
 trap 'kill "${started[@]}"' TERM
 started=()
 for rank in 0 1; do
-  ip netns exec clipcid$rank unshare --uts sh -c 'hostname slurm$SLURM_PROCID && exec "$@"' - \\
+  ip netns exec $STAND_IN_NODE$rank unshare --uts sh -c 'hostname slurm$SLURM_PROCID && exec "$@"' - \\
     env SLURM_PROCID=$rank "$@" & started+=($!)
 done
 code=0
@@ -51,7 +51,7 @@ def submit(work: Work) -> int:
     slurm = {"SLURM_JOB_NODELIST": "slurm[0-1]", "SLURM_NNODES": str(_NODES), "SLURM_JOB_ID": "7"}
     path = f"{work.folder / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     there = ["ip", "netns", "exec", name(0), "unshare", "--uts", "sh", "-c", 'hostname slurm0 && exec "$@"', "-"]
-    environment = {**work.environment, **slurm, "PATH": path}
+    environment = {**work.environment, **slurm, "PATH": path, "STAND_IN_NODE": name(0)[:-1]}
     for variable in ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED"):
         del environment[variable]  # the job sets them
     with (work.folder / "job.log").open("ab") as log:
@@ -67,7 +67,7 @@ def name_hosts() -> None:
         hosts.parent.mkdir(parents=True, exist_ok=True)
         named = (f"{address(one)} slurm{one}" for one in range(_NODES))
         hosts.write_text("\n".join(["127.0.0.1 localhost", *named, ""]))
-        ip("-n", name(node), "route", "add", "default", "dev", f"cc{node}in")
+        ip("-n", name(node), "route", "add", "default", "dev", INTERFACE)
 
 
 def forget_hosts() -> None:
@@ -112,20 +112,16 @@ def main() -> None:
                 kill(inside(node))
             forget_hosts()
 
-        equal = [
-            work.digests(stage, "runs/big") == work.digests(stage, "here") for stage in ("embed", "balance", "cluster")
-        ]
-        print(f"equal bytes of embed, balance, cluster: {equal}")
-        record = json.loads((work.folder / "runs/big/distill/manifest.json").read_text())
-        print(f"processes that trained: {record['summary']['processes']}")
         said = (work.folder / "job.log").read_text()
-        print(
-            *(line for line in said.splitlines() if re.match(r"ray  |clip-cid: |\w+ +(up to date|missing)", line)),
-            sep="\n",
-        )
-        if code or not all(equal):
-            print(said[-3000:])
-            sys.exit(1)
+        if code:
+            raise SystemExit(said[-3000:])
+        stages = ("embed", "balance", "cluster")
+        equal = [work.digests(stage, "runs/big") == work.digests(stage, "here") for stage in stages]
+        record = json.loads((work.folder / "runs/big/distill/manifest.json").read_text())
+        print(f"equal bytes of {', '.join(stages)}: {equal}; {record['summary']['processes']} processes trained")
+        words = re.compile(r"ray  |\w+ +(up to date|missing)")
+        print(*(line for line in said.splitlines() if words.match(line)), sep="\n")
+    sys.exit(not all(equal))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import math
 import os
 import pickle
@@ -36,7 +37,7 @@ _TOKEN_FILE = Path("~/.ray/auth_token")
 _PACKAGES = ("ray", "numpy", "scipy", "torch", "pyarrow", "pillow", "open_clip_torch")
 _ENVIRONMENT = "CLIP_CID_"
 _RETRIES = 3
-_LATE = 3.0  # times the median
+_LATE, _LATE_START = 3.0, 2.0  # times the median, and times what the first process needed to start and do a task
 _UNSEEN_SECONDS = 90.0  # longer than a host remembers that a file is not there
 _LOOK_SECONDS = 2.0  # that a task waits for the folder, before another node may have it
 _ANSWER_SECONDS = 10.0
@@ -170,6 +171,7 @@ class _Round:
                     continue
                 self._done.add(number)
                 self._seconds.append(time.monotonic() - since)
+                self._cluster.first_seconds = self._cluster.first_seconds or self._seconds[0]
                 yield self._tasks[number]
 
     def close(self) -> None:
@@ -188,9 +190,13 @@ class _Round:
         """Hand out again, once, what takes much longer than others did: its node may be slow, or cut off.
 
         And what may be on a lost node, copies included: where the network was cut, Ray may wait for minutes before it
-        does such a task again.
+        does such a task again. What waits for a new process is not late: its copy would end that process, and the next
+        tasks would wait for another one.
         """
-        late = time.monotonic() - _LATE * statistics.median(self._seconds) if self._seconds else -math.inf
+        late = -math.inf
+        if self._seconds:
+            patience = max(_LATE * statistics.median(self._seconds), _LATE_START * self._cluster.first_seconds)
+            late = time.monotonic() - patience
         safe = {attempt.number for attempt in self._attempts.values() if attempt.nodes <= nodes}
         for number, since, had in list(self._attempts.values()):
             is_late, may_be_lost = since < late and number not in self._doubled, not had <= nodes
@@ -235,8 +241,19 @@ class _Cluster:
     def __init__(self, address: str) -> None:
         self._ray, self._address = _ray(), address
         self._remote = self._ray.remote(_do)
+        self.first_seconds = 0.0
+        """From the first task that is handed out until it is done, which needs a new process; 0 before that."""
         self._without_nodes_since: float | None = None
         self._warned: set[str] = set()
+        self._known: set[str] = set()
+        """Every node that there has been."""
+        self._places: list[str] = []
+        """Nodes that get tasks in turn, once one is lost; each as often as it does tasks at once.
+
+        Ray asks few nodes at a time where a task may go, and one whose network is cut leaves it waiting for minutes. It
+        asks anew for tasks that are to go to a certain node.
+        """
+        self._turns = itertools.count()
         self._slots: dict[int, tuple[float, int, frozenset[str]]] = {}
 
     def slots(self, gpus: int) -> tuple[int, frozenset[str]]:
@@ -247,8 +264,7 @@ class _Cluster:
         """
         since, slots, nodes = self._slots.get(gpus, (-_HEAD_EVERY, 0, frozenset()))
         if not slots or time.monotonic() - since > _HEAD_EVERY:
-            slots = self._slots_now(gpus)
-            nodes = frozenset(node["NodeID"] for node in self._ray.nodes() if node["Alive"])
+            slots, nodes = self._slots_now(gpus)
             self._slots[gpus] = time.monotonic(), slots, nodes
         return slots, nodes
 
@@ -269,13 +285,16 @@ class _Cluster:
                 )
             time.sleep(_HEAD_EVERY)
 
-    def _slots_now(self, gpus: int) -> int:
+    def _slots_now(self, gpus: int) -> tuple[int, frozenset[str]]:
         self._check_head()
         resource, needed = ("GPU", gpus) if gpus else ("CPU", 1)
-        slots = int(self._ray.cluster_resources().get(resource, 0)) // needed
-        if slots:
+        alive = {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
+        places = [name for name, has in alive.items() for _ in range(int(has.get(resource, 0)) // needed)]
+        self._known |= alive.keys()
+        self._places = places if self._known > alive.keys() else []
+        if places:
             self._without_nodes_since = None
-            return slots
+            return len(places), frozenset(alive)
 
         now = time.monotonic()
         self._without_nodes_since = self._without_nodes_since or now
@@ -284,14 +303,18 @@ class _Cluster:
                 f"{self._address}: no node of this Ray cluster has a {resource} for tasks.",
                 fix="Start nodes (`ray start --address ...`), then run the same command again; finished tasks are kept.",
             )
-        return 1
+        return 1, frozenset(alive)
 
     def start(self, order: _Order, task: bytes, gpus: int) -> Any:
         """Have a node do a task."""
+        where: Any = "SPREAD"
+        if self._places:
+            of_node = importlib.import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
+            where = of_node(self._places[next(self._turns) % len(self._places)], soft=True)
         needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
         if gpus:
             needs["max_calls"] = 0  # else a new process, and the teacher loaded anew, for each task
-        return self._remote.options(max_retries=_RETRIES, scheduling_strategy="SPREAD", **needs).remote(order, task)
+        return self._remote.options(max_retries=_RETRIES, scheduling_strategy=where, **needs).remote(order, task)
 
     def ended(self, attempts: Sequence[Any] | dict[Any, Any]) -> list[tuple[Any, bytes | Exception | None]]:
         """The attempts that have ended, soon; with None, an error of the task as bytes, or an error of Ray."""

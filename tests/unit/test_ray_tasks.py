@@ -1,6 +1,7 @@
 import contextlib
 import functools
 import http.server
+import math
 import pickle
 import threading
 from pathlib import Path
@@ -69,7 +70,7 @@ class LosesNode:
     """A cluster of two nodes with a core each. The first attempts go to `b`, of which nothing is heard any more."""
 
     def __init__(self, on_lost: int) -> None:
-        self.on_lost, self.alive, self.started = on_lost, frozenset("ab"), list[bytes]()
+        self.on_lost, self.alive, self.started, self.first_seconds = on_lost, frozenset("ab"), list[bytes](), 0.0
 
     def slots(self, gpus: int) -> tuple[int, frozenset[str]]:
         return len(self.alive), self.alive
@@ -94,6 +95,27 @@ def test_what_was_on_a_lost_node_is_handed_out_again_though_ray_says_nothing_of_
     work = ray_tasks._Round(nodes, order, range(tasks), 0)
     assert sorted(work.finished()) == [*range(tasks)]
     assert len(nodes.started) == tasks + on_lost
+
+
+class Waits(LosesNode):
+    """A cluster of two nodes that never loses one: all is done at once but the last task."""
+
+    def __init__(self, first_seconds: float, looks: float) -> None:
+        super().__init__(0)
+        self.first_seconds, self.looks = first_seconds, looks
+
+    def ended(self, attempts: dict[int, object]) -> list[tuple[int, bytes | None]]:
+        self.looks -= 1
+        return [(attempt, None) for attempt in attempts if attempt != 3 or self.looks < 0]
+
+
+@pytest.mark.parametrize(("first_seconds", "looks", "copies"), [(1e-9, math.inf, 1), (600.0, 50, 0)])
+def test_a_task_that_waits_for_a_new_process_is_not_late(first_seconds, looks, copies):
+    """Its copy would be done first, end that process, and make the next tasks wait for another one."""
+    nodes: Any = Waits(first_seconds, looks)
+    order = ray_tasks._Order("", 0.0, "", {}, {}, 1, b"")
+    assert sorted(ray_tasks._Round(nodes, order, range(4), 0).finished()) == [*range(4)]
+    assert len(nodes.started) == 4 + copies
 
 
 @needs_ray

@@ -28,8 +28,8 @@ _STAND_INS = {
 trap 'kill "${started[@]}"' TERM
 started=()
 for rank in 0 1; do
-  ip netns exec $STAND_IN_NODE$rank unshare --uts sh -c 'hostname slurm$SLURM_PROCID && exec "$@"' - \\
-    env SLURM_PROCID=$rank "$@" & started+=($!)
+  SLURM_PROCID=$rank ip netns exec $STAND_IN_NODE$rank unshare --uts sh -c \\
+    'hostname slurm$SLURM_PROCID && exec "$@"' - "$@" & started+=($!)
 done
 code=0
 for process in "${started[@]}"; do wait $process || code=$?; done

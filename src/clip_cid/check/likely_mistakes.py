@@ -99,11 +99,12 @@ def of_machine(settings: DistillConfig, machine: MachineConfig, device: torch.de
     if machine.workers > (cores := tasks.available_cores()):
         yield f"machine.workers: {machine.workers}, but this process may use {cores} cores"
     precision = resolve_precision(settings.precision, device)
-    if device.type == "cuda" and precision == torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
-        yield (
-            f"distill.precision: bf16, which {torch.cuda.get_device_name(device)} computes in float32 and"
-            " rounds; fp16 suits it"
-        )
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        slowly = f"bf16, which {torch.cuda.get_device_name(device)} computes in float32 and rounds"
+        if precision == torch.bfloat16:
+            yield f"distill.precision: {slowly}; fp16 suits it"
+        if settings.loss_precision != "fp32":
+            yield f"distill.loss_precision: {slowly}; fp32 suits it"
     if device.type == "cpu" and precision == torch.float16:
         yield "distill.precision: fp16 on the CPU, which gains nothing and overflows; fp32 suits it"
 

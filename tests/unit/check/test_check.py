@@ -624,6 +624,18 @@ def test_workers_need_cores_and_time_and_files_need_room(case: Case, monkeypatch
     assert "the batches they hold ready take" in text
 
 
+@pytest.mark.parametrize(
+    ("settings", "suits"),
+    [({}, ["fp16", "fp32"]), ({"precision": "fp16"}, ["fp32"]), ({"precision": "fp16", "loss_precision": "fp32"}, [])],
+)
+def test_a_gpu_without_bf16_is_told_of(settings: dict[str, Any], suits: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a T4")
+    doubts = [*likely_mistakes.of_machine(DistillConfig(**settings), MachineConfig(workers=0), torch.device("cuda"))]
+    assert [doubt.partition("; ")[2] for doubt in doubts] == [f"{kind} suits it" for kind in suits]
+    assert all("bf16, which a T4 computes in float32 and rounds" in doubt for doubt in doubts)
+
+
 def test_a_long_run_needs_checkpoints_on_the_way():
     long = Duration(steps=3600, compute=1.0, reading=0.0, overlaps=True)
     short = Duration(steps=1000, compute=1.0, reading=0.0, overlaps=True)

@@ -26,14 +26,25 @@ ROUNDS = 5
 
 @pytest.fixture
 def given(tmp_path: Path) -> list[str]:
+    return given_in(tmp_path)
+
+
+def given_in(folder: Path) -> list[str]:
     """Flags: 300 rows in some 20 clusters, of which 280 are kept, and 64 centers."""
     rng = np.random.default_rng(0)
     middles = rng.standard_normal((20, 12))
     rows = oracles.unit(middles[rng.integers(0, 20, 300)] + 0.4 * rng.standard_normal((300, 12)))
-    np.save(tmp_path / "rows.npy", rows.astype(np.float16))
-    np.save(tmp_path / "kept.npy", np.sort(rng.permutation(300)[:280]))
-    flags = ["--embeddings", str(tmp_path / "rows.npy"), "--kept", str(tmp_path / "kept.npy")]
+    np.save(folder / "rows.npy", rows.astype(np.float16))
+    np.save(folder / "kept.npy", np.sort(rng.permutation(300)[:280]))
+    flags = ["--embeddings", str(folder / "rows.npy"), "--kept", str(folder / "kept.npy")]
     return [*flags, "--cluster.num-centers", "64", "--cluster.iterations", str(ROUNDS)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clusters of what is given, by a training that was never stopped. Only to be read."""
+    folder = tmp_path_factory.mktemp("clusters")
+    return cluster(folder / "whole", given_in(folder))
 
 
 def cluster(run: Path, given: list[str], *flags: str) -> Path:
@@ -88,8 +99,7 @@ def assert_killed(left: int, where: str, run: Path, flags: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.resume
-def test_a_killed_training_goes_on_after_the_last_round_and_ends_byte_identical(tmp_path, given, capsys):
-    whole = cluster(tmp_path / "whole", given)
+def test_a_killed_training_goes_on_after_the_last_round_and_ends_byte_identical(tmp_path, given, whole, capsys):
     states = 0
     for after, where in ((1, "after"), (2, "within"), (2, "before")):
         assert_killed(after, where, tmp_path / "cut", given)
@@ -106,8 +116,7 @@ def test_a_killed_training_goes_on_after_the_last_round_and_ends_byte_identical(
 
 @pytest.mark.slow
 @pytest.mark.resume
-def test_a_training_killed_in_the_last_assignment_does_no_round_again(tmp_path, given, monkeypatch):
-    whole = cluster(tmp_path / "whole", given)
+def test_a_training_killed_in_the_last_assignment_does_no_round_again(tmp_path, given, whole, monkeypatch):
 
     def stop(self: Any, images: int) -> None:
         raise KeyboardInterrupt
@@ -225,8 +234,7 @@ def test_half_a_training_of_other_settings_or_rows_is_not_gone_on_with(tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut short", "empty", "zeroed", "damaged", "other rows"])
-def test_a_state_that_does_not_fit_is_passed_over_and_said(tmp_path, given, damage):
-    whole = cluster(tmp_path / "whole", given)
+def test_a_state_that_does_not_fit_is_passed_over_and_said(tmp_path, given, whole, damage):
     assert_killed(3, "after", tmp_path / "cut", given)
     state = tmp_path / "cut" / "cluster.part" / "work" / "training.npz"
     if damage == "cut short":

@@ -8,7 +8,7 @@ import oracles
 import pyarrow.parquet as pq
 import pytest
 
-from clip_cid import cli
+from clip_cid import cli, pipeline
 from clip_cid.data.balance.decided_file import read_cut
 from clip_cid.data.balance.decisions import Decision, Image, append_line, hash_text
 from clip_cid.data.balance.forest_file import read_forest
@@ -25,9 +25,12 @@ def rows(degrees=DEGREES) -> np.ndarray:
 
 
 @pytest.fixture
-def run(tmp_path) -> Path:
+def run(tmp_path, monkeypatch) -> Path:
+    """A run that is balanced, without its page: other balances of these rows have one."""
     np.save(tmp_path / "rows.npy", rows())
-    balance(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_show_balance", lambda *_: None)
+        balance(tmp_path / "run")
     return tmp_path / "run"
 
 

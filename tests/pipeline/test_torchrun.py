@@ -61,7 +61,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.chdir(path)
     try:
         assert cli.main(["sample", "data", "--pairs", "60"]) == 0
-        assert cli.main(["run", "teacher", "--recipe", "teacher.yaml"]) == 0
+        assert cli.main(["distill", "teacher", "--recipe", "teacher.yaml"]) == 0
         for stage in ("embed", "balance", "cluster"):
             assert cli.main([stage, "earlier", "--recipe", "student.yaml"]) == 0
     finally:

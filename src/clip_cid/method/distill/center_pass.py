@@ -91,6 +91,7 @@ class Block:
     columns: slice
     """Which centers."""
     centers: Float[Tensor, "some dim"]
+    """Rounded as `loss_precision` has it."""
     logits: Float[Tensor, "batch some"]
     """sigma times cosines of the student."""
     gaps: Float[Tensor, "batch some"] | None
@@ -134,13 +135,15 @@ def blocks(
     for start in range(0, len(centers), settings.block_centers):
         columns = slice(start, min(start + settings.block_centers, len(centers)))
         block = centers[columns].to(student.dtype)
+        near = None if settings.near is None else settings.near.among(block)
+        if settings.arithmetic.rounded_to is not None:  # once for all products with this block
+            block = block.to(settings.arithmetic.rounded_to)
 
         products = rows.times(block)
         gaps = None if gap is None else products[len(student) :]
 
         has_own = (labels >= columns.start) & (labels < columns.stop)
         own_column = (labels - start).clamp_(0, len(block) - 1)
-        near = None if settings.near is None else settings.near.among(block)
         yield Block(columns, block, products[: len(student)], gaps, own_column, has_own, near)
 
 

@@ -92,13 +92,13 @@ class _MeanOverRows(torch.autograd.Function):
         to_bias = queries.new_zeros(()) if of_bias else None
 
         rounded_to = arithmetic_of(queries).rounded_to if loss.rounds else None
-        scaled = scale * queries
+        scaled, others = scale * queries, keys if rounded_to is None else keys.to(rounded_to)  # once for all blocks
         for rows in _blocks(len(queries), block_rows):
-            logits = product(scaled[rows], keys.T, rounded_to=rounded_to)
+            logits = product(scaled[rows], others.T, rounded_to=rounded_to)
             own = slice(first + rows.start, first + rows.stop)
             losses[rows], slopes = loss.of(logits if bias is None else logits.add_(bias), rows, own)
             if to_queries is not None:
-                to_queries[rows] = product(slopes, keys, rounded_to=rounded_to)
+                to_queries[rows] = product(slopes, others, rounded_to=rounded_to)
             if of_keys:
                 term = product(slopes.T, scaled[rows], rounded_to=rounded_to)
                 to_keys = term if to_keys is None else to_keys.add_(term)

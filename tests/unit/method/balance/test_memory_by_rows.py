@@ -2,12 +2,17 @@
 
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from clip_cid.data.array_folder import ArrayFolder
+from clip_cid.data.balance import tables as tables_module
+from clip_cid.data.balance.forest_file import FOREST_FILE, read_forest, write_forest
+from clip_cid.data.balance.tables import BalanceTables, write_tables
 from clip_cid.method.balance import forest, set_explanation, union_find
 from clip_cid.method.balance.forest import Links, whole_forest
 from clip_cid.method.balance.kept_rows import keep_one_of_each
@@ -16,6 +21,7 @@ from clip_cid.method.balance.prepared_rows import prepare
 from clip_cid.method.balance.set_explanation import explain
 from clip_cid.method.jobs import Context
 from clip_cid.method.unit_rows import UnitRows
+from clip_cid.report.drawing import removed_sets
 
 ROWS = 240_000
 SQUARED = 0.5
@@ -45,6 +51,13 @@ def sets_of_five() -> Links:
     return Links(right - 1, right, np.linspace(0.1, 0.4, len(right)))
 
 
+def page_numbers(folder: Path) -> Any:
+    """What the page of a balance holds together."""
+    stored = BalanceTables(folder)
+    chosen = removed_sets.choose(stored, sets=9, seed=0)
+    return stored.distances, chosen, read_forest(folder / FOREST_FILE)
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done in blocks must not hide what grows with the rows."""
@@ -52,6 +65,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(union_find, "_EDGES", 1 << 11)
     monkeypatch.setattr(set_explanation, "_CELLS", 1 << 12)
     monkeypatch.setattr(UnitRows, "gathered_rows", 1 << 11)
+    monkeypatch.setattr(tables_module, "_ROW_GROUP", 1 << 12)
 
 
 @pytest.mark.slow
@@ -68,5 +82,13 @@ def test_each_step_holds_the_bytes_a_row_that_are_documented(tmp_path, images):
     assert sets < 20 + 1
     choice, (kept, set_of) = bytes_a_row(lambda: keep_one_of_each(images, None, labels))
     assert choice < 45
-    explanation, _ = bytes_a_row(lambda: explain(images, kept, set_of, joined, SQUARED))
+    explanation, found = bytes_a_row(lambda: explain(images, kept, set_of, joined, SQUARED))
     assert explanation < 57
+    tables, columns = bytes_a_row(lambda: (found.set_columns("cosine"), found.member_columns("cosine")))
+    assert tables < 22 + 8
+
+    keys = pa.array([""] * ROWS, pa.large_string())
+    write_tables(tmp_path, keys, *columns, metric="cosine", threshold=SQUARED / 2)
+    write_forest(tmp_path / FOREST_FILE, joined)
+    page, _ = bytes_a_row(lambda: page_numbers(tmp_path))
+    assert page < 40

@@ -113,7 +113,7 @@ def _write(clip: Clip, folder: Path, head_state: Mapping[str, Tensor], provenanc
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether clip-cid wrote the model of a folder."""
+    """Whether the model of a folder is an export of this package."""
     try:
         return "clip_cid" in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -71,9 +71,8 @@ def choose(pairs: int, gpus: int) -> list[Choice]:
     if gpus < 0:
         raise ConfigError(f"--gpus: must be at least 0, got {gpus:,}.", fix="Give 0 to train on the CPU.")
     if pairs < (least := _FEWEST_PAIRS * max(1, gpus)):
-        raise ConfigError(
-            f"--pairs: {pairs:,} are too few for {_named(gpus)}.", fix=f"Give at least {least:,}, or fewer GPUs."
-        )
+        fewer = ", or fewer GPUs" if gpus > 1 else ""
+        raise ConfigError(f"--pairs: {pairs:,} are too few for {_named(gpus)}.", fix=f"Give at least {least:,}{fewer}.")
 
     kept = int(_KEPT * pairs)
     centers, batch = auto_numbers.num_centers(kept), _batch_size(kept, gpus)

@@ -239,13 +239,13 @@ def _listing(found: _Found, *, with_json: bool) -> _Listing:
     """The images with what belongs to each."""
     images, texts = found.images, found.texts
     listed: list[_ListedImage] = []
-    same_letters = _by_letters(texts)
+    other_spellings = _by_usual_spelling(texts)
     beside = _beside_another(images)
     others = found.others + collections.Counter(map(_suffix, beside))
     for image in sorted(images.keys() - beside):
         stem = os.path.splitext(image)[0]
         caption_file, key_file = (
-            name if name in texts else same_letters.get(unicodedata.normalize("NFC", name))
+            name if name in texts else other_spellings.get(_usual_spelling(name))
             for name in (f"{stem}.txt", f"{stem}.json")
         )
         key_file = key_file if with_json else None
@@ -265,9 +265,14 @@ def _listing(found: _Found, *, with_json: bool) -> _Listing:
     return _Listing(listed, found.linked_folders, alone, others)
 
 
-def _by_letters(names: Collection[str]) -> dict[str, str]:
-    """The names with accents, which macOS writes as letters of their own, by the usual spelling."""
-    return {unicodedata.normalize("NFC", name): name for name in names if not name.isascii()}
+def _by_usual_spelling(names: Collection[str]) -> dict[str, str]:
+    """The names with accents, which macOS writes as letters of their own, and with .TXT, by the usual spelling."""
+    spelled = {_usual_spelling(name): name for name in names if not name.isascii()}
+    return spelled | {_usual_spelling(name): name for name in names if not name.endswith((".txt", ".json"))}
+
+
+def _usual_spelling(name: str) -> str:
+    return unicodedata.normalize("NFC", os.path.splitext(name)[0]) + _suffix(name)
 
 
 def _version(versions: list[int | str]) -> int | list[str]:

@@ -21,6 +21,7 @@ _ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _LONGEST = 1 << 26  # bytes of a line; memory is bounded
 _MARK, _BLANK = b"\xef\xbb\xbf", b" \t\r\n"
 _FIX = 'Each line is one JSON object, such as {"image": "1.jpg", "caption": "a cat"}: mend or remove that line.'
+_FIX_TWICE = "Which of the two counts is not known: keep one; a list holds several captions."
 _KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -32,6 +33,12 @@ class Odd:
 
     def __bool__(self) -> bool:
         return False
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that remembers a field it was given twice, of which a dictionary keeps the last."""
+
+    twice: str | None = None
 
 
 def is_json_lines(path: Path) -> bool:
@@ -48,7 +55,7 @@ def json_rows(path: Path) -> Generator[dict[str, Any]]:
     for number, line in _lines(path):
         text = line.removeprefix(_MARK).decode(errors="surrogateescape")
         try:
-            fields = json.loads(text, parse_constant=lambda name: None)  # NaN, as pandas has it for no value
+            fields = _parsed(text)
         except json.JSONDecodeError as error:
             problem = f"no JSON object ({error.msg} at character {error.pos + 1:,})"
             raise TableFault(number, problem, fix=_FIX) from error
@@ -56,6 +63,8 @@ def json_rows(path: Path) -> Generator[dict[str, Any]]:
             raise TableFault(number, f"no JSON object ({error})", fix=_FIX) from error
         if not isinstance(fields, dict):
             raise TableFault(number, f"{_KINDS.get(type(fields), 'a text')}, not a JSON object", fix=_FIX)
+        if twice := getattr(fields, "twice", None):
+            raise TableFault(number, f"the field {twice!r} is there twice", fix=_FIX_TWICE)
         yield fields
 
 
@@ -63,7 +72,7 @@ def text_cell(value: Any) -> bytes | Odd | None:
     """A value that should be text, in UTF-8; what was no UTF-8 is none here."""
     if isinstance(value, str):
         return value.encode(errors="surrogatepass")
-    return None if value is None else Odd(_KINDS[type(value)])
+    return None if value is None else Odd(_KINDS[dict if isinstance(value, dict) else type(value)])
 
 
 def captions_cell(value: Any) -> bytes | Odd | list[bytes | Odd | None] | None:
@@ -95,6 +104,22 @@ def copy_lines(path: Path, out: Path, wanted: Sequence[bool]) -> None:
         for (_, line), is_wanted in zip(_lines(path), wanted, strict=True):
             if is_wanted:
                 target.write(line if line.endswith(b"\n") else line + b"\n")
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(
+        text,
+        object_pairs_hook=_object,
+        parse_constant=lambda name: None,  # NaN, as pandas has it for no value
+    )
+
+
+def _object(fields: list[tuple[str, Any]]) -> _Object:
+    found = _Object(fields)
+    if len(found) < len(fields):
+        names = [name for name, _ in fields]
+        found.twice = next(name for name in names if names.count(name) > 1)
+    return found
 
 
 def _is_packed(path: Path) -> bool:

@@ -5,12 +5,14 @@ image is; of lists, which may run from page to page, it is the row group. The im
 only where rows of the same image are merged.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
@@ -65,9 +67,9 @@ class Inside(NamedTuple):
 
 
 def is_list_of_bytes(kind: pa.DataType) -> bool:
-    """Whether a type is a list of whole numbers of 8 bits, as which some tools write bytes."""
+    """Whether a type is a list of whole numbers, as which some tools write bytes: of 8 bits, or of 64."""
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return is_list and kind.value_type in (pa.uint8(), pa.int8())
+    return is_list and pa.types.is_integer(kind.value_type)
 
 
 def holds_images(file: pyarrow.parquet.ParquetFile, column: str, is_picture: Callable[[bytes], bool]) -> bool:
@@ -129,7 +131,10 @@ def _lists_inside(file: pyarrow.parquet.ParquetFile, column: str, *, digests: bo
         group = Group(number, file.metadata.row_group(number).column(_leaf(file, column, None)).total_compressed_size)
         images = file.read_row_group(number, columns=[column], use_threads=False).column(0) if digests else None
         for place in range(file.metadata.row_group(number).num_rows):
-            image = None if images is None else _bytes_of_list(images[place])
+            image = None
+            if images is not None:
+                with contextlib.suppress(BadSample):  # it is told when the image is read
+                    image = _bytes_of_list(images[place])
             yield Inside(group, place, row, None, _digest(image))
             row += 1
 
@@ -229,10 +234,20 @@ def _places(source: SourceFile, file: pyarrow.parquet.ParquetFile, number: int) 
 
 
 def _bytes_of_list(image: pa.Scalar) -> bytes | None:
+    """The image that is stored as a list of numbers; none if one is missing.
+
+    Raises:
+        BadSample: One of them is no byte, with or without a sign.
+    """
     values = image.values  # pyright: ignore[reportAttributeAccessIssue]  # a list
     if values is None or values.null_count:
         return None
-    return values.to_numpy().tobytes()
+    numbers = values.to_numpy()
+    if numbers.itemsize == 1:
+        return numbers.tobytes()
+    if len(numbers) and not -128 <= numbers.min() <= numbers.max() <= 255:
+        raise BadSample(f"no image (numbers that are no bytes, from {numbers.min()} to {numbers.max()})")
+    return (numbers & 0xFF).astype(np.uint8).tobytes()
 
 
 @functools.lru_cache(maxsize=_DECODED_PAGES)

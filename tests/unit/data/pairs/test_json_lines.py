@@ -163,6 +163,16 @@ def test_a_field_that_first_comes_late_is_a_column(tmp_path: Path, monkeypatch: 
     assert pairs.read(4).fields == {"group": '{"is": [1, "\u00e9"]}'}
 
 
+def test_a_field_that_is_there_twice_is_refused_but_for_fields_inside_another(tmp_path: Path) -> None:
+    images(tmp_path)
+    line = json.dumps({"image": NAMES[0], "caption": "one"})
+    with pytest.raises(DataError, match=r"line 2: the field 'caption' is there twice") as error:
+        opened(tmp_path / "p.jsonl", f'{line}\n{line[:-1]}, "caption": "two"}}\n')
+    assert "a list holds several captions" in error.value.fix
+    pairs = opened(tmp_path / "p.jsonl", f'{line[:-1]}, "about": {{"a": 1, "a": 2}}}}\n', keep_fields=("about",))
+    assert pairs.read(0).captions == ("one",)
+
+
 @pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz"])
 def test_rows_of_one_image_are_merged_and_kept_rows_copied_as_they_are(tmp_path: Path, name: str) -> None:
     images(tmp_path)

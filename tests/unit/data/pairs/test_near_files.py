@@ -132,3 +132,14 @@ def test_an_image_and_its_caption_may_spell_accents_in_two_ways(tmp_path: Path):
     (tmp_path / "e\u0300.txt").write_text("a letter")
     pairs = open_pairs(parse_recipe({"pairs": {"source": [str(tmp_path)]}}, where="test").pairs)
     assert sorted(pairs.read(row).captions[0] for row in range(len(pairs))) == ["a cup", "a letter"]
+
+
+def test_captions_beside_images_are_found_whatever_case_their_extension_has(tmp_path: Path) -> None:
+    for name in ("a", "b", "caf\u00e9"):
+        (tmp_path / f"{name}.JPG").write_bytes(picture())
+    (tmp_path / "a.TXT").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    (tmp_path / "b.Txt").write_text("not this one")
+    (tmp_path / (unicodedata.normalize("NFD", "caf\u00e9") + ".TxT")).write_text("three")
+    pairs = open_pairs(parse_recipe({"pairs": {"source": [str(tmp_path)]}}, where="test").pairs)
+    assert [pairs.read(row).captions for row in range(3)] == [("one",), ("two",), ("three",)]

@@ -128,6 +128,20 @@ def test_lists_of_bytes_are_images(
     }
 
 
+@pytest.mark.parametrize("number", [pa.int64(), pa.uint64(), pa.int32(), pa.int16()])
+def test_lists_of_wider_numbers_are_images_if_all_are_bytes(tmp_path: Path, number: pa.DataType) -> None:
+    signed = pa.types.is_signed_integer(number) and number != pa.int64()
+    values = [list(np.frombuffer(png(seed), np.int8 if signed else np.uint8)) for seed in range(3)]
+    values[1] = [*values[1], 256]
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": pa.array(values, pa.list_(number)), "caption": list("abc")}), path)
+    for merge in (None, "merge"):
+        pairs = open_pairs(config(path, repeated_rows=merge))
+        assert [pairs.read(row).image for row in (0, 2)] == [png(0), png(2)]
+        with pytest.raises(BadSample, match="numbers that are no bytes"):
+            pairs.read(1)
+
+
 def test_lists_of_bytes_of_fixed_size_with_a_hole_or_in_a_damaged_or_changed_file(tmp_path: Path) -> None:
     values = [list(png(0)), [*png(1)[:-1], None], list(png(2))]
     size = min(map(len, values))

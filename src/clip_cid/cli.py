@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import os
 import select
@@ -313,7 +314,7 @@ def _recipe_command(
         value = {bool: False, tuple[str, ...]: ()}.get(kind)
         kind = Annotated[kind, tyro.conf.arg(help=text), tyro.conf.FlagCreatePairsOff]  # no --no-force
         fields.append((flag, kind, dataclasses.field(default=value)))
-    fields += [(section, *_flags(Recipe.model_fields[section].default, section, shown)) for section in sections]
+    fields += [_field(section, _flags(section, shown)) for section in sections]
 
     def start(flags: Any) -> int:
         os_errors.refuse_address(flags.run)
@@ -475,27 +476,32 @@ def _check(_: str, flags: Any, recipe: Recipe) -> None:
     printout.say(check(RunFolder(flags.run), recipe))
 
 
-def _flags(section: Config, prefix: str, shown: Stage | None) -> tuple[Any, Any]:
-    """A section as a plain class, and its default. It has no limits: `parse_recipe` says what is wrong with a value.
+@functools.cache
+def _flags(name: str, shown: Stage | None) -> type[Any]:
+    """A section as a plain class. It has no limits: `parse_recipe` says what is wrong with a value.
 
     Args:
-        section: Of the recipe, or a part of one.
-        prefix: Its name.
+        name: Of the section, or of a part of one.
         shown: Leave out what does not concern this stage.
     """
+    section: Config = functools.reduce(getattr, name.split("."), Recipe())
     fields: list[tuple[str, Any, Any]] = []
-    for name, setting in type(section).model_fields.items():
-        value, full = getattr(section, name), f"{prefix}.{name}"
+    for setting, field in type(section).model_fields.items():
+        value, full = getattr(section, setting), f"{name}.{setting}"
         if shown is not None and not shown.concerns(full):
             continue
         if isinstance(value, Config):
-            fields.append((name, *_flags(value, full, None)))
+            fields.append(_field(setting, _flags(full, None)))
         else:
-            kind = Annotated[setting.annotation, tyro.conf.arg(help=one_line(setting.description))]
-            fields.append((name, kind, dataclasses.field(default_factory=lambda value=value: value)))
+            kind = Annotated[field.annotation, tyro.conf.arg(help=one_line(field.description))]
+            fields.append((setting, kind, dataclasses.field(default_factory=lambda value=value: value)))
     flags = dataclasses.make_dataclass(type(section).__name__, fields)
     flags.__doc__ = type(section).__doc__
-    return flags, dataclasses.field(default_factory=flags)
+    return flags
+
+
+def _field(name: str, kind: type[Any]) -> tuple[str, Any, Any]:
+    return (name, kind, dataclasses.field(default_factory=kind))
 
 
 def status(run: Run, recipe: Path | None = None, watch: bool = False) -> int:

@@ -89,8 +89,9 @@ def products(place: Place) -> Outcome:
 def balance_rate(place: Place) -> Outcome:
     """All pairs of a million rows."""
     rows, dim = (2000, 64) if place.tiny else (1_000_000, 1280)
-    path = place.work / "balance" / "rows.npy"
-    balance_driver.make_rows(path, rows, dim)
+    folder = place.work / "balance-rows"
+    balance_driver.make_rows(folder, rows, dim)
+    (path,) = folder.iterdir()
     stored = np.load(path, mmap_mode="r")
     balance(stored[:1000], device=place.device)  # what is loaded and chosen at first
 
@@ -103,7 +104,7 @@ def balance_rate(place: Place) -> Outcome:
     seconds, operations = sum(comparing), rows * (rows - 1) * dim
     three = found.set_of.reshape(-1, 5)[:, 2:]
     same = bool((three == three[:, :1]).all()) and len(np.unique(found.set_of)) == rows // 5 * 3
-    shutil.rmtree(path.parent)
+    shutil.rmtree(folder)
     return Outcome(
         operations / seconds / statistics.mean(rates),
         {"the sets are those that were made": same},

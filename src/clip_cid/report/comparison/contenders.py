@@ -28,6 +28,11 @@ class Row(NamedTuple):
     metric: str
 
 
+_OF_SCORES = ("", " low", " high", " lead", " lead low", " lead high")
+"""What stands behind the name of a model in the columns of the table."""
+_OF_ROWS = (*Row._fields, "n", "chance")
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A folder with a finished evaluation."""
@@ -148,12 +153,20 @@ def _open(place: Path, label: str) -> Evaluation:
 
 
 def _labels(places: Sequence[Path]) -> list[str]:
-    """The name of each folder, with as many of those above it as tell it apart."""
+    """The name of each folder, with as many of those above it as tell it apart, also from other columns.
+
+    Raises:
+        RunError: Two columns of the table would have one name.
+    """
     for depth in range(1, max(len(place.parts) for place in places) + 1):
         labels = ["/".join(place.parts[-depth:]).lstrip("/") for place in places]
-        if len(set(labels)) == len(labels):
+        columns = [*_OF_ROWS, *(f"{label}{end}" for label in labels for end in _OF_SCORES)]
+        if len(set(columns)) == len(columns):
             return labels
-    raise AssertionError("different paths differ")
+    raise RunError(
+        f"compare: two columns of the table would have one name for {', '.join(map(str, places))}.",
+        fix=f"Give one of these folders another name, which does not end in one of{','.join(_OF_SCORES[1:])}.",
+    )
 
 
 def contenders(evaluations: Sequence[Evaluation]) -> tuple[list[Contender], dict[str, str]]:

@@ -13,6 +13,7 @@ from tiny_sets import folder_set, image, pair_tar, tar_set, tiny_clip
 from clip_cid import cli
 from clip_cid.errors import RunError
 from clip_cid.models.export import export_student
+from clip_cid.report.comparison import contenders
 from clip_cid.report.comparison.page import compare
 from clip_cid.run_folder import read_json
 
@@ -181,3 +182,19 @@ def test_folders_without_scores_say_what_to_do(
     (tmp_path / "mine").mkdir()
     assert cli.main(["compare", str(scores / "one"), str(scores / "two"), "--out", str(tmp_path / "mine")]) == 1
     assert "exists and is not a comparison" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("places", "labels"),
+    [
+        (["/a/x", "/a/y"], ["x", "y"]),
+        (["/a/x", "/b/x"], ["a/x", "b/x"]),
+        (["/a/n", "/a/y"], ["a/n", "a/y"]),
+        (["/a/set", "/b/chance"], ["a/set", "b/chance"]),
+        (["/a/x", "/b/x low"], ["a/x", "b/x low"]),
+    ],
+)
+def test_no_name_of_a_folder_is_that_of_another_column(places: list[str], labels: list[str]) -> None:
+    assert contenders._labels([Path(place) for place in places]) == labels
+    with pytest.raises(RunError, match="two columns of the table would have one name"):
+        contenders._labels([Path("/a/x"), Path("/a/x low")])

@@ -32,7 +32,7 @@ from process_costs import machine as this_machine
 
 _NODES, _PORT, _ATTEMPTS = 3, 6379, 8
 _MARK = f"cc{os.getpid()}"  # of names of this process: the system forgets those of an earlier one after a while
-_BRIDGE = f"{_MARK}b"
+BRIDGE = f"{_MARK}b"
 INTERFACE = "net0"
 _AFTER = {"balance": 5, "cluster": 12, "embed": 3}  # tasks that are done when something happens
 _COMMAND = """
@@ -81,12 +81,12 @@ def outside(node: int) -> str:
 def namespaces() -> Generator[None]:
     """A bridge, and a namespace with an address on it for each node."""
     try:
-        ip("link", "add", _BRIDGE, "type", "bridge")
-        ip("link", "set", _BRIDGE, "up")
+        ip("link", "add", BRIDGE, "type", "bridge")
+        ip("link", "set", BRIDGE, "up")
         for node in range(_NODES):
             ip("netns", "add", name(node))
             ip("link", "add", outside(node), "type", "veth", "peer", "name", INTERFACE, "netns", name(node))
-            ip("link", "set", outside(node), "master", _BRIDGE, "up")
+            ip("link", "set", outside(node), "master", BRIDGE, "up")
             ip("-n", name(node), "addr", "add", f"{address(node)}/24", "dev", INTERFACE)
             for device in ("lo", INTERFACE):
                 ip("-n", name(node), "link", "set", device, "up")
@@ -94,7 +94,7 @@ def namespaces() -> Generator[None]:
     finally:
         for node in range(_NODES):
             subprocess.run(["ip", "netns", "delete", name(node)], check=False)
-        subprocess.run(["ip", "link", "delete", _BRIDGE], check=False)
+        subprocess.run(["ip", "link", "delete", BRIDGE], check=False)
 
 
 def inside(node: int) -> list[int]:

@@ -24,13 +24,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also of a process that is started with this file
 from process_costs import machine as this_machine
 from ray_namespaces import (
+    BRIDGE,
     Work,
     address,
     cluster,
     inside,
+    ip,
     kill,
     make_pairs,
-    name,
     namespaces,
     prepare,
     start_node,
@@ -38,7 +39,7 @@ from ray_namespaces import (
 
 import clip_cid
 
-_LAST, _SERVER_PORT = 2, 5055
+_LAST, _SERVER, _SERVER_PORT = 2, "10.77.0.254", 5055
 _FOR_GROUP, _GROUP = 40, 4242  # percent of the blocks of the small disk, which are for this group alone
 _WITHOUT_GROUP = ["setpriv", "--clear-groups"]
 
@@ -209,6 +210,7 @@ def bucket(work: Work) -> None:
         (work.folder / "without").mkdir()
         (work.folder / "without" / "sitecustomize.py").write_text("import sys\nsys.modules['s3fs'] = None\n")
         path = f"{work.folder / 'without'}{os.pathsep}{work.environment['PYTHONPATH']}"
+        all_restarted(mine, 0, head_cores=0)
         restarted(mine, _LAST, PYTHONPATH=path)
         words = ["10.77.0.3", "s3fs", 'pip install "clip-cid[s3]"']
         refused(mine, "runs/without", "embed", *there(), words=words)
@@ -227,8 +229,8 @@ def same(work: Work, run: str) -> None:
 
 @contextlib.contextmanager
 def s3_server(work: Work) -> Generator[tuple[Callable[[str], dict[str, str]], Callable[[str], None]]]:
-    """Moto's S3 in the first namespace, with accounts `may` and `may-not`: their variables, and what gives rights."""
-    url = f"http://{address(0)}:{_SERVER_PORT}"
+    """Moto's S3 on the switch between the nodes, with accounts `may` and `may-not`: their variables, and what gives rights."""
+    url = f"http://{_SERVER}:{_SERVER_PORT}"
     made = work.folder / "accounts.json"
     rights = {"Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}], "Version": "2012-10-17"}
     prelude = f"""
@@ -250,11 +252,8 @@ iam.put_user_policy(UserName="may", PolicyName="all", PolicyDocument=rights)
 Path("accounts.json").write_text(json.dumps(found))
 """
 
-    def in_namespace(*command: str) -> list[str]:
-        return ["ip", "netns", "exec", name(0), *command]
-
     def do(code: str) -> None:
-        command = in_namespace(sys.executable, "-c", code)
+        command = [sys.executable, "-c", code]
         subprocess.run(command, cwd=work.folder, env=work.environment, check=True, capture_output=True)
 
     def guard(after: str) -> None:
@@ -273,7 +272,8 @@ Path("accounts.json").write_text(json.dumps(found))
         guard("0")
 
     script = Path(sys.executable).with_name("moto_server")
-    serve = in_namespace(str(script), "-H", address(0), "-p", str(_SERVER_PORT))
+    serve = [str(script), "-H", _SERVER, "-p", str(_SERVER_PORT)]
+    ip("address", "add", f"{_SERVER}/24", "dev", BRIDGE)
     server_of = {**work.environment, "INITIAL_NO_AUTH_ACTION_COUNT": "inf"}
     with subprocess.Popen(serve, env=server_of, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:

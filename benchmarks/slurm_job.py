@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -67,13 +68,13 @@ def name_hosts() -> None:
         hosts.parent.mkdir(parents=True, exist_ok=True)
         named = (f"{address(one)} slurm{one}" for one in range(_NODES))
         hosts.write_text("\n".join(["127.0.0.1 localhost", *named, ""]))
+        hosts.with_name("resolv.conf").write_text("nameserver 127.0.0.1\n")  # nobody, who refuses at once
         ip("-n", name(node), "route", "add", "default", "dev", INTERFACE)
 
 
 def forget_hosts() -> None:
     for node in range(_NODES):
-        (folder := Path("/etc/netns") / name(node)).joinpath("hosts").unlink(missing_ok=True)
-        folder.rmdir()
+        shutil.rmtree(Path("/etc/netns") / name(node))
 
 
 def main() -> None:

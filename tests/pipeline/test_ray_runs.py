@@ -184,7 +184,7 @@ def test_embed_leaves_the_same_bytes_when_a_process_and_then_a_node_dies(embed, 
     here = embed("here")
     write = index._write
     monkeypatch.setattr(index, "_write", lambda path, *rest: write(path, *rest) if "known-bad" in path.name else 1 / 0)
-    monkeypatch.setattr(from_pairs, "_encoded", None)  # neither is done in this process
+    monkeypatch.setattr(from_pairs, "_begin", lambda *_: 1 / 0)  # neither is done in this process
     after(2, lambda: os.kill(ray_clusters.workers(nodes)[0], signal.SIGKILL))
     assert embed("process", "--ray", nodes.address) == here
     after(2, lambda: nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False))

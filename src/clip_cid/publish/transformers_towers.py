@@ -137,7 +137,10 @@ def _other_than(
 def _tokenizer_misfits(clip: Clip) -> list[str]:
     tokenizer: Any = clip.tokenizer
     if isinstance(tokenizer, SimpleTokenizer):
-        return ["a tokenizer that drops words (reduction_mask)"] if tokenizer.reduction_fn is not None else []
+        misfits = ["a tokenizer that drops words (reduction_mask)"] if tokenizer.reduction_fn is not None else []
+        if len(tokenizer.all_special_ids) > 2:
+            misfits.append("a tokenizer with tokens of its own (additional_special_tokens)")
+        return misfits
     misfits = ["text_cfg.tokenizer_mode"] if tokenizer.tokenizer_mode else []
     if tokenizer.strip_sep_token:
         misfits.append("text_cfg.tokenizer_kwargs.strip_sep_token")

@@ -174,6 +174,16 @@ def test_a_tokenizer_that_pads_on_the_left_differs_and_is_refused(transformers: 
         ({"text_cfg": {**TEXT, "proj_bias": True}}, "text_cfg.proj_bias True"),
         ({"text_cfg": {**TEXT, "pool_type": "last"}}, "text_cfg.pool_type last"),
         ({"text_cfg": {**TEXT, "ls_init_value": 0.1}}, "text_cfg.ls_init_value 0.1"),
+        (
+            {
+                "text_cfg": {
+                    **TEXT,
+                    "vocab_size": 49409,
+                    "tokenizer_kwargs": {"additional_special_tokens": ["<red>"]},
+                }
+            },
+            "additional_special_tokens",
+        ),
         ({"init_logit_bias": -10}, "logit_bias"),
     ],
 )

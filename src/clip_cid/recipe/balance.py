@@ -58,7 +58,8 @@ class BalanceConfig(Config):
     )
     """Which image of a set is kept: nearest_centroid (the paper's rule), best_caption (nearest to its
     image for the teacher), most_pixels, largest_file, or field:NAME (the highest number of one of
-    pairs.keep_fields, or of a column beside imported embeddings). Of several rules the next decides between equals, and at last the paper's."""
+    pairs.keep_fields, or of a column beside imported embeddings). Of several rules the next decides
+    between equals, and at last the paper's."""
     max_radius: PositiveFloat | None = None
     """Keep more images of a set, until every removed image is within this distance of the one kept
     for it. The paper does not do this."""

@@ -129,9 +129,8 @@ def unseen(work: Work) -> None:
 def dies(work: Work) -> None:
     """The only node with cores dies for good; the head has none."""
     all_restarted(work, 0, 1, head_cores=0)
-    act: Callable[[], None] = lambda: kill(inside(1))  # noqa: E731
     began = time.perf_counter()
-    code = work.run("balance", "runs/dies", *there(), act=act)
+    code = work.run("balance", "runs/dies", *there(), act=lambda: kill(inside(1)))
     two = work.log("runs/dies").read_text().rstrip().splitlines()[-2:]
     print(f"  {time.perf_counter() - began:.0f} s, exit code {code}", *two, sep="\n  | ", flush=True)
     if code != 1 or "no node of this Ray cluster has a CPU" not in two[0] or "same command" not in two[1]:

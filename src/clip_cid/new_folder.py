@@ -5,7 +5,7 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 from pathlib import Path
 
 from clip_cid import os_errors
@@ -49,13 +49,13 @@ def new_folder(out: Path) -> Generator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def refuse_foreign(out: Path, what: str, *, mark: str, names: Collection[str]) -> None:
+def refuse_foreign(out: Path, what: str, *, is_one: Callable[[Path], bool], names: Collection[str]) -> None:
     """Refuse, before any work is done, a place that holds anything but an earlier folder of this kind.
 
     Args:
         out: The folder that `new_folder` will replace.
         what: The kind in words, such as "an export of clip-cid".
-        mark: The file that each folder of this kind has.
+        is_one: Whether a folder is of this kind.
         names: All that one may have.
 
     Raises:
@@ -67,7 +67,7 @@ def refuse_foreign(out: Path, what: str, *, mark: str, names: Collection[str]) -
             raise RunError(f"{out}: is in the folder of a stage, {parent}.", fix=f"{another}, outside the run.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / mark).is_file():
+    if not is_one(out):
         raise RunError(f"{out}: exists and is not {what}.", fix=f"{another}, or remove it.")
     if foreign := sorted(path.name for path in out.iterdir() if path.name not in names):
         more = f" and {len(foreign) - 3:,} more" if len(foreign) > 3 else ""

@@ -21,6 +21,10 @@ def fill(out: Path, words: str) -> None:
             raise RuntimeError("cut short")
 
 
+def is_marked(folder: Path) -> bool:
+    return (folder / "mark").is_file()
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -88,7 +92,7 @@ def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path):
 
 def test_only_a_folder_of_the_same_kind_without_files_of_others_may_be_replaced(tmp_path: Path):
     def refuse(out: Path) -> None:
-        refuse_foreign(out, "a thing", mark="mark", names={"mark", "part"})
+        refuse_foreign(out, "a thing", is_one=is_marked, names={"mark", "part"})
 
     out = tmp_path / "out"
     refuse(out)
@@ -110,9 +114,9 @@ def test_only_a_folder_of_the_same_kind_without_files_of_others_may_be_replaced(
 def test_no_folder_of_a_stage_is_a_place_for_one(tmp_path: Path):
     stage = tmp_path / "run" / "distill"
     stage.mkdir(parents=True)
-    refuse_foreign(stage / "student", "a thing", mark="mark", names={"mark"})  # no run's: a name only
+    refuse_foreign(stage / "student", "a thing", is_one=is_marked, names={"mark"})  # no run's: a name only
     (stage / "manifest.json").touch()
     for out in (stage / "student", stage / "student" / "deeper"):
         with pytest.raises(RunError, match="is in the folder of a stage"):
-            refuse_foreign(out, "a thing", mark="mark", names={"mark"})
-    refuse_foreign(tmp_path / "run" / "student", "a thing", mark="mark", names={"mark"})
+            refuse_foreign(out, "a thing", is_one=is_marked, names={"mark"})
+    refuse_foreign(tmp_path / "run" / "student", "a thing", is_one=is_marked, names={"mark"})

@@ -58,11 +58,8 @@ def refuse_no_place(out: Path) -> None:
     Raises:
         RunError: `out` holds something else, or files of others, or is a part of a run's stage.
     """
-    what = "an export of clip-cid"
     names = {CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE, *PARTS, *_OF_TOKENIZERS}
-    refuse_foreign(out, what, mark=CONFIG_FILE, names=names)
-    if (out / CONFIG_FILE).is_file() and not _is_ours(out):
-        raise RunError(f"{out}: exists and is not {what}.", fix="Give another folder, or remove it.")
+    refuse_foreign(out, "an export of clip-cid", is_one=_is_ours, names=names)
 
 
 def usage(out: Path) -> str:

@@ -23,6 +23,12 @@ from clip_cid.recipe import EmbedConfig, Precision
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
+Embedding = Callable[[], Float16[np.ndarray, "batch dim"]]
+"""Waits for unit rows that a device was told to compute, and gives them on the host.
+
+Raises: DataError, if one is not finite, or zero.
+"""
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -70,11 +76,11 @@ class Teacher:
         self._refuse(bad, len(unit), "text")
         return unit
 
-    def begin_images(self, images: Float[Tensor, "batch 3 height width"]) -> "Embedding":
+    def begin_images(self, images: Float[Tensor, "batch 3 height width"]) -> Embedding:
         """As `encode_images`, of which the host waits for nothing before it asks for the rows."""
         return self._begun(*self._images(images), "image")
 
-    def begin_texts(self, captions: list[str]) -> "Embedding":
+    def begin_texts(self, captions: list[str]) -> Embedding:
         """As `encode_texts`, likewise."""
         return self._begun(*self._texts(captions), "text")
 
@@ -104,7 +110,7 @@ class Teacher:
             features = model.encode_text(self._copies(self.clip.tokenizer(captions)))
         return _unit(features)
 
-    def _begun(self, unit: Tensor, bad: Tensor, kind: str) -> "Embedding":
+    def _begun(self, unit: Tensor, bad: Tensor, kind: str) -> Embedding:
         rows, of_them = Returning(unit.half()), Returning(bad)
 
         def finished() -> Float16[np.ndarray, "batch dim"]:
@@ -119,13 +125,6 @@ class Teacher:
                 f"{self.identity['reference']}: {count} of {rows} {kind} embeddings are zero or not finite.",
                 fix=f"Set embed.precision: fp32 (it was {self.identity['precision']}), or use another teacher.",
             )
-
-
-Embedding = Callable[[], Float16[np.ndarray, "batch dim"]]
-"""Gives unit rows on the host that a device was told to compute, and waits for them.
-
-Raises: DataError, if one is not finite, or zero.
-"""
 
 
 def _unit(features: Tensor) -> tuple[Tensor, Tensor]:

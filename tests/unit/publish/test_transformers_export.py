@@ -300,6 +300,9 @@ def test_a_form_that_is_refused_leaves_the_earlier_export_and_files_of_others_ar
     assert cli.main(["export", str(run.path), str(out)]) == 1
     assert "but holds NOTES.md too" in capsys.readouterr().err
     assert (out / "NOTES.md").read_text() == "mine"
+    (out / "open_clip_config.json").write_text("{}")
+    assert cli.main(["export", str(run.path), str(out)]) == 1
+    assert "out: exists and is not an export of clip-cid" in capsys.readouterr().err
     assert cli.main(["export", str(run.path), str(run.path / "distill" / "student")]) == 1
     assert "is in the folder of a stage" in capsys.readouterr().err
 

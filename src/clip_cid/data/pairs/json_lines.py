@@ -22,7 +22,6 @@ _LONGEST = 1 << 26  # bytes of a line; memory is bounded
 _MARK, _BLANK = b"\xef\xbb\xbf", b" \t\r\n"
 _FIX = 'Each line is one JSON object, such as {"image": "1.jpg", "caption": "a cat"}: mend or remove that line.'
 _FIX_TWICE = "Which of the two counts is not known: keep one; a list holds several captions."
-_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,9 @@ class _Object(dict[str, Any]):
     """A JSON object that remembers a field it was given twice, of which a dictionary keeps the last."""
 
     twice: str | None = None
+
+
+_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", _Object: "an object"}
 
 
 def is_json_lines(path: Path) -> bool:
@@ -61,10 +63,10 @@ def json_rows(path: Path) -> Generator[dict[str, Any]]:
             raise TableFault(number, problem, fix=_FIX) from error
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits, or too deep
             raise TableFault(number, f"no JSON object ({error})", fix=_FIX) from error
-        if not isinstance(fields, dict):
+        if not isinstance(fields, _Object):
             raise TableFault(number, f"{_KINDS.get(type(fields), 'a text')}, not a JSON object", fix=_FIX)
-        if twice := getattr(fields, "twice", None):
-            raise TableFault(number, f"the field {twice!r} is there twice", fix=_FIX_TWICE)
+        if fields.twice is not None:
+            raise TableFault(number, f"the field {fields.twice!r} is there twice", fix=_FIX_TWICE)
         yield fields
 
 
@@ -72,7 +74,7 @@ def text_cell(value: Any) -> bytes | Odd | None:
     """A value that should be text, in UTF-8; what was no UTF-8 is none here."""
     if isinstance(value, str):
         return value.encode(errors="surrogatepass")
-    return None if value is None else Odd(_KINDS[dict if isinstance(value, dict) else type(value)])
+    return None if value is None else Odd(_KINDS[type(value)])
 
 
 def captions_cell(value: Any) -> bytes | Odd | list[bytes | Odd | None] | None:

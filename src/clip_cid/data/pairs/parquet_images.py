@@ -67,7 +67,7 @@ class Inside(NamedTuple):
 
 
 def is_list_of_bytes(kind: pa.DataType) -> bool:
-    """Whether a type is a list of whole numbers, as which some tools write bytes: of 8 bits, or of 64."""
+    """Whether a type is a list of whole numbers: some tools write each byte as one, of 8 bits or of more."""
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return is_list and pa.types.is_integer(kind.value_type)
 

@@ -53,7 +53,8 @@ def compare(places: Sequence[Path], out: Path, *, common: bool) -> str:
         RunError: As `open_evaluations` and `common_rows`; there is one model only; or `out` holds something else.
         DataError: Results cannot be read.
     """
-    refuse_foreign(out, "a comparison", mark=NUMBERS, names={PAGE, TABLE, NUMBERS, "curves.csv"})
+    names = {PAGE, TABLE, NUMBERS, "curves.csv"}
+    refuse_foreign(out, "a comparison", is_one=lambda folder: (folder / NUMBERS).is_file(), names=names)
     evaluations = open_evaluations(places)
     models, same = contenders(evaluations)
     if len(models) < 2:

@@ -50,7 +50,7 @@ def compare(places: Sequence[Path], out: Path, *, common: bool) -> str:
         common: Whether sets that some lack are left out.
 
     Raises:
-        RunError: As `open_evaluations` and `common_rows`; there is one model only; or `out` holds something else.
+        RunError: As `open_evaluations` and `common_rows`; there is one model only; or as `refuse_foreign`.
         DataError: Results cannot be read.
     """
     names = {PAGE, TABLE, NUMBERS, "curves.csv"}

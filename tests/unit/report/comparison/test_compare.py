@@ -180,8 +180,10 @@ def test_folders_without_scores_say_what_to_do(
     with pytest.raises(RunError, match="is the only model here"):
         compare([scores / "one"], tmp_path / "out", common=False)
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
     assert cli.main(["compare", str(scores / "one"), str(scores / "two"), "--out", str(tmp_path / "mine")]) == 1
     assert "exists and is not a comparison" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ class MergedCaptions:
         """Add to a hashlib digest what decides which caption is read, and its text."""
         for values in (self.given.rows, self.given.numbers, self.starts, self.counts):
             digest.update(np.ascontiguousarray(values).data)
-        for buffer in self.given.texts.buffers():
+        _, *buffers = self.given.texts.buffers()  # no text is absent, and not every array keeps bits that say so
+        for buffer in buffers:
             if buffer is not None:
                 digest.update(buffer)

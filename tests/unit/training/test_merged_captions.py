@@ -1,6 +1,7 @@
 """A kept pair reads the captions of its removed near-duplicates, each with the teacher's embedding of that very text."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -111,6 +112,22 @@ def test_a_caption_without_an_embedding_is_read_only_where_no_loss_asks_for_it(t
     assert few.counts.sum() == 8
     assert every.counts.sum() == 16
     assert few.given.numbers.tolist() == [0] * 8
+
+
+def test_the_key_of_a_training_is_of_the_texts_and_not_of_how_they_lie_in_memory(training: TrainingPairs) -> None:
+    assert training.merged is not None
+
+    def key(texts: list[str]) -> str:
+        assert training.merged is not None
+        digest = hashlib.sha256()
+        given = training.merged.given._replace(texts=pa.array(texts, pa.large_string()))
+        dataclasses.replace(training.merged, given=given).add_to(digest)
+        return digest.hexdigest()
+
+    own = hashlib.sha256()
+    training.merged.add_to(own)
+    texts = training.merged.given.texts.to_pylist()
+    assert key(texts) == own.hexdigest() != key([*texts[:-1], "another"])
 
 
 def test_an_image_without_a_caption_is_given_one(training: TrainingPairs) -> None:

@@ -1,7 +1,7 @@
 """What the losses of a batch cost: time and peak memory, in blocks of rows against the dense form.
 
     OMP_NUM_THREADS=1 python benchmarks/batch_loss_speed.py --batch 256 1024 4096        d = 512, seven rounds
-    python benchmarks/batch_loss_speed.py --batch 32768 --rounds 1 --dense no            what does not fit densely
+    python benchmarks/batch_loss_speed.py --batch 32768 --rounds 1 --no-dense            what does not fit densely
     python benchmarks/batch_loss_speed.py --device cuda --batch 32768 --dim 1280
 
 A forward and a backward pass of CLIP's, SigLIP's and the affinity loss, both directions, with gradients of both sides and

@@ -2,7 +2,7 @@
 
     python benchmarks/cluster_loss_speed.py --centers 10000 100000              B = 1024, d = 512, three rounds
     python benchmarks/cluster_loss_speed.py --centers 1000000 --rounds 1        only what fits in memory
-    python benchmarks/cluster_loss_speed.py --device cuda --batch 4096 --dim 1280 --centers 1000000 --no-dense
+    python benchmarks/cluster_loss_speed.py --device cuda --batch 4096 --dim 1280 --centers 1000000 --dense no
 
 Prints Markdown tables and writes them to --out as JSON. Variants take turns within a round of one process; seconds are wall
 clock, the median of the rounds, and the ratio is the median of the ratios within a round. Memory is the peak of a process that

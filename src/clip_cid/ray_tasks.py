@@ -429,8 +429,8 @@ def _look_for_server(address: str) -> None:
     if why := _no_server(address):
         raise RunError(
             f"machine.ray: no Ray cluster at {address} ({why}).",
-            fix="Start it (`ray start --head --port 6379`) or correct the address, then run the same command again;"
-            " finished tasks are kept.",
+            fix="Start it (`ray start --head --port 6379`), correct the address, or do without Ray (add"
+            " `--machine.ray None`), then run the same command again; finished tasks are kept.",
         )
 
 

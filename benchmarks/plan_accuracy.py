@@ -92,7 +92,7 @@ def recipe_of(folder: Path, name: str) -> Recipe:
         "embed": {"teacher": f"run:{folder / 'teacher'}"},
         "balance": {"threshold": 0.002},
         "cluster": {"num_centers": 8, "iterations": 3},
-        "distill": {"student": "cid-tiny", "batch_size": 32, "epochs": 4, "warmup_steps": 1, "sample_rate": 0.5},
+        "distill": {"student": "cid-tiny", "batch_size": 32, "epochs": 40, "warmup_steps": 1, "sample_rate": 0.5},
         "machine": MACHINE,
     }
     return parse_recipe(values, where="benchmark")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import clip_cid
-from clip_cid import tasks
+from clip_cid import ray_tasks, tasks
 from clip_cid.errors import ClipCidError, DataError, MissingExtraError, RunError
 
 
@@ -136,6 +136,8 @@ def test_errors_of_every_kind_of_ours_keep_what_they_say_and_what_was_noted_on_t
         error = (
             MissingExtraError("A graph", "onnx", ("onnxruntime",))
             if kind is MissingExtraError
+            else ray_tasks._UnseenError(Path("run"), "second", fix="Share it.")
+            if kind is ray_tasks._UnseenError
             else kind("Row 7 is broken.", fix="Go.")
         )
         error.add_note("in a worker")

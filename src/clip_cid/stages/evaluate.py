@@ -141,6 +141,7 @@ def _compute_on_cluster(
             gpus=int(gpu),
             on_done=lambda split: bar.advance(1),
         )
+    drop_unfinished(_cache(folder))  # of late tasks, ended when another node had done them
 
 
 def _open_split(name: str, reference: str, run: Path, recipe: Recipe) -> Callable[[Split], None]:

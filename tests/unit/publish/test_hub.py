@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -217,7 +218,8 @@ def test_an_error_of_the_hub_is_told(server: FakeHub, run: RunFolder) -> None:
 def test_a_student_that_changed_on_disk_is_not_pushed(server: FakeHub, tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     (tmp_path / "other").mkdir()
-    export_student(tiny(tmp_path / "other", seed=9), run.path / "distill/student", head_state={}, provenance={})
+    export_student(tiny(tmp_path / "other", seed=9), tmp_path / "another", head_state={}, provenance={})
+    shutil.copytree(tmp_path / "another", run.path / "distill/student", dirs_exist_ok=True)
     with pytest.raises(RunError, match="the distill stage is not as it was written"):
         push(run)
     assert server.requests == []

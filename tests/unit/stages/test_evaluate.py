@@ -761,3 +761,16 @@ def test_the_probe_of_a_set_with_folds_is_the_mean_over_them(run_folder: Path, t
     assert row["score"] == row["top1"] == pytest.approx(sum(fold["score"] for fold in row["folds"]) / 2)
     assert row["low"] <= row["score"] <= row["high"]
     assert "C" not in row
+
+
+def test_nothing_stays_of_a_late_task_that_a_cluster_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    entry = tmp_path / "features" / "colors-test-0123"
+    entry.mkdir(parents=True)
+
+    def leave_one(*args: Any, **settings: Any) -> None:
+        (entry / "after.npy").write_bytes(b"whole")
+        (entry / ".after.npy.tmp-other-7-0123abcd").touch()
+
+    monkeypatch.setattr(evaluate.engine, "run_tasks", leave_one)
+    evaluate._compute_on_cluster("student", "run:a", [], RunFolder(tmp_path), recipe(), gpu=False)
+    assert [path.name for path in entry.iterdir()] == ["after.npy"]

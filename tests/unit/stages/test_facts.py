@@ -16,7 +16,9 @@ from clip_cid.stages.facts import BY_NAME, STAGES
 
 
 def test_every_stage_has_a_name_and_a_module_with_its_work():
-    assert [stage.name for stage in STAGES] == [value for name, value in vars(stage_names).items() if name.isupper()]
+    names = {name: value for name, value in vars(stage_names).items() if name.isupper()}
+    assert names.pop("STAGE_NAMES") == tuple(names.values())
+    assert [stage.name for stage in STAGES] == list(names.values())
     for stage in STAGES:
         work = importlib.import_module(f"clip_cid.stages.{stage.name}").run
         assert list(inspect.signature(work).parameters) == ["folder", "out", "recipe"]

@@ -16,13 +16,16 @@ Row = tuple[str, str, str]
 def say(report: Report) -> None:
     """Print all of it."""
     log.table(_HOW, [*_pairs(report), *_student(report)], title="Pairs and student")
+
     if report.choices:
         unknown = {EMBED, BALANCE} & {state.stage.name for state in report.undone}
         kept = ", if all pairs are kept" if unknown else ""
         rows = [(choice.setting, f"{choice.value:,}", choice.why) for choice in report.choices]
         log.table(("", "auto is", "because"), rows, title=f"Numbers that are chosen{kept}")
+
     level = "of a student that sees nothing"
     log.table(("loss", "first step", level), list(_losses(report)), title="Losses")
+
     for title, rows in (
         ("Time", list(_time(report))),
         ("Memory", list(_memory(report))),
@@ -32,6 +35,7 @@ def say(report: Report) -> None:
     ):
         if rows:
             log.table(_HOW, rows, title=title)
+
     for heading, lines in (("Not checked", report.unchecked), ("Warnings", report.warnings)):
         if lines:
             log.say(f"\n{heading}")
@@ -65,11 +69,13 @@ def _pairs(report: Report) -> Iterator[Row]:
             f"{report.given_captions:,}",
             f"{_COUNTED}; distill.merged_captions",
         )
+
     looked = f"{sights.pairs:,} pairs looked at"
     if sights.unreadable:
         yield "unreadable", f"{sights.unreadable:,}", looked
     if sights.without_caption:
         yield "without a caption", _share(sights.without_caption, sights.pairs - sights.unreadable), looked
+
     least, middle, longest = sights.sides
     yield "short side of the images", f"{least:,} to {longest:,} pixels, median {middle:,}", looked
     yield "smaller than the student's images", f"{_share(sights.smaller, sights.pairs - sights.unreadable)}", looked
@@ -89,10 +95,12 @@ def _student(report: Report) -> Iterator[Row]:
     if parameters["head"]:
         learns = "it learns" if report.recipe.distill.head_lr > 0 else "frozen"
         yield f"numbers in the cluster head ({learns})", f"{parameters['head']:,}", _COUNTED
+
     if report.student is None:
         yield "FLOPs of a pair", "unknown", "a part of the student cannot be counted"
         return
     yield "FLOPs of a pair, forward", _flops(report.student.forward), f"{_COUNTED}; both towers, no losses"
+
     rows = len(report.reading.batch.rows)
     passes = estimates.forward_passes(report.recipe, rows)
     kept = report.recipe.distill.keeps_text_tower
@@ -157,6 +165,7 @@ def _disk(report: Report) -> Iterator[Row]:
         views = f" and {report.recipe.embed.views:,} views" if report.recipe.embed.views else ""
         how = f"{_ARITHMETIC}: embeddings (one caption{views} a pair), centers, texts"
         yield "stages before", units.size(disk.before), how
+
     if disk.labels:
         yield "labels, while it trains", units.size(disk.labels), _ARITHMETIC
     if disk.soft_centers:
@@ -167,6 +176,7 @@ def _disk(report: Report) -> Iterator[Row]:
         units.size(disk.checkpoints),
         f"{_ARITHMETIC}: {keep} kept, one being written{best}",
     )
+
     yield "the student it leaves", units.size(disk.student), _ARITHMETIC
     yield "metrics", units.size(disk.metrics), f"{_ARITHMETIC}, at most"
     yield "needed at most", units.size(disk.needed), _ARITHMETIC

@@ -88,6 +88,7 @@ def _lines(path: Path, setting: str) -> Generator[bytes]:
                 if not line:
                     return
                 yield line
+
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file.", fix=f"Name a file with a text a line in {setting}.") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -514,6 +514,7 @@ def _key(
     """Digest of everything that decides the result."""
     decide = deciding({"distill": settings.model_dump(mode="json")})
     digest = hashlib.sha256(json.dumps(decide, sort_keys=True).encode())
+
     add_rows(digest, training.rows)
     for values in (training.labels, training.store_rows, centers):
         if values is None:
@@ -522,6 +523,8 @@ def _key(
             add_rows(digest, values)
         else:
             digest.update(np.ascontiguousarray(values).data)  # not a copy: centers may be gigabytes
+
+    # What later settings added: a training without them keeps the key it had.
     if training.merged is not None:
         training.merged.add_to(digest)
     if training.lines is not None:

@@ -352,6 +352,7 @@ class Batches:
             )
         if training.lines is not None:
             training.lines.refuse_uneven(ranks)
+
         self.training = training
         self.batch_size = batch_size
         self.epoch_size = training.epoch_size(per_cluster)

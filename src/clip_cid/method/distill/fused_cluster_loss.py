@@ -134,8 +134,7 @@ def cluster_losses(
         labels_are_checked: By `sample_centers`: the host need not wait for a device to do it again.
 
     Raises:
-        ValueError: Shapes do not fit, a label is not a center, a number is out of its limits, or soft centers meet
-            centers that move or are a sample.
+        ValueError: Shapes, a label or a number do not fit, or soft centers meet centers that move or are a sample.
     """
     several = labels[:, None] if labels.ndim == 1 else labels
     _check(student, centers, None if labels_are_checked else several, scale, temperature, elsewhere=group is not None)

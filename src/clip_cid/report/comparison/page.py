@@ -55,6 +55,7 @@ def compare(places: Sequence[Path], out: Path, *, common: bool) -> str:
     """
     names = {PAGE, TABLE, NUMBERS, "curves.csv"}
     refuse_foreign(out, "a comparison", is_one=lambda folder: (folder / NUMBERS).is_file(), names=names)
+
     evaluations = open_evaluations(places)
     models, same = contenders(evaluations)
     if len(models) < 2:
@@ -62,6 +63,7 @@ def compare(places: Sequence[Path], out: Path, *, common: bool) -> str:
             f"compare: {models[0].label} is the only model here.",
             fix="Name another run, or measure another model: `clip-cid evaluate RUN --model NAME`.",
         )
+
     rows, missing = common_rows(evaluations, common=common)
     leads = {one.label: gaps(one, models[0], rows) for one in models[1:]}
     comparison = _Comparison(
